@@ -1,0 +1,329 @@
+"""Digits, arrays, folders and TFDS: values, splits, pictures of every kind, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from zoo.data.images import LEVELS, Arrays, BadImage, Digits, Images, divide, open_image, square, to_array
+from zoo.data.pipeline import batches, epoch, label_names
+from zoo.errors import UserError
+
+
+def encoded(image, kind="PNG", **kw):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **kw)
+    return buffer.getvalue()
+
+
+def colour(seed=0, size=(6, 6)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of ten colour PNG files each, no splits."""
+    root = tmp_path / "photos"
+    for c, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            colour(10 * c + i).save(root / name / f"{i}.png")
+    return root
+
+
+def test_digits_are_the_fixed_split():
+    from sklearn.datasets import load_digits
+
+    raw, order = load_digits(), np.random.default_rng(0).permutation(1797)
+    train, test = Digits().source("train"), Digits().source("test")
+    assert (len(train), len(test)) == (1500, 297)
+    assert train.labels == tuple("0123456789")
+    for source, at, row in ((train, 0, order[0]), (train, 1499, order[1499]), (test, 296, order[1796])):
+        example = source[at]
+        assert example["image"].dtype == np.float32
+        assert example["image"].shape == (8, 8, 1)
+        np.testing.assert_allclose(example["image"][..., 0], 2 * raw.images[row] / 16 - 1)
+        assert example["label"] == raw.target[row]
+        assert example["label"].dtype == np.int32
+    with pytest.raises(IndexError):
+        train[1500]
+    with pytest.raises(UserError, match="'train' or 'test'"):
+        Digits().source("val")
+
+
+def test_levels_are_exact():
+    np.testing.assert_array_equal(LEVELS, (2 * np.arange(256) / 255 - 1).astype(np.float32))
+    assert LEVELS[0] == -1
+    assert LEVELS[255] == 1
+
+
+def test_divide_is_a_fixed_partition():
+    parts = divide(50, 0.1)
+    assert len(parts["test"]) == 5
+    assert sorted(parts["train"] + parts["test"]) == list(range(50))
+    assert parts == divide(50, 0.1)
+    assert [len(divide(2, 0.9)[s]) for s in ("train", "test")] == [1, 1]
+    assert divide(3, 0.0)["test"] == []
+    with pytest.raises(UserError, match=r"test_fraction=1\.5"):
+        divide(3, 1.5)
+
+
+# Arrays
+
+
+def save(path, **arrays):
+    np.savez_compressed(path, **arrays)
+    return str(path)
+
+
+def test_arrays_by_split(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 4), np.uint8)
+    path = save(
+        tmp_path / "a.npz",
+        train_images=images,
+        train_labels=np.uint8([0, 2, 1, 0, 2]),
+        test_images=images[:2],
+        test_labels=np.uint8([0, 1]),
+    )
+    source = Arrays(path).source("train")
+    assert len(source) == 5
+    assert source.labels == ("0", "1", "2")
+    np.testing.assert_array_equal(source[1]["image"], LEVELS[images[1]][..., None])
+    assert source[1]["label"] == 2
+    assert len(Arrays(path).source("test")) == 2
+    shaped = Arrays(path, size=4, channels=3).source("train")[0]["image"]
+    assert shaped.shape == (4, 4, 3)
+    np.testing.assert_array_equal(shaped[..., 0], LEVELS[images[0, 1:5]])  # centre crop, no resizing needed
+    named = Arrays(path, labels="", images="test_images", test_fraction=0.5)
+    assert label_names(named) == ()
+    assert [len(named.source(s)) for s in ("train", "test")] == [1, 1]
+    with pytest.raises(UserError, match="names 2 classes, but the labels go up to 2"):
+        Arrays(path, classes=("a", "b")).source("train")
+    with pytest.raises(UserError, match=r"'nothing', it has train_images, .*set data\.images"):
+        Arrays(path, images="nothing").source("train")
+
+
+def test_arrays_that_are_rewritten_are_read_again(tmp_path):
+    path = save(tmp_path / "a.npz", images=np.zeros((4, 2, 2), np.uint8))
+    data = Arrays(path, images="images", labels="")
+    assert data.source("train")[0]["image"].max() == -1
+    save(tmp_path / "a.npz", images=np.full((4, 2, 2), 255, np.uint8))
+    os.utime(path, ns=(1, 1))
+    assert data.source("train")[0]["image"].min() == 1
+
+
+@pytest.mark.parametrize(
+    "arrays, text",
+    [
+        ({"images": np.full((4, 2, 2), 2.0)}, r"values in \[2, 2\]; floating-point images must lie in \[-1, 1\]"),
+        ({"images": np.full((4, 2, 2), np.nan)}, r"must lie in \[-1, 1\]"),
+        ({"images": np.zeros((4, 2, 2), np.int32)}, "images are int32; store uint8"),
+        ({"images": np.zeros((4, 2, 2, 5), np.uint8)}, r"shape \[4, 2, 2, 5\]"),
+        ({"images": np.zeros((4, 2, 2), np.uint8), "labels": np.zeros(3, int)}, r"labels are int64\[3\]"),
+        ({"images": np.zeros((4, 2, 2), np.uint8), "labels": np.full(4, -1)}, "number classes from 0"),
+        ({"images": np.array([{}, {}])}, "'images' cannot be read"),
+    ],
+)
+def test_bad_arrays_are_named(tmp_path, arrays, text):
+    path = save(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=text):
+        Arrays(path, images="images", labels="labels" if "labels" in arrays else "").source("train")
+
+
+def test_float_arrays_pass_unchanged_and_are_not_resized(tmp_path):
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 2, 2, 3))
+    data = Arrays(save(tmp_path / "a.npz", images=images), images="images", labels="", test_fraction=0)
+    np.testing.assert_array_equal(data.source("train")[2]["image"], images[2].astype(np.float32))
+    with pytest.raises(UserError, match=r"data\.size=4 would resize float32"):
+        Arrays(data.path, images="images", labels="", size=4).source("train")
+
+
+def test_a_file_that_is_no_npz(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"is no \.npz file"):
+        Arrays(str(tmp_path / "a.npz")).source("train")
+
+
+# Pictures
+
+
+def test_pictures_of_every_kind():
+    rgb, grey = colour(), colour().convert("L")
+    for image, channels, stored in (
+        (rgb, 3, True),
+        (grey, 1, True),
+        (grey.convert("1"), 1, False),
+        (rgb.convert("P"), 3, False),
+        (grey.convert("P"), 1, False),
+        (rgb.convert("RGBA"), 3, False),
+        (grey.convert("LA"), 1, False),
+    ):
+        got, as_stored = open_image(encoded(image), channels, convert=False)
+        assert (got.mode, as_stored) == ("RGB" if channels == 3 else "L", stored)
+        with pytest.raises(BadImage, match="is grey" if channels == 1 else "is in colour"):
+            open_image(encoded(image), 4 - channels, convert=False)
+        assert open_image(encoded(image), 4 - channels, convert=True)[0].mode == ("L" if channels == 3 else "RGB")
+    assert open_image(encoded(rgb.convert("CMYK"), "JPEG"), 3, False)[0].mode == "RGB"
+
+
+def test_transparent_pixels_lie_on_white_and_photos_are_upright():
+    clear = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    clear.putpixel((1, 0), (10, 20, 30, 255))
+    assert to_array(open_image(encoded(clear), 3, False)[0]).tolist() == [[[255] * 3, [10, 20, 30]]]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    turned, as_stored = open_image(encoded(colour(size=(4, 2)), exif=exif), 3, False)
+    assert turned.size == (2, 4)
+    assert not as_stored
+
+
+def test_sixteen_bits_and_rubbish_are_refused():
+    deep = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
+    with pytest.raises(BadImage, match="16-bit"):
+        open_image(encoded(deep), 1, False)
+    with pytest.raises(BadImage, match="not an image file"):
+        open_image(b"rubbish", 3, False)
+    with pytest.raises(BadImage, match="cannot be decoded"):
+        open_image(encoded(colour(size=(64, 64)))[:3000], 3, False)
+
+
+def test_square_takes_the_centre():
+    wide = np.zeros((4, 8, 3), np.uint8)
+    wide[:, 2:6] = 200
+    assert (to_array(square(Image.fromarray(wide), 4)) == 200).all()
+    fine = Image.fromarray(np.tile(np.uint8([0, 255]), (16, 8)))  # stripes of one pixel: antialiasing makes them grey
+    assert 100 < to_array(square(fine, 4)).mean() < 155
+    assert to_array(square(fine, 4)).std() < 20
+
+
+# Folders
+
+
+def test_folder_of_classes_is_split_once_and_for_all(folder):
+    data = Images(str(folder), size=6)
+    train, test = data.source("train"), data.source("test")
+    assert (len(train), len(test)) == (18, 2)
+    assert train.labels == ("cat", "dog")
+    seen = {e["image"].tobytes(): int(e["label"]) for s in (train, test) for e in (s[i] for i in range(len(s)))}
+    assert len(seen) == 20
+    assert seen[LEVELS[np.asarray(colour(3))].tobytes()] == 0
+    assert seen[LEVELS[np.asarray(colour(13))].tobytes()] == 1
+    b = next(batches(Images(str(folder), size=4, flip=True), 4))
+    assert b["image"].shape == (4, 4, 4, 3)
+
+
+def test_folder_with_splits_and_one_without_classes(folder, tmp_path):
+    root = tmp_path / "split"
+    root.mkdir()
+    folder.rename(root / "train")
+    (root / "val" / "dog").mkdir(parents=True)
+    colour(99).save(root / "val" / "dog" / "x.PNG")
+    data = Images(str(root), size=6)
+    assert [len(data.source(s)) for s in ("train", "test")] == [20, 1]
+    assert data.source("test")[0]["label"] == 1
+    (root / "val" / "emu").mkdir()
+    colour(98).save(root / "val" / "emu" / "x.png")
+    with pytest.raises(UserError, match="emu is a class without a folder"):
+        data.source("test")
+    flat = Images(str(root / "train" / "cat"), size=6, test_fraction=0.2)
+    assert [len(flat.source(s)) for s in ("train", "test")] == [8, 2]
+    assert set(flat.source("train")[0]) == {"image"}
+    spec = {"label": jax.ShapeDtypeStruct((2,), np.int32)}
+    with pytest.raises(UserError, match=r"wants 'label', the data gives 'image'; .*task\.classes=0"):
+        batches(flat, 2, spec=spec)
+
+
+def test_folder_errors(folder, tmp_path):
+    with pytest.raises(UserError, match=rf"{tmp_path / 'fotos'} does not exist; did you mean {folder}\?"):
+        Images(str(tmp_path / "fotos"), size=6).source("train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images; expected image files"):
+        Images(str(tmp_path / "empty"), size=6).source("train")
+    with pytest.raises(UserError, match="no image in its test split"):
+        Images(str(folder), size=6, test_fraction=0).source("test")
+    with pytest.raises(UserError, match="channels=2"):
+        Images(str(folder), size=6, channels=2).source("train")
+    colour().save(folder / "loose.png")
+    with pytest.raises(UserError, match="beside folders of images"):
+        Images(str(folder), size=6).source("train")
+
+
+def test_bad_files_are_named(folder):
+    bad = folder / "cat" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(UserError, match=rf"{bad} cannot be decoded .*`zoo prepare`"):
+        list(epoch(Images(str(folder), size=6, test_fraction=0), 20, split="train"))
+    colour(3).convert("L").save(bad)
+    with pytest.raises(UserError, match=rf"{bad} is grey, but channels=3; set channels=1"):
+        list(epoch(Images(str(folder), size=6, test_fraction=0), 20, split="train"))
+    ((b, _),) = epoch(Images(str(folder), size=6, test_fraction=0, convert=True), 20, split="train")
+    assert (b["image"][3][..., 0] == b["image"][3][..., 1]).all()
+
+
+# TFDS
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    """A TFDS set made from PNG files; tensorflow is not needed for it."""
+    import tensorflow_datasets as tfds
+
+    source, out = tmp_path_factory.mktemp("png"), tmp_path_factory.mktemp("tfds")
+    for split, count in (("train", 6), ("validation", 2)):
+        for i in range(count):
+            path = source / split / ("yes" if i % 2 else "no") / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            colour(i).save(path)
+
+    class Answers(tfds.core.GeneratorBasedBuilder):
+        """Noise."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        MANUAL_DOWNLOAD_INSTRUCTIONS = "none"
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "label": tfds.features.ClassLabel(names=["no", "yes"]),
+                }
+            )
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {s: self._generate_examples(dl_manager.manual_dir / s) for s in ("train", "validation")}
+
+        def _generate_examples(self, root):
+            for path in sorted(root.glob("*/*.png")):
+                yield f"{path.parent.name}{path.name}", {"image": str(path), "label": path.parent.name}
+
+    builder = Answers(data_dir=out, file_format="array_record")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=source))
+    return out
+
+
+def test_tfds_on_disk(tfds_dir):
+    data = Images("tfds:answers", size=6, data_dir=str(tfds_dir))
+    train, test = data.source("train"), data.source("test")
+    assert (len(train), len(test)) == (6, 2)
+    assert train.labels == ("no", "yes")
+    images = {train[i]["image"].tobytes(): int(train[i]["label"]) for i in range(6)}
+    assert images == {LEVELS[np.asarray(colour(i))].tobytes(): i % 2 for i in range(6)}
+    assert len(Images("tfds:answers:1.0.0", size=6, data_dir=str(tfds_dir)).source("test")) == 2
+    with pytest.raises(UserError, match="in colour, but channels=1"):
+        Images("tfds:answers", size=6, channels=1, data_dir=str(tfds_dir)).source("train")[0]
+
+
+def test_tfds_that_is_not_on_disk_says_how_to_get_it(tfds_dir, tmp_path):
+    with pytest.raises(UserError, match=r"not on disk in .*tfds\.builder\('mnist', .*download_and_prepare"):
+        Images("tfds:mnist", size=28, channels=1, data_dir=str(tmp_path)).source("train")
+    config = tmp_path / "resized" / "64x64" / "1.0.0"
+    config.mkdir(parents=True)
+    (config / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match="needs one of its configs: tfds:resized/64x64"):
+        Images("tfds:resized", size=64, data_dir=str(tmp_path)).source("train")

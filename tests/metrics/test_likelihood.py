@@ -1,0 +1,229 @@
+"""Bits per dimension and Bayes accuracy against models whose answers are known in closed form."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zoo import config, dist, metrics
+from zoo.data.images import Digits
+from zoo.errors import UserError
+from zoo.metrics.frechet import Frechet
+from zoo.metrics.likelihood import (
+    BayesAccuracy,
+    Bits,
+    _grey_levels,
+    gaussian_bits,
+    histogram_bits,
+)
+from zoo.papers.tarflow import TarFlow
+
+RNG = jax.random.key(0)
+
+
+@dataclass(frozen=True)
+class Template:
+    """nll is the squared distance of the image with noise to params["mean"], plus 100 where a label is given."""
+
+    noise: float = 0.1
+    classes: int = 0
+    noise_type: str = "gaussian"
+    levels: int = 17
+
+    bits_name = "noisy_bits_per_dim"
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        spec = {"image": jax.ShapeDtypeStruct((batch, 8, 8, 1), jnp.float32)}
+        return {**spec, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)} if self.classes else spec
+
+    def bits(self, nll: jax.Array) -> jax.Array:
+        return nll / math.log(2)
+
+    def nll(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
+        image = batch["image"] + self.noise * jax.random.normal(rng, batch["image"].shape)
+        return jnp.square(image - params["mean"]).sum((1, 2, 3)) + (100.0 if "label" in batch else 0.0)
+
+
+def held_out() -> tuple[np.ndarray, np.ndarray]:
+    source = Digits().source("test")
+    rows = [source[i] for i in range(len(source))]
+    return np.stack([r["image"] for r in rows]), np.stack([r["label"] for r in rows])
+
+
+def test_bits_are_the_mean_over_held_out_images() -> None:
+    images, _ = held_out()
+    found = Bits(batch=128)(Template(noise=0.0), {"mean": 0.5}, Digits(), RNG)
+    bits = np.square(images - 0.5).sum((1, 2, 3)) / 64 / math.log(2)
+    assert found["noisy_bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-5)
+    assert found["noisy_bits_per_dim_std_error"] == pytest.approx(bits.std(ddof=1) / math.sqrt(297), rel=1e-4)
+    assert (found["images"], found["draws"], found["split"]) == (297, 1, "test")
+    assert "bpd" not in found
+
+
+def test_bits_do_not_depend_on_the_batch_size_but_on_the_key() -> None:
+    def bits(batch: int, rng: jax.Array = RNG) -> float:
+        found = Bits(draws=3, batch=batch, limit=20)(Template(noise=1.0), {"mean": 0.0}, Digits(), rng)
+        assert found["images"] == 20
+        return found["noisy_bits_per_dim"]
+
+    assert bits(7) == pytest.approx(bits(64), rel=1e-6)
+    assert bits(7) != pytest.approx(bits(7, jax.random.key(1)), rel=1e-4)
+
+
+def test_draws_differ_from_each_other_and_from_image_to_image() -> None:
+    """The mean of n draws of chi-squared noise has the standard error that independent draws have."""
+
+    class Still:  # the same black image n times
+        labels = ()
+
+        def source(self, split: str, spec: Any = None) -> Any:
+            return [{"image": np.zeros((8, 8, 1), np.float32)}] * 200
+
+    for draws in (1, 16):
+        found = Bits(draws=draws, batch=100)(Template(noise=1.0), {"mean": 0.0}, Still(), RNG)
+        error = math.sqrt(2 * 64 / draws) / 64 / math.log(2) / math.sqrt(200)
+        assert found["noisy_bits_per_dim_std_error"] == pytest.approx(error, rel=0.2)
+        assert found["noisy_bits_per_dim"] == pytest.approx(1 / math.log(2), abs=5 * error)
+
+
+def test_the_label_goes_in_only_when_asked_for() -> None:
+    task = Template(noise=0.0, classes=10)
+    without, given = (
+        Bits(batch=64, limit=9, label=label)(task, {"mean": 0.0}, Digits(), RNG)["noisy_bits_per_dim"]
+        for label in (False, True)
+    )
+    assert given - without == pytest.approx(100 / 64 / math.log(2), rel=1e-5)
+
+
+def test_an_identity_flow_has_the_bits_of_a_standard_normal() -> None:
+    task = TarFlow(
+        image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8, noise_type="uniform", levels=17
+    )
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), dist.unbox(jax.eval_shape(task.init, RNG)))
+    found = Bits(draws=8, batch=64, limit=64)(task, params, Digits(), RNG)
+    k = np.rint((held_out()[0][:64] + 1) * 8)
+    square = np.square(2 * (k + 0.5) / 17 - 1).mean() + (2 / 17) ** 2 / 12
+    want = (0.5 * square + 0.5 * math.log(2 * math.pi)) / math.log(2) + math.log2(17 / 2)
+    assert found["bpd"] == pytest.approx(want, abs=2e-3)
+    assert found["draws"] == 8
+
+
+def test_baselines_on_the_digits() -> None:
+    task = Template(noise_type="uniform")
+    found = Bits(batch=297, limit=3, baselines=True)(task, {"mean": 0.0}, Digits(), RNG)
+    assert {"histogram_bpd", "gaussian_bpd"} <= set(found)
+    train, test = (_grey_levels(Digits(), split, 17, None) for split in ("train", "test"))
+    assert (train.shape, test.shape, train.min(), train.max()) == ((1500, 64), (297, 64), 0, 16)
+    assert histogram_bits(train, test, 17) == pytest.approx(2.42, abs=0.005)
+    assert gaussian_bits(train, test, 17) == pytest.approx(2.94, abs=0.005)
+
+
+def test_the_gaussian_baseline_is_that_of_drawn_noise() -> None:
+    """Closed form against noise drawn many times, on data small enough for it."""
+    rng = np.random.default_rng(0)
+    train, test = rng.integers(0, 4, (50, 1)) + np.array([[0, 2]]), rng.integers(0, 4, (20, 2))
+    x = np.concatenate([train + rng.random(train.shape) for _ in range(4_000)])
+    y = np.concatenate([test + rng.random(test.shape) for _ in range(4_000)]) - x.mean(0)
+    covariance = np.cov(x, rowvar=False, bias=True)
+    nats = 0.5 * np.einsum("nd,de,ne->n", y, np.linalg.inv(covariance), y).mean()
+    nats += 0.5 * np.linalg.slogdet(2 * np.pi * covariance)[1]
+    assert gaussian_bits(train, test, 6) == pytest.approx(nats / 2 / math.log(2), rel=0.02)
+
+
+def test_the_histogram_baseline_adds_one() -> None:
+    train, test = np.array([[0], [0], [1]]), np.array([[0], [2]])
+    assert histogram_bits(train, test, 3) == pytest.approx(-(math.log2(3 / 6) + math.log2(1 / 6)) / 2)
+
+
+def test_baselines_are_refused_where_they_say_nothing() -> None:
+    with pytest.raises(UserError, match=r"noise_type='gaussian'.*set baselines=False"):
+        Bits(baselines=True, batch=8, limit=8)(Template(), {"mean": 0.0}, Digits(), RNG)
+
+
+@dataclass(frozen=True)
+class Nearest(Template):
+    """nll of a class is the squared distance to its template; with any noise left the image drowns in it."""
+
+    classes: int = 10
+    noise: float = 1e3
+
+    def nll(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
+        image = batch["image"] + self.noise * jax.random.normal(rng, batch["image"].shape)
+        return jnp.square(image - params["mean"][batch["label"]]).sum((1, 2, 3))
+
+
+def templates() -> np.ndarray:
+    source = Digits().source("train")
+    rows = [source[i] for i in range(len(source))]
+    labels = np.array([r["label"] for r in rows])
+    return (
+        np.stack([np.mean([r["image"] for r in rows if r["label"] == c], 0) for c in range(10)]) if len(labels) else 0
+    )
+
+
+def test_bayes_accuracy_of_a_nearest_mean_classifier() -> None:
+    images, labels = held_out()
+    means = templates()
+    right = np.square(images[:, None] - means).sum((2, 3, 4)).argmin(1) == labels
+    found = BayesAccuracy(batch=64)(Nearest(), {"mean": jnp.asarray(means)}, Digits(), RNG)
+    assert found["accuracy"] == pytest.approx(right.mean())
+    assert 0.8 < right.mean() < 1
+    assert found["accuracy_std_error"] == pytest.approx(right.std() / math.sqrt(297))
+    assert (found["accuracy_images"], found["accuracy_draws"], found["accuracy_split"]) == (297, 1, "test")
+
+
+def test_a_class_that_overflows_is_not_chosen() -> None:
+    means = templates()
+    means[3] = np.nan
+    found = BayesAccuracy(batch=64)(Nearest(), {"mean": jnp.asarray(means)}, Digits(), RNG)
+    assert found["accuracy"] > 0.7
+
+
+def test_dequantised_models_average_draws() -> None:
+    task = Nearest(noise=0.01, noise_type="uniform")
+    found = BayesAccuracy(batch=64, limit=64, draws=2)(task, {"mean": jnp.asarray(templates())}, Digits(), RNG)
+    assert found["accuracy"] > 0.8
+    assert found["accuracy_draws"] == 2
+
+
+def test_an_unconditional_model_has_no_classes_to_choose_from() -> None:
+    with pytest.raises(UserError, match=r"unconditional.*use bpd"):
+        BayesAccuracy()(Template(), {"mean": 0.0}, Digits(), RNG)
+
+
+@pytest.mark.parametrize("make", [lambda: Bits(limit=0), lambda: Bits(draws=0), lambda: BayesAccuracy(batch=0)])
+def test_numbers_below_one_are_refused(make: Any) -> None:
+    with pytest.raises(UserError, match=r"=0 of the metric (bpd|bayes) must be at least 1"):
+        make()
+
+
+def test_eight_devices_measure_what_one_does() -> None:
+    task = TarFlow(image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8)
+    params = jax.jit(lambda: dist.unbox(task.init(RNG)))()
+    bits = Bits(batch=16, limit=24)
+    alone = bits(task, params, Digits(), RNG)["noisy_bits_per_dim"]
+    mesh = dist.Mesh(fsdp=4).build()
+    spread = jax.device_put(params, dist.shardings(jax.eval_shape(task.init, RNG), mesh))
+    with dist.use(mesh):
+        assert bits(task, spread, Digits(), RNG)["noisy_bits_per_dim"] == pytest.approx(alone, rel=1e-5)
+
+
+def test_metrics_go_by_name_and_through_json() -> None:
+    assert {name: metrics.named()[name] for name in ("bpd", "bayes", "frechet")} == {
+        "bpd": Bits,
+        "bayes": BayesAccuracy,
+        "frechet": Frechet,
+    }
+    for metric in (
+        Bits(draws=16, baselines=True),
+        BayesAccuracy(limit=5),
+        Frechet("pixels", options={"guidance": 2.0}),
+    ):
+        assert config.undump(config.dump(metric)) == metric
+        assert "name" not in config.dump(metric)
+        assert "needs" not in config.dump(metric)

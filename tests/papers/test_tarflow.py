@@ -1,0 +1,365 @@
+"""TarFlow: parity with the official implementation's numbers, and the laws a flow obeys with random weights."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zoo import dist, weights
+from zoo.errors import UserError
+from zoo.flows.inverse import Guidance
+from zoo.nn.embed import patchify, unpatchify
+from zoo.nn.transformer import init_trunk_cache
+from zoo.papers import tarflow
+from zoo.train.optim import AdamW
+from zoo.train.step import split
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "tarflow"
+CASES = [("cond_nvp", True), ("uncond_nvp", False), ("uncond_vp", True)]
+TINY = tarflow.TarFlow(image=4, channels=1, patch=2, width=16, depth=2, blocks=3, head_dim=8)
+
+
+def nhwc(x):
+    return jnp.asarray(np.moveaxis(x, -3, -1))
+
+
+class Case:
+    """A golden file, our task and parameters for it, and everything computed in two programs."""
+
+    def __init__(self, name, scan):
+        self.f = np.load(GOLDEN / f"{name}.npz")
+        c = self.c = json.loads(str(self.f["config"]))
+        self.task = task = tarflow.TarFlow(
+            image=c["img_size"],
+            channels=c["in_channels"],
+            patch=c["patch_size"],
+            width=c["channels"],
+            depth=c["layers_per_block"],
+            blocks=c["num_blocks"],
+            head_dim=c["head_dim"],
+            classes=c["num_classes"],
+            scale=c["nvp"],
+            noise=c["noise_std"],
+            scan=scan,
+        )
+        state = {k.removeprefix("state/"): v for k, v in self.f.items() if k.startswith("state/")}
+        self.params = weights.from_official(task, state)
+        self.x = nhwc(self.f["in/x"])
+        self.z0 = jnp.asarray(self.f["in/z0"])
+        self.label = jnp.asarray(self.f["in/y"], jnp.int32) if task.classes else None
+        self.drop = jnp.asarray(self.f["in/y_drop"], jnp.int32) if task.classes else None
+        self.forward = jax.device_get(jax.jit(self._forward)(self.params))
+        self.inverse = jax.device_get(jax.jit(self._inverse)(self.params))
+
+    def loss(self, params, label):
+        z, logdet = tarflow.forward(self.task, params, self.x, label)
+        return 0.5 * jnp.square(z).mean() - logdet.mean()
+
+    def _forward(self, params):
+        task, x, label, out = self.task, self.x, self.label, {}
+        states, logdets = tarflow.flow(task, params, patchify(x, task.patch), label)
+        out |= {
+            "patches": patchify(x, task.patch),
+            "block_outputs": jnp.stack(states),
+            "block_logdets": jnp.stack(logdets),
+        }
+        for suffix, y in [("", label)] + ([("_nolabel", None), ("_droplabel", self.drop)] if task.classes else []):
+            z, logdet = tarflow.forward(task, params, x, y)
+            out |= {f"z{suffix}": z, f"logdets{suffix}": logdet, f"loss{suffix}": self.loss(params, y)}
+        nll = 0.5 * jnp.square(out["z"]).mean((1, 2)) - out["logdets"]
+        out |= {"nll_per_dim_per_sample": nll, "bpd_per_sample": task.bits(nll + 0.5 * tarflow.LOG_2PI)}
+        grads = jax.grad(self.loss)(params, self.drop)
+        trained, _ = split(task, grads)
+        out["grad_global_norm"] = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(trained)))
+        out["variance"] = task.after_step(params, {"variance": jnp.square(out["z"]).mean(0)})["prior"]["var"]
+        return out, grads
+
+    def _inverse(self, params):
+        task, z0, label, w, tau = self.task, self.z0, self.label, self.c["guidance"], self.c["attn_temp"]
+        var = params["prior"]["var"]
+        z = tarflow.forward(task, params, self.x, label)[0]
+        last = task.blocks - 1
+        out = {
+            "x_rec": tarflow.inverse(task, params, z / jnp.sqrt(var), label),
+            "sample_plain_sequence": tarflow.inverse(task, params, z0, label, sequence=True),
+            "sample_guided": tarflow.inverse(task, params, z0, label, Guidance(w, "ab", tau, annealed=False)),
+            "sample_guided_annealed": tarflow.inverse(task, params, z0, label, Guidance(w, "ab", tau)),
+            "sample_guided_annealed_a": tarflow.inverse(task, params, z0, label, Guidance(w, "a", tau)),
+            "sample_guided_annealed_b": tarflow.inverse(task, params, z0, label, Guidance(w, "b", tau)),
+            "jacobi_exact": tarflow._inverse_block(task, params, last, z0 * jnp.sqrt(var), label, Guidance()),
+        }
+        if task.classes:
+            out["sample_guided_annealed_temp1"] = tarflow.inverse(task, params, z0, label, w)
+            out["sample_nolabel"] = tarflow.inverse(task, params, z0)
+            out["sample_nolabel_guided_annealed"] = tarflow.inverse(task, params, z0, None, Guidance(w, "ab", tau))
+        sample = nhwc(self.f["out/sample_plain"])
+        for name, y in [("denoised", label)] + ([("denoised_nolabel", None)] if task.classes else []):
+            out[f"{name}_score_x"] = tarflow.score(task, params, self.x, y)
+            out[f"{name}_x"] = tarflow.denoise(task, params, self.x, y)
+            out[f"{name}_sample_plain"] = tarflow.denoise(task, params, sample, y)
+        return out
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[f"{name}-{'scan' if s else 'unrolled'}" for name, s in CASES])
+def case(request):
+    return Case(*request.param)
+
+
+def test_forward_equals_the_official_numbers(case):
+    out, _ = case.forward
+    np.testing.assert_array_equal(out["patches"], case.f["out/patches"])
+    names = [n for n in out if n not in ("patches", "variance")]
+    assert {"z", "logdets", "loss", "bpd_per_sample", "grad_global_norm"} <= set(names)
+    for name in names:
+        np.testing.assert_allclose(out[name], case.f[f"out/{name}"], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_gradients_equal_the_official_numbers(case):
+    theirs = weights.to_official(case.task, case.forward[1])
+    names = [k.removeprefix("out/grad/") for k in case.f if k.startswith("out/grad/")]
+    assert names
+    for name in names:
+        np.testing.assert_allclose(theirs[name], case.f[f"out/grad/{name}"], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_inverse_and_denoising_equal_the_official_numbers(case):
+    assert len(case.inverse) >= 10
+    for name, ours in case.inverse.items():
+        golden = case.f[f"out/{name}"]
+        golden = golden if name == "jacobi_exact" else np.moveaxis(golden, -3, -1)
+        np.testing.assert_allclose(ours, golden, rtol=0, atol=1e-4 if "score" in name else 2e-5, err_msg=name)
+    plain = np.moveaxis(case.f["out/sample_plain"], -3, -1)
+    np.testing.assert_allclose(case.inverse["sample_plain_sequence"][-1], plain, rtol=0, atol=2e-5)
+
+
+def test_prior_variances_follow_the_batch(case):
+    want = case.f["out/var_after_update"] if not case.task.scale else case.f["state/var"]
+    np.testing.assert_allclose(case.forward[0]["variance"], want, rtol=0, atol=1e-5)
+
+
+def test_adamw_equals_the_official_losses(case):
+    optimizer = AdamW(lr=1e-3, schedule="constant", b2=0.95, weight_decay=1e-4, decay_all=True).build(4)
+    trained, held = split(case.task, case.params)
+
+    @jax.jit
+    def step(trained, opt):
+        loss, grads = jax.value_and_grad(lambda p: case.loss({**held, **p}, case.drop))(trained)
+        updates, opt = optimizer.update(grads, opt, trained)
+        return jax.tree.map(jnp.add, trained, updates), opt, loss
+
+    opt, losses = optimizer.init(trained), []
+    for _ in range(4):
+        trained, opt, loss = step(trained, opt)
+        losses.append(float(loss))
+    np.testing.assert_allclose(losses, case.f["out/adamw_losses"], rtol=0, atol=1e-5)
+
+
+def test_the_official_layout_comes_back_to_the_bit(case):
+    back = weights.to_official(case.task, case.params)
+    for name in (k.removeprefix("state/") for k in case.f if k.startswith("state/")):
+        np.testing.assert_array_equal(back[name], case.f[f"state/{name}"], err_msg=name)
+    assert back[f"blocks.{case.task.blocks - 1}.attn_mask"].shape == (case.task.tokens,) * 2
+
+
+def test_learning_rate_equals_the_official_schedule():
+    f = np.load(GOLDEN / "lr_schedule.npz")
+    names = [k.removesuffix("_lr") for k in f if k.endswith("_lr")]
+    assert names
+    for name in names:
+        warmup, total, low, high = f[f"{name}_args"]
+        rate = AdamW(lr=float(high), final_lr=float(low), warmup=int(warmup)).learning_rate(int(total))
+        ours = jax.vmap(rate)(jnp.arange(int(total)))
+        np.testing.assert_allclose(ours, f[f"{name}_lr"], rtol=1e-5, atol=1e-9, err_msg=name)
+
+
+# --- laws, with random weights: fresh ones give constant outputs and hide every mistake -------------
+
+
+def randomised(task, seed=0):
+    """Parameters in which masks, orders and shifts show, and which still invert well."""
+    params = jax.jit(lambda key: dist.unbox(task.init(key)))(jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    half = task.dims if task.scale else 0
+
+    def noisy(path, x):
+        name = jax.tree_util.keystr(path)
+        if "'out']['kernel']" in name and "attention" not in name:
+            std = np.where(np.arange(x.shape[-1]) < half, 0.06, 0.2) / task.width**0.5
+            return jnp.asarray(rng.normal(size=x.shape) * std, jnp.float32)
+        if "prior" in name:
+            return x if task.scale else jnp.asarray(rng.uniform(0.5, 1.5, x.shape), jnp.float32)
+        return x + jnp.asarray(rng.normal(size=x.shape) * 0.1, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(noisy, params)
+
+
+def picture(task, n, seed=1):
+    return jax.random.uniform(jax.random.key(seed), (n, task.image, task.image, task.channels), minval=-1.0)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_round_trip(scale):
+    task = dataclasses.replace(TINY, scale=scale, classes=3)
+    params, x, label = randomised(task), picture(TINY, 3), jnp.array([0, -1, 2])
+
+    @jax.jit
+    def there_and_back(params):
+        z, _ = tarflow.forward(task, params, x, label)
+        return tarflow.inverse(task, params, z / jnp.sqrt(params["prior"]["var"]), label)
+
+    np.testing.assert_allclose(there_and_back(params), x, atol=1e-4)
+
+
+def test_logdet_is_the_jacobians():
+    params, x = randomised(TINY), picture(TINY, 1)
+
+    def flat(v):
+        return tarflow.forward(TINY, params, v.reshape(x.shape))[0].ravel()
+
+    jacobian = jax.jit(jax.jacfwd(flat))(x.ravel())
+    _, logdet = tarflow.forward(TINY, params, x)
+    dims = TINY.tokens * TINY.dims
+    np.testing.assert_allclose(np.linalg.slogdet(jacobian)[1] / dims, logdet[0], atol=1e-5)
+    assert abs(float(logdet[0])) > 1e-3
+
+
+@pytest.mark.parametrize("t", [0, 1])
+def test_a_block_is_causal_in_its_own_order(t):
+    params, u = randomised(TINY), jax.random.normal(jax.random.key(3), (1, TINY.tokens, TINY.dims))
+
+    @jax.jit
+    def outputs(u):
+        out, *_ = tarflow._apply(tarflow._net(TINY, t), params[f"block{t}"], u)
+        return out
+
+    for token in range(TINY.tokens):
+        changed = outputs(u.at[:, token].add(1.0)) - outputs(u)
+        np.testing.assert_array_equal(changed[:, :token], 0)
+        assert np.abs(changed[:, token]).max() > 0
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_cached_equals_uncached(scan):
+    task = dataclasses.replace(TINY, scan=scan)
+    params, u = randomised(task)["block1"], jax.random.normal(jax.random.key(3), (2, TINY.tokens, TINY.dims))
+    net = tarflow._net(task, 1)
+    whole, *_ = jax.jit(lambda u: tarflow._apply(net, params, u))(u)
+    cache = init_trunk_cache(task.depth, scan, 2, task.tokens, 2, 8, "float32")
+    one = jax.jit(lambda token, cache, i: tarflow._apply(net, params, token, None, cache, i))
+    for i in range(task.tokens):
+        out, _, cache = one(u[:, i : i + 1], cache, i)
+        np.testing.assert_allclose(out[:, 0], whole[:, i], atol=1e-5)
+
+
+def test_guidance_of_nothing_is_nothing():
+    params, z = randomised(TINY), jax.random.normal(jax.random.key(5), (2, TINY.tokens, TINY.dims))
+    plain = tarflow.inverse(TINY, params, z)
+    np.testing.assert_array_equal(tarflow.inverse(TINY, params, z, guidance=0.0), plain)
+    with pytest.warns(UserWarning, match="changes nothing"):
+        same = tarflow.inverse(TINY, params, z, guidance=2.0)
+    np.testing.assert_allclose(same, plain, atol=1e-5)
+    other = tarflow.inverse(TINY, params, z, guidance=Guidance(2.0, attention_temperature=0.3))
+    assert np.abs(other - plain).max() > 1e-3
+
+
+def test_a_negative_label_is_no_label_in_both_directions():
+    task = dataclasses.replace(TINY, classes=3)
+    params, x = randomised(task), picture(task, 2)
+    none = jnp.array([-1, -1])
+    np.testing.assert_allclose(*(tarflow.forward(task, params, x, y)[0] for y in (none, None)), atol=1e-6)
+    z = jax.random.normal(jax.random.key(5), (2, task.tokens, task.dims))
+    np.testing.assert_allclose(*(tarflow.inverse(task, params, z, y) for y in (none, None)), atol=1e-5)
+
+
+def test_sample_i_depends_on_its_key_alone():
+    params = randomised(TINY)
+    key = jax.random.key(9)
+    few, many = (jax.jit(lambda p, n=n: TINY.sample(p, key, n)["image"])(params) for n in (3, 5))
+    np.testing.assert_allclose(few, many[:3], atol=1e-5)
+    assert np.abs(many[3] - many[4]).max() > 1e-3
+
+
+def test_scanned_and_unrolled_agree_whatever_is_recomputed():
+    params, x = randomised(TINY), picture(TINY, 2)
+
+    def value(task):
+        like = weights.matching(params, weights.abstract(task))
+        loss = lambda p: tarflow.log_prob(task, p, x).mean()  # noqa: E731
+        total, grads = jax.jit(jax.value_and_grad(loss))(like)
+        return total, weights.flatten(weights.stacked(jax.device_get(grads)))
+
+    want, grads = value(TINY)
+    for other in (dataclasses.replace(TINY, scan=False), dataclasses.replace(TINY, remat="full")):
+        total, found = value(other)
+        np.testing.assert_allclose(total, want, rtol=1e-5)
+        for name, g in grads.items():
+            np.testing.assert_allclose(found[name], g, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [dist.Mesh(data=8), dist.Mesh(data=2, fsdp=2, tensor=2)], ids=["data", "all"])
+def test_eight_devices_agree_with_one(mesh):
+    params, x = randomised(TINY), picture(TINY, 8)
+    loss = lambda p, b: TINY.loss(p, b, jax.random.key(0))[0]  # noqa: E731
+    want = jax.jit(loss)(params, {"image": x})
+    boxed = jax.eval_shape(TINY.init, jax.random.key(0))
+    built = mesh.build()
+    with dist.use(built):
+        where = dist.shardings(boxed, built)
+        placed = jax.device_put(params, where)
+        got = jax.jit(loss)(placed, {"image": jax.device_put(x, dist.batch_sharding(built))})
+    assert abs(float(got) - float(want)) < 1e-6
+
+
+def test_uniform_noise_fills_the_bins():
+    task = dataclasses.replace(TINY, noise_type="uniform", levels=17)
+    k = jnp.arange(16).reshape(1, 4, 4, 1)
+    noisy = task.add_noise(jax.random.key(0), 2 * k / 16 - 1)
+    np.testing.assert_array_equal(jnp.floor((noisy + 1) * 17 / 2), k)
+    np.testing.assert_allclose(task.bits(0.5 * tarflow.LOG_2PI), 0.5 * np.log2(2 * np.pi) + np.log2(17 / 2), rtol=1e-6)
+    assert (task.bits_name, TINY.bits_name) == ("bpd", "noisy_bits_per_dim")
+
+
+def test_bfloat16_stays_close_and_keeps_float32_where_it_matters():
+    task = dataclasses.replace(TINY, dtype="bfloat16")
+    params, x = randomised(TINY), picture(TINY, 2)
+    z, logdet = tarflow.forward(task, params, x)
+    want, _ = tarflow.forward(TINY, params, x)
+    assert z.dtype == logdet.dtype == jnp.float32
+    np.testing.assert_allclose(z, want, atol=0.1)
+    assert np.abs(z - want).max() > 0
+
+
+def test_patches_come_back():
+    x = picture(tarflow.TarFlow(image=8, patch=2, width=64), 2)
+    np.testing.assert_array_equal(unpatchify(patchify(x, 2), 2, 3), x)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("head_dim", 24),
+        ("patch", 3),
+        ("patch", 4),
+        ("image", 0),
+        ("classes", -1),
+        ("drop", 1.0),
+        ("noise", -0.1),
+        ("noise_type", "salt"),
+        ("dtype", "float8"),
+        ("remat", "some"),
+        ("attention", "magic"),
+    ],
+)
+def test_bad_fields_are_named(field, value):
+    with pytest.raises(UserError, match=rf"task\.{field}={value}|task\.{field}='{value}'"):
+        dataclasses.replace(TINY, **{field: value})
+
+
+def test_denoising_refuses_uniform_noise():
+    task = dataclasses.replace(TINY, noise_type="uniform")
+    with pytest.raises(UserError, match="noise_type"):
+        tarflow.denoise(task, randomised(task), picture(task, 1))

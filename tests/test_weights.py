@@ -1,0 +1,585 @@
+"""Laws of zoo.weights: layouts, exports, published checkpoints, filling, StableHLO."""
+
+import json
+import os
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from zoo import weights
+from zoo.errors import UserError
+from zoo.task import Name
+
+CONFIG = {"task": {"class": "zoo.papers.fake.Fake", "width": 3}, "noise": 0.05, "labels": ["nought", "naïve"]}
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A stack of layers between an embedding and a held buffer; `scan` chooses the layout of the stack."""
+
+    depth: int = 3
+    width: int = 4
+    scan: bool = True
+    held = ("prior",)
+
+    def init(self, rng: jax.Array) -> dict[str, Any]:
+        def layer(key: jax.Array) -> dict[str, Any]:
+            kernel = jax.random.normal(key, (self.width, 3, 2, self.width // 2))
+            return {"qkv": {"kernel": kernel, "bias": jax.random.normal(key, (3, 2, self.width // 2))}}
+
+        keys = jax.random.split(rng, self.depth)
+        trunk = {"block": jax.vmap(layer)(keys)} if self.scan else {f"layer{i}": layer(k) for i, k in enumerate(keys)}
+        embed = nn.LogicallyPartitioned(jax.random.normal(rng, (5, self.width)), (None, "embed"))
+        return {
+            "net": {"trunk": trunk, "embed": embed},
+            "prior": {"var": jnp.ones(2), "count": jnp.zeros((), jnp.int32)},
+        }
+
+    def import_names(self) -> list[Name]:
+        split = "(three h k) w -> w three h k"
+        sizes = {"three": 3, "h": 2}
+        qkv = "net/trunk/block/qkv"
+        return [
+            Name("class_embed", "net/embed", "n 1 w -> n w"),
+            Name("var", "prior/var"),
+            Name("count", "prior/count"),
+            Name("mask", None, value=lambda: np.tril(np.ones((2, 2), np.float32))),
+            *(Name(f"{i}.qkv.weight", f"{qkv}/kernel", split, sizes, layer=i) for i in range(self.depth)),
+            *(Name(f"{i}.qkv.bias", f"{qkv}/bias", "(three h k) -> three h k", sizes, i) for i in range(self.depth)),
+        ]
+
+
+def fresh(seed: int = 0, **fields: Any) -> Any:
+    """Random parameters of a Fake (drawn by numpy: jax would compile for each shape)."""
+    rng = np.random.default_rng(seed)
+    shapes = weights.abstract(Fake(**fields))
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), shapes)
+
+
+def official(seed: int = 0, depth: int = 3, width: int = 4) -> dict[str, np.ndarray]:
+    """A random checkpoint in the published layout."""
+    rng = np.random.default_rng(seed)
+    state = {"class_embed": (5, 1, width), "var": (2,)}
+    state |= {f"{i}.qkv.weight": (3 * width, width) for i in range(depth)}
+    state |= {f"{i}.qkv.bias": (3 * width,) for i in range(depth)}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in state.items()}
+    return arrays | {"mask": np.tril(np.ones((2, 2), np.float32)), "count": np.asarray(7, np.int32)}
+
+
+def same(a: Any, b: Any) -> None:
+    """Equal structure, dtype, shape and bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+
+
+# layouts
+
+
+def test_flatten_and_back():
+    tree = {"b": {"c": 1, "a": {"x": 2}}, "a": 3}
+    assert weights.flatten(tree) == {"a": 3, "b/a/x": 2, "b/c": 1}
+    assert weights.unflatten(weights.flatten(tree)) == tree
+    with pytest.raises(ValueError, match="'x/y'"):
+        weights.flatten({"x/y": 1})
+
+
+@pytest.mark.parametrize("convert", [lambda x: x, np.asarray], ids=["jax", "numpy"])
+def test_unrolled_and_stacked_are_the_same_to_the_bit(convert):
+    unrolled = jax.tree.map(convert, fresh(scan=False, depth=11))
+    flat = weights.flatten(weights.stacked(unrolled))
+    assert flat["net/trunk/block/qkv/bias"].shape == (11, 3, 2, 2)
+    np.testing.assert_array_equal(
+        flat["net/trunk/block/qkv/bias"][10], unrolled["net"]["trunk"]["layer10"]["qkv"]["bias"]
+    )
+    same(weights.matching(weights.stacked(unrolled), unrolled), unrolled)
+    same(weights.matching(unrolled, weights.stacked(unrolled)), weights.stacked(unrolled))
+    same(weights.stacked(weights.stacked(unrolled)), weights.stacked(unrolled))
+    assert isinstance(jax.tree.leaves(weights.stacked(unrolled))[0], type(jax.tree.leaves(unrolled)[0]))
+
+
+def test_optimiser_states_convert_like_their_parameters():
+    def kernels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
+
+    unrolled = {"net": fresh(scan=False)["net"], "head": {"w": jnp.ones(3)}}
+    optimizer = optax.partition(
+        {"net": optax.adamw(1e-3, mask=kernels), "head": optax.sgd(0.1, momentum=0.9)}, {"net": "net", "head": "head"}
+    )
+
+    @jax.jit
+    def step(params: Any) -> Any:
+        updates, state = optimizer.update(jax.tree.map(jnp.sin, params), optimizer.init(params), params)
+        return optax.apply_updates(params, updates), state, None, [params]
+
+    small, large = step(unrolled), step(weights.stacked(unrolled))
+    assert jax.tree.structure(large) != jax.tree.structure(small)
+    same(weights.stacked(small), large)
+    same(weights.matching(large, small), small)
+    same(weights.matching(small, large), large)
+
+
+def test_layouts_nest_and_other_keys_stay():
+    inner = lambda i: {"layer0": np.full(2, i), "layer1": np.full(2, -i), "norm": np.full((), i)}  # noqa: E731
+    tree = {"t": {"layer0": {"trunk": inner(1)}, "layer1": {"trunk": inner(2)}, "out": np.zeros(1)}}
+    flat = weights.flatten(weights.stacked(tree))
+    assert {name: x.shape for name, x in flat.items()} == {
+        "t/block/trunk/block": (2, 2, 2), "t/block/trunk/norm": (2,), "t/out": (1,)
+    }  # fmt: skip
+    same(weights.matching(weights.unflatten(flat), tree), tree)
+    same(weights.matching(tree, weights.unflatten(flat)), weights.unflatten(flat))
+
+
+def test_unequal_layers_and_gaps_are_no_stack():
+    for tree in ({"layer0": np.zeros(2), "layer1": np.zeros(3)}, {"layer1": np.zeros(2), "layer2": np.zeros(2)}):
+        same(weights.stacked(tree), tree)
+        same(weights.matching(tree, tree), tree)
+
+
+def test_layouts_work_on_shapes_and_inside_jit():
+    unrolled = fresh(scan=False)
+    shapes = jax.eval_shape(lambda: unrolled)
+    want = jax.eval_shape(lambda: weights.stacked(unrolled))
+    assert weights.stacked(shapes) == want
+    assert weights.matching(want, shapes) == shapes
+    same(jax.jit(weights.stacked)(unrolled), weights.stacked(unrolled))
+    same(jax.jit(lambda p: weights.matching(p, unrolled))(weights.stacked(unrolled)), unrolled)
+
+
+def test_matching_names_what_differs():
+    params = fresh()
+    with pytest.raises(UserError, match=r"trunk/block has 3 layers, but 2 are expected"):
+        weights.matching(params, fresh(scan=False, depth=2))
+    with pytest.raises(
+        UserError, match=r"missing \(1\): prior/var; unexpected \(1\): net/new; wrong shape \(1\): prior/count"
+    ):
+        weights.matching({"net": {**params["net"], "new": jnp.zeros(1)}, "prior": {"count": jnp.zeros(3)}}, params)
+
+
+# exports
+
+
+def test_export_round_trip_to_the_bit(tmp_path):
+    unrolled = fresh(scan=False)
+    unrolled["half"] = jnp.linspace(-3, 3, 7).astype(jnp.bfloat16)
+    unrolled["turned"] = np.arange(6.0).reshape(2, 3).T  # not contiguous
+    weights.save(tmp_path / "new" / "out", unrolled, CONFIG, "# card")
+    params, config = weights.load(tmp_path / "new" / "out")
+    assert config == CONFIG
+    same(params, jax.device_get(weights.stacked(unrolled)))
+    same(weights.matching(params, unrolled), unrolled)
+    assert sorted(os.listdir(tmp_path / "new")) == ["out"]
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "new" / "out").iterdir()}
+    assert len(modes) == 1, "the weights are as readable as the config"
+
+
+def test_equal_weights_make_equal_files_and_the_card_names_the_sum(tmp_path):
+    import hashlib
+
+    for name in ("a", "b"):
+        weights.save(tmp_path / name, fresh(), CONFIG, "# card")
+    for file in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    whole = hashlib.sha256((tmp_path / "a" / "model.safetensors").read_bytes()).hexdigest()
+    assert whole in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_save_replaces_an_export_and_nothing_else(tmp_path):
+    out = tmp_path / "out"
+    weights.save(out, fresh(0), CONFIG, "old")
+    weights.save(out, fresh(1), {"x": 1}, "new")
+    same(weights.load(out)[0], jax.device_get(fresh(1)))
+    (out / "thesis.tex").write_text("dear")
+    with pytest.raises(UserError, match=r"not an export: it holds thesis.tex"):
+        weights.save(out, fresh(2), CONFIG, "")
+    assert weights.load(out)[1] == {"x": 1}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has no model.safetensors"):
+        weights.save(run, fresh(), CONFIG, "")
+    with pytest.raises(UserError, match=r"is a file"):
+        weights.save(run / "config.json", fresh(), CONFIG, "")
+    with pytest.raises(UserError, match=r"cannot be written"):
+        weights.save(run / "config.json" / "below", fresh(), CONFIG, "")
+    assert sorted(os.listdir(tmp_path)) == ["out", "run"]
+
+
+@pytest.mark.parametrize("fault", ["save_file", "rename"])
+def test_a_failed_save_leaves_the_earlier_export(tmp_path, monkeypatch, fault):
+    from zoo.weights import export
+
+    weights.save(tmp_path / "out", fresh(0), CONFIG, "")
+    real = os.rename
+
+    def fail(*args: Any, **_: Any) -> None:
+        if fault == "rename" and not str(args[0]).endswith(".tmp"):
+            return real(*args)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((export, "save_file", fail) if fault == "save_file" else (os, "rename", fail)))
+    with pytest.raises(UserError, match=r"No space left on device; free some space"):
+        weights.save(tmp_path / "out", fresh(1), CONFIG, "")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["out"]
+    same(weights.load(tmp_path / "out")[0], jax.device_get(fresh(0)))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_every_flipped_byte_is_detected(tmp_path, file):
+    params = {"a": {"w": jnp.arange(4.0)}, "h": jnp.ones((2, 2), jnp.bfloat16)}
+    weights.save(tmp_path, params, CONFIG, "")
+    want = weights.load(tmp_path)
+    whole = (tmp_path / file).read_bytes()
+    silent = []
+    for place in range(len(whole)):
+        for bits in (0x01, 0x0F, 0xFF):  # 0x0F turns the dtype F32 into I32
+            broken = bytearray(whole)
+            broken[place] ^= bits
+            (tmp_path / file).write_bytes(broken)
+            try:
+                params, config = weights.load(tmp_path)
+            except UserError as error:
+                message = str(error)
+            else:
+                same(params, want[0])  # a flip in white space may pass when nothing came of it
+                assert config == want[1]
+                silent.append(place)
+                continue
+            assert file in message
+    assert len(silent) < 0.1 * len(whole)
+
+
+def test_a_flipped_byte_of_a_tensor_is_named(tmp_path):
+    weights.save(tmp_path, fresh(), CONFIG, "")
+    path = tmp_path / "model.safetensors"
+    broken = bytearray(path.read_bytes())
+    broken[-1] ^= 1  # tensors lie in order of dtype and name: the last is prior/count or prior/var
+    path.write_bytes(broken)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged: the sha256 of 'prior/\w+' .* again"):
+        weights.load(tmp_path)
+
+
+def test_truncated_missing_and_foreign_exports_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is no export: it has no model\.safetensors"):
+        weights.load(tmp_path / "nowhere")
+    weights.save(tmp_path / "out", fresh(), CONFIG, "")
+    path = tmp_path / "out" / "model.safetensors"
+    whole = path.read_bytes()
+    for length in (0, 4, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="not a whole safetensors file"):
+            weights.load(tmp_path / "out")
+    weights.write_state_dict(path, {"w": np.zeros(2)})
+    with pytest.raises(UserError, match="was not written by `zoo export`"):
+        weights.load(tmp_path / "out")
+
+
+def test_card_tells_the_facts():
+    text = weights.card(
+        task="zoo.papers.tarflow.TarFlow",
+        paper="TarFlow (arXiv:2412.06329)",
+        data="digits, 1,500 scans",
+        steps=2600,
+        metrics={"bpd": 2.2034567},
+        ema=False,
+        parameters=407328,
+    )
+    for fact in ("# TarFlow", "arXiv:2412.06329", "1,500 scans", "2,600", "2.20346", "407,328", "raw", "No licence"):
+        assert fact in text
+    assert "EMA" not in text
+
+
+# published checkpoints
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_official_round_trip_is_exact(scan):
+    task, state = Fake(scan=scan), official()
+    params = weights.from_official(task, state)
+    same(jax.tree.map(jnp.shape, params), jax.tree.map(jnp.shape, fresh(scan=scan)))
+    kernel = weights.stacked(params)["net"]["trunk"]["block"]["qkv"]["kernel"]
+    assert kernel[2, 1, 0, 1, 0] == state["2.qkv.weight"][2, 1]  # [layer, w, q, head, k] is row (q h k), column w
+    assert params["prior"]["count"] == 7
+    back = weights.to_official(task, params)
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        same(back[name], array)
+    del state["mask"]
+    same(weights.from_official(task, state), params)
+
+
+def test_official_takes_torch_tensors_and_any_float():
+    torch = pytest.importorskip("torch")
+    state = official()
+    half = {name: torch.tensor(x).bfloat16() if x.dtype.kind == "f" else torch.tensor(x) for name, x in state.items()}
+    params = weights.from_official(Fake(), half)
+    same(params, weights.from_official(Fake(), {n: x.float().double().numpy() for n, x in half.items()}))
+    assert params["net"]["embed"].dtype == jnp.float32
+
+
+def test_official_lists_every_mismatch():
+    state = official(depth=9)
+    state["extra"], state["class_embed"] = np.zeros(1), np.zeros((6, 1, 4))
+    del state["var"], state["0.qkv.bias"]
+    with pytest.raises(UserError) as error:
+        weights.from_official(Fake(depth=3), state)
+    text = str(error.value)
+    assert "missing (2): var, 0.qkv.bias" in text
+    assert "unexpected (13): 3.qkv.bias, 3.qkv.weight, 4.qkv.bias, 4.qkv.weight, 5.qkv.bias, and 8 more" in text
+    assert "wrong shape (1): class_embed is 6x1x4 (expected 5x1x4)" in text
+    assert "\n" not in text
+
+
+def test_official_wants_a_complete_table():
+    class Partial(Fake):
+        def import_names(self) -> list[Name]:
+            return [name for name in super().import_names() if name.source not in ("count", "1.qkv.bias")]
+
+    state = {name: x for name, x in official().items() if name not in ("count", "1.qkv.bias")}
+    with pytest.raises(UserError, match=r"no tensor fills \(2\): net/trunk/block/qkv/bias, prior/count"):
+        weights.from_official(Partial(), state)
+
+    class Without:
+        init = Fake().init
+
+    with pytest.raises(UserError, match="Without knows no published layout"):
+        weights.from_official(Without(), state)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pth"])
+def test_state_dict_files_round_trip(tmp_path, suffix):
+    if suffix == ".pth":
+        pytest.importorskip("torch")
+    state = official() | {"half": np.asarray(jnp.linspace(-1, 1, 5, dtype=jnp.bfloat16))}
+    path = tmp_path / "deep" / f"model{suffix}"
+    weights.write_state_dict(path, {f"module._orig_mod.{name}": x for name, x in state.items()})
+    read = weights.read_state_dict(path)
+    assert read.keys() == state.keys()
+    half = read.pop("half")
+    np.testing.assert_array_equal(half.astype(np.float32), state.pop("half").astype(np.float32))
+    same({n: read[n] for n in sorted(read)}, {n: state[n] for n in sorted(state)})
+    assert os.listdir(path.parent) == [path.name]
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=path.name):
+        weights.read_state_dict(path)
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "a.pth"
+    weights.write_state_dict(path, {"w": np.ones(2)})
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("enforce fail: unexpected pos")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match=r"a\.pth cannot be written"):
+        weights.write_state_dict(path, {"w": np.zeros(2)})
+    with pytest.raises(UserError, match=r"b\.npz cannot be written"):
+        weights.write_state_dict(path / "b.npz", {"w": np.zeros(2)})
+    with pytest.raises(UserError, match=r"ends in '\.txt'"):
+        weights.write_state_dict(tmp_path / "b.txt", {"w": np.zeros(2)})
+    assert os.listdir(tmp_path) == ["a.pth"]
+    assert weights.read_state_dict(path)["w"].tolist() == [1, 1]
+
+
+def test_prefixes_go_only_when_all_names_carry_them(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, **{"module.a": np.zeros(1), "b": np.ones(1)})
+    assert set(weights.read_state_dict(path)) == {"module.a", "b"}
+
+
+def test_nested_torch_checkpoints_are_unwrapped(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "a.pth"
+    tensor = torch.nn.Parameter(torch.linspace(0, 1, 3).bfloat16())
+    torch.save({"epoch": 3, "model": {"state_dict": {"w": tensor}, "step": 4}, "optimizer": {"lr": 0.1}}, path)
+    read = weights.read_state_dict(path)
+    assert list(read) == ["w"]
+    np.testing.assert_array_equal(read["w"], tensor.detach().float().numpy())
+    torch.save({"model": torch.zeros(2)}, path)
+    assert list(weights.read_state_dict(path)) == ["model"]
+    torch.save({"w": torch.zeros(2), "epoch": 3}, path)
+    with pytest.raises(UserError, match="entries that are not tensors: epoch"):
+        weights.read_state_dict(path)
+    torch.save([torch.zeros(2)], path)
+    with pytest.raises(UserError, match="holds a list"):
+        weights.read_state_dict(path)
+
+
+class Malicious:
+    """Unpickling this makes a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "plain.pth", "plain4.pt", "array.npz", "plain.npz", "plain.safetensors"])
+def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, name):
+    mark, path = tmp_path / "ran", tmp_path / name
+    payload = {"w": Malicious(mark)}
+    if name == "zip.pth":
+        pytest.importorskip("torch").save(payload, path)
+    elif name == "array.npz":
+        np.savez(path, w=np.array([payload["w"]], object))
+    else:
+        if path.suffix in (".pth", ".pt"):
+            pytest.importorskip("torch")
+        path.write_bytes(pickle.dumps(payload, protocol=4 if "4" in name else 2))
+    with pytest.raises(UserError, match=name) as error:
+        weights.read_state_dict(path)
+    assert not mark.exists()
+    if name == "zip.pth":
+        assert f"asks for code to run ({os.name}.mkdir) and is refused" in str(error.value)
+    pickle.loads(pickle.dumps(payload))
+    assert mark.exists(), "the payload would have worked"
+
+
+def test_unreadable_state_dicts_end_in_a_sentence(tmp_path, monkeypatch):
+    for name, text in {"a.txt": "one of .safetensors", "b": "ends in 'nothing'", "c.npz": "not a plain .npz"}.items():
+        (tmp_path / name).write_bytes(b"hello")
+        with pytest.raises(UserError, match=text):
+            weights.read_state_dict(tmp_path / name)
+    with pytest.raises(UserError, match="is no file"):
+        weights.read_state_dict(tmp_path / "none.pth")
+    np.savez(tmp_path / "words.npz", w=np.zeros(1), names=np.array(["a"]))
+    with pytest.raises(UserError, match="not numbers: names"):
+        weights.read_state_dict(tmp_path / "words.npz")
+    (tmp_path / "d.pth").write_bytes(b"hello")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"install the extra `torch`"):
+        weights.read_state_dict(tmp_path / "d.pth")
+
+
+@pytest.mark.filterwarnings("error")
+def test_junk_torch_files_end_in_a_sentence(tmp_path):
+    pytest.importorskip("torch")
+    for junk in (b"", b"hello", b"PK\x03\x04junk", pickle.dumps({"w": 1})):
+        (tmp_path / "d.pth").write_bytes(junk)
+        with pytest.raises(UserError, match=r"d\.pth"):
+            weights.read_state_dict(tmp_path / "d.pth")
+
+
+# filling
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_fill_puts_trees_where_they_belong_and_reports(scan):
+    params, base = fresh(0, scan=scan), jax.device_get(fresh(1))
+    base["prior"]["old"] = np.zeros(3)
+    filled, report = weights.fill(params, {"net": base["net"]})
+    same(filled["net"], jax.tree.map(jnp.asarray, weights.matching(base["net"], params["net"])))
+    same(filled["prior"], params["prior"])
+    count = 3 if scan else 7
+    assert report == [f"filled: net ({count} tensors)", "left fresh: prior (2 tensors)"]
+
+    base["head"] = {"w": np.zeros(1)}
+    filled, report = weights.fill(params, {"": base, "prior": {"var": np.full(2, 5.0)}})
+    assert report == [
+        f"filled: net ({count} tensors), prior (1 tensor)", "left fresh: prior (1 tensor)", "not used: head (1 tensor)"
+    ]  # fmt: skip
+    np.testing.assert_array_equal(filled["prior"]["var"], [5, 5])  # the explicit key wins
+    assert filled["prior"]["var"].dtype == jnp.float32
+
+    holder = {"teacher": params, "own": jnp.zeros(2)}
+    filled, report = weights.fill(holder, {"teacher": fresh(1)})
+    same(filled["teacher"], weights.matching(fresh(1), params))
+    assert report[-1] == "left fresh: own (1 tensor)"
+
+
+def test_fill_refuses_what_does_not_fit():
+    params = fresh()
+    with pytest.raises(UserError, match=r"'nett' is no part .* did you mean 'net'"):
+        weights.fill(params, {"nett": {}})
+    with pytest.raises(UserError, match=r"net/embed is 5x6 \(expected 5x4\)"):
+        weights.fill(params, {"": fresh(width=6)})
+    with pytest.raises(UserError, match=r"qkv/kernel is 2x4x3x2x2 \(expected 3x4x3x2x2\)"):
+        weights.fill(params, {"net": fresh(depth=2, scan=False)["net"]})
+    with pytest.raises(UserError, match=r"net/trunk/block has 2 layers, but 3 are expected"):
+        weights.fill(fresh(scan=False), {"net": fresh(depth=2)["net"]})
+    with pytest.raises(UserError, match=r"nothing given for 'net' has a place: it holds net/w"):
+        weights.fill(params, {"net": {"w": np.zeros(1)}})
+
+
+def test_fill_keeps_the_placement():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params = {"a": jax.device_put(jnp.zeros(4), where), "b": jnp.zeros(2)}
+    filled, _ = weights.fill(params, {"": {"a": np.ones(4), "b": np.ones(2)}})
+    assert filled["a"].sharding == where
+    assert not filled["b"].committed
+
+
+def test_resolve_reads_the_reference():
+    trees = {"runs/a": {"flow0": 1, "flow1": 2}, "C:/x/y": {"z": 3}}
+    assert weights.resolve("runs/a", trees.__getitem__) == trees["runs/a"]
+    assert weights.resolve("runs/a:flow1", trees.__getitem__) == 2
+    assert weights.resolve("C:/x/y", trees.__getitem__) == {"z": 3}
+    with pytest.raises(UserError, match=r"runs/a has no parameters named 'flow9'; did you mean"):
+        weights.resolve("runs/a:flow9", trees.__getitem__)
+
+
+def test_abstract_is_unboxed_and_computes_nothing():
+    shapes = weights.abstract(Fake(scan=False))
+    assert shapes["net"]["embed"] == jax.ShapeDtypeStruct((5, 4), jnp.float32)
+    assert shapes["net"]["trunk"]["layer2"]["qkv"]["bias"] == jax.ShapeDtypeStruct((3, 2, 2), jnp.float32)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        inside = weights.abstract(Fake(scan=False))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), inside) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+
+
+# StableHLO
+
+
+def sampler(params: Any, rng: jax.Array, guidance: jax.Array) -> dict[str, jax.Array]:
+    """A toy with a scan over the unrolled layers' kernels and a draw."""
+    x = jax.random.normal(rng, (2, 4)) @ params["net"]["embed"].T
+    for layer in params["net"]["trunk"].values():
+        x = jnp.tanh(x * layer["qkv"]["bias"].sum() + guidance)
+    return {"image": x}
+
+
+def test_stablehlo_sampler_equals_the_jitted_one(tmp_path):
+    params = fresh(scan=False)
+    with pytest.raises(UserError, match="export the weights there first"):
+        weights.export_stablehlo(tmp_path, sampler, params)
+    weights.save(tmp_path / "out", params, CONFIG, "")
+    arguments = (jax.random.key(3), jnp.float32(0.5))
+    shapes = jax.eval_shape(lambda: (params, *arguments))
+    weights.export_stablehlo(tmp_path / "out", sampler, *shapes)
+    stored, _ = weights.load(tmp_path / "out")
+    call = weights.load_stablehlo(tmp_path / "out")
+    same(call(stored, *arguments), jax.jit(sampler)(params, *arguments))
+
+    about = json.loads((tmp_path / "out" / "stablehlo" / "sampler.json").read_text())
+    assert about["platforms"] == ["cpu", "cuda", "tpu"]
+    assert about["results"] == {"image": {"shape": [2, 5], "dtype": "float32"}}
+    assert about["arguments"][0].keys() == weights.flatten(stored).keys()
+    assert about["arguments"][1] == {"shape": [], "dtype": "key<fry>"}
+
+    blob = tmp_path / "out" / "stablehlo" / "sampler.bin"
+    broken = bytearray(blob.read_bytes())
+    broken[200] ^= 1
+    blob.write_bytes(broken)
+    with pytest.raises(UserError, match="is damaged"):
+        weights.load_stablehlo(tmp_path / "out")
+    weights.export_stablehlo(tmp_path / "out", sampler, *shapes, platforms=("tpu",))
+    with pytest.raises(UserError, match="exported for tpu, not for cpu"):
+        weights.load_stablehlo(tmp_path / "out")
+    weights.save(tmp_path / "out", params, CONFIG, "")  # new weights take the earlier sampler with them
+    with pytest.raises(UserError, match="holds no readable sampler"):
+        weights.load_stablehlo(tmp_path / "out")

@@ -1,0 +1,369 @@
+"""The command line. One grammar: what a run or metric is = `field=value`, what a command does = `--flag`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import logging
+import os
+import sys
+import typing
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import UserError, suggest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zoo", description="Train, sample, evaluate and export the models of the zoo."
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+
+    def verb(name: str, text: str, *positional: str, fields: str | None = None) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for word in positional:
+            sub.add_argument(
+                word.lower().rstrip("?"), metavar=word.rstrip("?"), nargs="?" if word.endswith("?") else None
+            )
+        if fields:
+            sub.add_argument("fields", nargs="*", metavar="field=value", help=fields)
+        return sub
+
+    def opens(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--raw", action="store_true", help="the last weights, even where the run keeps an average")
+        sub.add_argument(
+            "--allow",
+            action="append",
+            default=[],
+            metavar="PACKAGE",
+            help="trust the classes of this package in the config",
+        )
+
+    sub = verb("train", "Start or resume a run.", "CONFIG", fields="override fields, e.g. optim.lr=3e-4 mesh.fsdp=8")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+    sub = verb(
+        "sample",
+        "Draw samples from a run, an export or a shipped model.",
+        "MODEL",
+        fields="n, seed, label and the sampler's options, e.g. n=64 guidance=2.0",
+    )
+    sub.add_argument(
+        "--out", default=None, metavar="FOLDER", help="default: samples/ in the run folder, or samples/ here"
+    )
+    sub.add_argument("--batch", type=int, default=64, help="samples per batch")
+    opens(sub)
+    sub = verb(
+        "eval",
+        "Measure a run or an export.",
+        "MODEL",
+        "METRIC",
+        fields="fields of the metric, e.g. draws=16; data.path=... for other data",
+    )
+    opens(sub)
+    sub = verb("export", "Write the weights of a run for others.", "MODEL", "OUT")
+    sub.add_argument("--format", choices=("zoo", "official", "stablehlo"), default="zoo")
+    sub.add_argument("--samples", type=int, default=16, help="batch size of a stablehlo sampler")
+    opens(sub)
+    verb(
+        "import",
+        "Bring in a published checkpoint.",
+        "CONFIG",
+        "FILE",
+        "OUT",
+        fields="override fields of the config, e.g. task.head_dim=64",
+    )
+    sub = verb("bench", "Time the train step and the sampler of a config.", "CONFIG", fields="override fields")
+    sub.add_argument(
+        "--peer", default=None, metavar="FILE", help="a Python file with build(task), timed in turn with ours"
+    )
+    sub.add_argument("--what", choices=("train", "sample", "both"), default="both")
+    sub.add_argument("--samples", type=int, default=16, help="batch size of the sampler")
+    sub.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, in turn")
+    sub.add_argument("--json", default=None, metavar="FILE", help="write the figures here as well")
+    sub = verb("prepare", "Turn a folder of images or an .npz file into an ArrayRecord data set.", "SOURCE", "DEST")
+    sub.add_argument(
+        "--size", type=int, default=None, help="resize the shorter side and crop the centre to this many pixels"
+    )
+    sub.add_argument("--channels", type=int, default=3, choices=(1, 3))
+    sub.add_argument(
+        "--convert", action="store_true", help="turn grey images to colour or colour ones to grey as needed"
+    )
+    sub.add_argument("--test-fraction", type=float, default=0.1, help="held out where the source has no test part")
+    sub.add_argument("--allow-unreadable", action="store_true", help="exit 0 although some files could not be read")
+    verb("list", "Papers, their abilities, shipped configs and weights.")
+    verb("show", "One config in full.", "CONFIG", fields="override fields")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `zoo`; returns the exit code: 0 done, 1 done with losses, 2 a mistake to mend."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    log = logging.getLogger("zoo")
+    log.setLevel(logging.INFO)
+    warnings.showwarning = lambda message, *_, **__: print(
+        f"note: {' '.join(str(message).split())[:300]}", file=sys.stderr
+    )
+    try:
+        return int(_VERBS[args.verb](args) or 0)
+    except UserError as error:
+        if args.traceback:
+            raise
+        print(f"zoo {args.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"zoo {args.verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+    from zoo import config
+
+    run = _run(config.load(args.config, args.fields), args.config)
+    from zoo import dist
+    from zoo.train.loop import train
+
+    dist.start()
+    train(run, quiet=args.quiet)
+    return 0
+
+
+def _run(run: Any, name: str) -> Any:
+    from zoo.run import Run
+
+    if not isinstance(run, Run):
+        raise UserError(f"{name} holds a {type(run).__name__}, not a Run; only runs are trained")
+    return run
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def _options(model: Any, fields: Sequence[str]) -> dict[str, Any]:
+    """n, seed, label and the sampler's own options from `field=value`, typed by the sampler's signature."""
+    from zoo import config
+
+    if not hasattr(model.task, "sample"):
+        from zoo.task import abilities
+
+        raise UserError(
+            f"{type(model.task).__name__} has no sampler; it can: {', '.join(abilities(model.task))} (try `zoo eval`)"
+        )
+    signature = inspect.signature(model.task.sample)
+    own = {p.name: p.default for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    hints = typing.get_type_hints(type(model.task).sample)
+    kinds = {"n": int, "seed": int, "label": str, **{k: hints.get(k, Any) for k in own}}
+    values: dict[str, Any] = {"n": 64, "seed": 0, "label": None, **own}
+    nested: dict[str, list[str]] = {}
+    for text in fields:
+        key, equals, value = text.partition("=")
+        head, dot, rest = key.partition(".")
+        if not equals or head not in kinds:
+            raise UserError(
+                f"no option {head!r} of this sampler; {suggest(head, kinds)}"
+                if equals
+                else f"{text!r} is no option; write n=64"
+            )
+        if dot:
+            nested.setdefault(head, []).append(f"{rest}={value}")
+            continue
+        if head in ("n", "seed"):
+            values[head] = config.parse(value, int, head)
+        elif head == "label":
+            values[head] = value
+        else:
+            simple = [k for k in (typing.get_args(kinds[head]) or (kinds[head],)) if not dataclasses.is_dataclass(k)]
+            values[head] = config.parse(value, typing.Union[tuple(simple)], head)  # noqa: UP007
+    for head, parts in nested.items():
+        classes = [k for k in typing.get_args(kinds[head]) if dataclasses.is_dataclass(k)]
+        if not classes:
+            raise UserError(f"option {head} has no parts; write {head}=value")
+        values[head] = config.override(classes[0](), parts)  # type: ignore[operator]
+    if values["n"] < 1:
+        raise UserError(f"n={values['n']}; draw at least one sample")
+    return values
+
+
+def label_numbers(text: str | None, classes: int, names: Sequence[str], n: int) -> Any:
+    """Class numbers [n] from `label=`: names or numbers, separated by commas and repeated in turn; balanced by default.
+
+    UserError for an unknown name or a number out of range; `none` draws without labels.
+    """
+    import numpy as np
+
+    if not classes:
+        if text is not None:
+            raise UserError(f"label={text}: this model is unconditional (task.classes=0); leave label= out")
+        return None
+    if text is None:
+        return (np.arange(n) % classes).astype(np.int32)
+    chosen = []
+    for word in text.split(","):
+        if word == "none":
+            chosen.append(-1)
+        elif word in names:
+            chosen.append(list(names).index(word))
+        elif word.lstrip("-").isdigit():
+            if not 0 <= int(word) < classes:
+                raise UserError(f"label={word} is out of range; this model has classes 0 to {classes - 1}")
+            chosen.append(int(word))
+        else:
+            raise UserError(f"label={word!r} is no class; {suggest(word, names)}")
+    return np.resize(np.array(chosen, np.int32), n)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from zoo import dist, models
+
+    dist.start()
+    model = models.open_model(args.model, raw=args.raw, allow=args.allow)
+    options = _options(model, args.fields)
+    n, seed, text = (options.pop(k) for k in ("n", "seed", "label"))
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch}; draw at least one sample at a time")
+    labels = label_numbers(text, getattr(model.task, "classes", 0), model.labels, n)
+    out = Path(args.out or (model.folder / "samples" if model.run is not None else "samples"))
+    from zoo.commands.sample import draw
+
+    draw(model, out, n=n, seed=seed, labels=labels, batch=min(args.batch, n), options=options)
+    return 0
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def _eval(args: argparse.Namespace) -> int:
+    import jax
+
+    from zoo import config, dist, metrics, models
+    from zoo.task import abilities
+
+    dist.start()
+    model = models.open_model(args.model, raw=args.raw, allow=args.allow)
+    known = metrics.named()
+    if args.metric in known:
+        metric: Any = known[args.metric]()
+    elif args.metric.partition(":")[0].endswith(".py"):
+        metric = config.load(args.metric)
+    else:
+        raise UserError(f"no metric {args.metric!r}; {suggest(args.metric, known)}, or a config file that defines one")
+    own = [f for f in args.fields if not f.startswith("data.")]
+    metric = config.override(metric, own)
+    data = config.override(model.data, [f.removeprefix("data.") for f in args.fields if f.startswith("data.")])
+    missing = [a for a in metric.needs if not hasattr(model.task, a)]
+    if missing:
+        raise UserError(
+            f"{args.metric} needs {missing[0]!r}, which {type(model.task).__name__} has not; it can: {', '.join(abilities(model.task))}"
+        )
+    if data is None:
+        raise UserError(f"{args.model} does not say what data it was trained on; import it with a config that does")
+    found = metric(model.task, model.params, data, jax.random.key(0), **models.loaded_for(metric, args.allow))
+    line = {
+        **found,
+        "weights": model.kind,
+        "step": model.step,
+        "metric": config.dump(metric),
+        "data": config.dump(data),
+    }
+    print(json.dumps(line))
+    return 0
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def _export(args: argparse.Namespace) -> int:
+    from zoo import dist, models
+    from zoo.commands.weights import export
+
+    dist.start()
+    model = models.open_model(args.model, raw=args.raw, allow=args.allow)
+    print(export(model, Path(args.out), args.format, args.samples))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from zoo import config
+    from zoo.commands.weights import import_checkpoint
+
+    run = _run(config.load(args.config, args.fields), args.config)
+    print(import_checkpoint(run, Path(args.file), Path(args.out)))
+    return 0
+
+
+# --- the rest -------------------------------------------------------------------------------------
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from zoo import config, dist
+    from zoo.commands.bench import bench
+
+    run = _run(config.load(args.config, args.fields), args.config)
+    dist.start()
+    result = bench(run, peer=args.peer, what=args.what, samples=args.samples, rounds=args.rounds)
+    print(result.table())
+    if args.json:
+        try:
+            Path(args.json).write_text(json.dumps(result.figures, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.json}: {error.strerror}") from None
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from zoo.data.prepare import prepare
+
+    report = prepare(
+        args.source,
+        args.dest,
+        size=args.size,
+        channels=args.channels,
+        allow_unreadable=args.allow_unreadable,
+        convert=args.convert,
+        test_fraction=args.test_fraction,
+    )
+    print(report)
+    return 1 if report.unreadable and not args.allow_unreadable else 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from zoo.commands import listing
+
+    print(listing.listing())
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from zoo import config
+    from zoo.commands import listing
+
+    print(listing.show(config.load(args.config, args.fields), args.config))
+    return 0
+
+
+_VERBS = {
+    "train": _train,
+    "sample": _sample,
+    "eval": _eval,
+    "export": _export,
+    "import": _import,
+    "bench": _bench,
+    "prepare": _prepare,
+    "list": _list,
+    "show": _show,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""`zoo list` and `zoo show`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from zoo import config, models, weights
+from zoo.run import Run
+from zoo.task import abilities
+
+
+def papers() -> list[dict[str, Any]]:
+    """Each paper file: module, title, arXiv number, and its tasks with their abilities."""
+    import importlib
+
+    found = []
+    folder = Path(__file__).parent.parent / "papers"
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("_") or not (path.suffix == ".py" or (path / "__init__.py").exists()):
+            continue
+        module = importlib.import_module(f"zoo.papers.{path.stem}")
+        title = (module.__doc__ or "").partition("\n")[0].rstrip(".")
+        number = re.search(r"arXiv:(\d{4}\.\d{4,5})", title)
+        tasks = {
+            name: abilities(cls)
+            for name, cls in vars(module).items()
+            if inspect.isclass(cls)
+            and cls.__module__.startswith(module.__name__)
+            and hasattr(cls, "spec")
+            and hasattr(cls, "loss")
+        }
+        found.append({"module": path.stem, "title": title, "arxiv": number.group(1) if number else "", "tasks": tasks})
+    return found
+
+
+def listing() -> str:
+    """Papers with arXiv number and abilities, shipped configs and shipped weights."""
+    lines = ["Papers"]
+    for paper in papers():
+        lines.append(f"  {paper['title']}")
+        lines += [f"    {name}: {', '.join(can)}" for name, can in paper["tasks"].items()]
+    lines += ["", "Configs (zoo train NAME; NAME:smoke for a tiny one)"]
+    known = config.shipped()
+    width = max(map(len, known), default=0)
+    lines += [f"  {name:<{width}}  {config.describe(name)}" for name in known]
+    lines += ["", "Weights (zoo sample NAME)"]
+    lines += [f"  {name}" for name in models.shipped()] or ["  none"]
+    return "\n".join(lines)
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass, from its source."""
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        return {}
+    lines, found = source.splitlines(), {}
+    for node in ast.walk(ast.parse(inspect.cleandoc(source) if source.startswith(" ") else source)):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
+            _, mark, text = lines[node.end_lineno - 1].partition("# ")
+            if mark:
+                found[node.target.id] = text.strip()
+    return found
+
+
+def _kind(annotation: Any) -> str:
+    return (
+        annotation.__name__
+        if isinstance(annotation, type)
+        else re.sub(r"\b(typing|collections\.abc|zoo\.[\w.]+)\.", "", str(annotation))
+    )
+
+
+def _rows(value: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """(field, value, type, comment) of a tree of dataclasses, depth first."""
+    rows: list[tuple[str, str, str, str]] = []
+    hints, comments = typing.get_type_hints(type(value)), _comments(type(value))
+    for f in dataclasses.fields(value):
+        inner, name = getattr(value, f.name), f"{prefix}{f.name}"
+        parts = (
+            {str(i): v for i, v in enumerate(inner)}
+            if isinstance(inner, tuple)
+            else inner
+            if isinstance(inner, dict)
+            else {}
+        )
+        if dataclasses.is_dataclass(inner):
+            rows.append((name, f"{type(inner).__name__}", "", (inspect.getdoc(type(inner)) or "").partition("\n")[0]))
+            rows += _rows(inner, f"{name}.")
+        elif parts and all(dataclasses.is_dataclass(v) for v in parts.values()):
+            for key, part in parts.items():
+                rows.append(
+                    (f"{name}.{key}", type(part).__name__, "", (inspect.getdoc(type(part)) or "").partition("\n")[0])
+                )
+                rows += _rows(part, f"{name}.{key}.")
+        else:
+            rows.append((name, repr(inner), _kind(hints[f.name]), comments.get(f.name, "")))
+    return rows
+
+
+def show(value: Any, name: str) -> str:
+    """Every field, value, type and comment of a config; for a run also its size and which precision computes what."""
+    rows = _rows(value)
+    widths = [min(max(len(r[i]) for r in rows), limit) for i, limit in enumerate((36, 34, 28))]
+    lines = [f"{name}: {config.describe(name)}", ""]
+    lines += [
+        "  ".join(text.ljust(w) for text, w in zip(row[:3], widths)).rstrip() + (f"  {row[3]}" if row[3] else "")
+        for row in rows
+    ]
+    if isinstance(value, Run):
+        lines += ["", *_facts(value)]
+    return "\n".join(lines)
+
+
+def _facts(run: Run) -> list[str]:
+    shapes = weights.flatten(weights.abstract(run.task))
+    count = sum(int(np.prod(x.shape)) for x in shapes.values())
+    held = list(run.task.held)
+    lines = [
+        f"{count:,} parameters in {len(shapes)} arrays"
+        + (f", held without gradient: {', '.join(held)}" if held else "")
+    ]
+    lines.append(f"one batch: {', '.join(f'{k} {v.dtype}{list(v.shape)}' for k, v in run.spec().items())}")
+    lines += ["", "Precision"]
+    lines.append(
+        f"  {_dtypes(shapes)}  parameters, gradients, optimiser state" + (", average of the weights" if run.ema else "")
+    )
+    lines += [f"  {dtype:<9} {what}" for dtype, what in _activations(run)]
+    return lines
+
+
+def _dtypes(shapes: dict[str, Any]) -> str:
+    return ", ".join(sorted({str(x.dtype) for x in shapes.values()})).ljust(8)
+
+
+def _activations(run: Run) -> list[tuple[str, str]]:
+    """Which kinds of operation run in which float type, read off the traced loss."""
+    spec = run.task.spec(1)
+    params = weights.abstract(run.task)
+    traced = jax.make_jaxpr(run.task.loss)(params, spec, jax.eval_shape(lambda: jax.random.key(0)))
+    kinds: dict[str, set[str]] = {}
+    names = {
+        "dot_general": "matrix products",
+        "exp": "exponentials",
+        "reduce_sum": "sums",
+        "erf": "GELU",
+        "rsqrt": "norms",
+        "tanh": "tanh",
+    }
+
+    def walk(jaxpr: Any) -> None:
+        for eqn in jaxpr.eqns:
+            for inner in jax.core.jaxprs_in_params(eqn.params):
+                walk(inner)
+            if eqn.primitive.name in names:
+                dtypes = {str(v.aval.dtype) for v in eqn.invars if hasattr(v.aval, "dtype")} & {
+                    "float32",
+                    "bfloat16",
+                    "float16",
+                }
+                if dtypes:
+                    kinds.setdefault("bfloat16" if dtypes == {"bfloat16"} else "float32", set()).add(
+                        names[eqn.primitive.name]
+                    )
+
+    walk(traced.jaxpr)
+    return [(dtype, ", ".join(sorted(what))) for dtype, what in sorted(kinds.items())]

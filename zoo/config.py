@@ -1,0 +1,276 @@
+"""Config files: load one, override its fields with typed values, write it as JSON and read it back.
+
+A config is plain data: frozen dataclasses of numbers, strings, tuples, dicts and further such dataclasses. JSON names a
+dataclass by its import path; since such files travel between strangers, only frozen dataclasses of modules under
+`zoo.` are resolved, others need their package named, and nothing is imported before that check.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import re
+import sys
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from zoo.errors import UserError, suggest
+
+_CLASS = "class"  # the JSON key that holds a dataclass's import path
+
+
+# --- config files ---------------------------------------------------------------------------------
+
+
+def _shipped() -> Path:
+    """The folder of shipped configs: beside the package in a clone, inside it in an installed wheel."""
+    package = Path(__file__).parent
+    return package / "_configs" if (package / "_configs").is_dir() else package.parent / "configs"
+
+
+def shipped() -> dict[str, Path]:
+    """Every shipped config by its short name, `tarflow/digits`."""
+    root = _shipped()
+    return {
+        str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.py")) if not p.name.startswith("_")
+    }
+
+
+def locate(name: str) -> tuple[Path, str]:
+    """File and value name of `configs/tarflow/digits.py`, `tarflow/digits` or either with `:smoke` behind."""
+    path, _, value = name.partition(":") if not re.match(r"^[A-Za-z]:[\\/]", name) else (name, "", "")
+    value = value or "config"
+    if Path(path).is_file():
+        return Path(path), value
+    known = shipped()
+    short = re.sub(r"^configs/", "", re.sub(r"\.py$", "", path))
+    if short in known:
+        return known[short], value
+    raise UserError(f"no config file {path!r}; {suggest(short, known)} (`zoo list` shows them all)")
+
+
+def _execute(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        f"zoo_config_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}", path
+    )
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file; a config is a .py file that defines `config`")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses defined in the file need their module to be findable
+    spec.loader.exec_module(module)
+    return module
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Any:
+    """The value `config` (or the one named after a colon) of a config file, with `field=value` overrides applied.
+
+    Args:
+        name: a path (`configs/tarflow/digits.py`), a shipped name (`tarflow/digits`), either with `:smoke`.
+
+    Raises:
+        UserError: no such file, no such value in it, or an override that does not fit.
+    """
+    path, value = locate(name)
+    module = _execute(path)
+    if not hasattr(module, value):
+        known = [k for k, v in vars(module).items() if dataclasses.is_dataclass(v) and not isinstance(v, type)]
+        raise UserError(f"{path} defines no {value!r}; {suggest(value, known)}")
+    config = getattr(module, value)
+    if getattr(config, "workdir", 0) is None:
+        suffix = "" if value == "config" else f"-{value}"
+        config = dataclasses.replace(config, workdir=f"runs/{path.resolve().parent.name}-{path.stem}{suffix}")
+    return override(config, overrides)
+
+
+def describe(name: str) -> str:
+    """First line of a config file's docstring, without running it."""
+    path, _ = locate(name)
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+
+
+# --- overrides ------------------------------------------------------------------------------------
+
+
+def override(config: Any, assignments: Iterable[str]) -> Any:
+    """Apply `field.sub=value` assignments to a tree of frozen dataclasses; each value is parsed for its field's type.
+
+    All fields of one object change together, so that `task.width=96 task.head_dim=24` needs no order.
+    """
+    tree: dict[str, Any] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"{text!r} is no override; write field=value, e.g. optim.lr=3e-4")
+        node, parts = tree, key.split(".")
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{key} is set both as a whole and in part; keep one of them")
+        if parts[-1] in node:
+            raise UserError(f"{key} is set twice; keep one of them")
+        node[parts[-1]] = value
+    return _replace(config, tree, "")
+
+
+def _replace(node: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+    if isinstance(node, dict):
+        unknown = [k for k in changes if k not in node]
+        if unknown:
+            raise UserError(f"no key {prefix}{unknown[0]}; {suggest(unknown[0], node)}")
+        return {**node, **{k: _change(node[k], None, v, f"{prefix}{k}") for k, v in changes.items()}}
+    if isinstance(node, tuple):
+        items = list(node)
+        for k, v in changes.items():
+            if not k.isdigit() or int(k) >= len(items):
+                raise UserError(
+                    f"no element {prefix}{k}; {prefix.rstrip('.')} has {len(items)} elements, counted from 0"
+                )
+            items[int(k)] = _change(items[int(k)], None, v, f"{prefix}{k}")
+        return tuple(items)
+    if not _is_config(node):
+        raise UserError(f"{prefix.rstrip('.')}={node!r} has no fields; set it as a whole")
+    names = [f.name for f in dataclasses.fields(node)]
+    unknown = [k for k in changes if k not in names]
+    if unknown:
+        raise UserError(f"no field {prefix}{unknown[0]} in {type(node).__name__}; {suggest(unknown[0], names)}")
+    types = typing.get_type_hints(type(node))
+    return dataclasses.replace(
+        node, **{k: _change(getattr(node, k), types[k], v, f"{prefix}{k}") for k, v in changes.items()}
+    )
+
+
+def _change(old: Any, kind: Any, new: Any, name: str) -> Any:
+    if isinstance(new, dict):
+        return _replace(old, new, f"{name}.")
+    return parse(new, kind if kind is not None else type(old), name, old)
+
+
+def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
+    """`text` as a value of type `kind`; UserError naming the field when it is none."""
+    if _is_config(old) or (isinstance(old, tuple) and any(_is_config(v) for v in old)):
+        inside = ", ".join(f.name for f in dataclasses.fields(old)) if _is_config(old) else "0, 1, ..."
+        raise UserError(
+            f"{name} is a whole object, not a value; set its fields ({name}.{inside.split(', ')[0]}=...): {inside}"
+        )
+    attempts: list[Any] = [text]
+    if kind is Any:
+        kind = (
+            bool | int | float | str
+            if old is None or not isinstance(old, (bool, int, float, str))
+            else type(old)
+            if isinstance(old, str)
+            else bool | int | float
+        )
+    try:
+        attempts.append(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        attempts.append(tuple(part for part in text.split(",") if part))  # a,b for a tuple of strings
+    for attempt in attempts:
+        try:
+            value = msgspec.convert(attempt, kind, strict=False)
+        except (msgspec.ValidationError, TypeError):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={text} is not finite; give a finite number")
+        return value
+    raise UserError(f"{name}={text!r} is no {_type_name(kind)} (it is {old!r} now)")
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "choice of " + ", ".join(map(str, typing.get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def _is_config(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def dump(value: Any, where: str = "config") -> Any:
+    """JSON-able form of a config. Callables, arrays and other living things are refused."""
+    if _is_config(value):
+        cls = type(value)
+        return {
+            _CLASS: f"{cls.__module__}.{cls.__qualname__}",
+            **{f.name: dump(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)},
+        }
+    if isinstance(value, Mapping):
+        return {str(k): dump(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [dump(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise UserError(
+        f"{where} is a {type(value).__name__}; a config holds numbers, strings, tuples and frozen dataclasses only"
+    )
+
+
+def undump(data: Any, allow: Sequence[str] = (), where: str = "config") -> Any:
+    """The config that `dump` wrote. Classes outside `zoo.` and the packages in `allow` are refused unimported."""
+    if isinstance(data, list):
+        return tuple(undump(v, allow, f"{where}[{i}]") for i, v in enumerate(data))
+    if not isinstance(data, dict):
+        return data
+    if _CLASS not in data:
+        return {k: undump(v, allow, f"{where}.{k}") for k, v in data.items()}
+    cls = _resolve(data[_CLASS], allow, where)
+    values = {k: v for k, v in data.items() if k != _CLASS}
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = [k for k in values if k not in names]
+    if unknown:
+        raise UserError(
+            f"{where}: {cls.__name__} has no field {unknown[0]!r}; {suggest(unknown[0], names)} (was it written by another version?)"
+        )
+    return cls(**{k: undump(v, allow, f"{where}.{k}") for k, v in values.items()})
+
+
+def _resolve(name: Any, allow: Sequence[str], where: str) -> type:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
+        raise UserError(f"{where}: {name!r} is no class name; the file is damaged or not a zoo config")
+    module, _, attribute = name.rpartition(".")
+    package = module.partition(".")[0]
+    if package not in ("zoo", *allow):
+        raise UserError(
+            f"{where} names the class {name}, which is not part of zoo, and nothing of it was imported; if you trust the file, "
+            f"say so with --allow {package}"
+        )
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"{where} names the class {name}, which does not exist here; was it written by another version?"
+        ) from None
+    frozen = isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    if not frozen or cls.__module__ != module:
+        raise UserError(
+            f"{where} names {name}, which is no frozen dataclass of that module; the file is damaged or not a zoo config"
+        )
+    return cls
+
+
+def digest(value: Any) -> str:
+    """A short hash of a config: equal configs, equal digests, on every host."""
+    return hashlib.sha256(json.dumps(dump(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Fields in which two dumped configs differ, as `optim.lr: 0.001 -> 0.0003`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new)) for d in differences(a, b, f"{where}.{i}")]
+    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]

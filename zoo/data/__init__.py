@@ -1,0 +1,1 @@
+"""Sources of examples and the one clock that reads them."""

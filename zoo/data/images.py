@@ -1,0 +1,636 @@
+"""Images with or without labels: the bundled digits, .npz arrays, folders, prepared sets, TFDS.
+
+Every source here gives `image` float32 [S, S, C] in [-1, 1] (level k of 8 bits becomes 2k/255 - 1) and, where the
+images are labelled, `label` int32 [].
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+from PIL import Image, ImageOps
+
+from zoo.errors import UserError
+
+LEVELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+TESTS = ("test", "val", "validation", "valid")  # what a folder or a data set may call its held-out part
+SPLITS = ("train", "test")
+INFO, PROGRESS = "info.json", "progress.jsonl"  # of a set made by `zoo prepare`: finished, under way
+SpecOf = Mapping[str, jax.ShapeDtypeStruct]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """1,797 scans of handwritten digits, 8x8x1, bundled with scikit-learn: 1,500 to train on, 297 to test.
+
+    The scans have 17 grey levels k in 0..16; `image` is 2k/16 - 1, `label` is 0..9.
+    """
+
+    def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
+        """The examples of a split; the order of the split is fixed."""
+        _check_split(split)
+        images, labels = _digits()
+        order = np.random.default_rng(0).permutation(len(images))
+        part = order[:1500] if split == "train" else order[1500:]
+        names = tuple(map(str, range(10)))
+        return ImageSource(len(part), lambda i: (images[part[i]], labels[part[i]]), names)
+
+
+@lru_cache(maxsize=1)
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return (2 * digits.images[..., None] / 16 - 1).astype(np.float32), digits.target
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images in an .npz file: uint8, or floats already in [-1, 1]; [N, H, W] or [N, H, W, C], labels int [N].
+
+    `{split}` in a name becomes "train" or "test". A name without it holds everything, and a fixed part `test_fraction`
+    of it is the test split.
+    """
+
+    path: str
+    images: str = "{split}_images"
+    labels: str = "{split}_labels"  # "": unlabelled
+    size: int | None = None  # shorter side, then centre crop; None: as it is
+    channels: int | None = None  # 1 or 3, converting what differs; None: as it is
+    flip: bool = False  # mirror half of the training images
+    classes: tuple[str, ...] = ()  # label names; (): "0", "1", ...
+    test_fraction: float = 0.1
+
+    def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
+        """The examples of a split, read lazily from the file and kept in memory."""
+        _check_split(split)
+        check_channels(self.channels)
+        path = existing(self.path)
+        images = _array(path, self.images.format(split=split), "data.images", str(path.stat().st_mtime_ns))
+        labels = None
+        if self.labels:
+            labels = _array(path, self.labels.format(split=split), "data.labels", str(path.stat().st_mtime_ns))
+        images, labels = checked_arrays(path, images, labels)
+        names = _class_names(self.classes, labels)
+        part = np.arange(len(images))
+        if "{split}" not in self.images:
+            part = np.asarray(divide(len(images), self.test_fraction)[split])
+        if not len(part):
+            raise UserError(f"{path} leaves no image for the {split} split; change data.test_fraction")
+        if images.dtype != np.uint8 and self.size is not None and images.shape[1:3] != (self.size, self.size):
+            raise UserError(
+                f"data.size={self.size} would resize {images.dtype} images of {list(images.shape[1:])} in {path}; "
+                "only uint8 images are resized: store uint8, or resize before saving"
+            )
+
+        def read(i: int) -> tuple[np.ndarray, Any]:
+            image = images[part[i]]
+            if self.size is not None and image.shape[:2] != (self.size, self.size):
+                image = to_array(square(from_array(image), self.size))
+            if self.channels == 3 and image.shape[-1] == 1:
+                image = np.repeat(image, 3, axis=-1)
+            elif self.channels == 1 and image.shape[-1] == 3:
+                luma = image @ np.array([[0.299], [0.587], [0.114]])
+                image = (luma.round() if image.dtype == np.uint8 else luma).astype(image.dtype)
+            return image, None if labels is None else labels[part[i]]
+
+        return ImageSource(len(part), read, names, self.flip)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images by path: a folder, a set made by `zoo prepare`, or "tfds:name/config" prepared on this disk.
+
+    A folder holds images, or one folder of images per class, or `train` and `test` (or `val`) folders of either kind.
+    Without a test part a fixed share `test_fraction` of all images is held out. Images are turned upright, transparent
+    ones laid on white, resized (bicubic, antialiased) to `size` on the shorter side and cropped at the centre.
+    """
+
+    path: str
+    size: int
+    channels: int = 3
+    flip: bool = False  # mirror half of the training images
+    convert: bool = False  # grey files to colour or colour files to grey; False: such a file is an error
+    test_fraction: float = 0.1
+    data_dir: str | None = None  # where TFDS keeps its sets; None: its default
+
+    def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
+        """The examples of a split; images are decoded when they are read."""
+        _check_split(split)
+        check_channels(self.channels)
+        if self.size < 1:
+            raise UserError(f"data.size={self.size} is no image size; choose 1 or more")
+        if self.path.startswith("tfds:"):
+            encoded = _tfds(self, split)
+        else:
+            root = existing(self.path)
+            if root.is_file():
+                raise UserError(
+                    f"data.path={root} is a file; Images reads folders: give the folder, or use Arrays for .npz"
+                )
+            prepared = (root / INFO).is_file() or (root / PROGRESS).is_file()
+            encoded = _prepared(self, root, split) if prepared else _folder(self, root, split)
+        if not encoded.count:
+            raise UserError(f"{self.path} has no image in its {split} split; change data.test_fraction or add images")
+
+        def read(i: int) -> tuple[np.ndarray, int | None]:
+            data, label, name = encoded.read(i)
+            try:
+                image, _ = open_image(data, self.channels, self.convert)
+            except BadImage as error:
+                raise UserError(f"{name} {error}; {error.advice}") from None
+            return to_array(square(image, self.size)), label
+
+        return ImageSource(encoded.count, read, encoded.labels, self.flip)
+
+
+class ImageSource:
+    """A source from a function `read(i) -> (image uint8 or float32 [S, S, C], label or None)`."""
+
+    def __init__(
+        self, count: int, read: Callable[[int], tuple[np.ndarray, Any]], labels: tuple[str, ...], flip: bool = False
+    ) -> None:
+        self._count, self._read, self.labels = count, read, labels
+        self.augment = _flip if flip else None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        image, label = self._read(index)
+        example = {"image": LEVELS[image] if image.dtype == np.uint8 else image}
+        return example if label is None else {**example, "label": np.asarray(label, np.int32)}
+
+
+def _flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {**example, "image": example["image"][:, ::-1]} if rng.random() < 0.5 else example
+
+
+# Pictures
+
+
+class BadImage(Exception):
+    """Why one image cannot be used; `advice` says what to do about it."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(reason)
+        self.advice = advice
+
+
+def check_channels(channels: int | None) -> None:
+    """Refuses a number of channels other than 1 and 3."""
+    if channels not in (None, 1, 3):
+        raise UserError(f"channels={channels} is neither grey nor colour; choose channels=1 or channels=3")
+
+
+def check_kind(grey: bool, channels: int, convert: bool) -> None:
+    """Refuses a grey image where colour is wanted and the other way round, unless it may be converted."""
+    if grey != (channels == 1) and not convert:
+        raise BadImage(
+            f"is {'grey' if grey else 'in colour'}, but channels={channels}",
+            f"set channels={1 if grey else 3}, or convert such images (convert=True)",
+        )
+
+
+def open_image(data: bytes, channels: int, convert: bool) -> tuple[Image.Image, bool]:
+    """An encoded image as an upright 8-bit picture of mode L or RGB, and whether the file was exactly that already.
+
+    Raises:
+      BadImage: it cannot be decoded, has more than 8 bits, or has the other number of channels without `convert`.
+    """
+    try:
+        raw = Image.open(io.BytesIO(data))
+        raw.load()
+        if raw.mode.startswith(("I", "F")):
+            raise BadImage(f"has 16-bit or floating-point pixels (mode {raw.mode})", "store it with 8 bits per channel")
+        grey = raw.mode in ("1", "L", "LA", "La")
+        if raw.mode == "P":
+            palette = np.asarray((raw.getpalette() or [])[: 3 * 256]).reshape(-1, 3)
+            grey = bool((palette == palette[:, :1]).all())
+        check_kind(grey, channels, convert)
+        mode = "L" if channels == 1 else "RGB"
+        turned = raw.getexif().get(0x0112, 1) in range(2, 9)
+        if raw.mode == mode and not raw.has_transparency_data and not turned:
+            return raw, True
+        image = ImageOps.exif_transpose(raw)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert(mode), False
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image file that Pillow knows"
+        raise BadImage(
+            f"cannot be decoded ({reason})", "delete it, or run `zoo prepare`, which skips and lists such files"
+        ) from None
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The largest centred square of an image, at `size` x `size` (bicubic, antialiased)."""
+    if image.size == (size, size):
+        return image
+    side, (width, height) = min(image.size), image.size
+    left, top = (width - side) / 2, (height - side) / 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, C] of a picture of mode L or RGB."""
+    array = np.asarray(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    """The picture of a uint8 array [H, W, 1] or [H, W, 3]."""
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+# Places
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise UserError(f"split={split!r} is unknown; choose 'train' or 'test'")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A split of encoded images: `read(i) -> (bytes, label or None, name for errors)`."""
+
+    count: int
+    read: Callable[[int], tuple[bytes, int | None, str]]
+    labels: tuple[str, ...]
+
+
+def existing(path: str) -> Path:
+    """The absolute form of a path that must exist."""
+    full = Path(path).expanduser().absolute()
+    if full.exists():
+        return full
+    siblings = [p.name for p in full.parent.iterdir()] if full.parent.is_dir() else []
+    close = difflib.get_close_matches(full.name, siblings, n=1)
+    raise UserError(
+        f"{full} does not exist; "
+        + (f"did you mean {full.parent / close[0]}?" if close else "give the path of a folder or file that does")
+    )
+
+
+def divide(count: int, test_fraction: float) -> dict[str, list[int]]:
+    """Which of `count` examples are for training and which for testing: fixed, both in ascending order."""
+    if not 0 <= test_fraction < 1:
+        raise UserError(f"test_fraction={test_fraction} is no share of the images; choose 0 <= test_fraction < 1")
+    held_out = min(count - 1, max(1, round(count * test_fraction))) if test_fraction and count else 0
+    order = np.random.default_rng(0).permutation(count)
+    return {"train": sorted(order[held_out:].tolist()), "test": sorted(order[:held_out].tolist())}
+
+
+@dataclass(frozen=True)
+class Files:
+    """The image files of one split, by path below the folder, in the order of (class, name)."""
+
+    paths: list[str]
+    labels: list[int] | None
+
+
+def list_folder(root: Path, test_fraction: float) -> tuple[dict[str, Files], tuple[str, ...]]:
+    """The files of both splits of a folder of images, and the class names."""
+    names, folders = _entries(root)
+    tests = [name for name in TESTS if name in folders]
+    if "train" in folders and not names and (tests or len(folders) == 1):
+        classes = _entries(root / "train")[1]
+        train = _list_classes(root, "train", classes)
+        if tests:
+            test = _list_classes(root, tests[0], classes)
+            if (train.labels is None) != (test.labels is None):
+                raise UserError(
+                    f"{root / 'train'} and {root / tests[0]} differ: one has class folders, the other has not; "
+                    "give both the same layout"
+                )
+            return {"train": train, "test": test}, () if train.labels is None else tuple(classes)
+        everything = train
+    else:
+        classes = folders
+        everything = _list_classes(root, "", classes)
+    if not everything.paths:
+        raise UserError(
+            f"{root} holds no images; expected image files ({', '.join(SUFFIXES)}), folders of them by class, "
+            "or train and test folders"
+        )
+    parts = divide(len(everything.paths), test_fraction)
+    splits = {
+        split: Files(
+            [everything.paths[i] for i in part],
+            None if everything.labels is None else [everything.labels[i] for i in part],
+        )
+        for split, part in parts.items()
+    }
+    return splits, () if everything.labels is None else tuple(classes)
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Sorted names of the image files and of the folders in a folder; hidden ones are passed over."""
+    files, folders = [], []
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); give a folder that you may read") from None
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            folders.append(entry.name)
+        elif entry.name.lower().endswith(SUFFIXES):
+            files.append(entry.name)
+    return sorted(files), sorted(folders)
+
+
+def _list_classes(root: Path, below: str, classes: list[str]) -> Files:
+    """The images in root/below or in its class folders, which must be among `classes`."""
+    here = root / below
+    names, folders = _entries(here)
+    inside = {folder: _entries(here / folder)[0] for folder in folders}
+    if names and any(inside.values()):
+        full = next(folder for folder, files in inside.items() if files)
+        raise UserError(
+            f"{here} holds images ({names[0]}, ...) beside folders of images ({full}, ...); "
+            "move all of them into class folders, or all of them out"
+        )
+    if names:
+        return Files([os.path.join(below, name) for name in names], None)
+    unknown = [folder for folder in folders if inside[folder] and folder not in classes]
+    if unknown:
+        raise UserError(f"{here / unknown[0]} is a class without a folder in {root / 'train'}; add one, or remove it")
+    paths = [(os.path.join(below, folder, name), folder) for folder in folders for name in inside[folder]]
+    index = {name: i for i, name in enumerate(classes)}
+    return Files([path for path, _ in paths], [index[folder] for _, folder in paths])
+
+
+def _folder(data: Images, root: Path, split: str) -> Encoded:
+    splits, classes = list_folder(root, data.test_fraction)
+    files = splits[split]
+
+    def read(i: int) -> tuple[bytes, int | None, str]:
+        path = root / files.paths[i]
+        try:
+            return path.read_bytes(), None if files.labels is None else files.labels[i], str(path)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}); restore it, or remove it and start again"
+            ) from None
+
+    return Encoded(len(files.paths), read, classes)
+
+
+# Arrays
+
+
+@lru_cache(maxsize=4)
+def _array(path: Path, key: str, field: str, version: str) -> np.ndarray:
+    """One array of an .npz file, read-only; `version` makes a file that was rewritten a new one."""
+    with open_npz(path) as file:
+        if key not in file.files:
+            other = " (set data.labels='' for unlabelled images)" if field == "data.labels" else ""
+            raise UserError(
+                f"{path} has no array {key!r}, it has {', '.join(file.files) or 'none'}; "
+                f"set {field} to one of them{other}"
+            )
+        try:
+            array = file[key]
+        except Exception as error:  # a pickled object array, a damaged member
+            raise UserError(
+                f"{path}: array {key!r} cannot be read ({error}); save plain arrays with numpy.savez"
+            ) from None
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)
+        # written so that a NaN fails as well
+        if array.size and not (array.min() >= -1 and array.max() <= 1):
+            raise UserError(
+                f"{path}: array {key!r} has values in [{array.min():g}, {array.max():g}]; "
+                "floating-point images must lie in [-1, 1]: rescale them, or store uint8"
+            )
+    array.setflags(write=False)
+    return array
+
+
+def open_npz(path: Path) -> Any:
+    """An .npz file, open for reading; no pickle in it is ever loaded."""
+    try:
+        file = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no .npz file ({error}); write one with numpy.savez") from None
+    if not hasattr(file, "files"):
+        raise UserError(f"{path} is a single array; save images and labels together with numpy.savez")
+    return file
+
+
+def checked_arrays(path: Path, images: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images as [N, H, W, C] and labels as [N], or an error that names the array."""
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(
+            f"{path}: images have shape {list(images.shape)}; expected [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
+        )
+    if images.dtype not in (np.uint8, np.float32):
+        raise UserError(f"{path}: images are {images.dtype}; store uint8, or floats in [-1, 1]")
+    if labels is not None:
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise UserError(
+                f"{path}: labels are {labels.dtype}{list(labels.shape)}; "
+                f"expected one integer per image: [{len(images)}]"
+            )
+        if labels.size and labels.min() < 0:
+            raise UserError(f"{path}: labels go down to {labels.min()}; number classes from 0")
+    return images, labels
+
+
+def _class_names(classes: Sequence[str], labels: np.ndarray | None) -> tuple[str, ...]:
+    if labels is None or not len(labels):
+        return ()
+    highest = int(labels.max())
+    if classes and highest >= len(classes):
+        raise UserError(
+            f"data.classes names {len(classes)} classes, but the labels go up to {highest}; name {highest + 1}"
+        )
+    return tuple(classes) or tuple(map(str, range(highest + 1)))
+
+
+# Prepared sets: ArrayRecord shards and info.json, written by prepare.py
+
+
+class Record(msgspec.Struct, array_like=True):
+    """One example on disk (MessagePack): an encoded image, its label (-1: none), its name in the source."""
+
+    image: bytes
+    label: int
+    name: str
+
+
+class Shard(msgspec.Struct):
+    """One file of a prepared set, and the images meant for it that could not be used, with the reason."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+    unreadable: list[tuple[str, str]]
+
+
+class Settings(msgspec.Struct):
+    """What a prepared set was made from and how; it never mixes two of these."""
+
+    source: str  # name only, for people
+    fingerprint: str  # of the names and sizes of its files
+    size: int | None
+    channels: int
+    convert: bool
+    test_fraction: float
+    shard_examples: int
+
+
+class Info(msgspec.Struct):
+    """`info.json` of a prepared set."""
+
+    settings: Settings
+    labels: list[str]
+    splits: dict[str, list[Shard]]
+    format: str = "zoo-images"
+    version: int = 1
+
+
+def read_info(root: Path) -> Info:
+    """The description of a prepared set."""
+    again = "run `zoo prepare` again into a new folder"
+    try:
+        head = msgspec.json.decode((root / INFO).read_bytes())
+        if not isinstance(head, dict) or head.get("format") != "zoo-images":
+            raise UserError(f"{root / INFO} was not written by `zoo prepare`; {again}")
+        if head.get("version") != 1:
+            raise UserError(f"{root} has format version {head.get('version')}, this program reads 1; {again}")
+        return msgspec.convert(head, Info)
+    except OSError as error:
+        raise UserError(f"{root / INFO} cannot be read ({error.strerror}); {again}") from None
+    except msgspec.MsgspecError as error:
+        raise UserError(f"{root / INFO} is damaged ({error}); {again}") from None
+
+
+def _prepared(data: Images, root: Path, split: str) -> Encoded:
+    from grain.sources import ArrayRecordDataSource
+
+    again = "run the same `zoo prepare` again, it makes only what is missing"
+    if not (root / INFO).is_file():
+        raise UserError(f"{root} is not finished; {again}")
+    info = read_info(root)
+    if info.settings.channels != data.channels and not data.convert:
+        raise UserError(
+            f"{root} holds images of {info.settings.channels} channel(s), but data.channels={data.channels}; "
+            f"set data.channels={info.settings.channels}, or data.convert=True to convert them"
+        )
+    shards = [shard for shard in info.splits[split] if shard.count]
+    paths = [root / shard.file for shard in shards]
+    for shard, path in zip(shards, paths):
+        found = path.stat().st_size if path.is_file() else 0
+        if found != shard.bytes:
+            raise UserError(f"{path} has {found} bytes in place of {shard.bytes}; {again}")
+    count = sum(shard.count for shard in shards)
+    if not count:
+        return Encoded(0, lambda i: (b"", None, ""), ())
+    damaged = f"{root} is damaged in its {split} split"
+    try:
+        records = ArrayRecordDataSource([str(path) for path in paths])
+        counted = len(records)
+    except Exception as error:  # what a foreign file raises is up to ArrayRecord
+        raise UserError(f"{damaged} ({_first_line(error)}); {again}") from None
+    if counted != count:
+        raise UserError(f"{damaged} ({counted} records in place of {count}); {again}")
+    decoder = msgspec.msgpack.Decoder(Record)
+
+    def read(i: int) -> tuple[bytes, int | None, str]:
+        try:
+            record = decoder.decode(records[i])
+        except Exception as error:
+            raise UserError(f"{damaged} (record {i}: {_first_line(error)}); {again}") from None
+        return record.image, None if record.label < 0 else record.label, f"{root}, record {i} ({record.name})"
+
+    return Encoded(count, read, tuple(info.labels))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# TFDS
+
+
+def _tfds(data: Images, split: str) -> Encoded:
+    """A TFDS set that is already on disk; neither the network nor tensorflow is ever asked."""
+    import tensorflow_datasets as tfds
+
+    name = data.path.removeprefix("tfds:")
+    data_dir = Path(data.data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser().absolute()
+    builder = tfds.builder_from_directory(str(_tfds_folder(name, data_dir)))
+    features = dict(builder.info.features.items()) if hasattr(builder.info.features, "items") else {}
+    if not isinstance(features.get("image"), tfds.features.Image):
+        raise UserError(f"{data.path} has no image called 'image', it has {', '.join(features)}; use another set")
+    labelled = isinstance(features.get("label"), tfds.features.ClassLabel)
+    names = tuple(features["label"].names) if labelled else ()
+
+    def open_split(which: str) -> Any:
+        try:
+            return builder.as_data_source(which, decoders={"image": tfds.decode.SkipDecoding()})
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(
+                f"{data.path} in {data_dir} cannot be read at random ({_first_line(error)}); "
+                + _tfds_recipe(name, data_dir)
+            ) from None
+
+    tests = [test for test in TESTS if builder.info.splits.get(test)]
+    # some sets publish a test split without its labels (-1)
+    blind = [test for test in tests if labelled and int(open_split(test)[0]["label"]) < 0]
+    tests = [test for test in tests if test not in blind]
+    if split == "test" and tests:
+        records, part = open_split(tests[0]), None
+    else:
+        records = open_split("train")
+        part = None if tests else divide(len(records), data.test_fraction)[split]
+
+    def read(i: int) -> tuple[bytes, int | None, str]:
+        example = records[i if part is None else part[i]]
+        return example["image"], int(example["label"]) if labelled else None, f"{data.path}, {split} example {i}"
+
+    return Encoded(len(records) if part is None else len(part), read, names)
+
+
+def _tfds_recipe(name: str, data_dir: Path) -> str:
+    code = f"tfds.builder({name!r}, data_dir={str(data_dir)!r}, file_format='array_record').download_and_prepare()"
+    return f'prepare it once with: python -c "import tensorflow_datasets as tfds; {code}"'
+
+
+def _tfds_folder(name: str, data_dir: Path) -> Path:
+    """The newest version of "name", "name/config" or "name/config:1.0.0" below data_dir."""
+    stem, _, version = name.partition(":")
+    root = data_dir / stem
+    found = [p.parent for p in root.glob(f"{version or '*'}/dataset_info.json")]
+    if found:
+        return max(found, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
+    configs = sorted({p.parent.parent.name for p in root.glob("*/*/dataset_info.json")})
+    if configs:
+        raise UserError(f"tfds:{name} needs one of its configs: " + ", ".join(f"tfds:{stem}/{c}" for c in configs))
+    raise UserError(f"tfds:{name} is not on disk in {data_dir}; {_tfds_recipe(name, data_dir)}, or set data.data_dir")

@@ -1,0 +1,196 @@
+"""Meshes, the one table from logical to mesh axes, shardings with readable errors, and `constrain`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from zoo.errors import UserError
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Logical axes of layers and activations -> mesh axes. Whatever is not named here is replicated.
+RULES: Rules = {"batch": ("data", "fsdp"), "embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+
+_LARGE = 16 * 2**20  # bytes above which a parameter that stays whole on every device is worth a warning
+
+_rules: ContextVar[Rules] = ContextVar("rules", default=RULES)
+_log = logging.getLogger("zoo")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices arranged as data x fsdp x tensor; -1 stands for whatever is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+        """The mesh over `devices` (default: all). UserError when the sizes do not multiply to their number."""
+        devices = jax.devices() if devices is None else devices
+        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise UserError(f"mesh.{name}={size} is no size; give a positive number, or -1 for the rest")
+        free = [name for name, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            raise UserError(f"mesh: only one axis may be -1, but {' and '.join(free)} are; give all but one a size")
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if free and len(devices) % fixed == 0:
+            sizes[free[0]] = len(devices) // fixed
+        if math.prod(sizes.values()) != len(devices):
+            asked = " x ".join(f"{name}={getattr(self, name)}" for name in sizes)
+            raise UserError(
+                f"mesh {asked} does not fill the {len(devices)} devices here; "
+                f"their product must be {len(devices)} (use mesh.data=-1 for the rest)"
+            )
+        grid = np.asarray(devices).reshape(tuple(sizes.values()))
+        return jax.sharding.Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _keep_memory() -> None:
+    """Ask the C library to reuse freed memory instead of handing it back to the system.
+
+    On CPU, XLA takes the temporaries of every step anew; given back each time, their pages are zeroed by the kernel
+    again and again, which took a third of a small model's step. Only glibc knows these settings; elsewhere nothing happens.
+    """
+    mmap_max, trim_threshold, arena_max = -4, -1, -8  # from malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(arena_max, 1)
+
+
+def start(cache: str | None = None) -> None:
+    """Prepare this process: one persistent compilation cache, in `$ZOO_CACHE` or ~/.cache/zoo; memory that is kept.
+
+    A cache that cannot be written is done without; a damaged entry is compiled again.
+    """
+    _keep_memory()
+    folder = Path(cache or os.environ.get("ZOO_CACHE") or Path.home() / ".cache" / "zoo") / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        _log.warning(
+            "compiled programs are not kept: %s cannot be written (%s); set ZOO_CACHE to another folder",
+            folder,
+            error.strerror,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def use(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
+    """Make `mesh` and `rules` those that `constrain` follows."""
+    token = _rules.set({**RULES, **(rules or {})})
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _rules.reset(token)
+
+
+def _axes(name: str | None, mesh: Any) -> tuple[str, ...]:
+    value = _rules.get().get(name) if name else None
+    names = (value,) if isinstance(value, str) else tuple(value or ())
+    return tuple(axis for axis in names if axis in mesh.shape)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pin the leading axes of an activation to the mesh by logical name; nothing happens where there is no mesh.
+
+    An axis that its mesh axes do not divide (a remainder of a sampling batch, say) is left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = []
+    for size, name in zip(x.shape, names, strict=False):
+        axes = _axes(name, mesh)
+        spec.append(axes if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of an array that leads with the batch."""
+    return NamedSharding(mesh, PartitionSpec(_axes("batch", mesh) or None))
+
+
+def unbox(tree: Any) -> Any:
+    """The plain arrays of a tree whose leaves carry logical axis names."""
+    return nn.meta.unbox(tree)
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
+    """NamedShardings for an abstract tree with boxed leaves (a whole train state), structured as the unboxed tree.
+
+    Raises UserError naming the parameter when an axis does not divide or is used twice.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        where = jax.tree_util.keystr(path)
+        if not _is_box(leaf):
+            if (
+                getattr(leaf, "size", 0) * getattr(leaf, "dtype", np.dtype("f4")).itemsize > _LARGE
+                and mesh.shape.get("fsdp", 1) > 1
+            ):
+                _log.warning("%s (%s) is whole on every device: it names no logical axes", where, leaf.shape)
+            return NamedSharding(mesh, PartitionSpec())
+        value, names = leaf.unbox(), leaf.names
+        spec: list[tuple[str, ...] | None] = []
+        used: set[str] = set()
+        for axis, (size, name) in enumerate(zip(value.shape, names, strict=True)):
+            axes = _axes(name, mesh)
+            if used & set(axes):
+                raise UserError(
+                    f"{where}: logical axes {names} use mesh axis {sorted(used & set(axes))[0]!r} twice; name one None"
+                )
+            used |= set(axes)
+            parts = math.prod(mesh.shape[a] for a in axes)
+            if size % parts:
+                raise UserError(
+                    f"{where}: axis {axis} ({name!r}) has size {size}, which mesh axes {axes} = {parts} do not divide; "
+                    f"choose a mesh that does, or another size"
+                )
+            spec.append(axes if parts > 1 else None)
+        if not any(spec) and value.size * value.dtype.itemsize > _LARGE and mesh.shape.get("fsdp", 1) > 1:
+            _log.warning("%s %s is whole on every device: none of its axes %s is sharded", where, value.shape, names)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_is_box)
+
+
+def check_batch(batch: int, accumulate: int, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless every micro-batch divides over the devices that share the batch."""
+    parts = math.prod(mesh.shape[a] for a in _axes("batch", mesh)) or 1
+    if batch % (parts * accumulate):
+        by = f"{parts} devices" + (f" x {accumulate} micro-batches" if accumulate > 1 else "")
+        nearest = max(1, round(batch / (parts * accumulate))) * parts * accumulate
+        raise UserError(
+            f"batch={batch} does not divide over {by}; choose a multiple of {parts * accumulate}, e.g. batch={nearest}"
+        )

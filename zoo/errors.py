@@ -1,0 +1,19 @@
+"""The one kind of error that is the user's to mend: it is printed as a sentence, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """What was wrong with its value, what was expected, what to do. `zoo` prints it in one line and exits with code 2."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A did-you-mean for a misspelt `word`, or the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known: " + ", ".join(known) if known else "there is nothing to choose from"

@@ -1,0 +1,1 @@
+"""What the autoregressive flows share: couplings, inverses, guidance."""

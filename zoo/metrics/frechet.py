@@ -1,0 +1,336 @@
+"""Frechet distance between samples and training images, in pixels or in the features of a trained network.
+
+FID is this distance in the features of one Inception network, whose weights are not part of zoo: figures from other
+features compare with each other, not with published ones. N images, D features.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import inspect
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.data.images import open_npz
+from zoo.data.pipeline import epoch
+from zoo.errors import UserError, suggest
+from zoo.task import Params, abilities
+
+_PIXELS = "pixels"
+_PIXEL_DIMS = 4_096  # numbers per image up to which a covariance of pixels is formed
+_RETRIES = 3  # times that a sample which is not finite is drawn again, from new noise
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Number, mean [D] and unbiased covariance [D, D] of feature vectors, float64; of no use for fewer than two."""
+
+    count: int
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+def moments(parts: Iterable[np.ndarray]) -> Moments:
+    """Moments of all rows of `parts`, each [N, D]; merged part by part (Chan, Golub, LeVeque 1979), so N has no bound."""
+    count, mean, scatter = 0, np.zeros(()), np.zeros(())
+    for part in parts:
+        if not len(part):
+            continue
+        x = np.asarray(part, np.float64)
+        total = count + len(x)
+        centre = x.mean(0)
+        shift = centre - mean
+        x = x - centre
+        scatter = scatter + x.T @ x + np.outer(shift, shift) * (count * len(x) / total)
+        mean = mean + shift * (len(x) / total)
+        count = total
+    return Moments(count, mean, scatter / max(count - 1, 1))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), the squared distance of Dowson and Landau (1982).
+
+    The trace of the last root is the sum of the singular values of A^1/2 B^1/2. Taken from there, nothing noisy is
+    ever put under a root, and covariances of fewer vectors than dimensions do no harm.
+    """
+    (root_a, axes_a), (root_b, axes_b) = _root(a.covariance), _root(b.covariance)
+    overlap = np.linalg.svd(root_a[:, None] * (axes_a.T @ axes_b) * root_b, compute_uv=False).sum()
+    apart = np.square(a.mean - b.mean).sum()
+    return max(0.0, float(apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap))
+
+
+def _root(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Roots of the eigenvalues [D] and the eigenvectors [D, D], in columns."""
+    values, vectors = np.linalg.eigh(covariance)
+    return np.sqrt(np.maximum(values, 0)), vectors
+
+
+def quantise(image: jax.Array) -> jax.Array:
+    """Images in [-1, 1] as the grey levels 0..255 of an 8-bit file, clipped and truncated as in TarFlow's evaluation."""
+    return jnp.floor(0.5 * (jnp.clip(image, -1, 1) + 1) * 255)
+
+
+@dataclass(frozen=True)
+class Frechet:
+    """Frechet distance of samples to the data, both as 8-bit images; labels of a conditional model are balanced.
+
+    `reference` is a file in which the statistics of the data are kept: read where it exists and was made with the same
+    settings, else written.
+    """
+
+    features: str = ""  # "pixels", or a run or export whose task has features
+    samples: int = 50_000
+    split: str = "train"  # what the samples are compared with
+    limit: int | None = None  # images of it at most
+    flip: bool | None = None  # mirror a random half of these images; None: as the data do in training
+    reference: str | None = None  # .npz file of statistics; None: measured every time
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the task's `sample`
+    batch: int = 128
+    every: int = 0  # steps between measurements while training; 0: at the end only
+
+    name = "frechet"
+    needs = ("sample",)
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 or self.batch < 1:
+            raise UserError(
+                f"samples={self.samples} and batch={self.batch} of the metric frechet are too few; a covariance needs "
+                "two samples, a batch one"
+            )
+        if self.limit is not None and self.limit < 2:
+            raise UserError(f"limit={self.limit} of the metric frechet is too few; a covariance needs two images")
+
+    def network(self) -> str | None:
+        """The run or export whose features are wanted, for the caller to open; None for pixels.
+
+        Raises:
+            UserError: no features were chosen.
+        """
+        if not self.features:
+            raise UserError(
+                "the metric frechet has no features; choose features=pixels (images of at most "
+                f"{_PIXEL_DIMS:,} numbers), or features=RUN_OR_EXPORT of a task that has features. Inception weights "
+                "are not part of zoo, so the figure does not compare with a published FID"
+            )
+        return None if self.features == _PIXELS else self.features
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array, network: Any = None) -> dict[str, Any]:
+        """The distance as `frechet`, and what it was measured with. Sample i depends on (rng, i) alone.
+
+        A sample that is not finite is drawn again and counted; one that stays so is left out and counted. With fewer
+        than two samples left the distance is NaN.
+
+        Args:
+            network: what `network()` names, opened: anything with `task` and `params`.
+
+        Raises:
+            UserError: features that do not fit, unknown options, statistics made with other settings.
+        """
+        if "image" not in task.spec(1):
+            raise UserError(f"the metric frechet compares images, and {type(task).__name__} models none")
+        known = [p.name for p in inspect.signature(task.sample).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        unknown = [option for option in self.options if option not in known]
+        if unknown:
+            raise UserError(
+                f"options of the metric frechet: the sampler of {type(task).__name__} has no option {unknown[0]!r}; "
+                + suggest(unknown[0], known)
+            )
+        spec = {"image": task.spec(1)["image"]}
+        shape = spec["image"].shape[1:]
+        features, about = self._features(shape, network)
+        flip = bool(getattr(data, "flip", False)) if self.flip is None else self.flip
+        images = len(data.source(self.split, spec))
+        settings = {
+            "features": about,
+            "data": repr(data),
+            "split": self.split,
+            "images": images if self.limit is None else min(images, self.limit),
+            "flip": flip,
+            "shape": list(shape),
+        }
+
+        def measure() -> Moments:
+            return moments(self._data_features(data, spec, flip, features))
+
+        reference = measure() if self.reference is None else _kept(Path(self.reference), settings, measure)
+        tally: Counter[str] = Counter()
+        sampled = moments(self._sample_features(task, params, rng, features, tally))
+        return {
+            "frechet": frechet_distance(sampled, reference) if sampled.count > 1 else float("nan"),
+            "frechet_features": self.features if network is None else f"{self.features} ({about})",
+            "frechet_samples": sampled.count,
+            "frechet_resampled": tally["resampled"],
+            "frechet_left_out": tally["left_out"],
+            "frechet_images": reference.count,
+            "frechet_split": self.split,
+            "frechet_flip": int(flip),
+            "frechet_labels": "balanced" if _classes(task) else "none",
+            "frechet_options": json.dumps({k: self.options[k] for k in sorted(self.options)}, default=repr),
+        }
+
+    def _features(self, shape: tuple[int, ...], network: Any) -> tuple[Callable[[Any], np.ndarray], str]:
+        """A function from images [N, S, S, C] in [-1, 1] to [N, D], and what identifies it."""
+        name = self.network()
+        if name is None:
+            dims = int(np.prod(shape))
+            if dims > _PIXEL_DIMS:
+                raise UserError(
+                    f"features=pixels of the metric frechet: images have {dims:,} numbers, and at most {_PIXEL_DIMS:,} "
+                    "are compared; use features=RUN_OR_EXPORT of a task that has features"
+                )
+            pixels = jax.jit(lambda image: (quantise(image) / 255).reshape(len(image), -1))
+            return lambda image: np.asarray(pixels(image)), _PIXELS
+        if network is None:
+            raise UserError(
+                f"features={name} of the metric frechet is not open; pass network=zoo.models.open_model({name!r})"
+            )
+        kind = type(network.task).__name__
+        if not hasattr(network.task, "features"):
+            raise UserError(
+                f"features={name} of the metric frechet: {kind} has no features, it can: "
+                f"{', '.join(abilities(network.task))}; choose a task that has"
+            )
+        wanted = network.task.spec(1)
+        if "image" not in wanted or wanted["image"].shape[1:] != shape:
+            takes = list(wanted["image"].shape[1:]) if "image" in wanted else "no images"
+            raise UserError(
+                f"features={name} of the metric frechet: {kind} takes {takes}, the model makes images of "
+                f"{list(shape)}; choose a feature network for such images"
+            )
+
+        # off the devices and back: they were loaded for one device, and there may be a mesh of many here
+        weights = jax.tree.map(jnp.asarray, jax.device_get(network.params))
+
+        @jax.jit
+        def extract(params: Params, image: jax.Array) -> jax.Array:
+            return network.task.features(params, {"image": 2 * quantise(image) / 255 - 1})
+
+        def checked(image: Any) -> np.ndarray:
+            found = np.asarray(extract(weights, image))
+            if not np.isfinite(found).all():
+                raise UserError(
+                    f"features={name} of the metric frechet: {kind} gives features that are not finite; "
+                    "choose another feature network"
+                )
+            return found
+
+        return checked, f"{kind}, weights {_digest(network.task, network.params)}"
+
+    def _data_features(
+        self, data: Any, spec: Mapping[str, Any], flip: bool, features: Callable[[Any], np.ndarray]
+    ) -> Iterator[np.ndarray]:
+        coin = np.random.default_rng(0)
+        for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit):
+            image = batch["image"]
+            if flip:
+                mirrored = np.zeros(len(image), bool)
+                mirrored[:count] = coin.random(count) < 0.5
+                image = np.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
+            yield features(image)[:count]
+
+    def _sample_features(
+        self, task: Any, params: Params, rng: jax.Array, features: Callable[[Any], np.ndarray], tally: Counter[str]
+    ) -> Iterator[np.ndarray]:
+        classes, options = _classes(task), dict(self.options)
+
+        @jax.jit
+        def draw(params: Params, rng: jax.Array, indices: jax.Array) -> jax.Array:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
+            labels = {"label": indices % classes} if classes else None
+            return task.sample(params, keys, self.batch, labels, **options)["image"]
+
+        for first in range(0, self.samples, self.batch):
+            count = min(self.batch, self.samples - first)
+            indices = jnp.arange(first, first + self.batch, dtype=jnp.int32)
+            image = np.array(draw(params, jax.random.fold_in(rng, 0), indices))
+            for attempt in range(1, _RETRIES + 1):
+                bad = ~_finite(image)
+                bad[count:] = False
+                if not bad.any():
+                    break
+                tally["resampled"] += int(bad.sum())
+                image[bad] = np.asarray(draw(params, jax.random.fold_in(rng, attempt), indices))[bad]
+            good = _finite(image)
+            tally["left_out"] += count - int(good[:count].sum())
+            image[~good] = 0  # keeps one compiled shape; these rows are not counted
+            yield features(image)[:count][good[:count]]
+
+
+def _finite(image: np.ndarray) -> np.ndarray:
+    return np.isfinite(image).all((1, 2, 3))
+
+
+def _classes(task: Any) -> int:
+    return getattr(task, "classes", 0) if "label" in task.spec(1) else 0
+
+
+def _digest(task: Any, params: Params) -> str:
+    """A short hash of a network: what it is, and every one of its weights."""
+    found = hashlib.sha256(repr(task).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found.update(jax.tree_util.keystr(path).encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()[:16]
+
+
+def _kept(path: Path, settings: Mapping[str, Any], measure: Callable[[], Moments]) -> Moments:
+    """Statistics from a file made with the same settings; measured and written where there is no file.
+
+    Raises:
+        UserError: the file was made with other settings or by something else, or cannot be written.
+    """
+    remedy = "remove it, or give reference another name"
+    if path.exists():
+        with open_npz(path) as file:
+            try:
+                found = json.loads(str(file["settings"]))
+                kept = Moments(int(file["count"]), file["mean"], file["covariance"])
+                size = len(kept.mean)
+                whole = kept.covariance.shape == (size, size) and isinstance(found, dict)
+            except Exception:  # a missing or damaged member, whatever zipfile, numpy or json make of it
+                whole = False
+        if not whole:
+            raise UserError(f"{path} holds no statistics of the metric frechet; {remedy}")
+        differ = [f"{k}: {found.get(k)} -> {v}" for k, v in settings.items() if found.get(k) != v]
+        if differ:
+            raise UserError(f"{path} was made with other settings ({'; '.join(differ)}); {remedy}")
+        return kept
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    measured = measure()
+    if jax.process_index() == 0:
+        part = path.with_name(f"{path.name}.part")  # a killed run leaves no torn file under the real name
+        try:
+            with open(part, "wb") as out:
+                np.savez(
+                    out,
+                    settings=np.array(json.dumps(settings)),
+                    count=np.array(measured.count),
+                    mean=measured.mean,
+                    covariance=measured.covariance,
+                )
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise _unwritable(path, error) from None
+    return measured
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write statistics to {path} ({error.strerror or error}); set reference to a file that you may write"
+    )

@@ -1,0 +1,194 @@
+"""Likelihood metrics: bits per dimension, simple densities to compare them with, classification by Bayes' rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.data.pipeline import epoch
+from zoo.errors import UserError
+
+_BASELINE_DIMS = 4_096  # dimensions up to which a full covariance is fitted
+
+
+def _per_image(task: Any, draws: int) -> Any:
+    """A jitted (params, batch, indices, rng) -> [B] nats, the mean over `draws`.
+
+    The noise of an image follows from (rng, draw, index of the image), so the batch size changes rounding only.
+    """
+
+    def one(params: Any, example: Any, index: jax.Array, rng: jax.Array) -> jax.Array:
+        batch = jax.tree.map(lambda x: x[None], example)
+        return task.nll(params, batch, jax.random.fold_in(rng, index))[0]
+
+    def many(params: Any, batch: Any, indices: jax.Array, rng: jax.Array) -> jax.Array:
+        def draw(d: jax.Array) -> jax.Array:
+            return jax.vmap(one, (None, 0, 0, None))(params, batch, indices, jax.random.fold_in(rng, d))
+
+        return jax.lax.map(draw, jnp.arange(draws)).mean(0)
+
+    return jax.jit(many)
+
+
+def _at_least_one(metric: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(metric, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} of the metric {metric.name} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits per dimension of held-out images, a mean over images and draws of noise (TarFlow's protocol: no label).
+
+    Reported as `bpd` for uniform dequantisation (a bound on the data's own bits) and as `noisy_bits_per_dim` for a
+    model trained with Gaussian noise, whose bits are those of noisy images and compare with nothing else.
+    """
+
+    draws: int = 1  # of noise per image
+    split: str = "test"
+    batch: int = 256
+    limit: int | None = None  # images at most
+    label: bool = False  # True: condition on the label
+    baselines: bool = (
+        False  # True: also a per-pixel histogram and a full-covariance Gaussian, fitted to the training images
+    )
+    every: int = 0  # steps between measurements while training; 0: at the end only
+
+    name = "bpd"
+    needs = ("nll",)
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "draws", "batch", "limit")
+
+    def __call__(self, task: Any, params: Any, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """The figure, its standard error over images, and what it was measured on.
+
+        Raises:
+            UserError: baselines asked for where they make no sense.
+        """
+        spec = task.spec(self.batch)
+        nll, bits, first = _per_image(task, self.draws), [], 0
+        dims = math.prod(spec["image"].shape[1:])
+        for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit):
+            kept = {k: v for k, v in batch.items() if self.label or k != "label"}
+            nats = nll(params, kept, first + jnp.arange(self.batch), rng)
+            bits.append(np.asarray(task.bits(nats / dims))[:count])
+            first += count
+        values = np.concatenate(bits).astype(np.float64)
+        key = task.bits_name
+        found: dict[str, Any] = {
+            key: float(values.mean()),
+            f"{key}_std_error": float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0,
+            "images": len(values),
+            "draws": self.draws,
+            "split": self.split,
+        }
+        return {**found, **self._baselines(task, data, dims)} if self.baselines else found
+
+    def _baselines(self, task: Any, data: Any, dims: int) -> dict[str, float]:
+        if task.noise_type != "uniform" or dims > _BASELINE_DIMS:
+            raise UserError(
+                f"baselines=True of the metric bpd compares dequantised images of at most {_BASELINE_DIMS} dimensions, but "
+                f"task.noise_type={task.noise_type!r} and images have {dims}; set baselines=False"
+            )
+        levels = task.levels
+        train = _grey_levels(data, "train", levels, None)
+        test = _grey_levels(data, self.split, levels, self.limit)
+        return {
+            "histogram_bpd": histogram_bits(train, test, levels),
+            "gaussian_bpd": gaussian_bits(train, test, levels),
+        }
+
+
+def _grey_levels(data: Any, split: str, levels: int, limit: int | None) -> np.ndarray:
+    """Integer grey levels [N, dims] of a split."""
+    rows = [b["image"][:count] for b, count in epoch(data, 256, split=split, limit=limit)]
+    images = np.concatenate(rows)
+    return np.rint((images.reshape(len(images), -1) + 1) / 2 * (levels - 1)).astype(np.int64)
+
+
+def histogram_bits(train: np.ndarray, test: np.ndarray, levels: int) -> float:
+    """Bits per dimension of `test` [M, dims] under one add-one smoothed histogram per pixel of `train` [N, dims]."""
+    counts = (train[:, :, None] == np.arange(levels)).sum(0) + 1
+    logp = np.log2(counts / counts.sum(1, keepdims=True))
+    return float(-np.take_along_axis(logp, test.T, axis=1).mean())
+
+
+def gaussian_bits(train: np.ndarray, test: np.ndarray, levels: int) -> float:
+    """Bits per dimension of `test` under a full-covariance Gaussian fitted to dequantised `train`.
+
+    In units of grey levels, where a bin is 1 wide; the variance 1/12 of the dequantisation is added in closed form.
+    """
+    dims = train.shape[1]
+    x, y = train + 0.5, test + 0.5
+    mean = x.mean(0)
+    covariance = np.cov(x, rowvar=False, bias=True).reshape(dims, dims) + np.eye(dims) / 12
+    centred = y - mean
+    # E over u of the quadratic form: that of the bin's centre plus tr(precision) / 12
+    precision = np.linalg.inv(covariance)
+    quadratic = np.einsum("nd,de,ne->n", centred, precision, centred).mean() + np.trace(precision) / 12
+    nats = 0.5 * (quadratic + np.linalg.slogdet(covariance)[1] + dims * math.log(2 * math.pi))
+    return float(nats / dims / math.log(2))
+
+
+@dataclass(frozen=True)
+class BayesAccuracy:
+    """Accuracy of argmin over classes of nll(image | class), a uniform prior over classes (TarFlow's MNIST notebook).
+
+    Images go in without noise where the model was trained with Gaussian noise; with dequantisation, draws are averaged.
+    """
+
+    split: str = "test"
+    batch: int = 128
+    limit: int | None = None
+    draws: int = 4  # of dequantisation noise
+    every: int = 0
+
+    name = "bayes"
+    needs = ("nll",)
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "draws", "batch", "limit")
+
+    def __call__(self, task: Any, params: Any, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """`accuracy`, its standard error and the images it was measured on. UserError for an unconditional model."""
+        if not getattr(task, "classes", 0):
+            raise UserError(
+                "the metric bayes compares classes, and this model is unconditional (task.classes=0); use bpd"
+            )
+        gaussian = getattr(task, "noise_type", "") == "gaussian"
+        clean = dataclasses.replace(task, noise=0.0) if gaussian else task
+        draws = 1 if gaussian else self.draws
+        nll = _per_image(clean, draws)
+        spec, right, first = task.spec(self.batch), [], 0
+
+        @jax.jit
+        def classify(params: Any, batch: Any, indices: jax.Array, rng: jax.Array) -> jax.Array:
+            def under(label: jax.Array) -> jax.Array:
+                return nll(params, {**batch, "label": jnp.full(indices.shape, label, jnp.int32)}, indices, rng)
+
+            nats = jax.lax.map(under, jnp.arange(task.classes))
+            return jnp.where(jnp.isnan(nats), jnp.inf, nats).argmin(0)  # argmin alone would choose an overflow
+
+        for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit):
+            kept = {k: v for k, v in batch.items() if k != "label"}
+            guess = np.asarray(classify(params, kept, first + jnp.arange(self.batch), rng))
+            right.append((guess == batch["label"])[:count])
+            first += count
+        hits = np.concatenate(right)
+        accuracy = float(hits.mean())
+        error = math.sqrt(accuracy * (1 - accuracy) / len(hits))
+        return {
+            "accuracy": accuracy,
+            "accuracy_std_error": error,
+            "accuracy_images": len(hits),
+            "accuracy_draws": draws,
+            "accuracy_split": self.split,
+        }

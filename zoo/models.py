@@ -1,0 +1,129 @@
+"""A run folder, an export or a shipped name, opened: its task, its parameters and where they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from zoo import config, dist, weights
+from zoo.errors import UserError, suggest
+from zoo.task import Params
+from zoo.train import optim
+from zoo.train.checkpoint import Checkpoints
+from zoo.train.step import abstract_state
+
+_PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A task with parameters, and what is known of them."""
+
+    task: Any
+    params: Params
+    kind: str  # "ema" or "raw": which weights a run gave; "imported" for a published checkpoint
+    step: int | None
+    data: Any  # data description it was trained on, None for an import
+    labels: tuple[str, ...]  # class names
+    folder: Path
+    run: Any = None  # the whole Run, where the folder is one
+
+
+def shipped() -> dict[str, Path]:
+    """Weights that come with the package, by name."""
+    return (
+        {p.name: p for p in sorted(_PRETRAINED.iterdir()) if (p / "config.json").is_file()}
+        if _PRETRAINED.is_dir()
+        else {}
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder or an export; UserError when it is damaged."""
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no config.json: it is neither a run folder nor an export") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from None
+    if not isinstance(data, dict) or not ({"run", "task"} & set(data)):
+        raise UserError(f"{path} is not a config written by zoo")
+    return data
+
+
+def locate(name: str | Path) -> Path:
+    """The folder of a run, an export or a shipped name."""
+    if Path(name).is_dir():
+        return Path(name)
+    known = shipped()
+    if str(name) in known:
+        return known[str(name)]
+    here = [str(p) for p in Path("runs").glob("*") if p.is_dir()]
+    raise UserError(f"{name} is neither a folder nor a shipped model; {suggest(str(name), [*known, *here])}")
+
+
+def open_model(name: str | Path, *, raw: bool = False, allow: Sequence[str] = ()) -> Model:
+    """Open a run folder (its newest checkpoint), an export, or a shipped name such as `tarflow-digits`.
+
+    Args:
+        raw: the last weights even where the run keeps an average.
+        allow: packages besides zoo whose classes the config may name.
+
+    Raises:
+        UserError: not a run or export, damaged, or naming foreign classes (nothing is imported then).
+    """
+    folder = locate(name)
+    about = read_config(folder)
+    labels = tuple(about.get("labels", ()))
+    if "run" not in about:
+        task = config.undump(about["task"], allow, "task")
+        data = config.undump(about.get("data"), allow, "data")
+        flat, _ = weights.load(folder)
+        params = jax.tree.map(jax.numpy.asarray, weights.matching(flat, weights.abstract(task)))
+        return Model(task, params, about.get("weights", "raw"), about.get("step"), data, labels, folder)
+    run = config.undump(about["run"], allow, "run")
+    mesh = dist.Mesh(data=1).build(jax.devices()[:1])
+    checkpoints = Checkpoints(folder, create=False)
+    if not checkpoints.steps():
+        raise UserError(
+            f"{folder} holds no checkpoint yet; let the run reach its first save (checkpoint.every={run.checkpoint.every} steps)"
+        )
+    abstract = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
+    state = checkpoints.restore(abstract)
+    checkpoints.close()
+    assert state is not None
+    average = bool(run.ema) and not raw
+    params = {**state.params, **state.ema} if average else state.params
+    return Model(run.task, params, "ema" if average else "raw", int(state.step), run.data, labels, folder, run)
+
+
+def export_config(model: Model, metrics: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What config.json of an export says: enough to rebuild the task, and where the weights come from."""
+    return {
+        "format": 1,
+        "task": config.dump(model.task),
+        "data": config.dump(model.data),
+        "labels": list(model.labels),
+        "step": model.step,
+        "weights": model.kind,
+        "metrics": metrics or {},
+    }
+
+
+def given_weights(wanted: Mapping[str, str], allow: Sequence[str] = ()) -> dict[str, Params]:
+    """Parameter trees for `Run.weights`: {"vae": EXPORT} a whole one, {"flow0": "RUN:flow0"} one key of it."""
+    return {
+        key: weights.resolve(where, lambda name: open_model(name, allow=allow).params) for key, where in wanted.items()
+    }
+
+
+def loaded_for(metric: Any, allow: Sequence[str] = ()) -> dict[str, Model]:
+    """The feature network that a metric names in its `network()`, opened; {} where it needs none."""
+    name = metric.network() if hasattr(metric, "network") else None
+    return {"network": open_model(name, allow=allow)} if name else {}

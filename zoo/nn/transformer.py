@@ -1,0 +1,143 @@
+"""Pre-norm transformer block, and the trunk that owns depth: scan, remat, caches, activation constraints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from zoo.dist import constrain
+from zoo.errors import UserError
+from zoo.nn.attention import attend, attend_cached, init_cache, write_cache
+from zoo.nn.layers import Dense, LayerNorm
+
+REMAT: dict[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def check_remat(name: str) -> None:
+    """UserError for an unknown rematerialisation policy."""
+    if name not in REMAT:
+        raise UserError(f"task.remat={name!r} is no policy; choose one of {', '.join(REMAT)}")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one kernel for queries, keys and values."""
+
+    head_dim: int
+    causal: bool
+    dtype: str = "float32"
+    backend: str = "xla"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: Any = None,
+        index: jax.Array | None = None,
+        layer: jax.Array | None = None,
+        temperature: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> [B, T, D]; `temperature` [B] divides the attention logits of each example."""
+        width = x.shape[-1]
+        heads = width // self.head_dim
+        qkv = Dense((3, heads, self.head_dim), ("embed", None, "heads", None), dtype=self.dtype, name="qkv")(x)
+        q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        if temperature is not None:
+            q = q / temperature[:, None, None, None].astype(q.dtype)
+        if cache is None:
+            y = attend(q, k, v, causal=self.causal, backend=self.backend)
+        else:
+            cache = write_cache(cache, k, v, index, layer)
+            y = attend_cached(q, cache, index, layer)
+        return Dense(width, ("heads", None, "embed"), inputs=2, dtype=self.dtype, name="out")(y), cache
+
+
+class MLP(nn.Module):
+    """Two dense layers with an exact (erf) GELU between them."""
+
+    expand: int = 4
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        h = Dense(self.expand * x.shape[-1], ("embed", "mlp"), dtype=self.dtype, name="up")(x)
+        h = jax.nn.gelu(h, approximate=False)
+        return Dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="down")(h)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    head_dim: int
+    causal: bool = False
+    expand: int = 4
+    dtype: str = "float32"
+    backend: str = "xla"
+
+    @nn.compact
+    def __call__(
+        self, h: jax.Array, cache: Any = None, index: Any = None, layer: Any = None, temperature: Any = None
+    ) -> Any:
+        """h [B, T, D] -> h, cache."""
+        attention = Attention(self.head_dim, self.causal, self.dtype, self.backend, name="attention")
+        y, cache = attention(LayerNorm(name="attention_norm")(h), cache, index, layer, temperature)
+        h = h + y
+        h = h + MLP(self.expand, self.dtype, name="mlp")(LayerNorm(name="mlp_norm")(h))
+        return h, cache
+
+
+class Trunk(nn.Module):
+    """`depth` copies of a block. It owns depth and nothing else.
+
+    The block must be made with `parent=None`. Scanned, its parameters are stacked under `block/` with a leading layer
+    axis; unrolled, they lie under `layer0/`, `layer1/`, ... (faster on CPU, slower to compile everywhere).
+    """
+
+    depth: int
+    block: nn.Module
+    scan: bool = True
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, h: jax.Array, cache: Any = None, index: Any = None, **values: Any) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> [B, T, D]; with a cache, one token at position `index`."""
+
+        def body(block: nn.Module, carry: tuple[jax.Array, Any], layer: jax.Array | None) -> tuple[Any, None]:
+            h, cache = carry
+            h, cache = block(constrain(h, "batch", None, None), cache, index, layer, **values)
+            return (h, cache), None
+
+        if self.remat != "none" and cache is None:
+            body = nn.remat(body, policy=REMAT[self.remat], prevent_cse=not self.scan)
+        if self.scan:
+            layers = nn.scan(
+                body,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.depth,
+                metadata_params={nn.PARTITION_NAME: None},
+            )
+            (h, cache), _ = layers(self.block, (h, cache), jnp.arange(self.depth))
+            return h, cache
+        caches = {}
+        for i in range(self.depth):
+            name = f"layer{i}"
+            (h, caches[name]), _ = body(self.block.copy(name=name), (h, cache[name] if cache else None), None)
+        return h, caches if cache else None
+
+
+def init_trunk_cache(depth: int, scan: bool, batch: int, tokens: int, heads: int, head_dim: int, dtype: Any) -> Any:
+    """Empty caches in the layout that `Trunk` uses: one stacked pair when scanned, else one pair per layer.
+
+    Never xs/ys of the layer scan: that would copy every cache at every token.
+    """
+    if scan:
+        return init_cache(depth, batch, tokens, heads, head_dim, dtype)
+    return {f"layer{i}": init_cache(None, batch, tokens, heads, head_dim, dtype) for i in range(depth)}

@@ -1,0 +1,69 @@
+"""The contract between a paper and everything else. It is structural: a task inherits nothing.
+
+A task is a frozen dataclass whose fields are the paper's hyper-parameters. Besides the four members of `Task` it may
+have any of the abilities in `ABILITIES`; commands look them up and say in a sentence when one is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+Params = dict[str, Any]  # nested dict of arrays; top-level keys are the unit of `held` and of `Run.weights`
+Batch = Mapping[str, jax.Array]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What the trainer knows of a paper."""
+
+    # top-level keys of params that are carried, sharded and restored, but get no gradient, no optimiser state and no
+    # average: teachers, frozen encoders, buffers. A class attribute or a property, never an annotated field.
+    held: tuple[str, ...]
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one global batch, by key."""
+        ...
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters; leaves may be boxed with logical axis names."""
+        ...
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """A scalar mean over examples, and metrics: scalars are logged, arrays (batch means) go to `after_step` only."""
+        ...
+
+
+ABILITIES: dict[str, str] = {
+    "sample": "sample(params, rng, n, conditions=None, **options) -> dict of arrays that lead with n",
+    "nll": "nll(params, batch, rng) -> [B] nats",
+    "features": "features(params, batch) -> [B, D]",
+    "denoise": "denoise(params, ...) -> the noise-free estimate",
+    "after_step": "after_step(params, metrics) -> params, writing held keys only",
+    "import_names": "import_names() -> [Name], the layout of a published checkpoint",
+}
+
+
+@dataclass(frozen=True)
+class Name:
+    """One tensor of a published checkpoint and its place in ours.
+
+    `layout` is an einops pattern from theirs to ours; swapping its sides is the way back. A tensor of layer `layer`
+    is one slice of a stacked parameter. `target=None` marks a constant: skipped on import (and allowed to be absent),
+    written by `value()` on export.
+    """
+
+    source: str
+    target: str | None
+    layout: str | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    layer: int | None = None
+    value: Callable[[], Any] | None = None
+
+
+def abilities(task: Any) -> list[str]:
+    """The optional abilities of a task, in the order of `ABILITIES`."""
+    return [name for name in ABILITIES if hasattr(task, name)]

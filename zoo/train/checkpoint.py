@@ -1,0 +1,145 @@
+"""Orbax checkpoints of a train state: saved asynchronously, in the stacked layout, restored onto any mesh.
+
+A checkpoint that cannot be read is moved aside (`STEP.broken`), never deleted: Orbax skips a save whose step is not
+above the newest folder, so a damaged newest one would otherwise swallow the run's last save.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from zoo import weights
+from zoo.errors import UserError
+from zoo.train.step import State
+
+_log = logging.getLogger("zoo")
+
+
+def _tree(state: State) -> dict[str, Any]:
+    """A state as a plain dict in the layout of the disk."""
+    return weights.stacked({k: getattr(state, k) for k in State.__dataclass_fields__})
+
+
+def _sentence(error: BaseException) -> str:
+    """The first telling line of a library's error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, folder: Path, keep: int = 2, create: bool = True) -> None:
+        self.folder = folder.resolve() / "checkpoints"
+        self._keep, self._create = keep, create
+        self._manager: ocp.CheckpointManager | None = None
+        if create:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write checkpoints to {self.folder}: {error.strerror}; choose another workdir="
+                ) from None
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, create=self._create, enable_async_checkpointing=True, read_only=not self._create
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        return self._manager
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.is_dir() and p.name.isdigit())
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The run's config as it was saved with the checkpoint of `step`."""
+        return self._open().restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+    def save(self, step: int, state: State, config: Mapping[str, Any]) -> None:
+        """Start saving; the state may be donated at once. UserError when an earlier save or this one cannot be written."""
+        try:
+            self._open().save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_tree(state)), config=ocp.args.JsonSave(dict(config))
+                ),
+                force=True,
+            )
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def wait(self) -> None:
+        """Until the last save is on disk."""
+        if self._manager is not None:
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:
+                raise self._failed(None, error) from error
+
+    def _failed(self, step: int | None, error: Exception) -> UserError:
+        good = self.steps()
+        left = f"step {good[-1]} is the newest good one" if good else "there is no earlier one"
+        what = f"the checkpoint of step {step}" if step is not None else "a checkpoint"
+        return UserError(
+            f"could not save {what} in {self.folder} ({_sentence(error)}); {left}: make room or choose another workdir=, then start "
+            f"the same command again"
+        )
+
+    def close(self) -> None:
+        """Wait for the last save and let go of the folder."""
+        if self._manager is not None:
+            manager, self._manager = self._manager, None
+            manager.close()
+
+    def restore(self, abstract: State) -> State | None:
+        """The newest readable state in the layout, dtypes and shardings of `abstract`; None when there is none.
+
+        Unreadable ones are moved aside with a warning.
+        """
+        while steps := self.steps():
+            step = steps[-1]
+            try:
+                return self._read(step, abstract)
+            except Exception as error:
+                self._set_aside(step, error)
+        return None
+
+    def _read(self, step: int, abstract: State) -> State:
+        like = {k: getattr(abstract, k) for k in State.__dataclass_fields__}
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(weights.stacked(like)))
+        tree = self._open().restore(step, args=args)["state"]
+        where = jax.tree.map(lambda x: x.sharding, like)
+        # Through one program whose outputs lie as the step wants them. Slices of a stack cannot reuse its memory.
+        same = jax.tree.structure(tree) == jax.tree.structure(like)
+        donate = (0,) if same else ()
+        tree = jax.jit(lambda t: weights.matching(t, like), out_shardings=where, donate_argnums=donate)(tree)
+        return State(**tree)
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        if not self._create:
+            raise UserError(
+                f"the checkpoint of step {step} in {self.folder} cannot be read ({_sentence(error)})"
+            ) from error
+        self.close()
+        broken = self.folder / f"{step}.broken"
+        for number in range(1, 1000):
+            if not broken.exists():
+                break
+            broken = self.folder / f"{step}.broken{number}"
+        (self.folder / str(step)).rename(broken)
+        _log.warning(
+            "the checkpoint of step %d cannot be read (%s); it was moved to %s and the run goes on from the one before",
+            step,
+            _sentence(error),
+            broken.name,
+        )

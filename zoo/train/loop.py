@@ -1,0 +1,278 @@
+"""The training loop: resume, step, log, sample, evaluate, save. The only file that touches clocks and disks while training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo import config, dist, models, weights
+from zoo.data.pipeline import label_names
+from zoo.errors import UserError
+from zoo.run import MAY_DIFFER, Run
+from zoo.task import Params
+from zoo.train import optim
+from zoo.train.checkpoint import Checkpoints
+from zoo.train.report import Report, class_name
+from zoo.train.step import Metrics, State, compile_step
+
+_log = logging.getLogger("zoo")
+_PATIENCE = 20  # skipped steps in a row before a run gives up
+
+
+class Diverged(UserError):
+    """Loss or gradients have not been finite for too long."""
+
+
+@contextmanager
+def _termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets (a pod's preemption, a scheduler's time limit), so that the loop can save first."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _replace_file(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    with open(new, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.rename(path)
+
+
+def claim_folder(run: Run, labels: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
+    """Make or re-enter the run folder; its config.json says which run it belongs to.
+
+    Raises:
+        UserError: not writable, not empty and no run, or a run whose numbers would differ.
+    """
+    assert run.workdir is not None
+    folder = Path(run.workdir)
+    about = {"format": 1, "run": config.dump(run), "labels": list(labels)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        inside = [p.name for p in folder.iterdir() if not p.name.endswith(".new")]
+        if "config.json" in inside:
+            old = models.read_config(folder)
+            if "run" not in old:
+                raise UserError(f"workdir={folder} is an export, not a run; choose another workdir=")
+            changed = [
+                d
+                for d in config.differences(old["run"], about["run"])
+                if not d.startswith(tuple(f"{m}{e}" for m in MAY_DIFFER for e in (":", ".")))
+            ]
+            if changed:
+                raise UserError(
+                    f"workdir={folder} belongs to a run with another config: {'; '.join(changed[:5])}"
+                    f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}. Choose another workdir=, or the old values"
+                )
+            steps = old["run"].get("steps")
+            if steps != run.steps:
+                _log.warning(
+                    "this run was made for %s steps and now has %d: schedules that end with the run stretch",
+                    steps,
+                    run.steps,
+                )
+        elif inside:
+            raise UserError(
+                f"workdir={folder} is not empty and is no run ({sorted(inside)[0]} ...); choose another workdir="
+            )
+        _replace_file(folder / "config.json", json.dumps(about, indent=1))
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run folder {folder.resolve()}: {error.strerror}; choose another workdir="
+        ) from None
+    return folder, about
+
+
+def _check_labels(run: Run, labels: tuple[str, ...]) -> None:
+    classes = getattr(run.task, "classes", 0)
+    if classes and labels and len(labels) > classes:
+        raise UserError(
+            f"labels out of range: the data has {len(labels)} classes, task.classes={classes}; set task.classes={len(labels)}"
+        )
+
+
+def _first(state: State, run: Run, where: Any) -> State:
+    """Fill a fresh state from `Run.weights`."""
+    if not run.weights:
+        _log.info("parameters: fresh")
+        return state
+    params, report = weights.fill(jax.device_get(state.params), models.given_weights(dict(run.weights)))
+    for line in report:
+        _log.info("parameters: %s", line)
+    params = jax.device_put(params, where.params)
+    trained = {
+        k: jnp.copy(v) if not isinstance(v, dict) else jax.tree.map(jnp.copy, v)
+        for k, v in params.items()
+        if k in state.ema
+    }
+    return state.replace(params=params, ema=trained)
+
+
+def sheet_conditions(task: Any, n: int) -> dict[str, np.ndarray] | None:
+    """Class-balanced labels for n samples of a conditional task."""
+    classes = getattr(task, "classes", 0)
+    return {"label": np.arange(n, dtype=np.int32) % classes} if classes and "label" in task.spec(1) else None
+
+
+class _Watch:
+    """Looks at the model while it trains: sheets and metrics, from the average where there is one, and says which."""
+
+    def __init__(self, run: Run, report: Report, labels: tuple[str, ...]) -> None:
+        self.run, self.report, self.labels = run, report, labels
+        self.kind = "ema" if run.ema else "raw"
+        self.loaded = [models.loaded_for(metric) for metric in run.evals]
+        n = run.samples.n
+        self.draw = None
+        if n and hasattr(run.task, "sample"):
+            conditions = sheet_conditions(run.task, n)
+            options = dict(run.samples.options)
+            self.draw = jax.jit(lambda params, rng: run.task.sample(params, rng, n, conditions, **options))
+
+    def due(self, step: int, every: int) -> bool:
+        return step == self.run.steps or (every > 0 and step % every == 0)
+
+    def look(self, step: int, state: State) -> dict[str, Any]:
+        """Whatever is due at `step`; returns the metrics measured."""
+        run, found = self.run, {}
+        sheet = self.draw is not None and self.due(step, run.samples.every)
+        evals = [(i, m) for i, m in enumerate(run.evals) if self.due(step, m.every)]
+        if not sheet and not evals:
+            return {}
+        params: Params = {**state.params, **state.ema}
+        with self.report.away():
+            if sheet and self.draw is not None:
+                drawn = jax.device_get(self.draw(params, jax.random.key(run.seed)))
+                if "image" in drawn:
+                    names = [class_name(self.labels, i) for i in drawn["label"]] if "label" in drawn else None
+                    self.report.sheet(
+                        "samples", drawn["image"], names, step=step, metadata={"step": str(step), "weights": self.kind}
+                    )
+            for i, metric in evals:
+                found.update(metric(run.task, params, run.data, jax.random.key(run.seed), **self.loaded[i]))
+            if evals:
+                self.report.log(step, {**found, "weights": self.kind})
+            self.report.curve()
+        return found
+
+
+def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float]]]:
+    """Start or resume a run and bring it to its last step.
+
+    With `workdir=None` nothing is written. SIGTERM saves and returns early; `state.step` tells.
+
+    Returns:
+        the last state, and the logged training metrics of this session.
+
+    Raises:
+        UserError: anything that can be known before the first step, a folder that cannot be written, or a run whose
+            loss has not been finite for 20 steps.
+    """
+    mesh = run.mesh.build()
+    with dist.use(mesh, run.rules), _termination() as asked:
+        dist.check_batch(run.batch, run.accumulate, mesh)
+        labels = label_names(run.data, run.spec())
+        _check_labels(run, labels)
+        optimizer = optim.build(run.optim, run.steps)
+        init, step_fn, abstract = compile_step(run.task, optimizer, mesh, ema=run.ema, accumulate=run.accumulate)
+        feed = run.batches(0)  # compares the data with the task before anything is made
+        feed.close()
+        checkpoints = state = about = None
+        if run.workdir is not None:
+            folder, about = claim_folder(run, labels)
+            checkpoints = Checkpoints(folder, run.checkpoint.keep)
+            state = checkpoints.restore(abstract)
+        if state is None:
+            state = _first(init(run.seed), run, jax.tree.map(lambda x: x.sharding, abstract))
+        else:
+            _log.info("parameters: step %d of %s", int(state.step), run.workdir)
+        start = int(state.step)
+        report = Report(
+            run.workdir or ".", total=run.steps, start=start, batch=run.batch, quiet=quiet, main=run.workdir is not None
+        )
+        watch = _Watch(run, report, labels)
+        if start >= run.steps:
+            report.note(f"this run is finished: step {start} of {run.steps} (a larger steps= goes on)")
+        try:
+            state, history = _steps(run, state, step_fn, mesh, start, report, watch, checkpoints, about, asked)
+        finally:
+            try:
+                if checkpoints is not None:
+                    checkpoints.wait()
+            finally:
+                report.close()
+                if checkpoints is not None:
+                    checkpoints.close()
+    return state, history
+
+
+def _steps(
+    run: Run,
+    state: State,
+    step_fn: Any,
+    mesh: jax.sharding.Mesh,
+    start: int,
+    report: Report,
+    watch: _Watch,
+    checkpoints: Checkpoints | None,
+    about: Mapping[str, Any] | None,
+    asked: threading.Event,
+) -> tuple[State, list[dict[str, float]]]:
+    history: list[dict[str, float]] = []
+    feed = run.batches(start, dist.batch_sharding(mesh))
+    try:
+        for step in range(start + 1, run.steps + 1):
+            state, metrics = step_fn(state, next(feed))
+            report.tick(step)
+            last, stop = step == run.steps, asked.is_set()
+            if last or stop or step % run.log_every == 0 or step == start + 1:
+                history.append({"step": step, **_check(step, metrics)})
+                report.log(step, {k: v for k, v in history[-1].items() if k not in ("step", "streak")})
+            watch_now = watch.look(step, state) if not stop else {}
+            if checkpoints is not None and about is not None and (last or stop or step % run.checkpoint.every == 0):
+                with report.away():
+                    checkpoints.save(step, state, about)
+            if watch_now and last:
+                report.note(_summary(watch_now, watch.kind))
+            if stop and not last:
+                report.note(f"asked to stop: step {step} is saved" if checkpoints else f"asked to stop at step {step}")
+                break
+    finally:
+        feed.close()
+    return state, history
+
+
+def _check(step: int, metrics: Metrics) -> dict[str, float]:
+    """Metrics as numbers; UserError when the run has not taken a step for long."""
+    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    if values["streak"] >= _PATIENCE:
+        first = step - int(values["streak"]) + 1
+        raise Diverged(
+            f"loss or gradients have not been finite since step {first} ({int(values['streak'])} steps skipped in a row, "
+            f"loss={values['loss']}); lower optim.lr, set optim.clip=1, or look at the data of that step"
+        )
+    return values
+
+
+def _summary(found: Mapping[str, Any], kind: str) -> str:
+    shown = [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()]
+    return f"{', '.join(shown)} ({'average of the weights' if kind == 'ema' else 'weights of the last step'})"

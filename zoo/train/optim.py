@@ -1,0 +1,94 @@
+"""Optimisers from dataclasses: schedule, clipping and the weight-decay mask live inside one optax chain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from zoo.errors import UserError
+
+Optim = Any  # AdamW, or {top-level key of params: AdamW}
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW with a linear warm-up from `final_lr` to `lr`, then a cosine back to `final_lr` at the last step.
+
+    Defaults are plain: no clipping, and decay on kernels only. What a paper does otherwise stands in its config.
+    """
+
+    lr: float = 1e-3
+    final_lr: float = 1e-6
+    warmup: int = 0  # steps
+    schedule: Literal["cosine", "constant"] = "cosine"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    decay_all: bool = False  # True: norms, biases and embeddings decay as well
+    clip: float | None = None  # global gradient norm
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or not math.isfinite(self.lr):
+            raise UserError(f"optim.lr={self.lr} must be a positive number, e.g. optim.lr=1e-4")
+        if self.warmup < 0:
+            raise UserError(f"optim.warmup={self.warmup} is negative; it is a number of steps, 0 for none")
+        if self.clip is not None and self.clip <= 0:
+            raise UserError(f"optim.clip={self.clip} must be positive, or none for no clipping")
+
+    def learning_rate(self, steps: int) -> optax.Schedule:
+        """Learning rate at optimiser step n (0-based) of `steps` (TarFlow's rule).
+
+        n <= w: lo + n/w (hi - lo); after it lo + (1 + cos(pi (n - w)/(steps - w)))/2 (hi - lo).
+        """
+        lo, hi, warmup = self.final_lr, self.lr, self.warmup
+
+        def rate(n: Any) -> Any:
+            n = jnp.asarray(n, jnp.float32)
+            up = lo + n / max(warmup, 1) * (hi - lo)
+            if self.schedule == "constant":
+                after: Any = hi
+            else:
+                phase = jnp.clip((n - warmup) / max(steps - warmup, 1), 0, 1)
+                after = lo + 0.5 * (1 + jnp.cos(jnp.pi * phase)) * (hi - lo)
+            return jnp.where(n <= warmup, up, after) if warmup else after + jnp.zeros_like(n)
+
+        return rate
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The optax chain for a run of `steps`."""
+
+        def mask(params: Any) -> Any:
+            # Kernels are what is left when vectors (norms, biases) and tables (embeddings) are taken away.
+            return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+        adamw = optax.adamw(
+            self.learning_rate(steps),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            mask=None if self.decay_all else mask,
+        )
+        return optax.chain(optax.clip_by_global_norm(self.clip), adamw) if self.clip else adamw
+
+
+def build(optim: Optim, steps: int) -> optax.GradientTransformation:
+    """One optimiser, or one per top-level key of the parameters, each with its own clipping."""
+    if not isinstance(optim, dict):
+        return optim.build(steps)
+
+    def label(params: Any) -> Any:
+        missing = sorted(set(params) - set(optim))
+        if missing:
+            raise UserError(
+                f"optim has no entry for the parameters {missing}; its keys must be those of the trained parameters"
+            )
+        return {key: jax.tree.map(lambda _, k=key: k, tree) for key, tree in params.items()}
+
+    return optax.partition({key: one.build(steps) for key, one in optim.items()}, label)

@@ -1,0 +1,146 @@
+"""The train step: one pure function for every paper, and its placement on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.struct import PyTreeNode
+
+from zoo import dist
+from zoo.task import Params, Task
+
+
+class State(PyTreeNode):
+    """All that a step reads and writes, and all that a checkpoint holds."""
+
+    step: jax.Array
+    params: Params
+    ema: Params  # average of the trained parameters; {} where none is kept
+    opt: optax.OptState
+    rng: jax.Array
+    skipped: jax.Array  # steps whose loss or gradient was not finite
+    streak: jax.Array  # how many of them in a row, up to now
+
+
+Metrics = dict[str, jax.Array]
+Step = Callable[[State, Any], tuple[State, Metrics]]
+
+
+def split(task: Task, params: Params) -> tuple[Params, Params]:
+    """(trained, held) parameters by top-level key."""
+    trained = {k: v for k, v in params.items() if k not in task.held}
+    return trained, {k: v for k, v in params.items() if k in task.held}
+
+
+def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: float) -> State:
+    """A fresh state, leaves still boxed with their logical axes."""
+    params = task.init(jax.random.key(seed))
+    trained, _ = split(task, params)
+    zero = jnp.zeros((), jnp.int32)
+    return State(
+        step=zero,
+        params=params,
+        ema=trained if ema else {},
+        opt=optimizer.init(trained),
+        rng=jax.random.key(seed + 1),
+        skipped=zero,
+        streak=zero,
+    )
+
+
+def make_train_step(
+    task: Task, optimizer: optax.GradientTransformation, *, ema: float = 0.0, accumulate: int = 1
+) -> Step:
+    """A pure function (state, batch) -> (state, metrics). Placement belongs to `compile_step`.
+
+    A step with a loss or gradient that is not finite changes nothing but the counters. Accumulated over micro-batches,
+    a mean loss without noise equals that of the whole batch.
+    """
+
+    def loss(trained: Params, held: Params, batch: Any, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        return task.loss({**held, **trained}, batch, rng)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def step(state: State, batch: Any) -> tuple[State, Metrics]:
+        trained, held = split(task, state.params)
+        rngs = jax.random.split(
+            jax.random.fold_in(state.rng, state.step + 1), accumulate
+        )  # the key follows from the step alone
+
+        if accumulate == 1:
+            (value, metrics), grads = gradient(trained, held, batch, rngs[0])
+            metrics = {"loss": value, **metrics}
+        else:
+            # Strided: each device keeps the rows it has.
+            parts = jax.tree.map(
+                lambda x: dist.constrain(x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), None, "batch"), batch
+            )
+
+            def micro(total: Params, part: Any) -> tuple[Params, Metrics]:
+                (value, metrics), grads = gradient(trained, held, *part)
+                return jax.tree.map(jnp.add, total, grads), {"loss": value, **metrics}
+
+            grads, stacked = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, trained), (parts, rngs))
+            grads = jax.tree.map(lambda g: g / accumulate, grads)
+            metrics = jax.tree.map(lambda m: m.mean(0), stacked)  # over micro-batches: arrays keep their shape
+
+        norm = optax.global_norm(grads)
+        ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updates, opt = optimizer.update(grads, state.opt, trained)
+        trained = optax.apply_updates(trained, updates)
+        average = state.ema
+        if ema:
+            decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))  # warm-up: a plain average ruins short runs
+            average = optax.incremental_update(trained, state.ema, 1 - decay)
+        params = {**held, **trained}
+        if hasattr(task, "after_step"):
+            params = task.after_step(params, metrics)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+
+        scalars = {k: v for k, v in metrics.items() if v.ndim == 0}
+        state = state.replace(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            ema=keep(average, state.ema),
+            opt=keep(opt, state.opt),
+            skipped=state.skipped + ~ok,
+            streak=jnp.where(ok, 0, state.streak + 1),
+        )
+        return state, {**scalars, "grad_norm": norm, "skipped": state.skipped, "streak": state.streak}
+
+    return step
+
+
+def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, ema: float) -> State:
+    """Shapes, dtypes and shardings of a state on `mesh`; nothing is allocated."""
+    boxed = jax.eval_shape(lambda: init_state(task, optimizer, 0, ema))
+    shardings = dist.shardings(boxed, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), dist.unbox(boxed), shardings)
+
+
+def compile_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    *,
+    ema: float = 0.0,
+    accumulate: int = 1,
+) -> tuple[Callable[[int], State], Any, State]:
+    """(sharded init by seed, jitted step with the state donated, abstract state). Call all within `dist.use(mesh)`."""
+    abstract = abstract_state(task, optimizer, mesh, ema)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    init = jax.jit(lambda seed: dist.unbox(init_state(task, optimizer, seed, ema)), out_shardings=where)
+    step = jax.jit(
+        make_train_step(task, optimizer, ema=ema, accumulate=accumulate),
+        in_shardings=(where, dist.batch_sharding(mesh)),
+        out_shardings=(where, None),
+        donate_argnums=0,
+    )
+    return init, step, abstract

@@ -1,0 +1,29 @@
+"""Weights at rest and on the move: layouts, exports on disk, published checkpoints, filling one model from another.
+
+A parameter tree is a nested dict of arrays; its flat names are joined with "/". A stack of L equal layers has two
+layouts: *stacked*, `trunk/block/<leaf>` with a leading axis L, and *unrolled*, `trunk/layer0/<leaf>`,
+`trunk/layer1/<leaf>` and so on. On disk there is only the stacked one.
+"""
+
+from zoo.weights.export import card, export_stablehlo, load, load_stablehlo, save
+from zoo.weights.layout import abstract, fill, flatten, matching, resolve, stacked, unflatten
+from zoo.weights.official import from_official, read_state_dict, to_official, write_state_dict
+
+__all__ = [
+    "abstract",
+    "card",
+    "export_stablehlo",
+    "fill",
+    "flatten",
+    "from_official",
+    "load",
+    "load_stablehlo",
+    "matching",
+    "read_state_dict",
+    "resolve",
+    "save",
+    "stacked",
+    "to_official",
+    "unflatten",
+    "write_state_dict",
+]

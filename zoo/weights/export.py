@@ -1,0 +1,266 @@
+"""Exports on disk: safetensors with a checksum per tensor, config, card, and the sampler as StableHLO."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from zoo.errors import UserError
+from zoo.task import Params
+from zoo.weights.layout import few, flatten, matching, named_leaves, stacked, unflatten
+
+FORMAT = 1  # of exports; a reader refuses any other
+
+_STABLEHLO = ("sampler.bin", "sampler.json")
+_EXPORT = ("model.safetensors", "config.json", "README.md", "stablehlo", *(f"stablehlo/{name}" for name in _STABLEHLO))
+AGAIN = "download or export it again"
+
+
+def save(folder: str | Path, params: Params, config: Mapping[str, Any], card: str) -> None:
+    """Write an export: `model.safetensors` (stacked layout), `config.json` and `README.md` (the card).
+
+    The safetensors metadata holds one sha256 per tensor and one of the config; the card gets the sha256 of the weights
+    file as its last line. The folder appears whole or not at all, and replaces an earlier export, its sampler included;
+    for the moment of the exchange the earlier one lies beside it as `.NAME.PID.old`. UserError when the folder holds
+    anything that is not an export, or cannot be written.
+    """
+    flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(stacked(jax.device_get(params))).items()}
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    manifest = {
+        "format": FORMAT,
+        "config": _config_digest(json.loads(text)),
+        "tensors": {name: _digest(array) for name, array in flat.items()},
+    }
+    with _replacing(folder, _EXPORT, needed=_EXPORT[:2]) as new:
+        (new / "config.json").write_text(text, encoding="utf-8")
+        # one metadata key only: several are written in random order, and equal weights should make equal files
+        save_file(flat, new / "model.safetensors", metadata={"zoo": json.dumps(manifest)})
+        shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors makes files for the owner alone
+        with (new / "model.safetensors").open("rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest()
+        (new / "README.md").write_text(
+            f"{card.rstrip()}\n\nsha256 of `model.safetensors`: `{whole}`\n", encoding="utf-8"
+        )
+
+
+def load(folder: str | Path) -> tuple[Params, dict[str, Any]]:
+    """Parameters (nested numpy arrays, stacked layout) and config of an export, every sha256 verified.
+
+    Raises UserError for a folder that is no export, and for a damaged file, naming the file and the tensor.
+    """
+    folder = Path(folder)
+    for name in _EXPORT[:2]:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no export: it has no {name}; `zoo export RUN {folder}` makes one")
+    path = folder / "model.safetensors"
+    flat, metadata = read_safetensors(path)
+    try:
+        manifest = json.loads(metadata["zoo"])
+        version, digests, config_digest = manifest["format"], dict(manifest["tensors"]), manifest["config"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} was not written by `zoo export`, or is damaged; {AGAIN}") from None
+    if version != FORMAT:
+        raise UserError(f"{path} has export format {version}, but this zoo reads format {FORMAT}; update zoo")
+    for name in sorted(digests.keys() | flat.keys()):
+        if name not in flat or digests.get(name) != _digest(flat[name]):
+            raise UserError(f"{path} is damaged: the sha256 of {name!r} is not the one it was written with; {AGAIN}")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read ({error}); {AGAIN}") from None
+    if not isinstance(config, dict) or config_digest != _config_digest(config):
+        raise UserError(f"{folder}: config.json was changed, or model.safetensors is of another export; {AGAIN}")
+    return unflatten(flat), config
+
+
+def card(
+    *,
+    task: str,
+    paper: str,
+    data: str,
+    steps: int | None,
+    metrics: Mapping[str, float | str],
+    ema: bool,
+    parameters: int,
+) -> str:
+    """A short markdown card. `paper` is the title line of the paper's file, `parameters` the count of numbers."""
+    rows = [
+        ("Task", f"`{task}`"),
+        ("Paper", paper),
+        ("Data", data),
+        ("Steps", "unknown" if steps is None else f"{steps:,}"),
+        ("Weights", "moving average (EMA)" if ema else "raw, of the last step"),
+        ("Parameters", f"{parameters:,}"),
+        *((name, value if isinstance(value, str) else f"{value:.6g}") for name, value in metrics.items()),
+    ]
+    table = "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows)
+    return f"""# {task.rpartition(".")[2]}
+
+| | |
+|---|---|
+{table}
+
+```python
+import zoo
+task, params = zoo.load("this/folder")
+```
+
+## Licence
+
+No licence is granted by this card. The weights are subject to the terms of the data they were trained on and to what
+their publisher chooses; state it here before sharing them.
+"""
+
+
+@contextmanager
+def _replacing(folder: str | Path, ours: Sequence[str], needed: Sequence[str]) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of `folder`; on any error nothing has changed."""
+    folder = Path(folder).resolve()
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        if folder.exists():
+            if not folder.is_dir():
+                raise UserError(f"{folder} is a file; give a folder that does not exist yet")
+            found = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+            names = list(islice(found, len(ours) + 1))
+            foreign = [name for name in names if name not in ours]
+            lost = [name for name in needed if name not in names] if names else []
+            if foreign or lost:
+                why = f"it holds {few(sorted(foreign))}" if foreign else f"it is not empty and has no {lost[0]}"
+                raise UserError(f"{folder} is not an export: {why}; choose a folder that does not exist yet")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        for file in new.iterdir():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+        if not folder.exists():
+            os.rename(new, folder)
+            return
+        os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except BaseException:
+            os.rename(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written: {error}; free some space or choose another folder") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _digest(array: np.ndarray) -> str:
+    """sha256 of dtype, shape and bytes: F32 read as I32 has the same bytes but is not the same tensor."""
+    digest = hashlib.sha256(f"{array.dtype.name} {array.shape} ".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _config_digest(config: Any) -> str:
+    """sha256 of what a config says, whatever its line ends and spaces."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata of a file; UserError when it is missing, cut short or malformed."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); {AGAIN}") from None
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path} holds a dtype that numpy lacks ({error}); convert it to float32 or bfloat16") from None
+
+
+def export_stablehlo(
+    folder: str | Path,
+    sampler: Callable[..., Mapping[str, Any]],
+    params: Params,
+    *arguments: Any,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+) -> None:
+    """Write `sampler(params, *arguments)` as a portable program to `folder/stablehlo`, beside the weights.
+
+    `params` and `arguments` may be arrays or ShapeDtypeStructs. The program takes the parameters in stacked layout,
+    just as `model.safetensors` holds them, so no weights are baked into it. `sampler.json` says how to call it. The
+    program may stop loading with later versions of jax; weights and config are what lasts. UserError when `folder` is
+    no export yet.
+    """
+    from jax import export
+
+    if not (Path(folder) / "model.safetensors").is_file():
+        raise UserError(
+            f"{folder} has no model.safetensors for the sampler to lie beside; export the weights there first"
+        )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), (params, *arguments))
+
+    def call(stacked_params: Params, *rest: Any) -> dict[str, Any]:
+        return dict(sampler(matching(stacked_params, shapes[0]), *rest))
+
+    inputs = (stacked(shapes[0]), *shapes[1:])
+    program = export.export(jax.jit(call), platforms=tuple(platforms))(*inputs)
+    blob = bytes(program.serialize())
+    outputs = jax.eval_shape(call, *inputs)
+    about = {
+        "format": FORMAT,
+        "program": "sampler.bin",
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "jax": jax.__version__,
+        "calling_convention": program.calling_convention_version,
+        "platforms": list(program.platforms),
+        "call": "jax.export.deserialize(bytearray(program)).call(params, ...), or zoo.weights.load_stablehlo(folder); "
+        "params: the tensors of ../model.safetensors as nested dicts, names split at '/'",
+        "arguments": [_describe(x) for x in inputs],
+        "results": _describe(outputs),
+    }
+    with _replacing(Path(folder) / "stablehlo", _STABLEHLO, needed=_STABLEHLO[1:]) as new:
+        (new / "sampler.bin").write_bytes(blob)
+        (new / "sampler.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def load_stablehlo(folder: str | Path) -> Callable[..., dict[str, jax.Array]]:
+    """The sampler that `export_stablehlo` wrote: a function of the parameters of `load` and the other arguments."""
+    from jax import export
+
+    folder = Path(folder) / "stablehlo"
+    try:
+        about = json.loads((folder / "sampler.json").read_text(encoding="utf-8"))
+        blob = (folder / "sampler.bin").read_bytes()
+        digest, platforms = about["sha256"], about["platforms"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} holds no readable sampler ({error}); `zoo export RUN OUT --format stablehlo` makes one"
+        ) from None
+    if hashlib.sha256(blob).hexdigest() != digest:
+        raise UserError(f"{folder / 'sampler.bin'} is damaged: its sha256 is not the one it was written with; {AGAIN}")
+    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if here not in platforms:
+        raise UserError(
+            f"{folder} was exported for {', '.join(platforms)}, not for {here}; export it for {here} as well"
+        )
+    try:
+        return jax.jit(export.deserialize(bytearray(blob)).call)
+    except ValueError as error:
+        raise UserError(
+            f"{folder} was exported by jax {about.get('jax')}, which jax {jax.__version__} cannot load ({error}); "
+            "export it again from the weights"
+        ) from None
+
+
+def _describe(tree: Any) -> Any:
+    """Shape and dtype of each leaf, by name; a lone leaf without a name."""
+    leaves = {n: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for n, leaf in named_leaves(tree).items()}
+    return leaves.get("", leaves)

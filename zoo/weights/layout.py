@@ -1,0 +1,257 @@
+"""Parameter trees: flat names, stacked and unrolled layers, and filling one model's parameters from another's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.errors import UserError, suggest
+from zoo.task import Params, Task
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves of a nested dict by "/"-joined name, sorted; empty dicts leave no trace."""
+    flat: dict[str, Any] = {}
+    for key in sorted(tree):
+        if "/" in key:
+            raise ValueError(f"the parameter name {key!r} holds a '/', which separates the levels of a tree")
+        node = tree[key]
+        if isinstance(node, Mapping):
+            flat |= {f"{key}/{name}": leaf for name, leaf in flatten(node).items()}
+        else:
+            flat[key] = node
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The nested dict whose `flatten` is `flat`."""
+    tree: Params = {}
+    for name, leaf in flat.items():
+        *path, last = name.split("/")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def stacked(tree: Any) -> Any:
+    """Any pytree with its layers stacked: dicts with equal `layer0`, `layer1`, ... get one `block` instead.
+
+    Works on parameters, averages and optimiser states; leaves may be numpy or jax arrays (also inside jit) or
+    ShapeDtypeStructs, which lose their sharding. Exact to the bit. Layers that differ in structure, shape or dtype
+    are left as they are.
+    """
+    return jax.tree.map(lambda node: _stacked_dict(node) if isinstance(node, dict) else node, tree, is_leaf=_is_dict)
+
+
+def matching(tree: Any, like: Any) -> Any:
+    """`tree` with its layers stacked or unrolled as in `like`. Exact to the bit, usable inside jit.
+
+    Raises UserError that lists all names which are missing or too many, and all shapes that differ from `like`.
+    """
+    tree = _relayout(tree, like, "")
+    have, want = named_leaves(tree), named_leaves(like)
+    shapes = [
+        differs(name, have[name], leaf)
+        for name, leaf in want.items()
+        if name in have and np.shape(have[name]) != np.shape(leaf)
+    ]
+    refuse(
+        "the parameters do not fit this task",
+        "use the config they were made with",
+        {
+            "missing": [name for name in want if name not in have],
+            "unexpected": [name for name in have if name not in want],
+            "wrong shape": shapes,
+        },
+    )
+    return tree
+
+
+def abstract(task: Task) -> Params:
+    """Shapes and dtypes of `task.init` in the task's own layout, without axis boxes and without computing anything."""
+
+    def init() -> Params:
+        boxed = task.init(jax.random.key(0))
+        return jax.tree.map(_unbox, boxed, is_leaf=lambda x: hasattr(x, "unbox"))
+
+    return jax.eval_shape(init)
+
+
+def _is_dict(node: Any) -> bool:
+    return isinstance(node, dict)
+
+
+def _unbox(leaf: Any) -> Any:
+    return leaf.unbox() if hasattr(leaf, "unbox") else leaf
+
+
+def _layers(node: Mapping[str, Any]) -> list[str]:
+    """`layer0`, `layer1`, ... when the dict has them without a gap, else nothing."""
+    names = [key for key in node if isinstance(key, str) and re.fullmatch(r"layer(0|[1-9]\d*)", key)]
+    wanted = [f"layer{i}" for i in range(len(names))]
+    return wanted if set(names) == set(wanted) else []
+
+
+def _equal(layers: Sequence[Any]) -> bool:
+    """Whether all layers have one structure and leaves of one shape and dtype."""
+    kinds = []
+    for layer in layers:
+        leaves, structure = jax.tree.flatten(layer)
+        kinds.append((structure, [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves]))
+    return all(kind == kinds[0] for kind in kinds)
+
+
+def _stack(*leaves: Any) -> Any:
+    first = leaves[0]
+    if isinstance(first, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype, sharding=_leading(first.sharding))
+    return (jnp if isinstance(first, jax.Array) else np).stack(leaves)
+
+
+def _leading(sharding: Any) -> Any:
+    """The sharding of an array that got a leading axis, which no mesh axis splits."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return None
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
+
+
+def _slice(leaf: Any, layer: int) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return leaf[layer, ...]  # the dots keep a numpy scalar an array
+
+
+def _stacked_dict(node: dict[str, Any]) -> dict[str, Any]:
+    node = {key: stacked(value) for key, value in node.items()}
+    names = _layers(node)
+    if not names or "block" in node or not _equal([node[name] for name in names]):
+        return node
+    block = jax.tree.map(_stack, *(node.pop(name) for name in names))
+    return {**node, "block": block}
+
+
+def _relayout(tree: Any, like: Any, path: str) -> Any:
+    """`matching` without its final check: what `like` does not know stays as it is."""
+
+    def convert(keys: Any, want: Any, node: Any) -> Any:
+        if not (isinstance(want, dict) and isinstance(node, dict)):
+            return node
+        here = "/".join(part for part in (path, jax.tree_util.keystr(keys, simple=True, separator="/")) if part)
+        names, found = _layers(want), _layers(node)
+        if names and "block" not in want and "block" in node and not found:
+            block = node["block"]
+            depths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(block)}
+            if depths != {(len(names),)}:
+                has = " or ".join(str(d[0]) if d else "no" for d in sorted(depths))
+                raise UserError(
+                    f"{here}/block has {has} layers, but {len(names)} are expected; use a task of the same depth"
+                )
+            rows = {n: jax.tree.map(lambda leaf, i=i: _slice(leaf, i), block) for i, n in enumerate(names)}
+            node = {**{key: value for key, value in node.items() if key != "block"}, **rows}
+        elif "block" in want and not names and found and "block" not in node:
+            rows = {n: _relayout(node[n], want["block"], f"{here}/{n}") for n in found}
+            if _equal(list(rows.values())):
+                block = jax.tree.map(_stack, *rows.values())
+                node = {**{key: value for key, value in node.items() if key not in rows}, "block": block}
+        return {key: _relayout(v, want[key], f"{here}/{key}") if key in want else v for key, v in node.items()}
+
+    return jax.tree_util.tree_map_with_path(convert, like, tree, is_leaf=_is_dict)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves of any pytree by "/"-joined path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def differs(name: str, have: Any, want: Any) -> str:
+    """A wrong shape in words."""
+    is_, expected = ("x".join(map(str, np.shape(leaf))) or "a scalar" for leaf in (have, want))
+    return f"{name} is {is_} (expected {expected})"
+
+
+def few(names: Iterable[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    rest = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def refuse(what: str, todo: str, faults: Mapping[str, Sequence[str]]) -> None:
+    """UserError that lists each kind of fault with its count; nothing when there is none."""
+    found = [f"{kind} ({len(names)}): {few(names)}" for kind, names in faults.items() if names]
+    if found:
+        raise UserError(f"{what}: {'; '.join(found)}; {todo}")
+
+
+def resolve(reference: str, read: Callable[[str], Params]) -> Params:
+    """The tree that `Run.weights` means by "PATH" or "PATH:KEY"; `read(PATH)` gives a run's or export's parameters."""
+    path, colon, key = reference.rpartition(":")
+    if not (colon and path and re.fullmatch(r"\w+", key)):
+        return read(reference)
+    tree = read(path)
+    if key not in tree:
+        raise UserError(f"weights: {path} has no parameters named {key!r}; {suggest(key, tree)}")
+    return tree[key]
+
+
+def fill(params: Params, given: Mapping[str, Any]) -> tuple[Params, list[str]]:
+    """`params` with the trees of `given` put in, and a report: what was filled, left fresh and not used.
+
+    A key of `given` is a top-level key of `params`, or "" for a tree whose own top-level keys are placed by name (an
+    explicit key wins over it). Layers may be stacked or unrolled on either side. Values take the dtype and sharding
+    of what they replace. Raises UserError for an unknown key, a tree that fits nowhere, and any shape that differs.
+    """
+    flat = flatten(params)
+    filled: set[str] = set()
+    unused: list[str] = []
+    for key, tree in given.items():
+        if key and key not in params:
+            raise UserError(f"weights: {key!r} is no part of this task's parameters; {suggest(key, params)}")
+        if key:
+            new = flatten({key: _relayout(tree, params[key], key)})
+        else:
+            new = flatten(_relayout({k: v for k, v in tree.items() if k not in given}, params, ""))
+        fits = [name for name in new if name in flat]
+        if not fits and new:
+            raise UserError(
+                f"weights: nothing given for {key!r} has a place: it holds {few(new)}, "
+                f"the task has {few(n for n in flat if not key or n.split('/')[0] == key)}; check the reference"
+            )
+        shapes = [differs(name, new[name], flat[name]) for name in fits if np.shape(new[name]) != np.shape(flat[name])]
+        refuse(
+            f"weights[{key!r}] does not fit",
+            "use a task of the same size, or name only the keys that fit",
+            {"wrong shape": shapes},
+        )
+        flat |= {name: _like(new[name], flat[name]) for name in fits}
+        filled |= set(fits)
+        unused += [name for name in new if name not in flat]
+    fresh = [name for name in flat if name not in filled]
+    report = [f"filled: {_parts(filled)}"] if filled else []
+    report += [f"left fresh: {_parts(fresh)}"] if fresh else []
+    report += [f"not used: {_parts(unused)}"] if unused else []
+    return {**params, **unflatten(flat)}, report
+
+
+def _like(value: Any, old: Any) -> Any:
+    """`value` with the dtype and placement of `old`."""
+    value = np.asarray(value).astype(old.dtype)
+    if not isinstance(old, jax.Array):
+        return value
+    return jax.device_put(value, old.sharding) if old.committed else jnp.asarray(value)
+
+
+def _parts(names: Iterable[str]) -> str:
+    """Names grouped by top-level key."""
+    groups: dict[str, int] = {}
+    for name in sorted(names):
+        groups[name.split("/")[0]] = groups.get(name.split("/")[0], 0) + 1
+    return ", ".join(f"{key} ({count} tensor{'s' * (count > 1)})" for key, count in groups.items())
