@@ -120,8 +120,8 @@ class Checkpoints:
         tree = self._open().restore(step, args=args)["state"]
         where = jax.tree.map(lambda x: x.sharding, like)
         # Through one program whose outputs lie as the step wants them. Slices of a stack cannot reuse its memory.
-        same = jax.tree.structure(tree) == jax.tree.structure(like)
-        donate = (0,) if same else ()
+        structures: list[Any] = [jax.tree.structure(t) for t in (tree, like)]
+        donate = (0,) if structures[0] == structures[1] else ()
         tree = jax.jit(lambda t: weights.matching(t, like), out_shardings=where, donate_argnums=donate)(tree)
         return State(**tree)
 
