@@ -157,11 +157,13 @@ def _change(old: Any, kind: Any, new: Any, name: str) -> Any:
 
 def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
     """`text` as a value of type `kind`; UserError naming the field when it is none."""
-    if _is_config(old) or (isinstance(old, tuple) and any(_is_config(v) for v in old)):
-        inside = ", ".join(f.name for f in dataclasses.fields(old)) if _is_config(old) else "0, 1, ..."
+    inside = _inside(old)
+    if inside:
         raise UserError(
-            f"{name} is a whole object, not a value; set its fields ({name}.{inside.split(', ')[0]}=...): {inside}"
+            f"{name} is a whole object, not a value; set its fields ({name}.{inside[0]}=...): {', '.join(inside)}"
         )
+    if text in ("none", "None") and type(None) in typing.get_args(kind):
+        return None  # before a text field takes it for a word
     attempts: list[Any] = [text]
     if kind is Any:
         kind = (
@@ -184,6 +186,14 @@ def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
             raise UserError(f"{name}={text} is not finite; give a finite number")
         return value
     raise UserError(f"{name}={text!r} is no {_type_name(kind)} (it is {old!r} now)")
+
+
+def _inside(value: Any) -> list[str]:
+    """What to set in a config, or in a tuple or dict of them; [] for a plain value."""
+    if _is_config(value):
+        return [f.name for f in dataclasses.fields(value)]
+    parts = dict(enumerate(value)) if isinstance(value, tuple) else value if isinstance(value, dict) else {}
+    return list(map(str, parts)) if any(map(_is_config, parts.values())) else []
 
 
 def _type_name(kind: Any) -> str:
@@ -234,7 +244,13 @@ def undump(data: Any, allow: Sequence[str] = (), where: str = "config") -> Any:
         raise UserError(
             f"{where}: {cls.__name__} has no field {unknown[0]!r}; {suggest(unknown[0], names)} (was it written by another version?)"
         )
-    return cls(**{k: undump(v, allow, f"{where}.{k}") for k, v in values.items()})
+    fields = {k: undump(v, allow, f"{where}.{k}") for k, v in values.items()}
+    try:
+        return cls(**fields)
+    except TypeError as error:  # a field without a default is missing, or holds another type
+        raise UserError(
+            f"{where}: these fields make no {cls.__name__} ({error}); the file is damaged or of another version"
+        ) from None
 
 
 def _resolve(name: Any, allow: Sequence[str], where: str) -> type:
