@@ -1,0 +1,242 @@
+"""Laws of zoo.dist: meshes, axis rules, shardings, constrain, and the compilation cache."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec as P
+
+from zoo import dist, weights
+from zoo.errors import UserError
+from zoo.papers.tarflow import TarFlow
+from zoo.train import optim
+from zoo.train.step import abstract_state
+
+MESH = dist.Mesh(data=2, fsdp=2, tensor=2)
+
+
+def box(shape: tuple[int, ...], *names: str | None, dtype: str = "float32") -> Any:
+    """An abstract parameter with logical axes."""
+    return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), names)
+
+
+# meshes
+
+
+@pytest.mark.parametrize(
+    "mesh, shape",
+    [
+        (dist.Mesh(), (8, 1, 1)),
+        (dist.Mesh(fsdp=4), (2, 4, 1)),
+        (dist.Mesh(data=2, fsdp=-1, tensor=2), (2, 2, 2)),
+        (dist.Mesh(data=1, tensor=8), (1, 1, 8)),
+    ],
+)
+def test_a_mesh_holds_every_device_once(mesh: dist.Mesh, shape: tuple[int, ...]):
+    built = mesh.build()
+    assert built.axis_names == ("data", "fsdp", "tensor")
+    assert built.devices.shape == shape
+    assert {d.id for d in built.devices.flat} == set(range(8))
+
+
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        (dist.Mesh(data=3), r"mesh data=3 x fsdp=1 x tensor=1 does not fill the 8 devices here.*must be 8"),
+        (dist.Mesh(fsdp=3), r"mesh data=-1 x fsdp=3 x tensor=1 does not fill the 8 devices"),
+        (dist.Mesh(data=16), r"does not fill the 8 devices"),
+        (dist.Mesh(fsdp=-1), r"only one axis may be -1, but data and fsdp are"),
+        (dist.Mesh(tensor=0), r"mesh.tensor=0 is no size"),
+        (dist.Mesh(data=-2), r"mesh.data=-2 is no size"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(mesh: dist.Mesh, message: str):
+    with pytest.raises(UserError, match=message):
+        mesh.build()
+
+
+def test_a_mesh_of_some_devices():
+    assert dist.Mesh().build(jax.devices()[:2]).devices.shape == (2, 1, 1)
+    with pytest.raises(UserError, match="does not fill the 3 devices"):
+        dist.Mesh(fsdp=2).build(jax.devices()[:3])
+
+
+# rules and shardings
+
+
+def test_rules_become_shardings():
+    mesh = MESH.build()
+    tree = {
+        "up": box((4, 8), "embed", "mlp"),
+        "qkv": box((4, 3, 2, 5), "embed", None, "heads", None),
+        "norm": box((4,), None),
+        "odd": box((4,), "no such axis"),
+        "plain": jax.ShapeDtypeStruct((7,), jnp.float32),
+    }
+    specs = jax.tree.map(lambda s: s.spec, dist.shardings(tree, mesh))
+    assert specs["up"] == P("fsdp", "tensor")
+    assert specs["qkv"] == P("fsdp", None, "tensor", None)
+    assert specs["norm"] == specs["odd"] == P(None)
+    assert specs["plain"] == P()
+    with dist.use(mesh, {"embed": None, "mlp": ("data", "tensor")}):
+        specs = jax.tree.map(lambda s: s.spec, dist.shardings(tree, mesh))
+    assert specs["up"] == P(None, ("data", "tensor"))
+    assert specs["qkv"] == P(None, None, "tensor", None)  # rules add to the table, they do not replace it
+    assert dist.shardings(tree, mesh)["up"].spec == P("fsdp", "tensor")  # and end with their block
+
+
+def test_the_whole_state_follows_its_parameters():
+    task = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=4)
+    state = abstract_state(task, optim.AdamW().build(4), MESH.build(), ema=0.9)
+    params, average = (weights.flatten(tree) for tree in (state.params, state.ema))
+    specs = {name: leaf.sharding.spec for name, leaf in params.items()}
+    assert specs["block0/trunk/block/mlp/up/kernel"] == P(None, "fsdp", "tensor")  # layers, embed, mlp
+    assert specs["block0/trunk/block/mlp/down/kernel"] == P(None, "tensor", "fsdp")
+    for name, leaf in average.items():
+        assert leaf.sharding.spec == specs[name], name
+    moments = [s.nu for s in jax.tree.leaves(state.opt, is_leaf=lambda s: hasattr(s, "nu")) if hasattr(s, "nu")]
+    assert moments
+    for name, leaf in weights.flatten(moments[0]).items():
+        assert leaf.sharding.spec == specs[name], name
+    assert state.step.sharding.spec == P()
+
+
+def test_an_axis_that_does_not_divide_names_its_parameter():
+    tree = {"net": {"up": box((4, 6), "embed", "mlp")}}
+    with pytest.raises(
+        UserError,
+        match=r"\['net'\]\['up'\]: axis 1 \('mlp'\) has size 6, which mesh axes \('tensor',\) = 4 do not divide",
+    ):
+        dist.shardings(tree, dist.Mesh(tensor=4).build())
+
+
+def test_a_mesh_axis_used_twice_names_its_parameter():
+    tree = {"net": {"square": box((4, 4), "mlp", "heads")}}
+    with pytest.raises(UserError, match=r"\['net'\]\['square'\].*\('mlp', 'heads'\) use mesh axis 'tensor' twice"):
+        dist.shardings(tree, MESH.build())
+
+
+def test_a_large_parameter_that_stays_whole_is_named(caplog: pytest.LogCaptureFixture):
+    large = {
+        "table": box((2048, 4096), None, None),
+        "split": box((2048, 4096), "embed", None),
+        "small": box((2,), None),
+    }
+    dist.shardings(large, dist.Mesh(data=8).build())
+    assert not caplog.records  # nothing is meant to be split here
+    dist.shardings(large, MESH.build())
+    assert [("table" in r.message, "whole on every device" in r.message) for r in caplog.records] == [(True, True)]
+
+
+# constrain
+
+
+def test_constrain_does_nothing_without_a_mesh():
+    x = np.ones((8, 2))  # any operation would make it a jax array
+    assert dist.constrain(x, "batch", None) is x
+    with dist.use(dist.Mesh(data=1).build(jax.devices()[:1])):
+        assert dist.constrain(x, "batch", None) is x
+    assert "sharding_constraint" not in str(jax.make_jaxpr(lambda x: dist.constrain(x, "batch", None))(x))
+
+
+def test_constrain_follows_mesh_and_rules():
+    def placed(rows: int, rules: dist.Rules | None = None) -> Any:
+        with dist.use(MESH.build(), rules):
+            return jax.jit(lambda x: dist.constrain(x, "batch", "mlp"))(jnp.ones((rows, 2))).sharding.spec
+
+    assert placed(8) == P(("data", "fsdp"), "tensor")
+    assert placed(8, {"mlp": None, "batch": "data"}) == P("data")
+    assert "data" not in str(placed(6))  # 6 rows do not divide by 4: left to the compiler, no error
+
+
+# batches
+
+
+@pytest.mark.parametrize(
+    "batch, accumulate, message",
+    [
+        (6, 1, r"batch=6 does not divide over 4 devices; choose a multiple of 4, e.g. batch=8"),
+        (1, 1, r"choose a multiple of 4, e.g. batch=4"),
+        (4, 2, r"batch=4 does not divide over 4 devices x 2 micro-batches; choose a multiple of 8, e.g. batch=8"),
+    ],
+)
+def test_a_batch_that_does_not_divide(batch: int, accumulate: int, message: str):
+    with pytest.raises(UserError, match=message):
+        dist.check_batch(batch, accumulate, MESH.build())
+
+
+def test_a_batch_that_divides():
+    mesh = MESH.build()
+    dist.check_batch(4, 1, mesh)
+    dist.check_batch(16, 2, mesh)
+    assert dist.batch_sharding(mesh).spec == P(("data", "fsdp"))
+    with dist.use(mesh, {"batch": "data"}):
+        dist.check_batch(6, 1, mesh)
+        assert dist.batch_sharding(mesh).spec == P(("data",))
+
+
+# the compilation cache
+
+
+@pytest.fixture
+def own_cache() -> Iterator[None]:
+    """Lets a test point the persistent compilation cache elsewhere."""
+    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_min_entry_size_bytes")
+    before = {f"jax_{name}": jax.config.values[f"jax_{name}"] for name in names}
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5])
+def test_a_damaged_cache_entry_is_compiled_again(tmp_path: Path, own_cache: None, keep: float):
+    dist.start(str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    x = np.arange(16, dtype=np.float32).reshape(4, 4)
+
+    def damaged_program() -> Any:
+        return jax.jit(lambda x: jnp.sin(x) @ x)(x)
+
+    first = damaged_program()
+    entries = [p for p in (tmp_path / "xla").iterdir() if p.stat().st_size]
+    assert entries, "the cache was not written"
+    for entry in entries:
+        data = entry.read_bytes()
+        entry.write_bytes(data[: int(len(data) * keep)])
+    jax.clear_caches()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = damaged_program()
+    assert any("cache" in str(w.message) for w in caught), "the damaged entry was not read"
+    np.testing.assert_array_equal(first, again)
+
+
+def test_a_cache_that_cannot_be_written_only_warns(
+    tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "file").touch()
+    before = jax.config.jax_compilation_cache_dir
+    with caplog.at_level(logging.WARNING, "zoo"):
+        dist.start(str(tmp_path / "file"))
+        monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "file" / "below"))
+        dist.start()
+    assert len(caplog.records) == 2
+    assert all("cannot be written" in r.message and "ZOO_CACHE" in r.message for r in caplog.records)
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_the_cache_lies_where_the_environment_says(tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
+    dist.start()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "xla")
+    assert (tmp_path / "cache" / "xla").is_dir()
