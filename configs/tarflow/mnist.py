@@ -1,12 +1,12 @@
 """TarFlow on MNIST by class, the recipe of the official notebook: Gaussian noise 0.1, no label dropping, 100 epochs.
 
-`data.path` is an .npz file with train_images, train_labels, test_images and test_labels. `bayes` classifies test digits
-by the likelihood of each class.
+`data.path` is an .npz file with train_images, train_labels, test_images and test_labels, or what `zoo prepare --channels 1`
+makes of it. `bayes` classifies test digits by the likelihood of each class.
 """
 
 from dataclasses import replace
 
-from zoo.data.images import Arrays
+from zoo.data.images import Images
 from zoo.data.synthetic import Synthetic
 from zoo.metrics.likelihood import BayesAccuracy, Bits
 from zoo.papers import tarflow
@@ -27,7 +27,7 @@ config = Run(
         drop=0.0,
         scan=False,
     ),
-    data=Arrays("data/mnist.npz"),
+    data=Images("data/mnist.npz", size=28, channels=1),
     optim=AdamW(lr=2e-3, final_lr=1e-6, warmup=234, b2=0.95, weight_decay=1e-4, decay_all=True),
     steps=23_400,
     batch=256,

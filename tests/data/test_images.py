@@ -149,6 +149,24 @@ def test_a_file_that_is_no_npz(tmp_path):
         Arrays(str(tmp_path / "a.npz")).source("train")
 
 
+def test_images_read_arrays_as_arrays_do(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 5, 5), dtype=np.uint8)
+    np.savez(
+        tmp_path / "a.npz", train_images=images, train_labels=np.arange(6), test_images=images[:2], test_labels=[0, 1]
+    )
+    ours, theirs = (
+        kind(str(tmp_path / "a.npz"), **kw).source("train")
+        for kind, kw in ((Images, {"size": 4, "channels": 1}), (Arrays, {"size": 4}))
+    )
+    assert (len(ours), ours.labels) == (6, theirs.labels)
+    np.testing.assert_array_equal(ours[3]["image"], theirs[3]["image"])
+    assert Images(str(tmp_path / "a.npz"), size=4).source("test")[0]["image"].shape == (4, 4, 1)  # never made colour
+    assert Images(str(tmp_path / "a.npz"), size=4, convert=True).source("test")[0]["image"].shape == (4, 4, 3)
+    (tmp_path / "b.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"data\.path=.*b\.jpg is a file"):
+        Images(str(tmp_path / "b.jpg"), size=4).source("train")
+
+
 # Pictures
 
 

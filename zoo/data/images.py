@@ -111,9 +111,9 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Images:
-    """Images by path: a folder, a set made by `zoo prepare`, or "tfds:name/config" prepared on this disk.
+    """Images by path: a folder, a set made by `zoo prepare`, an .npz file, or "tfds:name/config" prepared on this disk.
 
-    A folder holds images, or one folder of images per class, or `train` and `test` (or `val`) folders of either kind.
+    An .npz file is one of the layout that `Arrays` expects by default. A folder holds images, or one folder of images per class, or `train` and `test` (or `val`) folders of either kind.
     Without a test part a fixed share `test_fraction` of all images is held out. Images are turned upright, transparent
     ones laid on white, resized (bicubic, antialiased) to `size` on the shorter side and cropped at the centre.
     """
@@ -136,10 +136,10 @@ class Images:
             encoded = _tfds(self, split)
         else:
             root = existing(self.path)
+            if root.suffix == ".npz" and root.is_file():
+                return self._arrays(root).source(split, spec)
             if root.is_file():
-                raise UserError(
-                    f"data.path={root} is a file; Images reads folders: give the folder, or use Arrays for .npz"
-                )
+                raise UserError(f"data.path={root} is a file; give a folder of images, a prepared set or an .npz file")
             prepared = (root / INFO).is_file() or (root / PROGRESS).is_file()
             encoded = _prepared(self, root, split) if prepared else _folder(self, root, split)
         if not encoded.count:
@@ -154,6 +154,11 @@ class Images:
             return to_array(square(image, self.size)), label
 
         return ImageSource(encoded.count, read, encoded.labels, self.flip)
+
+    def _arrays(self, path: Path) -> Arrays:
+        """The same images from an .npz file; channels that differ are left for the task to refuse unless converted."""
+        channels = self.channels if self.convert else None
+        return Arrays(str(path), size=self.size, channels=channels, flip=self.flip, test_fraction=self.test_fraction)
 
 
 class ImageSource:

@@ -89,7 +89,7 @@ def make_train_step(
             grads = jax.tree.map(lambda g: g / accumulate, grads)
             metrics = jax.tree.map(lambda m: m.mean(0), stacked)  # over micro-batches: arrays keep their shape
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt = optimizer.update(grads, state.opt, trained)
         trained = optax.apply_updates(trained, updates)
