@@ -52,7 +52,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no config.json: it is neither a run folder nor an export") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from None
-    if not isinstance(data, dict) or not ({"run", "task"} & set(data)):
+    described = data.get("run", data.get("task")) if isinstance(data, dict) else None
+    if not isinstance(described, dict) or "class" not in described:
         raise UserError(f"{path} is not a config written by zoo")
     return data
 
@@ -94,7 +95,8 @@ def open_model(name: str | Path, *, raw: bool = False, allow: Sequence[str] = ()
         raise UserError(
             f"{folder} holds no checkpoint yet; let the run reach its first save (checkpoint.every={run.checkpoint.every} steps)"
         )
-    abstract = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
+    with dist.use(mesh, run.rules):
+        abstract = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
     state = checkpoints.restore(abstract)
     checkpoints.close()
     assert state is not None
