@@ -6,12 +6,12 @@ Programs are compiled with LLVM's optimisations off: they compile three times fa
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-_WANTED = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
-_GIVEN = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([_GIVEN, *(f"--{k}={v}" for k, v in _WANTED.items() if k not in _GIVEN)]).strip()
-
 import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+for flag in ("xla_force_host_platform_device_count=8", "xla_backend_optimization_level=0"):
+    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}".strip()
 
 
 @pytest.fixture(scope="session", autouse=True)
