@@ -65,7 +65,10 @@ class AdamW:
 
         def mask(params: Any) -> Any:
             # Kernels are what is left when vectors (norms, biases) and tables (embeddings) are taken away.
-            return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+            def kernel(path: tuple[Any, ...], _: Any) -> bool:
+                return [k.key for k in path if hasattr(k, "key")][-1] == "kernel"  # a boxed leaf ends in `.value`
+
+            return jax.tree_util.tree_map_with_path(kernel, params)
 
         adamw = optax.adamw(
             self.learning_rate(steps),
@@ -84,11 +87,10 @@ def build(optim: Optim, steps: int) -> optax.GradientTransformation:
         return optim.build(steps)
 
     def label(params: Any) -> Any:
-        missing = sorted(set(params) - set(optim))
-        if missing:
-            raise UserError(
-                f"optim has no entry for the parameters {missing}; its keys must be those of the trained parameters"
-            )
+        missing, unknown = sorted(set(params) - set(optim)), sorted(set(optim) - set(params))
+        if missing or unknown:
+            what = f"has no entry for the parameters {missing}" if missing else f"names {unknown}, which is not trained"
+            raise UserError(f"optim {what}; its keys must be those of the trained parameters: {sorted(params)}")
         return {key: jax.tree.map(lambda _, k=key: k, tree) for key, tree in params.items()}
 
     return optax.partition({key: one.build(steps) for key, one in optim.items()}, label)

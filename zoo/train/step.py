@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.struct import PyTreeNode
 
@@ -136,11 +137,11 @@ def compile_step(
     """(sharded init by seed, jitted step with the state donated, abstract state). Call all within `dist.use(mesh)`."""
     abstract = abstract_state(task, optimizer, mesh, ema)
     where = jax.tree.map(lambda x: x.sharding, abstract)
-    init = jax.jit(lambda seed: dist.unbox(init_state(task, optimizer, seed, ema)), out_shardings=where)
+    fresh = jax.jit(lambda seed: dist.unbox(init_state(task, optimizer, seed, ema)), out_shardings=where)
     step = jax.jit(
         make_train_step(task, optimizer, ema=ema, accumulate=accumulate),
         in_shardings=(where, dist.batch_sharding(mesh)),
         out_shardings=(where, None),
         donate_argnums=0,
     )
-    return init, step, abstract
+    return lambda seed: fresh(np.uint32(seed)), step, abstract  # seeds go up to 2**32 - 1, a Python int to 2**31 - 1

@@ -1,0 +1,363 @@
+"""The train step: what one step changes, what it must not, and that its placement changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from zoo import dist, weights
+from zoo.task import Batch, Params
+from zoo.train.optim import AdamW
+from zoo.train.step import State, Step, compile_step, init_state, make_train_step, split
+from zoo.weights.layout import named_leaves
+
+
+@dataclass(frozen=True)
+class Line:
+    """Linear regression: 0.5 mean |x W + b - y|^2, whose gradient is x^T r / B and mean r."""
+
+    noise: float = 0.0  # standard deviation of noise on x, drawn from the step's key
+    bad: float = 0.0  # what the loss becomes where a batch says so; its gradients stay finite
+    size: int = 4
+
+    held = ("teacher", "mean")
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            "x": jax.ShapeDtypeStruct((batch, self.size), jnp.float32),
+            "y": jax.ShapeDtypeStruct((batch, 2), jnp.float32),
+        }
+
+    def init(self, rng: jax.Array) -> Params:
+        kernel = jax.random.normal(rng, (self.size, 2))
+        return {
+            "net": {
+                "kernel": nn.LogicallyPartitioned(kernel, ("embed", "mlp")),
+                "bias": nn.LogicallyPartitioned(jnp.zeros(2), ("mlp",)),
+            },
+            "teacher": {"kernel": jnp.ones((self.size, 2))},
+            "mean": jnp.zeros(self.size),
+        }
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        x = batch["x"] + self.noise * jax.random.normal(rng, batch["x"].shape)
+        # the teacher multiplies in by one, so that it would get a gradient if it were let
+        residual = x @ (params["net"]["kernel"] * params["teacher"]["kernel"]) + params["net"]["bias"] - batch["y"]
+        loss = 0.5 * jnp.square(residual).sum(1).mean()
+        worst = jnp.abs(jax.lax.stop_gradient(batch["y"])).max()
+        loss = loss + jnp.where(worst > 1e6, self.bad, 0.0)
+        return loss, {"largest": jnp.abs(residual).max(), "x_mean": batch["x"].mean(0), "draw": rng_number(rng)}
+
+    def after_step(self, params: Params, metrics: dict[str, jax.Array]) -> Params:
+        return {**params, "mean": 0.9 * params["mean"] + 0.1 * metrics["x_mean"]}
+
+
+def rng_number(rng: jax.Array) -> jax.Array:
+    """A number that tells keys apart."""
+    return jax.random.uniform(rng)
+
+
+def batch_of(n: int = 8, seed: int = 0, size: int = 4) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        "x": jnp.asarray(rng.normal(size=(n, size)), jnp.float32),
+        "y": jnp.asarray(rng.normal(size=(n, 2)), jnp.float32),
+    }
+
+
+def made(task: Any, *, ema: float = 0.9, accumulate: int = 1, optimizer: Any = None) -> tuple[State, Step]:
+    """A fresh state on one device and the jitted step, which leaves its input alone."""
+    optimizer = AdamW(lr=0.1, final_lr=0.1).build(100) if optimizer is None else optimizer
+    state = dist.unbox(init_state(task, optimizer, 0, ema))
+    return state, jax.jit(make_train_step(task, optimizer, ema=ema, accumulate=accumulate))
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[State, Step]:
+    return made(Line(bad=jnp.nan))
+
+
+def data_of(state: State) -> dict[str, Any]:
+    return {"params": state.params, "ema": state.ema, "opt": state.opt}
+
+
+def equal(a: State, b: State) -> bool:
+    """Whether parameters, average and optimiser state agree to the bit."""
+    same = jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), data_of(a), data_of(b))
+    return jax.tree.all(same)
+
+
+# -------------------------------------------------------------------------------------------------------- one update
+
+
+def test_a_step_is_gradient_descent_on_the_mean_loss() -> None:
+    state, step = made(Line(), ema=0.0, optimizer=optax.sgd(0.5))
+    batch = batch_of()
+    kernel = state.params["net"]["kernel"]
+    residual = batch["x"] @ kernel - batch["y"]
+    new, metrics = step(state, batch)
+    gradient = batch["x"].T @ residual / 8
+    np.testing.assert_allclose(new.params["net"]["kernel"], kernel - 0.5 * gradient, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new.params["net"]["bias"], -0.5 * residual.mean(0), rtol=1e-5, atol=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(0.5 * float(jnp.square(residual).sum(1).mean()), rel=1e-6)
+    norm = np.sqrt(np.square(gradient).sum() + np.square(residual.mean(0)).sum())
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    assert (int(new.step), int(new.skipped), int(new.streak)) == (1, 0, 0)
+    assert new.ema == {}
+    assert {k for k, v in metrics.items() if v.ndim} == set(), "arrays are for after_step, not for the log"
+
+
+def test_accumulation_equals_the_large_batch() -> None:
+    whole, step = made(Line())
+    parts, step_parts = made(Line(), accumulate=4)
+    for k in range(3):
+        whole, a = step(whole, batch_of(seed=k))
+        parts, b = step_parts(parts, batch_of(seed=k))
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
+    chex.assert_trees_all_close(whole.params, parts.params, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(whole.ema, parts.ema, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_draw_different_noise() -> None:
+    """With one key for all parts, four equal rows would stay equal under noise."""
+    same = {k: jnp.tile(v, (4, 1)) for k, v in batch_of(1).items()}
+    one, step = made(Line(noise=1.0))
+    four, step_four = made(Line(noise=1.0), accumulate=4)
+    draws = [float(jax.random.uniform(r)) for r in jax.random.split(jax.random.fold_in(one.rng, 1), 4)]
+    assert len(set(draws)) == 4
+    _, metrics = step_four(four, same)
+    assert float(metrics["draw"]) == pytest.approx(np.mean(draws), rel=1e-6)
+    assert float(step(one, same)[1]["loss"]) != float(metrics["loss"])
+
+
+# ------------------------------------------------------------------------------------------------------ skipped steps
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(value: float, accumulate: int) -> None:
+    first, step = made(Line(), accumulate=accumulate)
+    state, _ = step(first, batch_of())
+    assert not equal(first, state)
+    bad = batch_of(seed=1)
+    bad["y"] = bad["y"].at[3, 0].set(value)
+    after, metrics = step(state, bad)
+    assert equal(state, after)
+    assert (int(after.step), int(after.skipped), int(after.streak)) == (2, 1, 1)
+    assert (int(metrics["skipped"]), int(metrics["streak"])) == (1, 1)
+    assert not np.isfinite(metrics["loss"])
+    chex.assert_trees_all_equal(jax.random.key_data(state.rng), jax.random.key_data(after.rng))
+
+
+def test_a_nan_loss_with_finite_gradients_is_skipped_too(plain: tuple[State, Step]) -> None:
+    state, step = plain
+    bad = {**batch_of(), "y": jnp.full((8, 2), 1e7)}
+    after, metrics = step(state, bad)
+    assert np.isfinite(metrics["grad_norm"])
+    assert np.isnan(metrics["loss"])
+    assert equal(state, after)
+    assert (int(after.step), int(after.skipped), int(after.streak)) == (1, 1, 1)
+
+
+def test_a_good_step_ends_the_streak_and_keeps_the_count(plain: tuple[State, Step]) -> None:
+    state, step = plain
+    bad = {**batch_of(), "y": jnp.full((8, 2), jnp.nan)}
+    seen = []
+    for good in (True, False, False, True, False):
+        before = state
+        state, _ = step(state, batch_of() if good else bad)
+        seen.append((int(state.skipped), int(state.streak)))
+        assert equal(before, state) is not good
+    assert seen == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+    chex.assert_tree_all_finite(data_of(state))
+
+
+# ------------------------------------------------------------------------------------------------- average, held keys
+
+
+def test_the_average_warms_up_and_leaves_out_held_keys(plain: tuple[State, Step]) -> None:
+    state, step = plain
+    assert set(state.ema) == {"net"}
+    expected = np.asarray(state.ema["net"]["kernel"])
+    decays = []
+    for n in range(90):
+        state, _ = step(state, batch_of(seed=n))
+        decays.append(min(0.9, (1 + n) / (10 + n)))
+        expected = decays[-1] * expected + (1 - decays[-1]) * np.asarray(state.params["net"]["kernel"])
+    assert decays[0] == pytest.approx(0.1)
+    assert decays[79] < 0.9 == decays[-1], "both branches of the minimum are seen"
+    np.testing.assert_allclose(state.ema["net"]["kernel"], expected, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(state.ema["net"]["kernel"], state.params["net"]["kernel"], atol=1e-4)
+
+
+def test_held_keys_get_no_gradient_and_no_optimiser_state(plain: tuple[State, Step]) -> None:
+    state, step = plain
+    trained, held = split(Line(), state.params)
+    assert (set(trained), set(held)) == ({"net"}, {"teacher", "mean"})
+    names = [n for n in named_leaves(state.opt) if "kernel" in n or "bias" in n or "mean" in n]
+    assert len(names) == 4, "first and second moments of two parameters"
+    assert all("net" in n for n in names)
+    after, _ = step(state, batch_of())
+    chex.assert_trees_all_equal(after.params["teacher"], state.params["teacher"])
+    assert (np.asarray(after.params["net"]["kernel"]) != np.asarray(state.params["net"]["kernel"])).all()
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_after_step_writes_held_keys_from_the_mean_over_micro_batches(accumulate: int) -> None:
+    state, step = made(Line(), accumulate=accumulate)
+    expected = np.zeros(4)
+    for k in range(2):
+        batch = batch_of(seed=k)
+        state, metrics = step(state, batch)
+        expected = 0.9 * expected + 0.1 * np.asarray(batch["x"]).mean(0)
+        assert "x_mean" not in metrics
+        np.testing.assert_allclose(state.params["mean"], expected, rtol=1e-5, atol=1e-7)
+
+
+# ----------------------------------------------------------------------------------------------------- keys and seeds
+
+
+def test_one_seed_gives_one_run_and_another_a_different_one() -> None:
+    task, optimizer = Line(noise=0.5), AdamW(lr=0.1).build(10)
+    mesh = dist.Mesh(data=1).build(jax.devices()[:1])
+    with dist.use(mesh):
+        init, step, _ = compile_step(task, optimizer, mesh, ema=0.9)
+
+        def run(seed: int) -> State:
+            state = init(seed)
+            for k in range(3):
+                state, _ = step(state, batch_of(seed=k))
+            return state
+
+        a, b, c = run(0), run(0), run(1)
+        assert equal(a, b)
+        chex.assert_trees_all_equal(jax.random.key_data(a.rng), jax.random.key_data(b.rng))
+        assert not equal(a, c)
+        # every seed that the data takes makes a state, and its own one
+        big = [init(seed).params["net"]["kernel"] for seed in (2**31 - 1, 2**31, 2**32 - 1)]
+        assert len({np.asarray(k).tobytes() for k in big}) == 3
+
+
+def test_the_key_depends_on_the_step_alone() -> None:
+    """Whatever happened before: two histories with one step number draw the same."""
+    state, step = made(Line(noise=0.5, bad=np.nan))
+    nan = {**batch_of(), "y": jnp.full((8, 2), jnp.nan)}
+    one, other = state, state
+    draws = []
+    for k in range(3):
+        one, a = step(one, batch_of(seed=k))
+        other, b = step(other, nan)
+        assert float(a["draw"]) == float(b["draw"])
+        draws.append(float(a["draw"]))
+    assert len(set(draws)) == 3
+    moved = state.replace(step=jnp.int32(2))
+    assert float(step(moved, batch_of(seed=7))[1]["draw"]) == draws[2]
+
+
+# --------------------------------------------------------------------------------------------------------- placement
+
+MESHES = {
+    "one": (dist.Mesh(data=1), 1),
+    "data": (dist.Mesh(data=8), 8),
+    "fsdp": (dist.Mesh(data=2, fsdp=2, tensor=2), 8),
+}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Three steps on one mesh."""
+
+    losses: list[float]
+    state: State
+    first: State  # the state that the first step was given, and gave away
+
+
+def place(task: Any, name: str, accumulate: int = 1) -> Placed:
+    mesh_config, n = MESHES[name]
+    mesh = mesh_config.build(jax.devices()[:n])
+    with dist.use(mesh):
+        init, step, abstract = compile_step(
+            task, AdamW(lr=0.01, clip=1.0).build(10), mesh, ema=0.9, accumulate=accumulate
+        )
+        first = state = init(3)
+        chex.assert_trees_all_equal_shapes_and_dtypes(jax.tree.map(lambda x: x, state), abstract)
+        losses = []
+        for k in range(3):
+            rng = np.random.default_rng(k)
+            batch = {
+                key: jax.device_put(rng.uniform(-1, 1, s.shape).astype(s.dtype), dist.batch_sharding(mesh))
+                for key, s in task.spec(8 * accumulate).items()
+            }
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+    return Placed(losses, state, first)
+
+
+@pytest.fixture(scope="module")
+def placed() -> dict[str, Placed]:
+    return {name: place(Line(noise=0.1), name) for name in MESHES}
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp"])
+def test_a_mesh_changes_no_loss(placed: dict[str, Placed], name: str) -> None:
+    assert len(set(placed["one"].losses)) == 3
+    np.testing.assert_allclose(placed[name].losses, placed["one"].losses, rtol=1e-6, atol=1e-6)
+    # 1e-5: Adam divides by the root of second moments, which magnifies the last bit of a gradient
+    chex.assert_trees_all_close(
+        jax.device_get(placed[name].state.params), jax.device_get(placed["one"].state.params), rtol=1e-4, atol=1e-5
+    )
+    chex.assert_trees_all_equal(int(placed[name].state.skipped), 0)
+
+
+def test_accumulation_on_a_mesh_changes_no_loss() -> None:
+    one, many = place(Line(), "one", accumulate=2), place(Line(), "fsdp", accumulate=2)
+    np.testing.assert_allclose(one.losses, many.losses, rtol=1e-6, atol=1e-6)
+    assert len(set(one.losses)) == 3
+
+
+def test_the_optimiser_state_and_the_average_lie_like_the_parameters(placed: dict[str, Placed]) -> None:
+    state = placed["fsdp"].state
+    trained, held = split(Line(), state.params)
+    specs = {name: leaf.sharding.spec for name, leaf in weights.flatten(trained).items()}
+    spread = {name for name, leaf in weights.flatten(trained).items() if not leaf.sharding.is_fully_replicated}
+    assert spread == {"net/kernel", "net/bias"}, "a test of sharding needs sharded parameters"
+    moments = [s for s in jax.tree.leaves(state.opt, is_leaf=lambda s: hasattr(s, "nu")) if hasattr(s, "nu")]
+    assert len(moments) == 1
+    for tree in (moments[0].mu, moments[0].nu, state.ema):
+        assert {name: leaf.sharding.spec for name, leaf in weights.flatten(tree).items()} == specs
+    for name in spread:
+        shard = weights.flatten(moments[0].nu)[name]
+        assert shard.addressable_shards[0].data.size < shard.size
+    assert held["teacher"]["kernel"].sharding.is_fully_replicated
+
+
+def test_the_state_is_donated(placed: dict[str, Placed]) -> None:
+    """All of it: memory for two states would halve the largest model."""
+    for result in placed.values():
+        kept = [n for n, leaf in named_leaves(data_of(result.first)).items() if not leaf.is_deleted()]
+        assert kept == []
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(result.state))
+
+
+def test_a_state_restarts_from_its_own_copy(placed: dict[str, Placed]) -> None:
+    """The average starts as a copy of the parameters: sharing their memory would donate one buffer twice."""
+    assert dataclasses.is_dataclass(placed["one"].state)
+    mesh = dist.Mesh(data=1).build(jax.devices()[:1])
+    with dist.use(mesh):
+        init, _, _ = compile_step(Line(), AdamW().build(10), mesh, ema=0.9)
+        state = init(0)
+    chex.assert_trees_all_equal(state.params["net"], state.ema["net"])
+    pointers = [
+        tree["net"]["kernel"].addressable_shards[0].data.unsafe_buffer_pointer() for tree in (state.params, state.ema)
+    ]
+    assert pointers[0] != pointers[1]
