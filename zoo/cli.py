@@ -101,9 +101,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments with fields and flags in any order; argparse alone takes no field behind a flag."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    late = [a for a in rest if "=" in a and not a.startswith("-")] if hasattr(args, "fields") else []
+    if unknown := [a for a in rest if a not in late]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if late:
+        args.fields = [*args.fields, *late]
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `zoo`; returns the exit code: 0 done, 1 done with losses, 2 a mistake to mend."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log = logging.getLogger("zoo")
     log.setLevel(logging.INFO)
@@ -237,7 +249,7 @@ def _sample(args: argparse.Namespace) -> int:
     out = Path(args.out or (model.folder / "samples" if model.run is not None else "samples"))
     from zoo.commands.sample import draw
 
-    draw(model, out, n=n, seed=seed, labels=labels, batch=min(args.batch, n), options=options)
+    draw(model, out, n=n, seed=seed, labels=labels, asked=text, batch=min(args.batch, n), options=options)
     return 0
 
 
@@ -261,14 +273,14 @@ def _eval(args: argparse.Namespace) -> int:
         raise UserError(f"no metric {args.metric!r}; {suggest(args.metric, known)}, or a config file that defines one")
     own = [f for f in args.fields if not f.startswith("data.")]
     metric = config.override(metric, own)
-    data = config.override(model.data, [f.removeprefix("data.") for f in args.fields if f.startswith("data.")])
     missing = [a for a in metric.needs if not hasattr(model.task, a)]
     if missing:
         raise UserError(
             f"{args.metric} needs {missing[0]!r}, which {type(model.task).__name__} has not; it can: {', '.join(abilities(model.task))}"
         )
-    if data is None:
+    if model.data is None:
         raise UserError(f"{args.model} does not say what data it was trained on; import it with a config that does")
+    data = config.override(model.data, [f.removeprefix("data.") for f in args.fields if f.startswith("data.")])
     found = metric(model.task, model.params, data, jax.random.key(0), **models.loaded_for(metric, args.allow))
     line = {
         **found,

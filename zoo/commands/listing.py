@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from zoo import config, models, weights
 from zoo.run import Run
@@ -159,7 +160,7 @@ def _activations(run: Run) -> list[tuple[str, str]]:
 
     def walk(jaxpr: Any) -> None:
         for eqn in jaxpr.eqns:
-            for inner in jax.core.jaxprs_in_params(eqn.params):
+            for inner in jaxprs_in_params(eqn.params):
                 walk(inner)
             if eqn.primitive.name in names:
                 dtypes = {str(v.aval.dtype) for v in eqn.invars if hasattr(v.aval, "dtype")} & {

@@ -39,10 +39,13 @@ def draw(
     n: int,
     seed: int,
     labels: np.ndarray | None,
+    asked: str | None,
     batch: int,
     options: Mapping[str, Any],
 ) -> None:
     """Draw n samples into `out`: `000000.png` ..., `sheet.png` and `settings.json`. Files already there are kept.
+
+    `asked` is what the user wrote for `labels`: with it, sample i has the same label whatever n.
 
     Raises:
         UserError: the folder holds samples with other settings, or cannot be written.
@@ -55,7 +58,7 @@ def draw(
         "step": model.step,
         "weights": model.kind,
         "seed": seed,
-        "label": None if captions is None else sorted(set(captions)),
+        "label": None if captions is None else asked or "balanced",
         **_plain(options),
     }
     _claim(out, settings)

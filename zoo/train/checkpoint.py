@@ -49,10 +49,20 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, create=self._create, enable_async_checkpointing=True, read_only=not self._create
-            )
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            library = logging.getLogger("absl")
+            level = library.level
+            if not self._create:
+                library.setLevel(logging.ERROR)  # it warns in three lines that a reader does not write
+            try:
+                options = ocp.CheckpointManagerOptions(
+                    max_to_keep=self._keep,
+                    create=self._create,
+                    enable_async_checkpointing=True,
+                    read_only=not self._create,
+                )
+                self._manager = ocp.CheckpointManager(self.folder, options=options)
+            finally:
+                library.setLevel(level)
         return self._manager
 
     def steps(self) -> list[int]:
@@ -137,9 +147,11 @@ class Checkpoints:
                 break
             broken = self.folder / f"{step}.broken{number}"
         (self.folder / str(step)).rename(broken)
+        left = self.steps()
         _log.warning(
-            "the checkpoint of step %d cannot be read (%s); it was moved to %s and the run goes on from the one before",
+            "the checkpoint of step %d cannot be read (%s); it was moved to %s and the run %s",
             step,
             _sentence(error),
             broken.name,
+            f"goes on from step {left[-1]}" if left else "starts from the beginning: there is no earlier one",
         )

@@ -1,0 +1,419 @@
+"""The command line, in process: what works on one tiny run, and how mistakes are told."""
+
+import dataclasses
+import json
+import logging
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import zoo
+from zoo import cli, models, weights
+from zoo.data.synthetic import Synthetic
+from zoo.papers.tarflow import TarFlow
+
+SMOKE = "tarflow/digits:smoke"
+TASK = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, noise_type="uniform", levels=17)
+
+
+class Payload:
+    """Pickled, this makes a file when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def export_of(folder: Path, task: Any, /, **about: Any) -> Path:
+    """An export of random weights; `about` overrides what its config says."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), weights.abstract(task))
+    params = {**params, "prior": {"var": jnp.ones_like(params["prior"]["var"])}} if "prior" in params else params
+    model = models.Model(task, params, "raw", 5, Synthetic(), ("cat", "dog"), folder)
+    weights.save(folder, params, {**models.export_config(model), **about}, "a card")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run, exports, and everything the mistakes below need; the working folder of all tests here."""
+    root = tmp_path_factory.mktemp("cli")
+    assert cli.main(["train", SMOKE, f"workdir={root}/run", "samples.n=0", "--quiet"]) == 0
+    (root / "file").write_text("not a folder")
+
+    cond = dataclasses.replace(TASK, classes=2)
+    export_of(root / "cond", cond)
+    (root / "outsider.py").write_text("raise SystemExit('imported')")
+    (root / "mute.py").write_text(
+        "import jax\nfrom dataclasses import dataclass\n@dataclass(frozen=True)\nclass Mute:\n    width: int = 2\n"
+        "    held = ()\n"
+        "    def spec(self, batch): return {'x': jax.ShapeDtypeStruct((batch, self.width), 'float32')}\n"
+        "    def init(self, rng): return {'w': jax.numpy.ones(self.width)}\n"
+        "    def loss(self, params, batch, rng): return (batch['x'] @ params['w']).mean(), {}\n"
+    )
+    export_of(root / "undated", TASK, data=None)
+    export_of(root / "foreign", TASK, task={"class": "outsider.Task", "width": 2})
+    export_of(root / "foreign_data", TASK, data={"class": "outsider.Data"})
+    weights.save(
+        root / "mute",
+        {"w": np.ones(2, np.float32)},
+        {"format": 1, "task": {"class": "mute.Mute"}, "data": None, "labels": []},
+        "a card",
+    )
+    data = (export_of(root / "flipped", TASK) / "model.safetensors").read_bytes()
+    (root / "flipped" / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    official = weights.to_official(TASK, zoo.load(str(root / "run"))[1])
+    official["blocks.7.extra"] = official.pop("blocks.0.proj_in.bias")
+    np.savez(root / "unfit.npz", **official)
+    (root / "evil.pth").write_bytes(pickle.dumps(Payload(root / "payload-ran")))
+
+    for name, mode in (("colour", "RGB"), ("grey", "L"), ("broken", "RGB"), ("late", "RGB")):
+        (root / name).mkdir()
+        for i in range(8):
+            Image.new(mode, (4, 4), "white").save(root / name / f"{i}.png")
+    for path in (root / "broken").iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    (root / "late" / "7.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (root / "folder.py").write_text(
+        "from zoo.data.images import Images\nfrom zoo.papers.tarflow import TarFlow\nfrom zoo.run import Run\n"
+        "task = TarFlow(image=4, channels=3, patch=2, width=8, depth=1, blocks=2, head_dim=8)\n"
+        f"config = Run(task, Images({str(root / 'colour')!r}, size=4, test_fraction=0), steps=1, batch=8)\n"
+        "number = task\n"
+    )
+    return root
+
+
+@pytest.fixture(autouse=True)
+def here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in the folder of the fixture, with its modules importable but not imported."""
+    monkeypatch.chdir(root)
+    monkeypatch.syspath_prepend(root)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for name in ("outsider", "mute"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    """Every path below a folder, files with the time they were written."""
+    return {str(p): p.stat().st_mtime_ns if p.is_file() else 0 for p in folder.rglob("*")}
+
+
+def png(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image, np.int32)
+
+
+def succeeds(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What a command that must succeed prints."""
+    capsys.readouterr()
+    code = cli.main(argv)
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    return out
+
+
+# mistakes
+
+MISTAKES = {
+    "unknown field": (f"train {SMOKE} optim.lrr=1", "no field optim.lrr in AdamW; did you mean 'lr'?"),
+    "wrong type": (f"train {SMOKE} steps=many", "steps='many' is no int (it is 4 now)"),
+    "set twice": (f"train {SMOKE} steps=1 steps=2", "steps is set twice"),
+    "no config": ("train tarflow/digit", "did you mean 'tarflow/digits'?"),
+    "no run": ("train folder.py:number", "folder.py:number holds a TarFlow, not a Run"),
+    "head_dim": (f"train {SMOKE} task.head_dim=3", "task.head_dim=3 does not divide task.width=8"),
+    "patch": (f"train {SMOKE} task.patch=3", "task.patch=3 does not divide task.image=4"),
+    "devices": (f"train {SMOKE} batch=12", "batch=12 does not divide over 8 devices; choose a multiple of 8"),
+    "mesh": (f"train {SMOKE} mesh.fsdp=3", "does not fill the 8 devices here"),
+    "more classes than the task": (f"train {SMOKE} task.classes=1", "the data has 2 classes, task.classes=1"),
+    "unlabelled data": ("train folder.py task.classes=2", "task.classes=0"),
+    "missing data": ("train folder.py data.path=colours", "colours does not exist; did you mean"),
+    "unreadable images": ("train folder.py data.path=broken", "png cannot be decoded"),
+    "grey images": ("train folder.py data.path=grey", "png is grey, but channels=3; set channels=1, or convert"),
+    "colour task": (f"train {SMOKE} task.channels=3 workdir=run", "task.channels: 1 -> 3"),
+    "other size": ("train folder.py data.size=8", "set task.image=8 or data.size=4"),
+    "another run's folder": (f"train {SMOKE} workdir=run optim.lr=0.5", "another config: optim.lr: 0.001 -> 0.5"),
+    "an export as run folder": (f"train {SMOKE} workdir=cond", "workdir=cond is an export, not a run"),
+    "a folder of other things": (f"train {SMOKE} workdir=colour", "workdir=colour is not empty and is no run (0.png"),
+    "unwritable run folder": (f"train {SMOKE} workdir=file/run", "cannot write the run folder"),
+    "a file as run folder": (f"train {SMOKE} workdir=file", "cannot write the run folder"),
+    "no model": ("sample cont", "cont is neither a folder nor a shipped model"),
+    "no model in the folder": ("sample colour", "colour holds no config.json"),
+    "label out of range": ("sample cond label=99", "label=99 is out of range; this model has classes 0 to 1"),
+    "negative label": ("sample cond label=0,-1", "label=-1 is out of range"),
+    "no such label": ("sample cond label=dgo", "label='dgo' is no class; did you mean 'dog'?"),
+    "label of an unconditional model": ("sample run label=1", "label=1: this model is unconditional"),
+    "no such option": ("sample run guidence=1", "no option 'guidence' of this sampler; did you mean 'guidance'?"),
+    "option of another type": ("sample run temperature=hot", "temperature='hot' is no float"),
+    "part of an option": ("sample run guidance.wight=1", "no field wight in Guidance; did you mean 'weight'?"),
+    "no samples": ("sample run n=0", "n=0; draw at least one sample"),
+    "no batch": ("sample run --batch 0", "--batch 0"),
+    "unwritable samples": ("sample run n=1 --out file/samples", "cannot write samples to file/samples"),
+    "a folder of other images": ("sample run n=1 --out numbers", "numbers holds images that zoo did not draw"),
+    "no such metric": ("eval run bdp", "no metric 'bdp'; did you mean 'bpd'?"),
+    "no such field of a metric": ("eval run bpd drws=1", "no field drws in Bits; did you mean 'draws'?"),
+    "no such field of the data": ("eval run bpd data.example=1", "no field example in Synthetic"),
+    "metric of a conditional model": ("eval run bayes", "unconditional (task.classes=0)"),
+    "unwritable export": ("export run file/export", "file/export cannot be written"),
+    "not empty": ("export run colour", "colour is not an export"),
+    "unknown suffix": ("export run weights.xyz --format official", "weights.xyz ends in '.xyz'"),
+    "no published file": (f"import {SMOKE} no.npz new", "no.npz is no file"),
+    "missing and extra tensors": (
+        f"import {SMOKE} unfit.npz new",
+        "missing (1): blocks.0.proj_in.bias; unexpected (1): blocks.7.extra;",
+    ),
+    "published file of another size": (f"import {SMOKE} unfit.npz new task.width=16", "wrong shape ("),
+    "foreign task": ("sample foreign", "task names the class outsider.Task, which is not part of zoo"),
+    "foreign data": ("eval foreign_data bpd", "say so with --allow outsider"),
+    "foreign task to export": ("export foreign new", "nothing of it was imported"),
+    "another package allowed": ("sample foreign --allow mute", "task names the class outsider.Task"),
+    "flipped byte": ("sample flipped", "model.safetensors is damaged: the sha256 of"),
+    "flipped byte to export": ("export flipped new", "model.safetensors is damaged"),
+    "no sampler": ("sample mute --allow mute", "Mute has no sampler; it can:"),
+    "no likelihood": ("eval mute bpd --allow mute", "bpd needs 'nll', which Mute has not; it can:"),
+    "no data": ("eval undated bpd data.path=x", "undated does not say what data it was trained on"),
+    "no published layout": ("export mute new.npz --format official --allow mute", "Mute knows no published layout"),
+    "no sampler to export": ("export mute new --format stablehlo --allow mute", "Mute has no sampler to export"),
+    "nothing to bench": (f"bench {SMOKE} --rounds 0", "--rounds 0 leaves nothing to time"),
+    "nothing to prepare": ("prepare colours new", "colours does not exist"),
+    "nothing to show": (f"show {SMOKE} task.widht=1", "no field task.widht in TarFlow; did you mean 'width'?"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    root: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, name: str
+):
+    command, message = MISTAKES[name]
+    if name == "a folder of other images":
+        (root / "numbers").mkdir()
+        Image.new("L", (4, 4)).save(root / "numbers" / "000000.png")
+    before = snapshot(root)
+    code = cli.main(command.split())
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith(f"zoo {command.split()[0]}: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not [r.message for r in caplog.records if r.levelno >= logging.WARNING]  # these lines lie on stderr too
+    assert snapshot(root) == before
+    assert "outsider" not in sys.modules
+
+
+def test_an_image_that_turns_out_unreadable_later_is_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(["train", "folder.py", "data.path=late", f"workdir={tmp_path}/run", "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"zoo train: {root / 'late' / '7.png'} cannot be decoded")
+    assert err.count("\n") == 1
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_malicious_pickle_is_refused_and_does_not_run(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def refused(expected: str) -> None:
+        before = snapshot(root)
+        assert cli.main(["import", SMOKE, "evil.pth", "new"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("zoo import: evil.pth ")
+        assert err.count("\n") == 1
+        assert expected in err
+        assert snapshot(root) == before
+
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "torch", None)
+        refused("PyTorch is not installed")
+    pytest.importorskip("torch")
+    refused("asks for code to run")
+    pickle.loads((root / "evil.pth").read_bytes())
+    assert (root / "payload-ran").is_dir()  # it would have run
+    (root / "payload-ran").rmdir()
+
+
+def test_an_allowed_package_is_imported(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="imported"):
+        cli.main(["sample", "foreign", "--allow", "outsider"])
+    succeeds(capsys, "export", "mute", str(tmp_path / "again"), "--allow", "mute")
+    assert type(zoo.load(str(tmp_path / "again"), allow=("mute",))[0]).__name__ == "Mute"
+
+
+def test_traceback_shows_where_a_mistake_arose(root: Path):
+    with pytest.raises(zoo.errors.UserError, match="did you mean 'lr'"):
+        cli.main(["--traceback", "train", SMOKE, "optim.lrr=1"])
+
+
+def test_fields_and_flags_come_in_any_order(root: Path, capsys: pytest.CaptureFixture[str]):
+    before = snapshot(root)
+    for command in ("train --quiet {} steps=0", "train {} --quiet steps=0", "train {} log_every=1 --quiet steps=0"):
+        assert cli.main(command.format(SMOKE).split()) == 2
+        assert capsys.readouterr().err == "zoo train: steps=0 must be at least 1\n"
+    for command in ("train {} --quite steps=1", "train {} --quiet -x=1", "list x=1"):
+        with pytest.raises(SystemExit) as left:
+            cli.main(command.format(SMOKE).split())
+        assert left.value.code == 2
+        assert "unrecognized arguments: " in capsys.readouterr().err
+    assert snapshot(root) == before
+
+
+# one run, from training to the published layout and back
+
+
+def test_train_leaves_a_run_and_resumes_it(root: Path, capsys: pytest.CaptureFixture[str]):
+    assert {"config.json", "metrics.jsonl", "checkpoints"} <= {p.name for p in (root / "run").iterdir()}
+    assert models.open_model(root / "run").step == 4
+    before = snapshot(root / "run" / "checkpoints")
+    out = succeeds(capsys, "train", SMOKE, f"workdir={root}/run", "samples.n=0", "log_every=1")
+    assert "this run is finished: step 4 of 4" in out
+    assert snapshot(root / "run" / "checkpoints") == before
+
+
+def test_samples_depend_on_seed_and_number_alone(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "out"
+    text = succeeds(capsys, "sample", "run", "n=3", "seed=7", "--out", str(out))
+    assert f"3 samples in {out}" in text
+    assert "average weights, seed 7" in text
+    files = [f"{i:06d}.png" for i in range(3)]
+    assert sorted(p.name for p in out.iterdir()) == [*files, "settings.json", "sheet.png"]
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings == {
+        "model": "run", "step": 4, "weights": "ema", "seed": 7, "label": None,
+        "guidance": 0.0, "denoise": None, "temperature": 1.0,
+    }  # fmt: skip
+    first = [png(out / name) for name in files]
+    assert first[0].shape == (4, 4, 3)
+    assert len({x.tobytes() for x in first}) == 3
+    with Image.open(out / files[2]) as image:
+        assert (image.text["index"], image.text["seed"]) == ("2", "7")
+
+    # Resumed with another batch: what is there stays, what is gone comes back, and more may be asked for.
+    (out / files[1]).unlink()
+    Image.new("RGB", (4, 4)).save(out / files[2])
+    succeeds(capsys, "sample", "run", "n=4", "seed=7", "--out", str(out), "--batch", "1")
+    assert np.abs(png(out / files[1]) - first[1]).max() <= 1
+    assert np.abs(first[1] - first[0]).max() > 1
+    assert not png(out / files[2]).any()
+    assert (out / "000003.png").exists()
+
+    before = snapshot(out)
+    for other in (["seed=8"], ["seed=7", "temperature=0.5"], ["seed=7", "--raw"]):
+        assert cli.main(["sample", "run", "n=4", "--out", str(out), *other]) == 2
+        assert "holds samples drawn with other settings (" in capsys.readouterr().err
+    assert snapshot(out) == before
+
+
+def test_samples_of_a_run_lie_in_its_folder_by_default(root: Path, capsys: pytest.CaptureFixture[str]):
+    succeeds(capsys, "sample", "run", "n=1", "guidance.weight=1.0", "guidance.attention_temperature=0.5")
+    assert (root / "run" / "samples" / "000000.png").exists()
+    settings = json.loads((root / "run" / "samples" / "settings.json").read_text())
+    assert settings["guidance"]["attention_temperature"] == 0.5
+
+
+def test_labels_are_named_and_in_turn(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def labels(*options: str) -> list[str]:
+        succeeds(capsys, "sample", "cond", *options)
+        found = []
+        for path in sorted(tmp_path.glob("out/0*.png")):
+            with Image.open(path) as image:
+                found.append(image.text["label"])
+        return found
+
+    assert labels("n=1", f"--out={tmp_path}/out", "--batch=1") == ["cat"]
+    assert labels("n=3", f"--out={tmp_path}/out", "--batch=1") == ["cat", "dog", "cat"]  # the first one is kept
+    assert cli.main(["sample", "cond", "n=3", "label=dog,cat", f"--out={tmp_path}/out"]) == 2
+    assert 'label: "balanced" -> "dog,cat"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [(None, [0, 1, 0]), ("dog", [1, 1, 1]), ("dog,0", [1, 0, 1]), ("none", [-1, -1, -1]), ("1,none", [1, -1, 1])],
+)
+def test_label_numbers(text: str | None, expected: list[int]):
+    assert cli.label_numbers(text, 2, ("cat", "dog"), 3).tolist() == expected
+    assert cli.label_numbers(None, 0, (), 3) is None
+
+
+def test_eval_prints_one_line_that_says_what_was_measured(root: Path, capsys: pytest.CaptureFixture[str]):
+    found = {}
+    for raw in ([], ["--raw"]):
+        out = succeeds(capsys, "eval", "run", "bpd", "limit=12", "batch=8", "draws=2", "data.seed=3", *raw)
+        assert out.count("\n") == 1
+        line = json.loads(out)
+        assert (line["weights"], line["step"]) == ("raw" if raw else "ema", 4)
+        assert (line["images"], line["draws"], line["split"]) == (12, 2, "test")
+        assert (line["metric"]["limit"], line["metric"]["batch"]) == (12, 8)
+        assert line["data"] == {"class": "zoo.data.synthetic.Synthetic", "examples": 256, "values": 2, "seed": 3}
+        found[line["weights"]] = line["bpd"]
+    assert found["raw"] != found["ema"]
+    assert all(np.isfinite(value) for value in found.values())
+
+
+def same(a: Any, b: Any) -> None:
+    """Equal tasks, and parameters equal to the bit."""
+    assert a[0] == b[0]
+    a, b = weights.flatten(a[1]), weights.flatten(b[1])
+    assert set(a) == set(b)
+    for name in a:
+        assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_an_export_is_the_run(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], raw: bool):
+    out = succeeds(capsys, "export", "run", str(tmp_path / "out"), *(["--raw"] if raw else []))
+    assert ("the weights of the last step" if raw else "the average of the weights") in out
+    same(zoo.load(str(tmp_path / "out")), zoo.load("run", raw=raw))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pth"])
+def test_the_published_layout_and_back(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str):
+    if suffix == ".pth":
+        pytest.importorskip("torch")
+    path = tmp_path / f"official{suffix}"
+    succeeds(capsys, "export", "run", str(path), "--format", "official")
+    out = succeeds(capsys, "import", SMOKE, str(path), str(tmp_path / "back"))
+    assert "every tensor used" in out
+    same(zoo.load(str(tmp_path / "back")), zoo.load("run"))
+    assert models.open_model(tmp_path / "back").kind == "imported"
+
+
+# what there is
+
+
+def test_list_names_papers_configs_and_weights(capsys: pytest.CaptureFixture[str]):
+    out = succeeds(capsys, "list")
+    assert "arXiv:2412.06329" in out
+    assert "TarFlow: sample, nll, features, after_step, import_names" in out
+    assert "tarflow/digits " in out
+    assert "TarFlow on the bundled scans of digits" in out
+
+
+def test_show_says_types_comments_sizes_and_precision(capsys: pytest.CaptureFixture[str]):
+    def rows(*fields: str) -> dict[str, str]:
+        lines = succeeds(capsys, "show", SMOKE, *fields).splitlines()
+        return {line.split()[0]: " ".join(line.split()[1:]) for line in lines if line.strip()}
+
+    shown = rows("steps=7")
+    assert shown["steps"].startswith("7 int")
+    assert shown["task.width"] == "8 int"
+    assert shown["task.depth"] == "1 int transformer layers per flow block"
+    assert shown["optim.clip"] == "1.0 float | None global gradient norm"
+    assert shown["task.noise_type"].startswith("'uniform' Literal['gaussian', 'uniform'] uniform: dequantisation")
+    assert "matrix products" in shown["float32"]
+    assert "bfloat16" not in shown
+    mixed = rows("task.dtype=bfloat16")
+    assert "matrix products" in mixed["bfloat16"]
+    count = sum(x.size for x in jax.tree.leaves(weights.abstract(TASK)))
+    assert f"{count:,} parameters in" in succeeds(capsys, "show", SMOKE)
