@@ -76,7 +76,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     official = weights.to_official(TASK, zoo.load(str(root / "run"))[1])
     official["blocks.7.extra"] = official.pop("blocks.0.proj_in.bias")
     np.savez(root / "unfit.npz", **official)
-    (root / "evil.pth").write_bytes(pickle.dumps(Payload(root / "payload-ran")))
+    (root / "evil.pth").write_bytes(pickle.dumps(Payload(root / "payload-ran"), protocol=2))
 
     for name, mode in (("colour", "RGB"), ("grey", "L"), ("broken", "RGB"), ("late", "RGB")):
         (root / name).mkdir()
