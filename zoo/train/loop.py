@@ -111,12 +111,12 @@ def _check_labels(run: Run, labels: tuple[str, ...]) -> None:
         )
 
 
-def _first(state: State, run: Run, where: Any) -> State:
-    """Fill a fresh state from `Run.weights`."""
-    if not run.weights:
+def _first(state: State, given: Mapping[str, Params], where: Any) -> State:
+    """Fill a fresh state from the trees of `Run.weights`."""
+    if not given:
         _log.info("parameters: fresh")
         return state
-    params, report = weights.fill(jax.device_get(state.params), models.given_weights(dict(run.weights)))
+    params, report = weights.fill(jax.device_get(state.params), given)
     for line in report:
         _log.info("parameters: %s", line)
     params = jax.device_put(params, where.params)
@@ -196,13 +196,17 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
         init, step_fn, abstract = compile_step(run.task, optimizer, mesh, ema=run.ema, accumulate=run.accumulate)
         feed = run.batches(0)  # compares the data with the task before anything is made
         feed.close()
+        begun = run.workdir is not None and bool(Checkpoints(Path(run.workdir), create=False).steps())
+        given = {} if begun else models.given_weights(run.weights or {})
+        weights.fill(abstract.params, given)  # before the folder is claimed: it would belong to the wrong weights
         checkpoints = state = about = None
         if run.workdir is not None:
             folder, about = claim_folder(run, labels)
             checkpoints = Checkpoints(folder, run.checkpoint.keep)
             state = checkpoints.restore(abstract)
         if state is None:
-            state = _first(init(run.seed), run, jax.tree.map(lambda x: x.sharding, abstract))
+            given = models.given_weights(run.weights or {}) if begun else given  # every checkpoint was broken
+            state = _first(init(run.seed), given, jax.tree.map(lambda x: x.sharding, abstract))
         else:
             _log.info("parameters: step %d of %s", int(state.step), run.workdir)
         start = int(state.step)
@@ -247,10 +251,16 @@ def _steps(
             if last or stop or step % run.log_every == 0 or step == start + 1:
                 history.append({"step": step, **_check(step, metrics)})
                 report.log(step, {k: v for k, v in history[-1].items() if k not in ("step", "streak")})
-            watch_now = watch.look(step, state) if not stop else {}
-            if checkpoints is not None and about is not None and (last or stop or step % run.checkpoint.every == 0):
+            here = checkpoints if last or stop or step % run.checkpoint.every == 0 else None
+            if (
+                here and stop
+            ):  # who asked may not wait for the look; a saved step is not run again, so look all the same
+                here.save(step, state, about or {})
+                here.wait()
+            watch_now = watch.look(step, state)
+            if here and not stop:
                 with report.away():
-                    checkpoints.save(step, state, about)
+                    here.save(step, state, about or {})
             if watch_now and last:
                 report.note(_summary(watch_now, watch.kind))
             if stop and not last:

@@ -1,0 +1,459 @@
+"""Runs: they go on where they stopped, refuse what would mix two runs, and stop when nothing is learned any more."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zoo import config, dist, weights
+from zoo.data.synthetic import Synthetic
+from zoo.errors import UserError
+from zoo.papers.tarflow import TarFlow
+from zoo.run import Checkpoint, Run
+from zoo.task import Batch, Params
+from zoo.train.loop import Diverged, train
+from zoo.train.optim import AdamW
+from zoo.train.report import read_metrics
+from zoo.train.step import State
+from zoo.weights.layout import named_leaves
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Two dense layers under `net`, shaped as the input of a small TarFlow, and noise from the step's key."""
+
+    scan: bool = True  # may differ between a run and its resumption
+    height: int = 8
+
+    held = ("teacher",)
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"x": jax.ShapeDtypeStruct((batch, 4), jnp.float32)}
+
+    def init(self, rng: jax.Array) -> Params:
+        one, two = jax.random.split(rng)
+        return {
+            "net": {
+                "in": {"kernel": jax.random.normal(one, (4, self.height)), "bias": jnp.zeros(self.height)},
+                "last": {"kernel": jax.random.normal(two, (self.height, 1))},
+            },
+            "teacher": {"bias": jnp.zeros(3)},
+        }
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        net = params["net"]
+        x = batch["x"] + 0.1 * jax.random.normal(rng, batch["x"].shape)
+        hidden = jnp.tanh(x @ net["in"]["kernel"] + net["in"]["bias"])
+        return jnp.square(hidden @ net["last"]["kernel"] - x[:, :1]).mean(), {"bits": jnp.float32(1.5)}
+
+    def sample(self, params: Params, rng: jax.Array, n: int, conditions: Any = None) -> dict[str, jax.Array]:
+        return {"image": jnp.tanh(jax.random.normal(rng, (n, 4, 4, 1)) + params["net"]["in"]["bias"].sum())}
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Examples that are NaN from the first of batch `since` on (0-based), for `lasting` batches of `batch` examples."""
+
+    since: int
+    lasting: int = 10**6
+    batch: int = 8
+    numbers: int = 4  # of an example
+
+    def source(self, split: str, spec: Any = None) -> Any:
+        return _BadSource(self)
+
+
+@dataclass
+class _BadSource:
+    data: Bad
+    labels = ()
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"x": np.full(self.data.numbers, index / 64, np.float32)}
+
+    def augment(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        # the stream of (seed, position) tells positions apart, which an index in a shuffled epoch does not
+        first = [np.random.default_rng((0, k * self.data.batch, 1)).random() for k in self._bad()]
+        return {"x": np.full(4, np.nan, np.float32)} if rng.random() in first else example
+
+    def _bad(self) -> range:
+        return range(self.data.since, min(self.data.since + self.data.lasting, 60))
+
+
+@dataclass(frozen=True)
+class Held:
+    """A metric that counts what it is shown; `kill` sends SIGTERM to this process at that step's look."""
+
+    every: int = 0
+    kill: bool = False
+    needs = ()
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        if self.kill:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"bpd": float(np.abs(params["net"]["in"]["kernel"]).sum()), "bpd_examples": 3}
+
+
+RUN = Run(
+    task=Wide(),
+    data=Synthetic(examples=64),
+    steps=6,
+    batch=8,
+    optim=AdamW(lr=0.1, schedule="constant", clip=1.0),
+    ema=0.9,
+    mesh=dist.Mesh(data=1, fsdp=1, tensor=1),
+    checkpoint=Checkpoint(every=3),
+    log_every=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These are tests of the loop: one device compiles fastest."""
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+
+
+def go(folder: Path | None, **fields: Any) -> State:
+    run = dataclasses.replace(RUN, workdir=str(folder) if folder else None, **fields)
+    return train(run, quiet=True)[0]
+
+
+def plain(state: State) -> dict[str, np.ndarray]:
+    fields = {k: getattr(state, k) for k in State.__dataclass_fields__}
+    fields["rng"] = jax.random.key_data(state.rng)
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(fields).items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def steps_of(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "checkpoints").iterdir())
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "zoo"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    """A run of six steps with everything on, and its state."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        one = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: one)
+        state = go(folder, evals=(Held(every=3),))
+    return folder, plain(state)
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, np.ndarray]]) -> None:
+    folder, state = finished
+    assert state["step"] == 6
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "curve.png",
+        "tensorboard",
+        "checkpoints",
+    }
+    assert steps_of(folder) == ["3", "6"]
+    about = json.loads((folder / "config.json").read_text())
+    assert about["run"]["batch"] == 8
+    assert about["run"]["task"]["class"].endswith(".Wide")
+
+
+def test_three_steps_and_three_more_equal_six(
+    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, straight = finished
+    half = plain(go(tmp_path / "run", steps=3))
+    assert (half["params/net/in/kernel"] != straight["params/net/in/kernel"]).all()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "zoo"):
+        whole = plain(go(tmp_path / "run", steps=6))
+    chex.assert_trees_all_equal(whole, straight)
+    assert {k.split("/")[0] for k in straight} >= {"params", "ema", "opt", "rng", "skipped", "streak"}
+    words = said(caplog)
+    assert any("made for 3 steps and now has 6: schedules that end with the run stretch" in w for w in words)
+    assert any("step 3 of" in w for w in words)
+    assert not any("fresh" in w for w in words)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_a_folder_nothing_is_written(
+    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chex.assert_trees_all_equal(plain(go(None)), finished[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    finished: tuple[Path, dict[str, np.ndarray]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, state = finished
+    before = {k: v for k, v in contents(folder).items() if not k.startswith("tensorboard")}
+    again, history = train(dataclasses.replace(RUN, workdir=str(folder), evals=(Held(every=3),)), quiet=False)
+    assert history == []
+    chex.assert_trees_all_equal(plain(again), state)
+    assert {k: v for k, v in contents(folder).items() if not k.startswith("tensorboard")} == before
+    assert "finished: step 6 of 6" in capsys.readouterr().out
+
+
+def test_sigterm_saves_and_the_same_run_goes_on_to_the_same_end(
+    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    run = dataclasses.replace(RUN, workdir=str(folder), evals=(Held(every=2, kill=True),))
+    state, _ = train(run)
+    assert int(state.step) == 3
+    assert steps_of(folder) == ["3"]
+    assert "asked to stop: step 3 is saved" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+    chex.assert_trees_all_equal(plain(go(folder)), finished[1])
+
+
+def test_sigterm_loses_no_evaluation(tmp_path: Path) -> None:
+    """A step that is saved is not run again: what is due at it is looked at now or never."""
+    evals = (Held(every=2, kill=True), Held(every=3))
+    for _ in range(8):  # every look asks the run to stop
+        state = go(tmp_path / "run", evals=evals)
+        if int(state.step) == 6:
+            break
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "bpd" in r] == [2, 3, 4, 6]
+
+
+def test_a_truncated_newest_checkpoint_costs_its_steps_only(
+    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    go(folder)
+    for path in (folder / "checkpoints" / "6" / "state").rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+    with caplog.at_level(logging.WARNING, "zoo"):
+        state = go(folder)
+    assert any("moved to 6.broken and the run goes on from step 3" in w for w in said(caplog))
+    chex.assert_trees_all_equal(plain(state), finished[1])
+    assert steps_of(folder) == ["3", "6", "6.broken"]
+    assert [r["step"] for r in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    caplog.clear()
+    chex.assert_trees_all_equal(plain(go(folder)), finished[1])  # and the new one of step 6 is whole
+    assert not any("broken" in w for w in said(caplog))
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"batch": 16}, ["batch: 8 -> 16"]),
+        ({"seed": 1, "optim": AdamW(lr=0.2, schedule="constant", clip=1.0)}, ["seed: 0 -> 1", "optim.lr: 0.1 -> 0.2"]),
+        ({"task": Wide(height=9)}, ["task.height: 8 -> 9"]),
+        ({"data": Synthetic(examples=65)}, ["data.examples: 64 -> 65"]),
+        ({"ema": 0.0}, ["ema: 0.9 -> 0.0"]),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(
+    finished: tuple[Path, dict[str, np.ndarray]], fields: dict[str, Any], named: list[str]
+) -> None:
+    folder, _ = finished
+    before = contents(folder)
+    with pytest.raises(UserError, match="belongs to a run with another config") as error:
+        go(folder, **fields)
+    assert all(name in str(error.value) for name in named)
+    assert str(error.value).count(" -> ") == len(named)
+    assert contents(folder) == before
+
+
+def test_what_changes_no_number_may_differ(finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    go(tmp_path / "run", steps=3)
+    state = go(
+        tmp_path / "run",
+        task=Wide(scan=False),
+        mesh=dist.Mesh(),
+        rules={"mlp": None},
+        evals=(Held(),),
+        checkpoint=Checkpoint(every=2, keep=3),
+        samples=dataclasses.replace(RUN.samples, n=4, every=4),
+        log_every=2,
+    )
+    chex.assert_trees_all_equal(plain(state), finished[1])
+    assert steps_of(tmp_path / "run") == ["3", "4", "6"]
+    assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == [
+        "samples-0000004.png",
+        "samples-0000006.png",
+    ]
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 6]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("words")
+    with pytest.raises(UserError, match=r"not empty and is no run \(thesis.tex ...\)"):
+        go(tmp_path)
+    assert contents(tmp_path) == {"thesis.tex": b"words"}
+
+
+def test_an_export_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"task": {"class": "zoo.papers.tarflow.TarFlow"}}))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="is an export, not a run"):
+        go(tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}'])
+def test_a_damaged_config_is_refused_and_not_overwritten(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        go(tmp_path)
+    assert contents(tmp_path) == {"config.json": text.encode()}
+
+
+def test_a_run_folder_below_a_file_ends_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write the run folder .*file/run: Not a directory; choose another"):
+        go(tmp_path / "file" / "run")
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_data_that_does_not_fit_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Bad does not fit the task: 'x': the data gives float32\[3\]"):
+        go(tmp_path / "run", data=Bad(0, numbers=3))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="batch=8 does not divide over 1 devices x 3 micro-batches"):
+        go(tmp_path / "run", accumulate=3)
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- divergence
+
+
+def test_twenty_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    with pytest.raises(Diverged) as error:
+        go(tmp_path / "run", data=Bad(since=4), steps=60)
+    assert "not been finite since step 5 (20 steps skipped in a row" in str(error.value)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 24))
+    assert [r["skipped"] for r in records[:6]] == [0, 0, 0, 0, 1, 2]
+    assert steps_of(tmp_path / "run") == ["18", "21"]
+
+
+def test_fewer_bad_steps_are_lived_through_and_counted() -> None:
+    state = go(None, data=Bad(since=2, lasting=19), steps=24)
+    assert (int(state.step), int(state.skipped), int(state.streak)) == (24, 19, 0)
+    assert np.isfinite(plain(state)["params/net/in/kernel"]).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
+    """An export of a TarFlow whose first layer has the shapes of `Wide`."""
+    task = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=1, head_dim=8)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), weights.abstract(task))
+    folder = tmp_path_factory.mktemp("export") / "model"
+    weights.save(folder, params, {"format": 1, "task": config.dump(task), "data": None, "labels": []}, "")
+    return folder, params
+
+
+def test_weights_of_another_model_fill_what_fits_and_are_reported(
+    export: tuple[Path, Params], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    folder, given = export
+    frozen = AdamW(lr=1e-30, final_lr=1e-30, weight_decay=0.0, schedule="constant")
+    fields = {"weights": {"net": f"{folder}:block0"}, "optim": frozen, "steps": 1}
+    with caplog.at_level(logging.INFO, "zoo"):
+        state = go(tmp_path / "run", **fields)
+    for tree in (state.params, state.ema):
+        chex.assert_trees_all_equal(jax.device_get(tree["net"]["in"]), given["block0"]["in"])
+    fresh = go(None, **{**fields, "weights": None})
+    chex.assert_trees_all_equal(state.params["net"]["last"], fresh.params["net"]["last"])
+    words = said(caplog)
+    assert "parameters: filled: net (2 tensors)" in words
+    assert "parameters: left fresh: net (1 tensor), teacher (1 tensor)" in words
+    assert any(w.startswith("parameters: not used: net (") for w in words)
+
+
+def test_weights_are_read_at_the_start_only(export: tuple[Path, Params], tmp_path: Path) -> None:
+    folder, _ = export
+    gone = tmp_path / "moved"
+    os.symlink(folder, gone)
+    fields = {"weights": {"net": f"{gone}:block0"}}
+    go(tmp_path / "run", steps=3, **fields)
+    gone.unlink()
+    assert int(go(tmp_path / "run", steps=6, **fields).step) == 6
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"), [("nowhere", "neither a folder nor a shipped model"), (":block9", "no parameters named")]
+)
+def test_wrong_weights_leave_the_folder_to_the_right_ones(
+    export: tuple[Path, Params], tmp_path: Path, reference: str, words: str
+) -> None:
+    folder, _ = export
+    with pytest.raises(UserError, match=words):
+        go(tmp_path / "run", weights={"net": f"{folder}{reference}"})
+    assert int(go(tmp_path / "run", weights={"net": f"{folder}:block0"}, steps=1).step) == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_hold_each_step_once_and_bpd_is_the_held_out_figure_alone(
+    finished: tuple[Path, dict[str, np.ndarray]],
+) -> None:
+    folder, _ = finished
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    training = [r for r in records if "loss" in r]
+    held = [r for r in records if "loss" not in r]
+    assert [r["step"] for r in training] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in held] == [3, 6]
+    assert all(set(r) >= {"loss", "bits", "grad_norm", "skipped"} and "bpd" not in r for r in training)
+    assert all(set(r) == {"step", "time", "bpd", "bpd_examples", "weights"} for r in held)
+    assert {r["weights"] for r in held} == {"ema"}
+
+
+def test_an_evaluation_sees_the_average_where_there_is_one_and_says_so(
+    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    folder, state = finished
+    (last,) = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] == 6 and "bpd" in r]
+    sums = {k: float(np.abs(state[f"{k}/net/in/kernel"]).sum()) for k in ("ema", "params")}
+    assert last["bpd"] == pytest.approx(sums["ema"], rel=1e-6)
+    assert sums["ema"] != pytest.approx(sums["params"], rel=1e-3)
+    raw = go(tmp_path / "run", ema=0.0, evals=(Held(),), steps=2)
+    (last,) = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "bpd" in r]
+    assert last["bpd"] == pytest.approx(float(jnp.abs(raw.params["net"]["in"]["kernel"]).sum()), rel=1e-6)
+    assert last["weights"] == "raw"
