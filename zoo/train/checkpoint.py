@@ -6,7 +6,9 @@ above the newest folder, so a damaged newest one would otherwise swallow the run
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,26 @@ def _tree(state: State) -> dict[str, Any]:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first telling line of a library's error."""
+    """The first telling line of a library's error; of a long one also the end, where the system's own words stand."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
+
+
+@functools.cache
+def _quieten() -> None:
+    """Keep to the one sentence that we make of a failure: of one save on a full disk the libraries print 300 lines more.
+
+    Orbax logs the traceback in every thread before it raises; TensorStore reports to an event loop that is closed by then.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            before(found)
+
+    sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -39,6 +58,7 @@ class Checkpoints:
         self.folder = folder.resolve() / "checkpoints"
         self._keep, self._create = keep, create
         self._manager: ocp.CheckpointManager | None = None
+        self._saving: int | None = None  # the step that is being written
         if create:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -49,20 +69,11 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            library = logging.getLogger("absl")
-            level = library.level
-            if not self._create:
-                library.setLevel(logging.ERROR)  # it warns in three lines that a reader does not write
-            try:
-                options = ocp.CheckpointManagerOptions(
-                    max_to_keep=self._keep,
-                    create=self._create,
-                    enable_async_checkpointing=True,
-                    read_only=not self._create,
-                )
-                self._manager = ocp.CheckpointManager(self.folder, options=options)
-            finally:
-                library.setLevel(level)
+            _quieten()
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, create=self._create, enable_async_checkpointing=True, read_only=not self._create
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
 
     def steps(self) -> list[int]:
@@ -77,6 +88,8 @@ class Checkpoints:
 
     def save(self, step: int, state: State, config: Mapping[str, Any]) -> None:
         """Start saving; the state may be donated at once. UserError when an earlier save or this one cannot be written."""
+        self.wait()
+        self._saving = step
         try:
             self._open().save(
                 step,
@@ -86,7 +99,7 @@ class Checkpoints:
                 force=True,
             )
         except Exception as error:
-            raise self._failed(step, error) from error
+            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Until the last save is on disk."""
@@ -94,15 +107,14 @@ class Checkpoints:
             try:
                 self._manager.wait_until_finished()
             except Exception as error:
-                raise self._failed(None, error) from error
+                raise self._failed(error) from error
 
-    def _failed(self, step: int | None, error: Exception) -> UserError:
+    def _failed(self, error: Exception) -> UserError:
         good = self.steps()
         left = f"step {good[-1]} is the newest good one" if good else "there is no earlier one"
-        what = f"the checkpoint of step {step}" if step is not None else "a checkpoint"
         return UserError(
-            f"could not save {what} in {self.folder} ({_sentence(error)}); {left}: make room or choose another workdir=, then start "
-            f"the same command again"
+            f"could not save the checkpoint of step {self._saving} in {self.folder} ({_sentence(error)}); {left}: "
+            f"make room or choose another workdir=, then start the same command again"
         )
 
     def close(self) -> None:
