@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ def _tree(state: State) -> dict[str, Any]:
 def _sentence(error: BaseException) -> str:
     """The first telling line of a library's error; of a long one also the end, where the system's own words stand."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[0] if lines else type(error).__name__
+    line = re.split(r" \[\w+='", lines[0])[0] if lines else type(error).__name__  # TensorStore appends its settings
     return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
 
 
@@ -39,9 +40,11 @@ def _sentence(error: BaseException) -> str:
 def _quieten() -> None:
     """Keep to the one sentence that we make of a failure: of one save on a full disk the libraries print 300 lines more.
 
-    Orbax logs the traceback in every thread before it raises; TensorStore reports to an event loop that is closed by then.
+    Orbax logs the traceback in every thread before it raises, and its other writes fail unheard, of which asyncio tells at
+    exit; TensorStore reports to an event loop that is closed by then.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:
