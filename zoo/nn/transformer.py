@@ -11,7 +11,7 @@ from flax import linen as nn
 from zoo.dist import constrain
 from zoo.errors import UserError
 from zoo.nn.attention import attend, attend_cached, init_cache, write_cache
-from zoo.nn.layers import Dense, LayerNorm
+from zoo.nn.layers import Dense, LayerNorm, gelu
 
 REMAT: dict[str, Any] = {
     "none": None,
@@ -68,7 +68,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         h = Dense(self.expand * x.shape[-1], ("embed", "mlp"), dtype=self.dtype, name="up")(x)
-        h = jax.nn.gelu(h, approximate=False)
+        h = gelu(h)
         return Dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="down")(h)
 
 
