@@ -183,6 +183,47 @@ def test_a_batch_that_divides():
         assert dist.batch_sharding(mesh).spec == P(("data",))
 
 
+# the cores of a CPU
+
+
+@pytest.mark.parametrize(
+    "cores, batch, mesh, devices",
+    [
+        (2, 64, None, 2),
+        (6, 64, None, 4),
+        (64, 64, dist.Mesh(), 8),
+        (8, 12, dist.Mesh(), 4),
+        (8, 7, dist.Mesh(), 1),
+        (4, 8, dist.Mesh(fsdp=2), 4),
+        (1, 8, dist.Mesh(fsdp=2), 2),  # what the mesh asks for, whatever there is
+        (8, 8, dist.Mesh(data=1), 1),
+    ],
+)
+def test_cores_become_devices_that_share_the_batch(
+    cores: int, batch: int, mesh: dist.Mesh | None, devices: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert dist._cpu_devices(batch, mesh) == devices
+
+
+def test_a_number_of_devices_that_the_user_set_stays(monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+    monkeypatch.setattr("zoo.dist.jax.config.update", lambda *a: asked.append(a))
+    dist._share_cores(8, None)  # the tests run on simulated devices
+    assert not asked
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    dist._share_cores(8, None)
+    assert asked == [("jax_num_cpu_devices", 2)]
+
+
+def test_spread_puts_a_copy_on_each_device_that_gets_rows():
+    mesh, params = dist.spread({"w": jnp.arange(3.0)}, 12)
+    assert mesh.shape["data"] == 4
+    assert params["w"].sharding.is_fully_replicated
+    assert len(params["w"].devices()) == 4
+
+
 # the compilation cache
 
 

@@ -147,7 +147,7 @@ def _train(args: argparse.Namespace) -> int:
     from zoo import dist
     from zoo.train.loop import train
 
-    dist.start()
+    dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
     train(run, quiet=args.quiet)
     return 0
 
@@ -239,7 +239,7 @@ def label_numbers(text: str | None, classes: int, names: Sequence[str], n: int) 
 def _sample(args: argparse.Namespace) -> int:
     from zoo import dist, models
 
-    dist.start()
+    dist.start(batch=max(args.batch, 1))
     model = models.open_model(args.model, raw=args.raw, allow=args.allow)
     options = _options(model, args.fields)
     n, seed, text = (options.pop(k) for k in ("n", "seed", "label"))
@@ -323,7 +323,7 @@ def _bench(args: argparse.Namespace) -> int:
     from zoo.commands.bench import bench
 
     run = _run(config.load(args.config, args.fields), args.config)
-    dist.start()
+    dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
     result = bench(run, peer=args.peer, what=args.what, samples=args.samples, rounds=args.rounds)
     print(result.table())
     if args.json:

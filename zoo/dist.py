@@ -27,6 +27,7 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 RULES: Rules = {"batch": ("data", "fsdp"), "embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 
 _LARGE = 16 * 2**20  # bytes above which a parameter that stays whole on every device is worth a warning
+_LARGE_CPU = 2**28  # bytes of parameters above which a CPU is not asked for copies: large products use all its cores
 
 _rules: ContextVar[Rules] = ContextVar("rules", default=RULES)
 _log = logging.getLogger("zoo")
@@ -77,12 +78,46 @@ def _keep_memory() -> None:
         libc.mallopt(arena_max, 1)
 
 
-def start(cache: str | None = None) -> None:
+_CPU_DEVICES = 8  # at most: more share a small batch too thinly
+
+
+def _cpu_devices(batch: int, mesh: Mesh | None) -> int:
+    """How many devices to make of this machine's cores: what the mesh asks for, else what divides the batch."""
+    sizes = [getattr(mesh, f.name) for f in fields(mesh)] if mesh is not None else [-1]
+    asked = math.prod(size for size in sizes if size > 0)
+    if -1 not in sizes:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n = 1
+    while 2 * n <= min(cores // asked, _CPU_DEVICES) and batch % (2 * n * asked) == 0:
+        n *= 2
+    return n * asked
+
+
+def _share_cores(batch: int, mesh: Mesh | None) -> None:
+    """Make one device of each core, so that a batch is shared out as it is among chips.
+
+    XLA gives one CPU device all cores, but runs small products and loops over tokens on one of them. Nothing happens where
+    the user has set a number of devices, or where JAX has already counted them.
+    """
+    if (
+        "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+        or jax.config.values["jax_num_cpu_devices"] > 0
+    ):
+        return
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", _cpu_devices(batch, mesh))
+
+
+def start(cache: str | None = None, *, batch: int | None = None, mesh: Mesh | None = None) -> None:
     """Prepare this process: one persistent compilation cache, in `$ZOO_CACHE` or ~/.cache/zoo; memory that is kept.
 
-    A cache that cannot be written is done without; a damaged entry is compiled again.
+    A cache that cannot be written is done without; a damaged entry is compiled again. With a batch, on a CPU, its cores
+    become devices for `mesh` to spread it over.
     """
     _keep_memory()
+    if batch is not None:
+        _share_cores(batch, mesh)
     folder = Path(cache or os.environ.get("ZOO_CACHE") or Path.home() / ".cache" / "zoo") / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,6 +133,16 @@ def start(cache: str | None = None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def spread(params: Any, batch: int) -> tuple[jax.sharding.Mesh, Any]:
+    """A mesh of this host's devices that share a batch evenly, and `params` with a copy on each of them."""
+    devices = jax.local_devices()
+    count = math.gcd(batch, len(devices))
+    if devices[0].platform == "cpu" and sum(x.nbytes for x in jax.tree.leaves(params)) > _LARGE_CPU:
+        count = 1
+    mesh = Mesh().build(devices[:count])
+    return mesh, jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import config
+from zoo import config, dist
 from zoo.errors import UserError
 from zoo.models import Model
 from zoo.train.report import class_name, grid, save_png
@@ -64,9 +64,11 @@ def draw(
     _claim(out, settings)
     sampler = jax.jit(lambda params, rng, label: model.task.sample(params, rng, batch, _conditions(label), **options))
     missing = [i for i in range(n) if not (out / f"{i:06d}.png").exists()]
+    mesh, params = dist.spread(model.params, batch)
     for begin in range(0, len(missing), batch):
         rows = np.array(missing[begin : begin + batch])
-        images, lost = _finite(sampler, model.params, seed, rows, labels, batch)
+        with dist.use(mesh):
+            images, lost = _finite(sampler, params, seed, rows, labels, batch)
         for i, image in zip(rows, images):
             about = {**{k: str(v) for k, v in settings.items()}, "index": str(i)}
             if captions is not None:
