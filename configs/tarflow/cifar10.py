@@ -45,9 +45,9 @@ short = replace(
     ),
     optim=replace(config.optim, lr=1e-3, warmup=100),
     ema=0.99,
-    steps=600,
+    steps=400,
     batch=64,
-    samples=Samples(every=200, n=100),
+    samples=Samples(n=100),
 )
 
 smoke = replace(

@@ -40,13 +40,13 @@ config = Run(
     log_every=50,
 )
 
-# What two CPU cores do in some minutes: two epochs of smaller batches.
+# What two CPU cores do in some minutes: half an epoch of smaller batches.
 short = replace(
     config,
     optim=replace(config.optim, warmup=100),
-    steps=900,
+    steps=500,
     batch=64,
-    samples=Samples(every=300, n=100),
+    samples=Samples(n=100),
 )
 
 smoke = replace(

@@ -1,0 +1,127 @@
+"""Measured figures: kept in figures.json, shown in README.md.
+
+    python tests/figures.py add NAME RUN_FOLDER_OR_BENCH_JSON "COMMAND" ["HARDWARE"]
+    python tests/figures.py write        # builds the README's tables anew
+
+Each record carries the command, the hardware and the date. A test compares the README with what `write` would write.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("figures.json")
+README = Path(__file__).parent.parent / "README.md"
+# what a record may show, in this order; everything else stays in the file
+HEADS = {
+    "bpd": "bits per dimension, held out",
+    "noisy_bits_per_dim": "bits of noisy images, held out",
+    "accuracy": "accuracy of Bayes' rule",
+    "histogram_bpd": "histogram",
+    "gaussian_bpd": "Gaussian",
+    "steps": "steps",
+    "minutes": "minutes",
+}
+
+
+def read() -> dict[str, dict[str, Any]]:
+    """Records by name."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """Last held-out figures of a run folder, its steps, and the minutes from its first log line to its last."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = [r for r in records if "loss" not in r][-1]
+    return {**held_out, "steps": held_out["step"], "minutes": (records[-1]["time"] - records[0]["time"]) / 60}
+
+
+def hardware() -> str:
+    """The processor, by the name it gives itself."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return f"{os.cpu_count()} cores of {names[0] if names else 'an unnamed CPU'}"
+
+
+def add(name: str, source: Path, command: str, machine: str | None = None) -> None:
+    """Keep the figures of a run folder, or of the JSON that `zoo bench --json` wrote, under a name."""
+    bench = source.is_file()
+    record = {
+        "kind": "bench" if bench else "learned",
+        "command": command,
+        "hardware": machine or hardware(),
+        "date": datetime.date.today().isoformat(),
+        "figures": json.loads(source.read_text()) if bench else of_run(source),
+    }
+    FILE.write_text(json.dumps({**read(), name: record}, indent=1, sort_keys=True) + "\n")
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def learned_table(records: dict[str, dict[str, Any]]) -> str:
+    """What runs reached."""
+    chosen = {name: r for name, r in records.items() if r["kind"] == "learned"}
+    keys = [k for k in HEADS if any(k in r["figures"] for r in chosen.values())]
+    lines = [_row(["run", *(HEADS[k] for k in keys), "measured"]), _row(["---"] * (len(keys) + 2))]
+    for name, r in chosen.items():
+        cells = [f"{r['figures'][k]:,.4g}" if k in r["figures"] else "" for k in keys]
+        lines.append(_row([name, *cells, f"{r['date']}, {r['hardware']}: `{r['command']}`"]))
+    return "\n".join(lines)
+
+
+def bench_table(records: dict[str, dict[str, Any]]) -> str:
+    """Speed beside the peer: medians, and the median of the ratios round by round."""
+    lines = [
+        _row(["model", "program", "zoo", "peer", "zoo / peer", "measured"]),
+        _row(["---"] * 6),
+    ]
+    for name, r in records.items():
+        if r["kind"] != "bench":
+            continue
+        f = r["figures"]
+        for key in (k for k in f if k.endswith(" ms, ours")):
+            what = key.removesuffix(" ms, ours")
+            ratio, peer = f.get(f"{what}, ours / peer"), f.get(f"{what} ms, peer")
+            lines.append(
+                _row(
+                    [
+                        name,
+                        f"train step, batch {f['batch']}" if what == "train" else f"{what} images",
+                        f"{f[key]['median']:.4g} ms",
+                        f"{peer['median']:.4g} ms" if peer else "",
+                        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "",
+                        f"{r['date']}, {r['hardware']}: `{r['command']}`",
+                    ]
+                )
+            )
+    return "\n".join(lines)
+
+
+def rendered(text: str) -> str:
+    """README text with its tables made anew."""
+    records = read()
+    for mark, table in (("learned", learned_table(records)), ("bench", bench_table(records))):
+        begin, end = f"<!-- figures: {mark} -->", "<!-- end -->"
+        head, _, rest = text.partition(begin)
+        _, found, tail = rest.partition(end)
+        assert found, f"README.md has no {begin} ... {end}"
+        text = f"{head}{begin}\n{table}\n{end}{tail}"
+    return text
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["add", name, source, command, *rest]:
+            add(name, Path(source), command, *rest)
+        case ["write"]:
+            README.write_text(rendered(README.read_text()))
+        case _:
+            sys.exit(__doc__)
