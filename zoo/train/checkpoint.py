@@ -10,6 +10,7 @@ import functools
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def _quieten() -> None:
     """
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # writes given up half-way
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:
