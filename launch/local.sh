@@ -15,7 +15,7 @@ python=${PYTHON:-}
 if [ -z "$python" ]; then
   for candidate in python3 python3.12 python3.11 python; do
     # "Really starts": version managers leave shims that name a version and then refuse to run it.
-    if "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
+    if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
       python=$candidate
       break
     fi
@@ -38,7 +38,13 @@ stamp=$venv/.zoo-installed
 want="$( (cat "$root/pyproject.toml"; echo "$extras $root") | cksum)"
 if [ ! -x "$venv/bin/python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   echo "launch/local.sh: installing zoo[$extras] into $venv (once; takes a minute or two)" >&2
-  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  if ! [ -x "$venv/bin/pip" ]; then
+    rm -rf "$venv" # a half-made one has no pip
+    "$python" -m venv "$venv" >&2 || {
+      echo "launch/local.sh: $python could not make a virtual environment in $venv; see the message above" >&2
+      exit 2
+    }
+  fi
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" >&2 || {
     echo "launch/local.sh: the installation failed; see the message above" >&2
     exit 2

@@ -22,7 +22,7 @@ MAY = {
     "encoders": {"nn"},
     "diffusion": {"nn"},
     "papers": {"nn", "flows", "diffusion", "encoders", "dist"},
-    "metrics": {"encoders", "flows", "diffusion", "data"},
+    "metrics": {"encoders", "flows", "diffusion", "data", "dist"},
     "train.optim": set(),
     "train.report": set(),
     "train.step": {"dist"},

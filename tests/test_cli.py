@@ -155,6 +155,7 @@ MISTAKES = {
     "label of an unconditional model": ("sample run label=1", "label=1: this model is unconditional"),
     "no such option": ("sample run guidence=1", "no option 'guidence' of this sampler; did you mean 'guidance'?"),
     "option of another type": ("sample run temperature=hot", "temperature='hot' is no float"),
+    "whole and part": ("sample run guidance=2 guidance.what=a", "guidance is set both as a whole and in part"),
     "part of an option": ("sample run guidance.wight=1", "no field wight in Guidance; did you mean 'weight'?"),
     "no samples": ("sample run n=0", "n=0; draw at least one sample"),
     "no batch": ("sample run --batch 0", "--batch 0"),
@@ -166,6 +167,7 @@ MISTAKES = {
     "metric of a conditional model": ("eval run bayes", "unconditional (task.classes=0)"),
     "unwritable export": ("export run file/export", "file/export cannot be written"),
     "not empty": ("export run colour", "colour is not an export"),
+    "a file in the way": ("export run unfit.npz --format official", "unfit.npz exists; remove it first"),
     "unknown suffix": ("export run weights.xyz --format official", "weights.xyz ends in '.xyz'"),
     "no published file": (f"import {SMOKE} no.npz new", "no.npz is no file"),
     "missing and extra tensors": (

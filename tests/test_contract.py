@@ -30,6 +30,7 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_full_config_is_built_abstractly_and_survives_json(name: str) -> None:
     run = config.load(name)
+    run.mesh.build(jax.devices()[:1])  # one GPU is enough to start any of them
     mesh = dist.Mesh(data=2, fsdp=4).build()
     with dist.use(mesh, run.rules):
         state = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)

@@ -292,7 +292,7 @@ def test_card_tells_the_facts():
         data="digits, 1,500 scans",
         steps=2600,
         metrics={"bpd": 2.2034567},
-        ema=False,
+        kind="raw",
         parameters=407328,
     )
     for fact in ("# TarFlow", "arXiv:2412.06329", "1,500 scans", "2,600", "2.20346", "407,328", "raw", "No licence"):

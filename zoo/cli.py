@@ -199,6 +199,8 @@ def _options(model: Any, fields: Sequence[str]) -> dict[str, Any]:
             simple = [k for k in (typing.get_args(kinds[head]) or (kinds[head],)) if not dataclasses.is_dataclass(k)]
             values[head] = config.parse(value, typing.Union[tuple(simple)], head)  # noqa: UP007
     for head, parts in nested.items():
+        if any(text.startswith(f"{head}=") for text in fields):
+            raise UserError(f"{head} is set both as a whole and in part; keep one of {head}= and {head}.{parts[0]}")
         classes = [k for k in typing.get_args(kinds[head]) if dataclasses.is_dataclass(k)]
         if not classes:
             raise UserError(f"option {head} has no parts; write {head}=value")

@@ -177,6 +177,15 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def batch_axes(size: int) -> tuple[str, ...] | None:
+    """The axes of the mesh in use that share a batch of `size`; None where there is no mesh or they do not divide it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return None
+    axes = _axes("batch", mesh)
+    return axes if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else None
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of an array that leads with the batch."""
     return NamedSharding(mesh, PartitionSpec(_axes("batch", mesh) or None))

@@ -6,11 +6,14 @@ have any of the abilities in `ABILITIES`; commands look them up and say in a sen
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+
+from zoo.errors import UserError, suggest
 
 Params = dict[str, Any]  # nested dict of arrays; top-level keys are the unit of `held` and of `Run.weights`
 Batch = Mapping[str, jax.Array]
@@ -62,6 +65,16 @@ class Name:
     sizes: dict[str, int] = field(default_factory=dict)
     layer: int | None = None
     value: Callable[[], Any] | None = None
+
+
+def check_options(task: Any, options: Mapping[str, Any], where: str) -> None:
+    """UserError when `options` has a key that the task's sampler does not take; `where` names the field that holds them."""
+    known = [p.name for p in inspect.signature(task.sample).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise UserError(
+            f"{where}: the sampler of {type(task).__name__} has no option {unknown[0]!r}; {suggest(unknown[0], known)}"
+        )
 
 
 def abilities(task: Any) -> list[str]:

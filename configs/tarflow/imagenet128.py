@@ -27,7 +27,7 @@ config = Run(
     optim=AdamW(lr=1e-4, final_lr=1e-6, warmup=1_668, b2=0.95, weight_decay=1e-4, decay_all=True),
     steps=533_760,
     batch=768,
-    mesh=Mesh(data=-1, fsdp=8),
+    mesh=Mesh(data=1, fsdp=-1),
     checkpoint=Checkpoint(every=2_000, keep=3),
     samples=Samples(every=10_000, n=64, options={"guidance": 1.5}),
     evals=(Bits(every=10_000, limit=5_000),),

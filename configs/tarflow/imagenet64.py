@@ -1,7 +1,7 @@
 """TarFlow on ImageNet 64x64, unconditional generation: Gaussian noise 0.05, bf16, 200 epochs.
 
 Bits here are those of noisy data (`noisy_bits_per_dim`), to watch training by; sample quality is measured with
-`zoo eval RUN frechet`. Guidance without labels goes by attention temperature:
+`zoo eval RUN frechet features=EXPORT`. Guidance without labels goes by attention temperature:
 `zoo sample RUN guidance.weight=0.2 guidance.attention_temperature=0.3`.
 """
 
@@ -23,7 +23,7 @@ config = Run(
     optim=AdamW(lr=1e-4, final_lr=1e-6, warmup=5_004, b2=0.95, weight_decay=1e-4, decay_all=True),
     steps=1_000_800,
     batch=256,
-    mesh=Mesh(data=-1, fsdp=4),
+    mesh=Mesh(data=1, fsdp=-1),
     checkpoint=Checkpoint(every=2_000, keep=3),
     samples=Samples(every=10_000, n=64),
     evals=(Bits(every=10_000, limit=5_000),),

@@ -30,7 +30,7 @@ config = Run(
     optim=AdamW(lr=1e-4, final_lr=1e-6, warmup=5_004, b2=0.95, weight_decay=1e-4, decay_all=True),
     steps=1_000_800,
     batch=256,
-    mesh=Mesh(data=-1, fsdp=4),
+    mesh=Mesh(data=1, fsdp=-1),
     checkpoint=Checkpoint(every=2_000, keep=3),
     samples=Samples(every=10_000, n=64, options={"guidance": 2.0}),
     evals=(Bits(every=10_000, limit=5_000),),

@@ -13,6 +13,7 @@ import pytest
 from zoo import config, dist, metrics
 from zoo.data.images import Digits
 from zoo.errors import UserError
+from zoo.metrics import likelihood
 from zoo.metrics.frechet import Frechet
 from zoo.metrics.likelihood import (
     BayesAccuracy,
@@ -211,6 +212,20 @@ def test_eight_devices_measure_what_one_does() -> None:
     spread = jax.device_put(params, dist.shardings(jax.eval_shape(task.init, RNG), mesh))
     with dist.use(mesh):
         assert bits(task, spread, Digits(), RNG)["noisy_bits_per_dim"] == pytest.approx(alone, rel=1e-5)
+
+
+def test_devices_share_the_images() -> None:
+    task = TarFlow(image=4, channels=1, patch=2, width=16, depth=1, blocks=2, head_dim=8)
+    params = jax.jit(lambda: dist.unbox(task.init(RNG)))()
+    batch = task.spec(16)
+
+    def flops() -> float:
+        program = likelihood._per_image(task, 1).lower(params, batch, jnp.arange(16), RNG).compile()
+        return program.cost_analysis()["flops"]
+
+    alone = flops()
+    with dist.use(dist.Mesh().build()):
+        assert flops() < alone / 4
 
 
 def test_metrics_go_by_name_and_through_json() -> None:

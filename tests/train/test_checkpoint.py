@@ -267,17 +267,35 @@ def test_broken_ones_pile_up_under_names_of_their_own_and_count_for_nothing(
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     (folder / "checkpoints" / "6.broken").mkdir()
-    for step in (3, 6):
-        halve(folder / "checkpoints" / str(step))
+    halve(folder / "checkpoints" / "6")
     with caplog.at_level(logging.WARNING, "zoo"):
-        assert restore(folder, one) is None
-    broken = {"3.broken", "6.broken", "6.broken1"}
-    assert {p.name for p in (folder / "checkpoints").iterdir()} == broken
-    words = [r.getMessage() for r in caplog.records if r.name == "zoo"]
-    assert "goes on from step 3" in words[0]
-    assert "starts from the beginning" in words[1], "nobody is told of an earlier one that is not there"
-    save(folder, one.after(1), 1, 2, 3, keep=2)
-    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"2", "3", *broken}
+        assert restore(folder, one) is not None
+    broken = {"6.broken", "6.broken1"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"3", *broken}
+    (words,) = [r.getMessage() for r in caplog.records if r.name == "zoo"]
+    assert "goes on from step 3" in words
+    save(folder, one.after(1), 4, 5, 6, keep=2)
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"5", "6", *broken}
+
+
+def test_where_none_can_be_read_nothing_is_changed_and_no_run_starts_over(
+    one: Built, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    before = contents(folder)
+
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(Checkpoints, "_read", no_memory)
+    with pytest.raises(UserError, match=r"step 6 .*RESOURCE_EXHAUSTED.*nor can the 1 before it; nothing was changed"):
+        restore(folder, one)
+    assert contents(folder) == before
+    monkeypatch.undo()
+    state = restore(folder, one)
+    assert state is not None
+    assert int(state.step) == 6
 
 
 def test_a_reader_leaves_a_damaged_checkpoint_where_it_is(one: Built, saved: Path, tmp_path: Path) -> None:

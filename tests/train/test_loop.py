@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import logging
 import os
@@ -20,8 +21,9 @@ import pytest
 from zoo import config, dist, weights
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
+from zoo.metrics.likelihood import BayesAccuracy, Bits
 from zoo.papers.tarflow import TarFlow
-from zoo.run import Checkpoint, Run
+from zoo.run import Checkpoint, Run, Samples
 from zoo.task import Batch, Params
 from zoo.train.loop import Diverged, train
 from zoo.train.optim import AdamW
@@ -457,3 +459,55 @@ def test_an_evaluation_sees_the_average_where_there_is_one_and_says_so(
     (last,) = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "bpd" in r]
     assert last["bpd"] == pytest.approx(float(jnp.abs(raw.params["net"]["in"]["kernel"]).sum()), rel=1e-6)
     assert last["weights"] == "raw"
+
+
+# ---------------------------------------------------------------------------------------- looks that cannot be, or that fail
+
+
+@dataclass(frozen=True)
+class Failing(Held):
+    """A metric that fails when it is called."""
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        raise UserError("no room for the statistics")
+
+
+def test_samples_and_evaluations_that_cannot_be_made_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    small = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8)
+    bayes, bits = BayesAccuracy(), Bits(baselines=True)
+    for fields, words in (
+        ({"samples": Samples(n=4, options={"guidence": 2})}, "samples.options: .*no option 'guidence'; did you mean"),
+        ({"evals": (bayes,)}, r"unconditional"),
+        ({"evals": (bits,)}, r"baselines=True"),
+        ({"evals": (bayes,), "task": Wide()}, r"evals.0: the metric bayes needs 'nll', which Wide has not"),
+    ):
+        with pytest.raises(UserError, match=words):
+            go(tmp_path / "run", **{"task": small, **fields})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_figure_that_fails_costs_no_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no room"):
+        go(tmp_path / "run", steps=2, evals=(Failing(),), checkpoint=Checkpoint(every=100))
+    assert steps_of(tmp_path / "run") == ["2"]
+    assert int(go(tmp_path / "run", steps=2, checkpoint=Checkpoint(every=100)).step) == 2
+
+
+def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    go(folder, steps=1)
+    before = contents(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match=r"workdir=.*run is in use by another process"):
+        go(folder, steps=1)
+    assert contents(folder) == before
+    os.close(handle)
+    go(folder, steps=1)
+
+
+def test_classes_that_the_data_has_not_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=5)
+    with caplog.at_level(logging.WARNING, "zoo"), pytest.raises(UserError, match=r"samples\.options"):
+        go(None, task=task, samples=Samples(n=1, options={"x": 1}))
+    assert any("2 classes and task.classes=5" in m and "set task.classes=2" in m for m in said(caplog))

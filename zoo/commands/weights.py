@@ -23,12 +23,15 @@ def _paper(task: Any) -> str:
     return (importlib.import_module(type(task).__module__).__doc__ or "").partition("\n")[0]
 
 
-def _last_eval(folder: Path) -> dict[str, Any]:
-    """Held-out figures of a run's last evaluation."""
-    if not (folder / "metrics.jsonl").exists():
+def _last_eval(model: Model) -> dict[str, Any]:
+    """Held-out figures of a run, measured on just these weights: same step, same kind (average or raw)."""
+    if not (model.folder / "metrics.jsonl").exists():
         return {}
-    found = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" not in r]
-    return {k: v for k, v in found[-1].items() if k not in ("time", "step", "weights")} if found else {}
+    found: dict[str, Any] = {}
+    for record in read_metrics(model.folder / "metrics.jsonl"):
+        if "loss" not in record and (record["step"], record.get("weights")) == (model.step, model.kind):
+            found |= {k: v for k, v in record.items() if k not in ("time", "step", "weights")}
+    return found
 
 
 def _write(model: Model, out: Path, metrics: dict[str, Any]) -> None:
@@ -39,7 +42,7 @@ def _write(model: Model, out: Path, metrics: dict[str, Any]) -> None:
         data=repr(model.data),
         steps=model.step,
         metrics=metrics,
-        ema=model.kind == "ema",
+        kind=model.kind,
         parameters=count,
     )
     weights.save(out, model.params, models.export_config(model, metrics), card)
@@ -55,10 +58,12 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
         model.kind, f"{model.kind} weights"
     )
     if form == "official":
+        if out.exists():
+            raise UserError(f"{out} exists; remove it first, or give another file")
         state = weights.to_official(model.task, model.params)
         weights.write_state_dict(out, state)
         return f"{out}: {len(state)} tensors in the official layout ({which})"
-    metrics = _last_eval(model.folder) if model.run is not None else models.read_config(model.folder).get("metrics", {})
+    metrics = _last_eval(model) if model.run is not None else models.read_config(model.folder).get("metrics", {})
     if form == "stablehlo" and not hasattr(model.task, "sample"):
         raise UserError(f"{type(model.task).__name__} has no sampler to export; use --format zoo")
     _write(model, out, metrics)

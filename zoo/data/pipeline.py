@@ -147,9 +147,11 @@ def _advice(data: Data, got: tuple[int, ...], want: tuple[int, ...]) -> str:
         return "change the field of the task or of the data that sets it"
     ways = []
     if got[2] != want[2]:
-        ways.append(
-            f"set task.channels={got[2]}" + (f" or data.channels={want[2]}" if hasattr(data, "channels") else "")
+        has = getattr(data, "channels", want[2])
+        other = (
+            f"data.channels={want[2]}" if has != want[2] else "data.convert=True" if hasattr(data, "convert") else ""
         )
+        ways.append(f"set task.channels={got[2]}" + (f" or {other}" if other else ""))
     if got[:2] != want[:2]:
         ours = [f"task.image={got[0]}"] if got[0] == got[1] else []
         theirs = [f"data.size={want[0]}"] if hasattr(data, "size") else []

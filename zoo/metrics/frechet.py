@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import inspect
 import json
 import os
 from collections import Counter
@@ -23,8 +22,8 @@ import numpy as np
 
 from zoo.data.images import open_npz
 from zoo.data.pipeline import epoch
-from zoo.errors import UserError, suggest
-from zoo.task import Params, abilities
+from zoo.errors import UserError
+from zoo.task import Params, abilities, check_options
 
 _PIXELS = "pixels"
 _PIXEL_DIMS = 4_096  # numbers per image up to which a covariance of pixels is formed
@@ -138,13 +137,7 @@ class Frechet:
         """
         if "image" not in task.spec(1):
             raise UserError(f"the metric frechet compares images, and {type(task).__name__} models none")
-        known = [p.name for p in inspect.signature(task.sample).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        unknown = [option for option in self.options if option not in known]
-        if unknown:
-            raise UserError(
-                f"options of the metric frechet: the sampler of {type(task).__name__} has no option {unknown[0]!r}; "
-                + suggest(unknown[0], known)
-            )
+        check_options(task, self.options, "options of the metric frechet")
         spec = {"image": task.spec(1)["image"]}
         shape = spec["image"].shape[1:]
         features, about = self._features(shape, network)

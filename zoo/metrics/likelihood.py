@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo import dist
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 
 _BASELINE_DIMS = 4_096  # dimensions up to which a full covariance is fitted
 
 
+@lru_cache(maxsize=8)
 def _per_image(task: Any, draws: int) -> Any:
     """A jitted (params, batch, indices, rng) -> [B] nats, the mean over `draws`.
 
@@ -28,8 +31,12 @@ def _per_image(task: Any, draws: int) -> Any:
         return task.nll(params, batch, jax.random.fold_in(rng, index))[0]
 
     def many(params: Any, batch: Any, indices: jax.Array, rng: jax.Array) -> jax.Array:
+        # on a mesh each device takes its share of the images
+        shared = jax.vmap(one, (None, 0, 0, None), spmd_axis_name=dist.batch_axes(len(indices)))
+        batch = jax.tree.map(lambda x: dist.constrain(x, "batch"), batch)
+
         def draw(d: jax.Array) -> jax.Array:
-            return jax.vmap(one, (None, 0, 0, None))(params, batch, indices, jax.random.fold_in(rng, d))
+            return shared(params, batch, indices, jax.random.fold_in(rng, d))
 
         return jax.lax.map(draw, jnp.arange(draws)).mean(0)
 
@@ -67,12 +74,22 @@ class Bits:
     def __post_init__(self) -> None:
         _at_least_one(self, "draws", "batch", "limit")
 
+    def check(self, task: Any) -> None:
+        """UserError where the metric makes no sense for a task; asked before a run's first step."""
+        dims = math.prod(task.spec(1)["image"].shape[1:])
+        if self.baselines and (task.noise_type != "uniform" or dims > _BASELINE_DIMS):
+            raise UserError(
+                f"baselines=True of the metric bpd compares dequantised images of at most {_BASELINE_DIMS} dimensions, but "
+                f"task.noise_type={task.noise_type!r} and images have {dims}; set baselines=False"
+            )
+
     def __call__(self, task: Any, params: Any, data: Any, rng: jax.Array) -> dict[str, Any]:
         """The figure, its standard error over images, and what it was measured on.
 
         Raises:
             UserError: baselines asked for where they make no sense.
         """
+        self.check(task)
         spec = task.spec(self.batch)
         nll, bits, first = _per_image(task, self.draws), [], 0
         dims = math.prod(spec["image"].shape[1:])
@@ -90,14 +107,9 @@ class Bits:
             "draws": self.draws,
             "split": self.split,
         }
-        return {**found, **self._baselines(task, data, dims)} if self.baselines else found
+        return {**found, **self._baselines(task, data)} if self.baselines else found
 
-    def _baselines(self, task: Any, data: Any, dims: int) -> dict[str, float]:
-        if task.noise_type != "uniform" or dims > _BASELINE_DIMS:
-            raise UserError(
-                f"baselines=True of the metric bpd compares dequantised images of at most {_BASELINE_DIMS} dimensions, but "
-                f"task.noise_type={task.noise_type!r} and images have {dims}; set baselines=False"
-            )
+    def _baselines(self, task: Any, data: Any) -> dict[str, float]:
         levels = task.levels
         train = _grey_levels(data, "train", levels, None)
         test = _grey_levels(data, self.split, levels, self.limit)
@@ -157,12 +169,16 @@ class BayesAccuracy:
     def __post_init__(self) -> None:
         _at_least_one(self, "draws", "batch", "limit")
 
-    def __call__(self, task: Any, params: Any, data: Any, rng: jax.Array) -> dict[str, Any]:
-        """`accuracy`, its standard error and the images it was measured on. UserError for an unconditional model."""
+    def check(self, task: Any) -> None:
+        """UserError for an unconditional model; asked before a run's first step."""
         if not getattr(task, "classes", 0):
             raise UserError(
                 "the metric bayes compares classes, and this model is unconditional (task.classes=0); use bpd"
             )
+
+    def __call__(self, task: Any, params: Any, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """`accuracy`, its standard error and the images it was measured on. UserError for an unconditional model."""
+        self.check(task)
         gaussian = getattr(task, "noise_type", "") == "gaussian"
         clean = dataclasses.replace(task, noise=0.0) if gaussian else task
         draws = 1 if gaussian else self.draws

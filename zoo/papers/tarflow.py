@@ -202,6 +202,11 @@ def inverse(
     """
     chex.assert_shape(z, (None, task.tokens, task.dims))
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    temperature = guidance.attention_temperature
+    if not guidance.active and isinstance(temperature, (int, float)) and temperature != 1:
+        warnings.warn(
+            "guidance.weight is 0: the other fields of guidance do nothing; set a weight such as 2", stacklevel=2
+        )
     unlabelled = task.classes == 0 or label is None
     if (
         guidance.active
@@ -421,7 +426,7 @@ class TarFlow:
         denoise = (1.0 if self.noise_type == "gaussian" and self.noise else 0.0) if denoise is None else denoise
         if not isinstance(denoise, (int, float)) or denoise:
             image = _denoise(self, params, image, label, denoise)
-        drawn = {"image": jnp.clip(image, -1, 1)}
+        drawn = {"image": jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)}
         return drawn if label is None else {**drawn, "label": label}
 
     def import_names(self) -> list[Name]:

@@ -131,14 +131,32 @@ class Checkpoints:
     def restore(self, abstract: State) -> State | None:
         """The newest readable state in the layout, dtypes and shardings of `abstract`; None when there is none.
 
-        Unreadable ones are moved aside with a warning.
+        Newer ones that cannot be read are moved aside with a warning, once an older one has been read.
+
+        Raises:
+            UserError: there are checkpoints and none can be read. Nothing is changed then: the reason may pass (no
+                memory, a disk that is away), and a run never starts over by itself.
         """
-        while steps := self.steps():
-            step = steps[-1]
+        failed: list[tuple[int, Exception]] = []
+        for step in reversed(self.steps()):
             try:
-                return self._read(step, abstract)
+                state = self._read(step, abstract)
             except Exception as error:
-                self._set_aside(step, error)
+                self.close()
+                failed.append((step, error))
+                if not self._create:
+                    break
+                continue
+            for broken, why in failed:
+                self._set_aside(broken, why, step)
+            return state
+        if failed:
+            newest, why = failed[0]
+            others = f", nor can the {len(failed) - 1} before it" if len(failed) > 1 else ""
+            raise UserError(
+                f"the checkpoint of step {newest} in {self.folder} cannot be read ({_sentence(why)}){others}; nothing was "
+                "changed: mend the cause and start the same command again, or choose another workdir="
+            ) from why
         return None
 
     def _read(self, step: int, abstract: State) -> State:
@@ -152,11 +170,7 @@ class Checkpoints:
         tree = jax.jit(lambda t: weights.matching(t, like), out_shardings=where, donate_argnums=donate)(tree)
         return State(**tree)
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        if not self._create:
-            raise UserError(
-                f"the checkpoint of step {step} in {self.folder} cannot be read ({_sentence(error)})"
-            ) from error
+    def _set_aside(self, step: int, error: Exception, good: int) -> None:
         self.close()
         broken = self.folder / f"{step}.broken"
         for number in range(1, 1000):
@@ -164,11 +178,10 @@ class Checkpoints:
                 break
             broken = self.folder / f"{step}.broken{number}"
         (self.folder / str(step)).rename(broken)
-        left = self.steps()
         _log.warning(
-            "the checkpoint of step %d cannot be read (%s); it was moved to %s and the run %s",
+            "the checkpoint of step %d cannot be read (%s); it was moved to %s and the run goes on from step %d",
             step,
             _sentence(error),
             broken.name,
-            f"goes on from step {left[-1]}" if left else "starts from the beginning: there is no earlier one",
+            good,
         )

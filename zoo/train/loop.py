@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from zoo import config, dist, models, weights
 from zoo.data.pipeline import label_names
 from zoo.errors import UserError
 from zoo.run import MAY_DIFFER, Run
-from zoo.task import Params
+from zoo.task import Params, abilities, check_options
 from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.report import Report, class_name
@@ -109,6 +109,55 @@ def _check_labels(run: Run, labels: tuple[str, ...]) -> None:
         raise UserError(
             f"labels out of range: the data has {len(labels)} classes, task.classes={classes}; set task.classes={len(labels)}"
         )
+    if 0 < len(labels) < classes:
+        _log.warning(
+            "the data has %d classes and task.classes=%d: the others are never seen, yet drawn in samples; set task.classes=%d",
+            len(labels),
+            classes,
+            len(labels),
+        )
+
+
+def _check_looks(run: Run) -> None:
+    """UserError for samples and evaluations that could not be made; better now than after the first thousand steps."""
+    if run.samples.n and hasattr(run.task, "sample"):
+        check_options(run.task, run.samples.options, "samples.options")
+    for i, metric in enumerate(run.evals):
+        missing = [ability for ability in metric.needs if not hasattr(run.task, ability)]
+        if missing:
+            raise UserError(
+                f"evals.{i}: the metric {metric.name} needs {missing[0]!r}, which {type(run.task).__name__} has not; it can: "
+                f"{', '.join(abilities(run.task))}"
+            )
+        if hasattr(metric, "check"):
+            metric.check(run.task)
+        if hasattr(metric, "split"):
+            run.source(metric.split)
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Holds a run folder for this process; the system lets go of it however the process ends."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # no such locks here
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(
+            f"workdir={folder} is in use by another process; wait for it, or choose another workdir="
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _first(state: State, given: Mapping[str, Params], where: Any) -> State:
@@ -188,10 +237,11 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
             loss has not been finite for 20 steps.
     """
     mesh = run.mesh.build()
-    with dist.use(mesh, run.rules), _termination() as asked:
+    with dist.use(mesh, run.rules), _termination() as asked, ExitStack() as held:
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
         _check_labels(run, labels)
+        _check_looks(run)
         optimizer = optim.build(run.optim, run.steps)
         init, step_fn, abstract = compile_step(run.task, optimizer, mesh, ema=run.ema, accumulate=run.accumulate)
         feed = run.batches(0)  # compares the data with the task before anything is made
@@ -202,10 +252,10 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
         checkpoints = state = about = None
         if run.workdir is not None:
             folder, about = claim_folder(run, labels)
+            held.enter_context(_only_writer(folder))
             checkpoints = Checkpoints(folder, run.checkpoint.keep)
             state = checkpoints.restore(abstract)
         if state is None:
-            given = models.given_weights(run.weights or {}) if begun else given  # every checkpoint was broken
             state = _first(init(run.seed), given, jax.tree.map(lambda x: x.sharding, abstract))
         else:
             _log.info("parameters: step %d of %s", int(state.step), run.workdir)
@@ -252,12 +302,16 @@ def _steps(
                 history.append({"step": step, **_check(step, metrics)})
                 report.log(step, {k: v for k, v in history[-1].items() if k not in ("step", "streak")})
             here = checkpoints if last or stop or step % run.checkpoint.every == 0 else None
-            if (
-                here and stop
-            ):  # who asked may not wait for the look; a saved step is not run again, so look all the same
+            if here and stop:
+                # who asked may not wait for the look; a saved step is not run again, so look all the same
                 here.save(step, state, about or {})
                 here.wait()
-            watch_now = watch.look(step, state)
+            try:
+                watch_now = watch.look(step, state)
+            except Exception:
+                if checkpoints and not (here and stop):  # a figure that fails costs no step
+                    checkpoints.save(step, state, about or {})
+                raise
             if here and not stop:
                 with report.away():
                     here.save(step, state, about or {})

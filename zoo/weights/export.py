@@ -92,7 +92,7 @@ def card(
     data: str,
     steps: int | None,
     metrics: Mapping[str, float | str],
-    ema: bool,
+    kind: str,
     parameters: int,
 ) -> str:
     """A short markdown card. `paper` is the title line of the paper's file, `parameters` the count of numbers."""
@@ -101,7 +101,7 @@ def card(
         ("Paper", paper),
         ("Data", data),
         ("Steps", "unknown" if steps is None else f"{steps:,}"),
-        ("Weights", "moving average (EMA)" if ema else "raw, of the last step"),
+        ("Weights", {"ema": "moving average (EMA)", "raw": "raw, of the last step"}.get(kind, kind)),
         ("Parameters", f"{parameters:,}"),
         *((name, value if isinstance(value, str) else f"{value:.6g}") for name, value in metrics.items()),
     ]
