@@ -262,7 +262,7 @@ def _eval(args: argparse.Namespace) -> int:
     import jax
 
     from zoo import config, dist, metrics, models
-    from zoo.task import abilities
+    from zoo.task import check_needs
 
     dist.start()
     model = models.open_model(args.model, raw=args.raw, allow=args.allow)
@@ -275,11 +275,7 @@ def _eval(args: argparse.Namespace) -> int:
         raise UserError(f"no metric {args.metric!r}; {suggest(args.metric, known)}, or a config file that defines one")
     own = [f for f in args.fields if not f.startswith("data.")]
     metric = config.override(metric, own)
-    missing = [a for a in metric.needs if not hasattr(model.task, a)]
-    if missing:
-        raise UserError(
-            f"{args.metric} needs {missing[0]!r}, which {type(model.task).__name__} has not; it can: {', '.join(abilities(model.task))}"
-        )
+    check_needs(model.task, metric.needs, args.metric)
     if model.data is None:
         raise UserError(f"{args.model} does not say what data it was trained on; import it with a config that does")
     data = config.override(model.data, [f.removeprefix("data.") for f in args.fields if f.startswith("data.")])

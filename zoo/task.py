@@ -7,7 +7,7 @@ have any of the abilities in `ABILITIES`; commands look them up and say in a sen
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -74,6 +74,15 @@ def check_options(task: Any, options: Mapping[str, Any], where: str) -> None:
     if unknown:
         raise UserError(
             f"{where}: the sampler of {type(task).__name__} has no option {unknown[0]!r}; {suggest(unknown[0], known)}"
+        )
+
+
+def check_needs(task: Any, needs: Iterable[str], what: str) -> None:
+    """UserError when the task lacks an ability that `what` needs."""
+    missing = [ability for ability in needs if not hasattr(task, ability)]
+    if missing:
+        raise UserError(
+            f"{what} needs {missing[0]!r}, which {type(task).__name__} has not; it can: {', '.join(abilities(task))}"
         )
 
 

@@ -20,7 +20,7 @@ from zoo import config, dist, models, weights
 from zoo.data.pipeline import label_names
 from zoo.errors import UserError
 from zoo.run import MAY_DIFFER, Run
-from zoo.task import Params, abilities, check_options
+from zoo.task import Params, check_needs, check_options
 from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.report import Report, class_name
@@ -123,12 +123,7 @@ def _check_looks(run: Run) -> None:
     if run.samples.n and hasattr(run.task, "sample"):
         check_options(run.task, run.samples.options, "samples.options")
     for i, metric in enumerate(run.evals):
-        missing = [ability for ability in metric.needs if not hasattr(run.task, ability)]
-        if missing:
-            raise UserError(
-                f"evals.{i}: the metric {metric.name} needs {missing[0]!r}, which {type(run.task).__name__} has not; it can: "
-                f"{', '.join(abilities(run.task))}"
-            )
+        check_needs(run.task, metric.needs, f"evals.{i}: the metric {getattr(metric, 'name', type(metric).__name__)}")
         if hasattr(metric, "check"):
             metric.check(run.task)
         if hasattr(metric, "split"):
