@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from zoo import dist, weights
+from zoo.commands.chips import chip_of, count_chips
 from zoo.data.pipeline import batches
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -28,19 +29,6 @@ from zoo.run import Run
 from zoo.train import optim
 from zoo.train.step import compile_step
 
-# Dense peak FLOP/s of matrix products in bfloat16 by device kind; the longer of two matching names comes first.
-# Sources: NVIDIA A100, H100 and H200 data sheets (half of the figures "with sparsity"); Google Cloud TPU system pages.
-PEAK = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 _ROUND = 0.5  # seconds that one timed round of one side takes at least
 _STEADY = 1.5  # slowest round over fastest from which a measurement counts for nothing
 
@@ -206,9 +194,9 @@ def bench(run: Run, *, peer: str | None = None, what: str = "both", samples: int
             if hasattr(task, "flops"):
                 rate = task.flops() * run.batch / statistics.median(found["ours"])
                 figures["train model TFLOP/s"] = rate / 1e12
-                peak = next((v for k, v in PEAK.items() if device.device_kind.startswith(k)), None)
-                if peak:
-                    figures["train utilisation of bf16 peak"] = rate / (peak * mesh.size)
+                chip = chip_of(device.device_kind)
+                if chip is not None and chip.peak:
+                    figures["train utilisation of bf16 peak"] = rate / (chip.peak * count_chips(mesh.devices.flat))
         if what in ("sample", "both"):
             label = jnp.arange(samples) % task.classes if getattr(task, "classes", 0) else None
             # The peer inverts and no more, so neither do we.
