@@ -34,15 +34,15 @@ def box(shape: tuple[int, ...], *names: str | None, dtype: str = "float32") -> A
 @pytest.mark.parametrize(
     "mesh, shape",
     [
-        (dist.Mesh(), (8, 1, 1)),
-        (dist.Mesh(fsdp=4), (2, 4, 1)),
-        (dist.Mesh(data=2, fsdp=-1, tensor=2), (2, 2, 2)),
-        (dist.Mesh(data=1, tensor=8), (1, 1, 8)),
+        (dist.Mesh(), (8, 1, 1, 1)),
+        (dist.Mesh(fsdp=4), (2, 4, 1, 1)),
+        (dist.Mesh(data=2, fsdp=-1, tensor=2), (2, 2, 1, 2)),
+        (dist.Mesh(data=1, sequence=2, tensor=-1), (1, 1, 2, 4)),
     ],
 )
 def test_a_mesh_holds_every_device_once(mesh: dist.Mesh, shape: tuple[int, ...]):
     built = mesh.build()
-    assert built.axis_names == ("data", "fsdp", "tensor")
+    assert built.axis_names == ("data", "fsdp", "sequence", "tensor")
     assert built.devices.shape == shape
     assert {d.id for d in built.devices.flat} == set(range(8))
 
@@ -50,8 +50,11 @@ def test_a_mesh_holds_every_device_once(mesh: dist.Mesh, shape: tuple[int, ...])
 @pytest.mark.parametrize(
     "mesh, message",
     [
-        (dist.Mesh(data=3), r"mesh data=3 x fsdp=1 x tensor=1 does not fill the 8 devices here.*must be 8"),
-        (dist.Mesh(fsdp=3), r"mesh data=-1 x fsdp=3 x tensor=1 does not fill the 8 devices"),
+        (
+            dist.Mesh(data=3),
+            r"mesh data=3 x fsdp=1 x sequence=1 x tensor=1 does not fill the 8 devices here.*must be 8",
+        ),
+        (dist.Mesh(fsdp=3), r"mesh data=-1 x fsdp=3 x sequence=1 x tensor=1 does not fill the 8 devices"),
         (dist.Mesh(data=16), r"does not fill the 8 devices"),
         (dist.Mesh(fsdp=-1), r"only one axis may be -1, but data and fsdp are"),
         (dist.Mesh(tensor=0), r"mesh.tensor=0 is no size"),
@@ -64,7 +67,7 @@ def test_a_mesh_that_does_not_fit(mesh: dist.Mesh, message: str):
 
 
 def test_a_mesh_of_some_devices():
-    assert dist.Mesh().build(jax.devices()[:2]).devices.shape == (2, 1, 1)
+    assert dist.Mesh().build(jax.devices()[:2]).devices.shape == (2, 1, 1, 1)
     with pytest.raises(UserError, match="does not fill the 3 devices"):
         dist.Mesh(fsdp=2).build(jax.devices()[:3])
 

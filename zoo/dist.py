@@ -10,13 +10,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from zoo.errors import UserError
@@ -24,27 +25,42 @@ from zoo.errors import UserError
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # Logical axes of layers and activations -> mesh axes. Whatever is not named here is replicated.
-RULES: Rules = {"batch": ("data", "fsdp"), "embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "tokens": "sequence",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+AXES = ("data", "fsdp", "sequence", "tensor")  # of every mesh, the one that talks most innermost
 
 _LARGE = 16 * 2**20  # bytes above which a parameter that stays whole on every device is worth a warning
 _LARGE_CPU = 2**28  # bytes of parameters above which a CPU is not asked for copies: large products use all its cores
 
 _rules: ContextVar[Rules] = ContextVar("rules", default=RULES)
+_platform: ContextVar[str | None] = ContextVar("platform", default=None)
 _log = logging.getLogger("zoo")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices arranged as data x fsdp x tensor; -1 stands for whatever is left."""
+    """Devices arranged as data x fsdp x sequence x tensor; -1 stands for whatever is left.
+
+    `data` repeats the model, `fsdp` shares out the batch and the parameters, `tensor` the heads and the MLPs of each layer,
+    `sequence` the tokens of each example. On several slices of a TPU, `data` spans the slices: only it may cross the slower
+    network between them.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
 
-    def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-        """The mesh over `devices` (default: all). UserError when the sizes do not multiply to their number."""
-        devices = jax.devices() if devices is None else devices
-        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
+    def sizes(self, count: int) -> dict[str, int]:
+        """Size by axis, outermost first, for so many devices. UserError when they do not multiply to `count`."""
+        sizes = {name: getattr(self, name) for name in AXES}
         for name, size in sizes.items():
             if size < 1 and size != -1:
                 raise UserError(f"mesh.{name}={size} is no size; give a positive number, or -1 for the rest")
@@ -52,16 +68,42 @@ class Mesh:
         if len(free) > 1:
             raise UserError(f"mesh: only one axis may be -1, but {' and '.join(free)} are; give all but one a size")
         fixed = math.prod(size for size in sizes.values() if size != -1)
-        if free and len(devices) % fixed == 0:
-            sizes[free[0]] = len(devices) // fixed
-        if math.prod(sizes.values()) != len(devices):
+        if free and count % fixed == 0:
+            sizes[free[0]] = count // fixed
+        if math.prod(sizes.values()) != count:
             asked = " x ".join(f"{name}={getattr(self, name)}" for name in sizes)
             raise UserError(
-                f"mesh {asked} does not fill the {len(devices)} devices here; "
-                f"their product must be {len(devices)} (use mesh.data=-1 for the rest)"
+                f"mesh {asked} does not fill the {count} device{'s' * (count > 1)} here; "
+                f"their product must be {count} (use mesh.data=-1 for the rest)"
             )
-        grid = np.asarray(devices).reshape(tuple(sizes.values()))
-        return jax.sharding.Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+        return sizes
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+        """The mesh over `devices` (default: all). UserError when the sizes do not multiply to their number."""
+        devices = jax.devices() if devices is None else devices
+        sizes = self.sizes(len(devices))
+        shape = tuple(sizes.values())
+        slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+        if slices > 1:
+            if sizes["data"] % slices:
+                raise UserError(
+                    f"mesh.data={sizes['data']} must be a multiple of the {slices} slices, which only the data axis may "
+                    f"span; set mesh.data={slices}"
+                )
+            within = (sizes["data"] // slices, *shape[1:])
+            grid = mesh_utils.create_hybrid_device_mesh(
+                within, (slices, *(1,) * (len(shape) - 1)), devices=devices, allow_split_physical_axes=True
+            )
+        elif devices[0].platform == "tpu":
+            grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+        else:
+            grid = np.asarray(devices).reshape(shape)
+        return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+    def abstract(self, count: int) -> jax.sharding.AbstractMesh:
+        """The mesh of so many devices that are not there: enough to ask what lies where."""
+        sizes = self.sizes(count)
+        return jax.sharding.AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _keep_memory() -> None:
@@ -83,7 +125,7 @@ _CPU_DEVICES = 8  # at most: more share a small batch too thinly
 
 def _cpu_devices(batch: int, mesh: Mesh | None) -> int:
     """How many devices to make of this machine's cores: what the mesh asks for, else what divides the batch."""
-    sizes = [getattr(mesh, f.name) for f in fields(mesh)] if mesh is not None else [-1]
+    sizes = [getattr(mesh, name) for name in AXES] if mesh is not None else [-1]
     asked = math.prod(size for size in sizes if size > 0)
     if -1 not in sizes:
         return asked
@@ -149,11 +191,18 @@ def spread(params: Any, batch: int) -> tuple[jax.sharding.Mesh, Any]:
 def use(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
     """Make `mesh` and `rules` those that `constrain` follows."""
     token = _rules.set({**RULES, **(rules or {})})
+    kind = _platform.set(mesh.devices.flat[0].platform)
     try:
         with jax.set_mesh(mesh):
             yield
     finally:
+        _platform.reset(kind)
         _rules.reset(token)
+
+
+def platform() -> str:
+    """What the program being traced will run on, "cpu", "gpu" or "tpu": that of the mesh in use, which need not be here."""
+    return _platform.get() or jax.default_backend()
 
 
 def _axes(name: str | None, mesh: Any) -> tuple[str, ...]:
@@ -162,28 +211,55 @@ def _axes(name: str | None, mesh: Any) -> tuple[str, ...]:
     return tuple(axis for axis in names if axis in mesh.shape)
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pin the leading axes of an activation to the mesh by logical name; nothing happens where there is no mesh.
+def spec(shape: Sequence[int], *names: str | None) -> PartitionSpec | None:
+    """Where an activation lies on the mesh in use, by the logical names of its leading axes; None where there is no mesh.
 
-    An axis that its mesh axes do not divide (a remainder of a sampling batch, say) is left to the compiler.
+    An axis that its mesh axes do not divide (a remainder of a sampling batch, say) is left whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return x
-    spec = []
-    for size, name in zip(x.shape, names, strict=False):
+        return None
+    parts = []
+    for size, name in zip(shape, names, strict=False):
         axes = _axes(name, mesh)
-        spec.append(axes if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+        parts.append(axes if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else None)
+    return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pin the leading axes of an activation to the mesh by logical name; nothing happens where there is no mesh."""
+    where = spec(x.shape, *names)
+    return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
 
 def batch_axes(size: int) -> tuple[str, ...] | None:
     """The axes of the mesh in use that share a batch of `size`; None where there is no mesh or they do not divide it."""
+    where = spec((size,), "batch")
+    axes = where[0] if where is not None else None
+    return (axes,) if isinstance(axes, str) else axes
+
+
+def ways(axes: Any) -> int:
+    """Into how many parts one entry of a `spec` cuts its axis on the mesh in use."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+
+
+def check_divides(size: int, name: str, what: str) -> None:
+    """UserError unless the mesh axes of a logical axis divide `size`; `what` begins the sentence."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return None
-    axes = _axes("batch", mesh)
-    return axes if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else None
+    axes = () if mesh.empty else _axes(name, mesh)
+    if size % ways(axes):
+        raise UserError(_not_dividing(what, size, axes, ways(axes)))
+
+
+def _not_dividing(what: str, size: int, axes: tuple[str, ...], parts: int) -> str:
+    fits = [n for n in range(1, size + 1) if size % n == 0 and n <= parts]
+    way = f", e.g. mesh.{axes[0]}={fits[-1]}" if len(axes) == 1 else ""
+    return (
+        f"{what} has size {size}, which mesh axes {axes} = {parts} do not divide; "
+        f"choose a mesh that does{way}, or another size"
+    )
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -227,10 +303,7 @@ def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
             used |= set(axes)
             parts = math.prod(mesh.shape[a] for a in axes)
             if size % parts:
-                raise UserError(
-                    f"{where}: axis {axis} ({name!r}) has size {size}, which mesh axes {axes} = {parts} do not divide; "
-                    f"choose a mesh that does, or another size"
-                )
+                raise UserError(_not_dividing(f"{where}: axis {axis} ({name!r})", size, axes, parts))
             spec.append(axes if parts > 1 else None)
         if not any(spec) and value.size * value.dtype.itemsize > _LARGE and mesh.shape.get("fsdp", 1) > 1:
             _log.warning("%s %s is whole on every device: none of its axes %s is sharded", where, value.shape, names)

@@ -99,4 +99,5 @@ MAY_DIFFER = (
     "log_every",
     "task.scan",
     "task.remat",
+    "task.attention",
 )

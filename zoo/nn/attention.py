@@ -9,12 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
+from zoo import dist
 from zoo.errors import UserError
 
 Cache = dict[str, jax.Array]  # {"k", "v"}: [B, H, K, T], or [L, B, H, K, T] for a scanned stack
 
-BACKENDS = ("xla", "cudnn")
+BACKENDS = ("auto", "xla", "cudnn", "splash")
+_BLOCK = 512  # queries and keys that a TPU kernel holds at a time; fewer where there are fewer tokens
+_LANES = 128  # numbers in a row of a TPU's vector registers: the smallest block
 
 
 def check_backend(name: str, dtype: str) -> None:
@@ -33,21 +38,102 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, backend: s
     Args:
         q, k, v: [B, T, H, K].
         causal: token t attends to tokens up to and including t.
-        backend: "xla" anywhere; "cudnn" on NVIDIA GPUs in bfloat16.
+        backend: "xla" anywhere; "cudnn" on NVIDIA GPUs in bfloat16; "splash" on TPUs, which like cuDNN never holds the
+            [T, T] logits; "auto" is whichever of these the device has.
 
     Returns:
         [B, T, H, K] in the dtype of q.
+
+    Raises:
+        UserError: the device in use has no such kernel.
     """
+    device = dist.platform()
+    here = device == jax.default_backend()  # cuDNN is asked for its version while tracing, so it has to be here
+    if backend == "auto":
+        backend = "xla"
+        if device == "tpu":
+            backend = "splash"
+        elif device == "gpu" and here and q.dtype == jnp.bfloat16:
+            backend = "cudnn"
     if backend == "cudnn":
-        if jax.default_backend() != "gpu":
+        if device != "gpu" or not here:
             raise UserError("task.attention='cudnn' needs an NVIDIA GPU and there is none here; set task.attention=xla")
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    if backend == "splash":
+        if device != "tpu":
+            raise UserError(f"task.attention='splash' is a TPU kernel and this is a {device}; set task.attention=auto")
+        return splash(q, k, v, causal=causal)
+    return _xla(q, k, v, causal)
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
     tokens, head_dim = q.shape[1], q.shape[-1]
     q = q * jnp.asarray(head_dim**-0.5, q.dtype)
     logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
     if causal:
         logits = jnp.where(jnp.tril(jnp.ones((tokens, tokens), bool)), logits, -jnp.inf)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret: bool = False) -> jax.Array:
+    """`attend` by JAX's block-sparse TPU kernel, on each device for its own examples, heads and queries.
+
+    XLA cannot partition a custom kernel, so this is a `shard_map` over the mesh in use: a sequence axis shares out the
+    queries, and every device gets all keys of its examples and heads.
+
+    Args:
+        q, k, v: [B, T, H, K]; T is filled up to whole blocks.
+        interpret: run the kernel step by step on any device, to check its numbers.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    tokens, heads, head_dim = q.shape[1:]
+    mesh = jax.sharding.get_abstract_mesh()
+    where = dist.spec(q.shape, "batch", "tokens", "heads", None) or PartitionSpec(None, None, None, None)
+    rows, queries, groups, _ = where
+    shards = dist.ways(queries)
+    # Each device's queries are a whole number of blocks.
+    per = -(-tokens // (shards * _LANES)) * _LANES
+    block = max(b for b in range(_LANES, min(_BLOCK, per) + 1, _LANES) if per % b == 0)
+    padded = per * shards
+    if causal:  # what is filled up comes last, where no token looks
+        mask: Any = masks.CausalMask((padded, padded), shard_count=shards)
+    else:  # the same on each device, so the kernel is told of one device's queries only
+        seen = np.broadcast_to(np.arange(padded) < tokens, (per, padded))
+        mask = masks.FullMask((per, padded)) if padded == tokens else masks.NumpyMask(seen)
+    kernel = kernels.make_splash_mha(
+        mask=masks.MultiHeadMask([mask] * (heads // dist.ways(groups))),
+        block_sizes=kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=shards if causal else 1,
+        interpret=interpret,
+    )
+
+    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, T, K]
+        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+
+    q = q * jnp.asarray(head_dim**-0.5, q.dtype)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0))) for x in (q, k, v))
+    if mesh.empty:
+        return local(kernel, q, k, v)[:, :tokens]
+    whole = PartitionSpec(rows, None, groups, None)
+    kernel_spec = kernel.manual_sharding_spec(
+        jax.sharding.NamedSharding(mesh, PartitionSpec(None, queries if causal else None))
+    )
+    # check_vma: the kernel says nothing of how its outputs vary over the mesh
+    shared = jax.shard_map(local, in_specs=(kernel_spec, where, whole, whole), out_specs=where, check_vma=False)
+    return shared(kernel, q, k, v)[:, :tokens]
 
 
 def init_cache(layers: int | None, batch: int, tokens: int, heads: int, head_dim: int, dtype: Any) -> Cache:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from zoo.dist import constrain
+from zoo.dist import check_divides, constrain
 from zoo.errors import UserError
 from zoo.nn.attention import attend, attend_cached, init_cache, write_cache
 from zoo.nn.layers import Dense, LayerNorm, gelu
@@ -43,11 +43,16 @@ class Attention(nn.Module):
         layer: jax.Array | None = None,
         temperature: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> [B, T, D]; `temperature` [B] divides the attention logits of each example."""
+        """[B, T, D] -> [B, T, D]; `temperature` [B] divides the attention logits of each example.
+
+        Kernels keep all numbers of all heads in one axis: TPUs store the last axis in rows of 128, so that an axis of 64
+        (one head) would take twice its memory.
+        """
         width = x.shape[-1]
         heads = width // self.head_dim
-        qkv = Dense((3, heads, self.head_dim), ("embed", None, "heads", None), dtype=self.dtype, name="qkv")(x)
-        q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        check_divides(heads, "heads", f"{'/'.join(self.path)}: the number of heads, task.width / task.head_dim,")
+        qkv = Dense((3, width), ("embed", None, "heads"), dtype=self.dtype, name="qkv")(x)
+        q, k, v = (qkv[..., i, :].reshape(*qkv.shape[:-2], heads, self.head_dim) for i in range(3))
         if temperature is not None:
             q = q / temperature[:, None, None, None].astype(q.dtype)
         if cache is None:
@@ -55,7 +60,8 @@ class Attention(nn.Module):
         else:
             cache = write_cache(cache, k, v, index, layer)
             y = attend_cached(q, cache, index, layer)
-        return Dense(width, ("heads", None, "embed"), inputs=2, dtype=self.dtype, name="out")(y), cache
+        y = y.reshape(*y.shape[:-2], width)
+        return Dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y), cache
 
 
 class MLP(nn.Module):
@@ -111,7 +117,9 @@ class Trunk(nn.Module):
 
         def body(block: nn.Module, carry: tuple[jax.Array, Any], layer: jax.Array | None) -> tuple[Any, None]:
             h, cache = carry
-            h, cache = block(constrain(h, "batch", None, None), cache, index, layer, **values)
+            h, cache = block(
+                constrain(h, "batch", "tokens" if cache is None else None, None), cache, index, layer, **values
+            )
             return (h, cache), None
 
         if self.remat != "none" and cache is None:

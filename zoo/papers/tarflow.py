@@ -126,7 +126,7 @@ def flow(
         outputs, *_ = _apply(_net(task, t), params[f"block{t}"], u, label)
         a, b = _split(task, shift_right(outputs))
         v, logdet = affine(u, a, b)
-        x = constrain(_order(v, t), "batch", None, None)
+        x = constrain(_order(v, t), "batch", "tokens", None)
         states.append(x)
         logdets.append(logdet)
     return states, logdets
@@ -276,7 +276,7 @@ class TarFlow:
         True  # scan over the layers of a block (compiles fast); False unrolls (small models on CPU step faster)
     )
     remat: str = "none"  # none, dots or full: what the backward pass recomputes
-    attention: str = "xla"  # xla, or cudnn on NVIDIA GPUs in bfloat16
+    attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
     held = ("prior",)  # variances of z, used when sampling; they move only where scale=False
 
@@ -431,7 +431,6 @@ class TarFlow:
 
     def import_names(self) -> list[Name]:
         """The layout of the official PyTorch implementation (linear weights stored [out, in])."""
-        heads = {"s": 3, "h": self.width // self.head_dim, "k": self.head_dim}
         names = [Name("var", "prior/var")]
         for t in range(self.blocks):
             theirs, ours = f"blocks.{t}", f"block{t}"
@@ -455,18 +454,12 @@ class TarFlow:
                     Name(
                         f"{layer}.attention.qkv.weight",
                         f"{block}/attention/qkv/kernel",
-                        "(s h k) w -> w s h k",
-                        heads,
+                        "(s h) w -> w s h",
+                        {"s": 3},
                         l,
                     ),
-                    Name(f"{layer}.attention.qkv.bias", f"{block}/attention/qkv/bias", "(s h k) -> s h k", heads, l),
-                    Name(
-                        f"{layer}.attention.proj.weight",
-                        f"{block}/attention/out/kernel",
-                        "w (h k) -> h k w",
-                        {"h": heads["h"], "k": heads["k"]},
-                        l,
-                    ),
+                    Name(f"{layer}.attention.qkv.bias", f"{block}/attention/qkv/bias", "(s h) -> s h", {"s": 3}, l),
+                    Name(f"{layer}.attention.proj.weight", f"{block}/attention/out/kernel", "o i -> i o", layer=l),
                     Name(f"{layer}.attention.proj.bias", f"{block}/attention/out/bias", layer=l),
                     Name(f"{layer}.mlp.norm.weight", f"{block}/mlp_norm/scale", layer=l),
                     Name(f"{layer}.mlp.norm.bias", f"{block}/mlp_norm/bias", layer=l),
