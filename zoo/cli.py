@@ -78,12 +78,17 @@ def _parser() -> argparse.ArgumentParser:
         "OUT",
         fields="override fields of the config, e.g. task.head_dim=64",
     )
-    sub = verb("bench", "Time the train step and the sampler of a config.", "CONFIG", fields="override fields")
+    sub = verb("bench", "Time the train step, the sampler and the data of a config.", "CONFIG", fields="override fields")
     sub.add_argument(
         "--peer", default=None, metavar="FILE", help="a Python file with build(task), timed in turn with ours"
     )
-    sub.add_argument("--what", choices=("train", "sample", "both"), default="both")
-    sub.add_argument("--samples", type=int, default=16, help="batch size of the sampler")
+    sub.add_argument(
+        "--what",
+        choices=("train", "sample", "data", "both", "all"),
+        default="both",
+        help="both: train and sample, on synthetic data; data reads the run's own",
+    )
+    sub.add_argument("--samples", type=int, default=16, help="batch size of the sampler, which is timed with 1 as well")
     sub.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, in turn")
     sub.add_argument("--json", default=None, metavar="FILE", help="write the figures here as well")
     sub = verb("prepare", "Turn a folder of images or an .npz file into an ArrayRecord data set.", "SOURCE", "DEST")
@@ -239,7 +244,7 @@ def label_numbers(text: str | None, classes: int, names: Sequence[str], n: int) 
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from zoo import dist, models
+    from zoo import dist, models, paths
 
     dist.start(batch=max(args.batch, 1))
     model = models.open_model(args.model, raw=args.raw, allow=args.allow)
@@ -248,7 +253,9 @@ def _sample(args: argparse.Namespace) -> int:
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}; draw at least one sample at a time")
     labels = label_numbers(text, getattr(model.task, "classes", 0), model.labels, n)
-    out = Path(args.out or (model.folder / "samples" if model.run is not None else "samples"))
+    out = paths.reach(args.out, "--out ") if args.out else paths.where("samples")
+    if not args.out and model.run is not None:
+        out = model.folder / "samples"
     from zoo.commands.sample import draw
 
     draw(model, out, n=n, seed=seed, labels=labels, asked=text, batch=min(args.batch, n), options=options)
@@ -299,6 +306,10 @@ def _export(args: argparse.Namespace) -> int:
     from zoo.commands.weights import export
 
     dist.start()
+    if "://" in args.out:
+        raise UserError(
+            f"{args.out}: exports are written here; give a local folder and copy it with `gcloud storage cp -r`"
+        )
     model = models.open_model(args.model, raw=args.raw, allow=args.allow)
     print(export(model, Path(args.out), args.format, args.samples))
     return 0
@@ -322,7 +333,8 @@ def _bench(args: argparse.Namespace) -> int:
 
     run = _run(config.load(args.config, args.fields), args.config)
     dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
-    result = bench(run, peer=args.peer, what=args.what, samples=args.samples, rounds=args.rounds)
+    about = {"config": args.config, "fields": " ".join(args.fields), "what": args.what}
+    result = bench(run, peer=args.peer, what=args.what, samples=args.samples, rounds=args.rounds, about=about)
     print(result.table())
     if args.json:
         try:

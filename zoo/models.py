@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
-from zoo import config, dist, weights
+from zoo import config, dist, paths, weights
 from zoo.errors import UserError, suggest
+from zoo.paths import Folder
 from zoo.task import Params
 from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
@@ -30,7 +31,7 @@ class Model:
     step: int | None
     data: Any  # data description it was trained on, None for an import
     labels: tuple[str, ...]  # class names
-    folder: Path
+    folder: Folder
     run: Any = None  # the whole Run, where the folder is one
 
 
@@ -43,11 +44,15 @@ def shipped() -> dict[str, Path]:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Folder) -> dict[str, Any]:
     """config.json of a run folder or an export; UserError when it is damaged."""
     path = folder / "config.json"
     try:
-        data = json.loads(path.read_text())
+        with paths.sentence(path):
+            text = path.read_text()
+        data = json.loads(text)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{folder} holds no config.json: it is neither a run folder nor an export") from None
     except (OSError, ValueError) as error:
@@ -58,10 +63,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def locate(name: str | Path) -> Path:
+def locate(name: str | Folder) -> Folder:
     """The folder of a run, an export or a shipped name."""
-    if Path(name).is_dir():
-        return Path(name)
+    folder = paths.reach(name)
+    if paths.in_bucket(folder):
+        return folder
+    if folder.is_dir():
+        return folder
     known = shipped()
     if str(name) in known:
         return known[str(name)]
@@ -69,7 +77,7 @@ def locate(name: str | Path) -> Path:
     raise UserError(f"{name} is neither a folder nor a shipped model; {suggest(str(name), [*known, *here])}")
 
 
-def open_model(name: str | Path, *, raw: bool = False, allow: Sequence[str] = ()) -> Model:
+def open_model(name: str | Folder, *, raw: bool = False, allow: Sequence[str] = ()) -> Model:
     """Open a run folder (its newest checkpoint), an export, or a shipped name such as `tarflow-digits`.
 
     Args:
@@ -85,7 +93,8 @@ def open_model(name: str | Path, *, raw: bool = False, allow: Sequence[str] = ()
     if "run" not in about:
         task = config.undump(about["task"], allow, "task")
         data = config.undump(about.get("data"), allow, "data")
-        flat, _ = weights.load(folder)
+        with paths.here(folder, ("config.json", "model.safetensors")) as near:
+            flat, _ = weights.load(near)
         params = jax.tree.map(jax.numpy.asarray, weights.matching(flat, weights.abstract(task)))
         return Model(task, params, about.get("weights", "raw"), about.get("step"), data, labels, folder)
     run = config.undump(about["run"], allow, "run")

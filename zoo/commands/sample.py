@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import config, dist
+from zoo import config, dist, paths
 from zoo.errors import UserError
 from zoo.models import Model
+from zoo.paths import Folder
 from zoo.train.report import class_name, grid, save_png
 
 _log = logging.getLogger("zoo")
@@ -34,7 +34,7 @@ def keys(seed: int, indices: np.ndarray, attempt: int = 0) -> jax.Array:
 
 def draw(
     model: Model,
-    out: Path,
+    out: Folder,
     *,
     n: int,
     seed: int,
@@ -63,7 +63,8 @@ def draw(
     }
     _claim(out, settings)
     sampler = jax.jit(lambda params, rng, label: model.task.sample(params, rng, batch, _conditions(label), **options))
-    missing = [i for i in range(n) if not (out / f"{i:06d}.png").exists()]
+    there = set(paths.names(out))
+    missing = [i for i in range(n) if f"{i:06d}.png" not in there]
     mesh, params = dist.spread(model.params, batch)
     for begin in range(0, len(missing), batch):
         rows = np.array(missing[begin : begin + batch])
@@ -107,35 +108,41 @@ def _finite(
     return images, [int(rows[k]) for k in range(len(rows)) if not np.isfinite(images[k]).all()]
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
+def _claim(out: Folder, settings: dict[str, Any]) -> None:
     """Make the folder, or make sure that what it holds was drawn the same way."""
     path = out / "settings.json"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            differ = config.differences(json.loads(path.read_text()), json.loads(json.dumps(settings)))
+        if not paths.in_bucket(out):  # where there are no folders
+            out.mkdir(parents=True, exist_ok=True)
+        inside = paths.names(out)
+        if path.name in inside:
+            with paths.sentence(path):
+                text = path.read_text()
+            differ = config.differences(json.loads(text), json.loads(json.dumps(settings)))
             if differ:
                 raise UserError(
                     f"{out} holds samples drawn with other settings ({'; '.join(differ[:3])}); choose another --out"
                 )
-        elif any(out.glob("[0-9]*.png")):
+        elif any(name[:1].isdigit() and name.endswith(".png") for name in inside):
             raise UserError(f"{out} holds images that zoo did not draw; choose another --out")
         else:
-            path.write_text(json.dumps(settings, indent=1) + "\n")
+            with paths.sentence(path, "write"):
+                path.write_text(json.dumps(settings, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write samples to {out}: {error.strerror}; choose another --out") from None
     except json.JSONDecodeError:
         raise UserError(f"{path} cannot be read; remove it or choose another --out") from None
 
 
-def _sheet(out: Path, n: int, captions: Sequence[str] | None) -> None:
+def _sheet(out: Folder, n: int, captions: Sequence[str] | None) -> None:
     from PIL import Image
 
     count = min(n, _SHEET)
     images = []
     for i in range(count):
-        with Image.open(out / f"{i:06d}.png") as file:
+        path = out / f"{i:06d}.png"
+        with paths.sentence(path), path.open("rb") as opened, Image.open(opened) as file:
             images.append(np.asarray(file, np.float32) / 127.5 - 1)
     stack = np.stack(images)
     stack = stack[..., None] if stack.ndim == 3 else stack
-    grid(stack, None if captions is None else list(captions[:count])).save(out / "sheet.png")
+    save_png(out / "sheet.png", grid(stack, None if captions is None else list(captions[:count])))

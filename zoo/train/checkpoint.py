@@ -1,5 +1,7 @@
 """Orbax checkpoints of a train state: saved asynchronously, in the stacked layout, restored onto any mesh.
 
+In a bucket, which cannot rename folders, Orbax marks a finished checkpoint with a file of its own: only those count.
+
 A checkpoint that cannot be read is moved aside (`STEP.broken`), never deleted: Orbax skips a save whose step is not
 above the newest folder, so a damaged newest one would otherwise swallow the run's last save.
 """
@@ -12,17 +14,18 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from zoo import weights
+from zoo import paths, weights
 from zoo.errors import UserError
+from zoo.paths import Folder
 from zoo.train.step import State
 
 _log = logging.getLogger("zoo")
+_FINISHED = ocp.path.atomicity.COMMIT_SUCCESS_FILE  # lies in a bucket's finished checkpoints
 
 
 def _tree(state: State) -> dict[str, Any]:
@@ -59,12 +62,13 @@ def _quieten() -> None:
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, folder: Path, keep: int = 2, create: bool = True) -> None:
-        self.folder = folder.resolve() / "checkpoints"
+    def __init__(self, folder: Folder, keep: int = 2, create: bool = True) -> None:
+        self._remote = paths.in_bucket(folder)
+        self.folder = (folder if self._remote else folder.resolve()) / "checkpoints"
         self._keep, self._create = keep, create
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None  # the step that is being written
-        if create:
+        if create and not self._remote:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -83,6 +87,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
+        if self._remote:
+            found = [int(name) for name in paths.names(self.folder) if name.isdigit()]
+            with paths.sentence(self.folder):
+                return sorted(step for step in found if (self.folder / str(step) / _FINISHED).exists())
         if not self.folder.is_dir():
             return []
         return sorted(int(p.name) for p in self.folder.iterdir() if p.is_dir() and p.name.isdigit())
@@ -177,7 +185,7 @@ class Checkpoints:
             if not broken.exists():
                 break
             broken = self.folder / f"{step}.broken{number}"
-        (self.folder / str(step)).rename(broken)
+        paths.move(self.folder / str(step), broken, last=_FINISHED)
         _log.warning(
             "the checkpoint of step %d cannot be read (%s); it was moved to %s and the run goes on from step %d",
             step,

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import config, dist, models, weights
+from zoo import config, dist, models, paths, weights
 from zoo.data.pipeline import label_names
 from zoo.errors import UserError
+from zoo.paths import Folder
 from zoo.run import MAY_DIFFER, Run
 from zoo.task import Params, check_needs, check_options
 from zoo.train import optim
@@ -27,6 +28,7 @@ from zoo.train.report import Report, class_name
 from zoo.train.step import Metrics, State, compile_step
 
 _log = logging.getLogger("zoo")
+_PUSH = 10.0  # seconds that a save waits for the records of its steps to reach a bucket
 _PATIENCE = 20  # skipped steps in a row before a run gives up
 
 
@@ -48,8 +50,12 @@ def _termination() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _replace_file(path: Path, text: str) -> None:
+def _replace_file(path: Folder, text: str) -> None:
     """Write a file as a whole or not at all."""
+    if not isinstance(path, Path):  # objects of a bucket appear whole
+        with paths.sentence(path, "write"):
+            path.write_text(text)
+        return
     new = path.with_name(path.name + ".new")
     with open(new, "w") as file:
         file.write(text)
@@ -58,18 +64,19 @@ def _replace_file(path: Path, text: str) -> None:
     new.rename(path)
 
 
-def claim_folder(run: Run, labels: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
+def claim_folder(run: Run, labels: tuple[str, ...]) -> tuple[Folder, dict[str, Any]]:
     """Make or re-enter the run folder; its config.json says which run it belongs to.
 
     Raises:
         UserError: not writable, not empty and no run, or a run whose numbers would differ.
     """
     assert run.workdir is not None
-    folder = Path(run.workdir)
+    folder = paths.where(run.workdir)
     about = {"format": 1, "run": config.dump(run), "labels": list(labels)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        inside = [p.name for p in folder.iterdir() if not p.name.endswith(".new")]
+        if not paths.in_bucket(folder):  # where there are no folders
+            folder.mkdir(parents=True, exist_ok=True)
+        inside = [name for name in paths.names(folder) if not name.endswith(".new")]
         if "config.json" in inside:
             old = models.read_config(folder)
             if "run" not in old:
@@ -92,9 +99,7 @@ def claim_folder(run: Run, labels: tuple[str, ...]) -> tuple[Path, dict[str, Any
                     run.steps,
                 )
         elif inside:
-            raise UserError(
-                f"workdir={folder} is not empty and is no run ({sorted(inside)[0]} ...); choose another workdir="
-            )
+            raise UserError(f"workdir={folder} is not empty and is no run ({inside[0]} ...); choose another workdir=")
         _replace_file(folder / "config.json", json.dumps(about, indent=1))
     except OSError as error:
         raise UserError(
@@ -131,8 +136,11 @@ def _check_looks(run: Run) -> None:
 
 
 @contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Holds a run folder for this process; the system lets go of it however the process ends."""
+def _only_writer(folder: Folder) -> Iterator[None]:
+    """Holds a run folder for this process; the system lets go of it however the process ends. A bucket has no locks."""
+    if paths.in_bucket(folder):
+        yield
+        return
     try:
         import fcntl
 
@@ -231,6 +239,7 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
         UserError: anything that can be known before the first step, a folder that cannot be written, or a run whose
             loss has not been finite for 20 steps.
     """
+    folder = None if run.workdir is None else paths.reach(run.workdir, "workdir=")
     mesh = run.mesh.build()
     with dist.use(mesh, run.rules), _termination() as asked, ExitStack() as held:
         dist.check_batch(run.batch, run.accumulate, mesh)
@@ -241,11 +250,11 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
         init, step_fn, abstract = compile_step(run.task, optimizer, mesh, ema=run.ema, accumulate=run.accumulate)
         feed = run.batches(0)  # compares the data with the task before anything is made
         feed.close()
-        begun = run.workdir is not None and bool(Checkpoints(Path(run.workdir), create=False).steps())
+        begun = folder is not None and bool(Checkpoints(folder, create=False).steps())
         given = {} if begun else models.given_weights(run.weights or {})
         weights.fill(abstract.params, given)  # before the folder is claimed: it would belong to the wrong weights
         checkpoints = state = about = None
-        if run.workdir is not None:
+        if folder is not None:
             folder, about = claim_folder(run, labels)
             held.enter_context(_only_writer(folder))
             checkpoints = Checkpoints(folder, run.checkpoint.keep)
@@ -256,21 +265,21 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
             _log.info("parameters: step %d of %s", int(state.step), run.workdir)
         start = int(state.step)
         report = Report(
-            run.workdir or ".", total=run.steps, start=start, batch=run.batch, quiet=quiet, main=run.workdir is not None
+            folder or ".", total=run.steps, start=start, batch=run.batch, quiet=quiet, main=folder is not None
         )
-        watch = _Watch(run, report, labels)
-        if start >= run.steps:
-            report.note(f"this run is finished: step {start} of {run.steps} (a larger steps= goes on)")
         try:
-            state, history = _steps(run, state, step_fn, mesh, start, report, watch, checkpoints, about, asked)
+            with report:
+                watch = _Watch(run, report, labels)
+                if start >= run.steps:
+                    report.note(f"this run is finished: step {start} of {run.steps} (a larger steps= goes on)")
+                try:
+                    state, history = _steps(run, state, step_fn, mesh, start, report, watch, checkpoints, about, asked)
+                finally:
+                    if checkpoints is not None:
+                        checkpoints.wait()
         finally:
-            try:
-                if checkpoints is not None:
-                    checkpoints.wait()
-            finally:
-                report.close()
-                if checkpoints is not None:
-                    checkpoints.close()
+            if checkpoints is not None:
+                checkpoints.close()
     return state, history
 
 
@@ -297,6 +306,8 @@ def _steps(
                 history.append({"step": step, **_check(step, metrics)})
                 report.log(step, {k: v for k, v in history[-1].items() if k not in ("step", "streak")})
             here = checkpoints if last or stop or step % run.checkpoint.every == 0 else None
+            if here:
+                report.push(wait=0 if stop else _PUSH)  # a saved step is not run again: its records must be there
             if here and stop:
                 # who asked may not wait for the look; a saved step is not run again, so look all the same
                 here.save(step, state, about or {})

@@ -3,6 +3,9 @@
 Files in a run folder: `metrics.jsonl` (one JSON object a line), `tensorboard/` (events), `samples/*.png`, `curve.png`.
 A training record has the key `loss` (and, where the task knows them, `bits` per dimension of the training batch); any
 other record is the outcome of an evaluation, whose `bpd` is held-out bits per dimension.
+
+Of a run folder in a bucket these files are kept in a scratch folder here, and copies are sent: what grows every half
+minute, all of it at saves and looks.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -21,12 +25,17 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from zoo import paths
 from zoo.errors import UserError
+from zoo.paths import Folder
 
 Record = dict[str, Any]
 
+_log = logging.getLogger("zoo")
+
 _PAGE, _INK, _NAN = (244, 244, 244), (40, 40, 40), (255, 0, 255)
 _PAD, _FONT, _CAPTION = 4, 12, 16  # pixels: between pictures, letter height, room for one line of caption
+_EVENTS = 8 << 20  # bytes of an event file that is sent to a bucket as a whole whenever it grows
 _SIDE = 64  # pixels: pictures smaller than this are enlarged on a sheet
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no numbers for these
 
@@ -43,8 +52,12 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _write(path: Path, data: bytes, sync: bool = False) -> None:
+def _write(path: Folder, data: bytes, sync: bool = False) -> None:
     """Puts `data` at `path` whole or not at all; with `sync` it is on the disk, not only with the system, on return."""
+    if not isinstance(path, Path):  # objects of a bucket appear whole
+        with paths.sentence(path, "write"):
+            path.write_bytes(data)
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +153,7 @@ def _png(image: Image.Image, metadata: Mapping[str, str] | None) -> bytes:
     return buffer.getvalue()
 
 
-def save_png(path: Path | str, image: Any, metadata: Mapping[str, str] | None = None) -> None:
+def save_png(path: Folder | str, image: Any, metadata: Mapping[str, str] | None = None) -> None:
     """Writes one picture, an `Image` or an array [H, W, C] in [-1, 1], whole or not at all.
 
     `metadata` (seed, guidance, ...) goes into the file's text chunks: `Image.open(path).text` gives it back. The file
@@ -148,19 +161,21 @@ def save_png(path: Path | str, image: Any, metadata: Mapping[str, str] | None = 
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(_pixels(np.asarray(image)[None])[0])
-    _write(Path(path), _png(image, metadata))
+    _write(paths.where(path), _png(image, metadata))
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
 
 
-def read_metrics(path: Path | str) -> list[Record]:
+def read_metrics(path: Folder | str) -> list[Record]:
     """All whole records of a metrics.jsonl, in file order; a missing file has none.
 
     The line torn by a killed run, and any other that is no JSON object with a whole-number `step`, is passed over.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        file = paths.where(path)
+        with paths.sentence(file):
+            lines = file.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -221,7 +236,7 @@ class Report:
 
     def __init__(
         self,
-        folder: Path | str,
+        folder: Folder | str,
         *,
         total: int,
         start: int,
@@ -230,7 +245,10 @@ class Report:
         main: bool = True,
         unit: str = "images",
     ) -> None:
-        self.folder, self.main, self.quiet, self.unit = Path(folder), main, quiet or not main, unit
+        home = paths.where(folder)
+        self._name = home.name if paths.in_bucket(home) else home.resolve().name
+        self.folder, self._mirror = paths.scratch(home, main)
+        self.main, self.quiet, self.unit = main, quiet or not main, unit
         self._total, self._start, self._batch = total, start, batch
         self._metrics = self.folder / "metrics.jsonl"
         self._events: Any = None
@@ -240,6 +258,8 @@ class Report:
         self._away = 0.0  # seconds since the last training record that were spent on other things
         if not main:
             return
+        if self._mirror is not None:
+            self._mirror.fetch("metrics.jsonl")
         self._keep({_identity(r): r for r in read_metrics(self._metrics) if r["step"] <= start})
         self._open_events()
         if not self.quiet and _on_terminal():
@@ -251,8 +271,12 @@ class Report:
     def __enter__(self) -> Report:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        unsent = self.close()
+        if unsent and kind is None:
+            raise UserError(unsent)
+        if unsent:  # the failure that ends the run is the more important one
+            _log.warning(unsent)
 
     def tick(self, step: int) -> None:
         """Says that `step` was handed to the device: moves the bar; the clock of the warm rate starts at the first."""
@@ -296,6 +320,8 @@ class Report:
         with _writing(self._metrics), open(self._metrics, "ab") as file:
             file.write(_line(record))
         self._known.add(_identity(record))
+        if self._mirror is not None:
+            self._mirror.soon()
         self._event(
             step,
             {
@@ -342,12 +368,21 @@ class Report:
     def curve(self) -> None:
         """Draws curve.png from metrics.jsonl: training loss (bits where known) and held-out bits against step."""
         if self.main:
-            data = _curve(read_metrics(self._metrics), self.folder.resolve().name)
+            data = _curve(read_metrics(self._metrics), self._name)
             if data is not None:
                 _write(self.folder / "curve.png", data)
+            self.push()
 
-    def close(self) -> None:
-        """Ends the bar and the event file; may be called twice."""
+    def push(self, wait: float = 0.0) -> None:
+        """Sends all that has changed to the bucket, where the run folder is in one; waits so many seconds for it."""
+        if self._mirror is not None:
+            self._mirror.push(wait)
+
+    def close(self) -> str | None:
+        """Ends the bar and the event file and sends the rest to a bucket; may be called twice.
+
+        Returns what to tell where not all could be sent: leaving a `with` block tells it.
+        """
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -355,6 +390,8 @@ class Report:
         if events is not None:
             with _writing(self.folder / "tensorboard"):
                 events.close()
+        mirror, self._mirror = self._mirror, None
+        return mirror.close() if mirror is not None else None
 
     def _keep(self, records: dict[tuple[int, str], Record]) -> None:
         _write(self._metrics, b"".join(_line(r) for r in records.values()), sync=True)
@@ -396,17 +433,24 @@ class Report:
     # full that thread dies unheard and the queue to it blocks training for ever.
 
     def _open_events(self) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._next_events()
+        with _writing(self.folder / "tensorboard"):
+            restart = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=self._start + 1, session_log=restart))
+            self._events.flush()
+
+    def _next_events(self) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
 
         folder = self.folder / "tensorboard"
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             # the name holds whole seconds only; a quick restart must not overwrite its predecessor
-            self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-            restart = SessionLog(status=SessionLog.START)
-            self._events.write_event(Event(wall_time=time.time(), step=self._start + 1, session_log=restart))
-            self._events.flush()
+            suffix = f".{time.time_ns()}"
+            self._events = EventsWriter(str(folder / "events"), suffix)
+            self._events_file = next(folder.glob(f"*{suffix}"))
 
     def _event(self, step: int, values: Mapping[str, float | tuple[bytes, tuple[int, int]]]) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -423,6 +467,9 @@ class Report:
         with _writing(self.folder / "tensorboard"):
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             self._events.flush()
+            if self._mirror is not None and self._events_file.stat().st_size > _EVENTS:
+                self._events.close()
+                self._next_events()
 
 
 def _series(records: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
