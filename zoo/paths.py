@@ -71,12 +71,13 @@ def reach(name: str | os.PathLike[str], field: str = "") -> Folder:
     """
     try:
         path = where(name)
-        if in_bucket(path):
-            _ask(path.parts[2])
     except UserError as error:
-        raise UserError(
-            f"{field}{error}" if str(error).startswith(os.fspath(name)) else f"{field}{name}: {error}"
-        ) from (error.__cause__)
+        raise UserError(f"{field}{error}") from None
+    if in_bucket(path):
+        try:
+            _ask(path.parts[2])
+        except UserError as error:
+            raise UserError(f"{field}{name}: {error}") from error.__cause__
     return path
 
 
@@ -136,14 +137,17 @@ def _settle() -> None:
         fsspec.config.conf[name] = {**settings, **fsspec.config.conf.get(name, {})}
     if emulated:
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks with credentials that nobody has
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # of a failure we make one sentence
+    for library in ("gcsfs", "urllib3"):  # of a failure we make one sentence
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def _refusal(bucket: str, error: BaseException) -> str:
     """What to do about a bucket that cannot be used."""
-    kind, code, words = type(error).__name__, getattr(error, "code", None), _first_line(error)
-    if kind in ("DefaultCredentialsError", "RefreshError", "ReauthFailError") or code == 401:
-        return f"no valid Google Cloud credentials here ({words}); {_LOGIN}"
+    kinds = [kind.__name__ for kind in type(error).__mro__]  # names: their packages may not be there
+    code, words = getattr(error, "code", None), _first_line(error)
+    # InvalidOperation: nobody is asked for a login, which nobody cannot give
+    if code == 401 or not {"DefaultCredentialsError", "RefreshError", "InvalidOperation"}.isdisjoint(kinds):
+        return f"no valid Google Cloud credentials here ({words.partition('. ')[0]}); {_LOGIN}"
     if code == 403:
         return f"these credentials may not use the bucket {bucket} ({words}); {_ROLES}. To use others, {_LOGIN}"
     if code in (400, 404) or isinstance(error, ValueError):
@@ -153,7 +157,9 @@ def _refusal(bucket: str, error: BaseException) -> str:
         )
     if "Project was not passed" in words:
         return "the credentials name no project; set GOOGLE_CLOUD_PROJECT=PROJECT in the environment"
-    return f"Google Cloud Storage cannot be reached ({kind}: {words}); look at this machine's network, then try again"
+    return (
+        f"Google Cloud Storage cannot be reached ({kinds[0]}: {words}); look at this machine's network, then try again"
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -164,13 +170,13 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def sentence(path: Folder, doing: str = "read") -> Iterator[None]:
-    """Turns what a bucket's libraries raise into a sentence; errors of a local disk and missing files pass as they are."""
+    """Turns what a bucket's libraries raise into a sentence; errors of a local disk and of missing files to read pass."""
     try:
         yield
-    except (UserError, FileNotFoundError):
+    except UserError:
         raise
     except Exception as error:
-        if not in_bucket(path):
+        if not in_bucket(path) or (doing == "read" and isinstance(error, FileNotFoundError)):
             raise
         words = _first_line(error)
         hint = _ROLES if "Forbidden" in words else "look at the network, then start the same command again"
@@ -226,13 +232,20 @@ def _fetch(source: Folder, target: Path) -> None:
 class Mirror:
     """A scratch folder `here`, copies of whose changed files are sent to a folder in a bucket by a thread of its own.
 
-    A failed upload costs nothing: it is told once, tried again with the next one, and what could not be sent by the end
+    It begins with copies of those of the files `first` that the bucket has; UserError when these cannot be read. A
+    failed upload costs nothing: it is told once, tried again with the next one, and what could not be sent by the end
     stays here.
     """
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, first: Sequence[str] = ()) -> None:
         self.folder = folder
         self.here = Path(tempfile.mkdtemp(prefix="zoo-"))
+        try:
+            for name in first:
+                _fetch(folder / name, self.here / name)
+        except BaseException:
+            shutil.rmtree(self.here, ignore_errors=True)
+            raise
         self._sent: dict[Path, tuple[int, int]] = {}
         self._failure: str | None = None
         self._told = False
@@ -242,10 +255,6 @@ class Mirror:
         self._due = time.monotonic() + _EVERY
         self._thread = threading.Thread(target=self._work, daemon=True, name="zoo-mirror")
         self._thread.start()
-
-    def fetch(self, name: str) -> None:
-        """Copy a file of the bucket here, where there is one."""
-        _fetch(self.folder / name, self.here / name)
 
     def soon(self) -> None:
         """Something has grown: it is sent when the last upload is half a minute old."""
@@ -315,9 +324,9 @@ class Mirror:
         return None
 
 
-def scratch(folder: Folder, wanted: bool = True) -> tuple[Path, Mirror | None]:
+def scratch(folder: Folder, first: Sequence[str] = ()) -> tuple[Path, Mirror | None]:
     """Where to write what belongs to `folder`: there, or in the scratch folder of a mirror."""
-    if not wanted or isinstance(folder, Path):
-        return Path(folder), None
-    mirror = Mirror(folder)
+    if isinstance(folder, Path):
+        return folder, None
+    mirror = Mirror(folder, first)
     return mirror.here, mirror

@@ -125,9 +125,14 @@ class Checkpoints:
     def _failed(self, error: Exception) -> UserError:
         good = self.steps()
         left = f"step {good[-1]} is the newest good one" if good else "there is no earlier one"
+        mend = (
+            "look at the network and the bucket's permissions"
+            if self._remote
+            else "make room or choose another workdir="
+        )
         return UserError(
             f"could not save the checkpoint of step {self._saving} in {self.folder} ({_sentence(error)}); {left}: "
-            f"make room or choose another workdir=, then start the same command again"
+            f"{mend}, then start the same command again"
         )
 
     def close(self) -> None:

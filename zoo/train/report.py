@@ -247,7 +247,7 @@ class Report:
     ) -> None:
         home = paths.where(folder)
         self._name = home.name if paths.in_bucket(home) else home.resolve().name
-        self.folder, self._mirror = paths.scratch(home, main)
+        self.folder, self._mirror = paths.scratch(home, ("metrics.jsonl",)) if main else (Path(home), None)
         self.main, self.quiet, self.unit = main, quiet or not main, unit
         self._total, self._start, self._batch = total, start, batch
         self._metrics = self.folder / "metrics.jsonl"
@@ -258,8 +258,6 @@ class Report:
         self._away = 0.0  # seconds since the last training record that were spent on other things
         if not main:
             return
-        if self._mirror is not None:
-            self._mirror.fetch("metrics.jsonl")
         self._keep({_identity(r): r for r in read_metrics(self._metrics) if r["step"] <= start})
         self._open_events()
         if not self.quiet and _on_terminal():
@@ -376,7 +374,8 @@ class Report:
     def push(self, wait: float = 0.0) -> None:
         """Sends all that has changed to the bucket, where the run folder is in one; waits so many seconds for it."""
         if self._mirror is not None:
-            self._mirror.push(wait)
+            with self.away():
+                self._mirror.push(wait)
 
     def close(self) -> str | None:
         """Ends the bar and the event file and sends the rest to a bucket; may be called twice.
