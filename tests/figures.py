@@ -42,8 +42,11 @@ def of_run(folder: Path) -> dict[str, Any]:
     return {**held_out, "steps": held_out["step"], "minutes": (records[-1]["time"] - records[0]["time"]) / 60}
 
 
-def hardware() -> str:
-    """The processor, by the name it gives itself."""
+def hardware(figures: dict[str, Any] | None = None) -> str:
+    """The processor, by the name it gives itself; of a bench's figures, what they were measured on."""
+    if figures and "cpu" in figures:
+        device = str(figures["device"])
+        return f"{figures['cores']} cores of {figures['cpu']}" if device.startswith("cpu") else device
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
     return f"{os.cpu_count()} cores of {names[0] if names else 'an unnamed CPU'}"
@@ -52,12 +55,13 @@ def hardware() -> str:
 def add(name: str, source: Path, command: str, machine: str | None = None) -> None:
     """Keep the figures of a run folder, or of the JSON that `zoo bench --json` wrote, under a name."""
     bench = source.is_file()
+    figures = json.loads(source.read_text()) if bench else of_run(source)
     record = {
         "kind": "bench" if bench else "learned",
         "command": command,
-        "hardware": machine or hardware(),
-        "date": datetime.date.today().isoformat(),
-        "figures": json.loads(source.read_text()) if bench else of_run(source),
+        "hardware": machine or hardware(figures),
+        "date": str(figures["date"])[:10] if "date" in figures else datetime.date.today().isoformat(),
+        "figures": figures,
     }
     FILE.write_text(json.dumps({**read(), name: record}, indent=1, sort_keys=True) + "\n")
 
@@ -94,7 +98,9 @@ def bench_table(records: dict[str, dict[str, Any]]) -> str:
                 _row(
                     [
                         name,
-                        f"train step, batch {f['batch']}" if what == "train" else f"{what} images",
+                        f"train step, batch {f['batch']}"
+                        if what == "train"
+                        else f"{what} image{'s'[: what != 'sample 1']}",
                         f"{f[key]['median']:.4g} ms",
                         f"{peer['median']:.4g} ms" if peer else "",
                         f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "",

@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         "OUT",
         fields="override fields of the config, e.g. task.head_dim=64",
     )
-    sub = verb("bench", "Time the train step, the sampler and the data of a config.", "CONFIG", fields="override fields")
+    sub = verb(
+        "bench", "Time the train step, the sampler and the data of a config.", "CONFIG", fields="override fields"
+    )
     sub.add_argument(
         "--peer", default=None, metavar="FILE", help="a Python file with build(task), timed in turn with ours"
     )
@@ -328,19 +330,26 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    import jax
+
     from zoo import config, dist
     from zoo.commands.bench import bench
 
     run = _run(config.load(args.config, args.fields), args.config)
+    if args.json and not Path(args.json).absolute().parent.is_dir():  # better now than after minutes
+        raise UserError(f"cannot write {args.json}: its folder does not exist; make it, or give --json another file")
     dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
-    about = {"config": args.config, "fields": " ".join(args.fields), "what": args.what}
+    flags = [f"--{k} {getattr(args, k)}" for k in ("what", "samples", "rounds", "peer") if getattr(args, k) is not None]
+    about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
     result = bench(run, peer=args.peer, what=args.what, samples=args.samples, rounds=args.rounds, about=about)
+    if jax.process_index():  # the others measured the same
+        return 0
     print(result.table())
     if args.json:
         try:
             Path(args.json).write_text(json.dumps(result.figures, indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {args.json}: {error.strerror}") from None
+            raise UserError(f"cannot write {args.json}: {error.strerror}; give --json another file") from None
     return 0
 
 

@@ -1,16 +1,24 @@
 """`zoo bench`: figures that hang together, a peer that must be a twin, and sentences for mistakes."""
 
 import json
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import figures as records
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from zoo.cli import main
 from zoo.commands import bench as module
 from zoo.commands.bench import Result, bench
+from zoo.commands.chips import Chip
 from zoo.data.images import Images
+from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.errors import UserError
 from zoo.papers.tarflow import TarFlow
@@ -18,7 +26,7 @@ from zoo.run import Run
 from zoo.train.optim import AdamW
 
 TASK = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=3)
-# bench must not open the data
+# unless it is asked for, bench must not open the data
 RUN = Run(task=TASK, data=Images("nowhere", size=4), steps=4, batch=8, optim=AdamW(decay_all=True), ema=0.9)
 
 # A twin in our own code, so that no PyTorch is needed; what WRONG_* add is what a bad twin would get wrong.
@@ -51,18 +59,23 @@ def peer(folder: Path, loss: str = "0.0", inverse: str = "0.0") -> str:
     return str(path)
 
 
+def on_one_device(self: Mesh, devices: Any = None, *rest: Any, build: Any = Mesh.build, **more: Any) -> Any:
+    return build(self, jax.devices()[:1] if devices is None else devices[:1], *rest, **more)
+
+
 @pytest.fixture(autouse=True)
 def _short_rounds_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ROUND", 0.01)
-    monkeypatch.setattr(Mesh, "build", lambda self, build=Mesh.build: build(self, jax.devices()[:1]))
+    monkeypatch.setattr(Mesh, "build", on_one_device)
 
 
 def test_figures_hang_together(tmp_path: Path) -> None:
-    result = bench(RUN, peer=peer(tmp_path), samples=2, rounds=2)
+    result = bench(RUN, peer=peer(tmp_path), samples=2, rounds=2, about={"command": "zoo bench x"})
     figures = json.loads(json.dumps(result.figures))
+    assert figures["command"] == "zoo bench x"
     assert set(figures["largest difference to the peer"]) == {"loss", "inverse"}
     assert max(figures["largest difference to the peer"].values()) < 1e-4
-    for what, items in (("train", 8), ("sample 2", 2)):
+    for what, items in (("train", 8), ("sample 1", 1), ("sample 2", 2)):
         for side in ("ours", "peer"):
             times = figures[f"{what} ms, {side}"]
             assert 0 < times["min"] <= times["median"] <= times["max"]
@@ -70,13 +83,37 @@ def test_figures_hang_together(tmp_path: Path) -> None:
         assert figures[f"{what} ms, peer"]["min"] >= 20
         ours, theirs, ratio = (figures[k] for k in (f"{what} ms, ours", f"{what} ms, peer", f"{what}, ours / peer"))
         assert ours["min"] / theirs["max"] <= ratio["min"] <= ratio["max"] <= ours["max"] / theirs["min"]
+    each = figures["train each step ms"]
+    assert 0 < each["p10"] <= each["p50"] <= each["p90"] <= each["max"]
+    assert 2 <= each["steps"] <= 100
     assert figures["train model TFLOP/s"] * 1e12 == pytest.approx(TASK.flops() * figures["train examples/s, ours"])
-    assert figures["train compile s"] > 0
+    assert 0 < figures["train trace s"] < figures["train compile s"]
+    assert figures["train compile s, warm"] > 0  # a sentence where the second compilation read nothing
     assert "train utilisation of bf16 peak" not in figures  # a CPU has no entry in the table
+    assert not [k for k in figures if k.startswith("data")]
+    planned = figures["peak device memory MiB, planned by the compiler"]
+    program = figures["train program MiB"]
+    assert program["temporaries"] < planned <= 2 * program["arguments"] + program["temporaries"]
+    assert figures["peak host memory MiB, with the peer"] > 50
     assert figures["peak device memory MiB, peer"] == 1
     lines = result.table().splitlines()
     assert len(lines) == len(figures)
     assert "ours / peer" in result.table()
+
+
+def test_the_place_is_described() -> None:
+    run = replace(RUN, accumulate=2, task=replace(TASK, remat="dots"))
+    mesh = run.mesh.build()
+    place = json.loads(json.dumps(module.environment(run, mesh)))
+    assert place["device"] == "cpu x 1"
+    assert "chips" not in place
+    assert place["processes"] == 1
+    assert place["date"].endswith("+00:00")
+    assert place["python"] == sys.version.split()[0]
+    assert place["jax"] == jax.__version__
+    assert (place["batch"], place["accumulate"], place["dtype"], place["remat"]) == (8, 2, "float32", "dots")
+    assert place["mesh"]["data"] == 1
+    assert all(place[k] for k in ("cpu", "cores", "zoo", "jaxlib"))
 
 
 def test_unsteady_rounds_are_named_and_steady_ones_not() -> None:
@@ -85,6 +122,207 @@ def test_unsteady_rounds_are_named_and_steady_ones_not() -> None:
     assert "train unsteady, ours" not in figures
     assert "factor of 40.0" in str(figures["train unsteady, peer"])
     assert "do not quote" in Result(figures).table()
+
+
+# --- compilation ----------------------------------------------------------------------------------
+
+CACHE = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_second_compilation_reads_what_the_first_kept_and_the_users_cache_stays(enabled: bool) -> None:
+    before = {name: jax.config.values[name] for name in CACHE}
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    settings = {name: jax.config.values[name] for name in CACHE}
+    kept = sorted(Path(str(before[CACHE[0]])).iterdir())
+    try:
+        program, figures = module.compile_twice(jax.jit(lambda x: jnp.sin(x) @ x), jnp.eye(3))
+        assert {name: jax.config.values[name] for name in CACHE} == settings
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before["jax_enable_compilation_cache"])
+    assert isinstance(figures["train compile s, warm"], float)
+    np.testing.assert_allclose(program(jnp.eye(3)), np.sin(np.eye(3)), rtol=1e-6)
+    assert sorted(Path(str(before[CACHE[0]])).iterdir()) == kept
+
+
+def test_a_program_that_no_cache_keeps_has_no_warm_compilation() -> None:
+    def calls_back(x: jax.Array) -> jax.Array:
+        return jax.pure_callback(lambda y: y, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    _, figures = module.compile_twice(jax.jit(calls_back), jnp.ones(3))
+    assert figures["train compile s"] > 0
+    assert str(figures["train compile s, warm"]).startswith("not measured")
+
+
+# --- utilisation and memory -----------------------------------------------------------------------
+
+
+def stepper(run: Run) -> module._Stepper:
+    """A step that adds up its batches, without a model."""
+
+    def add(total: jax.Array, batch: Any) -> tuple[jax.Array, None]:
+        return total + batch["image"].sum(), None
+
+    program = jax.jit(add).lower(jnp.zeros(()), run.spec()).compile()
+    return module._Stepper(program, jnp.zeros(()), {k: jnp.zeros(v.shape, v.dtype) for k, v in run.spec().items()})
+
+
+def test_utilisation_is_the_models_share_of_the_chips_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = Chip("made up", "cpu", 2e9, None, None, None, None, "nowhere")
+    monkeypatch.setattr(module, "chip_of", lambda kind: chip)
+    monkeypatch.setattr(module, "count_chips", lambda devices: 4)
+    figures = module.time_step(RUN, RUN.mesh.build(), stepper(RUN), None, None, rounds=1)
+    assert figures["train utilisation of bf16 peak"] == pytest.approx(figures["train model TFLOP/s"] * 1e12 / (4 * 2e9))
+    assert module.environment(RUN, RUN.mesh.build())["chips"] == "made up x 4"
+    unknown = replace(chip, peak=None)
+    monkeypatch.setattr(module, "chip_of", lambda kind: unknown)
+    assert "train utilisation of bf16 peak" not in module.time_step(
+        RUN, RUN.mesh.build(), stepper(RUN), None, None, rounds=1
+    )
+
+
+def test_devices_that_count_their_memory_are_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = [SimpleNamespace(memory_stats=lambda n=n: {"peak_bytes_in_use": n * 2**20}) for n in (3, 7, 5)]
+    silent = SimpleNamespace(memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda: [*counted, silent])
+    figures = module.peak_memory(stepper(RUN), None)
+    assert figures["peak device memory MiB"] == 7
+    assert not any("planned" in k or "peer" in k for k in figures)
+    monkeypatch.setattr(jax, "local_devices", lambda: [silent])
+    assert not any("device" in k for k in module.peak_memory(None, None))  # nothing was compiled, nothing is claimed
+
+
+# --- the sampler ----------------------------------------------------------------------------------
+
+
+def test_one_sample_is_timed_once() -> None:
+    figures = bench(RUN, what="sample", samples=1, rounds=1).figures
+    assert [k for k in figures if k.endswith(" ms, ours")] == ["sample 1 ms, ours"]
+    assert not any(k.startswith(("train", "data")) for k in figures)
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Images whose pixels are their index; `seen` is what was read."""
+
+    size: int = 64
+    broken: int = -1  # an index that cannot be read
+    seen: list[int] = field(default_factory=list)
+
+    def source(self, split: str, spec: Any = None) -> Any:
+        data = self
+
+        class Source:
+            labels = ()
+
+            def __len__(self) -> int:
+                return data.size
+
+            def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+                if index == data.broken:
+                    raise UserError(f"example {index} cannot be read; delete it")
+                data.seen.append(index)
+                return {"image": np.full((4, 4, 1), index, np.float32), "label": np.asarray(index % 3, np.int32)}
+
+        return Source()
+
+
+def test_the_pipeline_alone_and_feeding_the_step() -> None:
+    run = replace(RUN, data=Counted())
+    step = stepper(run)
+    taken: list[np.ndarray] = []
+    program = step.program
+    step.program = lambda state, batch: (taken.append(np.asarray(batch["image"][:, 0, 0, 0])), program(state, batch))[1]
+    step.median = 0.005
+    figures = module.time_data(run, run.mesh.build(), 2, step)
+    assert figures["data first batch ms"] > 0
+    for where in ("host", "devices"):
+        times = figures[f"data ms, {where}"]
+        assert figures[f"data examples/s, {where}"] == pytest.approx(8e3 / times["median"])
+    ratio = figures["data, devices / train examples/s"]
+    assert ratio == pytest.approx(figures["data examples/s, devices"] * 0.005 / 8)
+    fed = figures["train ms, fed by the data"]["median"]
+    assert figures["train, fed by the data / ours"] == pytest.approx(fed / 1e3 / 0.005)
+    # what the step was fed are the run's own training batches, in their order
+    feed = run.batches(0)
+    np.testing.assert_array_equal(taken, [next(feed)["image"][:, 0, 0, 0] for _ in taken])
+    feed.close()
+    assert len(taken) == module._AHEAD + 2 * 2
+
+
+def test_data_without_a_step_has_nothing_to_keep_up_with() -> None:
+    figures = bench(replace(RUN, data=Synthetic(values=3)), what="data", rounds=1).figures
+    assert "data examples/s, devices" in figures
+    assert not any("train" in k for k in figures)
+    assert "parameters" not in figures  # no model was made for it
+
+
+@pytest.mark.parametrize("data", [Images("nowhere", size=4), Counted(broken=5)], ids=["missing", "broken"])
+def test_data_that_cannot_be_read_is_a_line_and_the_rest_goes_on(
+    data: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "compile_twice", lambda *_: (stepper(RUN).program, {"train compile s": 1.0}))
+    monkeypatch.setattr(module, "time_step", lambda *_: {"train ms, ours": {}})
+    monkeypatch.setattr(module, "time_sampler", lambda *_: {"sample 1 ms, ours": {}})
+    figures = bench(replace(RUN, data=data), what="all", rounds=1).figures
+    assert str(figures["data"]).startswith("not measured: ")
+    assert ("nowhere does not exist" in figures["data"]) or ("example 5 cannot be read" in figures["data"])
+    assert {"train ms, ours", "sample 1 ms, ours", "peak host memory MiB"} <= set(figures)
+    with pytest.raises(UserError, match=r"nowhere does not exist|example 5 cannot"):
+        bench(replace(RUN, data=data), what="data", rounds=1)
+
+
+# --- the command and its records ------------------------------------------------------------------
+
+
+def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "figures.json"
+    command = "bench tarflow/digits:smoke batch=4 --what data --rounds 1"
+    assert main([*command.split(), "--json", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["command"] == "zoo bench tarflow/digits:smoke batch=4 --what data --samples 16 --rounds 1"
+    assert figures["batch"] == 4
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == list(figures)
+
+
+def test_a_folder_that_is_not_there_is_found_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "bench", lambda *_, **__: pytest.fail("measured"))
+    assert main(["bench", "tarflow/digits:smoke", "--json", str(tmp_path / "no" / "figures.json")]) == 2
+    assert "its folder does not exist" in capsys.readouterr().err
+
+
+@pytest.fixture
+def _own_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(records, "FILE", tmp_path / "records.json")
+
+
+@pytest.mark.usefixtures("_own_records")
+@pytest.mark.parametrize(
+    ("device", "says"), [("cpu x 2", "2 cores of Some CPU"), ("NVIDIA H200 x 1", "NVIDIA H200 x 1")]
+)
+def test_a_record_says_where_it_was_measured(device: str, says: str, tmp_path: Path) -> None:
+    times = {"min": 1.0, "median": 2.0, "max": 3.0}
+    place = {"device": device, "cpu": "Some CPU", "cores": 2, "date": "2024-02-29T23:00:00+00:00", "batch": 8}
+    shown = {f"{what} ms, ours": times for what in ("train", "sample 1", "sample 16")}
+    (tmp_path / "bench.json").write_text(json.dumps({**place, **shown, "train ms, fed by the data": times}))
+    records.add("tiny", tmp_path / "bench.json", "zoo bench tiny")
+    table = records.bench_table(records.read()).splitlines()[2:]
+    programs = {row.split(" | ")[1] for row in table}
+    assert programs == {"train step, batch 8", "sample 1 image", "sample 16 images"}
+    assert all(f"2024-02-29, {says}: `zoo bench tiny`" in row for row in table)
+
+
+# --- the peer -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrong", ["loss", "inverse"])
@@ -116,11 +354,13 @@ def test_a_peer_file_that_is_none(tmp_path: Path, text: str | None, says: str) -
         bench(RUN, peer=str(path))
 
 
-def test_nothing_to_time() -> None:
+def test_nothing_to_time(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--rounds 0"):
         bench(RUN, rounds=0)
     with pytest.raises(UserError, match="--samples 0"):
         bench(RUN, samples=0)
+    with pytest.raises(UserError, match="--peer has no part in --what data"):
+        bench(RUN, peer=peer(tmp_path), what="data")
     mute = SimpleNamespace(held=(), spec=TASK.spec, init=TASK.init, loss=TASK.loss)
     with pytest.raises(UserError, match="no sampler; use --what train"):
         bench(replace(RUN, task=mute))

@@ -1,25 +1,31 @@
-"""`zoo bench`: the train step and the sampler of a config, timed in turn with a peer where one is given."""
+"""`zoo bench`: the train step, the sampler and the data of a config, timed, beside a peer where one is given."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import importlib.util
 import inspect
 import os
+import platform
+import re
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+import zoo
 from zoo import dist, weights
 from zoo.commands.chips import chip_of, count_chips
 from zoo.data.pipeline import batches
@@ -29,15 +35,21 @@ from zoo.run import Run
 from zoo.train import optim
 from zoo.train.step import compile_step
 
+WHAT = {"both": ("train", "sample"), "all": ("train", "sample", "data")}  # names of several parts at once
+PARTS = ("train", "sample", "data")
 _ROUND = 0.5  # seconds that one timed round of one side takes at least
 _STEADY = 1.5  # slowest round over fastest from which a measurement counts for nothing
+_STEPS = 100  # steps timed one by one at most
+_AHEAD = 6  # batches that the pipeline may hold ready when nobody has taken one for a while
+
+Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Result:
     """What was measured, as a dict of plain numbers."""
 
-    figures: dict[str, Any]
+    figures: Figures
 
     def table(self) -> str:
         """Aligned lines, one per figure."""
@@ -51,8 +63,373 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def bench(
+    run: Run,
+    *,
+    peer: str | None = None,
+    what: str = "both",
+    samples: int = 16,
+    rounds: int = 5,
+    about: Mapping[str, Any] | None = None,
+) -> Result:
+    """Time the parts of a run. The step and the sampler get synthetic data; only the part `data` opens the run's own.
+
+    Args:
+        peer: a Python file whose `build(task)` gives an object with load, train_step, loss and sample. It gets our
+            weights first, and a loss that differs ends the comparison: a twin that computes something else is none.
+        what: train, sample, data, both (train and sample) or all.
+        about: what the command was, kept among the figures.
+
+    Raises:
+        UserError: no peer there, a peer that differs, no round or sample to time, a task without a sampler, or data that
+            cannot be read where nothing else was asked for.
+    """
+    for name, value in (("--rounds", rounds), ("--samples", samples)):
+        if value < 1:
+            raise UserError(f"{name} {value} leaves nothing to time; give 1 or more")
+    parts = WHAT.get(what, (what,))
+    if "sample" in parts and not hasattr(run.task, "sample"):
+        raise UserError(f"{type(run.task).__name__} has no sampler; use --what train")
+    if parts == ("data",) and peer:
+        raise UserError("--peer has no part in --what data; leave it out")
+    mesh = run.mesh.build()
+    twin = load_peer(peer, run.task) if peer else None
+    figures = {**(about or {}), **environment(run, mesh), "rounds": rounds}
+    torch = sys.modules.get("torch")  # there only if the peer brought it
+    if twin is not None and torch is not None:
+        figures |= {"torch": str(torch.__version__), "threads, peer": torch.get_num_threads()}
+    with dist.use(mesh, run.rules):
+        dist.check_batch(run.batch, run.accumulate, mesh)
+        step = None
+        if "train" in parts or "sample" in parts:
+            init, jitted, abstract = compile_step(
+                run.task, optim.build(run.optim, run.steps), mesh, ema=run.ema, accumulate=run.accumulate
+            )
+            state = init(0)
+            figures["parameters"] = sum(int(x.size) for x in jax.tree.leaves(state.params))
+            host = _example_batch(run)
+            if twin is not None:
+                figures["largest difference to the peer"] = _parity(run.task, state.params, twin, host)
+            if "train" in parts:
+                placed = jax.device_put(host, dist.batch_sharding(mesh))
+                program, compiled = compile_twice(jitted, abstract, placed)
+                step = _Stepper(program, state, placed)
+                figures |= compiled | time_step(run, mesh, step, twin, host, rounds)
+                state = step.state
+            if "sample" in parts:
+                for n in sorted({1, samples}):  # one alone: how long a user waits
+                    figures |= time_sampler(run, state.params, twin, n, rounds)
+        if "data" in parts:
+            try:
+                figures |= time_data(run, mesh, rounds, step)
+            except UserError as error:
+                if parts == ("data",):
+                    raise
+                figures["data"] = f"not measured: {error}"
+    return Result(figures | peak_memory(step, twin))
+
+
+# --- where it runs --------------------------------------------------------------------------------
+
+
+def environment(run: Run, mesh: jax.sharding.Mesh) -> Figures:
+    """What decides whether two results can be compared: the machine, the versions, and how the run is spread."""
+    device = jax.devices()[0]
+    chip = chip_of(device.device_kind)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": f"{device.device_kind} x {mesh.size}",
+        **({"chips": f"{chip.name} x {count_chips(mesh.devices.flat)}"} if chip is not None else {}),
+        "processes": jax.process_count(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "zoo": zoo.__version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+        "batch": run.batch,
+        "accumulate": run.accumulate,
+        "mesh": {name: int(size) for name, size in mesh.shape.items()},
+        **{k: getattr(run.task, k) for k in ("dtype", "remat", "scan", "attention") if hasattr(run.task, k)},
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_memory(step: _Stepper | None, twin: Any) -> Figures:
+    """Peaks in MiB: of the devices where they count, else what the compiler plans; of this process; of the peer."""
+    figures: Figures = {}
+    counted = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
+    most = max((n for n in counted if n is not None), default=None)
+    if most is not None:
+        figures["peak device memory MiB"] = most / 2**20
+    elif step is not None and (planned := _planned(step.program)) is not None:
+        figures["peak device memory MiB, planned by the compiler"] = planned
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows
+
+        unit = 1 if sys.platform == "darwin" else 2**10
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        figures[f"peak host memory MiB{', with the peer' if twin is not None else ''}"] = most / 2**20
+    asked = twin.peak_memory() if twin is not None and hasattr(twin, "peak_memory") else None  # once: it may reset it
+    if asked is not None:
+        figures["peak device memory MiB, peer"] = asked / 2**20
+    return figures
+
+
+def _planned(program: Any) -> float | None:
+    memory = program.memory_analysis()
+    if memory is None:
+        return None
+    # what is given up (the state) is counted among the arguments and the outputs
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (kept + memory.temp_size_in_bytes) / 2**20
+
+
+# --- clocks ---------------------------------------------------------------------------------------
+
+
 def _spread(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def _seconds(call: Callable[[int], None], count: int) -> float:
+    """Seconds per repetition of a call that repeats by itself."""
+    begin = time.perf_counter()
+    call(count)
+    return (time.perf_counter() - begin) / count
+
+
+def _rounds(sides: dict[str, Callable[[int], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per call, round by round; the sides take turns so that a drifting machine hits both."""
+    counts = {}
+    for name, call in sides.items():
+        call(1)  # compiles, or warms up
+        counts[name] = max(1, round(_ROUND / max(_seconds(call, 1), 1e-6)))
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            found[name].append(_seconds(call, counts[name]))
+    return found
+
+
+def _compare(figures: Figures, what: str, found: dict[str, list[float]], items: int) -> None:
+    for name, seconds in found.items():
+        figures[f"{what} ms, {name}"] = _spread([1e3 * s for s in seconds])
+        figures[f"{what} examples/s, {name}"] = items / statistics.median(seconds)
+        if max(seconds) > _STEADY * min(seconds):
+            # A busy machine slows the two sides unequally (threads that spin at a barrier suffer most).
+            figures[f"{what} unsteady, {name}"] = (
+                f"rounds differ by a factor of {max(seconds) / min(seconds):.1f}; "
+                "the machine is busy: repeat on an idle one, do not quote"
+            )
+    if {"ours", "peer"} <= set(found):
+        figures[f"{what}, ours / peer"] = _spread([a / b for a, b in zip(found["ours"], found["peer"])])
+
+
+# --- the train step -------------------------------------------------------------------------------
+
+
+def _example_batch(run: Run) -> dict[str, np.ndarray]:
+    values = getattr(run.task, "classes", 0) or 2
+    with contextlib.closing(batches(Synthetic(values=values), run.batch, spec=run.spec())) as feed:
+        return next(feed)
+
+
+class _Stepper:
+    """A compiled step with the state that it gives up and gets back, and the batch that it repeats."""
+
+    def __init__(self, program: Any, state: Any, placed: Any) -> None:
+        self.program, self.state, self.placed = program, state, placed
+        self.median: float | None = None  # seconds
+
+    def __call__(self, count: int) -> None:
+        for _ in range(count):
+            self.state, _ = self.program(self.state, self.placed)
+        jax.block_until_ready(self.state)
+
+    def fed(self, feed: Iterator[Any], count: int) -> None:
+        """`count` steps on what the pipeline gives, as while training."""
+        for _ in range(count):
+            self.state, _ = self.program(self.state, next(feed))
+        jax.block_until_ready(self.state)
+
+
+@contextlib.contextmanager
+def _new_cache() -> Iterator[None]:
+    """With a persistent compilation cache of its own, empty at first, that keeps every program."""
+    with tempfile.TemporaryDirectory(prefix="zoo-bench-", ignore_cleanup_errors=True) as folder:
+        wanted = {
+            "jax_compilation_cache_dir": folder,
+            "jax_enable_compilation_cache": True,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        before = {name: jax.config.values[name] for name in wanted}
+        try:
+            for name, value in wanted.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()  # jax asks for the settings once and remembers
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+
+
+def compile_twice(step: Any, *arguments: Any) -> tuple[Any, Figures]:
+    """(program, seconds to trace and compile it): with an empty cache, as on a new machine, and with a filled one."""
+
+    def once() -> tuple[Any, float, float]:
+        jax.clear_caches()  # those in memory
+        begin = time.perf_counter()
+        lowered = step.lower(*arguments)
+        traced = time.perf_counter()
+        program = lowered.compile()
+        return program, time.perf_counter() - begin, traced - begin
+
+    read: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            read.append(event)
+
+    with _new_cache():
+        program, cold, traced = once()
+        jax.monitoring.register_event_listener(listen)
+        try:
+            _, warm, _ = once()
+        finally:
+            jax.monitoring.unregister_event_listener(listen)
+    return program, {
+        "train trace s": traced,
+        "train compile s": cold,
+        "train compile s, warm": warm if read else "not measured: this backend's programs are not kept",
+    }
+
+
+def flops_per_example(run: Run) -> float | None:
+    """Floating-point operations that one training example takes, by the task's own count; None where it has none."""
+    return run.task.flops() if hasattr(run.task, "flops") else None
+
+
+def time_step(run: Run, mesh: jax.sharding.Mesh, step: _Stepper, twin: Any, host: Any, rounds: int) -> Figures:
+    """Throughput in rounds, beside the peer; then steps one by one; what share of the chips' peak that is."""
+    figures: Figures = {"train first step ms": 1e3 * _seconds(step, 1)}
+    memory = step.program.memory_analysis()
+    if memory is not None:
+        figures["train program MiB"] = {
+            "arguments": memory.argument_size_in_bytes / 2**20,
+            "temporaries": memory.temp_size_in_bytes / 2**20,
+        }
+    sides: dict[str, Callable[[int], None]] = {"ours": step}
+    if twin is not None:
+        batch = twin.place(host)
+
+        def theirs(count: int) -> None:
+            for k in range(count):
+                twin.train_step(batch, sync=k == count - 1)
+
+        sides["peer"] = theirs
+    found = _rounds(sides, rounds)
+    _compare(figures, "train", found, run.batch)
+    step.median = statistics.median(found["ours"])
+    # The rounds leave the queue of steps full; here every step is waited for, as long as the rounds took.
+    count = max(rounds, min(_STEPS, round(rounds * _ROUND / step.median)))
+    each = [1e3 * _seconds(step, 1) for _ in range(count)]
+    p10, p50, p90 = (float(p) for p in np.percentile(each, (10, 50, 90)))
+    figures["train each step ms"] = {"p10": p10, "p50": p50, "p90": p90, "max": max(each), "steps": count}
+    flops = flops_per_example(run)
+    if flops is not None:
+        rate = flops * run.batch / step.median
+        figures["train model TFLOP/s"] = rate / 1e12
+        chip = chip_of(jax.devices()[0].device_kind)
+        if chip is not None and chip.peak is not None:
+            figures["train utilisation of bf16 peak"] = rate / (chip.peak * count_chips(mesh.devices.flat))
+    return figures
+
+
+# --- the sampler ----------------------------------------------------------------------------------
+
+
+def time_sampler(run: Run, params: Any, twin: Any, n: int, rounds: int) -> Figures:
+    """Seconds that a batch of n samples takes, beside the peer, on the devices that `zoo sample` would use."""
+    task = run.task
+    label = jnp.arange(n) % task.classes if getattr(task, "classes", 0) else None
+    # The peer inverts and no more, so neither do we.
+    options = {"denoise": 0.0} if "denoise" in inspect.signature(task.sample).parameters else {}
+    draw = jax.jit(lambda p, key: task.sample(p, key, n, None if label is None else {"label": label}, **options))
+    with contextlib.ExitStack() as stack:
+        if jax.process_count() == 1:
+            mesh, params = dist.spread(params, n)
+            stack.enter_context(dist.use(mesh, run.rules))
+
+        def ours(count: int) -> None:
+            for k in range(count):
+                jax.block_until_ready(draw(params, jax.random.key(k)))
+
+        sides: dict[str, Callable[[int], None]] = {"ours": ours}
+        if twin is not None:
+
+            def theirs(count: int) -> None:
+                for _ in range(count):
+                    twin.sample(n)
+
+            sides["peer"] = theirs
+        figures: Figures = {}
+        _compare(figures, f"sample {n}", _rounds(sides, rounds), n)
+    return figures
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+def time_data(run: Run, mesh: jax.sharding.Mesh, rounds: int, step: _Stepper | None = None) -> Figures:
+    """The input pipeline on the run's own data: read alone, put on the devices, and feeding the step where there is one.
+
+    UserError where the data is missing or cannot be read.
+    """
+    figures: Figures = {}
+    sharding = dist.batch_sharding(mesh)
+    for name, where in (("host", None), ("devices", sharding)):
+        with contextlib.closing(run.batches(0, where)) as feed:
+            begin = time.perf_counter()
+            jax.block_until_ready(next(feed))
+            first = time.perf_counter() - begin
+            if where is None:
+                figures["data first batch ms"] = 1e3 * first
+            _compare(figures, "data", {name: _streamed(feed, rounds)}, run.batch)
+    if step is not None and step.median is not None:
+        alone = run.batch / step.median
+        figures["data, devices / train examples/s"] = figures["data examples/s, devices"] / alone
+        with contextlib.closing(run.batches(0, sharding)) as feed:
+            step.fed(feed, _AHEAD)
+            count = max(1, round(_ROUND / step.median))
+            found = [_seconds(lambda n: step.fed(feed, n), count) for _ in range(rounds)]
+        _compare(figures, "train", {"fed by the data": found}, run.batch)
+        figures["train, fed by the data / ours"] = statistics.median(found) / step.median
+    return figures
+
+
+def _streamed(feed: Iterator[Any], rounds: int) -> list[float]:
+    """Seconds per batch, round by round, when batches are taken as fast as they come."""
+    for _ in range(_AHEAD):  # read while nobody waited
+        next(feed)
+    found = []
+    for _ in range(rounds):
+        begin, count = time.perf_counter(), 0
+        while not count or time.perf_counter() - begin < _ROUND:
+            jax.block_until_ready(next(feed))
+            count += 1
+        found.append((time.perf_counter() - begin) / count)
+    return found
+
+
+# --- the peer -------------------------------------------------------------------------------------
 
 
 def load_peer(path: str, task: Any) -> Any:
@@ -71,163 +448,6 @@ def load_peer(path: str, task: Any) -> Any:
     if not hasattr(module, "build"):
         raise UserError(f"--peer {path} defines no function build(task)")
     return module.build(task)
-
-
-@contextlib.contextmanager
-def _no_cache() -> Iterator[None]:
-    """Without the persistent compilation cache: what is timed shall be a compilation, not the reading of a file."""
-    before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # jax asks for the setting once and remembers
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
-
-
-def _rounds(sides: dict[str, Callable[[int], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call, round by round; the sides take turns so that a drifting machine hits both."""
-    counts = {}
-    for name, call in sides.items():
-        call(1)  # compiles, or warms up
-        begin = time.perf_counter()
-        call(1)
-        counts[name] = max(1, round(_ROUND / max(time.perf_counter() - begin, 1e-6)))
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, call in sides.items():
-            begin = time.perf_counter()
-            call(counts[name])
-            found[name].append((time.perf_counter() - begin) / counts[name])
-    return found
-
-
-def _compare(figures: dict[str, Any], what: str, found: dict[str, list[float]], items: int) -> None:
-    for name, seconds in found.items():
-        figures[f"{what} ms, {name}"] = _spread([1e3 * s for s in seconds])
-        figures[f"{what} examples/s, {name}"] = items / statistics.median(seconds)
-        if max(seconds) > _STEADY * min(seconds):
-            # A busy machine slows the two sides unequally (threads that spin at a barrier suffer most).
-            figures[f"{what} unsteady, {name}"] = (
-                f"rounds differ by a factor of {max(seconds) / min(seconds):.1f}; "
-                "the machine is busy: repeat on an idle one, do not quote"
-            )
-    if len(found) == 2:
-        ours, peer = found.values()
-        figures[f"{what}, ours / peer"] = _spread([a / b for a, b in zip(ours, peer)])
-
-
-def bench(run: Run, *, peer: str | None = None, what: str = "both", samples: int = 16, rounds: int = 5) -> Result:
-    """Time a run's train step and its sampler on synthetic data; no data set is needed.
-
-    Args:
-        peer: a Python file whose `build(task)` gives an object with load, train_step, loss and sample. It gets our
-            weights first, and a loss that differs ends the comparison: a twin that computes something else is none.
-
-    Raises:
-        UserError: no peer there, a peer that differs, no round or sample to time, or a task without a sampler.
-    """
-    for name, value in (("--rounds", rounds), ("--samples", samples)):
-        if value < 1:
-            raise UserError(f"{name} {value} leaves nothing to time; give 1 or more")
-    if what in ("sample", "both") and not hasattr(run.task, "sample"):
-        raise UserError(f"{type(run.task).__name__} has no sampler; use --what train")
-    task, mesh = run.task, run.mesh.build()
-    twin = load_peer(peer, task) if peer else None
-    device = jax.devices()[0]
-    figures: dict[str, Any] = {
-        "device": f"{device.device_kind} x {mesh.size}",
-        "jax": jax.__version__,
-        "cores": os.cpu_count(),
-        "batch": run.batch,
-    }
-    torch = sys.modules.get("torch")  # there only if the peer brought it
-    if twin is not None and torch is not None:
-        figures["torch"] = str(torch.__version__)
-        figures["threads, peer"] = torch.get_num_threads()
-    with dist.use(mesh, run.rules):
-        dist.check_batch(run.batch, run.accumulate, mesh)
-        init, step, abstract = compile_step(
-            task, optim.build(run.optim, run.steps), mesh, ema=run.ema, accumulate=run.accumulate
-        )
-        state = init(0)
-        figures["parameters"] = sum(int(x.size) for x in jax.tree.leaves(state.params))
-        values = getattr(task, "classes", 0) or 2
-        with contextlib.closing(batches(Synthetic(values=values), run.batch, spec=run.spec())) as feed:
-            host = next(feed)
-        placed = jax.device_put(host, dist.batch_sharding(mesh))
-        if twin is not None:
-            figures["largest difference to the peer"] = _parity(task, state.params, twin, host)
-        if what in ("train", "both"):
-            begin = time.perf_counter()
-            with _no_cache():
-                program = step.lower(abstract, placed).compile()
-            figures["train compile s"] = time.perf_counter() - begin
-            begin = time.perf_counter()
-            state, _ = jax.block_until_ready(program(state, placed))
-            figures["train first step ms"] = 1e3 * (time.perf_counter() - begin)
-            memory = program.memory_analysis()
-            if memory is not None:
-                figures["train program MiB"] = {
-                    "arguments": memory.argument_size_in_bytes / 2**20,
-                    "temporaries": memory.temp_size_in_bytes / 2**20,
-                }
-
-            def ours(count: int) -> None:
-                nonlocal state
-                for _ in range(count):
-                    state, _ = program(state, placed)
-                jax.block_until_ready(state)
-
-            sides: dict[str, Callable[[int], None]] = {"ours": ours}
-            if twin is not None:
-                batch = twin.place(host)
-
-                def theirs(count: int) -> None:
-                    for k in range(count):
-                        twin.train_step(batch, sync=k == count - 1)
-
-                sides["peer"] = theirs
-            found = _rounds(sides, rounds)
-            _compare(figures, "train", found, run.batch)
-            if hasattr(task, "flops"):
-                rate = task.flops() * run.batch / statistics.median(found["ours"])
-                figures["train model TFLOP/s"] = rate / 1e12
-                chip = chip_of(device.device_kind)
-                if chip is not None and chip.peak:
-                    figures["train utilisation of bf16 peak"] = rate / (chip.peak * count_chips(mesh.devices.flat))
-        if what in ("sample", "both"):
-            label = jnp.arange(samples) % task.classes if getattr(task, "classes", 0) else None
-            # The peer inverts and no more, so neither do we.
-            options = {"denoise": 0.0} if "denoise" in inspect.signature(task.sample).parameters else {}
-            draw = jax.jit(
-                lambda p, key: task.sample(p, key, samples, None if label is None else {"label": label}, **options)
-            )
-            params = state.params
-
-            def our_samples(count: int) -> None:
-                for k in range(count):
-                    jax.block_until_ready(draw(params, jax.random.key(k)))
-
-            sides = {"ours": our_samples}
-            if twin is not None:
-
-                def their_samples(count: int) -> None:
-                    for _ in range(count):
-                        twin.sample(samples)
-
-                sides["peer"] = their_samples
-            _compare(figures, f"sample {samples}", _rounds(sides, rounds), samples)
-    stats = device.memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        figures["peak device memory MiB"] = stats["peak_bytes_in_use"] / 2**20
-    peak_memory = (
-        twin.peak_memory() if twin is not None and hasattr(twin, "peak_memory") else None
-    )  # once: asking may reset it
-    if peak_memory is not None:
-        figures["peak device memory MiB, peer"] = peak_memory / 2**20
-    return Result(figures)
 
 
 def _parity(task: Any, params: Any, twin: Any, host: dict[str, np.ndarray]) -> dict[str, float]:
