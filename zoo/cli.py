@@ -93,6 +93,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples", type=int, default=16, help="batch size of the sampler, which is timed with 1 as well")
     sub.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, in turn")
     sub.add_argument("--json", default=None, metavar="FILE", help="write the figures here as well")
+    sub = verb(
+        "compile",
+        "Compile a config for chips that are not here: does it fit, and how fast can it be.",
+        "CONFIG",
+        fields="override fields, e.g. mesh.fsdp=16 accumulate=2",
+    )
+    sub.add_argument("--topology", required=True, metavar="NAME", help="a TPU slice, e.g. v5e:4x4 or v5p:4x4x4")
+    sub.add_argument("--slices", type=int, default=1, help="how many such slices")
+    sub.add_argument("--what", choices=("train", "sample"), default="train")
+    sub.add_argument("--samples", type=int, default=None, help="batch size of the sampler; default: samples.n")
+    sub.add_argument("--no-search", action="store_true", help="do not look for what fits when this does not")
+    sub.add_argument("--json", default=None, metavar="FILE", help="write the figures here as well")
     sub = verb("prepare", "Turn a folder of images or an .npz file into an ArrayRecord data set.", "SOURCE", "DEST")
     sub.add_argument(
         "--size", type=int, default=None, help="resize the shorter side and crop the centre to this many pixels"
@@ -345,12 +357,38 @@ def _bench(args: argparse.Namespace) -> int:
     if jax.process_index():  # the others measured the same
         return 0
     print(result.table())
-    if args.json:
-        try:
-            Path(args.json).write_text(json.dumps(result.figures, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.json}: {error.strerror}; give --json another file") from None
+    _write_json(args.json, result.figures)
     return 0
+
+
+def _compile(args: argparse.Namespace) -> int:
+    # Before jax is imported: the TPU compiler shall not look for chips, nor refuse to be loaded twice.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3"}
+    for name, value in {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **quiet}.items():
+        os.environ.setdefault(name, value)
+    from zoo import config
+    from zoo.commands import compile as aot
+
+    run = _run(config.load(args.config, args.fields), args.config)
+    to = aot.target(args.topology, args.slices)
+    found = aot.compile_run(run, to, args.what, args.samples)
+    print(found.table())
+    _write_json(args.json, found.figures | {"fits": found.fits})
+    if found.fits:
+        return 0
+    needs = found.figures.get("peak GiB", found.figures.get("needs GiB"))
+    print(f"does not fit: it needs {needs:.2f} GiB of {found.figures['memory GiB']:.2f} GiB a device", file=sys.stderr)
+    if not args.no_search:
+        print(aot.nearest_fit(run, to, found, args.what, args.samples), file=sys.stderr)
+    return 1
+
+
+def _write_json(path: str | None, figures: dict[str, Any]) -> None:
+    if path:
+        try:
+            Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -391,6 +429,7 @@ _VERBS = {
     "export": _export,
     "import": _import,
     "bench": _bench,
+    "compile": _compile,
     "prepare": _prepare,
     "list": _list,
     "show": _show,

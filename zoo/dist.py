@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import logging
 import math
 import os
@@ -230,6 +231,45 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pin the leading axes of an activation to the mesh by logical name; nothing happens where there is no mesh."""
     where = spec(x.shape, *names)
     return x if where is None else jax.lax.with_sharding_constraint(x, where)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """A parameter with these logical axes, made whole where it is cut along axes that also share out the batch (fsdp).
+
+    Left to itself, the compiler turns a product with a kernel that is cut along the axis it sums over, and the product
+    that is its gradient, into loops that pass the pieces round and rewrite the whole result for each of them: more than
+    twice the memory traffic of a step [compiled for 16 TPUs]. The gradient is summed whole and cut at once.
+    """
+    return _gather(x, names)
+
+
+def _gather(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    shared = _axes("batch", mesh)
+    kept = [tuple(a for a in _axes(name, mesh) if a not in shared) or None for name in names]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+def _gathered(x: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array, None]:
+    return _gather(x, names), None
+
+
+def _cut(names: tuple[str | None, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(_gather(gradient, names), *names),)
+
+
+gathered.defvjp(_gathered, _cut)
+
+
+def whole(tree: Any) -> Any:
+    """A tree of parameters with all of each on every device, for a loop over tokens that would gather them every time."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
 def batch_axes(size: int) -> tuple[str, ...] | None:

@@ -26,6 +26,7 @@ config = Run(
         noise=0.07,
         dtype="bfloat16",
         remat="dots",
+        attention="auto",
     ),
     data=Images("data/afhq", size=256, flip=True),
     optim=AdamW(lr=1e-4, final_lr=1e-6, warmup=57, b2=0.95, weight_decay=1e-4, decay_all=True),

@@ -22,6 +22,7 @@ config = Run(
         noise=0.15,
         dtype="bfloat16",
         remat="dots",
+        attention="auto",
     ),
     data=Images("tfds:imagenet2012", size=128, flip=True, convert=True),
     optim=AdamW(lr=1e-4, final_lr=1e-6, warmup=1_668, b2=0.95, weight_decay=1e-4, decay_all=True),

@@ -25,6 +25,7 @@ config = Run(
         noise=0.05,
         dtype="bfloat16",
         remat="dots",
+        attention="auto",
     ),
     data=Images("tfds:imagenet_resized/64x64", size=64, flip=True),
     optim=AdamW(lr=1e-4, final_lr=1e-6, warmup=5_004, b2=0.95, weight_decay=1e-4, decay_all=True),

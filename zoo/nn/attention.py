@@ -140,7 +140,8 @@ def init_cache(layers: int | None, batch: int, tokens: int, heads: int, head_dim
     """An empty cache for one layer (`layers=None`) or for a scanned stack of them."""
     stack = () if layers is None else (layers,)
     shape = (*stack, batch, heads, head_dim, tokens)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    names = (*(None for _ in stack), "batch", "heads")
+    return {"k": dist.constrain(jnp.zeros(shape, dtype), *names), "v": dist.constrain(jnp.zeros(shape, dtype), *names)}
 
 
 def write_cache(cache: Cache, k: jax.Array, v: jax.Array, index: Any, layer: Any) -> Cache:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from zoo.dist import constrain
+from zoo.dist import constrain, whole
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, sequential
 from zoo.flows.transforms import affine, shift_right
@@ -166,9 +166,11 @@ def _inverse_block(
         task.depth, task.scan, rows, tokens, task.width // task.head_dim, task.head_dim, task.dtype
     )
 
+    block = whole(params[f"block{t}"])
+
     def step(u: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
         u = jnp.concatenate([u, u]) if guided else u
-        outputs, _, cache = _apply(net, params[f"block{t}"], u, label, cache, index, temperature)
+        outputs, _, cache = _apply(net, block, u, label, cache, index, temperature)
         a, b = _split(task, outputs[:, 0])
         if guided:
             ramp = (index + 1) / (tokens - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -117,6 +117,13 @@ def make_train_step(
         return state, {**scalars, "grad_norm": norm, "skipped": state.skipped, "streak": state.streak}
 
     return step
+
+
+def make_sampler(task: Any, n: int, options: Mapping[str, Any]) -> Callable[[Params, jax.Array], dict[str, jax.Array]]:
+    """A pure function (params, rng) -> n samples of a task, with labels balanced over its classes."""
+    classes = getattr(task, "classes", 0)
+    conditions = {"label": np.arange(n, dtype=np.int32) % classes} if classes and "label" in task.spec(1) else None
+    return lambda params, rng: task.sample(params, rng, n, conditions, **options)
 
 
 def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, ema: float) -> State:

@@ -1,0 +1,388 @@
+"""`zoo compile`: the real train step or sampler, compiled for chips that are not here; what it needs, and how fast it can be."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from zoo import dist
+from zoo.commands import chips, flops, hlo
+from zoo.commands.chips import Chip
+from zoo.errors import UserError
+from zoo.run import Run
+from zoo.train import optim
+from zoo.train.step import State, abstract_state, compile_step, make_sampler
+
+_log = logging.getLogger("zoo")
+_TRIES = 3  # programs compiled in search of one that fits
+_SPARE = 0.97  # of the memory that an estimate may fill to be worth a try
+
+
+@dataclass(frozen=True)
+class Target:
+    """Chips to compile for."""
+
+    name: str
+    devices: Sequence[Any]
+    chip: Chip
+
+    @property
+    def share(self) -> float:
+        """Of a chip's figures, what belongs to one device: the two halves of some chips are devices of their own."""
+        return chips.count_chips(self.devices) / len(self.devices)
+
+
+def target(name: str, slices: int = 1) -> Target:
+    """The devices of a topology such as `v5p:4x4x4`, on a machine that has none of them.
+
+    Raises:
+        UserError: no such topology, or the compiler for it is not installed.
+    """
+    prefix, _, shape = name.partition(":")
+    chip = chips.chip_of_topology(name)
+    known = [t for c in chips.CHIPS for t in c.topologies]
+    sizes = shape.split("x")
+    if chip is None or not all(s.isdigit() and int(s) for s in sizes) or len(sizes) != chip.dimensions:
+        near = [t for t in known if chip and t.partition(":")[0] in chip.prefixes] or known
+        raise UserError(f"--topology {name} is unknown; write a generation and its shape, such as {', '.join(near)}")
+    if slices < 1:
+        raise UserError(f"--slices {slices} leaves no chip; give 1 or more")
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if math.prod(map(int, sizes)) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if prefix.lower() == "v4":
+        options["chip_config_name"] = "megacore"  # as a TPU VM has it: one device per chip
+    try:
+        with _hushed():
+            described = topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{chip.prefixes[0]}:{shape}", **options
+            )
+    except Exception as error:
+        if not _has_libtpu():
+            raise UserError(
+                f"--topology {name} needs the TPU compiler (it runs on any Linux machine): "
+                "install the `aot` extra, e.g. EXTRAS=dev,aot launch/local.sh zoo compile ..."
+            ) from None
+        words = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"--topology {name} does not exist ({words}); known ones: {', '.join(chip.topologies)}"
+        ) from None
+    return Target(f"{slices} x {name}" if slices > 1 else name, described.devices, chip)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what the TPU library writes to the screen when it is loaded on a machine that has no TPU."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def _has_libtpu() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("libtpu") is not None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A program for a target, and what was read off it; `figures` is plain numbers and strings."""
+
+    figures: dict[str, Any]
+    fits: bool
+
+    def table(self) -> str:
+        """Aligned lines, one per figure."""
+        width = max(map(len, self.figures))
+        return "\n".join(f"{k:<{width}}  {_text(v)}" for k, v in self.figures.items())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items()) or "none"
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _gib(count: float) -> float:
+    return count / 2**30
+
+
+class _TooLarge(Exception):
+    """The compiler found no room; `needs` is what it says the program takes, in bytes."""
+
+    def __init__(self, needs: float, words: str) -> None:
+        super().__init__(words)
+        self.needs = needs
+
+
+def _compile(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        words = str(error)
+        if "RESOURCE_EXHAUSTED" not in words:
+            raise
+        amounts = [float(n) * 1024 ** " KMGT".index(unit) for n, unit in re.findall(r"([\d.]+)([KMGT])", words)]
+        raise _TooLarge(max(amounts, default=math.inf), words.partition("\n")[0]) from None
+
+
+def compile_run(run: Run, to: Target, what: str = "train", samples: int | None = None) -> Compiled:
+    """Compile a run's train step (`what="train"`) or its sampler (`"sample"`) for a target.
+
+    Nothing is allocated and nothing runs. The roofline takes each of compute, memory and network at its full rate and
+    all of them at once: no program is faster, most are slower.
+
+    Raises:
+        UserError: a mesh or a batch that the target's devices do not divide into.
+    """
+    mesh = run.mesh.build(to.devices)
+    optimizer = optim.build(run.optim, run.steps)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    begin = time.perf_counter()
+    with dist.use(mesh, run.rules):
+        abstract = abstract_state(run.task, optimizer, mesh, run.ema)
+        if what == "train":
+            dist.check_batch(run.batch, run.accumulate, mesh)
+            _, program, _ = compile_step(run.task, optimizer, mesh, ema=run.ema, accumulate=run.accumulate)
+            where = dist.batch_sharding(mesh)
+            batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=where) for k, v in run.spec().items()}
+            arguments: tuple[Any, ...] = (abstract, batch)
+            state: Any = abstract
+            items = run.batch
+        else:
+            if not hasattr(run.task, "sample"):
+                raise UserError(f"{type(run.task).__name__} has no sampler; use --what train")
+            items = samples or run.samples.n or 64
+            program = jax.jit(make_sampler(run.task, items, run.samples.options))
+            whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            state = abstract.params
+            arguments = (state, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole))
+        traced = program.trace(*arguments)
+        operations = flops.count(traced.jaxpr)
+        figures: dict[str, Any] = {
+            "program": f"{what} step, batch {items}" if what == "train" else f"sampler, {items} samples",
+            "topology": f"{to.name} ({len(to.devices)} devices, {to.chip.name})",
+            "mesh": " x ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "1 device",
+            "accumulate": run.accumulate,
+            "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params)),
+        }
+        memory = to.chip.memory * to.share if to.chip.memory else None
+        figures |= _state_figures(state, mesh)
+        try:
+            compiled = _compile(traced.lower())
+        except _TooLarge as error:
+            figures["needs GiB"] = _gib(error.needs)
+            figures["memory GiB"] = _gib(memory or 0)
+            figures["compiler"] = str(error)
+            return Compiled(figures, False)
+    figures["compile s"] = time.perf_counter() - begin
+    text = hlo.Program(compiled.as_text())
+    fits = _memory_figures(figures, compiled, state, memory)
+    if what == "train":  # a sampler gives nothing back to write into
+        figures["state arrays updated in place"] = f"{text.aliased} of {len(jax.tree.leaves(state))}"
+    model = flops.training_example(run.task) * run.batch if what == "train" else operations
+    floor = _least_sent(run, abstract, mesh) if what == "train" else None
+    _speed_figures(figures, text, to, mesh, operations, model, floor)
+    step = figures.get("step s, at least")
+    if step:
+        figures["examples/s, at most"] = items / step
+    return Compiled(figures, fits)
+
+
+def _bytes(leaf: Any) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # a typed key
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def shard_bytes(leaf: Any) -> int:
+    """Bytes of one device's part of an abstract array with a sharding."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return _bytes(leaf)
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _state_figures(state: Any, mesh: Any) -> dict[str, Any]:
+    leaves = jax.tree.leaves(state)
+    total, here = sum(map(_bytes, leaves)), sum(map(shard_bytes, leaves))
+    even = total / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    return {
+        "state GiB": _gib(total),
+        "state GiB per device": _gib(here),
+        "state / (total / (fsdp x tensor))": here / even,
+    }
+
+
+def _memory_figures(figures: dict[str, Any], compiled: Any, state: Any, memory: float | None) -> bool:
+    """Adds what the compiled program takes; whether it fits."""
+    needs = compiled.memory_analysis()
+    if needs is None:
+        figures["memory"] = "this compiler does not say"
+        return True
+    here = sum(shard_bytes(x) for x in jax.tree.leaves(state))
+    peak = needs.peak_memory_in_bytes or needs.argument_size_in_bytes + needs.temp_size_in_bytes
+    figures["arguments GiB per device"] = _gib(needs.argument_size_in_bytes)
+    figures["arguments / (total / (fsdp x tensor))"] = (
+        figures["state / (total / (fsdp x tensor))"] * needs.argument_size_in_bytes / here
+    )
+    figures["temporaries GiB, at the peak"] = _gib(max(0, peak - needs.argument_size_in_bytes))
+    figures["peak GiB"] = _gib(peak)
+    if memory is None:
+        return True
+    figures["memory GiB"] = _gib(memory)
+    figures["peak / memory"] = peak / memory
+    return bool(peak <= memory)
+
+
+def _speed_figures(
+    figures: dict[str, Any],
+    program: hlo.Program,
+    to: Target,
+    mesh: Any,
+    operations: float,
+    model: float,
+    floor: dict[str, float] | None,
+) -> None:
+    """Adds what the program computes, moves and sends, and the least time that takes."""
+    chip, count = to.chip, len(to.devices)
+    slices = [getattr(d, "slice_index", 0) for d in mesh.devices.flat]
+    kinds: Counter[str] = Counter()
+    far = 0.0
+    for one in program.collectives():
+        kinds[one.kind] += one.total  # type: ignore[assignment]
+        if one.crosses(lambda p: slices[p] if p < len(slices) else 0):
+            # one device of each group sends across, the others within their slice
+            far += one.total / max(1, len(one.groups[0]) // max(1, len(set(slices))))
+    sent = float(sum(kinds.values()))
+    figures["model TFLOP"] = model / 1e12
+    figures["program TFLOP"] = operations / 1e12
+    figures["moved GiB per device"] = _gib(program.moved())
+    figures["sent GiB per device"] = _gib(sent)
+    figures["sent, by kind"] = {k: _gib(v) for k, v in sorted(kinds.items())}
+    if floor is not None:
+        figures["sent, least possible"] = {k: _gib(v) for k, v in floor.items() if v}
+        if sum(floor.values()):
+            figures["sent / least possible"] = sent / sum(floor.values())
+    times: dict[str, float] = {}
+    if chip.peak:
+        times["compute"] = operations / (count * chip.peak * to.share)
+    if chip.bandwidth:
+        times["memory"] = program.moved() / (chip.bandwidth * to.share)
+    if chip.interconnect:
+        times["interconnect"] = (sent - far) / (chip.interconnect * to.share)
+    if chip.network and far:
+        times["network between slices"] = far / (chip.network * to.share)
+    if not times:
+        return
+    bound = max(times, key=lambda k: times[k])
+    figures["times s"] = times
+    figures["bound"] = bound
+    figures["step s, at least"] = times[bound]
+    if chip.peak:
+        figures["utilisation, at most"] = model / (times[bound] * count * chip.peak * to.share)
+
+
+def _least_sent(run: Run, abstract: State, mesh: Any) -> dict[str, float]:
+    """Bytes that each device must send in a step with these mesh axes, whatever the compiler does.
+
+    fsdp: every sharded parameter is gathered once forwards and once backwards in the dtype of the products, and its
+    gradient summed and scattered, for every micro-batch. data: the gradients of a device's shards are summed once.
+    tensor: the output of each kernel that is cut along what it sums over, and the input gradient of each that is cut
+    along its output, is summed. A sequence axis is not counted: that depends on the attention.
+    """
+    item = jnp.dtype(getattr(run.task, "dtype", "float32")).itemsize
+    data, fsdp, tensor = (mesh.shape[a] for a in ("data", "fsdp", "tensor"))
+    tokens = getattr(run.task, "tokens", 0) / mesh.shape["sequence"]
+    rows = run.batch / run.accumulate / (data * fsdp)
+    found = {"fsdp": 0.0, "data": 0.0, "tensor": 0.0}
+    for key, tree in abstract.params.items():
+        if key in run.task.held:
+            continue
+        for leaf in jax.tree.leaves(tree):
+            parts = [_names(p) for p in leaf.sharding.spec]
+            size, cut = math.prod(leaf.shape), set().union(*parts)
+            here = size / (tensor if "tensor" in cut else 1)
+            if "fsdp" in cut:
+                found["fsdp"] += 3 * here * item * (fsdp - 1) / fsdp * run.accumulate
+            elif fsdp > 1:
+                found["fsdp"] += 2 * here * 4 * (fsdp - 1) / fsdp
+            if data > 1:
+                found["data"] += 2 * here / (fsdp if "fsdp" in cut else 1) * 4 * (data - 1) / data
+            if "tensor" in cut and len(leaf.shape) > 1 and tensor > 1:
+                at = next(k for k, p in enumerate(parts) if "tensor" in p)
+                other = max(
+                    (leaf.shape[k] for k in range(len(leaf.shape)) if k != at and "fsdp" in parts[k]), default=0
+                )
+                layers = size / leaf.shape[at] / other if other else 0
+                copies = leaf.shape[0] if layers > 1 and len(leaf.shape) > 2 else 1
+                found["tensor"] += 2 * rows * tokens * other * item * (tensor - 1) / tensor * copies * run.accumulate
+    return found
+
+
+def _names(part: Any) -> set[str]:
+    return {part} if isinstance(part, str) else set(part or ())
+
+
+def nearest_fit(run: Run, to: Target, failed: Compiled, what: str, samples: int | None) -> str:
+    """What to change, as `field=value`, so that the program fits; compiled, not only estimated. A sentence."""
+    memory = (to.chip.memory or 0) * to.share
+    sizes = run.mesh.sizes(len(to.devices))
+    shards = sizes["fsdp"] * sizes["tensor"]
+    needs = (failed.figures.get("needs GiB") or failed.figures.get("peak GiB", math.inf)) * 2**30
+    state = failed.figures["state GiB"] * 2**30
+    work = max(needs - state / shards, needs / 2)  # what is not state shrinks with the rows at a time
+    choices: list[tuple[list[str], Run, float]] = []
+
+    def consider(fields: list[str], one: Run, estimate: float) -> None:
+        if estimate <= _SPARE * memory:
+            choices.append((fields, one, estimate))
+
+    more = sizes["data"] * sizes["fsdp"]
+    wide = dataclasses.replace(run.mesh, data=1, fsdp=more)
+    if sizes["data"] > 1 and len({getattr(d, "slice_index", 0) for d in to.devices}) == 1:
+        fields = ["mesh.data=1", f"mesh.fsdp={more}"]
+        consider(fields, dataclasses.replace(run, mesh=wide), work + state / (more * sizes["tensor"]))
+    if what == "train":
+        k = 2
+        while run.batch % (more * run.accumulate * k) == 0:
+            one = dataclasses.replace(run, accumulate=run.accumulate * k)
+            consider([f"accumulate={one.accumulate}"], one, work / k + state / shards * 4 / 3)
+            k *= 2
+        if getattr(run.task, "remat", None) in ("none", "dots"):
+            task = dataclasses.replace(run.task, remat="full")
+            consider(["task.remat=full"], dataclasses.replace(run, task=task), work / 3 + state / shards)
+    elif (n := samples or run.samples.n or 64) > 1:
+        k = 2
+        while n % k == 0 and n // k >= more:
+            one = dataclasses.replace(run, samples=dataclasses.replace(run.samples, n=n // k))
+            consider([f"--samples {n // k}"], one, work / k + state / shards)
+            k *= 2
+    for fields, one, _ in choices[:_TRIES]:
+        _log.info("trying %s ...", " ".join(fields))
+        found = compile_run(one, to, what, one.samples.n if what == "sample" else None)
+        if found.fits:
+            return f"it fits with {' '.join(fields)} (peak {found.figures['peak GiB']:.2f} of {_gib(memory):.2f} GiB)"
+    return (
+        f"nothing nearby fits: tried {', '.join(' '.join(f) for f, *_ in choices[:_TRIES]) or 'no accumulation or mesh'}; "
+        "take more chips, a chip with more memory, a smaller batch or task.remat=full"
+    )

@@ -1,0 +1,56 @@
+"""Floating-point operations of a traced program, counted from its equations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.extend.core import jaxprs_in_params
+
+from zoo import weights
+
+
+def count(jaxpr: Any) -> float:
+    """Operations of the matrix products and convolutions of a (closed) jaxpr, a multiply-add as two.
+
+    A scan counts as often as it runs (XLA's own analysis counts its body once), a loop of unknown length once, of branches
+    the dearest. What a `shard_map` does on one device counts for all of them; a kernel counts over its grid, and half of
+    that where it skips what a causal mask hides (the scope `causal` of `zoo.nn.attention.splash`).
+    """
+    total = 0.0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / outputs
+        elif name == "scan":
+            total += params["length"] * count(params["jaxpr"])
+        elif name == "cond":
+            total += max(count(branch) for branch in params["branches"])
+        elif name == "pallas_call":
+            grid = params["grid_mapping"].grid
+            blocks = grid[-1] if "causal" in str(eqn.source_info.name_stack) else 1
+            total += math.prod(grid) * (blocks + 1) / (2 * blocks) * count(params["jaxpr"])
+        elif name == "shard_map":
+            axes = params.get("newly_manual_axes", params.get("manual_axes", params["mesh"].axis_names))
+            total += math.prod(params["mesh"].shape[axis] for axis in axes) * count(params["jaxpr"])
+        else:
+            total += sum(count(inner) for inner in jaxprs_in_params(params))
+    return total
+
+
+def training_example(task: Any) -> float:
+    """Model FLOPs of one training example: the task's own figure, else three times those of its loss.
+
+    The backward pass of a product is two products. Nothing that is computed twice to save memory counts.
+    """
+    if hasattr(task, "flops"):
+        return float(task.flops())
+    traced = jax.make_jaxpr(task.loss)(weights.abstract(task), task.spec(1), jax.eval_shape(lambda: jax.random.key(0)))
+    return 3.0 * count(traced)
