@@ -45,7 +45,7 @@ if [ ! -x "$venv/bin/python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; 
       exit 2
     }
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" >&2 || {
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "${root}[$extras]" >&2 || {
     echo "launch/local.sh: the installation failed; see the message above" >&2
     exit 2
   }
