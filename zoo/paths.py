@@ -137,7 +137,7 @@ def _settle() -> None:
         fsspec.config.conf[name] = {**settings, **fsspec.config.conf.get(name, {})}
     if emulated:
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks with credentials that nobody has
-    for library in ("gcsfs", "urllib3"):  # of a failure we make one sentence
+    for library in ("gcsfs", "google", "urllib3"):  # of a failure we make one sentence
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
