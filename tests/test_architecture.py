@@ -16,6 +16,7 @@ MAY = {
     "config": set(),
     "paths": set(),
     "dist": set(),
+    "hosts": set(),
     "data": set(),
     "weights": set(),
     "nn": {"dist"},
@@ -23,7 +24,7 @@ MAY = {
     "encoders": {"nn"},
     "diffusion": {"nn"},
     "papers": {"nn", "flows", "diffusion", "encoders", "dist"},
-    "metrics": {"encoders", "flows", "diffusion", "data", "dist"},
+    "metrics": {"encoders", "flows", "diffusion", "data", "dist", "hosts"},
     "train.optim": set(),
     "train.report": {"paths"},
     "train.step": {"dist"},
@@ -31,14 +32,14 @@ MAY = {
     "run": {"dist", "data", "train.optim"},
     "models": {"config", "dist", "paths", "weights", "train.optim", "train.step", "train.checkpoint"},
     "train.loop": {
-        "config", "dist", "data", "models", "paths", "run", "weights",
+        "config", "dist", "data", "hosts", "models", "paths", "run", "weights",
         "train.optim", "train.checkpoint", "train.report", "train.step",
     },
     "commands": {
-        "config", "dist", "data", "models", "paths", "run", "weights", "metrics", "papers",
+        "config", "dist", "data", "hosts", "models", "paths", "run", "weights", "metrics", "papers",
         "train.optim", "train.report", "train.step",
     },
-    "cli": {"config", "dist", "data", "metrics", "models", "paths", "run", "commands", "train.loop"},
+    "cli": {"config", "dist", "data", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop"},
     "": {"models"},
 }  # fmt: skip
 FLAX = {"nn", "encoders", "papers", "dist", "train.step"}  # train.step: flax.struct only

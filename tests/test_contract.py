@@ -12,8 +12,8 @@ import pytest
 from zoo import config, dist, weights
 from zoo.run import Run
 from zoo.train import optim
-from zoo.train.loop import sheet_conditions, train
-from zoo.train.step import State, abstract_state, split
+from zoo.train.loop import train
+from zoo.train.step import State, abstract_state, make_sampler, split
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [name for name, path in config.shipped().items() if isinstance(config.load(str(path)), Run)]
@@ -79,8 +79,7 @@ def test_samples_have_the_promised_shape(trained: Any) -> None:
     if not hasattr(run.task, "sample"):
         pytest.skip("this task has no sampler")
     assert run.samples.n > 0, "the smoke run draws no samples"
-    conditions = sheet_conditions(run.task, 4)
-    drawn = jax.eval_shape(lambda p: run.task.sample(p, jax.random.key(0), 4, conditions), state.params)
+    drawn = jax.eval_shape(make_sampler(run.task, 4, {}), state.params, jax.random.key(0))
     spec = run.task.spec(4)
     assert set(drawn) & set(spec)
     for key in set(drawn) & set(spec):

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import typing
 import warnings
 from collections.abc import Sequence
@@ -142,6 +143,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"note: {' '.join(str(message).split())[:300]}", file=sys.stderr
     )
     try:
+        code = _run_verb(args)
+    except BaseException:
+        if (hosts := sys.modules.get("zoo.hosts")) is not None and hosts.several():
+            traceback.print_exc()
+            hosts.stop(1)  # ends this process: a lost one would be waited for
+        raise
+    if (hosts := sys.modules.get("zoo.hosts")) is not None:
+        hosts.stop(code)
+    return code
+
+
+def _run_verb(args: argparse.Namespace) -> int:
+    try:
         return int(_VERBS[args.verb](args) or 0)
     except UserError as error:
         if args.traceback:
@@ -163,10 +177,13 @@ def _train(args: argparse.Namespace) -> int:
     from zoo import config
 
     run = _run(config.load(args.config, args.fields), args.config)
-    from zoo import dist
+    from zoo import dist, hosts
     from zoo.train.loop import train
 
     dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
+    hosts.start()
+    if not hosts.main():
+        logging.getLogger("zoo").setLevel(logging.WARNING)
     train(run, quiet=args.quiet)
     return 0
 

@@ -128,8 +128,9 @@ def _cpu_devices(batch: int, mesh: Mesh | None) -> int:
     """How many devices to make of this machine's cores: what the mesh asks for, else what divides the batch."""
     sizes = [getattr(mesh, name) for name in AXES] if mesh is not None else [-1]
     asked = math.prod(size for size in sizes if size > 0)
-    if -1 not in sizes:
-        return asked
+    processes = int(os.environ.get("JAX_NUM_PROCESSES") or 1)
+    if -1 not in sizes or processes > 1:
+        return max(1, asked // processes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n = 1
     while 2 * n <= min(cores // asked, _CPU_DEVICES) and batch % (2 * n * asked) == 0:

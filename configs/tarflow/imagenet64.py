@@ -17,7 +17,16 @@ from zoo.train.optim import AdamW
 
 config = Run(
     task=tarflow.TarFlow(
-        image=64, patch=2, width=768, depth=8, blocks=8, head_dim=64, noise=0.05, dtype="bfloat16", remat="dots"
+        image=64,
+        patch=2,
+        width=768,
+        depth=8,
+        blocks=8,
+        head_dim=64,
+        noise=0.05,
+        dtype="bfloat16",
+        remat="dots",
+        attention="auto",
     ),
     data=Images("tfds:imagenet_resized/64x64", size=64, flip=True),
     optim=AdamW(lr=1e-4, final_lr=1e-6, warmup=5_004, b2=0.95, weight_decay=1e-4, decay_all=True),

@@ -11,16 +11,17 @@ from jax.extend.core import jaxprs_in_params
 from zoo import weights
 
 
-def count(jaxpr: Any) -> float:
+def count(jaxpr: Any, causal: bool = False) -> float:
     """Operations of the matrix products and convolutions of a (closed) jaxpr, a multiply-add as two.
 
     A scan counts as often as it runs (XLA's own analysis counts its body once), a loop of unknown length once, of branches
     the dearest. What a `shard_map` does on one device counts for all of them; a kernel counts over its grid, and half of
     that where it skips what a causal mask hides (the scope `causal` of `zoo.nn.attention.splash`).
     """
-    total = 0.0
+    total, outer = 0.0, causal
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = eqn.primitive.name, eqn.params
+        causal = outer or "causal" in str(eqn.source_info.name_stack)
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
@@ -30,18 +31,18 @@ def count(jaxpr: Any) -> float:
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / outputs
         elif name == "scan":
-            total += params["length"] * count(params["jaxpr"])
+            total += params["length"] * count(params["jaxpr"], causal)
         elif name == "cond":
-            total += max(count(branch) for branch in params["branches"])
+            total += max(count(branch, causal) for branch in params["branches"])
         elif name == "pallas_call":
             grid = params["grid_mapping"].grid
-            blocks = grid[-1] if "causal" in str(eqn.source_info.name_stack) else 1
-            total += math.prod(grid) * (blocks + 1) / (2 * blocks) * count(params["jaxpr"])
+            blocks = grid[-1] if causal else 1
+            total += math.prod(grid) * (blocks + 1) / (2 * blocks) * count(params["jaxpr"], causal)
         elif name == "shard_map":
             axes = params.get("newly_manual_axes", params.get("manual_axes", params["mesh"].axis_names))
-            total += math.prod(params["mesh"].shape[axis] for axis in axes) * count(params["jaxpr"])
+            total += math.prod(params["mesh"].shape[axis] for axis in axes) * count(params["jaxpr"], causal)
         else:
-            total += sum(count(inner) for inner in jaxprs_in_params(params))
+            total += sum(count(inner, causal) for inner in jaxprs_in_params(params))
     return total
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo import hosts
 from zoo.data.images import open_npz
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
@@ -182,7 +183,7 @@ class Frechet:
                     "are compared; use features=RUN_OR_EXPORT of a task that has features"
                 )
             pixels = jax.jit(lambda image: (quantise(image) / 255).reshape(len(image), -1))
-            return lambda image: np.asarray(pixels(image)), _PIXELS
+            return lambda image: hosts.fetch(pixels(image)), _PIXELS
         if network is None:
             raise UserError(
                 f"features={name} of the metric frechet is not open; pass network=zoo.models.open_model({name!r})"
@@ -209,7 +210,7 @@ class Frechet:
             return network.task.features(params, {"image": 2 * quantise(image) / 255 - 1})
 
         def checked(image: Any) -> np.ndarray:
-            found = np.asarray(extract(weights, image))
+            found = hosts.fetch(extract(weights, image))
             if not np.isfinite(found).all():
                 raise UserError(
                     f"features={name} of the metric frechet: {kind} gives features that are not finite; "
@@ -245,14 +246,14 @@ class Frechet:
         for first in range(0, self.samples, self.batch):
             count = min(self.batch, self.samples - first)
             indices = jnp.arange(first, first + self.batch, dtype=jnp.int32)
-            image = np.array(draw(params, jax.random.fold_in(rng, 0), indices))
+            image = np.array(hosts.fetch(draw(params, jax.random.fold_in(rng, 0), indices)))
             for attempt in range(1, _RETRIES + 1):
                 bad = ~_finite(image)
                 bad[count:] = False
                 if not bad.any():
                     break
                 tally["resampled"] += int(bad.sum())
-                image[bad] = np.asarray(draw(params, jax.random.fold_in(rng, attempt), indices))[bad]
+                image[bad] = hosts.fetch(draw(params, jax.random.fold_in(rng, attempt), indices))[bad]
             good = _finite(image)
             tally["left_out"] += count - int(good[:count].sum())
             image[~good] = 0  # keeps one compiled shape; these rows are not counted
@@ -283,7 +284,8 @@ def _kept(path: Path, settings: Mapping[str, Any], measure: Callable[[], Moments
         UserError: the file was made with other settings or by something else, or cannot be written.
     """
     remedy = "remove it, or give reference another name"
-    if path.exists():
+    # every process takes the same way: measuring is shared among them
+    if hosts.all_agree(path.exists(), "for statistics of the metric frechet"):
         with open_npz(path) as file:
             try:
                 found = json.loads(str(file["settings"]))
@@ -305,7 +307,7 @@ def _kept(path: Path, settings: Mapping[str, Any], measure: Callable[[], Moments
     except OSError as error:
         raise _unwritable(path, error) from None
     measured = measure()
-    if jax.process_index() == 0:
+    if hosts.main():
         part = path.with_name(f"{path.name}.part")  # a killed run leaves no torn file under the real name
         try:
             with open(part, "wb") as out:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import dist
+from zoo import dist, hosts
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 
@@ -96,7 +96,7 @@ class Bits:
         for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit):
             kept = {k: v for k, v in batch.items() if self.label or k != "label"}
             nats = nll(params, kept, first + jnp.arange(self.batch), rng)
-            bits.append(np.asarray(task.bits(nats / dims))[:count])
+            bits.append(hosts.fetch(task.bits(nats / dims))[:count])
             first += count
         values = np.concatenate(bits).astype(np.float64)
         key = task.bits_name
@@ -195,7 +195,7 @@ class BayesAccuracy:
 
         for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit):
             kept = {k: v for k, v in batch.items() if k != "label"}
-            guess = np.asarray(classify(params, kept, first + jnp.arange(self.batch), rng))
+            guess = hosts.fetch(classify(params, kept, first + jnp.arange(self.batch), rng))
             right.append((guess == batch["label"])[:count])
             first += count
         hits = np.concatenate(right)

@@ -121,7 +121,8 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret:
 
     def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, T, K]
-        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+        with jax.named_scope("causal" if causal else "full"):  # by which operations are counted
+            return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
 
     q = q * jnp.asarray(head_dim**-0.5, q.dtype)
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0))) for x in (q, k, v))

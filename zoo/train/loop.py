@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
@@ -14,9 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from zoo import config, dist, models, paths, weights
+from zoo import config, dist, hosts, models, paths, weights
 from zoo.data.pipeline import label_names
 from zoo.errors import UserError
 from zoo.paths import Folder
@@ -25,7 +25,7 @@ from zoo.task import Params, check_needs, check_options
 from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.report import Report, class_name
-from zoo.train.step import Metrics, State, compile_step
+from zoo.train.step import Metrics, State, compile_step, make_sampler
 
 _log = logging.getLogger("zoo")
 _PUSH = 10.0  # seconds that a save waits for the records of its steps to reach a bucket
@@ -38,9 +38,12 @@ class Diverged(UserError):
 
 @contextmanager
 def _termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets (a pod's preemption, a scheduler's time limit), so that the loop can save first."""
+    """An event that SIGTERM sets (a pod's preemption, a scheduler's time limit), so that the loop can save first.
+
+    Among several processes JAX listens instead, so that all of them stop after the same step (`hosts.asked_to_stop`).
+    """
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if hosts.several() or threading.current_thread() is not threading.main_thread():
         yield asked
         return
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
@@ -180,12 +183,6 @@ def _first(state: State, given: Mapping[str, Params], where: Any) -> State:
     return state.replace(params=params, ema=trained)
 
 
-def sheet_conditions(task: Any, n: int) -> dict[str, np.ndarray] | None:
-    """Class-balanced labels for n samples of a conditional task."""
-    classes = getattr(task, "classes", 0)
-    return {"label": np.arange(n, dtype=np.int32) % classes} if classes and "label" in task.spec(1) else None
-
-
 class _Watch:
     """Looks at the model while it trains: sheets and metrics, from the average where there is one, and says which."""
 
@@ -196,9 +193,7 @@ class _Watch:
         n = run.samples.n
         self.draw = None
         if n and hasattr(run.task, "sample"):
-            conditions = sheet_conditions(run.task, n)
-            options = dict(run.samples.options)
-            self.draw = jax.jit(lambda params, rng: run.task.sample(params, rng, n, conditions, **options))
+            self.draw = jax.jit(make_sampler(run.task, n, run.samples.options))
 
     def due(self, step: int, every: int) -> bool:
         return step == self.run.steps or (every > 0 and step % every == 0)
@@ -213,7 +208,7 @@ class _Watch:
         params: Params = {**state.params, **state.ema}
         with self.report.away():
             if sheet and self.draw is not None:
-                drawn = jax.device_get(self.draw(params, jax.random.key(run.seed)))
+                drawn = hosts.fetch(self.draw(params, jax.random.key(run.seed)))
                 if "image" in drawn:
                     names = [class_name(self.labels, i) for i in drawn["label"]] if "label" in drawn else None
                     self.report.sheet(
@@ -225,6 +220,31 @@ class _Watch:
                 self.report.log(step, {**found, "weights": self.kind})
             self.report.curve()
         return found
+
+
+def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -> dict[str, Any]:
+    """Process 0 makes or re-enters the run folder and holds it; then the others must see it."""
+
+    def claim() -> dict[str, Any]:
+        _, about = claim_folder(run, labels)
+        held.enter_context(_only_writer(folder))
+        return about
+
+    about = hosts.first(claim)
+    if about is None:
+        try:
+            about = models.read_config(folder)
+        except UserError:
+            raise UserError(
+                f"workdir={folder} was made by process 0 and cannot be seen here; give a folder that all hosts share, or "
+                "one in a bucket (gs://BUCKET/FOLDER)"
+            ) from None
+    return about
+
+
+def _versions() -> dict[str, str]:
+    """What all processes of a run must have in common besides its config."""
+    return {"jax": jax.__version__, "zoo": importlib.metadata.version("zoo")}
 
 
 def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float]]]:
@@ -241,7 +261,8 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
     """
     folder = None if run.workdir is None else paths.reach(run.workdir, "workdir=")
     mesh = run.mesh.build()
-    with dist.use(mesh, run.rules), _termination() as asked, ExitStack() as held:
+    with hosts.guarded(), dist.use(mesh, run.rules), _termination() as asked, ExitStack() as held:
+        hosts.same({"run": config.dump(run), **_versions()}, config.differences)
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
         _check_labels(run, labels)
@@ -255,8 +276,7 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
         weights.fill(abstract.params, given)  # before the folder is claimed: it would belong to the wrong weights
         checkpoints = state = about = None
         if folder is not None:
-            folder, about = claim_folder(run, labels)
-            held.enter_context(_only_writer(folder))
+            about = _claim(run, labels, folder, held)
             checkpoints = Checkpoints(folder, run.checkpoint.keep)
             state = checkpoints.restore(abstract)
         if state is None:
@@ -265,7 +285,12 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
             _log.info("parameters: step %d of %s", int(state.step), run.workdir)
         start = int(state.step)
         report = Report(
-            folder or ".", total=run.steps, start=start, batch=run.batch, quiet=quiet, main=folder is not None
+            folder or ".",
+            total=run.steps,
+            start=start,
+            batch=run.batch,
+            quiet=quiet,
+            main=folder is not None and hosts.main(),
         )
         try:
             with report:
@@ -301,7 +326,7 @@ def _steps(
         for step in range(start + 1, run.steps + 1):
             state, metrics = step_fn(state, next(feed))
             report.tick(step)
-            last, stop = step == run.steps, asked.is_set()
+            last, stop = step == run.steps, asked.is_set() or hosts.asked_to_stop(step)
             if last or stop or step % run.log_every == 0 or step == start + 1:
                 history.append({"step": step, **_check(step, metrics)})
                 report.log(step, {k: v for k, v in history[-1].items() if k not in ("step", "streak")})

@@ -1,0 +1,304 @@
+"""Several processes that train one model: how they find each other, agree, and stop together.
+
+Everything here is a no-op in a process of its own. JAX starts a small service beside process 0, through which messages go
+that are not arrays: a config to compare, a reason to stop. A thread in every process looks for such a reason, and for
+processes that no longer answer, so that nobody waits for ever in an exchange of arrays with a process that is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from zoo.errors import UserError
+
+_log = logging.getLogger("zoo")
+_BEAT = 1.0  # seconds between two signs of life
+_MEET = 300.0  # seconds that processes wait for each other where one may have more to do: to start, to look at data
+_MISTAKE, _LOST = 2, 3  # exit codes: mend something first; start the same command again
+
+_PEER_TIMEOUT = 60.0  # seconds of silence after which a process counts as lost; ZOO_PEER_TIMEOUT
+
+
+class _Group:
+    """This process among others."""
+
+    def __init__(self, client: Any, index: int, count: int, timeout: float) -> None:
+        self.client, self.index, self.count, self.timeout = client, index, count, timeout
+        self.meetings = 0
+        self.verdict: dict[str, Any] | None = None
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True, name="zoo-hosts")
+        self.thread.start()
+
+    def get(self, key: str) -> str | None:
+        try:
+            return self.client.key_value_try_get(key)
+        except Exception as error:
+            if "NOT_FOUND" in str(error):
+                return None
+            raise
+
+    def publish(self, code: int, text: str) -> None:
+        """Tell every process to stop, and why; the first reason stands."""
+        with contextlib.suppress(Exception):
+            self.client.key_value_set("zoo/stop", json.dumps({"code": code, "text": text, "by": self.index}))
+
+    def _watch(self) -> None:
+        seen: dict[int, tuple[str | None, float]] = {}
+        answered = time.monotonic()
+        others = range(1, self.count) if self.index == 0 else (0,)  # process 0 looks at all, all look at process 0
+        while not self.done.wait(_BEAT):
+            now = time.monotonic()
+            try:
+                self.client.key_value_increment(f"zoo/alive/{self.index}", 1)
+                found = self.get("zoo/stop")
+                if found is not None:
+                    self.verdict = json.loads(found)
+                    break
+                for other in others:
+                    beat = self.get(f"zoo/alive/{other}")
+                    if other not in seen or seen[other][0] != beat:
+                        seen[other] = (beat, now)
+                    elif now - seen[other][1] > self.timeout:
+                        self.publish(_LOST, _silent(other, self.timeout))
+                answered = now
+            except Exception:
+                # the service lives in process 0
+                if now - answered > min(self.timeout, 10):
+                    self.verdict = {"code": _LOST, "text": _silent(0, now - answered), "by": 0}
+                    break
+        if self.verdict is not None and self.verdict["by"] != self.index and not self.done.wait(2 * _BEAT):
+            self.leave()
+
+    def leave(self) -> None:
+        """End this process for the reason that stands: whatever waits for arrays of a lost process waits for ever."""
+        assert self.verdict is not None
+        print(f"zoo: process {self.index} stops: {self.verdict['text']}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self.verdict["code"])
+
+
+def _silent(other: int, seconds: float) -> str:
+    return (
+        f"process {other} has not answered for {seconds:.0f} seconds; its own log says why. Start the same command again on "
+        "all hosts: it goes on from the last checkpoint"
+    )
+
+
+_group: _Group | None = None
+
+
+def _wanted(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """Arguments of `jax.distributed.initialize` for this environment; None for a process of its own."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [name for name in names if environ.get(name)]
+    if given and given != ["JAX_COORDINATOR_ADDRESS"]:
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise UserError(f"{', '.join(given)} set but not {', '.join(missing)}; set all three, or none of them")
+        address = environ[names[0]]
+        try:
+            count, index = int(environ[names[1]]), int(environ[names[2]])
+            port = int(address.rpartition(":")[2])
+        except ValueError:
+            raise UserError(
+                f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT, JAX_NUM_PROCESSES={environ[names[1]]} and "
+                f"JAX_PROCESS_ID={environ[names[2]]} whole numbers"
+            ) from None
+        if not 0 <= index < count or not 0 < port < 2**16:
+            raise UserError(
+                f"JAX_PROCESS_ID={index} must be below JAX_NUM_PROCESSES={count}, and the port {port} below 65536"
+            )
+        if count == 1:
+            return None
+        return {"coordinator_address": address, "num_processes": count, "process_id": index}
+    if (
+        int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")) or 1) > 1
+        and "SLURM_PROCID" in environ
+    ):
+        # JAX takes one device per task unless told otherwise; ours is one task per node with all its devices
+        return {"cluster_detection_method": "slurm", "local_device_ids": _slurm_devices(environ)}
+    hostnames = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
+    if len(hostnames.split(",")) > 1 or environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
+        return {}
+    if os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):  # a TPU VM asks its metadata
+        return {}
+    return None
+
+
+def _slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
+    """All devices of the node for the one task on it; None leaves JAX's rule, one device per task."""
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_NTASKS_PER_NODE", "1"))
+    if tasks.partition("(")[0] != "1":
+        return None
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    return list(range(len(visible.split(",")))) if visible else None
+
+
+def start(environ: Mapping[str, str] | None = None) -> None:
+    """Join the other processes of this run, where the environment says that there are any.
+
+    Explicitly by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; else as Slurm, a TPU pod or GKE say. To be
+    called before any device is used.
+
+    Raises:
+        UserError: half an address, or nobody there within five minutes.
+    """
+    global _group
+    environ = os.environ if environ is None else environ
+    if _group is not None or jax.distributed.is_initialized():
+        return
+    wanted = _wanted(environ)
+    if wanted is None:
+        return
+    text = environ.get("ZOO_PEER_TIMEOUT", "")
+    try:
+        timeout = float(text) if text else _PEER_TIMEOUT
+    except ValueError:
+        raise UserError(
+            f"ZOO_PEER_TIMEOUT={text} is no number of seconds; leave it out for {_PEER_TIMEOUT:.0f}"
+        ) from None
+    try:
+        # JAX's own watch ends a process without a word of ours: it comes second
+        jax.distributed.initialize(
+            **wanted, initialization_timeout=int(_MEET), heartbeat_timeout_seconds=int(2 * timeout) + 10
+        )
+    except Exception as error:
+        raise UserError(
+            f"the processes of this run did not find each other ({str(error).splitlines()[0][:200]}); look at the address "
+            "and the network between hosts, and that every host runs the command"
+        ) from error
+    if jax.process_count() > 1:
+        from jax._src import distributed  # the service's client: Orbax too takes it from here, there is no other way
+
+        _group = _Group(distributed.global_state.client, jax.process_index(), jax.process_count(), timeout)
+        _log.info("process %d of %d, %d devices here", _group.index, _group.count, jax.local_device_count())
+
+
+def main() -> bool:
+    """Whether this process writes and speaks for all."""
+    return _group is None or _group.index == 0
+
+
+def several() -> bool:
+    """Whether there are other processes."""
+    return _group is not None
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """What fails in here fails on every process: the others are told the reason and stop, instead of waiting.
+
+    An error that another process caused (a connection it closed by dying) becomes the sentence that says so.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _group is not None:
+            if isinstance(error, UserError):
+                _group.publish(_MISTAKE, f"process {_group.index} says: {error}")
+            else:
+                _wait_for_verdict(_group)
+                if _group.verdict is not None and _group.verdict["by"] != _group.index:
+                    _group.leave()
+                _group.publish(_LOST, f"process {_group.index} failed ({type(error).__name__}); its own log says why")
+        raise
+
+
+def _wait_for_verdict(group: _Group) -> None:
+    """Time enough to notice that another process is gone, which is how most exchanges of arrays fail."""
+    end = time.monotonic() + group.timeout + 5
+    while group.verdict is None and group.thread.is_alive() and time.monotonic() < end:
+        time.sleep(_BEAT / 4)
+
+
+def stop(code: int) -> None:
+    """Leave the group at the end of a command. After a failure nobody is waited for."""
+    global _group
+    if _group is None:
+        return
+    group, _group = _group, None
+    group.done.set()
+    if code:
+        time.sleep(3 * _BEAT)  # the service lives in process 0: the others shall have read the reason
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    jax.distributed.shutdown()
+
+
+def _meet(group: _Group, what: str) -> None:
+    group.meetings += 1
+    try:
+        group.client.wait_at_barrier(f"zoo/meet/{group.meetings}", int(_MEET * 1000))
+    except Exception as error:
+        _wait_for_verdict(group)
+        if group.verdict is not None:
+            group.leave()
+        raise UserError(
+            f"the processes of this run waited in vain for each other ({what}); look at their logs"
+        ) from error
+
+
+def same(about: Mapping[str, Any], differences: Callable[[Any, Any], list[str]]) -> None:
+    """UserError, on every process, unless all of them run the same thing; the fields that differ are named."""
+    if _group is None:
+        return
+    if _group.index == 0:
+        _group.client.key_value_set("zoo/about", json.dumps(about))
+    _meet(_group, "to compare their configs")
+    theirs = json.loads(_group.client.blocking_key_value_get("zoo/about", int(_MEET * 1000)))
+    differ = differences(theirs, json.loads(json.dumps(about)))
+    if differ:
+        raise UserError(
+            f"process {_group.index} runs something else than process 0: {'; '.join(differ[:5])}; start the same command "
+            "with the same files on every host"
+        )
+    _meet(_group, "after comparing their configs")
+
+
+def first(action: Callable[[], Any]) -> Any:
+    """The action's outcome on process 0, which goes ahead; None on the others, which go on once it is done."""
+    outcome = action() if main() else None
+    if _group is not None:
+        _meet(_group, "for process 0")
+    return outcome
+
+
+def all_agree(ok: bool, what: str) -> bool:
+    """Whether it went well on every process."""
+    if _group is None:
+        return ok
+    tag = f"zoo/agree/{_group.meetings}"
+    _group.client.key_value_set(f"{tag}/{_group.index}", str(int(ok)))
+    _meet(_group, what)
+    return all(value == "1" for _, value in _group.client.key_value_dir_get(tag))
+
+
+def asked_to_stop(step: int) -> bool:
+    """Whether some process got SIGTERM and all have agreed to stop after this step; to be asked once a step."""
+    return _group is not None and multihost_utils.reached_preemption_sync_point(step)
+
+
+def fetch(tree: Any) -> Any:
+    """Numpy arrays of a tree of arrays, whole on every process."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
