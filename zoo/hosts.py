@@ -50,10 +50,11 @@ class _Group:
                 return None
             raise
 
-    def publish(self, code: int, text: str) -> None:
-        """Tell every process to stop, and why; the first reason stands."""
+    def publish(self, code: int, text: str, by: int | None = None) -> None:
+        """Tell every process to stop, and why: something that process `by` (this one) did; the first reason stands."""
+        said = json.dumps({"code": code, "text": text, "by": self.index if by is None else by})
         with contextlib.suppress(Exception):
-            self.client.key_value_set("zoo/stop", json.dumps({"code": code, "text": text, "by": self.index}))
+            self.client.key_value_set("zoo/stop", said)
 
     def _watch(self) -> None:
         seen: dict[int, tuple[str | None, float]] = {}
@@ -72,7 +73,7 @@ class _Group:
                     if other not in seen or seen[other][0] != beat:
                         seen[other] = (beat, now)
                     elif now - seen[other][1] > self.timeout:
-                        self.publish(_LOST, _silent(other, self.timeout))
+                        self.publish(_LOST, _silent(other, self.timeout), by=other)
                 answered = now
             except Exception:
                 # the service lives in process 0
@@ -271,7 +272,12 @@ def same(about: Mapping[str, Any], differences: Callable[[Any, Any], list[str]])
 
 
 def first(action: Callable[[], Any]) -> Any:
-    """The action's outcome on process 0, which goes ahead; None on the others, which go on once it is done."""
+    """The action's outcome on process 0; None on the others, which go on once it is done.
+
+    It begins when all processes have come this far: none of them has found a mistake on its way.
+    """
+    if _group is not None:
+        _meet(_group, "to get ready")
     outcome = action() if main() else None
     if _group is not None:
         _meet(_group, "for process 0")

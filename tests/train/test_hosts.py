@@ -1,0 +1,356 @@
+"""Runs of several real processes on this machine: the same curve as one, agreed stops, lost processes, other numbers of them.
+
+Four devices in all, whoever holds them. What takes four processes is slow: they share the cores of one machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from zoo import config, dist, hosts
+from zoo.errors import UserError
+from zoo.train import optim
+from zoo.train.checkpoint import Checkpoints
+from zoo.train.report import read_metrics
+from zoo.train.step import State, abstract_state
+from zoo.weights.layout import named_leaves
+
+CONFIG = '''
+"""A small flow on real digits that come slowly, split over two axes of a mesh."""
+
+import os
+import time
+from dataclasses import dataclass, replace
+
+from zoo.data.images import Digits
+from zoo.dist import Mesh
+from zoo.errors import UserError
+from zoo.metrics.likelihood import Bits
+from zoo.papers.tarflow import TarFlow
+from zoo.run import Checkpoint, Run, Samples
+from zoo.train.optim import AdamW
+
+
+class Source:
+    def __init__(self, inner):
+        self.inner, self.labels, self.augment = inner, inner.labels, getattr(inner, "augment", None)
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        time.sleep(float(os.environ.get("PAUSE", 0)))
+        return self.inner[index]
+
+
+@dataclass(frozen=True)
+class Slow:
+    def source(self, split, spec=None):
+        if os.environ.get("WITHOUT_DATA") == os.environ.get("JAX_PROCESS_ID", "none"):
+            raise UserError("the digits are not on this host")
+        return Source(Digits().source(split, spec))
+
+
+config = Run(
+    task=TarFlow(
+        image=8, channels=1, patch=4, width=16, depth=1, blocks=2, head_dim=8, noise_type="uniform", levels=17
+    ),
+    data=Slow(),
+    steps=16,
+    batch=16,
+    optim=AdamW(lr=0.003, schedule="constant", clip=1.0),
+    ema=0.9,
+    mesh=Mesh(data=2, fsdp=2),
+    checkpoint=Checkpoint(every=4),
+    samples=Samples(n=4),
+    evals=(Bits(batch=32, limit=64),),
+    log_every=1,
+)
+
+plain = replace(config, samples=Samples(n=0), evals=())
+'''
+STEPS, DEVICES, LIMIT = 16, 4, 180
+TIMEOUT = 8  # seconds after which a process counts as lost
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Cluster:
+    """The processes of one run."""
+
+    def __init__(self, root: Path, name: str, count: int, fields: Sequence[Sequence[str]], **environ: Any) -> None:
+        self.root, self.name, self.count = root, name, count
+        address = f"127.0.0.1:{free_port()}"
+        known = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        known |= {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count} --xla_backend_optimization_level=0",
+            "ZOO_CACHE": str(root / "cache"),
+            "ZOO_PEER_TIMEOUT": str(TIMEOUT),
+            **{k.upper(): str(v) for k, v in environ.items()},
+        }
+        self.processes = []
+        for i in range(count):
+            which = "config.py" if name in ("one", "two", "four") else "config.py:plain"
+            joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
+            with (root / f"{name}.{i}.txt").open("wb") as out:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "zoo.cli", "train", which, f"workdir=runs/{name}", *fields[i]],
+                        cwd=root,
+                        env=known | (joined if count > 1 else {}),
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def said(self, i: int) -> str:
+        return (self.root / f"{self.name}.{i}.txt").read_text(errors="replace")
+
+    def codes(self) -> list[int]:
+        """Exit codes, once all have ended."""
+        end = time.monotonic() + LIMIT
+        return [p.wait(max(1, end - time.monotonic())) for p in self.processes]
+
+    def until(self, true: Callable[[], bool]) -> None:
+        end = time.monotonic() + LIMIT
+        while not true():
+            assert all(p.poll() is None for p in self.processes), self.said(0)
+            assert time.monotonic() < end, "they do not get there"
+            time.sleep(0.02)
+
+
+class Runs:
+    """A folder of runs of one config."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.clusters = root, []
+        (root / "config.py").write_text(CONFIG)
+
+    def start(self, name: str, count: int, *fields: str, each: Sequence[str] = (), **environ: Any) -> Cluster:
+        own = [[*fields, *([each[i]] if each else [])] for i in range(count)]
+        self.clusters.append(Cluster(self.root, name, count, own, **environ))
+        return self.clusters[-1]
+
+    def finish(self, name: str, count: int, *fields: str) -> Cluster:
+        cluster = self.start(name, count, *fields)
+        assert cluster.codes() == [0] * count, [cluster.said(i)[-2000:] for i in range(count)]
+        return cluster
+
+    def folder(self, name: str) -> Path:
+        return self.root / "runs" / name
+
+    def reached(self, name: str) -> int:
+        return max((r["step"] for r in read_metrics(self.folder(name) / "metrics.jsonl")), default=0)
+
+    def saved(self, name: str) -> list[int]:
+        return Checkpoints(self.folder(name), create=False).steps()
+
+    def curve(self, name: str) -> np.ndarray:
+        """Bits (the loss, but far from zero) and gradient norm of every step, each logged once."""
+        records = read_metrics(self.folder(name) / "metrics.jsonl")
+        train = [r for r in records if "loss" in r]
+        assert [r["step"] for r in train] == list(range(1, STEPS + 1))
+        return np.array([*(r["bits"] for r in train), *(r["grad_norm"] for r in train)])
+
+    def held_out(self, name: str) -> list[float]:
+        return [r["bpd"] for r in read_metrics(self.folder(name) / "metrics.jsonl") if "bpd" in r]
+
+    def state(self, name: str) -> dict[str, np.ndarray]:
+        """Every leaf of the last step's checkpoint."""
+        run = config.load(str(self.root / "config.py"), [])
+        mesh = dist.Mesh(data=1).build(jax.devices()[:1])
+        assert self.saved(name)[-1] == STEPS
+        with dist.use(mesh):
+            abstract = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
+            state = Checkpoints(self.folder(name), create=False).restore(abstract)
+        assert state is not None
+        fields = {k: getattr(state, k) for k in State.__dataclass_fields__}
+        fields["rng"] = jax.random.key_data(state.rng)
+        return {k: np.asarray(v) for k, v in named_leaves(fields).items()}
+
+    def assert_same_bits(self, name: str, other: str) -> None:
+        ours, theirs = self.state(name), self.state(other)
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+        np.testing.assert_array_equal(self.curve(name), self.curve(other))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    made = Runs(tmp_path_factory.mktemp("hosts"))
+    made.finish("one", 1)
+    made.finish("two", 2)
+    yield made
+    for cluster in made.clusters:
+        for process in cluster.processes:
+            process.kill()
+
+
+def test_two_processes_follow_the_curve_of_one(runs: Runs) -> None:
+    np.testing.assert_allclose(runs.curve("two"), runs.curve("one"), rtol=1e-6)
+    np.testing.assert_allclose(runs.held_out("two"), runs.held_out("one"), rtol=1e-6)
+    sheets = [sorted(p.name for p in (runs.folder(n) / "samples").iterdir()) for n in ("one", "two")]
+    assert sheets[0] == sheets[1] != []
+
+
+def test_process_0_speaks_for_all(runs: Runs) -> None:
+    first, second = ((runs.root / f"two.{i}.txt").read_text() for i in range(2))
+    assert "step 16/16" in first
+    assert "step" not in second
+    assert len(list((runs.folder("two") / "tensorboard").iterdir())) == 1
+
+
+def test_sigterm_to_one_stops_all_after_the_same_step_and_nothing_is_lost(runs: Runs) -> None:
+    cluster = runs.start("stopped", 2, pause=0.03)
+    cluster.until(lambda: runs.reached("stopped") >= 5)
+    cluster.processes[1].send_signal(signal.SIGTERM)
+    assert cluster.codes() == [0, 0], [cluster.said(i)[-2000:] for i in range(2)]
+    last = runs.saved("stopped")[-1]
+    assert 5 <= last < STEPS
+    assert runs.reached("stopped") == last
+    assert f"step {last} is saved" in cluster.said(0)
+    assert f"step {last} of" in runs.finish("stopped", 2).said(0)
+    runs.assert_same_bits("stopped", "two")
+
+
+def test_a_killed_process_ends_the_others_soon_and_the_run_goes_on(runs: Runs) -> None:
+    cluster = runs.start("killed", 2, pause=0.03)
+    cluster.until(lambda: runs.reached("killed") >= 6 and bool(runs.saved("killed")))
+    cluster.processes[1].kill()
+    begin = time.monotonic()
+    assert cluster.codes() == [3, -signal.SIGKILL]  # 3: start it again
+    assert time.monotonic() - begin < 5 * TIMEOUT
+    assert "process 1 has not answered" in cluster.said(0)
+    assert "Start the same command again" in cluster.said(0)
+    assert f"step {runs.saved('killed')[-1]} of" in runs.finish("killed", 2).said(0)
+    runs.assert_same_bits("killed", "two")
+
+
+def test_the_first_process_killed_ends_the_others_and_fewer_go_on_with_the_same_batches(runs: Runs) -> None:
+    cluster = runs.start("headless", 2, pause=0.03)
+    cluster.until(lambda: runs.reached("headless") >= 6 and bool(runs.saved("headless")))
+    cluster.processes[0].kill()
+    begin = time.monotonic()
+    codes = cluster.codes()
+    assert time.monotonic() - begin < 5 * TIMEOUT
+    assert codes[0] == -signal.SIGKILL
+    assert codes[1] not in (0, 2), "a launcher would not start it again"
+    assert re.search("another task died|process 0 has not answered", cluster.said(1))
+    runs.finish("headless", 1)
+    np.testing.assert_allclose(runs.curve("headless"), runs.curve("one"), rtol=1e-6)
+
+
+def test_different_configs_are_refused_before_the_first_step(runs: Runs) -> None:
+    cluster = runs.start("differ", 2, each=["optim.lr=0.003", "optim.lr=0.004"])
+    assert cluster.codes() == [2, 2]
+    assert "optim.lr: 0.003 -> 0.004" in cluster.said(1)
+    assert "process 1 says" in cluster.said(0)
+    assert "optim.lr: 0.003 -> 0.004" in cluster.said(0)
+    assert not runs.folder("differ").exists()
+
+
+def test_a_mistake_on_one_host_stops_all(runs: Runs) -> None:
+    cluster = runs.start("mistake", 2, without_data=1)
+    assert cluster.codes() == [2, 2]
+    assert "the digits are not on this host" in cluster.said(1)
+    assert "process 1 says: the digits are not on this host" in cluster.said(0)
+    assert not runs.folder("mistake").exists()
+
+
+@pytest.mark.slow
+def test_four_processes(runs: Runs) -> None:
+    runs.finish("four", 4)
+    np.testing.assert_allclose(runs.curve("four"), runs.curve("one"), rtol=1e-6)
+    np.testing.assert_allclose(runs.held_out("four"), runs.held_out("one"), rtol=1e-6)
+    for count in (1, 2):
+        name = f"from4to{count}"
+        runs.finish(name, 4, "steps=8")
+        runs.finish(name, count)
+        bits = [r["bits"] for r in read_metrics(runs.folder(name) / "metrics.jsonl") if "loss" in r]
+        np.testing.assert_allclose(bits, runs.curve("one")[:STEPS], rtol=1e-6)
+    cluster = runs.start("killed4", 4, pause=0.03)
+    cluster.until(lambda: runs.reached("killed4") >= 6 and bool(runs.saved("killed4")))
+    cluster.processes[2].kill()
+    codes = cluster.codes()
+    assert all(code not in (0, 2) for code in codes)
+    runs.finish("killed4", 4)
+    runs.assert_same_bits("killed4", "four")
+
+
+# ------------------------------------------------------------------------------------------------ what the environment says
+
+
+@pytest.mark.parametrize(
+    "environ, expected",
+    [
+        ({}, None),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1},
+        ),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "CUDA_VISIBLE_DEVICES": "0,1,2"},
+            {"cluster_detection_method": "slurm", "local_device_ids": [0, 1, 2]},
+        ),
+        (
+            {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
+            {"cluster_detection_method": "slurm", "local_device_ids": None},
+        ),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "h0,h1"}, {}),
+    ],
+)
+def test_the_environment_says_who_takes_part(environ: dict[str, str], expected: Any) -> None:
+    assert hosts._wanted(environ) == expected
+
+
+@pytest.mark.parametrize(
+    "environ, message",
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES set but not JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+            "JAX_COORDINATOR_ADDRESS=a must be HOST:PORT",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+            "JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2",
+        ),
+    ],
+)
+def test_half_an_address_is_refused(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        hosts.start(environ)
+
+
+def test_alone_everything_is_agreed() -> None:
+    assert hosts.main()
+    assert not hosts.several()
+    assert hosts.all_agree(True, "x")
+    assert not hosts.all_agree(False, "x")
+    assert hosts.first(lambda: 3) == 3
+    assert not hosts.asked_to_stop(1)
+    hosts.same({"a": 1}, lambda a, b: ["never called"])
+    hosts.stop(1)
+    np.testing.assert_array_equal(hosts.fetch({"x": jax.numpy.arange(3)})["x"], [0, 1, 2])
