@@ -26,14 +26,15 @@ MAY = {
     "papers": {"nn", "flows", "diffusion", "encoders", "dist"},
     "metrics": {"encoders", "flows", "diffusion", "data", "dist", "hosts"},
     "train.optim": set(),
-    "train.report": {"paths"},
+    "train.report": {"paths", "train.tracking"},
     "train.step": {"dist"},
+    "train.tracking": set(),
     "train.checkpoint": {"paths", "weights", "train.step"},
     "run": {"dist", "data", "train.optim"},
     "models": {"config", "dist", "paths", "weights", "train.optim", "train.step", "train.checkpoint"},
     "train.loop": {
         "config", "dist", "data", "hosts", "models", "paths", "run", "weights",
-        "train.optim", "train.checkpoint", "train.report", "train.step",
+        "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",
     },
     "commands": {
         "config", "dist", "data", "hosts", "models", "paths", "run", "weights", "metrics", "papers",

@@ -419,3 +419,9 @@ def test_show_says_types_comments_sizes_and_precision(capsys: pytest.CaptureFixt
     assert "matrix products" in mixed["bfloat16"]
     count = sum(x.size for x in jax.tree.leaves(weights.abstract(TASK)))
     assert f"{count:,} parameters in" in succeeds(capsys, "show", SMOKE)
+
+
+@pytest.mark.parametrize("text", ["5", "5:", "a:b", "-1:3", "1:2:3"])
+def test_a_profile_that_is_no_range_is_refused(capsys: pytest.CaptureFixture[str], text: str):
+    assert cli.main(["train", SMOKE, f"--profile={text}"]) == 2
+    assert f"--profile {text} is no range of steps; write FIRST:LAST" in capsys.readouterr().err

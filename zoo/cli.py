@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 import typing
@@ -48,6 +49,15 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("train", "Start or resume a run.", "CONFIG", fields="override fields, e.g. optim.lr=3e-4 mesh.fsdp=8")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
+    sub.add_argument(
+        "--profile", default=None, metavar="FIRST:LAST", help="trace these steps into profile/ of the run folder"
+    )
+    sub.add_argument(
+        "--wandb",
+        default=None,
+        metavar="PROJECT",
+        help="send the records to Weights & Biases as well (the wandb extra)",
+    )
     sub = verb(
         "sample",
         "Draw samples from a run, an export or a shipped model.",
@@ -176,6 +186,7 @@ def _run_verb(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from zoo import config
 
+    profile = None if args.profile is None else _span(args.profile)
     run = _run(config.load(args.config, args.fields), args.config)
     from zoo import dist, hosts
     from zoo.train.loop import train
@@ -184,8 +195,15 @@ def _train(args: argparse.Namespace) -> int:
     hosts.start()
     if not hosts.main():
         logging.getLogger("zoo").setLevel(logging.WARNING)
-    train(run, quiet=args.quiet)
+    train(run, quiet=args.quiet, profile=profile, wandb=args.wandb)
     return 0
+
+
+def _span(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if match is None:
+        raise UserError(f"--profile {text} is no range of steps; write FIRST:LAST, such as 10:15")
+    return int(match[1]), int(match[2])
 
 
 def _run(run: Any, name: str) -> Any:

@@ -27,7 +27,7 @@ from zoo.run import Checkpoint, Run, Samples
 from zoo.task import Batch, Params
 from zoo.train.loop import Diverged, train
 from zoo.train.optim import AdamW
-from zoo.train.report import read_metrics
+from zoo.train.report import Report, read_metrics
 from zoo.train.step import State
 from zoo.weights.layout import named_leaves
 
@@ -511,3 +511,67 @@ def test_classes_that_the_data_has_not_are_told(tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.WARNING, "zoo"), pytest.raises(UserError, match=r"samples\.options"):
         go(None, task=task, samples=Samples(n=1, options={"x": 1}))
     assert any("2 classes and task.classes=5" in m and "set task.classes=2" in m for m in said(caplog))
+
+
+# -------------------------------------------------------------------------------------------------------------- profiles
+
+
+def test_a_profile_covers_its_steps_and_changes_no_number(
+    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks: list[str] = []
+    start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+    tick = Report.tick
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *a, **k: (marks.append("on"), start(*a, **k)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (marks.append("off"), stop()))
+    monkeypatch.setattr(Report, "tick", lambda self, step: (marks.append(str(step)), tick(self, step)))
+    run = dataclasses.replace(RUN, workdir=str(tmp_path / "run"), log_every=100)
+    state, _ = train(run, quiet=True, profile=(2, 3))
+    chex.assert_trees_all_equal(plain(state), finished[1])
+    assert [m for m in marks if m in ("on", "off") or m in "23"][:4] == ["on", "2", "off", "3"]
+    names = [p.name for p in (tmp_path / "run" / "profile").rglob("*") if p.is_file()]
+    assert any(name.endswith(".xplane.pb") for name in names)
+    assert "perfetto_trace.json.gz" in names
+
+
+@pytest.mark.parametrize(
+    ("span", "words"),
+    [
+        ((0, 2), "--profile 0:2 is no range of steps"),
+        ((3, 2), "--profile 3:2 is no range of steps"),
+        ((5, 7), r"--profile 5:7 is not among the steps that this run takes now \(1 to 6\)"),
+    ],
+)
+def test_other_profiles_are_refused_before_a_folder_is_made(tmp_path: Path, span: tuple[int, int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        train(dataclasses.replace(RUN, workdir=str(tmp_path / "run")), quiet=True, profile=span)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="needs a run folder"):
+        train(RUN, quiet=True, profile=(1, 2))
+
+
+def test_a_profile_of_steps_that_were_taken_before_is_refused(tmp_path: Path) -> None:
+    go(tmp_path / "run", steps=3)
+    run = dataclasses.replace(RUN, workdir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"\(4 to 6\)"):
+        train(run, quiet=True, profile=(3, 5))
+    with pytest.raises(UserError, match=r"\(none: it is finished at 3\)"):
+        train(dataclasses.replace(run, steps=3), quiet=True, profile=(2, 3))
+
+
+def test_a_run_that_ends_within_a_profile_keeps_it_and_one_that_cannot_be_made_costs_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = dataclasses.replace(RUN, workdir=str(tmp_path / "run"), evals=(Held(every=2, kill=True),))
+    state, _ = train(run, quiet=True, profile=(2, 6))
+    assert int(state.step) == 3
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", full)
+    with caplog.at_level(logging.WARNING, "zoo"):
+        state, _ = train(dataclasses.replace(run, evals=()), quiet=True, profile=(4, 5))
+    assert int(state.step) == 6
+    assert any("the profile could not be made (RuntimeError: No space left" in w for w in said(caplog))

@@ -22,7 +22,7 @@ from zoo.errors import UserError
 from zoo.paths import Folder
 from zoo.run import MAY_DIFFER, Run
 from zoo.task import Params, check_needs, check_options
-from zoo.train import optim
+from zoo.train import optim, tracking
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.report import Report, class_name
 from zoo.train.step import Metrics, State, compile_step, make_sampler
@@ -247,10 +247,66 @@ def _versions() -> dict[str, str]:
     return {"jax": jax.__version__, "zoo": importlib.metadata.version("zoo")}
 
 
-def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float]]]:
+class _Trace:
+    """Records what host and devices do in the steps `first` to `last`; waits for the devices at these borders alone."""
+
+    def __init__(self, span: tuple[int, int] | None, report: Report, home: Folder | None) -> None:
+        self._first, self._last = span if span is not None and report.main else (0, 0)
+        self._report, self._home = report, home
+        self._on = False
+
+    def before(self, step: int, state: State) -> None:
+        if step == self._first:
+            with self._report.away(), self._failures():
+                jax.block_until_ready(state)
+                jax.profiler.start_trace(self._report.folder / "profile", create_perfetto_trace=True)
+                self._on = True
+
+    def after(self, step: int, state: State) -> None:
+        if step == self._last and self._on:
+            with self._report.away():
+                jax.block_until_ready(state)
+                self.close()
+
+    def close(self) -> None:
+        """Write what was recorded, where recording was on."""
+        if self._on:
+            self._on = False
+            with self._failures():
+                jax.profiler.stop_trace()
+                self._report.push()
+                self._report.note(
+                    f"profile: {self._home}/profile (TensorBoard, or its perfetto_trace.json.gz in Perfetto)"
+                )
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a figure costs no step
+            _log.warning("the profile could not be made (%s: %s); the run goes on", type(error).__name__, error)
+
+
+def _check_profile(span: tuple[int, int] | None, run: Run, start: int = 0) -> None:
+    if span is None:
+        return
+    first, last = span
+    if run.workdir is None:
+        raise UserError(f"--profile {first}:{last} needs a run folder; set workdir=FOLDER")
+    if not 1 <= first <= last:
+        raise UserError(f"--profile {first}:{last} is no range of steps; give two from 1, the first not above the last")
+    if not start < first <= last <= run.steps:
+        now = f"{start + 1} to {run.steps}" if start < run.steps else f"none: it is finished at {start}"
+        raise UserError(f"--profile {first}:{last} is not among the steps that this run takes now ({now}); give others")
+
+
+def train(
+    run: Run, *, quiet: bool = False, profile: tuple[int, int] | None = None, wandb: str | None = None
+) -> tuple[State, list[dict[str, float]]]:
     """Start or resume a run and bring it to its last step.
 
-    With `workdir=None` nothing is written. SIGTERM saves and returns early; `state.step` tells.
+    With `workdir=None` nothing is written. SIGTERM saves and returns early; `state.step` tells. `profile` traces these
+    steps, both included, into `profile/` of the run folder; `wandb` is a project that gets all records as well.
 
     Returns:
         the last state, and the logged training metrics of this session.
@@ -259,6 +315,11 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
         UserError: anything that can be known before the first step, a folder that cannot be written, or a run whose
             loss has not been finite for 20 steps.
     """
+    _check_profile(profile, run)
+    if wandb is not None:
+        if run.workdir is None or not wandb.rpartition("/")[2]:
+            raise UserError(f"--wandb {wandb} needs the name of a project, and a run folder (workdir=FOLDER)")
+        tracking.library()
     folder = None if run.workdir is None else paths.reach(run.workdir, "workdir=")
     mesh = run.mesh.build()
     with hosts.guarded(), dist.use(mesh, run.rules), _termination() as asked, ExitStack() as held:
@@ -284,6 +345,7 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
         else:
             _log.info("parameters: step %d of %s", int(state.step), run.workdir)
         start = int(state.step)
+        _check_profile(profile, run, start)
         report = Report(
             folder or ".",
             total=run.steps,
@@ -294,12 +356,18 @@ def train(run: Run, *, quiet: bool = False) -> tuple[State, list[dict[str, float
         )
         try:
             with report:
+                if wandb is not None:
+                    report.track(wandb, config.dump(run))
+                trace = _Trace(profile, report, folder)
                 watch = _Watch(run, report, labels)
                 if start >= run.steps:
                     report.note(f"this run is finished: step {start} of {run.steps} (a larger steps= goes on)")
                 try:
-                    state, history = _steps(run, state, step_fn, mesh, start, report, watch, checkpoints, about, asked)
+                    state, history = _steps(
+                        run, state, step_fn, mesh, start, report, watch, trace, checkpoints, about, asked
+                    )
                 finally:
+                    trace.close()
                     if checkpoints is not None:
                         checkpoints.wait()
         finally:
@@ -316,6 +384,7 @@ def _steps(
     start: int,
     report: Report,
     watch: _Watch,
+    trace: _Trace,
     checkpoints: Checkpoints | None,
     about: Mapping[str, Any] | None,
     asked: threading.Event,
@@ -324,7 +393,9 @@ def _steps(
     feed = run.batches(start, dist.batch_sharding(mesh))
     try:
         for step in range(start + 1, run.steps + 1):
+            trace.before(step, state)
             state, metrics = step_fn(state, next(feed))
+            trace.after(step, state)
             report.tick(step)
             last, stop = step == run.steps, asked.is_set() or hosts.asked_to_stop(step)
             if last or stop or step % run.log_every == 0 or step == start + 1:

@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from zoo import paths
 from zoo.errors import UserError
 from zoo.paths import Folder
+from zoo.train.tracking import Tracker
 
 Record = dict[str, Any]
 
@@ -247,10 +248,11 @@ class Report:
     ) -> None:
         home = paths.where(folder)
         self._name = home.name if paths.in_bucket(home) else home.resolve().name
-        self.folder, self._mirror = paths.scratch(home, ("metrics.jsonl",)) if main else (Path(home), None)
+        self.folder, self._mirror = paths.scratch(home, ("metrics.jsonl", "wandb.json")) if main else (Path(home), None)
         self.main, self.quiet, self.unit = main, quiet or not main, unit
         self._total, self._start, self._batch = total, start, batch
         self._metrics = self.folder / "metrics.jsonl"
+        self._tracker: Tracker | None = None
         self._events: Any = None
         self._bar: Any = None
         # (time, step) after the first step, which compiles, and at the last training record
@@ -270,11 +272,20 @@ class Report:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        unsent = self.close()
+        unsent = self.close(failed=kind is not None)
         if unsent and kind is None:
             raise UserError(unsent)
         if unsent:  # the failure that ends the run is the more important one
             _log.warning(unsent)
+
+    def track(self, project: str, config: Mapping[str, Any]) -> None:
+        """From now on records and sheets go to a Weights & Biases project as well; see `zoo.train.tracking`."""
+        if not self.main:
+            return
+        folder = self.folder if self._mirror is None else None
+        self._tracker = Tracker(project, config, name=self._name, file=self.folder / "wandb.json", folder=folder)
+        if self._tracker.url:
+            self.note(f"Weights & Biases: {self._tracker.url}")
 
     def tick(self, step: int) -> None:
         """Says that `step` was handed to the device: moves the bar; the clock of the warm rate starts at the first."""
@@ -320,14 +331,10 @@ class Report:
         self._known.add(_identity(record))
         if self._mirror is not None:
             self._mirror.soon()
-        self._event(
-            step,
-            {
-                ("train/" if train else "eval/") + k: v
-                for k, v in record.items()
-                if k not in ("step", "time") and not isinstance(v, str)
-            },
-        )
+        values = {("train/" if train else "eval/") + k: v for k, v in record.items() if k not in ("step", "time")}
+        self._event(step, {k: v for k, v in values.items() if not isinstance(v, str)})
+        if self._tracker is not None:
+            self._tracker.log(step, values)
         self._show(record, train, eta)
 
     def note(self, text: str) -> None:
@@ -361,7 +368,10 @@ class Report:
         file = name if step is None else f"{name}-{step:07d}"
         data = _png(sheet, metadata)
         _write(self.folder / "samples" / f"{file}.png", data)
-        self._event(step if step is not None else self._start, {name: (data, sheet.size)})
+        at = step if step is not None else self._start
+        self._event(at, {name: (data, sheet.size)})
+        if self._tracker is not None:
+            self._tracker.image(at, name, sheet)
 
     def curve(self) -> None:
         """Draws curve.png from metrics.jsonl: training loss (bits where known) and held-out bits against step."""
@@ -377,8 +387,8 @@ class Report:
             with self.away():
                 self._mirror.push(wait)
 
-    def close(self) -> str | None:
-        """Ends the bar and the event file and sends the rest to a bucket; may be called twice.
+    def close(self, failed: bool = False) -> str | None:
+        """Ends the bar and the event file and sends the rest to where it goes; may be called twice.
 
         Returns what to tell where not all could be sent: leaving a `with` block tells it.
         """
@@ -389,6 +399,9 @@ class Report:
         if events is not None:
             with _writing(self.folder / "tensorboard"):
                 events.close()
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            tracker.close(failed)
         mirror, self._mirror = self._mirror, None
         return mirror.close() if mirror is not None else None
 

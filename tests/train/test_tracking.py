@@ -1,0 +1,189 @@
+"""Weights & Biases, played by a module of this file: what goes there, and that nothing it does stops a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from zoo import cli
+from zoo.errors import UserError
+from zoo.train import tracking
+from zoo.train.report import Report, read_metrics
+
+SMOKE = "tarflow/digits:smoke"
+
+
+class Service(types.ModuleType):
+    """The module `wandb`. `away`: no run can be opened; `offline` too: not even a local one. `breaks`: logging fails."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.opened: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []
+        self.ends: list[int] = []
+        self.away = self.offline = self.breaks = False
+        self.hang: threading.Event | None = None
+
+    def Settings(self, **fields: Any) -> dict[str, Any]:
+        return fields
+
+    def Image(self, image: Any) -> tuple[str, tuple[int, int]]:
+        return "image", image.size
+
+    def teardown(self, code: int) -> None:
+        pass
+
+    def init(self, **about: Any) -> Any:
+        if (self.away and about.get("mode") != "offline") or self.offline:
+            raise ConnectionError("nobody\nthere")
+        self.opened.append(about)
+        return types.SimpleNamespace(
+            log=self.log, define_metric=lambda *_, **__: None, finish=self.finish, url="https://there/x", offline=False
+        )
+
+    def log(self, record: dict[str, Any]) -> None:
+        if self.breaks:
+            raise BrokenPipeError("gone")
+        self.records.append(record)
+
+    def finish(self, exit_code: int) -> None:
+        if self.hang is not None:
+            self.hang.wait(30)
+        self.ends.append(exit_code)
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    made = Service()
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    return made
+
+
+def report(folder: Path, **fields: Any) -> Report:
+    made = Report(folder, total=4, start=0, batch=1, quiet=True, **fields)
+    made.track("team/digits", {"steps": 4})
+    return made
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "zoo" and r.levelno >= logging.WARNING]
+
+
+def test_a_run_sends_all_its_records_and_sheets_and_goes_on_under_its_id(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)  # compiles fastest
+    words = [
+        SMOKE,
+        f"workdir={tmp_path}/run",
+        "log_every=2",
+        "samples.every=2",
+        "samples.n=4",
+        "--quiet",
+    ]
+    assert cli.main(["train", *words, "steps=4", "--wandb", "team/digits"]) == 0
+    assert cli.main(["train", *words, "steps=6", "--wandb", "digits"]) == 0
+    first, second = service.opened
+    assert (first["entity"], first["project"], first["resume"], first["name"]) == ("team", "digits", "allow", "run")
+    assert (second["entity"], second["project"]) == (None, "digits")
+    assert first["id"] == second["id"] == json.loads((tmp_path / "run" / "wandb.json").read_text())["id"]
+    assert first["config"]["task"]["class"] == "zoo.papers.tarflow.TarFlow"
+    assert (first["config"]["steps"], second["config"]["steps"]) == (4, 6)
+    assert first["dir"] == str(tmp_path / "run")
+    kept = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [(r["step"], r["train/loss"]) for r in service.records if "train/loss" in r]
+    assert losses == [(r["step"], r["loss"]) for r in kept if "loss" in r]
+    sheets = [r for r in service.records if "samples" in r]
+    assert [r["step"] for r in sheets] == [2, 4, 6]
+    assert all(r["samples"][0] == "image" for r in sheets)
+    assert service.ends == [0, 0]
+
+
+def test_evaluations_are_sent_and_a_failed_run_says_so(service: Service, tmp_path: Path) -> None:
+    def fail() -> None:
+        with report(tmp_path) as made:
+            made.log(2, {"bpd": 2.5, "weights": "ema"})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert service.records == [{"step": 2, "eval/bpd": 2.5, "eval/weights": "ema"}]
+    assert service.ends == [1]
+
+
+def test_other_processes_send_nothing(service: Service, tmp_path: Path) -> None:
+    report(tmp_path, main=False).close()
+    assert service.opened == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_service_that_is_away_is_one_warning_and_a_local_record(
+    service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.away = True
+    with caplog.at_level(logging.WARNING, "zoo"), report(tmp_path) as made:
+        made.log(1, {"loss": 1.0})
+    assert [about.get("mode") for about in service.opened] == ["offline"]
+    assert [r["train/loss"] for r in service.records] == [1.0]
+    (words,) = said(caplog)
+    assert "cannot be reached (ConnectionError: nobody there)" in words
+    assert "wandb sync" in words
+
+
+@pytest.mark.parametrize("fault", ["offline", "breaks"])
+def test_a_service_that_fails_is_one_warning_and_the_run_goes_on(
+    service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    setattr(service, fault, True)
+    with caplog.at_level(logging.WARNING, "zoo"), report(tmp_path) as made:
+        for step in (1, 2, 3):
+            made.log(step, {"loss": 1.0})
+            made.sheet("samples", np.zeros((1, 8, 8, 1)), step=step)
+    (words,) = said(caplog)
+    assert "gets no more of this session; the run goes on" in words
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert service.ends == ([] if fault == "offline" else [0])
+
+
+def test_a_service_that_never_ends_is_left_behind(
+    service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_FINISH", 0.2)
+    service.hang = threading.Event()
+    with caplog.at_level(logging.WARNING, "zoo"), report(tmp_path):
+        pass
+    (words,) = said(caplog)
+    assert "finish: TimeoutError" in words
+    service.hang.set()
+
+
+def test_without_the_package_the_sentence_names_the_extra_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert cli.main(["train", SMOKE, f"workdir={tmp_path}/run", "--wandb", "digits"]) == 2
+    assert "install it with the `wandb` extra" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_project_needs_a_name(service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", SMOKE, f"workdir={tmp_path}/run", "--wandb", ""]) == 2
+    assert "needs the name of a project" in capsys.readouterr().err
+
+
+def test_an_id_that_cannot_be_kept_is_a_sentence(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "wandb.json").mkdir()
+    made = Report(tmp_path, total=4, start=0, batch=1, quiet=True)
+    with pytest.raises(UserError, match=r"cannot write .*wandb\.json"):
+        made.track("digits", {})
+    made.close()
