@@ -190,12 +190,14 @@ def spread(params: Any, batch: int) -> tuple[jax.sharding.Mesh, Any]:
 
 
 @contextlib.contextmanager
-def use(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
-    """Make `mesh` and `rules` those that `constrain` follows."""
+def use(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rules: Rules | None = None) -> Iterator[None]:
+    """Make `mesh` and `rules` those that `constrain` follows. An abstract mesh is enough to trace, not to run."""
     token = _rules.set({**RULES, **(rules or {})})
-    kind = _platform.set(mesh.devices.flat[0].platform)
+    here: Any = mesh  # its class decides what it has
+    absent = isinstance(mesh, jax.sharding.AbstractMesh)
+    kind = _platform.set(None if absent else here.devices.flat[0].platform)
     try:
-        with jax.set_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(here) if absent else jax.set_mesh(here):
             yield
     finally:
         _platform.reset(kind)
@@ -303,6 +305,14 @@ def _not_dividing(what: str, size: int, axes: tuple[str, ...], parts: int) -> st
     )
 
 
+def shard_bytes(leaf: Any) -> int:
+    """Bytes of one device's part of an abstract array with a sharding; of all of it where it has none."""
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):  # a typed key
+        leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of an array that leads with the batch."""
     return NamedSharding(mesh, PartitionSpec(_axes("batch", mesh) or None))
@@ -317,7 +327,7 @@ def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
-def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
+def shardings(boxed: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Any:
     """NamedShardings for an abstract tree with boxed leaves (a whole train state), structured as the unboxed tree.
 
     Raises UserError naming the parameter when an axis does not divide or is used twice.

@@ -215,16 +215,9 @@ def _bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
-def shard_bytes(leaf: Any) -> int:
-    """Bytes of one device's part of an abstract array with a sharding."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        return _bytes(leaf)
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
 def _state_figures(state: Any, mesh: Any) -> dict[str, Any]:
     leaves = jax.tree.leaves(state)
-    total, here = sum(map(_bytes, leaves)), sum(map(shard_bytes, leaves))
+    total, here = sum(map(_bytes, leaves)), sum(map(dist.shard_bytes, leaves))
     even = total / (mesh.shape["fsdp"] * mesh.shape["tensor"])
     return {
         "state GiB": _gib(total),
@@ -239,7 +232,7 @@ def _memory_figures(figures: dict[str, Any], compiled: Any, state: Any, memory: 
     if needs is None:
         figures["memory"] = "this compiler does not say"
         return True
-    here = sum(shard_bytes(x) for x in jax.tree.leaves(state))
+    here = sum(dist.shard_bytes(x) for x in jax.tree.leaves(state))
     peak = needs.peak_memory_in_bytes or needs.argument_size_in_bytes + needs.temp_size_in_bytes
     figures["arguments GiB per device"] = _gib(needs.argument_size_in_bytes)
     figures["arguments / (total / (fsdp x tensor))"] = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 import re
 import typing
 from pathlib import Path
@@ -14,9 +15,13 @@ import jax
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from zoo import config, models, weights
+from zoo import config, dist, models, weights
+from zoo.commands import chips
+from zoo.errors import UserError
 from zoo.run import Run
 from zoo.task import abilities
+from zoo.train import optim
+from zoo.train.step import abstract_state
 
 
 def papers() -> list[dict[str, Any]]:
@@ -175,3 +180,52 @@ def _activations(run: Run) -> list[tuple[str, str]]:
 
     walk(traced.jaxpr)
     return [(dtype, ", ".join(sorted(what))) for dtype, what in sorted(kinds.items())]
+
+
+def shardings(run: Run, devices: int) -> str:
+    """Where every parameter lies on a mesh of so many devices, what it takes there, and what stayed whole."""
+    mesh = run.mesh.abstract(devices)
+    with dist.use(mesh, run.rules):
+        state = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
+    rows, whole = [("parameter", "shape", "cut along", "KiB per device")], []
+    for name, leaf in weights.flatten(state.params).items():
+        spec = ["+".join((p,) if isinstance(p, str) else p or ("-",)) for p in leaf.sharding.spec]
+        here = dist.shard_bytes(leaf)
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        cut = here < size
+        rows.append(
+            (
+                name,
+                "x".join(map(str, leaf.shape)) or "scalar",
+                ", ".join(spec) if cut else "whole",
+                f"{here / 1024:,.1f}",
+            )
+        )
+        whole += [] if cut else [(size, name)]
+    widths = [max(len(r[i]) for r in rows) for i in range(4)]
+    lines = ["  ".join((*(t.ljust(w) for t, w in zip(r[:3], widths)), r[3].rjust(widths[3]))) for r in rows]
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state) if hasattr(x.dtype, "itemsize"))
+    here = sum(map(dist.shard_bytes, jax.tree.leaves(state)))
+    shape = " x ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "one device"
+    kept = "parameters, optimiser state" + (", average of the weights" if run.ema else "")
+    lines += [
+        "",
+        f"mesh {shape} ({devices} devices)",
+        f"state ({kept}): {total / 2**30:.3f} GiB, {here / 2**30:.3f} GiB per device",
+        f"whole on every device: {sum(s for s, _ in whole) / 2**20:.2f} MiB of parameters"
+        + (f", the largest: {max(whole)[1]}" if whole else ""),
+    ]
+    return "\n".join(lines)
+
+
+def count_devices(text: str | None) -> int:
+    """What `--devices` means: a number, the devices of a topology, or those here. UserError for anything else."""
+    if text is None:
+        return jax.device_count()
+    if text.isdigit() and int(text):
+        return int(text)
+    chip, sizes = chips.chip_of_topology(text), text.partition(":")[2].split("x")
+    if chip is None or not all(s.isdigit() for s in sizes) or len(sizes) != chip.dimensions:
+        raise UserError(f"--devices {text} is neither a number nor a topology; write 64, or v5p:4x4x4")
+    each = 1 if "v4" in chip.prefixes else chip.devices  # a TPU VM joins the cores of a v4 chip
+    return math.prod(map(int, sizes)) * each

@@ -126,7 +126,9 @@ def make_sampler(task: Any, n: int, options: Mapping[str, Any]) -> Callable[[Par
     return lambda params, rng: task.sample(params, rng, n, conditions, **options)
 
 
-def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, ema: float) -> State:
+def abstract_state(
+    task: Task, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, ema: float
+) -> State:
     """Shapes, dtypes and shardings of a state on `mesh`; nothing is allocated."""
     boxed = jax.eval_shape(lambda: init_state(task, optimizer, 0, ema))
     shardings = dist.shardings(boxed, mesh)
