@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import inspect
 import json
 import logging
@@ -127,7 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--test-fraction", type=float, default=0.1, help="held out where the source has no test part")
     sub.add_argument("--allow-unreadable", action="store_true", help="exit 0 although some files could not be read")
     verb("list", "Papers, their abilities, shipped configs and weights.")
-    verb("show", "One config in full.", "CONFIG", fields="override fields")
+    sub = verb("show", "One config in full.", "CONFIG", fields="override fields")
+    sub.add_argument("--shardings", action="store_true", help="where every parameter of a run lies on its mesh")
+    sub.add_argument(
+        "--devices", default=None, metavar="N", help="a mesh of so many devices, or of a topology: v5e:4x4"
+    )
     return parser
 
 
@@ -146,6 +151,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `zoo`; returns the exit code: 0 done, 1 done with losses, 2 a mistake to mend."""
     args = _parse(argv)
+    _no_tpu_here()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log = logging.getLogger("zoo")
     log.setLevel(logging.INFO)
@@ -162,6 +168,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (hosts := sys.modules.get("zoo.hosts")) is not None:
         hosts.stop(code)
     return code
+
+
+def _no_tpu_here() -> None:
+    """Where the TPU compiler is installed and there is neither a TPU nor a GPU, JAX shall not look for one: it says a lot."""
+    devices = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd")
+    if importlib.util.find_spec("libtpu") is not None and not any(map(os.path.exists, devices)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _run_verb(args: argparse.Namespace) -> int:
@@ -453,7 +466,13 @@ def _show(args: argparse.Namespace) -> int:
     from zoo import config
     from zoo.commands import listing
 
-    print(listing.show(config.load(args.config, args.fields), args.config))
+    value = config.load(args.config, args.fields)
+    if args.devices and not args.shardings:
+        raise UserError("--devices says nothing without --shardings; add it, or leave --devices out")
+    if args.shardings:
+        print(listing.shardings(_run(value, args.config), listing.count_devices(args.devices)))
+    else:
+        print(listing.show(value, args.config))
     return 0
 
 
