@@ -66,7 +66,7 @@ class Tracker:
                 _log.warning(
                     "Weights & Biases cannot be reached (%s); this session is kept in %s, send it later with `wandb sync`",
                     _words(error),
-                    getattr(self._run, "dir", "wandb/"),
+                    Path(getattr(self._run, "dir", "wandb/files")).parent,
                 )
         self._call("define", lambda run: run.define_metric("*", step_metric="step"))
 
