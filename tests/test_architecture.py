@@ -29,7 +29,7 @@ MAY = {
     "train.report": {"paths", "train.tracking"},
     "train.step": {"dist"},
     "train.tracking": set(),
-    "train.checkpoint": {"paths", "weights", "train.step"},
+    "train.checkpoint": {"hosts", "paths", "weights", "train.step"},
     "run": {"dist", "data", "train.optim"},
     "models": {"config", "dist", "paths", "weights", "train.optim", "train.step", "train.checkpoint"},
     "train.loop": {

@@ -106,12 +106,13 @@ def open_model(name: str | Folder, *, raw: bool = False, allow: Sequence[str] = 
         )
     with dist.use(mesh, run.rules):
         abstract = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
-    state = checkpoints.restore(abstract)
+    found = checkpoints.restore_weights(abstract)
     checkpoints.close()
-    assert state is not None
+    assert found is not None
+    step, params, ema = found
     average = bool(run.ema) and not raw
-    params = {**state.params, **state.ema} if average else state.params
-    return Model(run.task, params, "ema" if average else "raw", int(state.step), run.data, labels, folder, run)
+    params = {**params, **ema} if average else params
+    return Model(run.task, params, "ema" if average else "raw", step, run.data, labels, folder, run)
 
 
 def export_config(model: Model, metrics: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from zoo import paths, weights
+from zoo import hosts, paths, weights
 from zoo.errors import UserError
 from zoo.paths import Folder
+from zoo.task import Params
 from zoo.train.step import State
 
 _log = logging.getLogger("zoo")
@@ -144,25 +145,39 @@ class Checkpoints:
     def restore(self, abstract: State) -> State | None:
         """The newest readable state in the layout, dtypes and shardings of `abstract`; None when there is none.
 
-        Newer ones that cannot be read are moved aside with a warning, once an older one has been read.
+        Newer ones that cannot be read are moved aside with a warning, once an older one has been read. Among several
+        processes, one that cannot read a step is enough for all to leave it.
 
         Raises:
             UserError: there are checkpoints and none can be read. Nothing is changed then: the reason may pass (no
                 memory, a disk that is away), and a run never starts over by itself.
         """
+        found = self._newest({k: getattr(abstract, k) for k in State.__dataclass_fields__})
+        return None if found is None else State(**found)
+
+    def restore_weights(self, abstract: State) -> tuple[int, Params, Params] | None:
+        """(step, parameters, their average) of the newest readable state: without the optimiser, a third of it all."""
+        found = self._newest({k: getattr(abstract, k) for k in ("step", "params", "ema")})
+        return None if found is None else (int(found["step"]), found["params"], found["ema"])
+
+    def _newest(self, like: dict[str, Any]) -> dict[str, Any] | None:
         failed: list[tuple[int, Exception]] = []
         for step in reversed(self.steps()):
+            tree, error = None, None
             try:
-                state = self._read(step, abstract)
-            except Exception as error:
+                tree = self._read(step, like)
+            except Exception as found:
+                error = found
+            if not hosts.all_agree(error is None, "to read a checkpoint"):
                 self.close()
-                failed.append((step, error))
+                failed.append((step, error or OSError("another process could not read it")))
                 if not self._create:
                     break
                 continue
             for broken, why in failed:
-                self._set_aside(broken, why, step)
-            return state
+                self.close()
+                hosts.first(functools.partial(self._set_aside, broken, why, step))
+            return tree
         if failed:
             newest, why = failed[0]
             others = f", nor can the {len(failed) - 1} before it" if len(failed) > 1 else ""
@@ -172,19 +187,22 @@ class Checkpoints:
             ) from why
         return None
 
-    def _read(self, step: int, abstract: State) -> State:
-        like = {k: getattr(abstract, k) for k in State.__dataclass_fields__}
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(weights.stacked(like)))
-        tree = self._open().restore(step, args=args)["state"]
+    def _read(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Those fields of a state that `like` has, as it has them."""
+        item = weights.stacked(like)
+        if len(like) == len(State.__dataclass_fields__):
+            args: Any = ocp.args.StandardRestore(item)
+        else:
+            arrays = ocp.checkpoint_utils.construct_restore_args(item)
+            args = ocp.args.PyTreeRestore(item, restore_args=arrays, partial_restore=True)
+        tree = self._open().restore(step, args=ocp.args.Composite(state=args))["state"]
         where = jax.tree.map(lambda x: x.sharding, like)
         # Through one program whose outputs lie as the step wants them. Slices of a stack cannot reuse its memory.
         structures: list[Any] = [jax.tree.structure(t) for t in (tree, like)]
         donate = (0,) if structures[0] == structures[1] else ()
-        tree = jax.jit(lambda t: weights.matching(t, like), out_shardings=where, donate_argnums=donate)(tree)
-        return State(**tree)
+        return jax.jit(lambda t: weights.matching(t, like), out_shardings=where, donate_argnums=donate)(tree)
 
     def _set_aside(self, step: int, error: Exception, good: int) -> None:
-        self.close()
         broken = self.folder / f"{step}.broken"
         for number in range(1, 1000):
             if not broken.exists():
