@@ -98,15 +98,15 @@ def open_model(name: str | Folder, *, raw: bool = False, allow: Sequence[str] = 
         params = jax.tree.map(jax.numpy.asarray, weights.matching(flat, weights.abstract(task)))
         return Model(task, params, about.get("weights", "raw"), about.get("step"), data, labels, folder)
     run = config.undump(about["run"], allow, "run")
-    mesh = dist.Mesh(data=1).build(jax.devices()[:1])
+    mesh = dist.Mesh(data=1).build(jax.local_devices()[:1])
     checkpoints = Checkpoints(folder, create=False)
     if not checkpoints.steps():
         raise UserError(
             f"{folder} holds no checkpoint yet; let the run reach its first save (checkpoint.every={run.checkpoint.every} steps)"
         )
-    with dist.use(mesh, run.rules):
+    with dist.use(mesh, run.rules):  # not that of a run which opens this one
         abstract = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
-    found = checkpoints.restore_weights(abstract)
+        found = checkpoints.restore_weights(abstract)
     checkpoints.close()
     assert found is not None
     step, params, ema = found

@@ -171,7 +171,7 @@ def _first(state: State, given: Mapping[str, Params], where: Any) -> State:
     if not given:
         _log.info("parameters: fresh")
         return state
-    params, report = weights.fill(jax.device_get(state.params), given)
+    params, report = weights.fill(hosts.fetch(state.params), given)
     for line in report:
         _log.info("parameters: %s", line)
     params = jax.device_put(params, where.params)
@@ -315,14 +315,16 @@ def train(
         UserError: anything that can be known before the first step, a folder that cannot be written, or a run whose
             loss has not been finite for 20 steps.
     """
-    _check_profile(profile, run)
-    if wandb is not None:
-        if run.workdir is None or not wandb.rpartition("/")[2]:
-            raise UserError(f"--wandb {wandb} needs the name of a project, and a run folder (workdir=FOLDER)")
-        tracking.library()
-    folder = None if run.workdir is None else paths.reach(run.workdir, "workdir=")
-    mesh = run.mesh.build()
-    with hosts.guarded(), dist.use(mesh, run.rules), _termination() as asked, ExitStack() as held:
+    with hosts.guarded(), ExitStack() as held:
+        _check_profile(profile, run)
+        if wandb is not None:
+            if run.workdir is None or not wandb.rpartition("/")[2]:
+                raise UserError(f"--wandb {wandb} needs the name of a project, and a run folder (workdir=FOLDER)")
+            tracking.library()
+        folder = None if run.workdir is None else paths.reach(run.workdir, "workdir=")
+        mesh = run.mesh.build()
+        held.enter_context(dist.use(mesh, run.rules))
+        asked = held.enter_context(_termination())
         hosts.same({"run": config.dump(run), **_versions()}, config.differences)
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
