@@ -1,6 +1,6 @@
 """Measured figures: kept in figures.json, shown in README.md.
 
-    python tests/figures.py add NAME RUN_FOLDER_OR_BENCH_JSON "COMMAND" ["HARDWARE"]
+    python tests/figures.py add NAME RUN_FOLDER_OR_JSON "COMMAND" ["HARDWARE"]
     python tests/figures.py write        # builds the README's tables anew
 
 Each record carries the command, the hardware and the date. A test compares the README with what `write` would write.
@@ -53,11 +53,10 @@ def hardware(figures: dict[str, Any] | None = None) -> str:
 
 
 def add(name: str, source: Path, command: str, machine: str | None = None) -> None:
-    """Keep the figures of a run folder, or of the JSON that `zoo bench --json` wrote, under a name."""
-    bench = source.is_file()
-    figures = json.loads(source.read_text()) if bench else of_run(source)
+    """Keep the figures of a run folder, or of the JSON that `zoo bench` or `zoo compile --json` wrote, under a name."""
+    figures = json.loads(source.read_text()) if source.is_file() else of_run(source)
     record = {
-        "kind": "bench" if bench else "learned",
+        "kind": "compile" if "topology" in figures else "bench" if source.is_file() else "learned",
         "command": command,
         "hardware": machine or hardware(figures),
         "date": str(figures["date"])[:10] if "date" in figures else datetime.date.today().isoformat(),
@@ -111,10 +110,32 @@ def bench_table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def compile_table(records: dict[str, dict[str, Any]]) -> str:
+    """What programs need on chips that are not here, and how fast they can be there."""
+    heads = ["command", "parameters", "state a chip", "peak / memory", "bound", "step, at least", "utilisation, at most"]
+    lines = [_row([*heads, "compiled in"]), _row(["---"] * (len(heads) + 1))]
+    for r in records.values():
+        if r["kind"] == "compile":
+            f = r["figures"]
+            cells = [
+                f"`{r['command']}`",
+                f"{f['parameters'] / 1e6:,.4g} M",
+                f"{f['arguments GiB per device']:.3f} GiB",
+                f"{f['peak GiB']:.2f} / {f['memory GiB']:.2f} GiB",
+                f["bound"],
+                f"{f['step s, at least']:.3g} s",
+                f"{f['utilisation, at most']:.0%}",
+                f"{f['compile s']:.0f} s",
+            ]
+            lines.append(_row(cells))
+    return "\n".join(lines)
+
+
 def rendered(text: str) -> str:
     """README text with its tables made anew."""
     records = read()
-    for mark, table in (("learned", learned_table(records)), ("bench", bench_table(records))):
+    tables = {"learned": learned_table(records), "bench": bench_table(records), "compile": compile_table(records)}
+    for mark, table in tables.items():
         begin, end = f"<!-- figures: {mark} -->", "<!-- end -->"
         head, _, rest = text.partition(begin)
         _, found, tail = rest.partition(end)

@@ -181,6 +181,13 @@ def test_a_run_without_a_checkpoint_says_when_there_is_one(tmp_path: Path):
     assert [p.name for p in folder.iterdir()] == ["config.json"]  # looking leaves no trace
 
 
+def test_a_run_opens_another_whatever_mesh_it_has_itself(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", RUN, 3)
+    with dist.use(dist.Mesh().build()):
+        inside = models.open_model(folder).params
+    same(inside, models.open_model(folder).params)
+
+
 def test_opening_never_moves_a_damaged_checkpoint(tmp_path: Path):
     folder = write_run(tmp_path / "run", RUN, 3)
     damaged = [p for p in (folder / "checkpoints" / "3").rglob("*") if p.is_file()]
