@@ -27,6 +27,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import zoo
 from zoo import dist, weights
+from zoo.commands import flops
 from zoo.commands.chips import chip_of, count_chips
 from zoo.data.pipeline import batches
 from zoo.data.synthetic import Synthetic
@@ -312,11 +313,6 @@ def compile_twice(step: Any, *arguments: Any) -> tuple[Any, Figures]:
     }
 
 
-def flops_per_example(run: Run) -> float | None:
-    """Floating-point operations that one training example takes, by the task's own count; None where it has none."""
-    return run.task.flops() if hasattr(run.task, "flops") else None
-
-
 def time_step(run: Run, mesh: jax.sharding.Mesh, step: _Stepper, twin: Any, host: Any, rounds: int) -> Figures:
     """Throughput in rounds, beside the peer; then steps one by one; what share of the chips' peak that is."""
     figures: Figures = {"train first step ms": 1e3 * _seconds(step, 1)}
@@ -343,13 +339,11 @@ def time_step(run: Run, mesh: jax.sharding.Mesh, step: _Stepper, twin: Any, host
     each = [1e3 * _seconds(step, 1) for _ in range(count)]
     p10, p50, p90 = (float(p) for p in np.percentile(each, (10, 50, 90)))
     figures["train each step ms"] = {"p10": p10, "p50": p50, "p90": p90, "max": max(each), "steps": count}
-    flops = flops_per_example(run)
-    if flops is not None:
-        rate = flops * run.batch / step.median
-        figures["train model TFLOP/s"] = rate / 1e12
-        chip = chip_of(jax.devices()[0].device_kind)
-        if chip is not None and chip.peak is not None:
-            figures["train utilisation of bf16 peak"] = rate / (chip.peak * count_chips(mesh.devices.flat))
+    rate = flops.training_example(run.task) * run.batch / step.median
+    figures["train model TFLOP/s"] = rate / 1e12
+    chip = chip_of(jax.devices()[0].device_kind)
+    if chip is not None and chip.peak is not None:
+        figures["train utilisation of bf16 peak"] = rate / (chip.peak * count_chips(mesh.devices.flat))
     return figures
 
 
