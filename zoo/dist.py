@@ -272,7 +272,8 @@ def whole(tree: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+    tree = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+    return jax.lax.optimization_barrier(tree)  # the compiler would put some of it back into the loop, to save memory
 
 
 def batch_axes(size: int) -> tuple[str, ...] | None:

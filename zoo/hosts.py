@@ -258,10 +258,11 @@ def same(about: Mapping[str, Any], differences: Callable[[Any, Any], list[str]])
     """UserError, on every process, unless all of them run the same thing; the fields that differ are named."""
     if _group is None:
         return
+    key = f"zoo/about/{_group.meetings}"
     if _group.index == 0:
-        _group.client.key_value_set("zoo/about", json.dumps(about))
+        _group.client.key_value_set(key, json.dumps(about))
     _meet(_group, "to compare their configs")
-    theirs = json.loads(_group.client.blocking_key_value_get("zoo/about", int(_MEET * 1000)))
+    theirs = json.loads(_group.client.blocking_key_value_get(key, int(_MEET * 1000)))
     differ = differences(theirs, json.loads(json.dumps(about)))
     if differ:
         raise UserError(

@@ -211,7 +211,10 @@ class Program:
         return max(0.0, math.ceil((ends[1] - begin) / step))
 
     def collectives(self) -> list[Collective]:
-        """Every collective, once: an operation that is started in one fusion and ended in another has one channel."""
+        """Every collective, once: an operation that is started in one fusion and ended in another has one channel.
+
+        Where some of it is fused into a loop that runs meanwhile, it still happens as often as it is started.
+        """
         found: dict[str, Collective] = {}
         for name, times in self.times.items():
             for i in self.computations[name].instructions:
@@ -222,7 +225,7 @@ class Program:
                 one = Collective(kind, self._sent(name, i, kind, len(groups[0]) if groups else 1), times, groups)
                 channel = re.search(r"channel_id=(\d+)", i.text)
                 key = channel[1] if channel else f"{name}/{i.name}"
-                if key not in found or found[key].total < one.total:
+                if key not in found or found[key].times > one.times:
                     found[key] = one
         return list(found.values())
 
