@@ -258,14 +258,10 @@ def _speed_figures(
 ) -> None:
     """Adds what the program computes, moves and sends, and the least time that takes."""
     chip, count = to.chip, len(to.devices)
-    slices = [getattr(d, "slice_index", 0) for d in mesh.devices.flat]
     kinds: Counter[str] = Counter()
-    far = 0.0
     for one in program.collectives():
         kinds[one.kind] += one.total  # type: ignore[assignment]
-        if one.crosses(lambda p: slices[p] if p < len(slices) else 0):
-            # one device of each group sends across, the others within their slice
-            far += one.total / max(1, len(one.groups[0]) // max(1, len(set(slices))))
+    far = float(kinds[hlo.BETWEEN])
     sent = float(sum(kinds.values()))
     figures["model TFLOP"] = model / 1e12
     figures["program TFLOP"] = operations / 1e12

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "c64": 8, "c128": 16}
+BETWEEN = "between slices"  # a kind of collective of our own
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # Instructions that move nothing: names for parts of others, and the far ends of what has been counted at its start.
 _FREE = {
@@ -125,10 +126,6 @@ class Collective:
         """Bytes that a device sends in one run of the program."""
         return self.sent * self.times
 
-    def crosses(self, part_of: Callable[[int], int]) -> bool:
-        """Whether some group has members in different parts (slices, say)."""
-        return any(len({part_of(p) for p in group}) > 1 for group in self.groups)
-
 
 class Program:
     """The text of a compiled, partitioned program (`compiled.as_text()`)."""
@@ -219,7 +216,11 @@ class Program:
         for name, times in self.times.items():
             for i in self.computations[name].instructions:
                 kind = i.op.removesuffix("-start")
-                if kind not in _COLLECTIVES or not times:
+                if kind == "send" and "megascale" in i.text:  # handed to the host, for the network between slices
+                    kind = BETWEEN
+                elif kind not in _COLLECTIVES:
+                    continue
+                if not times:
                     continue
                 groups = replica_groups(i.text)
                 one = Collective(kind, self._sent(name, i, kind, len(groups[0]) if groups else 1), times, groups)
@@ -233,7 +234,7 @@ class Program:
         """Bytes that a device sends, with the algorithms that send least."""
         known = self.computations[caller].by_name
         put = sum(s.size for name in i.operands if name in known for s in known[name].shapes[:1])
-        if kind == "collective-permute":
+        if kind in ("collective-permute", BETWEEN):
             return put or i.shapes[0].size
         if kind == "all-gather":
             return put * (ways - 1)
