@@ -151,6 +151,21 @@ def test_the_second_compilation_reads_what_the_first_kept_and_the_users_cache_st
     assert sorted(Path(str(before[CACHE[0]])).iterdir()) == kept
 
 
+def test_later_programs_go_to_the_users_cache(tmp_path: Path) -> None:
+    before = {name: jax.config.values[name] for name in CACHE}
+    try:
+        for name, value in zip(CACHE, (str(tmp_path), True, 0.0, -1)):
+            jax.config.update(name, value)
+        module.compile_twice(jax.jit(lambda x: jnp.cos(x) @ x), jnp.eye(3))
+        assert not list(tmp_path.iterdir())
+        jax.jit(lambda x: jnp.tan(x) @ x).lower(jnp.eye(3)).compile()
+        assert list(tmp_path.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        module.compilation_cache.reset_cache()
+
+
 def test_a_program_that_no_cache_keeps_has_no_warm_compilation() -> None:
     def calls_back(x: jax.Array) -> jax.Array:
         return jax.pure_callback(lambda y: y, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
@@ -211,8 +226,16 @@ def test_devices_that_count_their_memory_are_believed(monkeypatch: pytest.Monkey
 # --- the sampler ----------------------------------------------------------------------------------
 
 
-def test_one_sample_is_timed_once() -> None:
+def test_one_sample_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+    measure = module.time_sampler
+    monkeypatch.setattr(
+        module,
+        "time_sampler",
+        lambda run, params, twin, n, rounds: (timed.append(n), measure(run, params, twin, n, rounds))[1],
+    )
     figures = bench(RUN, what="sample", samples=1, rounds=1).figures
+    assert timed == [1]
     assert [k for k in figures if k.endswith(" ms, ours")] == ["sample 1 ms, ours"]
     assert not any(k.startswith(("train", "data")) for k in figures)
 
