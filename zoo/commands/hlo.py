@@ -223,8 +223,10 @@ class Program:
                 if not times:
                     continue
                 groups = replica_groups(i.text)
-                one = Collective(kind, self._sent(name, i, kind, len(groups[0]) if groups else 1), times, groups)
                 channel = re.search(r"channel_id=(\d+)", i.text)
+                if "all-reduce-scatter" in name:  # a TPU's fusion of a sum and its slice; all of them have one channel
+                    kind, channel = "reduce-scatter", None
+                one = Collective(kind, self._sent(name, i, kind, len(groups[0]) if groups else 1), times, groups)
                 key = channel[1] if channel else f"{name}/{i.name}"
                 if key not in found or found[key].times > one.times:
                     found[key] = one
