@@ -151,6 +151,11 @@ class Program:
                     current.instructions.append(found)
 
     @cached_property
+    def _fused(self) -> set[str]:
+        """The computations inside fusions."""
+        return {c for one in self.computations.values() for i in one.instructions if i.op == "fusion" for c in i.calls}
+
+    @cached_property
     def times(self) -> dict[str, float]:
         """How often each computation runs in one run of the program; those inside fusions too."""
         found: dict[str, float] = defaultdict(float)
@@ -208,13 +213,18 @@ class Program:
         return max(0.0, math.ceil((ends[1] - begin) / step))
 
     def collectives(self) -> list[Collective]:
-        """Every collective, once: an operation that is started in one fusion and ended in another has one channel.
+        """Every collective, as often as it is started.
 
-        Where some of it is fused into a loop that runs meanwhile, it still happens as often as it is started.
+        One that is spread over several fusions has the same channel in all of them, some of them perhaps in a loop that runs
+        meanwhile. Otherwise a channel tells nothing apart: copies of an instruction share theirs.
         """
-        found: dict[str, Collective] = {}
+        found: list[Collective] = []
+        pieces: dict[str, Collective] = {}
+        started: set[str] = set()
         for name, times in self.times.items():
-            for i in self.computations[name].instructions:
+            here = self.computations[name].instructions
+            starts = any('"AsyncCollectiveStart"' in i.text for i in here)
+            for i in here:
                 kind = i.op.removesuffix("-start")
                 if kind == "send" and "megascale" in i.text:  # handed to the host, for the network between slices
                     kind = BETWEEN
@@ -222,15 +232,19 @@ class Program:
                     continue
                 if not times:
                     continue
+                scatters = "all-reduce-scatter" in name  # a TPU's fusion of a sum and the slice of it that is kept
+                kind = "reduce-scatter" if scatters else kind
                 groups = replica_groups(i.text)
-                channel = re.search(r"channel_id=(\d+)", i.text)
-                if "all-reduce-scatter" in name:  # a TPU's fusion of a sum and its slice; all of them have one channel
-                    kind, channel = "reduce-scatter", None
                 one = Collective(kind, self._sent(name, i, kind, len(groups[0]) if groups else 1), times, groups)
-                key = channel[1] if channel else f"{name}/{i.name}"
-                if key not in found or found[key].times > one.times:
-                    found[key] = one
-        return list(found.values())
+                channel = re.search(r"channel_id=(\d+)", i.text)
+                if channel is None or scatters or name not in self._fused:
+                    found.append(one)
+                elif starts:
+                    found.append(one)
+                    started.add(channel[1])
+                elif channel[1] not in pieces or pieces[channel[1]].times > times:
+                    pieces[channel[1]] = one
+        return found + [one for channel, one in pieces.items() if channel not in started]
 
     def _sent(self, caller: str, i: Instruction, kind: str, ways: int) -> float:
         """Bytes that a device sends, with the algorithms that send least."""
@@ -250,12 +264,9 @@ class Program:
         What lies on the chip is free. Of an operand that is only sliced the slices count, of a result that is updated in
         place the update.
         """
-        fused = {
-            inner for c in self.computations.values() for i in c.instructions if i.op == "fusion" for inner in i.calls
-        }
         total = 0.0
         for name, times in self.times.items():
-            if name not in fused:
+            if name not in self._fused:
                 once = sum(self._bytes(self.computations[name], i) for i in self.computations[name].instructions)
                 total += once * (times if loops else min(times, 1))
         return total
