@@ -294,8 +294,9 @@ def _speed_figures(
 def _least_sent(run: Run, abstract: State, mesh: Any) -> dict[str, float]:
     """Bytes that each device must send in a step with these mesh axes, whatever the compiler does.
 
-    fsdp: every sharded parameter is gathered once forwards and once backwards in the dtype of the products, and its
-    gradient summed and scattered, for every micro-batch. data: the gradients of a device's shards are summed once.
+    fsdp: every sharded parameter is gathered once in the dtype of the products, and once more where the backward pass
+    recomputes (`task.remat`), and its gradient summed and scattered, for every micro-batch. data: the gradients of a
+    device's shards are summed once.
     tensor: the output of each kernel that is cut along what it sums over, and the input gradient of each that is cut
     along its output, is summed. A sequence axis is not counted: that depends on the attention.
     """
@@ -303,6 +304,7 @@ def _least_sent(run: Run, abstract: State, mesh: Any) -> dict[str, float]:
     data, fsdp, tensor = (mesh.shape[a] for a in ("data", "fsdp", "tensor"))
     tokens = getattr(run.task, "tokens", 0) / mesh.shape["sequence"]
     rows = run.batch / run.accumulate / (data * fsdp)
+    passes = 2 if getattr(run.task, "remat", "none") == "none" else 3
     found = {"fsdp": 0.0, "data": 0.0, "tensor": 0.0}
     for key, tree in abstract.params.items():
         if key in run.task.held:
@@ -312,7 +314,7 @@ def _least_sent(run: Run, abstract: State, mesh: Any) -> dict[str, float]:
             size, cut = math.prod(leaf.shape), set().union(*parts)
             here = size / (tensor if "tensor" in cut else 1)
             if "fsdp" in cut:
-                found["fsdp"] += 3 * here * item * (fsdp - 1) / fsdp * run.accumulate
+                found["fsdp"] += passes * here * item * (fsdp - 1) / fsdp * run.accumulate
             elif fsdp > 1:
                 found["fsdp"] += 2 * here * 4 * (fsdp - 1) / fsdp
             if data > 1:
