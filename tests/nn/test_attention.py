@@ -1,0 +1,219 @@
+"""Attention: the TPU kernel against the plain products, which backend serves which device, and that meshes change nothing."""
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zoo import dist, weights
+from zoo.errors import UserError
+from zoo.nn.attention import attend, splash
+from zoo.papers.tarflow import TarFlow
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def inputs(tokens: int, batch: int = 4, heads: int = 2, head_dim: int = 8) -> list[jax.Array]:
+    """q, k, v and what the output is multiplied with."""
+    rng = np.random.default_rng(tokens)
+    return [jnp.asarray(rng.normal(size=(batch, tokens, heads, head_dim)), jnp.float32) for _ in range(4)]
+
+
+def values_and_gradients(how: Attend, q: jax.Array, k: jax.Array, v: jax.Array, by: jax.Array) -> list[np.ndarray]:
+    """The output, and the gradients of its product with `by` with respect to q, k and v."""
+
+    def scalar(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = how(q, k, v)
+        return jnp.vdot(y, by), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(scalar, (0, 1, 2), has_aux=True))(q, k, v)
+    return [np.asarray(x) for x in (y, *gradients)]
+
+
+def on(mesh: dist.Mesh | None, devices: int = 8) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if mesh is None else dist.use(mesh.build(jax.devices()[:devices]))
+
+
+# by hand
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_softmax_of_products(causal: bool) -> None:
+    q, k, v, _ = (np.asarray(x, np.float64) for x in inputs(5))
+    expected = np.zeros_like(q)
+    for b, t, h in np.ndindex(q.shape[:3]):
+        seen = t + 1 if causal else 5
+        weight = np.exp(k[b, :seen, h] @ q[b, t, h] / np.sqrt(8))
+        expected[b, t, h] = weight @ v[b, :seen, h] / weight.sum()
+    found = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), causal=causal)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+# the TPU kernel, step by step on a CPU
+
+
+MIXED = dist.Mesh(data=1, fsdp=2, sequence=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "causal", "mesh", "devices"),
+    [
+        (128, False, None, 1),
+        (100, True, None, 1),  # filled up to a block
+        (640, True, None, 1),  # five small blocks: 512 does not divide
+        (256, True, MIXED, 8),
+        (256, False, MIXED, 8),
+        (200, True, MIXED, 8),
+        (202, False, MIXED, 8),
+        (130, False, dist.Mesh(data=1, sequence=4), 4),  # some devices have no queries but filled-up ones
+        (128, True, dist.Mesh(data=2, fsdp=2, tensor=2), 8),
+        (130, True, dist.Mesh(data=8), 8),  # four examples on eight devices: left whole
+    ],
+    ids=lambda x: "".join(f"{k}{v}" for k, v in dataclasses.asdict(x).items()) if dataclasses.is_dataclass(x) else None,
+)
+def test_the_tpu_kernel_has_the_values_and_gradients_of_the_plain_products(
+    tokens: int, causal: bool, mesh: dist.Mesh | None, devices: int
+) -> None:
+    q, k, v, by = inputs(tokens)
+    expected = values_and_gradients(lambda *x: attend(*x, causal=causal, backend="xla"), q, k, v, by)
+    with on(mesh, devices):
+        found = values_and_gradients(lambda *x: splash(*x, causal=causal, interpret=True), q, k, v, by)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    for name, one, other in zip("qkv", found[1:], expected[1:], strict=True):
+        assert np.abs(one - other).max() <= 1e-4 * np.abs(other).max(), name
+
+
+def test_the_tpu_kernel_shares_out_examples_heads_and_queries() -> None:
+    """Each device runs it for its own: of no whole array is the kernel's output."""
+    q, k, v, _ = inputs(256)
+    with on(MIXED):
+        traced = jax.make_jaxpr(lambda *x: splash(*x, causal=True, interpret=True))(q, k, v)
+        placed = jax.jit(lambda *x: splash(*x, causal=True, interpret=True))(q, k, v)
+    (shared,) = [e for e in traced.jaxpr.eqns if e.primitive.name == "shard_map"]
+    local = [v.aval.shape for v in shared.params["jaxpr"].outvars]
+    assert local == [(2, 128, 1, 8)]
+    assert {x.data.shape for x in placed.addressable_shards} == {(2, 128, 1, 8)}
+
+
+# which backend
+
+
+def test_auto_is_the_plain_products_on_a_cpu() -> None:
+    q, k, v, _ = inputs(6)
+
+    def traced(backend: str) -> str:
+        return str(jax.make_jaxpr(lambda *x: attend(*x, causal=True, backend=backend))(q, k, v))
+
+    assert traced("auto") == traced("xla")
+    assert "dot_general" in traced("auto")
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("splash", "task.attention='splash' is a TPU kernel and this is a cpu; set task.attention=auto"),
+        ("cudnn", "task.attention='cudnn' needs an NVIDIA GPU and there is none here; set task.attention=xla"),
+    ],
+)
+def test_a_kernel_of_another_device_is_a_sentence(backend: str, message: str) -> None:
+    q, k, v, _ = inputs(6)
+    with pytest.raises(UserError) as told:
+        attend(q, k, v, causal=True, backend=backend)
+    assert str(told.value) == message
+
+
+def test_a_backend_that_does_not_exist_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"task\.attention='flash' is no attention backend; choose one of auto, xla,"):
+        TarFlow(attention="flash")
+    with pytest.raises(UserError, match=r"'cudnn' computes in bfloat16, but task\.dtype='float32'"):
+        TarFlow(attention="cudnn")
+    TarFlow(attention="cudnn", dtype="bfloat16")
+
+
+def test_heads_that_the_mesh_does_not_divide_are_a_sentence() -> None:
+    task = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=1, head_dim=4)
+    with (
+        on(dist.Mesh(data=2, tensor=4)),
+        pytest.raises(UserError, match=r"the number of heads, task.width / task.head_dim, has size 2.*mesh.tensor=2"),
+    ):
+        jax.eval_shape(task.init, jax.random.key(0))
+
+
+# a whole network
+
+
+@pytest.fixture(scope="module")
+def flow() -> tuple[Callable[[Any], jax.Array], Any, jax.Array, Any]:
+    """Loss of a flow, parameters away from its start, where the output kernels are zero, and what they give without a mesh."""
+    task = TarFlow(image=8, channels=1, patch=2, width=16, depth=1, blocks=2, head_dim=8, attention="auto")
+    rng = np.random.default_rng(0)
+    start = jax.jit(lambda: dist.unbox(task.init(jax.random.key(0))))()
+    params = jax.tree.map(lambda x: x + 0.1 * jnp.asarray(rng.normal(size=x.shape), x.dtype), start)
+    batch = {"image": jnp.asarray(rng.uniform(-1, 1, (8, 8, 8, 1)), jnp.float32)}
+
+    def loss(params: Any) -> jax.Array:
+        return task.loss(params, batch, jax.random.key(1))[0]
+
+    return loss, params, *jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize(
+    "mesh", [dist.Mesh(sequence=2), dist.Mesh(data=1, fsdp=2, sequence=2, tensor=2), dist.Mesh(data=1, sequence=8)]
+)
+def test_a_flow_has_one_loss_and_gradient_however_its_tokens_are_shared_out(flow: Any, mesh: dist.Mesh) -> None:
+    loss, params, value, gradient = flow
+    with on(mesh):
+        shared, shared_gradient = jax.jit(jax.value_and_grad(loss))(params)
+    assert float(shared) == pytest.approx(float(value), rel=1e-6)
+    for name, one in weights.flatten(gradient).items():
+        other = weights.flatten(shared_gradient)[name]
+        assert one.max() > 0 or name.startswith("prior"), name
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+# compiled for a TPU that is not here
+
+
+@pytest.fixture(scope="module")
+def tpu() -> Iterator[Any]:
+    """The devices of a small topology. Its programs are kept out of the cache, which cannot be read without a TPU."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs the aot extra")
+    from zoo.commands.compile import target
+
+    with pytest.MonkeyPatch.context() as env:
+        for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
+            env.setenv(name, "1")
+        before = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+        yield target("v5e:2x2").devices
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.mark.parametrize(("backend", "causal"), [("auto", True), ("splash", False)])
+def test_forward_and_backward_compile_for_a_tpu_as_kernels(tpu: Any, backend: str, causal: bool) -> None:
+    here = inputs(4)[:3]
+    mesh = dist.Mesh(data=1, fsdp=2, sequence=2).build(tpu)
+    where = NamedSharding(mesh, P("fsdp", "sequence"))
+    x = jax.ShapeDtypeStruct((2, 1024, 2, 64), jnp.bfloat16, sharding=where)
+
+    def scalar(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v, causal=causal, backend=backend).astype(jnp.float32).sum()
+
+    with dist.use(mesh):
+        assert dist.platform() == "tpu"
+        text = jax.jit(jax.value_and_grad(scalar, (0, 1, 2))).lower(x, x, x).compile().as_text()
+        with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+            attend(*here, causal=causal, backend="cudnn")
+    assert dist.platform() == "cpu"
+    # one kernel forwards, one for the gradient of queries, one for that of keys and values
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    assert "1024,1024]" not in text  # the logits are nowhere whole
