@@ -396,8 +396,7 @@ def _bench(args: argparse.Namespace) -> int:
     from zoo.commands.bench import bench
 
     run = _run(config.load(args.config, args.fields), args.config)
-    if args.json and not Path(args.json).absolute().parent.is_dir():  # better now than after minutes
-        raise UserError(f"cannot write {args.json}: its folder does not exist; make it, or give --json another file")
+    _check_json(args.json)
     dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
     flags = [f"--{k} {getattr(args, k)}" for k in ("what", "samples", "rounds", "peer") if getattr(args, k) is not None]
     about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
@@ -418,6 +417,7 @@ def _compile(args: argparse.Namespace) -> int:
     from zoo.commands import compile as aot
 
     run = _run(config.load(args.config, args.fields), args.config)
+    _check_json(args.json)
     to = aot.target(args.topology, args.slices)
     found = aot.compile_run(run, to, args.what, args.samples)
     print(found.table())
@@ -425,10 +425,16 @@ def _compile(args: argparse.Namespace) -> int:
     if found.fits:
         return 0
     needs = found.figures.get("peak GiB", found.figures.get("needs GiB"))
-    print(f"does not fit: it needs {needs:.2f} GiB of {found.figures['memory GiB']:.2f} GiB a device", file=sys.stderr)
+    amount = "more" if needs is None else f"{needs:.2f} GiB"
+    print(f"does not fit: it needs {amount} of {found.figures['memory GiB']:.2f} GiB a device", file=sys.stderr)
     if not args.no_search:
         print(aot.nearest_fit(run, to, found, args.what, args.samples), file=sys.stderr)
     return 1
+
+
+def _check_json(path: str | None) -> None:
+    if path and not Path(path).absolute().parent.is_dir():  # better now than after minutes
+        raise UserError(f"cannot write {path}: its folder does not exist; make it, or give --json another file")
 
 
 def _write_json(path: str | None, figures: dict[str, Any]) -> None:

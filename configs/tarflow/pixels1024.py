@@ -1,7 +1,7 @@
-"""TarFlow on 1024x1024 pixels: 16,384 tokens an image, 1.3 billion parameters. A starting point, not a recipe of the paper.
+"""TarFlow on 1024x1024 pixels: 16,384 tokens an image, 1.4 billion parameters. A starting point, not a recipe of the paper.
 
-The paper stops at 256 pixels. Width and depth are those of the 1.3-billion-parameter pixel model that the STARFlow paper
-re-trained at 256 pixels; noise, batch and steps are guesses that nobody has trained. What is known is what
+The paper stops at 256 pixels. Width and depth are those of the pixel model (1.3 billion parameters at 256 pixels) that the
+STARFlow paper re-trained; noise, batch and steps are guesses that nobody has trained. What is known is what
 `zoo compile tarflow/pixels1024 --topology v5p:4x4x4` prints: it fits, and how fast it can be. With fewer images than chips,
 `mesh.sequence=4` shares out the tokens of an image. `data.path` is a folder of class folders or what `zoo prepare` makes of it.
 """

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from zoo import dist
+from zoo import dist, weights
 from zoo.commands import chips, flops, hlo
 from zoo.commands.chips import Chip
 from zoo.errors import UserError
@@ -128,9 +128,9 @@ def _gib(count: float) -> float:
 
 
 class _TooLarge(Exception):
-    """The compiler found no room; `needs` is what it says the program takes, in bytes."""
+    """The compiler found no room; `needs` is what it says the program takes, in bytes, where it says so."""
 
-    def __init__(self, needs: float, words: str) -> None:
+    def __init__(self, needs: float | None, words: str) -> None:
         super().__init__(words)
         self.needs = needs
 
@@ -140,17 +140,17 @@ def _compile(lowered: Any) -> Any:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         words = str(error)
-        if "RESOURCE_EXHAUSTED" not in words:
-            raise
-        amounts = [float(n) * 1024 ** " KMGT".index(unit) for n, unit in re.findall(r"([\d.]+)([KMGT])", words)]
-        raise _TooLarge(max(amounts, default=math.inf), words.partition("\n")[0]) from None
+        if "RESOURCE_EXHAUSTED" not in words or not re.search(r"\bhbm\b", words, re.IGNORECASE):
+            raise  # also a kernel that does not fit into a chip's on-chip memory: no mesh mends that
+        amounts = [float(n) * 1024 ** " KMGT".index(unit) for n, unit in re.findall(r"([\d.]+)([KMGT])\b", words)]
+        raise _TooLarge(max(amounts, default=None), words.partition("\n")[0]) from None
 
 
 def compile_run(run: Run, to: Target, what: str = "train", samples: int | None = None) -> Compiled:
     """Compile a run's train step (`what="train"`) or its sampler (`"sample"`) for a target.
 
     Nothing is allocated and nothing runs. The roofline takes each of compute, memory and network at its full rate and
-    all of them at once: no program is faster, most are slower.
+    all of them at once: hardly any program is faster, most are slower.
 
     Raises:
         UserError: a mesh or a batch that the target's devices do not divide into.
@@ -191,7 +191,8 @@ def compile_run(run: Run, to: Target, what: str = "train", samples: int | None =
         try:
             compiled = _compile(traced.lower())
         except _TooLarge as error:
-            figures["needs GiB"] = _gib(error.needs)
+            if error.needs is not None:
+                figures["needs GiB"] = _gib(error.needs)
             figures["memory GiB"] = _gib(memory or 0)
             figures["compiler"] = str(error)
             return Compiled(figures, False)
@@ -306,27 +307,25 @@ def _least_sent(run: Run, abstract: State, mesh: Any) -> dict[str, float]:
     rows = run.batch / run.accumulate / (data * fsdp)
     passes = 2 if getattr(run.task, "remat", "none") == "none" else 3
     found = {"fsdp": 0.0, "data": 0.0, "tensor": 0.0}
-    for key, tree in abstract.params.items():
-        if key in run.task.held:
-            continue
-        for leaf in jax.tree.leaves(tree):
-            parts = [_names(p) for p in leaf.sharding.spec]
-            size, cut = math.prod(leaf.shape), set().union(*parts)
-            here = size / (tensor if "tensor" in cut else 1)
-            if "fsdp" in cut:
-                found["fsdp"] += passes * here * item * (fsdp - 1) / fsdp * run.accumulate
-            elif fsdp > 1:
-                found["fsdp"] += 2 * here * 4 * (fsdp - 1) / fsdp
-            if data > 1:
-                found["data"] += 2 * here / (fsdp if "fsdp" in cut else 1) * 4 * (data - 1) / data
-            if "tensor" in cut and len(leaf.shape) > 1 and tensor > 1:
-                at = next(k for k, p in enumerate(parts) if "tensor" in p)
-                other = max(
-                    (leaf.shape[k] for k in range(len(leaf.shape)) if k != at and "fsdp" in parts[k]), default=0
-                )
-                layers = size / leaf.shape[at] / other if other else 0
-                copies = leaf.shape[0] if layers > 1 and len(leaf.shape) > 2 else 1
-                found["tensor"] += 2 * rows * tokens * other * item * (tensor - 1) / tensor * copies * run.accumulate
+    trained = {k: v for k, v in abstract.params.items() if k not in run.task.held}
+    for name, leaf in weights.flatten(trained).items():
+        parts = [_names(p) for p in leaf.sharding.spec]
+        size, cut = math.prod(leaf.shape), set().union(*parts)
+        here = size / (tensor if "tensor" in cut else 1)
+        kernel = name.endswith("kernel")
+        each = item if kernel else 4  # bytes: products are in the network's dtype, and so are their gradients
+        if "fsdp" in cut:
+            found["fsdp"] += passes * here * item * (fsdp - 1) / fsdp * run.accumulate
+        elif fsdp > 1:
+            found["fsdp"] += 2 * here * each * (fsdp - 1) / fsdp
+        if data > 1:
+            found["data"] += 2 * here / (fsdp if "fsdp" in cut else 1) * each * (data - 1) / data
+        if kernel and "tensor" in cut:
+            stacked = "/block/" in name  # layers of a trunk
+            shape, parts = (leaf.shape[1:], parts[1:]) if stacked else (leaf.shape, parts)
+            width = max((n for n, part in zip(shape, parts) if "tensor" not in part), default=0)
+            sums = (leaf.shape[0] if stacked else 1) * run.accumulate
+            found["tensor"] += 2 * rows * tokens * width * item * (tensor - 1) / tensor * sums
     return found
 
 
@@ -335,45 +334,70 @@ def _names(part: Any) -> set[str]:
 
 
 def nearest_fit(run: Run, to: Target, failed: Compiled, what: str, samples: int | None) -> str:
-    """What to change, as `field=value`, so that the program fits; compiled, not only estimated. A sentence."""
+    """What to change, as `field=value`, so that the program fits; compiled, not only estimated. A sentence.
+
+    In this order: more of the state shared out (which changes no number), fewer rows at a time, more recomputed, and pairs.
+    """
     memory = (to.chip.memory or 0) * to.share
     sizes = run.mesh.sizes(len(to.devices))
-    shards = sizes["fsdp"] * sizes["tensor"]
-    needs = (failed.figures.get("needs GiB") or failed.figures.get("peak GiB", math.inf)) * 2**30
+    slices = len({getattr(d, "slice_index", 0) for d in to.devices})
     state = failed.figures["state GiB"] * 2**30
+    needs = (failed.figures.get("needs GiB") or failed.figures.get("peak GiB") or 2 * _gib(memory)) * 2**30
+    shards = sizes["fsdp"] * sizes["tensor"]
     work = max(needs - state / shards, needs / 2)  # what is not state shrinks with the rows at a time
-    choices: list[tuple[list[str], Run, float]] = []
+    ways = sizes["data"] * sizes["fsdp"]
 
-    def consider(fields: list[str], one: Run, estimate: float) -> None:
-        if estimate <= _SPARE * memory:
-            choices.append((fields, one, estimate))
+    def meshes() -> Iterator[tuple[list[str], Run, float]]:
+        yield [], run, shards
+        data = sizes["data"]
+        while data % 2 == 0 and data > slices:
+            data //= 2
+            mesh = dataclasses.replace(run.mesh, data=data, fsdp=ways // data)
+            fields = [f"mesh.data={data}", f"mesh.fsdp={ways // data}"]
+            yield fields, dataclasses.replace(run, mesh=mesh), ways // data * sizes["tensor"]
 
-    more = sizes["data"] * sizes["fsdp"]
-    wide = dataclasses.replace(run.mesh, data=1, fsdp=more)
-    if sizes["data"] > 1 and len({getattr(d, "slice_index", 0) for d in to.devices}) == 1:
-        fields = ["mesh.data=1", f"mesh.fsdp={more}"]
-        consider(fields, dataclasses.replace(run, mesh=wide), work + state / (more * sizes["tensor"]))
-    if what == "train":
+    def fewer_rows(one: Run) -> Iterator[tuple[list[str], Run, int]]:
+        yield [], one, 1
         k = 2
-        while run.batch % (more * run.accumulate * k) == 0:
-            one = dataclasses.replace(run, accumulate=run.accumulate * k)
-            consider([f"accumulate={one.accumulate}"], one, work / k + state / shards * 4 / 3)
-            k *= 2
-        if getattr(run.task, "remat", None) in ("none", "dots"):
-            task = dataclasses.replace(run.task, remat="full")
-            consider(["task.remat=full"], dataclasses.replace(run, task=task), work / 3 + state / shards)
-    elif (n := samples or run.samples.n or 64) > 1:
-        k = 2
-        while n % k == 0 and n // k >= more:
-            one = dataclasses.replace(run, samples=dataclasses.replace(run.samples, n=n // k))
-            consider([f"--samples {n // k}"], one, work / k + state / shards)
-            k *= 2
-    for fields, one, _ in choices[:_TRIES]:
-        _log.info("trying %s ...", " ".join(fields))
-        found = compile_run(one, to, what, one.samples.n if what == "sample" else None)
+        n = samples or run.samples.n or 64
+        if what == "train":
+            while run.batch % (ways * run.accumulate * k) == 0:
+                yield [f"accumulate={run.accumulate * k}"], dataclasses.replace(one, accumulate=run.accumulate * k), k
+                k *= 2
+        else:
+            while n % k == 0:
+                yield (
+                    [f"--samples {n // k}"],
+                    dataclasses.replace(one, samples=dataclasses.replace(one.samples, n=n // k)),
+                    k,
+                )
+                k *= 2
+
+    choices: list[tuple[int, int, list[str], Run]] = []
+    for m, (mesh_fields, meshed, cut) in enumerate(meshes()):
+        for r, (row_fields, one, k) in enumerate(fewer_rows(meshed)):
+            for saved in (False, True):
+                if saved and (what != "train" or getattr(run.task, "remat", None) not in ("none", "dots")):
+                    continue
+                fields = [*mesh_fields, *row_fields, *(["task.remat=full"] if saved else [])]
+                gradients = state / 3 / cut if k > 1 and what == "train" else 0
+                estimate = work / k / (3 if saved else 1) + state / cut + gradients
+                if fields and estimate <= _SPARE * memory:
+                    full = dataclasses.replace(one, task=dataclasses.replace(one.task, remat="full")) if saved else one
+                    choices.append((bool(mesh_fields) + bool(row_fields) + saved, m + r + saved, fields, full))
+    tried: list[str] = []
+    for *_, fields, one in sorted(choices, key=lambda c: c[:2]):
+        if len(tried) == _TRIES:
+            break
+        try:
+            _log.info("trying %s ...", " ".join(fields))
+            found = compile_run(one, to, what, one.samples.n if what == "sample" else None)
+        except UserError:  # a mesh that does not divide some parameter
+            continue
         if found.fits:
             return f"it fits with {' '.join(fields)} (peak {found.figures['peak GiB']:.2f} of {_gib(memory):.2f} GiB)"
+        tried.append(" ".join(fields))
     return (
-        f"nothing nearby fits: tried {', '.join(' '.join(f) for f, *_ in choices[:_TRIES]) or 'no accumulation or mesh'}; "
-        "take more chips, a chip with more memory, a smaller batch or task.remat=full"
+        f"nothing near it fits ({'tried ' + ', '.join(tried) if tried else 'by estimate'}); take more chips, a chip with "
+        "more memory, or a smaller batch or model"
     )

@@ -324,7 +324,9 @@ def _written(inside: Computation) -> float:
 def _plain_written(where: Computation, i: Instruction) -> float:
     if i.op == "dynamic-update-slice" and len(i.operands) > 1 and i.operands[1] in where.by_name:
         return sum(s.size for s in where.by_name[i.operands[1]].shapes[:1] if not i.shapes[0].local)
-    if i.op.endswith("-start"):  # (operand, result, ...): the result is what is written
+    if i.op == "copy-start":  # (result, operand, ...)
+        return sum(s.size for s in i.shapes[:1] if not s.local)
+    if i.op.endswith("-start"):  # (operand, result, ...)
         return sum(s.size for s in i.shapes[1:2] if not s.local)
     return sum(s.size for s in i.shapes if not s.local)
 
