@@ -390,19 +390,20 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    import jax
-
-    from zoo import config, dist
+    from zoo import config, dist, hosts
     from zoo.commands.bench import bench
 
+    if hosts.expected():
+        raise UserError(
+            "zoo bench measures one process, but the environment names several (JAX_NUM_PROCESSES, Slurm or a TPU pod); run "
+            "it on one host, outside of the others"
+        )
     run = _run(config.load(args.config, args.fields), args.config)
     _check_json(args.json)
     dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
     flags = [f"--{k} {getattr(args, k)}" for k in ("what", "samples", "rounds", "peer") if getattr(args, k) is not None]
     about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
     result = bench(run, peer=args.peer, what=args.what, samples=args.samples, rounds=args.rounds, about=about)
-    if jax.process_index():  # the others measured the same
-        return 0
     print(result.table())
     _write_json(args.json, result.figures)
     return 0

@@ -149,6 +149,13 @@ def _slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
     return list(range(len(visible.split(",")))) if visible else None
 
 
+def expected(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the environment speaks of other processes."""
+    environ = os.environ if environ is None else environ
+    hostnames = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
+    return bool(_wanted(environ)) or len(hostnames.split(",")) > 1
+
+
 def start(environ: Mapping[str, str] | None = None) -> None:
     """Join the other processes of this run, where the environment says that there are any.
 

@@ -354,8 +354,9 @@ def time_sampler(run: Run, params: Any, twin: Any, n: int, rounds: int) -> Figur
     """Seconds that a batch of n samples takes, beside the peer, on the devices that `zoo sample` would use."""
     task = run.task
     label = jnp.arange(n) % task.classes if getattr(task, "classes", 0) else None
-    # The peer inverts and no more, so neither do we.
-    options = {"denoise": 0.0} if "denoise" in inspect.signature(task.sample).parameters else {}
+    # A peer inverts and no more, so neither do we beside one.
+    inverts = twin is not None and "denoise" in inspect.signature(task.sample).parameters
+    options = {"denoise": 0.0} if inverts else {}
     draw = jax.jit(lambda p, key: task.sample(p, key, n, None if label is None else {"label": label}, **options))
     with contextlib.ExitStack() as stack:
         if jax.process_count() == 1:

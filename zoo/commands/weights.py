@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,13 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
     if form == "zoo":
         return f"{out}: model.safetensors, config.json, README.md ({which})"
     classes = getattr(model.task, "classes", 0)
+    task = model.task
+    if hasattr(task, "attention"):  # a kernel of this machine would not run on the others
+        task = dataclasses.replace(task, attention="xla")
 
     def sampler(params: Any, key: jax.Array, label: jax.Array | None = None) -> dict[str, jax.Array]:
         rng = jax.random.wrap_key_data(key)
-        return model.task.sample(params, rng, samples, None if label is None else {"label": label})
+        return task.sample(params, rng, samples, None if label is None else {"label": label})
 
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     label = (jax.ShapeDtypeStruct((samples,), jnp.int32),) if classes else ()

@@ -7,6 +7,8 @@ images are labelled, `label` int32 [].
 from __future__ import annotations
 
 import difflib
+import gzip
+import importlib.util
 import io
 import os
 import zipfile
@@ -50,10 +52,17 @@ class Digits:
 
 @lru_cache(maxsize=1)
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
+    # The file itself: importing scikit-learn takes a second, which is much of what a short run takes to start.
+    package = importlib.util.find_spec("sklearn")
+    place = Path((package.submodule_search_locations or ["."])[0] if package else ".") / "datasets/data/digits.csv.gz"
+    if place.is_file():
+        rows = np.loadtxt(io.StringIO(gzip.decompress(place.read_bytes()).decode()), delimiter=",")
+        images, labels = rows[:, :64].reshape(-1, 8, 8), rows[:, 64].astype(np.int64)
+    else:
+        from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    return (2 * digits.images[..., None] / 16 - 1).astype(np.float32), digits.target
+        images, labels = load_digits().images, load_digits().target
+    return (2 * images[..., None] / 16 - 1).astype(np.float32), labels
 
 
 @dataclass(frozen=True)

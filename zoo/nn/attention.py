@@ -48,22 +48,35 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, backend: s
         UserError: the device in use has no such kernel.
     """
     device = dist.platform()
-    here = device == jax.default_backend()  # cuDNN is asked for its version while tracing, so it has to be here
     if backend == "auto":
-        backend = "xla"
-        if device == "tpu":
-            backend = "splash"
-        elif device == "gpu" and here and q.dtype == jnp.bfloat16:
-            backend = "cudnn"
+        cudnn = q.dtype == jnp.bfloat16 and _has_cudnn(device) and _cudnn_takes(q)
+        backend = "splash" if device == "tpu" else "cudnn" if cudnn else "xla"
     if backend == "cudnn":
-        if device != "gpu" or not here:
+        if not _has_cudnn(device):
             raise UserError("task.attention='cudnn' needs an NVIDIA GPU and there is none here; set task.attention=xla")
+        if not _cudnn_takes(q):
+            raise UserError(
+                f"task.attention='cudnn' takes heads of at most 128 numbers, in eights, and whole sequences, not heads of "
+                f"{q.shape[-1]} or mesh.sequence > 1; set task.attention=xla"
+            )
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     if backend == "splash":
         if device != "tpu":
             raise UserError(f"task.attention='splash' is a TPU kernel and this is a {device}; set task.attention=auto")
         return splash(q, k, v, causal=causal)
     return _xla(q, k, v, causal)
+
+
+def _has_cudnn(device: str) -> bool:
+    """Whether the device in use is an NVIDIA GPU of this machine: cuDNN is asked for its version while tracing."""
+    if device != "gpu" or jax.default_backend() != "gpu":
+        return False
+    return "cuda" in jax.devices()[0].client.platform_version.lower()
+
+
+def _cudnn_takes(q: jax.Array) -> bool:
+    where = dist.spec(q.shape, "batch", "tokens")
+    return q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and (where is None or where[1] is None)
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
