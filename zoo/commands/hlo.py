@@ -339,18 +339,26 @@ def replica_groups(text: str) -> tuple[tuple[int, ...], ...]:
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", text)
     if listed:
         return tuple(tuple(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", listed[1]))
-    tiled = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    tiled = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text)
     if tiled:
-        groups, sizes = (tuple(map(int, tiled[k].split(","))) for k in (1, 2))
-        order = tuple(map(int, tiled[3].split(","))) if tiled[3] else tuple(range(len(sizes)))
-        flat = _transposed(sizes, order)
-        size = groups[-1]
+        flat, size = _counted(tiled[2]), int(tiled[1].split(",")[-1])
         return tuple(tuple(flat[at : at + size]) for at in range(0, len(flat), size))
-    named = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}", text)
+    named = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", text)
     if named:
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        return _over_axes(axes, re.findall(r"'([^']+)'", named[2]))
+        groups = _over_axes(axes, re.findall(r"'([^']+)'", named[3]))
+        ids = _counted(named[2] or "")
+        return tuple(tuple(ids[p] for p in group) for group in groups) if ids else groups
     return ()
+
+
+def _counted(text: str) -> list[int]:
+    """Devices that are listed as they are, or as [sizes]T(axes): counted in an array and read along other axes first."""
+    sizes, axes = (re.search(rf"{mark}([\d,]+)", text) for mark in (r"\[", r"T\("))
+    if sizes is None:
+        return [int(n) for n in re.findall(r"\d+", text)]
+    shape = tuple(map(int, sizes[1].split(",")))
+    return _transposed(shape, tuple(map(int, axes[1].split(","))) if axes else tuple(range(len(shape))))
 
 
 def _transposed(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
