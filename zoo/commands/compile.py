@@ -373,7 +373,7 @@ def nearest_fit(run: Run, to: Target, failed: Compiled, what: str, samples: int 
                 )
                 k *= 2
 
-    choices: list[tuple[int, int, list[str], Run]] = []
+    choices: list[tuple[tuple[int, int, bool, bool], list[str], Run]] = []
     for m, (mesh_fields, meshed, cut) in enumerate(meshes()):
         for r, (row_fields, one, k) in enumerate(fewer_rows(meshed)):
             for saved in (False, True):
@@ -384,9 +384,10 @@ def nearest_fit(run: Run, to: Target, failed: Compiled, what: str, samples: int 
                 estimate = work / k / (3 if saved else 1) + state / cut + gradients
                 if fields and estimate <= _SPARE * memory:
                     full = dataclasses.replace(one, task=dataclasses.replace(one.task, remat="full")) if saved else one
-                    choices.append((bool(mesh_fields) + bool(row_fields) + saved, m + r + saved, fields, full))
+                    changes = bool(mesh_fields) + bool(row_fields) + saved
+                    choices.append(((changes, m + r + saved, saved, bool(row_fields)), fields, full))
     tried: list[str] = []
-    for *_, fields, one in sorted(choices, key=lambda c: c[:2]):
+    for _, fields, one in sorted(choices, key=lambda c: c[0]):
         if len(tried) == _TRIES:
             break
         try:
