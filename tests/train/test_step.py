@@ -15,6 +15,7 @@ import pytest
 from flax import linen as nn
 
 from zoo import dist, weights
+from zoo.papers.tarflow import TarFlow
 from zoo.task import Batch, Params
 from zoo.train.optim import AdamW
 from zoo.train.step import State, Step, compile_step, init_state, make_train_step, split
@@ -323,6 +324,56 @@ def test_accumulation_on_a_mesh_changes_no_loss() -> None:
     one, many = place(Line(), "one", accumulate=2), place(Line(), "fsdp", accumulate=2)
     np.testing.assert_allclose(one.losses, many.losses, rtol=1e-6, atol=1e-6)
     assert len(set(one.losses)) == 3
+
+
+FLOW = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=4)
+ONE = dist.Mesh(data=1)
+
+
+@pytest.fixture(scope="module")
+def flow() -> tuple[State, dict[str, Any]]:
+    """A state on the host with parameters away from their start, where every output is constant; and a batch."""
+    rng = np.random.default_rng(0)
+    state = jax.device_get(jax.jit(lambda: dist.unbox(init_state(FLOW, optax.sgd(1.0), 0, 0.0)))())
+    params = jax.tree.map(lambda x: np.float32(x + 0.05 * rng.normal(size=x.shape)), state.params)
+    return state.replace(params=params), {"image": rng.uniform(-1, 1, (16, 4, 4, 1)).astype(np.float32)}
+
+
+def descended(flow: tuple[State, dict[str, Any]], mesh: dist.Mesh, accumulate: int) -> tuple[float, Params]:
+    """The loss, and the parameters after a step of gradient descent: what they lost is the gradient."""
+    built = mesh.build(jax.devices()[: 1 if mesh is ONE else 8])
+    with dist.use(built):
+        _, step, abstract = compile_step(FLOW, optax.sgd(1.0), built, accumulate=accumulate)
+        fresh = flow[0].replace(rng=jax.random.key(1))  # a step gives away what it is given
+        state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), fresh, abstract)
+        state, metrics = step(state, jax.device_put(flow[1], dist.batch_sharding(built)))
+    return float(metrics["loss"]), jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def alone(flow: tuple[State, dict[str, Any]]) -> dict[int, tuple[float, Params]]:
+    return {accumulate: descended(flow, ONE, accumulate) for accumulate in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulate"),
+    [
+        (dist.Mesh(), 1),
+        (dist.Mesh(), 2),
+        (dist.Mesh(data=1, fsdp=8), 1),
+        (dist.Mesh(fsdp=2, tensor=2), 1),
+        (dist.Mesh(fsdp=2, sequence=2), 1),
+        (dist.Mesh(data=1, fsdp=2, sequence=2, tensor=2), 2),
+    ],
+    ids=["data", "data accumulated", "fsdp", "fsdp and tensor", "sequence", "fsdp, sequence and tensor accumulated"],
+)
+def test_a_flow_descends_alike_on_every_mesh(flow: Any, alone: Any, mesh: dist.Mesh, accumulate: int) -> None:
+    loss, params = descended(flow, mesh, accumulate)
+    expected, single = alone[accumulate]
+    assert loss == pytest.approx(expected, rel=1e-6)
+    moved = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(flow[0].params), jax.tree.leaves(single)))
+    assert 0.01 < moved < 10
+    chex.assert_trees_all_close(params, single, rtol=1e-6, atol=1e-6)
 
 
 def test_the_optimiser_state_and_the_average_lie_like_the_parameters(placed: dict[str, Placed]) -> None:
