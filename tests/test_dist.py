@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zoo import dist, weights
@@ -70,6 +71,48 @@ def test_a_mesh_of_some_devices():
     assert dist.Mesh().build(jax.devices()[:2]).devices.shape == (2, 1, 1, 1)
     with pytest.raises(UserError, match="does not fill the 3 devices"):
         dist.Mesh(fsdp=2).build(jax.devices()[:3])
+
+
+@pytest.mark.parametrize("mesh", [dist.Mesh(), dist.Mesh(fsdp=4), dist.Mesh(data=1, fsdp=2, sequence=2, tensor=-1)])
+def test_an_abstract_mesh_is_that_of_devices_that_are_there(mesh: dist.Mesh):
+    built = mesh.build()
+    assert mesh.abstract(8).shape == built.shape
+    assert mesh.abstract(8).axis_types == built.axis_types
+    assert mesh.abstract(4096).size == 4096
+
+
+def test_an_abstract_mesh_that_does_not_fit():
+    with pytest.raises(UserError, match=r"mesh data=-1 x fsdp=3 .* does not fill the 4096 devices"):
+        dist.Mesh(fsdp=3).abstract(4096)
+
+
+def test_an_abstract_mesh_in_use_places_and_traces_and_does_not_run():
+    mesh = dist.Mesh(data=16, fsdp=4, tensor=2).abstract(128)
+    assert jax.sharding.get_abstract_mesh().empty
+    with dist.use(mesh, {"mlp": None}):
+        assert jax.sharding.get_abstract_mesh() == mesh
+        assert dist.platform() == "cpu"  # that of this process: an abstract mesh has none
+        assert dist.spec((64, 6, 4), "batch", "mlp", "heads") == P(("data", "fsdp"), None, ("tensor",))
+        assert dist.batch_axes(64) == ("data", "fsdp")
+        traced = str(jax.make_jaxpr(lambda x: dist.constrain(x, "batch"))(jnp.ones((64, 2))))
+    assert "sharding_constraint" in traced
+    assert jax.sharding.get_abstract_mesh().empty
+    assert dist.spec((64,), "batch") is None
+
+
+def test_the_state_of_a_mesh_that_is_not_here_lies_as_on_one_that_is():
+    task = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=4)
+    here, there = (
+        abstract_state(task, optim.AdamW().build(4), mesh, ema=0.9) for mesh in (MESH.build(), MESH.abstract(8))
+    )
+    for name, leaf in weights.flatten(here.params).items():
+        other = weights.flatten(there.params)[name]
+        assert other.sharding.spec == leaf.sharding.spec, name
+        assert dist.shard_bytes(other) == dist.shard_bytes(leaf), name
+    up = weights.flatten(there.params)["block0/trunk/block/mlp/up/kernel"]  # [1, 8, 32], cut by fsdp and by tensor
+    assert dist.shard_bytes(up) == 8 * 32 * 4 / 4
+    assert dist.shard_bytes(there.rng) == 8  # a typed key is two numbers
+    assert dist.shard_bytes(jax.ShapeDtypeStruct((3, 5), jnp.bfloat16)) == 30
 
 
 # rules and shardings
@@ -158,6 +201,91 @@ def test_constrain_follows_mesh_and_rules():
     assert placed(8) == P(("data", "fsdp"), "tensor")
     assert placed(8, {"mlp": None, "batch": "data"}) == P("data")
     assert "data" not in str(placed(6))  # 6 rows do not divide by 4: left to the compiler, no error
+
+
+def test_a_spec_names_the_axes_that_share_out_tokens():
+    assert dist.spec((8, 4, 2), "batch", "tokens", None) is None  # no mesh
+    with dist.use(dist.Mesh(data=1).build(jax.devices()[:1])):
+        assert dist.spec((8, 4), "batch", "tokens") is None  # nothing to share out
+    with dist.use(dist.Mesh(data=2, sequence=4).build()):
+        assert dist.spec((8, 4, 2), "batch", "tokens", None) == P(("data", "fsdp"), ("sequence",), None)
+        assert dist.spec((8, 6, 2), "batch", "tokens") == P(("data", "fsdp"), None)  # four do not divide six tokens
+        assert dist.spec((8, 4, 2), "batch") == P(("data", "fsdp"))
+        assert dist.spec((3, 4), "batch", "no such axis") == P(None, None)
+        assert dist.batch_axes(8) == ("data", "fsdp")
+        assert dist.batch_axes(3) is None
+        assert (dist.ways(("sequence",)), dist.ways("data"), dist.ways(("data", "sequence")), dist.ways(None)) == (
+            4, 2, 8, 1,
+        )  # fmt: skip
+        placed = jax.jit(lambda x: dist.constrain(x, "batch", "tokens", None))(jnp.ones((8, 4, 2)))
+        assert {x.data.shape for x in placed.addressable_shards} == {(4, 1, 2)}
+    assert dist.batch_axes(8) is None
+
+
+def test_what_does_not_divide_is_told_with_a_mesh_that_does():
+    dist.check_divides(7, "heads", "the number of heads")  # no mesh, nothing to divide
+    with dist.use(dist.Mesh(data=2, tensor=4).build()):
+        dist.check_divides(8, "heads", "the number of heads")
+        dist.check_divides(7, "no such axis", "the number of things")
+        with pytest.raises(UserError) as told:
+            dist.check_divides(6, "heads", "the number of heads")
+        assert str(told.value) == (
+            "the number of heads has size 6, which mesh axes ('tensor',) = 4 do not divide; choose a mesh that does, "
+            "e.g. mesh.tensor=3, or another size"
+        )
+        with pytest.raises(UserError, match=r"choose a mesh that does, or another size"):
+            dist.check_divides(5, "batch", "the batch")  # two axes share it: no one number to name
+
+
+# parameters that are made whole
+
+
+GATHERED = dist.Mesh(data=1, fsdp=4, tensor=2)
+
+
+def sharded(mesh: jax.sharding.Mesh, x: jax.Array, *spec: Any) -> jax.Array:
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+
+def test_a_gathered_parameter_is_the_same_but_whole_along_fsdp():
+    kernel = jnp.arange(64.0).reshape(8, 8)
+    mesh = GATHERED.build()
+    with dist.use(mesh):
+        whole = jax.jit(lambda x: dist.gathered(x, ("embed", "mlp")))(sharded(mesh, kernel, "fsdp", "tensor"))
+    np.testing.assert_array_equal(whole, kernel)
+    assert {x.data.shape for x in whole.addressable_shards} == {(8, 4)}  # the tensor axis still cuts it
+    assert dist.gathered(kernel, ("embed", "mlp")) is kernel  # no mesh
+    with dist.use(dist.Mesh(data=1).build(jax.devices()[:1])):
+        assert dist.gathered(kernel, ("embed", "mlp")) is kernel
+
+
+def test_the_gradient_of_a_gathered_parameter_is_that_of_the_plain_one_and_cut():
+    rng = np.random.default_rng(0)
+    kernel, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 8), (16, 8)))
+
+    def loss(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.square(jnp.tanh(x @ dist.gathered(kernel, ("embed", "mlp")))).sum()
+
+    expected = jax.grad(lambda k: jnp.square(jnp.tanh(x @ k)).sum())(kernel)
+    mesh = GATHERED.build()
+    with dist.use(mesh):
+        found = jax.jit(jax.grad(loss))(sharded(mesh, kernel, "fsdp", "tensor"), sharded(mesh, x, "fsdp"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert {x.data.shape for x in found.addressable_shards} == {(2, 4)}  # as the parameter lies
+
+
+def test_a_whole_tree_has_all_of_each_leaf_on_every_device():
+    tree = {"a": jnp.arange(16.0), "b": {"c": jnp.ones((4, 2))}}
+    assert dist.whole(tree) is tree
+    mesh = GATHERED.build()
+    with dist.use(mesh):
+        placed = {"a": sharded(mesh, tree["a"], "fsdp"), "b": {"c": sharded(mesh, tree["b"]["c"], None, "tensor")}}
+        whole = jax.jit(dist.whole)(placed)
+    assert jax.tree.structure(whole) == jax.tree.structure(tree)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.sharding.is_fully_replicated
+        assert len(one.addressable_shards) == 8
 
 
 # batches
