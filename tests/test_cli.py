@@ -189,6 +189,28 @@ MISTAKES = {
     "nothing to bench": (f"bench {SMOKE} --rounds 0", "--rounds 0 leaves nothing to time"),
     "nothing to prepare": ("prepare colours new", "colours does not exist"),
     "nothing to show": (f"show {SMOKE} task.widht=1", "no field task.widht in TarFlow; did you mean 'width'?"),
+    "devices without shardings": (f"show {SMOKE} --devices 8", "--devices says nothing without --shardings"),
+    "devices that are none": (
+        f"show {SMOKE} --shardings --devices 0",
+        "--devices 0 is neither a number nor a topology",
+    ),
+    "nonsense as devices": (f"show {SMOKE} --shardings --devices nonsense", "write 64, or v5p:4x4x4"),
+    "a power as devices": (f"show {SMOKE} --shardings --devices ²", "--devices ² is neither a number nor a topology"),
+    "a topology of no chips": (f"show {SMOKE} --shardings --devices v5e:0x4", "--devices v5e:0x4 is neither"),
+    "a topology of other dimensions": (f"show {SMOKE} --shardings --devices v5p:4x4", "--devices v5p:4x4 is neither"),
+    "a mesh that does not fill the topology": (
+        f"show {SMOKE} --shardings --devices v5e:4x4 mesh.fsdp=3",
+        "mesh data=-1 x fsdp=3 x sequence=1 x tensor=1 does not fill the 16 devices",
+    ),
+    "a mesh that does not divide the model": (
+        f"show {SMOKE} --shardings --devices 16 mesh.fsdp=16",
+        "axis 0 ('embed') has size 8, which mesh axes ('fsdp',) = 16 do not divide; choose a mesh that does",
+    ),
+    "no run to place": ("show folder.py:number --shardings", "folder.py:number holds a TarFlow, not a Run"),
+    "no run to compile": ("compile folder.py:number --topology v5e:2x2", "holds a TarFlow, not a Run"),
+    "unknown topology": (f"compile {SMOKE} --topology v9:2x2", "--topology v9:2x2 is unknown; write a generation and"),
+    "topology of other dimensions": (f"compile {SMOKE} --topology v5e:2x2x2", "such as v5e:2x2, v5e:2x4, v5e:4x4,"),
+    "no slices": (f"compile {SMOKE} --topology v5e:2x2 --slices 0", "--slices 0 leaves no chip; give 1 or more"),
 }
 
 
@@ -419,6 +441,59 @@ def test_show_says_types_comments_sizes_and_precision(capsys: pytest.CaptureFixt
     assert "matrix products" in mixed["bfloat16"]
     count = sum(x.size for x in jax.tree.leaves(weights.abstract(TASK)))
     assert f"{count:,} parameters in" in succeeds(capsys, "show", SMOKE)
+
+
+@pytest.mark.parametrize(
+    "devices, mesh, count",
+    [
+        ("v5e:4x4", "data=4 x fsdp=4", 16),
+        ("48", "data=12 x fsdp=4", 48),
+        ("v4:2x2x2", "data=2 x fsdp=4", 8),  # the cores of a chip are one device
+        ("tpu7x:2x2x1", "data=2 x fsdp=4", 8),  # and here two
+        (None, "data=2 x fsdp=4", 8),  # those here
+    ],
+)
+def test_show_says_where_every_parameter_lies(
+    capsys: pytest.CaptureFixture[str], devices: str | None, mesh: str, count: int
+):
+    flags = ["--devices", devices] if devices else []
+    out = succeeds(capsys, "show", SMOKE, "--shardings", *flags, "mesh.fsdp=4")
+    table, _, summary = out.partition("\n\n")
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in table.splitlines()[1:]}
+    assert set(rows) == set(weights.flatten(weights.abstract(TASK)))
+    up, var = rows["block0/trunk/block/mlp/up/kernel"], rows["prior/var"]
+    assert (up[0], up[1].split()) == ("1x8x32", ["-,", "fsdp,", "-", "0.2"])  # a quarter of 1 KiB
+    assert (var[0], var[1].split()) == ("4x4", ["whole", "0.1"])
+    assert len({len(line) for line in table.splitlines()}) == 1
+    assert summary.splitlines()[0] == f"mesh {mesh} ({count} devices)"
+    assert "state (parameters, optimiser state, average of the weights): " in summary
+    assert "whole on every device: " in summary
+
+
+def test_show_names_both_axes_that_cut_a_parameter(capsys: pytest.CaptureFixture[str]):
+    fields = ("mesh.data=2", "mesh.fsdp=4", "mesh.tensor=2", "task.head_dim=4")
+    out = succeeds(capsys, "show", SMOKE, "--shardings", "--devices", "16", *fields)
+    (up,) = [line for line in out.splitlines() if line.startswith("block1/trunk/block/mlp/up/kernel")]
+    assert "-, fsdp, tensor" in up
+    assert "mesh data=2 x fsdp=4 x tensor=2 (16 devices)" in out
+
+
+def test_a_mesh_larger_than_the_topology_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("libtpu", reason="needs the aot extra")
+    for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(name, "1")
+    for fields, message in (
+        (["mesh.fsdp=8"], "mesh data=-1 x fsdp=8 x sequence=1 x tensor=1 does not fill the 4 devices"),
+        (["batch=6"], "batch=6 does not divide over 4 devices; choose a multiple of 4, e.g. batch=8"),
+    ):
+        assert cli.main(["compile", SMOKE, "--topology", "v5e:2x2", *fields]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("zoo compile: ")
+        assert err.count("\n") == 1
+        assert message in err
 
 
 @pytest.mark.parametrize("text", ["5", "5:", "a:b", "-1:3", "1:2:3"])

@@ -56,6 +56,7 @@ def here(chip: Chip, devices: int = 8) -> aot.Target:
         ("v5e:0x2", "such as v5e:2x2"),
         ("v5e:-2x2", "such as v5e:2x2"),
         ("v5e:axb", "such as v5e:2x2"),
+        ("v5e:²x2", "such as v5e:2x2"),
     ],
 )
 def test_a_topology_that_is_none_is_told_with_some_that_are(name: str, known: str) -> None:

@@ -56,7 +56,7 @@ def target(name: str, slices: int = 1) -> Target:
     chip = chips.chip_of_topology(name)
     known = [t for c in chips.CHIPS for t in c.topologies]
     sizes = shape.split("x")
-    if chip is None or not all(s.isdigit() and int(s) for s in sizes) or len(sizes) != chip.dimensions:
+    if chip is None or not all(s.isdecimal() and int(s) for s in sizes) or len(sizes) != chip.dimensions:
         near = [t for t in known if chip and t.partition(":")[0] in chip.prefixes] or known
         raise UserError(f"--topology {name} is unknown; write a generation and its shape, such as {', '.join(near)}")
     if slices < 1:

@@ -222,10 +222,10 @@ def count_devices(text: str | None) -> int:
     """What `--devices` means: a number, the devices of a topology, or those here. UserError for anything else."""
     if text is None:
         return jax.device_count()
-    if text.isdigit() and int(text):
+    if text.isdecimal() and int(text):
         return int(text)
     chip, sizes = chips.chip_of_topology(text), text.partition(":")[2].split("x")
-    if chip is None or not all(s.isdigit() for s in sizes) or len(sizes) != chip.dimensions:
+    if chip is None or not all(s.isdecimal() and int(s) for s in sizes) or len(sizes) != chip.dimensions:
         raise UserError(f"--devices {text} is neither a number nor a topology; write 64, or v5p:4x4x4")
     each = 1 if "v4" in chip.prefixes else chip.devices  # a TPU VM joins the cores of a v4 chip
     return math.prod(map(int, sizes)) * each
