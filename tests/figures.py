@@ -112,7 +112,15 @@ def bench_table(records: dict[str, dict[str, Any]]) -> str:
 
 def compile_table(records: dict[str, dict[str, Any]]) -> str:
     """What programs need on chips that are not here, and how fast they can be there."""
-    heads = ["command", "parameters", "state a chip", "peak / memory", "bound", "step, at least", "utilisation, at most"]
+    heads = [
+        "command",
+        "parameters",
+        "state a chip",
+        "peak / memory",
+        "bound",
+        "step, at least",
+        "utilisation, at most",
+    ]
     lines = [_row([*heads, "compiled in"]), _row(["---"] * (len(heads) + 1))]
     for r in records.values():
         if r["kind"] == "compile":

@@ -281,6 +281,8 @@ def test_a_whole_tree_has_all_of_each_leaf_on_every_device():
     with dist.use(mesh):
         placed = {"a": sharded(mesh, tree["a"], "fsdp"), "b": {"c": sharded(mesh, tree["b"]["c"], None, "tensor")}}
         whole = jax.jit(dist.whole)(placed)
+        # what keeps the compiler from gathering it inside a loop that uses it
+        assert "optimization_barrier" in str(jax.make_jaxpr(dist.whole)(placed))
     assert jax.tree.structure(whole) == jax.tree.structure(tree)
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(tree), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import UserError, suggest
+from zoo.errors import Passing, UserError, suggest
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,7 +149,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `zoo`; returns the exit code: 0 done, 1 done with losses, 2 a mistake to mend."""
+    """Entry point of `zoo`; returns the exit code: 0 done, 1 done with losses, 2 a mistake to mend, 3 try again."""
     args = _parse(argv)
     _no_tpu_here()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -184,7 +184,7 @@ def _run_verb(args: argparse.Namespace) -> int:
         if args.traceback:
             raise
         print(f"zoo {args.verb}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, Passing) else 2
     except KeyboardInterrupt:
         print(f"zoo {args.verb}: interrupted", file=sys.stderr)
         return 130
@@ -197,18 +197,18 @@ def _run_verb(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from zoo import config
+    from zoo import config, dist, hosts
 
     profile = None if args.profile is None else _span(args.profile)
-    run = _run(config.load(args.config, args.fields), args.config)
-    from zoo import dist, hosts
-    from zoo.train.loop import train
-
-    dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
     hosts.start()
     if not hosts.main():
         logging.getLogger("zoo").setLevel(logging.WARNING)
-    train(run, quiet=args.quiet, profile=profile, wandb=args.wandb)
+    with hosts.guarded():  # a config may be missing on one host
+        run = _run(config.load(args.config, args.fields), args.config)
+        from zoo.train.loop import train
+
+        dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
+        train(run, quiet=args.quiet, profile=profile, wandb=args.wandb)
     return 0
 
 

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """What was wrong with its value, what was expected, what to do. `zoo` prints it in one line and exits with code 2."""
 
 
+class Passing(UserError):
+    """No mistake of the user's: the same command may well succeed later. `zoo` exits with code 3: start it again."""
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """A did-you-mean for a misspelt `word`, or the list of what is known."""
     known = sorted(known)

@@ -8,6 +8,7 @@ processes that no longer answer, so that nobody waits for ever in an exchange of
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -21,12 +22,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from zoo.errors import UserError
+from zoo.errors import Passing, UserError
 
 _log = logging.getLogger("zoo")
 _BEAT = 1.0  # seconds between two signs of life
 _MEET = 300.0  # seconds that processes wait for each other where one may have more to do: to start, to look at data
-_MISTAKE, _LOST = 2, 3  # exit codes: mend something first; start the same command again
+_TIDY = 60.0  # seconds that a process which fails has to save its records before it is ended
+_MISTAKE, _AGAIN = 2, 3  # exit codes: mend something first; start the same command again
 
 _PEER_TIMEOUT = 60.0  # seconds of silence after which a process counts as lost; ZOO_PEER_TIMEOUT
 
@@ -37,6 +39,7 @@ class _Group:
     def __init__(self, client: Any, index: int, count: int, timeout: float) -> None:
         self.client, self.index, self.count, self.timeout = client, index, count, timeout
         self.meetings = 0
+        self.ours = False  # whether the reason that stands is this process's own error
         self.verdict: dict[str, Any] | None = None
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True, name="zoo-hosts")
@@ -55,6 +58,7 @@ class _Group:
         said = json.dumps({"code": code, "text": text, "by": self.index if by is None else by})
         with contextlib.suppress(Exception):
             self.client.key_value_set("zoo/stop", said)
+            self.ours = by is None
 
     def _watch(self) -> None:
         seen: dict[int, tuple[str | None, float]] = {}
@@ -73,23 +77,35 @@ class _Group:
                     if other not in seen or seen[other][0] != beat:
                         seen[other] = (beat, now)
                     elif now - seen[other][1] > self.timeout:
-                        self.publish(_LOST, _silent(other, self.timeout), by=other)
+                        self.publish(_AGAIN, _silent(other, self.timeout), by=other)
                 answered = now
             except Exception:
                 # the service lives in process 0
                 if now - answered > min(self.timeout, 10):
-                    self.verdict = {"code": _LOST, "text": _silent(0, now - answered), "by": 0}
+                    self.verdict = {"code": _AGAIN, "text": _silent(0, now - answered), "by": 0}
                     break
-        if self.verdict is not None and self.verdict["by"] != self.index and not self.done.wait(2 * _BEAT):
+        # A process that fails tidies up, but nothing that it does then may wait for the others for ever.
+        if self.verdict is not None and not self.done.wait(_TIDY if self.ours else 0):
             self.leave()
 
     def leave(self) -> None:
         """End this process for the reason that stands: whatever waits for arrays of a lost process waits for ever."""
         assert self.verdict is not None
         print(f"zoo: process {self.index} stops: {self.verdict['text']}", file=sys.stderr)
+        self.exit(self.verdict["code"])
+
+    def exit(self, code: int) -> None:
+        """End this process at once; process 0, in which the service lives, goes last: JAX aborts those that it leaves."""
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(self.verdict["code"])
+        with contextlib.suppress(Exception):
+            self.client.key_value_set(f"zoo/left/{self.index}", "1")
+        if self.index == 0:
+            end = time.monotonic() + 6 * _BEAT
+            with contextlib.suppress(Exception):
+                while time.monotonic() < end and len(self.client.key_value_dir_get("zoo/left")) < self.count:
+                    time.sleep(_BEAT / 4)
+        os._exit(code)
 
 
 def _silent(other: int, seconds: float) -> str:
@@ -106,54 +122,56 @@ def _wanted(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """Arguments of `jax.distributed.initialize` for this environment; None for a process of its own."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in names if environ.get(name)]
-    if given and given != ["JAX_COORDINATOR_ADDRESS"]:
-        missing = [name for name in names if name not in given]
-        if missing:
-            raise UserError(f"{', '.join(given)} set but not {', '.join(missing)}; set all three, or none of them")
-        address = environ[names[0]]
-        try:
-            count, index = int(environ[names[1]]), int(environ[names[2]])
-            port = int(address.rpartition(":")[2])
-        except ValueError:
-            raise UserError(
-                f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT, JAX_NUM_PROCESSES={environ[names[1]]} and "
-                f"JAX_PROCESS_ID={environ[names[2]]} whole numbers"
-            ) from None
-        if not 0 <= index < count or not 0 < port < 2**16:
-            raise UserError(
-                f"JAX_PROCESS_ID={index} must be below JAX_NUM_PROCESSES={count}, and the port {port} below 65536"
-            )
-        if count == 1:
-            return None
-        return {"coordinator_address": address, "num_processes": count, "process_id": index}
-    if (
-        int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")) or 1) > 1
-        and "SLURM_PROCID" in environ
+    cluster: dict[str, Any] | None = None
+    if int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in environ:  # inside srun
+        cluster = {"cluster_detection_method": "slurm", "local_device_ids": _slurm_devices(environ)}
+    elif environ.get("JAX_PLATFORMS") == "cpu":
+        cluster = None
+    elif (
+        _tpu_hosts(environ) > 1
+        or environ.get("MEGASCALE_COORDINATOR_ADDRESS")
+        or os.path.exists("/dev/accel0")
+        or os.path.exists("/dev/vfio/0")
     ):
-        # JAX takes one device per task unless told otherwise; ours is one task per node with all its devices
-        return {"cluster_detection_method": "slurm", "local_device_ids": _slurm_devices(environ)}
-    hostnames = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
-    if len(hostnames.split(",")) > 1 or environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
-        return {}
-    if os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):  # a TPU VM asks its metadata
-        return {}
-    return None
+        cluster = {}
+    if not given or (given == ["JAX_COORDINATOR_ADDRESS"] and cluster is not None):
+        return cluster
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise UserError(f"{', '.join(given)} set but not {', '.join(missing)}; set all three, or none of them")
+    address = environ[names[0]]
+    try:
+        count, index = int(environ[names[1]]), int(environ[names[2]])
+        port = int(address.rpartition(":")[2])
+    except ValueError:
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT, JAX_NUM_PROCESSES={environ[names[1]]} and "
+            f"JAX_PROCESS_ID={environ[names[2]]} whole numbers"
+        ) from None
+    if not 0 <= index < count or not 0 < port < 2**16:
+        raise UserError(
+            f"JAX_PROCESS_ID={index} must be below JAX_NUM_PROCESSES={count}, and the port {port} below 65536"
+        )
+    return None if count == 1 else {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def _tpu_hosts(environ: Mapping[str, str]) -> int:
+    """How many hosts a TPU's variables name."""
+    return len((environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or "").split(","))
 
 
 def _slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
     """All devices of the node for the one task on it; None leaves JAX's rule, one device per task."""
-    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_NTASKS_PER_NODE", "1"))
-    if tasks.partition("(")[0] != "1":
-        return None
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-    return list(range(len(visible.split(",")))) if visible else None
+    count = len(visible.split(",")) if visible else len(glob.glob("/dev/nvidia[0-9]*"))
+    alone = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0] == "1"
+    return list(range(count)) if count and (alone or count == 1) else None
 
 
 def expected(environ: Mapping[str, str] | None = None) -> bool:
     """Whether the environment speaks of other processes."""
     environ = os.environ if environ is None else environ
-    hostnames = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
-    return bool(_wanted(environ)) or len(hostnames.split(",")) > 1
+    return bool(_wanted(environ)) or _tpu_hosts(environ) > 1
 
 
 def start(environ: Mapping[str, str] | None = None) -> None:
@@ -163,7 +181,8 @@ def start(environ: Mapping[str, str] | None = None) -> None:
     called before any device is used.
 
     Raises:
-        UserError: half an address, or nobody there within five minutes.
+        UserError: half an address.
+        Passing: no answer. Where some never come, JAX ends those that wait after five minutes.
     """
     global _group
     environ = os.environ if environ is None else environ
@@ -182,18 +201,23 @@ def start(environ: Mapping[str, str] | None = None) -> None:
     try:
         # JAX's own watch ends a process without a word of ours: it comes second
         jax.distributed.initialize(
-            **wanted, initialization_timeout=int(_MEET), heartbeat_timeout_seconds=int(2 * timeout) + 10
+            **wanted, initialization_timeout=int(_MEET), heartbeat_timeout_seconds=int(timeout) + 15
         )
     except Exception as error:
-        raise UserError(
-            f"the processes of this run did not find each other ({str(error).splitlines()[0][:200]}); look at the address "
-            "and the network between hosts, and that every host runs the command"
+        words = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        if not wanted and _tpu_hosts(environ) == 1:
+            _log.warning("no other hosts are known here (%s): this process trains alone", words)
+            return
+        raise Passing(
+            f"the processes of this run did not find each other ({words}); look at the address and the network between "
+            "hosts, and that every host runs the command"
         ) from error
-    if jax.process_count() > 1:
-        from jax._src import distributed  # the service's client: Orbax too takes it from here, there is no other way
+    from jax._src import distributed  # the service's client: Orbax too takes it from here, there is no other way
 
-        _group = _Group(distributed.global_state.client, jax.process_index(), jax.process_count(), timeout)
-        _log.info("process %d of %d, %d devices here", _group.index, _group.count, jax.local_device_count())
+    joined = distributed.global_state  # asking jax itself would make devices, of which the mesh decides the number
+    if (joined.num_processes or 1) > 1:
+        _group = _Group(joined.client, joined.process_id, joined.num_processes or 1, timeout)
+        _log.info("process %d of %d", _group.index, _group.count)
 
 
 def main() -> bool:
@@ -215,14 +239,16 @@ def guarded() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if _group is not None:
+        if _group is not None and not _group.ours:
             if isinstance(error, UserError):
-                _group.publish(_MISTAKE, f"process {_group.index} says: {error}")
+                code = _AGAIN if isinstance(error, Passing) else _MISTAKE
+                _group.publish(code, f"process {_group.index} says: {error}")
             else:
-                _wait_for_verdict(_group)
-                if _group.verdict is not None and _group.verdict["by"] != _group.index:
+                if isinstance(error, (RuntimeError, ValueError)):  # what an exchange with a lost process raises
+                    _wait_for_verdict(_group)
+                if _group.verdict is not None and not _group.ours:
                     _group.leave()
-                _group.publish(_LOST, f"process {_group.index} failed ({type(error).__name__}); its own log says why")
+                _group.publish(_AGAIN, f"process {_group.index} failed ({type(error).__name__}); its own log says why")
         raise
 
 
@@ -234,29 +260,31 @@ def _wait_for_verdict(group: _Group) -> None:
 
 
 def stop(code: int) -> None:
-    """Leave the group at the end of a command. After a failure nobody is waited for."""
+    """Leave the group at the end of a command: together, still watched, or at once after a failure."""
     global _group
     if _group is None:
         return
-    group, _group = _group, None
-    group.done.set()
+    group = _group
     if code:
-        time.sleep(3 * _BEAT)  # the service lives in process 0: the others shall have read the reason
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    jax.distributed.shutdown()
-
-
-def _meet(group: _Group, what: str) -> None:
-    group.meetings += 1
-    try:
-        group.client.wait_at_barrier(f"zoo/meet/{group.meetings}", int(_MEET * 1000))
-    except Exception as error:
+        group.done.set()
+        group.exit(code)
+    try:  # one may still be sending its last files; the watch goes on meanwhile
+        group.client.wait_at_barrier("zoo/done", 3_600_000)
+    except Exception:
         _wait_for_verdict(group)
         if group.verdict is not None:
             group.leave()
-        raise UserError(
+    group.done.set()
+    _group = None
+    jax.distributed.shutdown()
+
+
+def _meet(group: _Group, what: str, seconds: float = _MEET) -> None:
+    group.meetings += 1
+    try:
+        group.client.wait_at_barrier(f"zoo/meet/{group.meetings}", int(seconds * 1000))
+    except Exception as error:
+        raise Passing(
             f"the processes of this run waited in vain for each other ({what}); look at their logs"
         ) from error
 
@@ -288,17 +316,28 @@ def first(action: Callable[[], Any]) -> Any:
         _meet(_group, "to get ready")
     outcome = action() if main() else None
     if _group is not None:
-        _meet(_group, "for process 0")
+        _meet(_group, "for process 0", 3_600)
     return outcome
 
 
-def all_agree(ok: bool, what: str) -> bool:
-    """Whether it went well on every process."""
+def told(action: Callable[[], Any]) -> Any:
+    """What process 0 finds, on every process: plain values that JSON has."""
+    if _group is None:
+        return action()
+    key = f"zoo/told/{_group.meetings}"
+    if _group.index == 0:
+        _group.client.key_value_set(key, json.dumps(action()))
+    _meet(_group, "for what process 0 finds")
+    return json.loads(_group.client.blocking_key_value_get(key, int(_MEET * 1000)))
+
+
+def all_agree(ok: bool, what: str, seconds: float = _MEET) -> bool:
+    """Whether it went well on every process. Passing where some do not answer within so many seconds."""
     if _group is None:
         return ok
     tag = f"zoo/agree/{_group.meetings}"
     _group.client.key_value_set(f"{tag}/{_group.index}", str(int(ok)))
-    _meet(_group, what)
+    _meet(_group, what, seconds)
     return all(value == "1" for _, value in _group.client.key_value_dir_get(tag))
 
 

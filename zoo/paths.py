@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 
 from etils import epath
 
-from zoo.errors import UserError
+from zoo.errors import Passing, UserError
 
 Folder: TypeAlias = Path | epath.Path
 
@@ -180,7 +180,8 @@ def sentence(path: Folder, doing: str = "read") -> Iterator[None]:
             raise
         words = _first_line(error)
         hint = _ROLES if "Forbidden" in words else "look at the network, then start the same command again"
-        raise UserError(f"cannot {doing} {path} ({type(error).__name__}: {words}); {hint}") from error
+        kind = UserError if hint == _ROLES else Passing
+        raise kind(f"cannot {doing} {path} ({type(error).__name__}: {words}); {hint}") from error
 
 
 def names(folder: Folder) -> list[str]:

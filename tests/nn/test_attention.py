@@ -73,7 +73,9 @@ MIXED = dist.Mesh(data=1, fsdp=2, sequence=2, tensor=2)
         (256, False, MIXED, 8),
         (200, True, MIXED, 8),
         (202, False, MIXED, 8),
-        (130, False, dist.Mesh(data=1, sequence=4), 4),  # some devices have no queries but filled-up ones
+        (132, False, dist.Mesh(data=1, sequence=4), 4),  # the last devices have no queries but filled-up ones
+        (260, True, dist.Mesh(data=1, sequence=4), 4),
+        (130, True, dist.Mesh(data=1, sequence=4), 4),  # four do not divide the tokens: left whole
         (128, True, dist.Mesh(data=2, fsdp=2, tensor=2), 8),
         (130, True, dist.Mesh(data=8), 8),  # four examples on eight devices: left whole
     ],

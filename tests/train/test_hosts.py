@@ -1,6 +1,6 @@
 """Runs of several real processes on this machine: the same curve as one, agreed stops, lost processes, other numbers of them.
 
-Four devices in all, whoever holds them. What takes four processes is slow: they share the cores of one machine.
+Four devices in all, whoever holds them. Most are slow: many processes share the cores of one machine.
 """
 
 from __future__ import annotations
@@ -81,6 +81,32 @@ config = Run(
 )
 
 plain = replace(config, samples=Samples(n=0), evals=())
+
+
+@dataclass(frozen=True)
+class Sick:
+    every: int = 6
+    needs = ()
+
+    def __call__(self, task, params, data, rng):
+        if os.environ.get("SICK") == os.environ.get("JAX_PROCESS_ID", "none"):
+            raise OSError("no room for the figure")
+        return {"fine": 1.0}
+
+
+sick = replace(plain, evals=(Sick(),))
+
+if os.environ.get("UNREADABLE", "") == os.environ.get("JAX_PROCESS_ID", "none"):
+    from zoo.train.checkpoint import Checkpoints
+
+    read = Checkpoints._read
+
+    def unreadable(self, step, like):
+        if step == 8:
+            raise OSError("a cable is loose")
+        return read(self, step, like)
+
+    Checkpoints._read = unreadable
 '''
 STEPS, DEVICES, LIMIT = 16, 4, 180
 TIMEOUT = 8  # seconds after which a process counts as lost
@@ -108,7 +134,7 @@ class Cluster:
         }
         self.processes = []
         for i in range(count):
-            which = "config.py" if name in ("one", "two", "four") else "config.py:plain"
+            which = "config.py" + (":sick" if name == "sick" else "" if name in ("one", "two", "four") else ":plain")
             joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
             with (root / f"{name}.{i}.txt").open("wb") as out:
                 self.processes.append(
@@ -232,6 +258,7 @@ def test_sigterm_to_one_stops_all_after_the_same_step_and_nothing_is_lost(runs: 
     runs.assert_same_bits("stopped", "two")
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_soon_and_the_run_goes_on(runs: Runs) -> None:
     cluster = runs.start("killed", 2, pause=0.03)
     cluster.until(lambda: runs.reached("killed") >= 6 and bool(runs.saved("killed")))
@@ -245,6 +272,7 @@ def test_a_killed_process_ends_the_others_soon_and_the_run_goes_on(runs: Runs) -
     runs.assert_same_bits("killed", "two")
 
 
+@pytest.mark.slow
 def test_the_first_process_killed_ends_the_others_and_fewer_go_on_with_the_same_batches(runs: Runs) -> None:
     cluster = runs.start("headless", 2, pause=0.03)
     cluster.until(lambda: runs.reached("headless") >= 6 and bool(runs.saved("headless")))
@@ -274,6 +302,29 @@ def test_a_mistake_on_one_host_stops_all(runs: Runs) -> None:
     assert "the digits are not on this host" in cluster.said(1)
     assert "process 1 says: the digits are not on this host" in cluster.said(0)
     assert not runs.folder("mistake").exists()
+
+
+@pytest.mark.slow
+def test_a_figure_that_fails_on_one_process_ends_all(runs: Runs) -> None:
+    cluster = runs.start("sick", 2, sick=1)
+    codes = cluster.codes()
+    assert codes[0] == 3
+    assert codes[1] not in (0, 2)
+    assert "process 1 failed (OSError)" in cluster.said(0)
+    assert "no room for the figure" in cluster.said(1)
+    assert runs.saved("sick") == [4]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_is_left_at_the_next_start(runs: Runs) -> None:
+    runs.finish("loose", 2, "steps=8")
+    cluster = runs.start("loose", 2, unreadable=1)
+    assert cluster.codes() == [3, 3]
+    assert "a cable is loose" in cluster.said(0)
+    assert "8.broken" in cluster.said(1)
+    assert runs.saved("loose") == [4]
+    assert "step 4 of" in runs.finish("loose", 2).said(0)
+    runs.assert_same_bits("loose", "two")
 
 
 @pytest.mark.slow
@@ -328,6 +379,7 @@ def test_the_environment_says_who_takes_part(environ: dict[str, str], expected: 
 @pytest.mark.parametrize(
     "environ, message",
     [
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_COORDINATOR_ADDRESS set but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
         ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES set but not JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
         (
             {"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},

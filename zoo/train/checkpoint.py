@@ -8,6 +8,7 @@ above the newest folder, so a damaged newest one would otherwise swallow the run
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
@@ -20,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from zoo import hosts, paths, weights
-from zoo.errors import UserError
+from zoo.errors import Passing, UserError
 from zoo.paths import Folder
 from zoo.task import Params
 from zoo.train.step import State
@@ -131,7 +132,8 @@ class Checkpoints:
             if self._remote
             else "make room or choose another workdir="
         )
-        return UserError(
+        kind = Passing if paths.in_bucket(self.folder) else UserError  # a network mends itself, a full disk does not
+        return kind(
             f"could not save the checkpoint of step {self._saving} in {self.folder} ({_sentence(error)}); {left}: "
             f"{mend}, then start the same command again"
         )
@@ -162,13 +164,14 @@ class Checkpoints:
 
     def _newest(self, like: dict[str, Any]) -> dict[str, Any] | None:
         failed: list[tuple[int, Exception]] = []
-        for step in reversed(self.steps()):
+        steps = hosts.told(self.steps)  # a shared disk may show them to some later than to others
+        for step in reversed(steps):
             tree, error = None, None
             try:
                 tree = self._read(step, like)
             except Exception as found:
                 error = found
-            if not hosts.all_agree(error is None, "to read a checkpoint"):
+            if not self._all_read(step, error, steps):
                 self.close()
                 failed.append((step, error or OSError("another process could not read it")))
                 if not self._create:
@@ -186,6 +189,26 @@ class Checkpoints:
                 "changed: mend the cause and start the same command again, or choose another workdir="
             ) from why
         return None
+
+    def _all_read(self, step: int, error: Exception | None, steps: list[int]) -> bool:
+        """Whether every process could read a checkpoint.
+
+        Those that can wait for all others inside of Orbax. So where all have failed they go on together; where only some
+        have, this one moves the checkpoint aside and ends them all: started again, they read the one before.
+        """
+        try:
+            return hosts.all_agree(error is None, "to read a checkpoint", 300 if error is None else 20)
+        except Passing:
+            if error is None:
+                raise
+            older = [s for s in steps if s < step]
+            if older and self._create:
+                with contextlib.suppress(OSError):  # another did it
+                    self._set_aside(step, error, older[-1])
+            raise Passing(
+                f"the checkpoint of step {step} in {self.folder} could be read by others, but not here ({_sentence(error)}); "
+                "start the same command again"
+            ) from error
 
     def _read(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """Those fields of a state that `like` has, as it has them."""

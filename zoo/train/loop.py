@@ -334,7 +334,10 @@ def train(
         init, step_fn, abstract = compile_step(run.task, optimizer, mesh, ema=run.ema, accumulate=run.accumulate)
         feed = run.batches(0)  # compares the data with the task before anything is made
         feed.close()
-        begun = folder is not None and bool(Checkpoints(folder, create=False).steps())
+        if hosts.several():  # with other data on one of them, they would shuffle differently
+            length = len(run.source("train"))
+            hosts.same({"data": {"examples": length, "labels": list(labels)}}, config.differences)
+        begun = folder is not None and hosts.told(lambda: bool(Checkpoints(folder, create=False).steps()))
         given = {} if begun else models.given_weights(run.weights or {})
         weights.fill(abstract.params, given)  # before the folder is claimed: it would belong to the wrong weights
         checkpoints = state = about = None
@@ -365,9 +368,10 @@ def train(
                 if start >= run.steps:
                     report.note(f"this run is finished: step {start} of {run.steps} (a larger steps= goes on)")
                 try:
-                    state, history = _steps(
-                        run, state, step_fn, mesh, start, report, watch, trace, checkpoints, about, asked
-                    )
+                    with hosts.guarded():  # the others hear of a failure before this process tidies up
+                        state, history = _steps(
+                            run, state, step_fn, mesh, start, report, watch, trace, checkpoints, about, asked
+                        )
                 finally:
                     trace.close()
                     if checkpoints is not None:
@@ -413,7 +417,8 @@ def _steps(
             try:
                 watch_now = watch.look(step, state)
             except Exception:
-                if checkpoints and not (here and stop):  # a figure that fails costs no step
+                # a figure that fails costs no step; of several processes one alone cannot save
+                if checkpoints and not (here and stop) and not hosts.several():
                     checkpoints.save(step, state, about or {})
                 raise
             if here and not stop:
