@@ -39,6 +39,7 @@ step() {
 
 # The flags of `zoo train`, which pass through; a test compares them with the command line of zoo.
 train_flags="--quiet"
+train_valued="--profile --wandb" # and a value behind
 
 # parse "VALUED OPTIONS" "BARE OPTIONS" ARGUMENT...: `--some-option VALUE` or `--some-option=VALUE` becomes $some_option, a
 # bare one becomes 1, in any order with the rest, which becomes ($train) = zoo train CONFIG ... and $config.
@@ -63,6 +64,13 @@ parse() {
         option=${word%%=*}
         if [[ " $train_flags " == *" $word "* ]]; then
           train+=("$word")
+        elif [[ " $train_valued " == *" $option "* ]]; then
+          train+=("$word")
+          if [ "$option" = "$word" ]; then
+            [ $# -gt 0 ] || fail "$option needs a value behind it"
+            train+=("$1")
+            shift
+          fi
         elif [[ " $valued " == *" ${option#--} "* ]]; then
           if [ "$option" != "$word" ]; then
             value=${word#*=}

@@ -259,9 +259,8 @@ def test_the_flags_of_train_pass() -> None:
 
     verbs = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
     flags = {f for a in verbs.choices["train"]._actions for f in a.option_strings} - {"-h", "--help"}
-    line = re.search(r'^train_flags="(.*)"', (ROOT / "launch/lib.sh").read_text(), re.MULTILINE)
-    assert line is not None
-    assert set(line[1].split()) == flags
+    lines = re.findall(r'^train_(?:flags|valued)="(.*)"', (ROOT / "launch/lib.sh").read_text(), re.MULTILINE)
+    assert {flag for line in lines for flag in line.split()} == flags
 
 
 def test_no_hyper_parameter() -> None:

@@ -2,8 +2,9 @@
 
 The paper stops at 256 pixels. Width and depth are those of the pixel model (1.3 billion parameters at 256 pixels) that the
 STARFlow paper re-trained; noise, batch and steps are guesses that nobody has trained. What is known is what
-`zoo compile tarflow/pixels1024 --topology v5p:4x4x4` prints: it fits, and how fast it can be. With fewer images than chips,
-`mesh.sequence=4` shares out the tokens of an image. `data.path` is a folder of class folders or what `zoo prepare` makes of it.
+`zoo compile tarflow/pixels1024 --topology v5p:4x4x4 mesh.data=4 mesh.fsdp=16` prints: it fits, and how fast it can be.
+With fewer images than chips, `mesh.sequence=4` shares out the tokens of an image. `data.path` is a folder of class folders
+or what `zoo prepare` makes of it.
 """
 
 from dataclasses import replace
@@ -34,7 +35,7 @@ config = Run(
     ema=0.9999,
     steps=500_000,
     batch=256,
-    mesh=Mesh(data=-1, fsdp=16),  # 80 rows of a kernel each: TPUs store them in eights
+    mesh=Mesh(data=1, fsdp=-1),
     checkpoint=Checkpoint(every=1_000, keep=3),
     samples=Samples(every=10_000, n=64),
     evals=(Bits(every=10_000, batch=64, limit=1_024),),
