@@ -125,6 +125,12 @@ if sys.argv[1] == "get":
 NEVER = "log(); sys.exit(99)"
 
 
+def _heard() -> None:
+    """Signals that whoever runs the tests ignores (nohup, a job in the background) could not be caught by a shell either."""
+    for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(name, signal.SIG_DFL)
+
+
 class Machine:
     """A clone with a stand-in for local.sh, and programs that log how they were called."""
 
@@ -159,6 +165,7 @@ class Machine:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=_heard,
         )
 
     def run(self, script: str | Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
