@@ -306,12 +306,18 @@ def _not_dividing(what: str, size: int, axes: tuple[str, ...], parts: int) -> st
     )
 
 
-def shard_bytes(leaf: Any) -> int:
-    """Bytes of one device's part of an abstract array with a sharding; of all of it where it has none."""
+def whole_bytes(leaf: Any) -> int:
+    """Bytes of all of an abstract array."""
     if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):  # a typed key
         leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-    return math.prod(shape) * leaf.dtype.itemsize
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def shard_bytes(leaf: Any) -> int:
+    """Bytes of one device's part of an abstract array with a sharding; of all of it where it has none."""
+    if leaf.sharding is None or jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):  # keys are whole everywhere
+        return whole_bytes(leaf)
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

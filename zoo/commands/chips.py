@@ -164,6 +164,14 @@ def chip_of_topology(topology: str) -> Chip | None:
     return next((chip for chip in CHIPS if prefix in chip.prefixes), None)
 
 
+def read_topology(text: str) -> tuple[Chip, tuple[int, ...]] | None:
+    """Chip and shape of a topology such as `v5e:4x4`; None where that is no name of one."""
+    chip, sizes = chip_of_topology(text), text.partition(":")[2].split("x")
+    if chip is None or not all(s.isdecimal() and int(s) for s in sizes) or len(sizes) != chip.dimensions:
+        return None
+    return chip, tuple(map(int, sizes))
+
+
 def count_chips(devices: Iterable[Any]) -> int:
     """How many chips these JAX devices are: the cores of a TPU chip share its coordinates, a GPU is a chip of its own."""
     return len({(getattr(d, "slice_index", 0), *d.coords) if hasattr(d, "coords") else d for d in devices})

@@ -53,16 +53,16 @@ def target(name: str, slices: int = 1) -> Target:
         UserError: no such topology, or the compiler for it is not installed.
     """
     prefix, _, shape = name.partition(":")
-    chip = chips.chip_of_topology(name)
-    known = [t for c in chips.CHIPS for t in c.topologies]
-    sizes = shape.split("x")
-    if chip is None or not all(s.isdecimal() and int(s) for s in sizes) or len(sizes) != chip.dimensions:
+    found = chips.read_topology(name)
+    if found is None:
+        known, chip = [t for c in chips.CHIPS for t in c.topologies], chips.chip_of_topology(name)
         near = [t for t in known if chip and t.partition(":")[0] in chip.prefixes] or known
         raise UserError(f"--topology {name} is unknown; write a generation and its shape, such as {', '.join(near)}")
+    chip, sizes = found
     if slices < 1:
         raise UserError(f"--slices {slices} leaves no chip; give 1 or more")
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if math.prod(map(int, sizes)) == 1:
+    if math.prod(sizes) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if prefix.lower() == "v4":
         options["chip_config_name"] = "megacore"  # as a TPU VM has it: one device per chip
@@ -210,15 +210,9 @@ def compile_run(run: Run, to: Target, what: str = "train", samples: int | None =
     return Compiled(figures, fits)
 
 
-def _bytes(leaf: Any) -> int:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # a typed key
-        leaf = jax.eval_shape(jax.random.key_data, leaf)
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
-
-
 def _state_figures(state: Any, mesh: Any) -> dict[str, Any]:
     leaves = jax.tree.leaves(state)
-    total, here = sum(map(_bytes, leaves)), sum(map(dist.shard_bytes, leaves))
+    total, here = sum(map(dist.whole_bytes, leaves)), sum(map(dist.shard_bytes, leaves))
     even = total / (mesh.shape["fsdp"] * mesh.shape["tensor"])
     return {
         "state GiB": _gib(total),

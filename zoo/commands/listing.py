@@ -191,7 +191,7 @@ def shardings(run: Run, devices: int) -> str:
     for name, leaf in weights.flatten(state.params).items():
         spec = ["+".join((p,) if isinstance(p, str) else p or ("-",)) for p in leaf.sharding.spec]
         here = dist.shard_bytes(leaf)
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        size = dist.whole_bytes(leaf)
         cut = here < size
         rows.append(
             (
@@ -204,7 +204,7 @@ def shardings(run: Run, devices: int) -> str:
         whole += [] if cut else [(size, name)]
     widths = [max(len(r[i]) for r in rows) for i in range(4)]
     lines = ["  ".join((*(t.ljust(w) for t, w in zip(r[:3], widths)), r[3].rjust(widths[3]))) for r in rows]
-    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state) if hasattr(x.dtype, "itemsize"))
+    total = sum(map(dist.whole_bytes, jax.tree.leaves(state)))
     here = sum(map(dist.shard_bytes, jax.tree.leaves(state)))
     shape = " x ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "one device"
     kept = "parameters, optimiser state" + (", average of the weights" if run.ema else "")
@@ -224,8 +224,9 @@ def count_devices(text: str | None) -> int:
         return jax.device_count()
     if text.isdecimal() and int(text):
         return int(text)
-    chip, sizes = chips.chip_of_topology(text), text.partition(":")[2].split("x")
-    if chip is None or not all(s.isdecimal() and int(s) for s in sizes) or len(sizes) != chip.dimensions:
+    found = chips.read_topology(text)
+    if found is None:
         raise UserError(f"--devices {text} is neither a number nor a topology; write 64, or v5p:4x4x4")
+    chip, sizes = found
     each = 1 if "v4" in chip.prefixes else chip.devices  # a TPU VM joins the cores of a v4 chip
-    return math.prod(map(int, sizes)) * each
+    return math.prod(sizes) * each
