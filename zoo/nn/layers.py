@@ -59,6 +59,7 @@ class Dense(nn.Module):
     dtype: str = "float32"
     kernel_init: Init | None = None
     bias_init: Init | None = None
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -73,19 +74,51 @@ class Dense(nn.Module):
             (*shape, *features),
             jnp.float32,
         )
-        bias: Any = self.param(
-            "bias",
-            nn.with_logical_partitioning(self.bias_init or init, self.axes[self.inputs :]),
-            features,
-            jnp.float32,
-        )
-        x, bias = x.astype(self.dtype), bias.astype(self.dtype)
-        kernel = gathered(
-            kernel.astype(self.dtype), self.axes
-        )  # in the dtype of the product: half the bytes in bfloat16
+        # Gathered in the dtype of the product: half the bytes in bfloat16.
+        kernel = gathered(kernel.astype(self.dtype), self.axes)
         # One plain matrix product: backends are at their best there, and the reshapes are free.
-        y = x.reshape(*x.shape[: -self.inputs], fan_in) @ kernel.reshape(fan_in, fan_out) + bias.reshape(fan_out)
+        y = x.astype(self.dtype).reshape(*x.shape[: -self.inputs], fan_in) @ kernel.reshape(fan_in, fan_out)
+        if self.bias:
+            bias: Any = self.param(
+                "bias",
+                nn.with_logical_partitioning(self.bias_init or init, self.axes[self.inputs :]),
+                features,
+                jnp.float32,
+            )
+            y = y + bias.astype(self.dtype).reshape(fan_out)
         return y.reshape(*y.shape[:-1], *features)
+
+
+class Conv(nn.Module):
+    """A two-dimensional convolution of channels-last images; kernel [size, size, inputs, features], whole on every device.
+
+    Kernel and bias start uniform in +-1/sqrt(fan_in) unless another initialiser is given for the kernel.
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    padding: int | tuple[tuple[int, int], tuple[int, int]] | None = None  # None: keeps height and width at stride 1
+    dtype: str = "float32"
+    kernel_init: Init | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, inputs] -> [B, H', W', features]."""
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        init = uniform_fan_in(math.prod(shape[:3]))
+        kernel: Any = self.param("kernel", self.kernel_init or init, shape, jnp.float32)
+        bias: Any = self.param("bias", init, (self.features,), jnp.float32)
+        edge = self.size // 2 if self.padding is None else self.padding
+        around = ((edge, edge), (edge, edge)) if isinstance(edge, int) else edge
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            around,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias.astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -105,6 +138,43 @@ class LayerNorm(nn.Module):
         h = h - h.mean(-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon)
         return (h * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2) over the last axis times a scale, computed in float32 and cast back.
+
+    With `centred` the parameter is the scale minus one and starts at zero.
+    """
+
+    epsilon: float = 1e-6
+    centred: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        init = zeros if self.centred else nn.initializers.ones
+        scale: Any = self.param("scale", nn.with_logical_partitioning(init, ("embed",)), (x.shape[-1],), jnp.float32)
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon)
+        return (h * (1 + scale if self.centred else scale)).astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Normalisation over the pixels and the channels of each group, with scale and bias; float32, cast back."""
+
+    groups: int
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        channels = x.shape[-1]
+        scale: Any = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias: Any = self.param("bias", zeros, (channels,), jnp.float32)
+        h = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+        h = h - h.mean((1, 3), keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean((1, 3), keepdims=True) + self.epsilon)
+        return (h.reshape(x.shape) * scale + bias).astype(x.dtype)
 
 
 class Table(nn.Module):
