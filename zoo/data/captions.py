@@ -1,0 +1,62 @@
+"""Captions and the shapes that go with them: aspect ratios, the size of their buckets, templates around a caption."""
+
+from __future__ import annotations
+
+import math
+
+from zoo.errors import UserError, suggest
+
+ASPECTS = ("21:9", "16:9", "3:2", "5:4", "1:1", "4:5", "2:3", "9:16", "9:21")  # width : height
+
+
+def ratio(aspect: str | None) -> float:
+    """Width over height of one of `ASPECTS`; None is square."""
+    if aspect is None:
+        return 1.0
+    if aspect not in ASPECTS:
+        guess = suggest(aspect, ASPECTS)
+        near = f"{guess} " if guess.startswith("did") else ""
+        raise UserError(f"aspect={aspect!r} is no aspect ratio of the buckets; {near}choose from {', '.join(ASPECTS)}")
+    width, height = map(int, aspect.split(":"))
+    return width / height
+
+
+def bucket(target: int, aspect: str | None, multiple: int) -> tuple[int, int]:
+    """(height, width) of about target^2 pixels in this aspect ratio, both multiples of `multiple`."""
+    if target < 1 or multiple < 1:
+        raise UserError(f"target={target} and multiple={multiple} make no image size; choose 1 or more for both")
+    area, r = target * target, ratio(aspect)
+    height, width = (round(math.sqrt(x) / multiple) * multiple for x in (area / r, area * r))
+    if not height or not width:
+        raise UserError(
+            f"size {target} in the aspect ratio {aspect or '1:1'} leaves no multiple of {multiple}; choose a larger size"
+        )
+    return height, width
+
+
+def nearest(width: int, height: int) -> str:
+    """The aspect ratio of `ASPECTS` that an image of this size is cropped to: the nearest, ratios compared by their logarithm."""
+    return min(ASPECTS, key=lambda aspect: abs(math.log(width / height) - math.log(ratio(aspect))))
+
+
+def template(caption: str, *, aspect: str | None = None, noise: float | None = None, fps: int | None = None) -> str:
+    """A caption as the text encoder gets it; what is None is not said. The empty caption gets the same words around it.
+
+    Args:
+      aspect: one of `ASPECTS`.
+      noise: standard deviation of the noise on the latents.
+      fps: frames per second of a video; 0 marks an image among videos.
+    """
+    if fps is not None:
+        caption = f"A video with {fps} fps:\n{caption}\n" if fps > 0 else f"An image:\n{caption}\n"
+    if noise is not None:
+        caption = f"Noise Level {int(1000 * noise)}:\n{caption}"
+    if aspect is not None:
+        ratio(aspect)
+        caption = f"{caption}\n in a {aspect} aspect ratio.\n"
+    return caption
+
+
+def chat(caption: str) -> str:
+    """A caption as the question that a chat model gets."""
+    return f"<start_of_turn>user\nPlease generate an image about: {caption}<end_of_turn>\n<start_of_turn>model\n"
