@@ -111,7 +111,8 @@ class Case:
 
         def sweep(u, _):
             outputs, *_ = tarflow._apply(net, params[f"block{t}"], u, self.label)
-            u = affine_inverse(v, *tarflow._split(task, shift_right(outputs)))
+            a, b = tarflow._split(task, shift_right(outputs))
+            u = affine_inverse(v, jnp.exp(a), b)
             return u, tarflow._order(u, t)
 
         _, sweeps = jax.lax.scan(sweep, v, length=task.tokens)

@@ -27,6 +27,6 @@ def affine(u: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Arr
     return (u - b) * jnp.exp(-a), -a.mean((1, 2))
 
 
-def affine_inverse(v: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """u = v exp(a) + b, float32; all of the same shape."""
-    return v.astype(jnp.float32) * jnp.exp(a.astype(jnp.float32)) + b.astype(jnp.float32)
+def affine_inverse(v: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """u = v scale + shift in float32; all of the same shape. `scale` is exp(a), or what guidance makes of it."""
+    return v.astype(jnp.float32) * scale.astype(jnp.float32) + shift.astype(jnp.float32)

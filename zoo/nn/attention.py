@@ -36,7 +36,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, backend: s
     """softmax(q k^T / sqrt(K)) v with the softmax in float32.
 
     Args:
-        q, k, v: [B, T, H, K].
+        q: [B, T, H, K].
+        k, v: [B, T, H, K], or with fewer heads, each of which serves H over its number of consecutive query heads.
         causal: token t attends to tokens up to and including t.
         backend: "xla" anywhere; "cudnn" on NVIDIA GPUs in bfloat16; "splash" on TPUs, which like cuDNN never holds the
             [T, T] logits; "auto" is whichever of these the device has.
@@ -48,6 +49,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, backend: s
         UserError: the device in use has no such kernel.
     """
     device = dist.platform()
+    k, v = (x if x.shape[2] == q.shape[2] else jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     if backend == "auto":
         cudnn = q.dtype == jnp.bfloat16 and _has_cudnn(device) and _cudnn_takes(q)
         backend = "splash" if device == "tpu" else "cudnn" if cudnn else "xla"
@@ -159,10 +161,10 @@ def init_cache(layers: int | None, batch: int, tokens: int, heads: int, head_dim
 
 
 def write_cache(cache: Cache, k: jax.Array, v: jax.Array, index: Any, layer: Any) -> Cache:
-    """Put keys and values [B, 1, H, K] of token `index` into the cache of `layer`."""
+    """Put keys and values [B, Q, H, K] of the tokens from `index` on into the cache of `layer`."""
 
     def put(where: jax.Array, what: jax.Array) -> jax.Array:
-        what = what.transpose(0, 2, 3, 1).astype(where.dtype)  # [B, H, K, 1]
+        what = what.transpose(0, 2, 3, 1).astype(where.dtype)  # [B, H, K, Q]
         if layer is None:
             return jax.lax.dynamic_update_slice(where, what, (0, 0, 0, index))
         return jax.lax.dynamic_update_slice(where, what[None], (layer, 0, 0, 0, index))
@@ -171,11 +173,17 @@ def write_cache(cache: Cache, k: jax.Array, v: jax.Array, index: Any, layer: Any
 
 
 def attend_cached(q: jax.Array, cache: Cache, index: Any, layer: Any) -> jax.Array:
-    """Attention of the one token q [B, 1, H, K] at position `index` to positions 0..index of the cache."""
+    """Attention of the tokens q [B, Q, H, K] at positions `index`, `index` + 1, ... to the cache up to their own.
+
+    A cache of fewer heads serves H over its number of consecutive query heads with each.
+    """
     k, v = cache["k"], cache["v"]
     if layer is not None:
         k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
-    q = (q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype))[:, 0]
-    logits = jnp.einsum("bhk,bhkt->bht", q, k, preferred_element_type=jnp.float32)
-    logits = jnp.where(jnp.arange(k.shape[-1]) <= index, logits, -jnp.inf)
-    return jnp.einsum("bht,bhkt->bhk", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)[:, None]
+    batch, queries, heads, head_dim = q.shape
+    q = q * jnp.asarray(head_dim**-0.5, q.dtype)
+    q = q.reshape(batch, queries, k.shape[1], heads // k.shape[1], head_dim)
+    logits = jnp.einsum("bqhgk,bhkt->bhgqt", q, k, preferred_element_type=jnp.float32)
+    seen = jnp.arange(k.shape[-1]) <= (index + jnp.arange(queries))[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bhgqt,bhkt->bqhgk", weights, v).reshape(batch, queries, heads, head_dim)

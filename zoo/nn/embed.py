@@ -1,20 +1,60 @@
-"""Images to tokens and back."""
+"""Images to tokens and back, and rotary positions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import einops
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+_SLOWEST, _FASTEST = "b (h w) (c p q)", "b (h w) (p q c)"  # where the channel stands inside a token
 
 
-def patchify(image: jax.Array, patch: int) -> jax.Array:
-    """[B, S, S, C] -> [B, T, D], T = (S/P)^2 in raster order and D = C*P*P.
+def patchify(image: jax.Array, patch: int, *, channel_first: bool = True) -> jax.Array:
+    """[B, H, W, C] -> [B, T, D], T = H/P W/P in raster order and D = C*P*P.
 
-    Inside a token the order is channel, row, column with the channel slowest, as published flow weights have it.
+    Inside a token the order is channel, row, column, or with `channel_first=False` row, column, channel: published flow
+    weights come in both.
     """
-    return einops.rearrange(image, "b (h p) (w q) c -> b (h w) (c p q)", p=patch, q=patch)
+    layout = _SLOWEST if channel_first else _FASTEST
+    return einops.rearrange(image, f"b (h p) (w q) c -> {layout}", p=patch, q=patch)
 
 
-def unpatchify(tokens: jax.Array, patch: int, channels: int) -> jax.Array:
-    """[B, T, D] -> [B, S, S, C], the exact inverse of `patchify` for square images."""
-    side = round(tokens.shape[1] ** 0.5)
-    return einops.rearrange(tokens, "b (h w) (c p q) -> b (h p) (w q) c", h=side, c=channels, p=patch, q=patch)
+def unpatchify(
+    tokens: jax.Array, patch: int, channels: int, *, rows: int | None = None, channel_first: bool = True
+) -> jax.Array:
+    """[B, T, D] -> [B, H, W, C], the exact inverse of `patchify` for `rows` rows of tokens; None: a square image."""
+    rows = round(tokens.shape[1] ** 0.5) if rows is None else rows
+    layout = _SLOWEST if channel_first else _FASTEST
+    return einops.rearrange(tokens, f"{layout} -> b (h p) (w q) c", h=rows, c=channels, p=patch, q=patch)
+
+
+def grid_positions(rows: int, columns: int, reach: float) -> np.ndarray:
+    """Row and column of each cell in raster order, float64 [T, 2], scaled so that a grid of any size has the same area.
+
+    A square grid spans [0, reach); one with more cells gets positions in between (STARFlow section 3.2).
+    """
+    scale = reach / (rows * columns) ** 0.5
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    return np.stack([row.ravel(), column.ravel()], -1) * scale
+
+
+def rope_angles(positions: np.ndarray, pairs: Sequence[int], base: float = 10_000.0) -> np.ndarray:
+    """Angles float32 [T, K/2] of rotary embeddings over several axes.
+
+    Axis i of `positions` [T, A] turns pairs[i] pairs of numbers, the j-th at the rate base^(-j / pairs[i]).
+    """
+    parts = [np.outer(p, base ** (-np.arange(n) / n)) for p, n in zip(positions.T, pairs, strict=True)]
+    return np.concatenate(parts, -1).astype(np.float32)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Turn the pairs (x_i, x_{i + K/2}) of x [B, T, H, K] by angles [T, K/2]; float32 inside, the dtype of x outside.
+
+    Weights made for adjacent pairs (x_2i, x_2i+1) serve after their rows are reordered: halves are whole registers.
+    """
+    sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -11,6 +11,7 @@ from flax import linen as nn
 from zoo.dist import check_divides, constrain
 from zoo.errors import UserError
 from zoo.nn.attention import attend, attend_cached, init_cache, write_cache
+from zoo.nn.embed import rotate
 from zoo.nn.layers import Dense, LayerNorm, gelu
 
 REMAT: dict[str, Any] = {
@@ -42,8 +43,12 @@ class Attention(nn.Module):
         index: jax.Array | None = None,
         layer: jax.Array | None = None,
         temperature: jax.Array | None = None,
+        rope: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> [B, T, D]; `temperature` [B] divides the attention logits of each example.
+        """[B, T, D] -> [B, T, D].
+
+        `temperature` [B] divides the attention logits of each example; `rope` [T, K/2] are the angles by which queries
+        and keys are turned (`zoo.nn.embed.rotate`).
 
         Kernels keep all numbers of all heads in one axis: TPUs store the last axis in rows of 128, so that an axis of 64
         (one head) would take twice its memory.
@@ -53,6 +58,8 @@ class Attention(nn.Module):
         check_divides(heads, "heads", f"{'/'.join(self.path)}: the number of heads, task.width / task.head_dim,")
         qkv = Dense((3, width), ("embed", None, "heads"), dtype=self.dtype, name="qkv")(x)
         q, k, v = (qkv[..., i, :].reshape(*qkv.shape[:-2], heads, self.head_dim) for i in range(3))
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         if temperature is not None:
             q = q / temperature[:, None, None, None].astype(q.dtype)
         if cache is None:
@@ -89,11 +96,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: jax.Array, cache: Any = None, index: Any = None, layer: Any = None, temperature: Any = None
+        self,
+        h: jax.Array,
+        cache: Any = None,
+        index: Any = None,
+        layer: Any = None,
+        temperature: Any = None,
+        rope: Any = None,
     ) -> Any:
         """h [B, T, D] -> h, cache."""
         attention = Attention(self.head_dim, self.causal, self.dtype, self.backend, name="attention")
-        y, cache = attention(LayerNorm(name="attention_norm")(h), cache, index, layer, temperature)
+        y, cache = attention(LayerNorm(name="attention_norm")(h), cache, index, layer, temperature, rope)
         h = h + y
         h = h + MLP(self.expand, self.dtype, name="mlp")(LayerNorm(name="mlp_norm")(h))
         return h, cache
@@ -113,7 +126,7 @@ class Trunk(nn.Module):
 
     @nn.compact
     def __call__(self, h: jax.Array, cache: Any = None, index: Any = None, **values: Any) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> [B, T, D]; with a cache, one token at position `index`."""
+        """[B, T, D] -> [B, T, D]; with a cache, the T tokens from position `index` on. `values` go to every block as they are."""
 
         def body(block: nn.Module, carry: tuple[jax.Array, Any], layer: jax.Array | None) -> tuple[Any, None]:
             h, cache = carry
@@ -149,3 +162,12 @@ def init_trunk_cache(depth: int, scan: bool, batch: int, tokens: int, heads: int
     if scan:
         return init_cache(depth, batch, tokens, heads, head_dim, dtype)
     return {f"layer{i}": init_cache(None, batch, tokens, heads, head_dim, dtype) for i in range(depth)}
+
+
+def cast_trunk(params: Any, dtype: str) -> Any:
+    """Parameters of a network with the kernels of its `trunk` in `dtype`, once, before a loop that uses them many times."""
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if path[-1].key == "kernel" else x
+
+    return {**params, "trunk": jax.tree_util.tree_map_with_path(cast, params["trunk"])}

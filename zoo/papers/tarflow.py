@@ -25,7 +25,7 @@ from zoo.flows.transforms import affine, shift_right
 from zoo.nn.attention import check_backend
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.layers import Dense, Table, zeros
-from zoo.nn.transformer import Block, Trunk, check_remat, init_trunk_cache
+from zoo.nn.transformer import Block, Trunk, cast_trunk, check_remat, init_trunk_cache
 from zoo.task import Batch, Name, Params
 
 LOG_2PI = math.log(2 * math.pi)
@@ -57,13 +57,13 @@ class FlowNet(nn.Module):
     ) -> tuple[jax.Array, jax.Array, Any]:
         """x [B, T, D] in the block's own order -> outputs [B, T, outputs] float32, hidden [B, T, width], cache.
 
-        With a cache, x is the one token at `index`.
+        With a cache, x are the tokens from `index` on.
         """
         positions = Table(self.tokens, self.width, name="positions")()
         if self.flip:  # a row of the table belongs to a place in the image, whatever the direction
             positions = positions[::-1]
         if cache is not None:
-            positions = jax.lax.dynamic_slice_in_dim(positions, index, 1)
+            positions = jax.lax.dynamic_slice_in_dim(positions, index, x.shape[1])
         h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(x) + positions.astype(self.dtype)
         if self.classes:
             table = Table(self.classes, self.width, name="labels")()
@@ -159,23 +159,23 @@ def _inverse_block(
     if guided:
         strong = jnp.full((batch,), -1) if label is None else label
         label = jnp.concatenate([strong, jnp.full((batch,), -1)]) if task.classes else None
-        if not isinstance(guidance.attention_temperature, (int, float)) or guidance.attention_temperature != 1:
+        if guidance.tempered:
             temperature = jnp.concatenate([jnp.ones(batch), jnp.full((batch,), guidance.attention_temperature)])
     rows = 2 * batch if guided else batch
     cache = init_trunk_cache(
         task.depth, task.scan, rows, tokens, task.width // task.head_dim, task.head_dim, task.dtype
     )
 
-    block = whole(params[f"block{t}"])
+    block = whole(cast_trunk(params[f"block{t}"], task.dtype))
 
     def step(u: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
         u = jnp.concatenate([u, u]) if guided else u
         outputs, _, cache = _apply(net, block, u, label, cache, index, temperature)
-        a, b = _split(task, outputs[:, 0])
+        a, b = _split(task, outputs)
         if guided:
-            ramp = (index + 1) / (tokens - 1)
-            a, b = guidance.apply((a[:batch], b[:batch]), (a[batch:], b[batch:]), ramp)
-        return a, b, cache
+            ramp = ((index + 1 + jnp.arange(u.shape[1])) / (tokens - 1))[:, None]
+            return *guidance.apply((a[:batch], b[:batch]), (a[batch:], b[batch:]), ramp), cache
+        return jnp.exp(a), b, cache
 
     return _order(sequential(step, _order(v, t), cache), t)
 
@@ -203,19 +203,13 @@ def inverse(
         after each inverted block, the image last.
     """
     chex.assert_shape(z, (None, task.tokens, task.dims))
-    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    temperature = guidance.attention_temperature
-    if not guidance.active and isinstance(temperature, (int, float)) and temperature != 1:
+    guidance = Guidance.of(guidance, "linear", annealed=True)
+    if not guidance.active and guidance.tempered:
         warnings.warn(
             "guidance.weight is 0: the other fields of guidance do nothing; set a weight such as 2", stacklevel=2
         )
     unlabelled = task.classes == 0 or label is None
-    if (
-        guidance.active
-        and unlabelled
-        and isinstance(guidance.attention_temperature, (int, float))
-        and guidance.attention_temperature == 1
-    ):
+    if guidance.active and unlabelled and not guidance.tempered:
         warnings.warn(
             "guidance without labels and with attention_temperature=1 compares a pass with itself: it changes nothing and "
             "costs twice; give labels, or an attention temperature such as 0.5",
@@ -224,7 +218,8 @@ def inverse(
     x = z * jnp.sqrt(params["prior"]["var"])
     states = [z]
     for t in reversed(range(task.blocks)):
-        x = _inverse_block(task, params, t, x, label if task.classes else None, guidance)
+        here = guidance if guidance.blocks == "all" or t == task.blocks - 1 else Guidance()
+        x = _inverse_block(task, params, t, x, label if task.classes else None, here)
         states.append(x)
     images = [unpatchify(s, task.patch, task.channels) for s in (states if sequence else states[-1:])]
     return jnp.stack(images) if sequence else images[0]
