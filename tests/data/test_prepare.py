@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from PIL import Image
 from zoo.data.images import Images
 from zoo.data.pipeline import epoch
 from zoo.data.prepare import prepare
+from zoo.data.records import Info, Record, Shard, open_shards, read_info
 from zoo.errors import UserError
 
 
@@ -119,17 +122,19 @@ def test_unreadable_files_are_skipped_and_listed(photos, tmp_path):
 
 KILLED = """
 import sys, os, signal
-from zoo.data import prepare as module
-write, left = module._write_shard, [int(sys.argv[3])]
-def dying(*args):
+from zoo.data import prepare as module, records
+write, left = records.write_shard, [int(sys.argv[3])]
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def dying(path, results):
     if not left[0]:
         if sys.argv[4] == "before":
-            module.msgspec.json.encode = lambda shard: os.kill(os.getpid(), signal.SIGKILL)  # a shard without its line
+            records.msgspec.json.encode = die  # a shard without its line
         else:
-            args = (*args[:3], lambda data: os.kill(os.getpid(), signal.SIGKILL), *args[4:])  # inside a shard
+            results = map(die, results)  # inside a shard
     left[0] -= 1
-    return write(*args)
-module._write_shard = dying
+    return write(path, results)
+records.write_shard = dying
 module.prepare(sys.argv[1], sys.argv[2], size=8, shard_examples=5, progress=False)
 """
 
@@ -215,3 +220,198 @@ def test_full_disk_ends_in_a_sentence_and_can_be_continued(photos, tmp_path):
     run(photos, tmp_path / "out", size=8)
     run(photos, tmp_path / "whole", size=8)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+# images with captions
+
+
+def jpeg(seed):
+    buffer = io.BytesIO()
+    photo(seed).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def captions(folder):
+    """Name and caption of every record, by split."""
+    info = read_info(folder, Info)
+    assert info.captions
+    found = {}
+    for split, shards in info.splits.items():
+        count, read = open_shards(folder, shards, split, Record)
+        found[split] = [(read(i).name, read(i).caption) for i in range(count)]
+    return found
+
+
+def tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, data in members.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(data)
+            file.addfile(about, io.BytesIO(data))
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Twelve images with captions in folders of several depths, and one without."""
+    for i in range(12):
+        folder = tmp_path / "pairs" / "ab"[i % 2] / str(i % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i:02d}.jpg").write_bytes(jpeg(i))
+        (folder / f"{i:02d}.txt").write_text(f" number {i} ü\n")
+    (tmp_path / "pairs" / "b" / "mute.jpg").write_bytes(jpeg(99))
+    return tmp_path / "pairs"
+
+
+def test_folder_with_captions(pairs, tmp_path):
+    report = run(pairs, tmp_path / "out", size=8)
+    assert (report.counts, report.labels, report.ok) == ({"train": 11, "test": 1}, (), False)
+    assert report.unreadable == (("b/mute.jpg", "has no caption; write it to mute.txt beside it"),)
+    found = captions(tmp_path / "out")
+    for name, caption in [*found["train"], *found["test"]]:
+        assert caption == f"number {int(name[-6:-4])} ü"
+    assert len({*found["train"], *found["test"]}) == 12
+    assert set(read(tmp_path / "out", "train")) == {"image"}
+    (pairs / "a" / "0" / "00.txt").write_bytes(b"\xff\xfe")
+    report = run(pairs, tmp_path / "again", size=8)
+    assert [r for n, r in report.unreadable if n == "a/0/00.jpg"] == [
+        "has a caption that is no UTF-8 (a/0/00.txt); write it again as UTF-8"
+    ]
+
+
+@pytest.mark.parametrize("shards, where", [(1, "inside"), (1, "before")])
+def test_killed_run_with_captions_ends_with_the_same_bytes(pairs, tmp_path, shards, where):
+    run(pairs, tmp_path / "whole", size=8)
+    killed = subprocess.run([sys.executable, "-c", KILLED, pairs, tmp_path / "out", str(shards), where], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    run(pairs, tmp_path / "out", size=8)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_folder_with_captions_and_splits(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        (tmp_path / "p" / split).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "p" / split / f"test-{i}.jpg").write_bytes(jpeg(i))
+            (tmp_path / "p" / split / f"test-{i}.txt").write_text(f"{split} {i}")
+    assert run(tmp_path / "p", tmp_path / "out").counts == {"train": 3, "test": 2}
+    assert captions(tmp_path / "out")["test"] == [("val/test-0.jpg", "val 0"), ("val/test-1.jpg", "val 1")]
+
+
+def test_records_of_earlier_versions_have_no_caption(tmp_path):
+    import msgspec
+
+    from zoo.data.records import write_shard
+
+    old = [msgspec.msgpack.encode([jpeg(i), i, str(i)]) for i in range(2)]
+    shard = write_shard(tmp_path / "0.array_record", old)
+    assert isinstance(shard, Shard)
+    _, read = open_shards(tmp_path, [shard], "train", Record)
+    assert [(read(i).label, read(i).caption) for i in range(2)] == [(0, ""), (1, "")]
+
+
+def test_tar_files(tmp_path):
+    shards = tmp_path / "shards"
+    tar(
+        shards / "train-0.tar",
+        {
+            "000.jpg": jpeg(0),
+            "000.txt": b"zero",
+            "x/000.jpg": jpeg(1),
+            "x/000.json": b'{"caption": "one", "width": 8}',
+            "x/001.json": b'{"text": "two"}',
+            "x/001.jpg": jpeg(2),
+            "002.seg.png": jpeg(3),
+            "._000.jpg": b"a Mac's",
+        },
+    )
+    tar(shards / "test-0.tar", {"7.jpg": jpeg(4), "7.txt": b"seven"})
+    report = run(shards, tmp_path / "out")
+    assert captions(tmp_path / "out") == {
+        "train": [("train-0.tar:000.jpg", "zero"), ("train-0.tar:x/000.jpg", "one")],
+        "test": [("test-0.tar:7.jpg", "seven")],
+    }
+    assert [name for name, _ in report.unreadable] == ["train-0.tar:x/001.jpg", "train-0.tar:002.seg.png"]
+    assert 'no "caption"' in report.unreadable[0][1]
+    assert "has no caption; add a .txt file" in report.unreadable[1][1]
+    one = run(shards / "test-0.tar", tmp_path / "one", test_fraction=0)
+    assert (one.counts, one.ok) == ({"train": 1, "test": 0}, True)
+    assert captions(tmp_path / "one")["train"] == [("test-0.tar:7.jpg", "seven")]
+    tar(tmp_path / "bare.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1)})
+    assert run(tmp_path / "bare.tar", tmp_path / "bare").ok  # images without any captions
+    assert not read_info(tmp_path / "bare", Info).captions
+
+
+def test_tar_files_that_cannot_be_read(tmp_path):
+    tar(tmp_path / "a.tar", {"0.jpg": jpeg(0), "0.txt": b"zero", "1.jpg": jpeg(1) + bytes(30_000), "1.txt": b""})
+    whole = (tmp_path / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(UserError, match="is compressed and cannot be read at random; unpack it"):
+        run(tmp_path / "b.tar.gz", tmp_path / "out")
+    (tmp_path / "c.tar").write_bytes((tmp_path / "b.tar.gz").read_bytes())
+    with pytest.raises(UserError, match="is no tar file that can be read at random"):
+        run(tmp_path / "c.tar", tmp_path / "out")
+    (tmp_path / "d.tar").write_bytes(whole[: len(whole) - 25_000])
+    with pytest.raises(UserError, match=r"d\.tar is no tar file that can be read at random"):
+        run(tmp_path / "d.tar", tmp_path / "out")
+
+
+def parquet(path, **columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
+
+
+def test_parquet_files(tmp_path):
+    hub = [{"bytes": jpeg(i), "path": None} for i in range(7)]
+    parquet(
+        tmp_path / "p/data/train-0.parquet", image=hub, text=[f"n{i}" for i in range(6)] + [None], id=list("abcdefg")
+    )
+    parquet(
+        tmp_path / "p/data/test-0.parquet", image=[{"bytes": None, "path": "x"}, hub[0]], text=["t", "u"], id=["a", "b"]
+    )
+    report = run(tmp_path / "p", tmp_path / "out")
+    assert captions(tmp_path / "out") == {
+        "train": [(f"data/train-0.parquet row {i}", f"n{i}") for i in range(6)],
+        "test": [("data/test-0.parquet row 1", "u")],
+    }
+    assert report.unreadable == (
+        ("data/train-0.parquet row 6", "has no caption in the column 'text'; fill it in, or remove the row"),
+        (
+            "data/test-0.parquet row 0",
+            "has no bytes in the column 'image'; store the image itself in it, not its path",
+        ),
+    )
+    plain = tmp_path / "a.parquet"
+    parquet(plain, thumb=[jpeg(0)], full=[jpeg(1)], short=["s"], long=["l"])
+    with pytest.raises(
+        UserError, match=r"does not tell which column holds the images: thumb \(binary\), .*--image-column NAME"
+    ):
+        run(plain, tmp_path / "b")
+    with pytest.raises(
+        UserError, match=r"which column holds the captions: .*--caption-column NAME, or --caption-column=\"\" where"
+    ):
+        run(plain, tmp_path / "b", image_column="full")
+    with pytest.raises(UserError, match=r"has no column 'ful' \(--image-column\); did you mean 'full'"):
+        run(plain, tmp_path / "b", image_column="ful")
+    with pytest.raises(UserError, match=r"the column 'short' \(--image-column\) holds no images; its columns: thumb"):
+        run(plain, tmp_path / "b", image_column="short")
+    kw = {"image_column": "full", "test_fraction": 0}
+    assert run(plain, tmp_path / "b", caption_column="long", **kw).ok
+    assert captions(tmp_path / "b")["train"] == [("a.parquet row 0", "l")]
+    with pytest.raises(UserError, match="the source has other files"):
+        run(plain, tmp_path / "b", caption_column="short", **kw)
+    assert run(plain, tmp_path / "mute", caption_column="", **kw).ok
+    assert not read_info(tmp_path / "mute", Info).captions
+    parquet(tmp_path / "c.parquet", name=["x"])
+    with pytest.raises(UserError, match=r"has no column of images .* it has name \(string\)"):
+        run(tmp_path / "c.parquet", tmp_path / "c")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="is no parquet file that can be read"):
+        run(tmp_path / "d.parquet", tmp_path / "d")
+    (tmp_path / "c.npz").touch()
+    with pytest.raises(UserError, match="--image-column names a column of parquet files, and"):
+        run(tmp_path / "c.npz", tmp_path / "e", image_column="x")

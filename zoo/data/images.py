@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import msgspec
 import numpy as np
 from PIL import Image, ImageOps
 
+from zoo.data.records import Info, Record, first_line, is_prepared, open_shards, read_info
 from zoo.errors import UserError
 
 LEVELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 TESTS = ("test", "val", "validation", "valid")  # what a folder or a data set may call its held-out part
 SPLITS = ("train", "test")
-INFO, PROGRESS = "info.json", "progress.jsonl"  # of a set made by `zoo prepare`: finished, under way
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
 
 
@@ -150,8 +149,7 @@ class Images:
                 return self._arrays(root).source(split, spec)
             if root.is_file():
                 raise UserError(f"data.path={root} is a file; give a folder of images, a prepared set or an .npz file")
-            prepared = (root / INFO).is_file() or (root / PROGRESS).is_file()
-            encoded = _prepared(self, root, split) if prepared else _folder(self, root, split)
+            encoded = (_prepared if is_prepared(root) else _folder)(self, root, split)
         if not encoded.count:
             raise UserError(f"{self.path} has no image in its {split} split; change data.test_fraction or add images")
 
@@ -259,11 +257,21 @@ def open_image(data: bytes, channels: int, convert: bool) -> tuple[Image.Image, 
 
 def square(image: Image.Image, size: int) -> Image.Image:
     """The largest centred square of an image, at `size` x `size` (bicubic, antialiased)."""
-    if image.size == (size, size):
+    return fit(image, size, size)
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest centred part of an image with the shape of `width` x `height`, at that size (bicubic, antialiased)."""
+    if image.size == (width, height):
         return image
-    side, (width, height) = min(image.size), image.size
-    left, top = (width - side) / 2, (height - side) / 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    wide, high = image.size
+    if wide * height >= high * width:
+        across, down = high * width / height, float(high)
+    else:
+        across, down = float(wide), wide * height / width
+    left, top = (wide - across) / 2, (high - down) / 2
+    box = (left, top, left + across, top + down)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -487,108 +495,23 @@ def _class_names(classes: Sequence[str], labels: np.ndarray | None) -> tuple[str
     return tuple(classes) or tuple(map(str, range(highest + 1)))
 
 
-# Prepared sets: ArrayRecord shards and info.json, written by prepare.py
-
-
-class Record(msgspec.Struct, array_like=True):
-    """One example on disk (MessagePack): an encoded image, its label (-1: none), its name in the source."""
-
-    image: bytes
-    label: int
-    name: str
-
-
-class Shard(msgspec.Struct):
-    """One file of a prepared set, and the images meant for it that could not be used, with the reason."""
-
-    file: str
-    count: int
-    bytes: int
-    sha256: str
-    unreadable: list[tuple[str, str]]
-
-
-class Settings(msgspec.Struct):
-    """What a prepared set was made from and how; it never mixes two of these."""
-
-    source: str  # name only, for people
-    fingerprint: str  # of the names and sizes of its files
-    size: int | None
-    channels: int
-    convert: bool
-    test_fraction: float
-    shard_examples: int
-
-
-class Info(msgspec.Struct):
-    """`info.json` of a prepared set."""
-
-    settings: Settings
-    labels: list[str]
-    splits: dict[str, list[Shard]]
-    format: str = "zoo-images"
-    version: int = 1
-
-
-def read_info(root: Path) -> Info:
-    """The description of a prepared set."""
-    again = "run `zoo prepare` again into a new folder"
-    try:
-        head = msgspec.json.decode((root / INFO).read_bytes())
-        if not isinstance(head, dict) or head.get("format") != "zoo-images":
-            raise UserError(f"{root / INFO} was not written by `zoo prepare`; {again}")
-        if head.get("version") != 1:
-            raise UserError(f"{root} has format version {head.get('version')}, this program reads 1; {again}")
-        return msgspec.convert(head, Info)
-    except OSError as error:
-        raise UserError(f"{root / INFO} cannot be read ({error.strerror}); {again}") from None
-    except msgspec.MsgspecError as error:
-        raise UserError(f"{root / INFO} is damaged ({error}); {again}") from None
+# Prepared sets
 
 
 def _prepared(data: Images, root: Path, split: str) -> Encoded:
-    from grain.sources import ArrayRecordDataSource
-
-    again = "run the same `zoo prepare` again, it makes only what is missing"
-    if not (root / INFO).is_file():
-        raise UserError(f"{root} is not finished; {again}")
-    info = read_info(root)
+    info = read_info(root, Info)
     if info.settings.channels != data.channels and not data.convert:
         raise UserError(
             f"{root} holds images of {info.settings.channels} channel(s), but data.channels={data.channels}; "
             f"set data.channels={info.settings.channels}, or data.convert=True to convert them"
         )
-    shards = [shard for shard in info.splits[split] if shard.count]
-    paths = [root / shard.file for shard in shards]
-    for shard, path in zip(shards, paths):
-        found = path.stat().st_size if path.is_file() else 0
-        if found != shard.bytes:
-            raise UserError(f"{path} has {found} bytes in place of {shard.bytes}; {again}")
-    count = sum(shard.count for shard in shards)
-    if not count:
-        return Encoded(0, lambda i: (b"", None, ""), ())
-    damaged = f"{root} is damaged in its {split} split"
-    try:
-        records = ArrayRecordDataSource([str(path) for path in paths])
-        counted = len(records)
-    except Exception as error:  # what a foreign file raises is up to ArrayRecord
-        raise UserError(f"{damaged} ({_first_line(error)}); {again}") from None
-    if counted != count:
-        raise UserError(f"{damaged} ({counted} records in place of {count}); {again}")
-    decoder = msgspec.msgpack.Decoder(Record)
+    count, record = open_shards(root, info.splits[split], split, Record)
 
     def read(i: int) -> tuple[bytes, int | None, str]:
-        try:
-            record = decoder.decode(records[i])
-        except Exception as error:
-            raise UserError(f"{damaged} (record {i}: {_first_line(error)}); {again}") from None
-        return record.image, None if record.label < 0 else record.label, f"{root}, record {i} ({record.name})"
+        found = record(i)
+        return found.image, None if found.label < 0 else found.label, f"{root}, record {i} ({found.name})"
 
-    return Encoded(count, read, tuple(info.labels))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return Encoded(count, read, tuple(info.labels) if count else ())
 
 
 # TFDS
@@ -612,7 +535,7 @@ def _tfds(data: Images, split: str) -> Encoded:
             return builder.as_data_source(which, decoders={"image": tfds.decode.SkipDecoding()})
         except (NotImplementedError, ValueError) as error:
             raise UserError(
-                f"{data.path} in {data_dir} cannot be read at random ({_first_line(error)}); "
+                f"{data.path} in {data_dir} cannot be read at random ({first_line(error)}); "
                 + _tfds_recipe(name, data_dir)
             ) from None
 

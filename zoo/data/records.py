@@ -1,0 +1,302 @@
+"""Sets on disk: ArrayRecord shards of MessagePack records and an `info.json`, read at random and written resumably.
+
+A shard is written under a temporary name and renamed when it is on disk; then a line about it goes into
+`progress.jsonl`, whose first line says what the set is made from and how. A killed run started again keeps the shards
+that have their line and ends with the same bytes as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, ClassVar, TypeVar
+
+import msgspec
+
+from zoo.errors import UserError
+
+INFO, PROGRESS = "info.json", "progress.jsonl"  # of a finished set, of one under way
+UNREADABLE = "unreadable.txt"
+AGAIN = "run the same `zoo prepare` again, it makes only what is missing"
+ANEW = "run `zoo prepare` again into a new folder"
+Lost = tuple[str, str]  # name of an example that cannot be used, and why
+
+
+class Record(msgspec.Struct, array_like=True):
+    """One image on disk: the encoded image, its label (-1: none), its name in the source, its caption."""
+
+    image: bytes
+    label: int
+    name: str
+    caption: str = ""  # sets of earlier versions end before it
+
+
+class Shard(msgspec.Struct):
+    """One file of a set, and the examples meant for it that could not be used, with the reason."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+    unreadable: list[Lost]
+
+
+class Settings(msgspec.Struct):
+    """What a set was made from and how; it never mixes two of these."""
+
+    source: str  # name only, for people
+    fingerprint: str  # of the names and sizes of its files
+    size: int | None
+    channels: int
+    convert: bool
+    test_fraction: float
+    shard_examples: int
+
+
+class Info(msgspec.Struct):
+    """`info.json` of a set of images."""
+
+    FORMAT: ClassVar[str] = "zoo-images"
+    VERSION: ClassVar[int] = 1
+
+    settings: Settings
+    labels: list[str]
+    splits: dict[str, list[Shard]]
+    captions: bool = False  # whether the records have them
+    format: str = FORMAT
+    version: int = VERSION
+
+    def shards(self) -> list[Shard]:
+        """All files of the set."""
+        return [shard for shards in self.splits.values() for shard in shards]
+
+
+K = TypeVar("K")
+R = TypeVar("R")
+
+
+def is_prepared(root: Path) -> bool:
+    """Whether a folder holds a set, be it finished or not."""
+    return (root / INFO).is_file() or (root / PROGRESS).is_file()
+
+
+def format_of(root: Path) -> str | None:
+    """What a finished set says it is; None for other folders."""
+    try:
+        head = msgspec.json.decode((root / INFO).read_bytes())
+    except (OSError, msgspec.MsgspecError):
+        return None
+    found = head.get("format") if isinstance(head, dict) else None
+    return found if isinstance(found, str) and found.startswith("zoo-") else None
+
+
+def read_info(root: Path, kind: type[K]) -> K:
+    """The description of a finished set of this kind."""
+    expected: Any = kind
+    if not (root / INFO).is_file() and (root / PROGRESS).is_file():
+        raise UserError(f"{root} is not finished; {AGAIN}")
+    try:
+        head = msgspec.json.decode((root / INFO).read_bytes())
+        found = head.get("format") if isinstance(head, dict) else None
+        if found in _USES and found != expected.FORMAT:
+            raise UserError(f"{root} holds {_USES[found]}")
+        if found != expected.FORMAT:
+            raise UserError(f"{root / INFO} was not written by `zoo prepare`; {ANEW}")
+        if head.get("version") != expected.VERSION:
+            raise UserError(
+                f"{root} has format version {head.get('version')}, this program reads {expected.VERSION}; {ANEW}"
+            )
+        return msgspec.convert(head, kind)
+    except OSError as error:
+        raise UserError(f"{root / INFO} cannot be read ({error.strerror}); {ANEW}") from None
+    except msgspec.MsgspecError as error:
+        raise UserError(f"{root / INFO} is damaged ({error}); {ANEW}") from None
+
+
+_USES = {
+    "zoo-images": "images, not latents; read it with data=Images(path, size=...), or encode it with `zoo prepare --encode`",
+    "zoo-latents": "latents, not images; read it with data=Latents(path)",
+}
+
+
+def open_shards(root: Path, shards: list[Shard], split: str, record: type[R]) -> tuple[int, Callable[[int], R]]:
+    """How many records there are, and a function that reads one; sizes and counts are compared with `shards`."""
+    from grain.sources import ArrayRecordDataSource
+
+    shards = [shard for shard in shards if shard.count]
+    paths = [root / shard.file for shard in shards]
+    for shard, path in zip(shards, paths):
+        found = path.stat().st_size if path.is_file() else 0
+        if found != shard.bytes:
+            raise UserError(f"{path} has {found} bytes in place of {shard.bytes}; {AGAIN}")
+    count = sum(shard.count for shard in shards)
+    damaged = f"{root} is damaged in its {split} split"
+    if not count:
+
+        def nothing(i: int) -> R:
+            raise IndexError(i)
+
+        return 0, nothing
+    try:
+        records = ArrayRecordDataSource([str(path) for path in paths])
+        counted = len(records)
+    except Exception as error:  # what a foreign file raises is up to ArrayRecord
+        raise UserError(f"{damaged} ({first_line(error)}); {AGAIN}") from None
+    if counted != count:
+        raise UserError(f"{damaged} ({counted} records in place of {count}); {AGAIN}")
+    decoder = msgspec.msgpack.Decoder(record)
+
+    def read(i: int) -> R:
+        try:
+            return decoder.decode(records[i])
+        except Exception as error:
+            raise UserError(f"{damaged} (record {i}: {first_line(error)}); {AGAIN}") from None
+
+    return count, read
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, cut short."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Writing
+
+
+class Writer:
+    """A set under way: the shards that are whole already are kept, the others made; `finish` describes the set."""
+
+    def __init__(self, target: Path, done: dict[str, Shard], log: IO[bytes]) -> None:
+        self._target, self._done, self._log = target, done, log
+        self._named: list[Lost] = []
+
+    def shard(self, file: str, make: Callable[[], Iterable[bytes | Lost]]) -> tuple[Shard, bool]:
+        """The shard of this name, and whether it was there; `make()` gives its records and what has to be left out."""
+        there = file in self._done
+        if not there:
+            self._done[file] = write_shard(self._target / file, make())
+            self._log.write(msgspec.json.encode(self._done[file]) + b"\n")
+            self._log.flush()
+            os.fsync(self._log.fileno())
+        self._named += self._done[file].unreadable
+        return self._done[file], there
+
+    def finish(self, info: Any) -> tuple[Lost, ...]:
+        """Writes `info.json`, and the list of what was left out, which is returned."""
+        (self._target / UNREADABLE).unlink(missing_ok=True)
+        if self._named:
+            replace(self._target / UNREADABLE, "".join(f"{name}\t{reason}\n" for name, reason in self._named).encode())
+        replace(self._target / INFO, msgspec.json.format(msgspec.json.encode(info), indent=1) + b"\n")
+        (self._target / PROGRESS).unlink()
+        return tuple(self._named)
+
+
+@contextmanager
+def writing(target: Path, settings: Settings, kind: type[Any]) -> Iterator[Writer]:
+    """Makes or re-enters the folder of a set of this kind.
+
+    Raises:
+      UserError: the folder holds something else or a set made differently, or cannot be written.
+    """
+    try:
+        done = _open(target, settings, kind)
+        with open(target / PROGRESS, "ab") as log:
+            yield Writer(target, done, log)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target} ({error.strerror or first_line(error)}); mend that and run the same command again, "
+            "finished shards are kept"
+        ) from None
+
+
+def _open(target: Path, settings: Settings, kind: type[Any]) -> dict[str, Shard]:
+    """Makes or checks the folder and its log; the shards in it that are whole, by file name."""
+    done: list[Shard] = []
+    if (target / INFO).is_file():
+        info = read_info(target, kind)
+        _same(target, msgspec.to_builtins(info.settings), settings)
+        done = info.shards()
+    elif (target / PROGRESS).is_file():
+        lines = (target / PROGRESS).read_bytes().split(b"\n")[:-1]  # what follows the last line end was torn off
+        if lines:
+            try:
+                _same(target, msgspec.json.decode(lines[0], type=dict[str, Any]), settings)
+                done = [msgspec.json.decode(line, type=Shard) for line in lines[1:]]
+            except msgspec.MsgspecError as error:
+                raise UserError(f"{target / PROGRESS} is damaged ({error}); remove DEST {target}") from None
+    elif target.is_dir() and any(target.iterdir()):
+        raise UserError(f"DEST {target} is not empty and no prepared set; choose a new folder")
+    elif target.exists() and not target.is_dir():
+        raise UserError(f"DEST {target} is a file; choose a new folder")
+    target.mkdir(parents=True, exist_ok=True)
+    whole = {shard.file: shard for shard in done if sha256(target / shard.file) == shard.sha256}
+    # started anew: without the torn line, and with the shards of a finished set whose damaged ones are made again
+    replace(target / PROGRESS, b"".join(msgspec.json.encode(x) + b"\n" for x in (settings, *whole.values())))
+    return whole
+
+
+def _same(target: Path, there: dict[str, Any], settings: Settings) -> None:
+    here = msgspec.to_builtins(settings)
+    if there.get("fingerprint") == here["fingerprint"]:
+        there["source"] = here["source"]  # a folder that was renamed is the same folder
+    names = [k for k in {**there, **here} if k != "fingerprint"]
+    wrong = [f"{k}={there.get(k)!r} there, {here.get(k)!r} now" for k in names if there.get(k) != here.get(k)]
+    if there.get("fingerprint") != here["fingerprint"]:
+        wrong.append("the source has other files")
+    if wrong:
+        raise UserError(f"DEST {target} was prepared differently: {', '.join(wrong)}; choose a new folder or remove it")
+
+
+def sha256(path: Path) -> str | None:
+    """The digest of a file; None where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Puts a whole file in place at once, on disk before it has its name."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_shard(path: Path, results: Iterable[bytes | Lost]) -> Shard:
+    """One shard of these records, in their order; its bytes depend on nothing else."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    count, unreadable = 0, []
+    temporary = path.with_name(path.name + ".tmp")
+    # group_size:1 is what random access needs; images are compressed already, latents do not compress
+    writer = _disk(ArrayRecordWriter, str(temporary), "group_size:1,uncompressed")
+    try:
+        for result in results:
+            if isinstance(result, bytes):
+                _disk(writer.write, result)
+                count += 1
+            else:
+                unreadable.append(result)
+    finally:
+        _disk(writer.close)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+        shard = Shard(path.name, count, os.fstat(file.fileno()).st_size, "", unreadable)
+        shard.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    temporary.replace(path)
+    return shard
+
+
+def _disk(call: Callable[..., Any], *args: Any) -> Any:
+    """What the shard writer does, its errors (RuntimeError) told apart from those of whoever makes the records."""
+    try:
+        return call(*args)
+    except RuntimeError as error:
+        raise OSError(first_line(error)) from None
