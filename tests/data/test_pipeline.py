@@ -179,3 +179,75 @@ def test_synthetic_makes_what_the_task_asks_for():
     assert label_names(Synthetic(), spec) == ("0", "1")
     with pytest.raises(UserError, match=r"spec=task\.spec"):
         batches(Synthetic(), 4)
+
+
+# groups
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Examples of several sizes, in turn: those of group g are [2 + g, 2, 1], their labels 100 g + i."""
+
+    counts: tuple[int, ...] = (13, 3, 9)
+
+    def source(self, split, spec=None):
+        order = [(g, i) for i in range(max(self.counts)) for g, count in enumerate(self.counts) if i < count]
+
+        class Source:
+            labels = ()
+            groups = tuple(np.flatnonzero([g == at for at, _ in order]) for g in range(len(self.counts)))
+
+            def __len__(self):
+                return len(order)
+
+            def __getitem__(self, index):
+                g, i = order[index]
+                return {"image": np.zeros((2 + g, 2, 1), np.float32), "label": np.int32(100 * g + i)}
+
+        return Source()
+
+
+def test_a_batch_comes_from_one_group_and_follows_from_its_number():
+    whole = take(20, Grouped(), 4, seed=3)
+    for b in whole:
+        (g,) = set(b["label"] // 100)
+        assert b["image"].shape == (4, 2 + g, 2, 1)
+    for a, b in zip(whole[7:], take(13, Grouped(), 4, seed=3, start=7, threads=1)):
+        np.testing.assert_array_equal(a["label"], b["label"])
+    epochs = [np.sort(np.concatenate([b["label"] for b in whole[e : e + 5]])) for e in range(0, 20, 5)]
+    for seen in epochs:  # three batches of 13, none of 3, two of 9
+        assert len(np.unique(seen)) == 20
+        assert [(seen // 100 == g).sum() for g in range(3)] == [12, 0, 8]
+    assert len({tuple(seen) for seen in epochs}) > 1  # what was left over comes another time
+    orders = {tuple(b["label"][0] // 100 for b in whole[e : e + 5]) for e in range(0, 20, 5)}
+    assert len(orders) > 1  # groups alternate, in an order of each epoch
+    other = take(5, Grouped(), 4, seed=4)
+    assert any((a["label"] != b["label"]).any() for a, b in zip(whole, other))
+
+
+def test_grouped_batches_are_spread_as_others_are():
+    sharding = NamedSharding(mesh(2, 2, 2), P(("data", "fsdp")))
+    plain = take(4, Grouped((16, 8)), 8, seed=1)
+    for a, b in zip(take(4, Grouped((16, 8)), 8, seed=1, sharding=sharding), plain):
+        np.testing.assert_array_equal(np.asarray(a["image"]), b["image"])
+        np.testing.assert_array_equal(np.asarray(a["label"]), b["label"])
+
+
+def test_evaluation_goes_through_the_first_group():
+    got = list(epoch(Grouped(), 8))
+    assert [real for _, real in got] == [8, 5]
+    np.testing.assert_array_equal(np.concatenate([b["label"] for b, _ in got])[:13], range(13))
+    ((b, real),) = epoch(Grouped(), 8, limit=3)
+    assert (real, b["label"].max()) == (3, 2)
+
+
+def test_of_groups_only_axes_and_channels_are_compared():
+    spec = {"image": jax.ShapeDtypeStruct((4, 7, 7, 1), np.float32), "label": SPEC["label"]}
+    assert list(take(1, Grouped(), 4, spec=spec)[0]) == ["image", "label"]
+    for shape in ((4, 7, 7, 3), (4, 7, 1)):
+        with pytest.raises(UserError, match=r"'image': the data gives float32\[2, 2, 1\]"):
+            batches(Grouped(), 4, spec={"image": jax.ShapeDtypeStruct(shape, np.float32)})
+    with pytest.raises(UserError, match="'image': the data gives"):  # one shape: all of it
+        batches(Grouped((9,)), 4, spec=spec)
+    with pytest.raises(UserError, match=r"batch=16 is more than any group .* \(13, 3, 9 examples\); choose batch=13"):
+        batches(Grouped(), 16)

@@ -4,6 +4,9 @@ Batch k is the examples at positions [k*B, (k+1)*B) of an endless row of shuffle
 on (seed, epoch) alone, the augmentation of an example on (seed, position) alone. So the position in the data is the
 step: nothing about an iterator has to be saved, and the same global batches appear on any number of hosts.
 
+A source whose examples differ in shape says which of them may share a batch (`groups`). Then every epoch cuts each
+group, permuted, into whole batches and shuffles these; what is left over of a group waits for another epoch.
+
 Grain reads: its unit here is a chunk of rows, because its bookkeeping for one element costs as much as decoding a small
 JPEG. For the same reason the order comes from one permutation per epoch and not from `MapDataset.shuffle`, which spends
 35 to 80 microseconds of the interpreter's time on every example; the price is 8 bytes of memory per example.
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import lru_cache
 from itertools import islice
@@ -32,7 +35,8 @@ Spec = Mapping[str, jax.ShapeDtypeStruct]
 class Source(Protocol):
     """Random access to the examples of one split; `__getitem__` is called from several threads at once.
 
-    `augment(example, rng) -> example` is optional (absent or None) and applied to training batches only.
+    `augment(example, rng) -> example` is optional (absent or None) and applied to training batches only. So is
+    `groups`, a tuple of arrays of indices: every batch is drawn from one of them, since shapes differ between them.
     """
 
     labels: tuple[str, ...]  # class names, () if there are none
@@ -82,13 +86,11 @@ def batches(
     size = len(source)
     augment = getattr(source, "augment", None) if split == "train" else None
 
-    @lru_cache(maxsize=4)
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(size)
+    groups = _groups(source)
+    at = _ungrouped(size, seed) if groups is None else _grouped(data, groups, batch, seed)
 
     def fetch(position: int) -> Example:
-        epoch, offset = divmod(position, size)
-        example = source[int(order(epoch)[offset])]
+        example = source[at(position)]
         # the third number keeps these streams apart from the epochs' permutations
         return augment(example, np.random.default_rng((seed, position, 1))) if augment else example
 
@@ -97,20 +99,67 @@ def batches(
     return host if sharding is None else _to_devices(host, sharding, batch, rows)
 
 
+def _groups(source: Source) -> tuple[np.ndarray, ...] | None:
+    return getattr(source, "groups", None) or None
+
+
+def _ungrouped(size: int, seed: int) -> Callable[[int], int]:
+    """The example at each position of the endless row."""
+
+    @lru_cache(maxsize=4)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(size)
+
+    def at(position: int) -> int:
+        epoch, offset = divmod(position, size)
+        return int(order(epoch)[offset])
+
+    return at
+
+
+def _grouped(data: Data, groups: tuple[np.ndarray, ...], batch: int, seed: int) -> Callable[[int], int]:
+    """The same where a batch comes from one group: a row of whole batches, in an order of their own."""
+    count = sum(len(group) // batch for group in groups)
+    if not count:
+        raise UserError(
+            f"batch={batch} is more than any group of equal shapes in data={type(data).__name__} holds "
+            f"({', '.join(str(len(group)) for group in groups)} examples); choose batch={max(map(len, groups))} or fewer"
+        )
+
+    @lru_cache(maxsize=4)
+    def order(epoch: int) -> np.ndarray:
+        parts = []
+        for number, group in enumerate(groups):
+            # four numbers, the last not 0: zeros at the end would make it the stream of (seed, epoch)
+            mixed = np.random.default_rng((seed, epoch, number, 2)).permutation(group)
+            parts.append(mixed[: len(group) // batch * batch].reshape(-1, batch))
+        return np.random.default_rng((seed, epoch)).permutation(np.concatenate(parts))
+
+    def at(position: int) -> int:
+        k, row = divmod(position, batch)
+        epoch, number = divmod(k, count)
+        return int(order(epoch)[number, row])
+
+    return at
+
+
 def epoch(
     data: Data, batch: int, *, split: str = "test", spec: Spec | None = None, limit: int | None = None
 ) -> Generator[tuple[Example, int], None, None]:
     """One pass in order, neither shuffled nor augmented: (numpy batch of `batch` rows, how many of them are real).
 
-    The last batch is filled up with copies of its last example, so that every batch has the one compiled shape.
+    The last batch is filled up with copies of its last example, so that every batch has the one compiled shape. Of a
+    source with groups of different shapes only the first group is gone through.
     """
     if batch < 1:
         raise UserError(f"batch={batch} holds no example; choose batch=1 or more")
     source = data.source(split, spec)
     keys = _keys(data, source, spec)
-    size = len(source) if limit is None else min(limit, len(source))
+    groups = _groups(source)
+    part: Sequence[int] | np.ndarray = range(len(source)) if groups is None else groups[0]
+    size = len(part) if limit is None else min(limit, len(part))
     count = -(-size // batch)
-    host = _read(lambda i: source[min(i, size - 1)], keys, batch, np.arange(batch), 0, count, threads=8)
+    host = _read(lambda i: source[int(part[min(i, size - 1)])], keys, batch, np.arange(batch), 0, count, threads=8)
     return ((b, min(batch, size - k * batch)) for k, b in enumerate(host))
 
 
@@ -120,8 +169,13 @@ def label_names(data: Data, spec: Spec | None = None) -> tuple[str, ...]:
 
 
 def _keys(data: Data, source: Source, spec: Spec | None) -> tuple[str, ...]:
-    """The keys to keep; every difference between `spec` and the first example is reported at once."""
-    example = source[0]
+    """The keys to keep; every difference between `spec` and the first example is reported at once.
+
+    Where groups differ in the shape of something, only its number of axes and the last of them are compared.
+    """
+    groups = _groups(source)
+    firsts = [source[0]] if groups is None else [source[int(group[0])] for group in groups]
+    example = firsts[0]
     if spec is None:
         return tuple(example)
     wrong = []
@@ -132,7 +186,9 @@ def _keys(data: Data, source: Source, spec: Spec | None) -> tuple[str, ...]:
             wrong.append(f"the task wants {key!r}, the data gives {', '.join(map(repr, example))}{advice}")
             continue
         got = example[key]
-        if got.shape != shape or got.dtype != dtype:
+        differs = any(first[key].shape != got.shape for first in firsts)
+        fits = (got.ndim, got.shape[-1:]) == (len(shape), shape[-1:]) if differs else got.shape == shape
+        if not fits or got.dtype != dtype:
             wrong.append(
                 f"{key!r}: the data gives {got.dtype}{list(got.shape)}, the task wants {dtype}{list(shape)}; "
                 + _advice(data, got.shape, shape)
