@@ -47,6 +47,7 @@ ABILITIES: dict[str, str] = {
     "denoise": "denoise(params, ...) -> the noise-free estimate",
     "after_step": "after_step(params, metrics) -> params, writing held keys only",
     "import_names": "import_names() -> [Name], the layout of a published checkpoint",
+    "import_state": "import_state(state) -> state, a published state dict with the keys of import_names",
 }
 
 

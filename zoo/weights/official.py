@@ -88,11 +88,13 @@ def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
 def from_official(task: Task, state_dict: Mapping[str, Any]) -> Params:
     """Parameters of `task` (float32 jax arrays, its own layout) from a published checkpoint of numpy or torch tensors.
 
-    Applies `task.import_names()`. Raises one UserError that lists every tensor that is missing, unexpected or of
-    another shape; constants may be absent.
+    Applies `task.import_names()`, after `task.import_state` where the task has it. Raises one UserError that lists every
+    tensor that is missing, unexpected or of another shape; constants may be absent.
     """
     own = abstract(task)
     names = _import_names(task)
+    if hasattr(task, "import_state"):
+        state_dict = task.import_state(state_dict)
     flat = {
         name: np.empty(leaf.shape, np.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
         for name, leaf in flatten(stacked(own)).items()

@@ -1,0 +1,297 @@
+"""The autoencoder: parity with published code's numbers, both layouts of its files, and a small one that trains."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from zoo import dist, weights
+from zoo.encoders import vae
+from zoo.errors import UserError
+from zoo.task import abilities
+from zoo.train.step import split
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "encoders"
+TINY = vae.AutoEncoder(image=8, widths=(8, 16), layers=1, groups=4, latent=2, scale=None)
+
+
+class Case:
+    """The golden file, our task and parameters for it, and everything computed in one program."""
+
+    def __init__(self):
+        f = self.f = np.load(GOLDEN / "vae.npz")
+        c = json.loads(str(f["config"]))
+        self.task = task = vae.AutoEncoder(
+            image=c["sample_size"],
+            channels=c["in_channels"],
+            latent=c["latent_channels"],
+            widths=tuple(c["block_out_channels"]),
+            layers=c["layers_per_block"],
+            groups=c["norm_num_groups"],
+            scale=c["scaling_factor"],
+        )
+        self.state = {k.removeprefix("w:"): v for k, v in f.items() if k.startswith("w:")}
+        self.params = weights.from_official(task, self.state)
+        self.x, self.z = (jnp.asarray(np.moveaxis(f[k], 1, -1)) for k in ("x", "z"))
+        self.out = jax.device_get(jax.jit(self._everything)(self.params))
+
+    def _everything(self, params):
+        task, one = self.task, dataclasses.replace(self.task, scale=1.0)
+        mean, std = task.encode(params, self.x)
+        plain, spread = one.encode(params, self.x)
+        moments, hidden = task._encode(params, self.x)
+        return {
+            "moments": moments,
+            "mean": task.moments(params, self.x)[0],
+            "logvar": task.moments(params, self.x)[1],
+            "std": std / task.scale,
+            "decoded": task.decode(params, self.z * task.scale),
+            "scaled": mean,
+            "plain": plain,
+            "plain_std": spread,
+            "there_and_back": task.decode(params, mean),
+            "plain_there_and_back": one.decode(params, plain),
+            "reconstruct": task.reconstruct(params, self.x),
+            "hidden": hidden,
+            "features": task.features(params, {"image": self.x}),
+        }
+
+
+@pytest.fixture(scope="module")
+def case():
+    return Case()
+
+
+GOLDEN_ARRAYS = ("moments", "mean", "logvar", "std", "decoded")
+
+
+@pytest.mark.parametrize("name", GOLDEN_ARRAYS)
+def test_equals_the_published_numbers(case, name):
+    np.testing.assert_allclose(case.out[name], np.moveaxis(case.f[name], 1, -1), rtol=0, atol=2e-5)
+
+
+def test_no_golden_array_is_left_out(case):
+    assert {k for k in case.f if not k.startswith("w:")} == {*GOLDEN_ARRAYS, "config", "x", "z"}
+
+
+def test_a_scale_multiplies_latents_and_changes_no_image(case):
+    out = case.out
+    np.testing.assert_allclose(out["scaled"], 0.18215 * out["plain"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out["std"], out["plain_std"], rtol=1e-5)
+    np.testing.assert_allclose(out["there_and_back"], out["plain_there_and_back"], atol=2e-5)
+    np.testing.assert_allclose(out["reconstruct"], out["plain_there_and_back"], atol=2e-5)
+    assert np.std(out["there_and_back"]) > 0.1
+
+
+def test_features_are_the_pooled_hidden_layer(case):
+    assert case.out["features"].shape == (len(case.x), case.task.widths[-1])
+    np.testing.assert_allclose(case.out["features"], case.out["hidden"].mean((1, 2)), atol=1e-6)
+
+
+def test_the_published_layout_comes_back_to_the_bit(case):
+    back = weights.to_official(case.task, case.params)
+    assert set(back) == set(case.state)
+    for name, array in case.state.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+NEW = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+def test_older_attention_keys_are_read(case, convolution):
+    old = dict(case.state)
+    for side in ("encoder", "decoder"):
+        for before, now in NEW.items():
+            for leaf in ("weight", "bias"):
+                array = old.pop(f"{side}.mid_block.attentions.0.{now}.{leaf}")
+                array = array[:, :, None, None] if convolution and leaf == "weight" else array
+                old[f"{side}.mid_block.attentions.0.{before}.{leaf}"] = array
+    assert len(old) == len(case.state)
+    assert not any("to_" in name for name in old)
+    read = weights.from_official(case.task, old)
+    jax.tree.map(np.testing.assert_array_equal, read, case.params)
+
+
+def test_new_attention_keys_as_convolutions_are_read(case):
+    state = {k: v[:, :, None, None] if ".to_" in k and "weight" in k else v for k, v in case.state.items()}
+    jax.tree.map(np.testing.assert_array_equal, weights.from_official(case.task, state), case.params)
+
+
+def test_a_file_with_old_and_new_keys_is_refused(case):
+    name = "encoder.mid_block.attentions.0."
+    both = {**case.state, f"{name}query.weight": case.state[f"{name}to_q.weight"] + 1}
+    with pytest.raises(UserError, match=r"unexpected \(1\).*query"):
+        weights.from_official(case.task, both)
+
+
+def test_a_measured_scale_is_read_where_the_file_has_it(case):
+    task = dataclasses.replace(case.task, scale=None)
+    fresh = weights.from_official(task, case.state)
+    assert float(fresh["latents"]["square"]) == 1
+    measured = {**fresh, "latents": {"square": jnp.float32(4.0)}}
+    back = weights.from_official(task, weights.to_official(task, measured))
+    assert float(back["latents"]["square"]) == 4
+    with pytest.raises(UserError, match=r"latents\.square"):
+        weights.from_official(case.task, weights.to_official(task, measured))
+
+
+def test_any_size_that_the_factor_divides(case):
+    mean, std = jax.eval_shape(case.task.encode, case.params, jnp.zeros((1, 12, 20, 3)))
+    assert mean.shape == std.shape == (1, 3, 5, 4)
+    assert jax.eval_shape(case.task.decode, case.params, mean).shape == (1, 12, 20, 3)
+
+
+def test_log_variances_are_clipped(case):
+    wild = jax.tree.map(lambda x: x, case.params)
+    wild["encoder"]["quant"]["bias"] = jnp.asarray([0.0] * 4 + [1e3, -1e3, 0.0, 0.0])
+    x = jnp.zeros((1, 4, 4, 3))
+    _, logvar = jax.jit(case.task.moments)(wild, x)
+    assert np.all(np.asarray(logvar)[..., 0] == 20)
+    assert np.all(np.asarray(logvar)[..., 1] == -30)
+    assert np.abs(np.asarray(logvar)[..., 2:]).max() < 20
+
+
+# --- a small one of its own -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """25 steps of Adam on eight images of one colour each: params before and after, metrics of every step."""
+    colours = jax.random.uniform(jax.random.key(1), (8, 1, 1, 3), minval=-1.0)
+    batch = {"image": jnp.broadcast_to(colours, (8, 8, 8, 3)) + jnp.zeros((8, 8, 8, 3))}
+    before = jax.jit(lambda: dist.unbox(TINY.init(jax.random.key(0))))()
+    optimizer = optax.adam(5e-3)
+
+    @jax.jit
+    def step(params, opt, rng):
+        trained, held = split(TINY, params)
+        loss = lambda p: TINY.loss({**p, **held}, batch, rng)  # noqa: E731
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+        updates, opt = optimizer.update(grads, opt)
+        new = TINY.after_step({**optax.apply_updates(trained, updates), **held}, metrics)
+        return new, opt, {"loss": value, **metrics}, grads
+
+    params, opt, history = before, optimizer.init(split(TINY, before)[0]), []
+    for i in range(25):
+        params, opt, metrics, grads = step(params, opt, jax.random.key(i))
+        history.append({"square": params["latents"]["square"], **metrics})
+    return before, params, jax.device_get(history), grads, batch
+
+
+def test_it_learns(trained):
+    _, _, history, grads, _ = trained
+    assert np.mean([h["loss"] for h in history[-5:]]) < 0.7 * history[0]["loss"]
+    assert history[-1]["psnr"] > history[0]["psnr"] + 2
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.abs(g).max() > 0, path
+
+
+def test_the_scale_follows_the_latents(trained):
+    _, _, history, _, _ = trained
+    square = 1.0
+    for h in history:
+        assert h["latent_square"].shape == (TINY.latent,)
+        square = 0.99 * square + 0.01 * h["latent_square"].mean()
+        np.testing.assert_allclose(h["square"], square, rtol=1e-5)
+    assert abs(square - 1) > 1e-3
+    assert TINY.held == ("latents",)
+
+
+def test_a_measured_scale_makes_latents_of_unit_size(trained):
+    _, params, _, _, batch = trained
+    raw, logvar = jax.jit(TINY.moments)(params, batch["image"])
+    metrics = {"latent_square": jnp.square(raw).mean((0, 1, 2))}
+    measured = jax.jit(lambda p: jax.lax.fori_loop(0, 2000, lambda _, p: TINY.after_step(p, metrics), p))(params)
+    mean, std = jax.jit(TINY.encode)(measured, batch["image"])
+    np.testing.assert_allclose(jnp.square(mean).mean(), 1, rtol=1e-3)
+    np.testing.assert_allclose(std / mean, jnp.exp(logvar / 2) / raw, rtol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(TINY.decode)(measured, mean), jax.jit(TINY.reconstruct)(params, batch["image"]), atol=1e-5
+    )
+
+
+def test_the_loss_is_what_it_says(trained):
+    _, params, _, _, batch = trained
+    task = dataclasses.replace(TINY, kl=0.5)
+    rng = jax.random.key(3)
+    loss, metrics = jax.jit(task.loss)(params, batch, rng)
+    x = batch["image"]
+    mean, std = jax.jit(task.encode)(params, x)
+    y = jax.jit(task.decode)(params, mean + std * jax.random.normal(rng, mean.shape))
+    raw, logvar = (np.asarray(m, np.float64) for m in jax.jit(task.moments)(params, x))
+    kl = sum(0.5 * (raw[i] ** 2 + np.exp(logvar[i]) - 1 - logvar[i]).sum() for i in range(8)) / 8 / (8 * 8 * 3)
+    l1, mse = np.abs(y - x).mean(), np.square(y - x).mean()
+    np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4)
+    np.testing.assert_allclose(metrics["l1"], l1, rtol=1e-4)
+    np.testing.assert_allclose(loss, l1 + mse + 0.5 * kl, rtol=1e-4)
+    psnr = np.mean([10 * np.log10(4 / np.square(y[i] - x[i]).mean()) for i in range(8)])
+    np.testing.assert_allclose(metrics["psnr"], psnr, rtol=1e-4)
+    scaled = mean + std * jax.random.normal(rng, mean.shape)
+    np.testing.assert_allclose(metrics["latent_std"], np.sqrt(np.square(scaled).mean()), rtol=1e-4)
+
+
+def test_bfloat16_stays_close_and_keeps_float32_where_it_matters(trained):
+    _, params, _, _, batch = trained
+    task, x = dataclasses.replace(TINY, dtype="bfloat16"), batch["image"][:2]
+    mean, std = jax.jit(task.encode)(params, x)
+    want, _ = jax.jit(TINY.encode)(params, x)
+    assert mean.dtype == std.dtype == jnp.float32
+    assert jax.eval_shape(task.decode, params, mean).dtype == jnp.float32
+    assert jax.eval_shape(task._encode, params, x)[1].dtype == jnp.bfloat16
+    np.testing.assert_allclose(mean, want, atol=0.02 * np.abs(want).max())
+    assert np.abs(mean - want).max() > 0
+
+
+def test_a_given_scale_needs_no_measure():
+    task = dataclasses.replace(TINY, scale=0.5)
+    assert task.held == ()
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    assert set(params) == {"encoder", "decoder"}
+    assert task.after_step({"encoder": 1}, {}) == {"encoder": 1}
+
+
+def test_the_published_size():
+    task = vae.sd(image=512)
+    assert (task.image, task.factor, task.scale) == (512, 8, 0.18215)
+    count = sum(x.size for x in jax.tree.leaves(weights.abstract(task)))
+    assert 83e6 < count < 85e6
+    assert len(task.import_names()) == len(jax.tree.leaves(weights.abstract(task))) == 248
+    assert {"features", "after_step", "import_names", "import_state"} <= set(abilities(task))
+
+
+@pytest.mark.parametrize(
+    "field, value, hint",
+    [
+        ("image", 9, "task.image=8"),
+        ("image", 0, "at least 1"),
+        ("channels", 0, "at least 1"),
+        ("latent", 0, "at least 1"),
+        ("layers", 0, "at least 1"),
+        ("groups", 3, "task.groups=2"),
+        ("widths", (), "one positive width per stage"),
+        ("widths", (8, -8), "one positive width per stage"),
+        ("scale", 0.0, "must be positive"),
+        ("kl", -1.0, "negative"),
+        ("dtype", "float8", "choose 'float32'"),
+    ],
+)
+def test_bad_fields_are_named(field, value, hint):
+    with pytest.raises(UserError) as error:
+        dataclasses.replace(TINY, **{field: value})
+    assert f"task.{field}={value!r}" in str(error.value)
+    assert hint in str(error.value)
+
+
+def test_images_and_latents_that_do_not_fit_are_refused():
+    params = weights.abstract(TINY)
+    for shape in ((1, 9, 8, 3), (1, 8, 7, 3), (1, 8, 8, 1)):
+        with pytest.raises(UserError, match=f"{shape[1]}x{shape[2]} pixels and {shape[3]} channels.* 2 divides"):
+            jax.eval_shape(TINY.encode, params, jnp.zeros(shape))
+    with pytest.raises(UserError, match="latents of 4 channels"):
+        jax.eval_shape(TINY.decode, params, jnp.zeros((1, 4, 4, 4)))

@@ -1,0 +1,1 @@
+"""Networks that other papers look through: the autoencoder whose latents they model, the text encoder they listen to."""
