@@ -41,7 +41,7 @@ class Digits:
 
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split; the order of the split is fixed."""
-        _check_split(split)
+        check_split(split)
         images, labels = _digits()
         order = np.random.default_rng(0).permutation(len(images))
         part = order[:1500] if split == "train" else order[1500:]
@@ -83,7 +83,7 @@ class Arrays:
 
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split, read lazily from the file and kept in memory."""
-        _check_split(split)
+        check_split(split)
         check_channels(self.channels)
         path = existing(self.path)
         images = _array(path, self.images.format(split=split), "data.images", str(path.stat().st_mtime_ns))
@@ -137,7 +137,7 @@ class Images:
 
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split; images are decoded when they are read."""
-        _check_split(split)
+        check_split(split)
         check_channels(self.channels)
         if self.size < 1:
             raise UserError(f"data.size={self.size} is no image size; choose 1 or more")
@@ -255,6 +255,23 @@ def open_image(data: bytes, channels: int, convert: bool) -> tuple[Image.Image, 
         ) from None
 
 
+def upright_size(data: bytes | np.ndarray) -> tuple[int, int]:
+    """(width, height) of an encoded image as it is seen, without decoding it; or of an array [H, W, C].
+
+    Raises:
+      BadImage: it is no image.
+    """
+    if isinstance(data, np.ndarray):
+        return data.shape[1], data.shape[0]
+    try:
+        with Image.open(io.BytesIO(data)) as raw:
+            # to look for an orientation in a PNG file, Pillow decodes it; hardly one has any
+            turned = raw.format != "PNG" and raw.getexif().get(0x0112, 1) in range(5, 9)
+            return (raw.height, raw.width) if turned else (raw.width, raw.height)
+    except Exception as error:
+        raise BadImage(f"cannot be read ({' '.join(str(error).split())})", "delete it") from None
+
+
 def square(image: Image.Image, size: int) -> Image.Image:
     """The largest centred square of an image, at `size` x `size` (bicubic, antialiased)."""
     return fit(image, size, size)
@@ -288,7 +305,8 @@ def from_array(array: np.ndarray) -> Image.Image:
 # Places
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
+    """Refuses a split that is neither "train" nor "test"."""
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown; choose 'train' or 'test'")
 

@@ -9,13 +9,14 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from zoo.data.images import SPLITS, BadImage, check_channels, check_kind, existing, from_array, open_image, square
@@ -31,8 +32,9 @@ class Report:
     dest: Path
     counts: dict[str, int]
     labels: tuple[str, ...]
-    unreadable: tuple[tuple[str, str], ...] = ()
+    unreadable: tuple[Lost, ...] = ()
     allowed: bool = False
+    buckets: dict[str, int] = field(default_factory=dict)  # images by aspect ratio, where these are told apart
 
     @property
     def ok(self) -> bool:
@@ -42,6 +44,8 @@ class Report:
     def __str__(self) -> str:
         counts = ", ".join(f"{count:,} {split}" for split, count in self.counts.items())
         lines = [f"{self.dest}: {counts}, {len(self.labels) or 'no'} classes"]
+        if self.buckets:
+            lines.append("aspect ratios: " + ", ".join(f"{name} {count:,}" for name, count in self.buckets.items()))
         if self.unreadable:
             lines.append(f"skipped {len(self.unreadable):,} (all in {self.dest / UNREADABLE}):")
             lines += [f"  {name} {reason}" for name, reason in self.unreadable[:20]]
@@ -132,17 +136,22 @@ def probe(origin: Path, splits: list[Items], use: Callable[[bytes | np.ndarray],
     raise UserError(f"not one of {len(reasons)} images tried in {origin} can be used; the first: {reasons[0]}")
 
 
+def picture(data: bytes | np.ndarray, channels: int, convert: bool) -> tuple[Image.Image, bool]:
+    """An upright picture of mode L or RGB of an encoded image or an array, and whether it was exactly that already."""
+    if isinstance(data, bytes):
+        return open_image(data, channels, convert)
+    check_kind(data.shape[-1] == 1, channels, convert)
+    image, mode = from_array(data), "L" if channels == 1 else "RGB"
+    return image.convert(mode), image.mode == mode
+
+
 def _encoder(size: int | None, channels: int, convert: bool) -> Callable[[bytes | np.ndarray], bytes]:
     """What goes into a record: the file's own bytes where nothing has to change, else a PNG."""
 
     def encode(data: bytes | np.ndarray) -> bytes:
-        if isinstance(data, bytes):
-            image, as_stored = open_image(data, channels, convert)
-            if as_stored and size in (None, image.width) and size in (None, image.height):
-                return data
-        else:
-            check_kind(data.shape[-1] == 1, channels, convert)
-            image = from_array(data).convert("L" if channels == 1 else "RGB")
+        image, as_stored = picture(data, channels, convert)
+        if isinstance(data, bytes) and as_stored and size in (None, image.width) and size in (None, image.height):
+            return data
         buffer = io.BytesIO()
         (image if size is None else square(image, size)).save(buffer, "PNG")
         return buffer.getvalue()

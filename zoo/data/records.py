@@ -215,6 +215,8 @@ def writing(target: Path, settings: Settings, kind: type[Any]) -> Iterator[Write
 def _open(target: Path, settings: Settings, kind: type[Any]) -> dict[str, Shard]:
     """Makes or checks the folder and its log; the shards in it that are whole, by file name."""
     done: list[Shard] = []
+    if format_of(target) not in (None, kind.FORMAT):
+        raise UserError(f"DEST {target} holds a set of another kind ({format_of(target)}); choose a new folder")
     if (target / INFO).is_file():
         info = read_info(target, kind)
         _same(target, msgspec.to_builtins(info.settings), settings)

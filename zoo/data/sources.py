@@ -48,6 +48,14 @@ class Items:
     name: Callable[[int], str]
     caption: Callable[[int], str] = _nothing
 
+    def part(self, members: Sequence[int]) -> Items:
+        """These of them, in this order."""
+
+        def of(f: Callable[[int], Any]) -> Callable[[int], Any]:
+            return lambda i: f(members[i])
+
+        return Items(len(members), of(self.read), of(self.label), of(self.name), of(self.caption))
+
 
 @dataclass(frozen=True)
 class Source:
