@@ -148,12 +148,13 @@ class RMSNorm(nn.Module):
 
     epsilon: float = 1e-6
     centred: bool = False
+    axis: str | None = "embed"  # logical axis of the scale
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         init = zeros if self.centred else nn.initializers.ones
-        scale: Any = self.param("scale", nn.with_logical_partitioning(init, ("embed",)), (x.shape[-1],), jnp.float32)
+        scale: Any = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), (x.shape[-1],), jnp.float32)
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon)
         return (h * (1 + scale if self.centred else scale)).astype(x.dtype)

@@ -1,0 +1,581 @@
+"""STARFlow: parity with the official implementation's numbers, and the laws a flow obeys with random weights."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zoo import dist, weights
+from zoo.errors import UserError
+from zoo.flows.inverse import Guidance
+from zoo.nn.embed import grid_positions, patchify, rope_angles, rotate
+from zoo.papers import starflow
+from zoo.papers.starflow import model
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "starflow"
+CASES = [("t2i_base", True), ("class_cond", False), ("learned_pos", True), ("lm_deep_block", False)]
+
+
+def nhwc(x):
+    return jnp.asarray(np.moveaxis(x, -3, -1))
+
+
+def golden(name):
+    f = np.load(GOLDEN / f"{name}.npz")
+    return f, json.loads(bytes(f["meta_json"]).decode())
+
+
+def task_of(meta, scan=True):
+    """The task that a golden file's constructor arguments describe."""
+    c, lm = meta["config"], meta.get("deep_block_kwargs")
+    depths = c["layers_per_block"]
+    depths = depths * c["num_blocks"] if len(depths) == 1 else depths
+    if lm:
+        depths = [*depths[:-1], lm["num_layers"]]
+        lm = starflow.LanguageModel(
+            width=lm["channels"],
+            heads=lm["num_heads"],
+            kv_heads=lm["num_kv_heads"],
+            head_dim=lm["head_dim"],
+            mlp=lm["expansion"] * lm["channels"],
+        )
+    return starflow.StarFlow(
+        latent=(c["img_size"],) * 2,
+        channels=c["in_channels"],
+        patch=c["patch_size"],
+        width=c["channels"],
+        depths=tuple(depths),
+        head_dim=c["head_dim"],
+        classes=c["txt_dim"] - 1 if c["txt_size"] == 1 else 0,
+        text_tokens=0 if c["txt_size"] == 1 else c["txt_size"],
+        text_width=c["txt_dim"],
+        captions="features",
+        condition="deep" if c["cond_top_only"] else "all",
+        start=bool(c["sos"]),
+        order=c["seq_order"],
+        positions="rope" if c["rope"] else "learned",
+        reach=c["img_size"] / c["patch_size"],
+        scale="softplus" if c["use_softplus"] else "exp",
+        clip=c["soft_clip"],
+        final_norm=bool(c["use_final_norm"]),
+        lm=lm or None,
+        scan=scan,
+    )
+
+
+class Case:
+    """A golden file, our task and parameters for it, and everything computed in two programs."""
+
+    def __init__(self, name, scan):
+        self.name, (self.f, self.meta) = name, golden(name)
+        self.task = task_of(self.meta, scan)
+        self.state = {k.removeprefix("w:"): v for k, v in self.f.items() if k.startswith("w:")}
+        self.params = weights.from_official(self.task, self.state)
+        self.x, self.noise = nhwc(self.f["x"]), nhwc(self.f["noise"])
+        self.y, self.null = jnp.asarray(self.f["y"]), jnp.asarray(self.f["y_null"])
+        self.forward = jax.device_get(jax.jit(lambda p: forward_all(self.task, p, self.x, self.y))(self.params))
+
+    def loss(self, params, x):
+        z, logdet, squares = starflow.forward(self.task, params, x, self.y)
+        return (0.5 * jnp.square(z).mean() - logdet.mean()) + 1e-4 * squares.mean()
+
+
+def forward_all(task, params, x, y):
+    """Everything of the forward pass that the golden files hold."""
+    tokens, grid = model.tokens(task, x)
+    states, _ = starflow.flow(task, params, tokens, grid, y)
+    out = {}
+    shape = (len(x), *grid, task.dims)
+    for i, state in enumerate([tokens, *states]):
+        out[f"out{i}"] = state.reshape(shape)
+    for i, state in enumerate([tokens, *states[:-1]]):
+        seen = y if model.conditioned(task, i) else None
+        u = model.reorder(task, state, i)
+        out[f"logdet{i}"] = -model.apply(task, i, params[f"block{i}"], u, seen, model.angles(task, i, grid))[0]
+    z, logdet, squares = starflow.forward(task, params, x, y)
+    out |= {"loss_z": 0.5 * jnp.square(z).mean(), "loss_logdet": -logdet.mean(), "latent_norm": squares.mean()}
+    out["loss"] = out["loss_z"] + out["loss_logdet"]
+    out["total_loss"] = out["loss"] + 1e-4 * out["latent_norm"]
+    return {**out, "z": jnp.moveaxis(model.untokens(task, z, grid), -1, 1)}
+
+
+def compare(found, f, **tolerance):
+    for name, ours in found.items():
+        np.testing.assert_allclose(ours, f[name], err_msg=name, **tolerance)
+
+
+def sequence(states):
+    """[blocks + 1, B, H, W, C] as the golden files hold it: seq0 the noise, seqN the sample."""
+    return {f"seq{i}": np.moveaxis(np.asarray(s), -1, 1) for i, s in enumerate(states)}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[f"{n}-{'scan' if s else 'unrolled'}" for n, s in CASES])
+def case(request):
+    return Case(*request.param)
+
+
+def test_forward_equals_the_official_numbers(case):
+    assert len(case.forward) > 10
+    compare(case.forward, case.f, atol=2e-5, rtol=1e-4)
+    if "patchified_x" in case.f:
+        tokens = patchify(case.x, case.task.patch, channel_first=False)
+        np.testing.assert_array_equal(tokens, case.f["patchified_x"].reshape(tokens.shape))
+
+
+def test_gradients_equal_the_official_numbers(case):
+    grads, grad_x = jax.jit(jax.grad(case.loss, (0, 1)))(case.params, case.x)
+    np.testing.assert_allclose(np.moveaxis(grad_x, -1, 1), case.f["grad_x"], rtol=1e-3, atol=2e-6)
+    theirs = weights.to_official(case.task, jax.device_get(grads))
+    names, norms = case.meta["grad_norm_names"], case.f["grad_norm_values"]
+    found = np.array([np.linalg.norm(theirs[n].ravel()) for n in names])
+    known = np.isfinite(norms)
+    assert known.sum() > 20
+    np.testing.assert_allclose(found[known], norms[known], rtol=1e-3, atol=2e-6)
+    np.testing.assert_allclose(np.linalg.norm(found[known]), case.f["grad_total_norm"], rtol=1e-4)
+    whole = [k for k in case.f if k.startswith("grad:")]
+    assert whole
+    for key in whole:
+        np.testing.assert_allclose(theirs[key.removeprefix("grad:")], case.f[key], rtol=1e-3, atol=2e-6, err_msg=key)
+
+
+def guided(task, params, noise, y, null, guidance, **options):
+    run = jax.jit(lambda p: starflow.inverse(task, p, noise, y, null, guidance, sequence=True, **options))
+    return sequence(run(params))
+
+
+def test_samples_equal_the_official_numbers(case):
+    wanted = {
+        "uncfg": Guidance(),
+        "cfg2.0": Guidance(2.0),
+        "cfg_all": Guidance(1.0),
+        "cfg_guide_top": Guidance(1.0, blocks="first"),
+    }
+    there = [name for name in wanted if f"{name}_seq0" in case.f]
+    for name in there:
+        found = guided(case.task, case.params, case.noise, case.y, case.null, wanted[name])
+        compare({f"{name}_{k}": v for k, v in found.items()}, case.f, atol=5e-4, rtol=1e-4)
+    assert there or case.name == "t2i_base"
+    if "roundtrip_x" in case.f:
+        z = nhwc(case.forward["z"])
+        back = jax.jit(lambda p: starflow.inverse(case.task, p, z, case.y))(case.params)
+        np.testing.assert_allclose(np.moveaxis(back, -1, 1), case.f["roundtrip_x"], atol=5e-4)
+
+
+def test_the_official_layout_comes_back_to_the_bit(case):
+    back = weights.to_official(case.task, case.params)
+    for name, array in case.state.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+    buffers = {name: tuple(shape) for name, shape in case.meta["buffers"].items()}
+    assert {n: back[n].shape for n in back if n not in case.state} == buffers
+
+
+@pytest.fixture(scope="module")
+def base():
+    return Case("t2i_base", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance", "options"),
+    [
+        ("uncfg", Guidance(), {}),
+        ("cfg1.5", Guidance(1.5), {}),
+        ("cfg2.0", Guidance(2.0), {}),
+        ("cfg3.6", Guidance(3.6), {}),
+        ("cfg_annealed_flag", Guidance(2.0), {}),
+        ("cfg_w_attn_temp", Guidance(2.0), {"attention_temperature": 0.8}),
+        ("orig_ab", Guidance(0.5, rule="linear_scale"), {}),
+        ("orig_a", Guidance(0.5, "a", rule="linear_scale"), {}),
+        ("orig_b", Guidance(0.5, "b", rule="linear_scale"), {}),
+        ("orig_ab_annealed", Guidance(0.5, rule="linear_scale", annealed=True), {}),
+        ("jacobi_exact", Guidance(2.0), {}),
+    ],
+)
+def test_guided_samples_equal_the_official_numbers(base, name, guidance, options):
+    f, _ = golden("t2i_sampling")
+    found = guided(
+        base.task, base.params, nhwc(f["noise"]), jnp.asarray(f["y"]), jnp.asarray(f["y_null"]), guidance, **options
+    )
+    assert len(found) == 7
+    compare({f"{name}_{k}": v for k, v in found.items()}, f, atol=5e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("w", [0.5, 3.6, 10.0])
+def test_the_gaussian_rule_equals_the_official_numbers(w):
+    f, _ = golden("t2i_sampling")
+    strong, weak = ((jnp.log(f[f"g_sigma_{k}"]), jnp.asarray(f[f"g_mu_{k}"])) for k in "cu")
+    scale, shift = Guidance.of(w, "gaussian", annealed=False).apply(strong, weak, jnp.ones(1))
+    np.testing.assert_allclose(scale, f[f"g_sigma_w{w}"], rtol=2e-5)
+    np.testing.assert_allclose(shift, f[f"g_mu_w{w}"], rtol=2e-5, atol=2e-5)
+
+
+def test_denoising_equals_the_official_numbers(base):
+    f, _ = golden("t2i_sampling")
+    clean = jax.jit(lambda p: starflow.denoise(base.task, p, nhwc(f["x"]), jnp.asarray(f["y"])))(base.params)
+    np.testing.assert_allclose(np.moveaxis(clean, -1, 1), f["self_denoise_sigma0.3"], rtol=1e-3, atol=5e-5)
+
+
+def test_a_guided_forward_pass_equals_the_official_numbers(base):
+    f, _ = golden("t2i_sampling")
+    task, deep = base.task, base.task.blocks - 1
+    tokens, grid = model.tokens(task, nhwc(f["x"]))
+    states, _ = starflow.flow(task, base.params, tokens, grid, jnp.asarray(f["y"]))
+    u, place = model.reorder(task, states[-2], deep), model.angles(task, deep, grid)
+    parts = [
+        model.apply(task, deep, base.params[f"block{deep}"], u, jnp.asarray(f[k]), place)[:2] for k in ("y", "y_null")
+    ]
+    scale, shift = Guidance.of(2.0, "gaussian", annealed=False).apply(*parts, jnp.ones(1))
+    z = model.untokens(task, model.reorder(task, (u - shift) / scale, deep), grid)
+    twice = np.concatenate([np.moveaxis(z, -1, 1)] * 2)
+    np.testing.assert_allclose(twice, f["forward_guided_z"], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(np.concatenate([-jnp.log(scale)] * 2), f["forward_guided_logdet_deep"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk", "threshold", "sweeps"),
+    [("jacobi_exact", 4, 0.0, 32), ("jacobi_th", 4, 1e-3, 32), ("jacobi_2sweeps", 8, -1.0, 2)],
+)
+def test_sweeps_over_chunks_equal_the_official_numbers(base, name, chunk, threshold, sweeps):
+    """Fixed points of chunks of tokens, found by sweeps that the caches keep the last input of."""
+    f, _ = golden("t2i_sampling")
+    task, y, null = base.task, jnp.asarray(f["y"]), jnp.asarray(f["y_null"])
+    guidance = Guidance.of(2.0, "gaussian", annealed=False)
+
+    def block(params, x, i):
+        step, cache, start = model.stepper(task, params, i, len(x), (4, 4), y, null, guidance)
+        v, found, before = model.reorder(task, x, i), [], jnp.broadcast_to(start, x[:, :1].shape)
+        for first in range(0, v.shape[1], chunk):
+            part = v[:, first : first + chunk]
+
+            def sweep(state, part=part, before=before, first=first):
+                u, cache, n, _ = state
+                scale, shift, cache = step(jnp.concatenate([before, u[:, :-1]], 1), cache, first)
+                new = part * scale + shift
+                return new, cache, n + 1, jnp.square(new - u).mean() / jnp.square(new).mean()
+
+            def goes_on(state):
+                return (state[2] < sweeps) & (state[3] >= threshold)
+
+            u, cache, *_ = jax.lax.while_loop(goes_on, sweep, (part, cache, 0, jnp.inf))
+            found.append(u)
+            before = u[:, -1:]
+        return model.reorder(task, jnp.concatenate(found, 1), i)
+
+    def run(params):
+        x, grid = model.tokens(task, nhwc(f["noise"]))
+        states = [x]
+        for i in reversed(range(task.blocks)):
+            states.append(block(params, states[-1], i))
+        return [model.untokens(task, s, grid) for s in states]
+
+    found = sequence(jax.jit(run)(base.params))
+    compare({f"{name}_{k}": v for k, v in found.items()}, f, atol=5e-4, rtol=1e-4)
+
+
+def test_no_golden_array_is_left_out(case, base):
+    """Every array of every file but the video's is an input, a weight, a gradient or compared above."""
+    inputs = {"x", "y", "y_null", "noise", "labels", "meta_json", "grad_norm_names"}
+    above = {
+        "grad_x",
+        "grad_norm_values",
+        "grad_total_norm",
+        "roundtrip_x",
+        "patchified_x",
+        "freqs_deep",
+        *case.forward,
+    }
+    above |= {f"{s}_seq{i}" for s in ("uncfg", "cfg2.0", "cfg_all", "cfg_guide_top") for i in range(7)}
+    left = {k for k in case.f if not k.startswith(("w:", "grad:"))} - inputs - above
+    assert not left
+
+
+def test_rectangular_grids_equal_the_official_numbers(base):
+    f, meta = golden("t2i_rect")
+    x, y, null = nhwc(f["x"]), jnp.asarray(f["y"]), jnp.asarray(f["y_null"])
+    compare(jax.jit(lambda p: forward_all(base.task, p, x, y))(base.params), f, atol=2e-5, rtol=1e-4)
+    found = guided(base.task, base.params, nhwc(f["noise"]), y, null, Guidance(2.0))
+    compare({f"cfg2.0_{k}": v for k, v in found.items()}, f, atol=5e-4, rtol=1e-4)
+    grid, deep = x.shape[1:3], base.task.blocks - 1
+    np.testing.assert_allclose(model.positions(base.task, grid, 8), f["positions_deep"], atol=1e-6)
+    for i, name in ((deep, "freqs_deep"), (0, "freqs_shallow")):
+        np.testing.assert_allclose(model.angles(base.task, i, grid).repeat(2, -1), f[name], atol=1e-6)
+    # their pairs are adjacent numbers, ours halves
+    rope_in = jnp.asarray(f["rope_in"]).swapaxes(1, 2)
+    halves = jnp.concatenate([rope_in[..., 0::2], rope_in[..., 1::2]], -1)
+    out = rotate(halves, jnp.asarray(model.angles(base.task, deep, grid)))
+    theirs = f["rope_out"].swapaxes(1, 2)
+    np.testing.assert_allclose(out, np.concatenate([theirs[..., 0::2], theirs[..., 1::2]], -1), atol=1e-5)
+
+
+def test_position_tables_of_the_published_model():
+    f, _ = golden("t2i_rect")
+    big = starflow.text_to_image(captions="features")
+    for rows, columns in ((32, 32), (64, 64), (24, 42)):
+        name, deep = f"{rows}x{columns}", big.blocks - 1
+        kept = f[f"real_rows_{name}"]
+        np.testing.assert_allclose(model.positions(big, (rows, columns), 128)[kept], f[f"real_pos_{name}"], atol=1e-5)
+        ours = model.angles(big, deep, (rows, columns))[kept].repeat(2, -1)
+        np.testing.assert_allclose(ours, f[f"real_freqs_{name}"], atol=2e-5)
+    np.testing.assert_allclose(grid_positions(5, 7, 16), f["pos2d_5x7"], atol=1e-5)
+    np.testing.assert_allclose(
+        rope_angles(grid_positions(5, 7, 16), (16, 16)).repeat(2, -1), f["freqs2d_5x7"], atol=2e-5
+    )
+
+
+def test_positions_of_a_language_model(case):
+    if case.name == "lm_deep_block":
+        ours = model.angles(case.task, 2, (4, 4))
+        np.testing.assert_allclose(ours.repeat(2, -1), case.f["freqs_deep"], atol=1e-6)
+
+
+# --- the published sizes ----------------------------------------------------------------------------
+
+
+def published(task):
+    """(key, shape) of a published checkpoint by the table of its layout, written out independently of import_names."""
+    w, d, slots = task.width, task.dims, task.rows * task.columns + task.prefix
+    yield from [("var", (task.rows * task.columns, d))]
+    yield from [(f"feat_rope.freqs_{f}", (slots, task.head_dim)) for f in ("cos", "sin")]
+    for i, depth in enumerate(task.depths):
+        yield f"blocks.{i}.attn_mask", (slots, slots)
+        yield f"blocks.{i}.sos_embed", (1, 1, d)
+        linears = {"proj_in": (w, d), "proj_out": (2 * d, w)}
+        if i == len(task.depths) - 1:
+            linears["proj_txt"] = (w, task.classes + 1 if task.classes else task.text_width)
+        yield f"blocks.{i}.final_norm.weight", (w,)
+        for l in range(depth):
+            layer = f"attn_blocks.{l}"
+            linears |= {f"{layer}.attention.qkv": (3 * w, w), f"{layer}.attention.proj": (w, w)}
+            linears |= {f"{layer}.mlp.main.0": (4 * w, w), f"{layer}.mlp.main.2": (w, 4 * w)}
+            for norm in ("attention.norm", "mlp.norm"):
+                yield from [(f"blocks.{i}.{layer}.{norm}.{k}", (w,)) for k in ("weight", "bias")]
+        for name, shape in linears.items():
+            yield from [(f"blocks.{i}.{name}.weight", shape), (f"blocks.{i}.{name}.bias", shape[:1])]
+
+
+@pytest.mark.parametrize(
+    ("task", "total", "entries"),
+    [
+        (starflow.text_to_image(captions="features"), 3_858_281_544, 455),
+        (starflow.class_conditional(), 1_412_255_816, None),
+    ],
+    ids=["text", "classes"],
+)
+def test_published_sizes_match_to_the_last_tensor(task, total, entries):
+    own = weights.flatten(weights.stacked(weights.abstract(task)))
+    assert sum(int(np.prod(x.shape)) for x in own.values()) == total
+    names = {n.source: n for n in task.import_names()}
+    want = dict(published(task))
+    assert set(names) == set(want)
+    assert entries is None or len(names) == entries
+    filled = {}
+    for key, shape in want.items():
+        name = names[key]
+        if name.target is None:
+            assert "mask" in key or "freqs" in key or key == "var"
+            continue
+        leaf = own[name.target]
+        ours = np.broadcast_to(np.float32(0), leaf.shape if name.layer is None else leaf.shape[1:])
+        assert weights.official._theirs(name, ours).shape == shape, key
+        filled.setdefault(name.target, []).append(name.layer)
+    assert set(filled) == set(own)
+    for target, layers in filled.items():
+        assert layers == [None] or sorted(layers) == list(range(own[target].shape[0]))
+
+
+# --- laws, with random weights: fresh ones are one affine map and hide every mistake ----------------
+
+TINY = starflow.StarFlow(
+    latent=(4, 4), channels=2, width=32, depths=(1, 1, 2), head_dim=32, classes=3, reach=4.0, penalty=0.0
+)
+
+
+def randomised(task, seed=0):
+    """Parameters in which masks, orders and shifts show, and which still invert well."""
+    params = jax.jit(lambda key: dist.unbox(task.init(key)))(jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+
+    def noisy(path, x):
+        name = jax.tree_util.keystr(path)
+        if "'out']['kernel']" in name and "attention" not in name:
+            return jnp.asarray(rng.normal(size=x.shape) * 0.3 / task.width**0.5, jnp.float32)
+        return x + jnp.asarray(rng.normal(size=x.shape) * 0.1, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(noisy, params)
+
+
+def latents(task, n, seed=1, shape=None):
+    return jax.random.normal(jax.random.key(seed), (n, *(shape or task.latent), task.channels))
+
+
+VARIANTS = {
+    "start": TINY,
+    "shifted": dataclasses.replace(TINY, start=False, scale="exp", clip=0.0, final_norm=False, condition="all"),
+    "learned": dataclasses.replace(TINY, positions="learned", scan=False),
+    "patch": dataclasses.replace(TINY, patch=2, order="R2L"),
+    "lm": dataclasses.replace(
+        TINY,
+        classes=0,
+        text_tokens=3,
+        text_width=32,
+        captions="features",
+        lm=starflow.LanguageModel(32, 4, 2, 8, 48),
+    ),
+    "unconditional": dataclasses.replace(TINY, classes=0, head_dim=16),
+}
+
+
+def condition_of(task, n, seed=7):
+    return jax.random.normal(jax.random.key(seed), (n, task.prefix, task.condition_width)) if task.prefix else None
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_trip(name):
+    task = VARIANTS[name]
+    params, x, y = randomised(task), latents(task, 2), condition_of(task, 2)
+
+    @jax.jit
+    def there_and_back(params):
+        z, *_ = starflow.forward(task, params, x, y)
+        return starflow.inverse(task, params, model.untokens(task, z, (task.rows, task.columns)), y), z
+
+    back, z = there_and_back(params)
+    np.testing.assert_allclose(back, x, atol=1e-4)
+    assert np.abs(np.asarray(z) - np.asarray(model.tokens(task, x)[0])).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["start", "shifted"])
+def test_logdet_is_the_jacobians(name):
+    task = VARIANTS[name]
+    params, x, y = randomised(task), latents(task, 1), condition_of(task, 1)
+    jacobian = jax.jit(jax.jacfwd(lambda v: starflow.forward(task, params, v.reshape(x.shape), y)[0].ravel()))(
+        x.ravel()
+    )
+    _, logdet, _ = starflow.forward(task, params, x, y)
+    np.testing.assert_allclose(np.linalg.slogdet(jacobian)[1] / x.size, logdet[0], atol=1e-5)
+    assert abs(float(logdet[0])) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["start", "shifted", "lm"])
+def test_a_block_is_causal_in_its_own_order(name):
+    task = VARIANTS[name]
+    deep = task.blocks - 1
+    params, y = randomised(task)[f"block{deep}"], condition_of(task, 1)
+    u = jax.random.normal(jax.random.key(3), (1, task.rows * task.columns, task.dims))
+
+    @jax.jit
+    def outputs(u, y):
+        a, b, _ = model.apply(task, deep, params, u, y, model.angles(task, deep, (4, 4)))
+        return jnp.concatenate([a, b], -1)
+
+    base = outputs(u, y)
+    for token in range(u.shape[1]):
+        changed = outputs(u.at[:, token].add(1.0), y) - base
+        np.testing.assert_array_equal(changed[:, : token + 1], 0)
+        assert token == u.shape[1] - 1 or np.abs(changed[:, token + 1]).max() > 0
+    seen = np.abs(outputs(u, y + 1.0) - base).max((0, 2))
+    assert (seen[0 if task.start else 1 :] > 0).all()  # the condition reaches every token that is not copied
+
+
+@pytest.mark.parametrize("name", ["start", "learned", "lm"])
+def test_cached_equals_uncached(name):
+    """Token by token and in chunks of five, against the whole sequence at once."""
+    task = VARIANTS[name]
+    deep, grid = task.blocks - 1, (4, 4)
+    params, y = randomised(task), condition_of(task, 2)
+    u = jax.random.normal(jax.random.key(3), (2, 16, task.dims))
+    a, b, _ = jax.jit(lambda u: model.apply(task, deep, params[f"block{deep}"], u, y, model.angles(task, deep, grid)))(
+        u
+    )
+    for chunk in (1, 5):
+        step, cache, start = model.stepper(task, params, deep, 2, grid, y, None, Guidance())
+        fed = jnp.concatenate([jnp.broadcast_to(start, u[:, :1].shape), u[:, :-1]], 1)
+        step = jax.jit(step)
+        for first in range(0, 16, chunk):
+            scale, shift, cache = step(fed[:, first : first + chunk], cache, first)
+            np.testing.assert_allclose(jnp.log(scale), a[:, first : first + chunk], atol=1e-5)
+            np.testing.assert_allclose(shift, b[:, first : first + chunk], atol=1e-5)
+
+
+def test_guidance_laws():
+    task, params = TINY, randomised(TINY)
+    z, y, null = latents(task, 2), condition_of(task, 2), condition_of(task, 2, seed=8)
+    run = jax.jit(lambda p, g, y, null: starflow.inverse(task, p, z, y, null, g), static_argnums=1)
+    plain = run(params, Guidance(), y, null)
+    np.testing.assert_allclose(run(params, Guidance(3.0), y, y), plain, atol=1e-5)  # nothing to be pushed away from
+    assert np.abs(run(params, Guidance(3.0), y, null) - plain).max() > 1e-3
+    # equal scales: the plain rule of classifier-free guidance
+    a, b, weak = jnp.zeros(3), jnp.arange(3.0), jnp.ones(3)
+    scale, shift = Guidance.of(2.0, "gaussian", annealed=False).apply((a, b), (a, weak), jnp.ones(1))
+    np.testing.assert_allclose(scale, 1.0)
+    np.testing.assert_allclose(shift, b + 2 * (b - weak), rtol=1e-6)
+    # a narrower weak pass counts as one as wide: guidance never widens
+    scale, _ = Guidance.of(2.0, "gaussian", annealed=False).apply((a, b), (a - 1, weak), jnp.ones(1))
+    np.testing.assert_allclose(scale, 1.0)
+    # the density that it promises: log p = (1 + w) log p_strong - w log p_weak + constant
+    w, (s, m), (t, n) = 1.5, (0.7, 0.2), (1.3, -0.4)
+    scale, shift = Guidance.of(w, "gaussian", annealed=False).apply(
+        (jnp.log(s), jnp.asarray(m)), (jnp.log(t), jnp.asarray(n)), jnp.ones(())
+    )
+    score = lambda x, s, m: -(x - m) / s**2  # noqa: E731
+    for x in (-1.0, 0.5):
+        np.testing.assert_allclose(score(x, scale, shift), (1 + w) * score(x, s, m) - w * score(x, t, n), rtol=1e-5)
+
+
+def test_sample_i_depends_on_its_key_alone():
+    params, key = randomised(TINY), jax.random.key(9)
+    few, many = (
+        jax.jit(lambda p, n=n: TINY.sample(p, key, n, {"label": jnp.arange(n) % 3}, guidance=1.0)["latent"])(params)
+        for n in (3, 5)
+    )
+    np.testing.assert_allclose(few, many[:3], atol=1e-5)
+    assert np.abs(many[3] - many[4]).max() > 1e-3
+
+
+def test_denoising_a_gaussian_is_exact():
+    """Fresh parameters are one affine map per block: x is Gaussian, and Tweedie's formula its posterior mean."""
+    task = dataclasses.replace(TINY, depths=(1,), classes=0, head_dim=16, noise=0.5)
+    params = jax.jit(lambda key: dist.unbox(task.init(key)))(jax.random.key(0))
+    a, b, _ = model.apply(task, 0, params["block0"], jnp.zeros((1, 16, 2)), None, model.angles(task, 0, (4, 4)))
+    var, mean = jnp.exp(2 * a[0, 0]), b[0, 0]
+    x = latents(task, 1)
+    clean = starflow.denoise(task, params, x)
+    np.testing.assert_allclose(clean, x - 0.25 * (x - mean) / var, atol=1e-5)
+
+
+def test_a_dropped_class_is_none_and_a_dropped_caption_the_null():
+    params, label = randomised(TINY), jnp.array([0, 2])
+    seen = TINY.conditions(params, {"label": label})
+    np.testing.assert_array_equal(seen[:, 0], np.eye(4)[[0, 2]])
+    for dropped in ({"label": jnp.array([-1, -1])}, {"latent": jnp.zeros((2, 1))}):
+        np.testing.assert_array_equal(TINY.conditions(params, dropped)[:, 0], np.eye(4)[[3, 3]])
+    task = VARIANTS["lm"]
+    text, null = jnp.ones((2, 3, 32)), jnp.zeros((2, 3, 32))
+    seen = task.conditions({}, {"text": text, "null_text": null}, jnp.array([True, False]))
+    np.testing.assert_array_equal(seen, jnp.stack([null[0], text[0]]))
+    with pytest.raises(UserError, match="null_text"):
+        task.conditions({}, {"text": text})
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"width": 48}, "head_dim"),
+        ({"latent": (4, 3), "patch": 2}, "task.latent"),
+        ({"depths": ()}, "task.depths"),
+        ({"text_tokens": 3}, "one of them"),
+        ({"head_dim": 16}, "head_dim=16 leaves no pairs"),
+        ({"inputs": "images"}, "task.vae"),
+        ({"classes": 0, "text_tokens": 3}, "text encoder"),
+        ({"order": "up"}, "task.order"),
+        ({"drop": 1.0}, "task.drop"),
+        ({"noise": -1.0}, "task.noise"),
+        ({"remat": "some"}, "task.remat"),
+    ],
+)
+def test_bad_fields_are_named(fields, match):
+    with pytest.raises(UserError, match=match):
+        dataclasses.replace(TINY, **fields)

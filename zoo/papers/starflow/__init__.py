@@ -1,0 +1,21 @@
+"""STARFlow: Scaling Latent Normalizing Flows for High-resolution Image Synthesis (arXiv:2506.06276).
+
+A deep-shallow stack of causal transformers over the latents of a frozen autoencoder, for classes and for captions.
+`model.py`: network, flow, inverse, denoising. `task.py`: what is trained and sampled, and the published layout.
+"""
+
+from zoo.papers.starflow.model import LanguageModel, denoise, flow, forward, inverse, log_prob, score
+from zoo.papers.starflow.task import StarFlow, class_conditional, text_to_image
+
+__all__ = [
+    "LanguageModel",
+    "StarFlow",
+    "class_conditional",
+    "denoise",
+    "flow",
+    "forward",
+    "inverse",
+    "log_prob",
+    "score",
+    "text_to_image",
+]

@@ -1,0 +1,500 @@
+"""The STARFlow task: its hyper-parameters, what a batch holds, loss, likelihood and sampler, and the published layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.dist import constrain
+from zoo.encoders.text import T5
+from zoo.encoders.vae import AutoEncoder
+from zoo.errors import UserError
+from zoo.flows.inverse import Guidance
+from zoo.nn.attention import check_backend
+from zoo.nn.transformer import check_remat
+from zoo.papers.starflow import model
+from zoo.papers.starflow.model import LOG_2PI, TIME_PAIRS, Grid, LanguageModel
+from zoo.task import Batch, Name, Params
+
+_EMPTY = 1  # the token that ends a caption, which is all there is of an empty one
+
+
+@dataclass(frozen=True)
+class StarFlow:
+    """A few shallow and one deep causal transformer over the latents of a frozen autoencoder; exact likelihood."""
+
+    latent: tuple[int, int] = (32, 32)  # rows and columns of the latents it is trained on; samples may have others
+    channels: int = 4
+    patch: int = 1
+    width: int = 2048
+    depths: tuple[int, ...] = (2, 2, 2, 2, 2, 18)  # layers of each flow block, data first; the last is the deep one
+    head_dim: int = 64
+    classes: int = 0  # class-conditional: a one-hot token, with one more for "no class"
+    text_tokens: int = 0  # S, length of a caption; 0: no captions
+    text_width: int = 2048  # E, numbers per caption token
+    condition: Literal["deep", "all"] = "deep"  # blocks that see class or caption
+    start: bool = True  # a learned start token; False: the first token of each block passes unchanged, as in TarFlow
+    order: Literal["L2R", "R2L"] = "L2R"  # direction of every second block, from the second on: the deep one of six
+    positions: Literal["rope", "learned"] = "rope"
+    reach: float = 32.0  # positions of a square grid span [0, reach), whatever its size; part of the weights' identity
+    scale: Literal["softplus", "exp"] = "softplus"
+    clip: float = 4.0  # soft clip c tanh(x / c) of the network's outputs; 0: none
+    final_norm: bool = True
+    lm: LanguageModel | None = None  # sizes of a deep block built like a language model; None: like the others
+    noise: float = 0.3  # standard deviation of the Gaussian noise on the latents
+    penalty: float = 1e-4  # weight of the mean squares of what enters each block
+    drop: float = 0.1  # probability that class or caption is dropped in training
+    inputs: Literal["latents", "images", "pixels"] = "latents"  # what a batch holds; images are encoded in the step
+    captions: Literal["tokens", "features"] = (
+        "tokens"  # what a batch holds of a caption; tokens are encoded in the step
+    )
+    template: Literal["plain", "aspect"] = "plain"  # whether captions name the aspect ratio, as they did in training
+    vae: AutoEncoder | None = None  # held; decodes samples, and encodes images
+    text: T5 | None = None  # held; encodes tokens
+    denoise: Literal["score", "decoder"] = "score"  # what removes the noise: a score step, or a decoder tuned for it
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; scales, log-dets and losses stay float32
+    scan: bool = True  # scan over the layers of a block; False unrolls
+    remat: str = "none"  # none, dots or full: what the backward pass recomputes
+    attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
+
+    noise_type = "gaussian"
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "patch", "width", "head_dim", "text_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
+        if len(self.latent) != 2 or min(self.latent) < 1 or any(n % self.patch for n in self.latent):
+            raise UserError(
+                f"task.latent={self.latent} must be two sizes that task.patch={self.patch} divides, e.g. task.latent=32,32"
+            )
+        if self.rows * self.columns < 2:
+            raise UserError(f"task.patch={self.patch} makes one token, and a flow needs two; choose a smaller patch")
+        if not self.depths or min(self.depths) < 1:
+            raise UserError(f"task.depths={self.depths} must give every block a layer, e.g. task.depths=2,2,2,2,2,18")
+        if self.width % self.head_dim:
+            best = max(k for k in range(1, min(self.head_dim, self.width) + 1) if self.width % k == 0)
+            raise UserError(
+                f"task.head_dim={self.head_dim} does not divide task.width={self.width}; choose a divisor, e.g. "
+                f"task.head_dim={best}"
+            )
+        for name in ("classes", "text_tokens", "clip", "noise", "penalty"):
+            if getattr(self, name) < 0:
+                raise UserError(f"task.{name}={getattr(self, name)} is negative; 0 turns it off")
+        if self.classes and self.text_tokens:
+            raise UserError(
+                f"task.classes={self.classes} and task.text_tokens={self.text_tokens}: a model is conditioned on one of them; "
+                "set the other to 0"
+            )
+        if not 0 <= self.drop < 1:
+            raise UserError(f"task.drop={self.drop} is no probability below 1; 0.1 is usual")
+        if self.reach <= 0:
+            raise UserError(f"task.reach={self.reach} must be positive; it is the side of the grid first trained on")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"task.{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
+        if self.positions == "rope":
+            self._check_rope()
+        if self.lm is not None and (self.positions != "rope" or (self.prefix and self.text_width != self.lm.width)):
+            raise UserError(
+                f"task.lm: a language model has rotary positions and takes its own embeddings; set task.positions=rope and "
+                f"task.text_width={self.lm.width}"
+            )
+        self._check_encoders()
+        check_remat(self.remat)
+        check_backend(self.attention, self.dtype)
+
+    def _check_rope(self) -> None:
+        half = self.head_dim // 2
+        plane = half - TIME_PAIRS if self.prefix else half
+        if self.head_dim % 2 or plane < 2 or plane % 2:
+            fits = "a multiple of 4 from 20 on" if self.prefix else "a multiple of 4"
+            raise UserError(f"task.head_dim={self.head_dim} leaves no pairs for rows and columns; choose {fits}")
+
+    def _check_encoders(self) -> None:
+        vae, text = self.vae, self.text
+        if self.inputs == "images" and vae is None:
+            raise UserError(
+                "task.inputs='images' needs an autoencoder to encode them; set task.vae, or inputs='latents'"
+            )
+        if self.inputs == "pixels" and vae is not None:
+            raise UserError("task.inputs='pixels' models the pixels themselves; leave task.vae out")
+        if vae is not None and vae.latent != self.channels:
+            raise UserError(
+                f"task.channels={self.channels}, but the latents of task.vae have {vae.latent}; set task.channels={vae.latent}"
+            )
+        if text is not None and (text.tokens, text.width) != (self.text_tokens, self.text_width):
+            raise UserError(
+                f"task.text gives {text.tokens} x {text.width} numbers, but the task takes {self.text_tokens} x "
+                f"{self.text_width}; set task.text_tokens={text.tokens} and task.text_width={text.width}"
+            )
+        if self.text_tokens and self.captions == "tokens" and text is None:
+            raise UserError("task.captions='tokens' needs a text encoder; set task.text, or task.captions='features'")
+
+    # --- sizes --------------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The frozen encoders."""
+        return (*(("vae",) if self.vae else ()), *(("text",) if self.text else ()))
+
+    @property
+    def blocks(self) -> int:
+        """Flow blocks."""
+        return len(self.depths)
+
+    @property
+    def rows(self) -> int:
+        """Rows of tokens."""
+        return self.latent[0] // self.patch
+
+    @property
+    def columns(self) -> int:
+        """Columns of tokens."""
+        return self.latent[1] // self.patch
+
+    @property
+    def dims(self) -> int:
+        """D, numbers per token."""
+        return self.channels * self.patch**2
+
+    @property
+    def prefix(self) -> int:
+        """S, tokens of the condition."""
+        return 1 if self.classes else self.text_tokens
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side per latent."""
+        return self.vae.factor if self.vae else 1
+
+    @property
+    def multiple(self) -> int:
+        """What height and width of an image must be multiples of, in pixels."""
+        return self.factor * self.patch
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Keys of a batch that the sampler can be conditioned on, besides classes."""
+        if not self.text_tokens:
+            return ()
+        return ("tokens", "null_tokens") if self.captions == "tokens" else ("text", "null_text")
+
+    def flops(self) -> float:
+        """Floating-point operations of one training example: 6 per weight and token, and half of the causal attention.
+
+        The frozen encoders are left out.
+        """
+        count, total = self.rows * self.columns, 0.0
+        for i, depth in enumerate(self.depths):
+            slots = count + (self.prefix if model.conditioned(self, i) else 0)
+            lm = self.lm if i == self.blocks - 1 else None
+            width, inner = (lm.width, lm.heads * lm.head_dim) if lm else (self.width, self.width)
+            layer = 12 * width**2
+            if lm:
+                layer = width * ((2 * lm.heads + 2 * lm.kv_heads) * lm.head_dim + 3 * lm.mlp)
+            total += slots * depth * (layer + slots * inner) + count * 3 * self.dims * width
+        return 6.0 * total
+
+    def cache_bytes(self, n: int, guided: bool = True) -> dict[str, int]:
+        """Bytes of the key/value caches while n samples of the trained size are drawn: of the deep block, of a shallow one."""
+        size = 2 if self.dtype == "bfloat16" else 4
+        count, deep = self.rows * self.columns, self.blocks - 1
+        inner = self.lm.kv_heads * self.lm.head_dim if self.lm else self.width
+
+        def block(i: int, inner: int) -> int:
+            seen = model.conditioned(self, i)
+            rows = 2 * n if guided and seen else n
+            return 2 * self.depths[i] * rows * (count + (self.prefix if seen else 0)) * inner * size
+
+        return {"deep": block(deep, inner), "shallow": block(0, self.width) if deep else 0}
+
+    # --- contract -----------------------------------------------------------------------------------
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `inputs` and `captions` say.
+
+        `latent` and `latent_std` [B, H, W, C] (mean and spread of the autoencoder's posterior, scaled), or `image`
+        [B, S, S, C] in [-1, 1]; `label` [B]; `tokens` and `null_tokens` [B, S], or `text` and `null_text` [B, S, E]: the
+        caption, and what stands for its absence.
+        """
+
+        def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+        height, width = (n * self.factor for n in self.latent)
+        if self.inputs == "latents":
+            spec = {key: array(*self.latent, self.channels) for key in ("latent", "latent_std")}
+        else:
+            spec = {"image": array(height, width, self.vae.channels if self.vae else self.channels)}
+        if self.classes:
+            spec["label"] = array(dtype=jnp.int32)
+        for key in self.given:
+            if self.captions == "tokens":
+                spec[key] = array(self.text_tokens, dtype=jnp.int32)
+            else:
+                spec[key] = array(self.text_tokens, self.text_width)
+        return spec
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters: the output kernels are zero, their biases are not (a constant affine map at the start)."""
+        grid = (self.rows, self.columns)
+        x = jnp.zeros((1, self.rows * self.columns, self.dims))
+        keys = jax.random.split(rng, self.blocks + 2)
+        params: Params = {}
+        for i in range(self.blocks):
+            seen = jnp.zeros((1, self.prefix, self.condition_width)) if model.conditioned(self, i) else None
+            params[f"block{i}"] = model.net(self, i).init(keys[i], x, seen, model.angles(self, i, grid))["params"]
+        if self.vae:
+            params["vae"] = self.vae.init(keys[-2])
+        if self.text:
+            params["text"] = self.text.init(keys[-1])
+        return params
+
+    @property
+    def condition_width(self) -> int:
+        """E, numbers per condition token."""
+        return self.classes + 1 if self.classes else self.text_width
+
+    def clean(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        """What the flow models before noise is added: a draw from the autoencoder's posterior, or the pixels."""
+        if self.inputs == "pixels":
+            return batch["image"]
+        if self.inputs == "images":
+            assert self.vae is not None
+            mean, std = jax.lax.stop_gradient(self.vae.encode(params["vae"], batch["image"]))
+        else:
+            mean, std = batch["latent"], batch["latent_std"]
+        return mean + std * jax.random.normal(rng, mean.shape)
+
+    def add_noise(self, rng: jax.Array, x: jax.Array) -> jax.Array:
+        """x + noise eps."""
+        return x + self.noise * jax.random.normal(rng, x.shape)
+
+    def conditions(self, params: Params, batch: Batch, drop: jax.Array | None = None) -> jax.Array | None:
+        """What the blocks see, [B, S, E]: one-hot classes, or the features of captions; None for an unconditional model.
+
+        Examples without `label`, `tokens` or `text` get what stands for none.
+
+        Args:
+            drop: bool [B], of whom class or caption is dropped.
+        """
+        if not self.prefix:
+            return None
+        rows = next(iter(batch.values())).shape[0]
+        drop = jnp.zeros(rows, bool) if drop is None else drop
+        if self.classes:
+            label = batch.get("label", jnp.full(rows, -1))
+            known = jnp.where(drop | (label < 0), self.classes, label)
+            return jax.nn.one_hot(known, self.classes + 1)[:, None]
+        if self.captions == "features":
+            if "null_text" not in batch:
+                raise UserError(
+                    "task.captions='features': what stands for no caption is not known without `null_text`; give it, or "
+                    "use a model with captions='tokens'"
+                )
+            null = batch["null_text"]
+            return jnp.where(drop[:, None, None], null, batch.get("text", null))
+        assert self.text is not None
+        empty = jnp.zeros((rows, self.text_tokens), jnp.int32).at[:, 0].set(_EMPTY)
+        null = batch.get("null_tokens", empty)
+        known = jnp.where(drop[:, None], null, batch.get("tokens", null))
+        return jax.lax.stop_gradient(self.text.encode(params["text"], known))
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """0.5 mean z^2 - logdet, nats per dimension without the constant 0.5 log 2 pi, and the penalty on latent norms."""
+        draw, noise, drop = jax.random.split(rng, 3)
+        x = self.add_noise(noise, self.clean(params, batch, draw))
+        seen = self.conditions(params, batch, jax.random.bernoulli(drop, self.drop, x.shape[:1]))
+        z, logdet, squares = model.forward(self, params, x, seen)
+        square = jnp.square(z).mean()
+        nll = 0.5 * square - logdet.mean()
+        metrics = {
+            "bits": self.bits(nll + 0.5 * LOG_2PI),
+            "z_square": square,
+            "logdet": logdet.mean(),
+            "latent_norm": squares.mean(),
+        }
+        return nll + self.penalty * squares.mean(), metrics
+
+    def bits(self, nll: jax.Array) -> jax.Array:
+        """Bits per dimension from nats per dimension, of noisy latents; of pixels, for grey levels 2/255 apart."""
+        return nll / math.log(2) + (math.log2(255 / 2) if self.inputs == "pixels" else 0.0)
+
+    @property
+    def bits_name(self) -> str:
+        """Only the bits of noisy data can be told, and those of latents compare among runs on the same latents alone."""
+        return "noisy_bits_per_dim" if self.inputs == "pixels" else "noisy_latent_bits_per_dim"
+
+    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        """-log p in nats [B] of noisy latents, with one draw of posterior and noise; uses class or caption where given."""
+        draw, noise = jax.random.split(rng)
+        x = self.add_noise(noise, self.clean(params, batch, draw))
+        return -model.log_prob(self, params, x, self.conditions(params, batch))
+
+    def sample(
+        self,
+        params: Params,
+        rng: jax.Array,
+        n: int,
+        conditions: Batch | None = None,
+        *,
+        guidance: float | Guidance = 0.0,
+        denoise: float | None = None,
+        temperature: float = 1.0,
+        attention_temperature: float = 1.0,
+        grid: tuple[int, int] | None = None,
+    ) -> dict[str, jax.Array]:
+        """n samples; sample i depends on (rng, i) alone.
+
+        Args:
+            rng: one key, or n keys.
+            conditions: `label` [n] (negative: none), or the keys of `given`. None: neither class nor caption.
+            guidance: a weight w of the Gaussian rule, or a `Guidance`; 0 is off, and the usual scale is 1 + w.
+            denoise: strength of the score step; None: 1 where `task.denoise` is "score", else 0.
+            temperature: factor on the standard deviation of z (the paper uses 1).
+            attention_temperature: divides all attention logits.
+            grid: rows and columns of the latents; None: those of the task.
+
+        Returns:
+            `latent` [n, H, W, C]; where there is an autoencoder also `image`, decoded and clipped to [-1, 1]. A model of
+            pixels gives `image` alone. NaN where the inverse overflowed. And `label` where given.
+        """
+        rows, columns = grid or self.latent
+        if rows % self.patch or columns % self.patch:
+            raise UserError(f"grid={rows},{columns} is not a multiple of task.patch={self.patch}; choose one that is")
+        keys = rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
+        z = temperature * jax.vmap(lambda k: jax.random.normal(k, (rows, columns, self.channels)))(keys)
+        batch = {**(conditions or {}), "z": z}
+        seen = self.conditions(params, batch)
+        null = self.conditions(params, batch, jnp.ones(n, bool)) if self.prefix else None
+        x = model.inverse(
+            self,
+            params,
+            constrain(z, "batch"),
+            seen,
+            null,
+            guidance,
+            attention_temperature=attention_temperature,
+        )
+        denoise = float(self.denoise == "score" and self.noise > 0) if denoise is None else denoise
+        if not isinstance(denoise, (int, float)) or denoise:
+            x = model.denoise(self, params, x, seen, denoise)
+        drawn = {} if self.inputs == "pixels" else {"latent": x}
+        if self.inputs == "pixels" or self.vae:
+            image = self.vae.decode(params["vae"], x) if self.vae else x
+            drawn["image"] = jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)
+        label = (conditions or {}).get("label") if self.classes else None
+        return drawn if label is None else {**drawn, "label": label}
+
+    # --- published weights --------------------------------------------------------------------------
+
+    def import_names(self) -> list[Name]:
+        """The layout of the official PyTorch implementation (linear weights stored [out, in]); the encoders are not in it.
+
+        It turns adjacent pairs of numbers by rotary positions, we turn halves: heads are reordered. Unused buffers are
+        dropped, and made again on the way back.
+        """
+        slots = self.rows * self.columns + (self.prefix if self.prefix else 0)
+        names = [_constant("var", np.ones((self.rows * self.columns, self.dims), np.float32))]
+        if self.positions == "rope":
+            table = np.zeros((slots, self.head_dim), np.float32)
+            names += [_constant(f"feat_rope.freqs_{f}", table) for f in ("cos", "sin")]
+        for i in range(self.blocks):
+            theirs, ours = f"blocks.{i}", f"block{i}"
+            lm = self.lm if i == self.blocks - 1 else None
+            names.append(Name(f"{theirs}.attn_mask", None, value=lambda: np.tril(np.ones((slots, slots), np.float32))))
+            names += _linear(f"{theirs}.proj_in", f"{ours}/in") + _linear(f"{theirs}.proj_out", f"{ours}/out")
+            if self.start:
+                names.append(Name(f"{theirs}.sos_embed", f"{ours}/start", "1 1 d -> d"))
+            if self.positions == "learned":
+                names.append(Name(f"{theirs}.pos_embed", f"{ours}/positions/table"))
+            if model.conditioned(self, i) and not lm:
+                names += _linear(f"{theirs}.proj_txt", f"{ours}/condition")
+            if self.final_norm:
+                names.append(Name(f"{theirs}.final_norm.weight", f"{ours}/norm/scale"))
+            for l in range(self.depths[i]):
+                layer = _lm_layer(lm) if lm else _layer(self.width // self.head_dim)
+                for source, target, layout, sizes in layer:
+                    names.append(
+                        Name(f"{theirs}.attn_blocks.{l}.{source}", f"{ours}/trunk/block/{target}", layout, sizes, l)
+                    )
+        return names
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "condition": ("deep", "all"),
+    "order": ("L2R", "R2L"),
+    "positions": ("rope", "learned"),
+    "scale": ("softplus", "exp"),
+    "inputs": ("latents", "images", "pixels"),
+    "captions": ("tokens", "features"),
+    "template": ("plain", "aspect"),
+    "denoise": ("score", "decoder"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+def _constant(name: str, value: np.ndarray) -> Name:
+    return Name(name, None, value=lambda: value)
+
+
+def _linear(source: str, target: str) -> list[Name]:
+    return [Name(f"{source}.weight", f"{target}/kernel", "o i -> i o"), Name(f"{source}.bias", f"{target}/bias")]
+
+
+_Row = tuple[str, str, str | None, dict[str, int]]
+
+
+def _layer(heads: int) -> list[_Row]:
+    """(their name, ours, layout, sizes) of one layer; rows of a head go from adjacent pairs to halves."""
+    pairs = {"h": heads, "two": 2}
+    return [
+        ("attention.norm.weight", "attention_norm/scale", None, {}),
+        ("attention.norm.bias", "attention_norm/bias", None, {}),
+        ("attention.qkv.weight", "attention/qkv/kernel", "(s h k two) w -> w s (h two k)", {"s": 3, **pairs}),
+        ("attention.qkv.bias", "attention/qkv/bias", "(s h k two) -> s (h two k)", {"s": 3, **pairs}),
+        ("attention.proj.weight", "attention/out/kernel", "o (h k two) -> (h two k) o", pairs),
+        ("attention.proj.bias", "attention/out/bias", None, {}),
+        ("mlp.norm.weight", "mlp_norm/scale", None, {}),
+        ("mlp.norm.bias", "mlp_norm/bias", None, {}),
+        ("mlp.main.0.weight", "mlp/up/kernel", "o i -> i o", {}),
+        ("mlp.main.0.bias", "mlp/up/bias", None, {}),
+        ("mlp.main.2.weight", "mlp/down/kernel", "o i -> i o", {}),
+        ("mlp.main.2.bias", "mlp/down/bias", None, {}),
+    ]
+
+
+def _lm_layer(lm: LanguageModel) -> list[_Row]:
+    """(their name, ours, layout, sizes) of one layer of a language model, whose heads come in halves already."""
+    rows: list[_Row] = [
+        ("attention.norm.weight", "attention_norm/scale", None, {}),
+        ("attention.qkv.weight", "qkv/kernel", "o i -> i o", {}),
+        ("attention.proj.weight", "out/kernel", "o i -> i o", {}),
+        ("mlp.norm.weight", "mlp_norm/scale", None, {}),
+        ("mlp.gate_proj.weight", "gate/kernel", "o i -> i o", {}),
+        ("mlp.up_proj.weight", "up/kernel", "o i -> i o", {}),
+        ("mlp.down_proj.weight", "down/kernel", "o i -> i o", {}),
+    ]
+    if lm.qk_norm:
+        rows += [(f"attention.{long}_norm.weight", f"{long}_norm/scale", None, {}) for long in ("query", "key")]
+    if lm.post_norm:
+        rows += [(f"{part}.post_norm.weight", f"{part}_post_norm/scale", None, {}) for part in ("attention", "mlp")]
+    return rows
+
+
+def class_conditional(**fields: Any) -> StarFlow:
+    """The 1.4 B model of ImageNet: 1,412,255,816 parameters (paper, section 4.1; 18(6)-2048)."""
+    return StarFlow(**{"width": 2048, "depths": (2, 2, 2, 2, 2, 18), "classes": 1000, **fields})
+
+
+def text_to_image(**fields: Any) -> StarFlow:
+    """The 3.8 B text-to-image model: 3,858,281,544 parameters of its own (24(6)-3072), captions of 128 tokens."""
+    return StarFlow(**{"width": 3072, "depths": (2, 2, 2, 2, 2, 24), "text_tokens": 128, "text_width": 2048, **fields})
+
+
+__all__ = ["Grid", "LanguageModel", "StarFlow", "class_conditional", "text_to_image"]
