@@ -24,7 +24,7 @@ MAY = {
     "encoders": {"nn"},
     "diffusion": {"nn"},
     "papers": {"nn", "flows", "diffusion", "encoders", "dist"},
-    "metrics": {"encoders", "flows", "diffusion", "data", "dist", "hosts"},
+    "metrics": {"encoders", "flows", "diffusion", "data", "dist", "hosts", "weights"},
     "train.optim": set(),
     "train.report": {"paths", "train.tracking"},
     "train.step": {"dist"},
@@ -37,7 +37,7 @@ MAY = {
         "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",
     },
     "commands": {
-        "config", "dist", "data", "hosts", "models", "paths", "run", "weights", "metrics", "papers",
+        "config", "dist", "data", "encoders", "hosts", "models", "paths", "run", "weights", "metrics", "papers",
         "train.optim", "train.report", "train.step",
     },
     "cli": {"config", "dist", "data", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop"},

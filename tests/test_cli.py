@@ -188,6 +188,32 @@ MISTAKES = {
     "no sampler to export": ("export mute new --format stablehlo --allow mute", "Mute has no sampler to export"),
     "nothing to bench": (f"bench {SMOKE} --rounds 0", "--rounds 0 leaves nothing to time"),
     "nothing to prepare": ("prepare colours new", "colours does not exist"),
+    "a column of images that have none": ("prepare colour new --image-column x", "--image-column names a column of"),
+    "aspects of nothing encoded": ("prepare colour new --aspects", "--aspects says how images and captions are"),
+    "no such encoder": ("prepare colour new --encode vea=cond", "no kind of encoder; did you mean 'vae'?"),
+    "no name of an encoder": (
+        "prepare colour new --encode vae",
+        "names no model; get the published one with `zoo import",
+    ),
+    "captions without images": ("prepare colour new --encode text=cond", "needs an autoencoder for the images as well"),
+    "no size to encode": ("prepare colour new --encode vae=cond", "add --size, e.g. --size 256"),
+    "no autoencoder": (
+        "prepare colour new --size 4 --encode vae=cont",
+        "cont is neither a folder nor a shipped model; known:",
+    ),
+    "the way to an autoencoder": (
+        "prepare colour new --size 4 --encode vae=cont",
+        "`zoo import starflow/sd_vae FILE OUT`",
+    ),
+    "the way to a text encoder": (
+        "prepare colour new --size 4 --encode vae=cond --encode text=none",
+        "get it with `zoo import starflow/flan_t5_xl FOLDER OUT`",
+    ),
+    "another task as autoencoder": ("prepare colour new --size 4 --encode vae=cond", "TarFlow is no autoencoder"),
+    "features of nothing": (
+        "prepare colour new --size 4 --features --encode vae=cond",
+        "--features needs a text encoder",
+    ),
     "nothing to show": (f"show {SMOKE} task.widht=1", "no field task.widht in TarFlow; did you mean 'width'?"),
     "devices without shardings": (f"show {SMOKE} --devices 8", "--devices says nothing without --shardings"),
     "devices that are none": (

@@ -117,16 +117,35 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples", type=int, default=None, help="batch size of the sampler; default: samples.n")
     sub.add_argument("--no-search", action="store_true", help="do not look for what fits when this does not")
     sub.add_argument("--json", default=None, metavar="FILE", help="write the figures here as well")
-    sub = verb("prepare", "Turn a folder of images or an .npz file into an ArrayRecord data set.", "SOURCE", "DEST")
+    sub = verb(
+        "prepare",
+        "Turn images, with or without captions, into an ArrayRecord data set; with --encode into one of latents.",
+        "SOURCE",
+        "DEST",
+    )
     sub.add_argument(
         "--size", type=int, default=None, help="resize the shorter side and crop the centre to this many pixels"
     )
-    sub.add_argument("--channels", type=int, default=3, choices=(1, 3))
+    sub.add_argument("--channels", type=int, default=None, choices=(1, 3), help="default: 3, or the autoencoder's")
     sub.add_argument(
         "--convert", action="store_true", help="turn grey images to colour or colour ones to grey as needed"
     )
     sub.add_argument("--test-fraction", type=float, default=0.1, help="held out where the source has no test part")
     sub.add_argument("--allow-unreadable", action="store_true", help="exit 0 although some files could not be read")
+    sub.add_argument("--image-column", default=None, metavar="NAME", help="of parquet files")
+    sub.add_argument("--caption-column", default=None, metavar="NAME", help="of parquet files; empty: no captions")
+    sub.add_argument(
+        "--encode",
+        action="append",
+        default=[],
+        metavar="KIND=MODEL",
+        help="vae=MODEL writes latents of the images, text=MODEL as well tokens of their captions",
+    )
+    sub.add_argument("--features", action="store_true", help="keep features of captions too, not tokens alone")
+    sub.add_argument("--aspects", action="store_true", help="keep images near their aspect ratio, in nine buckets")
+    sub.add_argument("--tokenizer", default=None, metavar="FILE", help="default: spiece.model beside the text encoder")
+    sub.add_argument("--batch", type=int, default=64, help="images encoded at a time")
+    opens(sub)
     verb("list", "Papers, their abilities, shipped configs and weights.")
     sub = verb("show", "One config in full.", "CONFIG", fields="override fields")
     sub.add_argument("--shardings", action="store_true", help="where every parameter of a run lies on its mesh")
@@ -447,17 +466,40 @@ def _write_json(path: str | None, figures: dict[str, Any]) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from zoo.data.prepare import prepare
+    options = {
+        "size": args.size,
+        "allow_unreadable": args.allow_unreadable,
+        "convert": args.convert,
+        "test_fraction": args.test_fraction,
+        "image_column": args.image_column,
+        "caption_column": args.caption_column,
+    }
+    if args.encode:
+        from zoo import dist
+        from zoo.commands import encode
 
-    report = prepare(
-        args.source,
-        args.dest,
-        size=args.size,
-        channels=args.channels,
-        allow_unreadable=args.allow_unreadable,
-        convert=args.convert,
-        test_fraction=args.test_fraction,
-    )
+        encoders = encode.chosen(args.encode)
+        dist.start(batch=max(args.batch, 1))
+        report = encode.encode(
+            args.source,
+            args.dest,
+            encoders,
+            channels=args.channels,
+            aspects=args.aspects,
+            features=args.features,
+            tokenizer=args.tokenizer,
+            batch=args.batch,
+            raw=args.raw,
+            allow=args.allow,
+            **options,
+        )
+    else:
+        from zoo.data.prepare import prepare
+
+        for flag in ("features", "aspects", "tokenizer"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag} says how images and captions are encoded; add --encode vae=MODEL")
+        report = prepare(args.source, args.dest, channels=args.channels or 3, **options)
     print(report)
     return 1 if report.unreadable and not args.allow_unreadable else 0
 

@@ -77,6 +77,14 @@ def locate(name: str | Folder) -> Folder:
     raise UserError(f"{name} is neither a folder nor a shipped model; {suggest(str(name), [*known, *here])}")
 
 
+def open_task(name: str | Folder, allow: Sequence[str] = ()) -> tuple[Any, Folder]:
+    """The task of a run, an export or a shipped name, without its parameters, and its folder."""
+    folder = locate(name)
+    about = read_config(folder)
+    described = about["run"]["task"] if "run" in about else about["task"]
+    return config.undump(described, allow, "task"), folder
+
+
 def open_model(name: str | Folder, *, raw: bool = False, allow: Sequence[str] = ()) -> Model:
     """Open a run folder (its newest checkpoint), an export, or a shipped name such as `tarflow-digits`.
 

@@ -7,7 +7,6 @@ features compare with each other, not with published ones. N images, D features.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections import Counter
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import hosts
+from zoo import hosts, weights
 from zoo.data.images import open_npz
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
@@ -203,14 +202,14 @@ class Frechet:
             )
 
         # off the devices and back: they were loaded for one device, and there may be a mesh of many here
-        weights = jax.tree.map(jnp.asarray, jax.device_get(network.params))
+        params = jax.tree.map(jnp.asarray, jax.device_get(network.params))
 
         @jax.jit
         def extract(params: Params, image: jax.Array) -> jax.Array:
             return network.task.features(params, {"image": 2 * quantise(image) / 255 - 1})
 
         def checked(image: Any) -> np.ndarray:
-            found = hosts.fetch(extract(weights, image))
+            found = hosts.fetch(extract(params, image))
             if not np.isfinite(found).all():
                 raise UserError(
                     f"features={name} of the metric frechet: {kind} gives features that are not finite; "
@@ -218,7 +217,7 @@ class Frechet:
                 )
             return found
 
-        return checked, f"{kind}, weights {_digest(network.task, network.params)}"
+        return checked, f"{kind}, weights {weights.digest(network.params, repr(network.task))}"
 
     def _data_features(
         self, data: Any, spec: Mapping[str, Any], flip: bool, features: Callable[[Any], np.ndarray]
@@ -266,15 +265,6 @@ def _finite(image: np.ndarray) -> np.ndarray:
 
 def _classes(task: Any) -> int:
     return getattr(task, "classes", 0) if "label" in task.spec(1) else 0
-
-
-def _digest(task: Any, params: Params) -> str:
-    """A short hash of a network: what it is, and every one of its weights."""
-    found = hashlib.sha256(repr(task).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        found.update(jax.tree_util.keystr(path).encode())
-        found.update(np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()[:16]
 
 
 def _kept(path: Path, settings: Mapping[str, Any], measure: Callable[[], Moments]) -> Moments:

@@ -138,6 +138,34 @@ def _check_looks(run: Run) -> None:
             run.source(metric.split)
 
 
+_ENCODERS = {"vae": "autoencoder", "text": "text encoder"}
+
+
+def _check_encoders(run: Run, given: Mapping[str, Params]) -> None:
+    """UserError when the data holds what other encoders made than those of this run (`Run.weights`, `task.vae.scale`)."""
+    made = run.data.made_with() if hasattr(run.data, "made_with") else {}
+    path = getattr(run.data, "path", "")
+    for key, name in _ENCODERS.items():
+        tree = given.get(key, given.get("", {}).get(key))
+        if key not in made or tree is None:
+            continue
+        here = weights.encoder_digest(tree)
+        if here != made[key]:
+            field = f"weights.{key}={run.weights[key]}" if run.weights and key in run.weights else "the run's weights"
+            raise UserError(
+                f"data.path={path} holds latents made by another {name} (digest {made[key]}) than {field} (digest {here}); "
+                f"encode the images again with `zoo prepare --encode {key}=...`, or name that {name} in weights.{key}"
+            )
+    vae = getattr(run.task, "vae", None)
+    if vae is not None and "vae_scale" in made:
+        scale = str(None if vae.scale is None else float(vae.scale))
+        if scale != made["vae_scale"]:
+            raise UserError(
+                f"task.vae.scale={scale}, but the latents in data.path={path} were made with {made['vae_scale']}; set "
+                f"task.vae.scale={made['vae_scale']}, or encode the images again"
+            )
+
+
 @contextmanager
 def _only_writer(folder: Folder) -> Iterator[None]:
     """Holds a run folder for this process; the system lets go of it however the process ends. A bucket has no locks."""
@@ -339,6 +367,8 @@ def train(
             hosts.same({"data": {"examples": length, "labels": list(labels)}}, config.differences)
         begun = folder is not None and hosts.told(lambda: bool(Checkpoints(folder, create=False).steps()))
         given = {} if begun else models.given_weights(run.weights or {})
+        if not begun:
+            _check_encoders(run, given)
         weights.fill(abstract.params, given)  # before the folder is claimed: it would belong to the wrong weights
         checkpoints = state = about = None
         if folder is not None:

@@ -6,12 +6,14 @@ layouts: *stacked*, `trunk/block/<leaf>` with a leading axis L, and *unrolled*, 
 """
 
 from zoo.weights.export import card, export_stablehlo, load, load_stablehlo, save
-from zoo.weights.layout import abstract, fill, flatten, matching, resolve, stacked, unflatten
+from zoo.weights.layout import abstract, digest, encoder_digest, fill, flatten, matching, resolve, stacked, unflatten
 from zoo.weights.official import from_official, read_state_dict, to_official, write_state_dict
 
 __all__ = [
     "abstract",
     "card",
+    "digest",
+    "encoder_digest",
     "export_stablehlo",
     "fill",
     "flatten",

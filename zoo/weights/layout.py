@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -72,6 +73,21 @@ def matching(tree: Any, like: Any) -> Any:
         },
     )
     return tree
+
+
+def digest(params: Mapping[str, Any], about: str = "") -> str:
+    """A short hash of every parameter and of `about`: 16 hex digits, the same for either layout and any precision it fits."""
+    found = hashlib.sha256(about.encode())
+    for name, leaf in flatten(stacked(jax.device_get(dict(params)))).items():
+        array = np.ascontiguousarray(leaf, np.float32)
+        found.update(f"{name} {array.shape} ".encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:16]
+
+
+def encoder_digest(params: Mapping[str, Any]) -> str:
+    """`digest` of what an encoder's output depends on: all but its `decoder`, which may be trained further."""
+    return digest({key: value for key, value in params.items() if key != "decoder"})
 
 
 def abstract(task: Task) -> Params:

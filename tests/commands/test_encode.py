@@ -1,0 +1,162 @@
+"""`zoo prepare --encode` with a tiny autoencoder and text encoder, and what a run says of latents made by others."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from zoo import cli, models, weights
+from zoo.data.latents import Latents
+from zoo.data.synthetic import Synthetic
+from zoo.encoders import text as encoders_text
+from zoo.encoders import tokenizer
+from zoo.encoders.vae import AutoEncoder
+from zoo.errors import UserError
+from zoo.train.loop import _check_encoders
+
+VAE = AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=2, scale=20.0)
+TEXT = encoders_text.T5(width=8, heads=2, head_dim=4, mlp=8, depth=1, vocab=50, tokens=3)
+
+
+class Words:
+    """A tokeniser without a model: every word is a number."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self, captions, length):
+        ids, lost = np.zeros((len(captions), length), np.int32), []
+        for row, caption in zip(ids, captions):
+            words = [2 + zlib.crc32(w.encode()) % 40 for w in caption.split()]
+            row[: len(words[: length - 1]) + 1] = [*words[: length - 1], 1]
+            lost.append(max(0, len(words) - length + 1))
+        return ids, lost
+
+
+def export_of(folder, task, seed=0):
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), weights.abstract(task))
+    model = models.Model(task, params, "raw", 5, Synthetic(), (), folder)
+    weights.save(folder, params, models.export_config(model), "a card")
+    return params
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("encode")
+    rng = np.random.default_rng(0)
+    (root / "pairs").mkdir()
+    for i in range(10):
+        pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(root / "pairs" / f"{i}.png")
+        (root / "pairs" / f"{i}.txt").write_text("a b c d" if i == 3 else f"number{i}")
+    export_of(root / "vae1", VAE)
+    text = export_of(root / "text", TEXT)
+    (root / "text" / "spiece.model").write_bytes(b"words")
+    return SimpleNamespace(path=root, text=text)
+
+
+@pytest.fixture(autouse=True)
+def here(root, monkeypatch):
+    monkeypatch.chdir(root.path)
+    monkeypatch.setattr(tokenizer, "Tokenizer", Words)
+
+
+def prepare(*words):
+    return cli.main(["prepare", "pairs", *words, "--size", "8", "--batch", "8", "--test-fraction", "0"])
+
+
+@pytest.fixture(scope="module")
+def fitting(root):
+    """The autoencoder with the scale that a first try is told; task and parameters."""
+    from zoo.commands.encode import encode
+
+    with pytest.raises(UserError, match=r"scale is likely wrong; task\.scale=") as error:
+        encode(str(root.path / "pairs"), str(root.path / "no"), {"vae": str(root.path / "vae1")}, size=8, batch=8)
+    scale = float(str(error.value).split("task.scale=")[1].split()[0])
+    assert not (root.path / "no").exists()
+    task = AutoEncoder(**{**VAE.__dict__, "scale": scale})
+    return task, export_of(root.path / "vae", task)
+
+
+def test_latents_and_features_are_those_of_the_networks(root, fitting, caplog):
+    task, params = fitting
+    assert prepare("out", "--encode", "vae=vae", "--encode", "text=text", "--features") == 0
+    assert "1 captions were longer than the 3 tokens" in caplog.text
+    data = Latents("out")
+    made = data.made_with()
+    assert made == {
+        "vae": weights.encoder_digest(params),
+        "vae_scale": str(task.scale),
+        "text": weights.encoder_digest(root.text),
+        "tokenizer": made["tokenizer"],
+    }
+    source = data.source("train")
+    assert len(source) == 10
+    for i in (0, 9):
+        pixels = np.asarray(Image.open(f"pairs/{i}.png"), np.float32)[None] / 127.5 - 1
+        mean, std = task.encode(params, pixels)
+        np.testing.assert_allclose(source[i]["latent"], mean[0], rtol=0.01, atol=1e-3)
+        np.testing.assert_allclose(source[i]["latent_std"], std[0], rtol=0.01, atol=1e-3)
+        for key, caption in (("", f"number{i}"), ("null_", "")):
+            tokens, _ = Words("")([caption], 3)
+            np.testing.assert_array_equal(source[i][f"{key}tokens"], tokens[0])
+            np.testing.assert_allclose(source[i][f"{key}text"], TEXT.encode(root.text, tokens)[0], rtol=0.01, atol=1e-3)
+    squares = [np.square(source[i]["latent"]) + np.square(source[i]["latent_std"]) for i in range(10)]
+    assert 0.9 < np.sqrt(np.mean(squares)) < 1.1
+
+
+def test_tokens_alone_need_no_weights_of_the_text_encoder(root, fitting, capsys):
+    about = json.loads((root.path / "text" / "config.json").read_text())
+    (root.path / "described").mkdir(exist_ok=True)
+    (root.path / "described" / "config.json").write_text(json.dumps(about))
+    assert prepare("tokens", "--encode", "vae=vae", "--encode", "text=described") == 2
+    assert "holds no spiece.model, which makes tokens" in capsys.readouterr().err
+    flags = ("--encode", "vae=vae", "--encode", "text=described", "--tokenizer", "text/spiece.model")
+    assert prepare("tokens", *flags) == 0
+    assert set(Latents("tokens").source("train")[0]) == {"latent", "latent_std", "tokens", "null_tokens"}
+    assert prepare("tokens", *flags, "--channels", "1") == 2
+    assert "--channels 1, but the autoencoder takes 3" in capsys.readouterr().err
+
+
+def test_a_run_refuses_latents_of_another_autoencoder(root, fitting):
+    task, params = fitting
+    made = {"vae": weights.encoder_digest(params), "vae_scale": str(task.scale), "tokenizer": "0"}
+    data = SimpleNamespace(path="out", made_with=lambda: made)
+
+    def run(vae, *given):
+        return SimpleNamespace(data=data, task=SimpleNamespace(vae=vae), weights=dict.fromkeys(given, "vae2"))
+
+    _check_encoders(run(task), {})
+    _check_encoders(run(task), {"vae": params})
+    _check_encoders(run(task), {"": {"vae": params, "flow0": {}}})
+    finer = {**params, "decoder": jax.tree.map(lambda x: x + 1, params["decoder"])}
+    _check_encoders(run(task), {"vae": finer})  # a decoder trained further makes no other latents
+    other = {**params, "encoder": jax.tree.map(lambda x: x + 1, params["encoder"])}
+    with pytest.raises(
+        UserError, match=rf"made by another autoencoder \(digest {made['vae']}\) than weights\.vae=vae2"
+    ):
+        _check_encoders(run(task, "vae"), {"vae": other})
+    with pytest.raises(UserError, match=r"task\.vae\.scale=20\.0, but the latents in data\.path=out were made with"):
+        _check_encoders(run(VAE), {})
+    _check_encoders(SimpleNamespace(data=Synthetic(), task=SimpleNamespace(vae=task), weights=None), {})
+
+
+def test_digests_are_of_all_weights_in_either_layout(root):
+    stacked = {"trunk": {"block": {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3)}}}
+    rows = {"trunk": {f"layer{i}": {"w": stacked["trunk"]["block"]["w"][i]} for i in range(2)}}
+    assert weights.digest(stacked) == weights.digest(rows) == weights.digest(jax.tree.map(jnp.asarray, rows))
+    assert weights.digest(stacked) == weights.digest(jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), stacked))
+    others = [
+        jax.tree.map(lambda x: x + (x == 5), stacked),
+        {"trunk": {"block": {"v": stacked["trunk"]["block"]["w"]}}},
+    ]
+    assert len({weights.digest(stacked), weights.digest(stacked, "x"), *map(weights.digest, others)}) == 4
+    assert len(weights.digest(stacked)) == 16

@@ -1,0 +1,210 @@
+"""`zoo prepare --encode`: images and captions through frozen networks, once, into a set of latents."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo import dist, models, weights
+from zoo.data.latents import encode_set
+from zoo.data.prepare import Report
+from zoo.data.records import sha256
+from zoo.errors import UserError, suggest
+from zoo.task import Params
+
+_log = logging.getLogger("zoo")
+_HOW = {
+    "vae": "get the published one with `zoo import starflow/sd_vae FILE OUT`, or train a small one with "
+    "`zoo train starflow/mnist_vae`",
+    "text": "get it with `zoo import starflow/flan_t5_xl FOLDER OUT`",
+}
+_PIECES = "spiece.model"
+_SHOWN = 5  # captions that are cut off, each with a line of its own
+
+
+def chosen(words: Sequence[str]) -> dict[str, str]:
+    """Models by kind, from KIND=MODEL."""
+    found: dict[str, str] = {}
+    for word in words:
+        kind, _, name = word.partition("=")
+        if kind not in _HOW:
+            raise UserError(
+                f"--encode {word} names no kind of encoder; {suggest(kind, _HOW)}: write --encode vae=MODEL"
+            )
+        if not name:
+            raise UserError(f"--encode {word} names no model; {_HOW[kind]}, and write --encode {kind}=OUT")
+        if kind in found:
+            raise UserError(f"--encode {kind}= is given twice; keep one")
+        found[kind] = name
+    if found and "vae" not in found:
+        raise UserError("--encode text=... needs an autoencoder for the images as well; add --encode vae=MODEL")
+    return found
+
+
+def encode(
+    source: str,
+    dest: str,
+    encoders: Mapping[str, str],
+    *,
+    size: int | None,
+    channels: int | None = None,
+    features: bool = False,
+    tokenizer: str | None = None,
+    batch: int = 64,
+    raw: bool = False,
+    allow: Sequence[str] = (),
+    **options: Any,
+) -> Report:
+    """Opens the encoders (`chosen`) and writes the set; `options` are those of `encode_set`.
+
+    Args:
+        channels: of the images; None: those of the autoencoder, which must agree.
+        features: keep the features of captions, not their tokens alone.
+        tokenizer: file of the tokeniser; None: `spiece.model` in the folder of the text encoder.
+
+    Raises:
+        UserError: a model that is missing or no encoder, senseless options, and what `encode_set` refuses.
+    """
+    if size is None:
+        raise UserError("--encode needs the side of the images; add --size, e.g. --size 256")
+    if batch < 1:
+        raise UserError(f"--batch {batch}; encode at least one image at a time")
+    for flag, given in (("--features", features), ("--tokenizer", tokenizer is not None)):
+        if given and "text" not in encoders:
+            raise UserError(f"{flag} needs a text encoder; add --encode text=MODEL, or leave it out")
+    text = _Text(encoders["text"], features, tokenizer, batch, raw, allow) if "text" in encoders else None
+    networks = Networks(_Vae(encoders["vae"], batch, raw, allow), text)
+    vae = networks.vae.task
+    if channels not in (None, vae.channels):
+        raise UserError(
+            f"--channels {channels}, but the autoencoder takes {vae.channels}; leave --channels out (--convert turns grey "
+            "images to colour and colour ones to grey)"
+        )
+    report = encode_set(
+        source, dest, networks, size=size, batch=batch, multiple=vae.factor, channels=vae.channels, **options
+    )
+    if text is not None and text.cut:
+        _log.warning("%d captions were longer than the %d tokens that are kept of each", text.cut, text.length)
+    return report
+
+
+class Networks:
+    """The encoders as `zoo.data.latents` wants them."""
+
+    def __init__(self, vae: _Vae, text: _Text | None) -> None:
+        self.vae, self._text = vae, text
+        self.about = {**vae.about, **(text.about if text is not None else {})}
+
+    def latents(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [N, H, W, C] -> scaled mean and standard deviation, float32 [N, h, w, c] each."""
+        mean, std = self.vae.net(images)
+        return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+    def text(self, captions: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """`tokens` int32 [N, S], and `text` features float32 [N, S, E] where they are kept."""
+        return None if self._text is None else self._text(captions)
+
+
+class _Net:
+    """A function of parameters and a batch, compiled once per shape, on all devices here that share the batch evenly."""
+
+    def __init__(self, function: Any, params: Params, batch: int) -> None:
+        self._mesh, self._params = dist.spread(params, batch)
+        self._function = jax.jit(function)
+
+    def __call__(self, rows: np.ndarray) -> Any:
+        with dist.use(self._mesh):
+            return jax.device_get(self._function(self._params, jax.device_put(rows, dist.batch_sharding(self._mesh))))
+
+
+class _Vae:
+    """An autoencoder: a task with `encode`, `factor`, `channels` and `scale`, or one that holds such a task as `vae`."""
+
+    def __init__(self, name: str, batch: int, raw: bool, allow: Sequence[str]) -> None:
+        _find("vae", name)
+        model = models.open_model(name, raw=raw, allow=allow)
+        task, params = model.task, model.params
+        if not hasattr(task, "factor") and getattr(task, "vae", None) is not None:
+            task, params = task.vae, params["vae"]
+        if not all(hasattr(task, word) for word in ("encode", "factor", "channels", "scale")):
+            raise UserError(f"--encode vae={name}: {type(task).__name__} is no autoencoder; {_HOW['vae']}")
+        self.task = task
+        scale = None if task.scale is None else float(task.scale)
+        self.about = {"vae": weights.encoder_digest(params), "vae_scale": str(scale)}
+        self.net = _Net(
+            lambda p, image: task.encode(p, image.astype(jnp.float32) / 127.5 - 1), _encoding(params), batch
+        )
+
+
+def _encoding(params: Params) -> Params:
+    """Without what only decodes: it need not lie on the devices."""
+    return {key: value for key, value in params.items() if key != "decoder"}
+
+
+class _Text:
+    """A tokeniser and, where features are kept, the network behind it: a task with `tokens` and `encode`."""
+
+    def __init__(
+        self, name: str, features: bool, tokenizer: str | None, batch: int, raw: bool, allow: Sequence[str]
+    ) -> None:
+        _find("text", name)
+        task, folder = models.open_task(name, allow)
+        if not all(hasattr(task, word) for word in ("encode", "tokens")):
+            raise UserError(f"--encode text={name}: {type(task).__name__} is no text encoder; {_HOW['text']}")
+        file = Path(tokenizer) if tokenizer is not None else None
+        if file is None and isinstance(folder, Path) and (folder / _PIECES).is_file():
+            file = folder / _PIECES
+        if file is None:
+            raise UserError(
+                f"{folder} holds no {_PIECES}, which makes tokens of captions; copy it there from where the text encoder is "
+                "published, or give it with --tokenizer FILE"
+            )
+        from zoo.encoders.tokenizer import Tokenizer
+
+        self._tokenizer = Tokenizer(file)
+        self.length, self.cut = int(task.tokens), 0
+        self.about = {"tokenizer": (sha256(file / _PIECES if file.is_dir() else file) or "")[:16]}
+        self._net: _Net | None = None
+        if features:  # else the tokens say all, and the network, which may be large, is not even opened
+            params = models.open_model(name, raw=raw, allow=allow).params
+            self.about["text"] = weights.encoder_digest(params)
+            self._net = _Net(task.encode, params, batch)
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        with _few_lines(_SHOWN if not self.cut else 0):
+            tokens, lost = self._tokenizer(captions, self.length)
+        self.cut += len({caption for caption, n in zip(captions, lost) if n})  # the last one may be there to fill up
+        if self._net is None:
+            return {"tokens": tokens}
+        return {"tokens": tokens, "text": np.asarray(self._net(tokens), np.float32)}
+
+
+@contextmanager
+def _few_lines(most: int) -> Iterator[None]:
+    """Lets the tokeniser warn of a few captions: it may be of millions."""
+    left = [most]
+
+    def passes(record: logging.LogRecord) -> bool:
+        left[0] -= record.module == "tokenizer"
+        return record.module != "tokenizer" or left[0] >= 0
+
+    _log.addFilter(passes)
+    try:
+        yield
+    finally:
+        _log.removeFilter(passes)
+
+
+def _find(kind: str, name: str) -> None:
+    """UserError with the way to get a model that is not there."""
+    try:
+        models.locate(name)
+    except UserError as error:
+        raise UserError(f"--encode {kind}={name}: {error}; {_HOW[kind]}") from None
