@@ -188,7 +188,10 @@ def test_aspect_buckets(pairs, tmp_path):
     assert {b["latent"].shape[1:] for b in first} == {(2, 2, 3), (height // 4, width // 4, 3)}
     again = next(batches(mixed, 4, 5, seed=1, spec=spec))
     np.testing.assert_array_equal(again["latent"], first[5]["latent"])
-    with pytest.raises(UserError, match="'latent': the data gives"):
+    wide_spec = {"latent": jax.ShapeDtypeStruct((4, 4, 4, 3), np.float32)}
+    with pytest.raises(UserError, match=r"set task\.latent=2,2 or another data\.aspect"):
+        batches(Latents(str(out)), 4, spec=wide_spec)
+    with pytest.raises(UserError, match=r"'latent': the data gives .*; set task\.channels=3"):
         batches(mixed, 4, spec={"latent": jax.ShapeDtypeStruct((4, 2, 2, 4), np.float32)})
 
 

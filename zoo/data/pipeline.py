@@ -191,14 +191,14 @@ def _keys(data: Data, source: Source, spec: Spec | None) -> tuple[str, ...]:
         if not fits or got.dtype != dtype:
             wrong.append(
                 f"{key!r}: the data gives {got.dtype}{list(got.shape)}, the task wants {dtype}{list(shape)}; "
-                + _advice(data, got.shape, shape)
+                + _advice(data, key, got.shape, shape)
             )
     if wrong:
         raise UserError(f"data={type(data).__name__} does not fit the task: " + ". Also ".join(wrong))
     return tuple(spec)
 
 
-def _advice(data: Data, got: tuple[int, ...], want: tuple[int, ...]) -> str:
+def _advice(data: Data, key: str, got: tuple[int, ...], want: tuple[int, ...]) -> str:
     if len(got) != 3 or len(want) != 3 or got == want:
         return "change the field of the task or of the data that sets it"
     ways = []
@@ -208,7 +208,10 @@ def _advice(data: Data, got: tuple[int, ...], want: tuple[int, ...]) -> str:
             f"data.channels={want[2]}" if has != want[2] else "data.convert=True" if hasattr(data, "convert") else ""
         )
         ways.append(f"set task.channels={got[2]}" + (f" or {other}" if other else ""))
-    if got[:2] != want[:2]:
+    if got[:2] != want[:2] and key != "image":
+        other = " or another data.aspect" if hasattr(data, "aspect") else ""
+        ways.append(f"set task.{key.partition('_')[0]}={got[0]},{got[1]}{other}")
+    elif got[:2] != want[:2]:
         ours = [f"task.image={got[0]}"] if got[0] == got[1] else []
         theirs = [f"data.size={want[0]}"] if hasattr(data, "size") else []
         ways.append(f"set {' or '.join(ours + theirs)}" if ours or theirs else "give square images")
