@@ -18,10 +18,21 @@ from PIL import Image
 import zoo
 from zoo import cli, models, weights
 from zoo.data.synthetic import Synthetic
+from zoo.encoders.text import T5
+from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 
 SMOKE = "tarflow/digits:smoke"
 TASK = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, noise_type="uniform", levels=17)
+
+LATENTS = StarFlow(latent=(4, 4), channels=2, width=32, depths=(1, 1), head_dim=32, reach=4.0, classes=2)
+TEXT = dataclasses.replace(
+    LATENTS,
+    classes=0,
+    text_tokens=4,
+    text_width=8,
+    text=T5(width=8, heads=1, head_dim=8, mlp=8, depth=1, vocab=40, tokens=4),
+)
 
 
 class Payload:
@@ -61,6 +72,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "    def init(self, rng): return {'w': jax.numpy.ones(self.width)}\n"
         "    def loss(self, params, batch, rng): return (batch['x'] @ params['w']).mean(), {}\n"
     )
+    export_of(root / "latents", LATENTS)
+    export_of(root / "text", TEXT)
+    export_of(root / "stored", dataclasses.replace(TEXT, text=None, captions="features"))
+    (root / "empty.txt").write_text("\n \n")
     export_of(root / "undated", TASK, data=None)
     export_of(root / "foreign", TASK, task={"class": "outsider.Task", "width": 2})
     export_of(root / "foreign_data", TASK, data={"class": "outsider.Data"})
@@ -157,6 +172,25 @@ MISTAKES = {
     "option of another type": ("sample run temperature=hot", "temperature='hot' is no float"),
     "whole and part": ("sample run guidance=2 guidance.what=a", "guidance is set both as a whole and in part"),
     "part of an option": ("sample run guidance.wight=1", "no field wight in Guidance; did you mean 'weight'?"),
+    "prompt for a class model": ("sample cond prompt=cat", "prompt=cat: this model is not conditioned on captions"),
+    "prompts for a class model": (
+        "sample cond prompts=file",
+        "prompts=file: this model is not conditioned on captions",
+    ),
+    "prompt and prompts": ("sample text prompt=cat prompts=file", "prompt= and prompts= are both given; keep one"),
+    "no file of prompts": ("sample text prompts=no.txt", "prompts=no.txt cannot be read (No such file or directory)"),
+    "a file of no prompts": ("sample text prompts=empty.txt", "prompts=empty.txt holds no caption"),
+    "prompt for stored features": (
+        "sample stored prompt=cat",
+        "trained on stored features of captions and holds no text",
+    ),
+    "nothing for stored features": ("sample stored", "what stands for no caption is not stored with it"),
+    "no tokeniser": ("sample text prompt=cat", "there is none in text; copy it there"),
+    "no such tokeniser": ("sample text prompt=cat --tokenizer no.model", "no.model is missing"),
+    "unknown aspect": ("sample latents aspect=16:8", "'16:8' is no aspect ratio of the buckets; did you mean '16:9'?"),
+    "aspect of squares": ("sample run aspect=16:9", "aspect=16:9: all images of TarFlow have one shape; leave it out"),
+    "aspect and grid": ("sample latents aspect=16:9 grid=4,8", "aspect=16:9 and grid= both say the shape; keep one"),
+    "latents and no autoencoder": ("sample latents", "names no autoencoder: set task.vae and weights.vae"),
     "no samples": ("sample run n=0", "n=0; draw at least one sample"),
     "no batch": ("sample run --batch 0", "--batch 0"),
     "unwritable samples": ("sample run n=1 --out file/samples", "cannot write samples to file/samples"),

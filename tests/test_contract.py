@@ -13,7 +13,7 @@ from zoo import config, dist, weights
 from zoo.run import Run
 from zoo.train import optim
 from zoo.train.loop import train
-from zoo.train.step import State, abstract_state, make_sampler, split
+from zoo.train.step import State, abstract_state, make_sampler, sampler_spec, split
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [name for name, path in config.shipped().items() if isinstance(config.load(str(path)), Run)]
@@ -79,7 +79,7 @@ def test_samples_have_the_promised_shape(trained: Any) -> None:
     if not hasattr(run.task, "sample"):
         pytest.skip("this task has no sampler")
     assert run.samples.n > 0, "the smoke run draws no samples"
-    drawn = jax.eval_shape(make_sampler(run.task, 4, {}), state.params, jax.random.key(0))
+    drawn = jax.eval_shape(make_sampler(run.task, 4, {}), state.params, jax.random.key(0), sampler_spec(run.task, 4))
     spec = run.task.spec(4)
     assert set(drawn) & set(spec)
     for key in set(drawn) & set(spec):

@@ -63,12 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         "sample",
         "Draw samples from a run, an export or a shipped model.",
         "MODEL",
-        fields="n, seed, label and the sampler's options, e.g. n=64 guidance=2.0",
+        fields="n, seed, label, prompt or prompts=FILE, aspect and the sampler's options, e.g. n=64 guidance=2.0",
     )
     sub.add_argument(
         "--out", default=None, metavar="FOLDER", help="default: samples/ in the run folder, or samples/ here"
     )
     sub.add_argument("--batch", type=int, default=64, help="samples per batch")
+    sub.add_argument("--tokenizer", default=None, metavar="FILE", help="default: spiece.model beside the model")
     opens(sub)
     sub = verb(
         "eval",
@@ -250,7 +251,7 @@ def _run(run: Any, name: str) -> Any:
 
 
 def _options(model: Any, fields: Sequence[str]) -> dict[str, Any]:
-    """n, seed, label and the sampler's own options from `field=value`, typed by the sampler's signature."""
+    """What samples are asked for and the sampler's own options from `field=value`, typed by the sampler's signature."""
     from zoo import config
 
     if not hasattr(model.task, "sample"):
@@ -262,8 +263,9 @@ def _options(model: Any, fields: Sequence[str]) -> dict[str, Any]:
     signature = inspect.signature(model.task.sample)
     own = {p.name: p.default for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
     hints = typing.get_type_hints(type(model.task).sample)
-    kinds = {"n": int, "seed": int, "label": str, **{k: hints.get(k, Any) for k in own}}
-    values: dict[str, Any] = {"n": 64, "seed": 0, "label": None, **own}
+    words: dict[str, Any] = dict.fromkeys(("label", "prompt", "prompts", "aspect"))
+    kinds = {"n": int, "seed": int, **dict.fromkeys(words, str), **{k: hints.get(k, Any) for k in own}}
+    values: dict[str, Any] = {"n": None, "seed": 0, **words, **own}
     nested: dict[str, list[str]] = {}
     for text in fields:
         key, equals, value = text.partition("=")
@@ -279,7 +281,7 @@ def _options(model: Any, fields: Sequence[str]) -> dict[str, Any]:
             continue
         if head in ("n", "seed"):
             values[head] = config.parse(value, int, head)
-        elif head == "label":
+        elif head in words:
             values[head] = value
         else:
             simple = [k for k in (typing.get_args(kinds[head]) or (kinds[head],)) if not dataclasses.is_dataclass(k)]
@@ -291,7 +293,7 @@ def _options(model: Any, fields: Sequence[str]) -> dict[str, Any]:
         if not classes:
             raise UserError(f"option {head} has no parts; write {head}=value")
         values[head] = config.override(classes[0](), parts)  # type: ignore[operator]
-    if values["n"] < 1:
+    if values["n"] is not None and values["n"] < 1:
         raise UserError(f"n={values['n']}; draw at least one sample")
     return values
 
@@ -330,16 +332,36 @@ def _sample(args: argparse.Namespace) -> int:
     dist.start(batch=max(args.batch, 1))
     model = models.open_model(args.model, raw=args.raw, allow=args.allow)
     options = _options(model, args.fields)
-    n, seed, text = (options.pop(k) for k in ("n", "seed", "label"))
+    n, seed, text, prompt, prompts, aspect = (
+        options.pop(k) for k in ("n", "seed", "label", "prompt", "prompts", "aspect")
+    )
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}; draw at least one sample at a time")
+    from zoo.commands import conditions
+
+    texts, asked = conditions.read(model.task, prompt, prompts)
+    n = n or (len(texts) if texts and prompts is not None else 64)
     labels = label_numbers(text, getattr(model.task, "classes", 0), model.labels, n)
+    options, about = conditions.shaped(model.task, aspect, options)
+    given, captions = conditions.given(model, labels, texts, n, options, aspect, args.tokenizer)
+    if not getattr(model.task, "given", ()):
+        asked = {"label": None if labels is None else text or "balanced"}
     out = paths.reach(args.out, "--out ") if args.out else paths.where("samples")
     if not args.out and model.run is not None:
         out = model.folder / "samples"
     from zoo.commands.sample import draw
 
-    draw(model, out, n=n, seed=seed, labels=labels, asked=text, batch=min(args.batch, n), options=options)
+    draw(
+        model,
+        out,
+        n=n,
+        seed=seed,
+        conditions=given,
+        captions=captions,
+        asked={**asked, **about},
+        batch=min(args.batch, n),
+        options=options,
+    )
     return 0
 
 

@@ -34,7 +34,7 @@ from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.run import Run
 from zoo.train import optim
-from zoo.train.step import compile_step
+from zoo.train.step import compile_step, make_sampler, sampler_spec
 
 WHAT = {"both": ("train", "sample"), "all": ("train", "sample", "data")}  # names of several parts at once
 PARTS = ("train", "sample", "data")
@@ -353,11 +353,12 @@ def time_step(run: Run, mesh: jax.sharding.Mesh, step: _Stepper, twin: Any, host
 def time_sampler(run: Run, params: Any, twin: Any, n: int, rounds: int) -> Figures:
     """Seconds that a batch of n samples takes, beside the peer, on the devices that `zoo sample` would use."""
     task = run.task
-    label = jnp.arange(n) % task.classes if getattr(task, "classes", 0) else None
     # A peer inverts and no more, so neither do we beside one.
     inverts = twin is not None and "denoise" in inspect.signature(task.sample).parameters
     options = {"denoise": 0.0} if inverts else {}
-    draw = jax.jit(lambda p, key: task.sample(p, key, n, None if label is None else {"label": label}, **options))
+    spec = sampler_spec(task, n)
+    given = None if spec is None else {key: jnp.zeros(leaf.shape, leaf.dtype) for key, leaf in spec.items()}
+    draw = jax.jit(make_sampler(task, n, options))
     with contextlib.ExitStack() as stack:
         if jax.process_count() == 1:
             mesh, params = dist.spread(params, n)
@@ -365,7 +366,7 @@ def time_sampler(run: Run, params: Any, twin: Any, n: int, rounds: int) -> Figur
 
         def ours(count: int) -> None:
             for k in range(count):
-                jax.block_until_ready(draw(params, jax.random.key(k)))
+                jax.block_until_ready(draw(params, jax.random.key(k), given))
 
         sides: dict[str, Callable[[int], None]] = {"ours": ours}
         if twin is not None:

@@ -25,7 +25,7 @@ from zoo.commands.chips import Chip
 from zoo.errors import UserError
 from zoo.run import Run
 from zoo.train import optim
-from zoo.train.step import State, abstract_state, compile_step, make_sampler
+from zoo.train.step import State, abstract_state, compile_step, make_sampler, sampler_spec
 
 _log = logging.getLogger("zoo")
 _TRIES = 3  # programs compiled in search of one that fits
@@ -176,7 +176,13 @@ def compile_run(run: Run, to: Target, what: str = "train", samples: int | None =
             program = jax.jit(make_sampler(run.task, items, run.samples.options))
             whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             state = abstract.params
-            arguments = (state, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole))
+            arguments = (
+                state,
+                *jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+                    (key, sampler_spec(run.task, items)),
+                ),
+            )
         traced = program.trace(*arguments)
         operations = flops.count(traced.jaxpr)
         figures: dict[str, Any] = {

@@ -15,7 +15,7 @@ from zoo import config, dist, paths
 from zoo.errors import UserError
 from zoo.models import Model
 from zoo.paths import Folder
-from zoo.train.report import class_name, grid, save_png
+from zoo.train.report import grid, save_png
 
 _log = logging.getLogger("zoo")
 _RETRIES = 3  # times that a sample which overflowed is drawn again, from new noise
@@ -38,42 +38,53 @@ def draw(
     *,
     n: int,
     seed: int,
-    labels: np.ndarray | None,
-    asked: str | None,
+    conditions: Mapping[str, np.ndarray] | None,
+    captions: Sequence[str] | None,
+    asked: Mapping[str, Any],
     batch: int,
     options: Mapping[str, Any],
 ) -> None:
     """Draw n samples into `out`: `000000.png` ..., `sheet.png` and `settings.json`. Files already there are kept.
 
-    `asked` is what the user wrote for `labels`: with it, sample i has the same label whatever n.
+    Args:
+        conditions: arrays that lead with n, for the task's `sample`; None: none.
+        captions: n texts, for the sheet and the images' metadata; None: none.
+        asked: what the user wrote for `conditions`, kept in `settings.json`: with it, sample i has the same condition
+            whatever n.
 
     Raises:
-        UserError: the folder holds samples with other settings, or cannot be written.
+        UserError: a model that draws no images; the folder holds samples with other settings, or cannot be written.
     """
-    captions: Sequence[str] | None = None
-    if labels is not None:
-        captions = [class_name(model.labels, i) for i in labels]
     settings = {
         "model": str(model.folder),
         "step": model.step,
         "weights": model.kind,
         "seed": seed,
-        "label": None if captions is None else asked or "balanced",
+        **asked,
         **_plain(options),
     }
+    sampler = jax.jit(lambda params, rng, given: model.task.sample(params, rng, batch, given, **options))
+    mesh, params = dist.spread(model.params, batch)
+    with dist.use(mesh):
+        first = np.zeros(batch, int)
+        if "image" not in sampler.eval_shape(params, keys(seed, first), _rows(conditions, first)):
+            raise UserError(
+                f"{model.folder}: this model draws latents and names no autoencoder: set task.vae and weights.vae "
+                "(`zoo import starflow/sd_vae FILE OUT`), or bring its weights into a config that does (`zoo export "
+                "MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.vae=...`)"
+            )
     _claim(out, settings)
-    sampler = jax.jit(lambda params, rng, label: model.task.sample(params, rng, batch, _conditions(label), **options))
+    word = "label" if conditions is not None and "label" in conditions else "prompt"
     there = set(paths.names(out))
     missing = [i for i in range(n) if f"{i:06d}.png" not in there]
-    mesh, params = dist.spread(model.params, batch)
     for begin in range(0, len(missing), batch):
         rows = np.array(missing[begin : begin + batch])
         with dist.use(mesh):
-            images, lost = _finite(sampler, params, seed, rows, labels, batch)
+            images, lost = _finite(sampler, params, seed, rows, conditions, batch)
         for i, image in zip(rows, images):
             about = {**{k: str(v) for k, v in settings.items()}, "index": str(i)}
             if captions is not None:
-                about["label"] = captions[i]
+                about[word] = captions[i]
             save_png(out / f"{i:06d}.png", image, about)
         if lost:
             _log.warning(
@@ -86,23 +97,28 @@ def draw(
     print(f"{n} samples in {out} (sheet.png; {'average' if model.kind == 'ema' else model.kind} weights, seed {seed})")
 
 
-def _conditions(label: jax.Array | None) -> dict[str, jax.Array] | None:
-    return None if label is None else {"label": label}
+def _rows(conditions: Mapping[str, np.ndarray] | None, rows: np.ndarray) -> dict[str, jax.Array] | None:
+    return None if conditions is None else {key: jnp.asarray(array[rows]) for key, array in conditions.items()}
 
 
 def _finite(
-    sampler: Any, params: Any, seed: int, rows: np.ndarray, labels: np.ndarray | None, batch: int
+    sampler: Any,
+    params: Any,
+    seed: int,
+    rows: np.ndarray,
+    conditions: Mapping[str, np.ndarray] | None,
+    batch: int,
 ) -> tuple[np.ndarray, list[int]]:
     """Samples of these rows; those that overflow are drawn again one by one from new noise."""
     padded = np.resize(rows, batch)  # one compiled shape, whatever is left
-    label = None if labels is None else jnp.asarray(labels[padded])
-    images = np.array(sampler(params, keys(seed, padded), label)["image"])[: len(rows)]
+    given = _rows(conditions, padded)
+    images = np.array(sampler(params, keys(seed, padded), given)["image"])[: len(rows)]
     for attempt in range(1, _RETRIES + 1):
         bad = [k for k in range(len(rows)) if not np.isfinite(images[k]).all()]
         if not bad:
             return images, []
         _log.warning("samples %s overflowed and are drawn again", ", ".join(str(rows[k]) for k in bad))
-        again = np.array(sampler(params, keys(seed, padded, attempt), label)["image"])
+        again = np.array(sampler(params, keys(seed, padded, attempt), given)["image"])
         for k in bad:
             images[k] = again[k]
     return images, [int(rows[k]) for k in range(len(rows)) if not np.isfinite(images[k]).all()]

@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zoo import config, dist, hosts, models, paths, weights
-from zoo.data.pipeline import label_names
+from zoo.data.pipeline import epoch, label_names
 from zoo.errors import UserError
 from zoo.paths import Folder
 from zoo.run import MAY_DIFFER, Run
@@ -25,7 +26,7 @@ from zoo.task import Params, check_needs, check_options
 from zoo.train import optim, tracking
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.report import Report, class_name
-from zoo.train.step import Metrics, State, compile_step, make_sampler
+from zoo.train.step import Metrics, State, compile_step, make_sampler, sampler_spec
 
 _log = logging.getLogger("zoo")
 _PUSH = 10.0  # seconds that a save waits for the records of its steps to reach a bucket
@@ -211,6 +212,15 @@ def _first(state: State, given: Mapping[str, Params], where: Any) -> State:
     return state.replace(params=params, ema=trained)
 
 
+def _held_out(run: Run, n: int) -> dict[str, np.ndarray] | None:
+    """Captions and the like for n samples: those of the first held-out examples, in turn; None where a task has none."""
+    spec = sampler_spec(run.task, n)
+    if spec is None:
+        return None
+    batch, count = next(epoch(run.data, n, split="test", spec=spec, limit=n))
+    return {key: array[np.arange(n) % count] for key, array in batch.items()}
+
+
 class _Watch:
     """Looks at the model while it trains: sheets and metrics, from the average where there is one, and says which."""
 
@@ -222,6 +232,7 @@ class _Watch:
         self.draw = None
         if n and hasattr(run.task, "sample"):
             self.draw = jax.jit(make_sampler(run.task, n, run.samples.options))
+            self.conditions = _held_out(run, n)
 
     def due(self, step: int, every: int) -> bool:
         return step == self.run.steps or (every > 0 and step % every == 0)
@@ -236,7 +247,7 @@ class _Watch:
         params: Params = {**state.params, **state.ema}
         with self.report.away():
             if sheet and self.draw is not None:
-                drawn = hosts.fetch(self.draw(params, jax.random.key(run.seed)))
+                drawn = hosts.fetch(self.draw(params, jax.random.key(run.seed), self.conditions))
                 if "image" in drawn:
                     names = [class_name(self.labels, i) for i in drawn["label"]] if "label" in drawn else None
                     self.report.sheet(

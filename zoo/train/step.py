@@ -119,11 +119,24 @@ def make_train_step(
     return step
 
 
-def make_sampler(task: Any, n: int, options: Mapping[str, Any]) -> Callable[[Params, jax.Array], dict[str, jax.Array]]:
-    """A pure function (params, rng) -> n samples of a task, with labels balanced over its classes."""
+def make_sampler(task: Any, n: int, options: Mapping[str, Any]) -> Callable[..., dict[str, jax.Array]]:
+    """A pure function (params, rng, conditions=None) -> n samples of a task.
+
+    Without conditions, arrays that lead with n, its labels are balanced over its classes.
+    """
     classes = getattr(task, "classes", 0)
-    conditions = {"label": np.arange(n, dtype=np.int32) % classes} if classes and "label" in task.spec(1) else None
-    return lambda params, rng: task.sample(params, rng, n, conditions, **options)
+    balanced = {"label": np.arange(n, dtype=np.int32) % classes} if classes and "label" in task.spec(1) else None
+
+    def sampler(params: Params, rng: jax.Array, conditions: Any = None) -> dict[str, jax.Array]:
+        return task.sample(params, rng, n, balanced if conditions is None else conditions, **options)
+
+    return sampler
+
+
+def sampler_spec(task: Any, n: int) -> dict[str, jax.ShapeDtypeStruct] | None:
+    """Shapes of the conditions that n samples take from a batch of data (`task.given`); None for a task without any."""
+    given = getattr(task, "given", ())
+    return {key: leaf for key, leaf in task.spec(n).items() if key in given} if given else None
 
 
 def abstract_state(

@@ -6,7 +6,18 @@ layouts: *stacked*, `trunk/block/<leaf>` with a leading axis L, and *unrolled*, 
 """
 
 from zoo.weights.export import card, export_stablehlo, load, load_stablehlo, save
-from zoo.weights.layout import abstract, digest, encoder_digest, fill, flatten, matching, resolve, stacked, unflatten
+from zoo.weights.layout import (
+    abstract,
+    digest,
+    encoder_digest,
+    fill,
+    flatten,
+    matching,
+    parts_of,
+    resolve,
+    stacked,
+    unflatten,
+)
 from zoo.weights.official import from_official, read_state_dict, to_official, write_state_dict
 
 __all__ = [
@@ -21,6 +32,7 @@ __all__ = [
     "load",
     "load_stablehlo",
     "matching",
+    "parts_of",
     "read_state_dict",
     "resolve",
     "save",

@@ -207,12 +207,18 @@ def refuse(what: str, todo: str, faults: Mapping[str, Sequence[str]]) -> None:
         raise UserError(f"{what}: {'; '.join(found)}; {todo}")
 
 
+def parts_of(reference: str) -> tuple[str, str]:
+    """PATH and KEY of what stands in `Run.weights`: "PATH" (then KEY is empty) or "PATH:KEY"."""
+    path, colon, key = reference.rpartition(":")
+    return (path, key) if colon and path and re.fullmatch(r"\w+", key) else (reference, "")
+
+
 def resolve(reference: str, read: Callable[[str], Params]) -> Params:
     """The tree that `Run.weights` means by "PATH" or "PATH:KEY"; `read(PATH)` gives a run's or export's parameters."""
-    path, colon, key = reference.rpartition(":")
-    if not (colon and path and re.fullmatch(r"\w+", key)):
-        return read(reference)
+    path, key = parts_of(reference)
     tree = read(path)
+    if not key:
+        return tree
     if key not in tree:
         raise UserError(f"weights: {path} has no parameters named {key!r}; {suggest(key, tree)}")
     return tree[key]

@@ -1,0 +1,164 @@
+"""What samples are conditioned on: captions as tokens, the shape of an aspect ratio, and where tokenisers lie."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoo import models, paths, weights
+from zoo.data.captions import bucket, nearest, template
+from zoo.encoders.tokenizer import NAME, Tokenizer
+from zoo.errors import UserError
+from zoo.models import Model
+from zoo.paths import Folder
+from zoo.train.report import class_name
+
+_log = logging.getLogger("zoo")
+
+
+def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] | None, dict[str, Any]]:
+    """The captions that `prompt=` or the lines of the file `prompts=` give, and what to remember of them.
+
+    Raises:
+        UserError: both are given, the task takes no captions, or the file is missing or holds none.
+    """
+    if prompt is None and prompts is None:
+        return None, {"prompt": None}
+    if prompt is not None and prompts is not None:
+        raise UserError("prompt= and prompts= are both given; keep one: prompts=FILE holds one caption per line")
+    field = f"prompt={prompt}" if prompt is not None else f"prompts={prompts}"
+    given = getattr(task, "given", ())
+    if "text" in given:
+        raise UserError(
+            f"{field}: this model was trained on stored features of captions and holds no text encoder; give it one: "
+            "`zoo export MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.text=ENCODER` with a config "
+            "whose task has text and captions='tokens'"
+        )
+    if "tokens" not in given:
+        other = "label=" if getattr(task, "classes", 0) else "no condition"
+        raise UserError(f"{field}: this model is not conditioned on captions; leave it out (it takes {other})")
+    if prompt is not None:
+        return [prompt], {"prompt": prompt}
+    assert prompts is not None
+    try:
+        data = Path(prompts).read_bytes()
+        found = [line.strip() for line in data.decode("utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{field} cannot be read ({error.strerror}); give a text file, one caption per line") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{field} is no UTF-8 text; give a text file, one caption per line") from None
+    if not found:
+        raise UserError(f"{field} holds no caption; give a text file, one caption per line")
+    return found, {"prompts": f"{Path(prompts).name} (sha256 {hashlib.sha256(data).hexdigest()})"}
+
+
+def shaped(task: Any, aspect: str | None, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the sampler for an aspect ratio such as "16:9", and what to remember of it.
+
+    The area is that of the latents the task was trained on, as in the buckets of `zoo prepare --aspects`.
+    """
+    if aspect is None:
+        return dict(options), {}
+    if "grid" not in inspect.signature(task.sample).parameters:
+        raise UserError(f"aspect={aspect}: all images of {type(task).__name__} have one shape; leave it out")
+    if options.get("grid") is not None:
+        raise UserError(f"aspect={aspect} and grid= both say the shape; keep one")
+    side = round(math.sqrt(math.prod(task.latent)) * task.factor)
+    height, width = bucket(side, aspect, task.multiple)
+    return {**options, "grid": (height // task.factor, width // task.factor)}, {"aspect": aspect}
+
+
+def given(
+    model: Model,
+    labels: np.ndarray | None,
+    texts: Sequence[str] | None,
+    n: int,
+    options: Mapping[str, Any],
+    aspect: str | None,
+    tokenizer: str | None,
+) -> tuple[dict[str, np.ndarray] | None, list[str] | None]:
+    """Arrays that lead with n for the task's sampler, and n words for people; sample i has caption i modulo their number.
+
+    Args:
+        labels: class numbers [n] of a task with classes.
+        texts: captions; None: drawn without any.
+        options: of the sampler, whose `grid` tells the aspect ratio where `aspect` does not.
+        tokenizer: file of the tokeniser; None: the one that belongs to the model.
+    """
+    task = model.task
+    if labels is not None:
+        return {"label": labels}, [class_name(model.labels, i) for i in labels]
+    wanted = getattr(task, "given", ())
+    if "text" in wanted:
+        raise UserError(
+            "this model was trained on stored features of captions (task.captions='features'), and what stands for no "
+            "caption is not stored with it; give it a text encoder: `zoo export MODEL FILE --format official`, then `zoo "
+            "import CONFIG FILE OUT weights.text=ENCODER` with a config whose task has text and captions='tokens'"
+        )
+    if "tokens" not in wanted:
+        return None, None
+    around = None
+    if getattr(task, "template", "plain") == "aspect":
+        rows, columns = options.get("grid") or task.latent
+        around = aspect or nearest(columns, rows)
+    if texts is None:
+        _log.info("no prompt=: samples are drawn without a caption")
+        if around is None:
+            return None, None
+    length = task.spec(1)["tokens"].shape[1]
+    encode = _open(model, tokenizer)
+    null, _ = encode([template("", aspect=around)], length)
+    arrays = {"null_tokens": np.repeat(null, n, 0)}
+    if texts is None:
+        return arrays, None
+    ids, _ = encode([template(text, aspect=around) for text in texts], length)
+    turn = np.arange(n) % len(texts)
+    return {"tokens": ids[turn], **arrays}, [texts[i] for i in turn.tolist()]
+
+
+def _open(model: Model, tokenizer: str | None) -> Tokenizer:
+    if tokenizer is not None:
+        found = Tokenizer(tokenizer)
+    else:
+        places = homes(model.folder, model.run.weights if model.run is not None else None)
+        folder = next((place for place in places if has_tokenizer(place)), None)
+        if folder is None:
+            raise UserError(
+                f"captions need the tokeniser {NAME}, and there is none in {' or '.join(map(str, places))}; copy it there from "
+                "where the text encoder is published, or give it with --tokenizer FILE"
+            )
+        with paths.here(folder, (NAME,)) as near:
+            found = Tokenizer(near)
+    vocab = getattr(getattr(model.task, "text", None), "vocab", None)
+    if vocab is not None and len(found) > vocab:
+        raise UserError(
+            f"the tokeniser has {len(found)} pieces, and the model's text encoder knows {vocab} (task.text.vocab); give the "
+            f"{NAME} that comes with this text encoder, with --tokenizer FILE"
+        )
+    return found
+
+
+def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder]:
+    """Where the tokeniser of a model may lie: its own folder, then that of its text encoder (`Run.weights`)."""
+    found = [] if folder is None else [folder]
+    for key in ("text", ""):
+        if given and key in given:
+            name, _ = weights.parts_of(given[key])
+            try:
+                found.append(models.locate(name))
+            except UserError:
+                found.append(paths.where(name))
+    return found
+
+
+def has_tokenizer(folder: Folder) -> bool:
+    """Whether a folder holds the file of a tokeniser."""
+    with paths.sentence(folder):
+        return (folder / NAME).is_file()
