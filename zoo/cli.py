@@ -422,8 +422,10 @@ def _import(args: argparse.Namespace) -> int:
     from zoo import config
     from zoo.commands.weights import import_checkpoint
 
-    run = _run(config.load(args.config, args.fields), args.config)
-    print(import_checkpoint(run, Path(args.file), Path(args.out)))
+    value = config.load(args.config, args.fields)
+    if not (dataclasses.is_dataclass(value) and hasattr(value, "init") and hasattr(value, "import_names")):
+        value = _run(value, args.config)
+    print(import_checkpoint(value, Path(args.file), Path(args.out)))
     return 0
 
 

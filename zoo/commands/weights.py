@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import models, weights
+from zoo import models, paths, weights
+from zoo.commands.conditions import has_tokenizer, homes
+from zoo.encoders.tokenizer import NAME
 from zoo.errors import UserError
 from zoo.models import Model
+from zoo.paths import Folder
 from zoo.run import Run
 from zoo.train.report import read_metrics
 
@@ -35,7 +39,25 @@ def _last_eval(model: Model) -> dict[str, Any]:
     return found
 
 
-def _write(model: Model, out: Path, metrics: dict[str, Any]) -> None:
+HINTS = {"vae": "zoo import starflow/sd_vae FILE OUT", "text": "zoo import starflow/flan_t5_xl FILE OUT"}
+
+
+def _licence(model: Model) -> str | None:
+    """Terms of the published weights of a task, where these parameters are or come from such."""
+    own = model.run is not None and any(key not in model.task.held for key in model.run.weights or {})
+    return getattr(model.task, "licence", None) if model.kind == "imported" or own else None
+
+
+def _tokenizer(places: Iterable[Folder]) -> dict[str, bytes]:
+    """The file of the tokeniser in the first of these folders that has it."""
+    for folder in places:
+        if has_tokenizer(folder):
+            with paths.sentence(folder / NAME):
+                return {NAME: (folder / NAME).read_bytes()}
+    return {}
+
+
+def _write(model: Model, out: Path, metrics: dict[str, Any], files: Mapping[str, bytes]) -> None:
     count = sum(np.size(x) for x in jax.tree.leaves(model.params))
     card = weights.card(
         task=type(model.task).__name__,
@@ -45,8 +67,9 @@ def _write(model: Model, out: Path, metrics: dict[str, Any]) -> None:
         metrics=metrics,
         kind=model.kind,
         parameters=count,
+        licence=_licence(model),
     )
-    weights.save(out, model.params, models.export_config(model, metrics), card)
+    weights.save(out, model.params, models.export_config(model, metrics), card, files)
 
 
 def export(model: Model, out: Path, form: str, samples: int) -> str:
@@ -67,7 +90,7 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
     metrics = _last_eval(model) if model.run is not None else models.read_config(model.folder).get("metrics", {})
     if form == "stablehlo" and not hasattr(model.task, "sample"):
         raise UserError(f"{type(model.task).__name__} has no sampler to export; use --format zoo")
-    _write(model, out, metrics)
+    _write(model, out, metrics, _tokenizer(homes(model.folder, model.run.weights if model.run is not None else None)))
     if form == "zoo":
         return f"{out}: model.safetensors, config.json, README.md ({which})"
     classes = getattr(model.task, "classes", 0)
@@ -85,14 +108,47 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
     return f"{out}: as a zoo export, and stablehlo/ with a sampler of {samples} images a call ({which})"
 
 
-def import_checkpoint(run: Run, file: Path, out: Path) -> str:
-    """Bring a published checkpoint of `run.task` into an export; returns what to tell the user.
+def import_checkpoint(config: Any, file: Path, out: Path) -> str:
+    """Bring a published checkpoint into an export; returns what to tell the user.
 
-    The config gives what shapes can't tell (head size, patch, noise). UserError listing every tensor that is missing,
-    left over or of another shape; nothing is written then.
+    The config, a run or a bare task, gives what shapes can't tell (head size, patch, noise); networks that the task holds
+    and the checkpoint has not are those of `Run.weights`. A tokeniser beside the file, or beside the text encoder, is kept.
+
+    Args:
+        file: a file of tensors, or a folder of its parts.
+
+    Raises:
+        UserError: every tensor that is missing, left over or of another shape, or a held network that is not given;
+            nothing is written then.
     """
-    params = weights.from_official(run.task, weights.read_state_dict(file))
-    model = Model(run.task, params, "imported", None, run.data, (), out)
-    _write(model, out, {})
+    task, given = (config.task, config.weights) if isinstance(config, Run) else (config, None)
+    params = weights.from_official(task, weights.read_state_dict(file), _held(task, given or {}))
+    model = Model(task, params, "imported", None, config.data if isinstance(config, Run) else None, (), out)
+    _write(model, out, {}, _tokenizer(homes(file if file.is_dir() else file.parent, given)))
     count = sum(np.size(x) for x in jax.tree.leaves(params))
-    return f"{out}: {count:,} parameters of {type(run.task).__name__}, every tensor used (`zoo sample {out}` draws from it)"
+    use = f"`zoo sample {out}` draws from it" if hasattr(task, "sample") else "a run names it in its weights"
+    note = f"\n{terms}" if (terms := _licence(model)) else ""
+    return f"{out}: {count:,} parameters of {type(task).__name__}, every tensor used ({use}){note}"
+
+
+def _held(task: Any, given: Mapping[str, str]) -> dict[str, Any]:
+    """Parameters of the networks that a task holds and that its published layout leaves out."""
+    names = task.import_names() if task.held and hasattr(task, "import_names") else []
+    there = {name.target.split("/")[0] for name in names if name.target}
+    wanted = [key for key in task.held if key not in there] if names else []
+    for key in wanted:
+        if key not in given:
+            how = f"; `{HINTS[key]}` brings in the published one" if key in HINTS else ""
+            raise UserError(
+                f"weights.{key} is missing: {type(task).__name__} holds this network, and the checkpoint has it not{how}; then "
+                f"add weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
+            )
+    found: dict[str, Any] = {}
+    for key in wanted:
+        try:
+            models.locate(weights.parts_of(given[key])[0])
+        except UserError as error:
+            how = f"; `{HINTS[key]}` brings in the published one" if key in HINTS else ""
+            raise UserError(f"weights.{key}: {error}{how}") from None
+        found |= models.given_weights({key: given[key]})
+    return found

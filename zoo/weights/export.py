@@ -24,12 +24,25 @@ from zoo.weights.layout import few, flatten, matching, named_leaves, stacked, un
 FORMAT = 1  # of exports; a reader refuses any other
 
 _STABLEHLO = ("sampler.bin", "sampler.json")
-_EXPORT = ("model.safetensors", "config.json", "README.md", "stablehlo", *(f"stablehlo/{name}" for name in _STABLEHLO))
+_EXPORT = (
+    "model.safetensors",
+    "config.json",
+    "README.md",
+    "spiece.model",  # the tokeniser of a text encoder
+    "stablehlo",
+    *(f"stablehlo/{name}" for name in _STABLEHLO),
+)
 AGAIN = "download or export it again"
 
 
-def save(folder: str | Path, params: Params, config: Mapping[str, Any], card: str) -> None:
-    """Write an export: `model.safetensors` (stacked layout), `config.json` and `README.md` (the card).
+def save(
+    folder: str | Path,
+    params: Params,
+    config: Mapping[str, Any],
+    card: str,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write an export: `model.safetensors` (stacked layout), `config.json`, `README.md` (the card) and further `files`.
 
     The safetensors metadata holds one sha256 per tensor and one of the config; the card gets the sha256 of the weights
     file as its last line. The folder appears whole or not at all, and replaces an earlier export, its sampler included;
@@ -45,6 +58,8 @@ def save(folder: str | Path, params: Params, config: Mapping[str, Any], card: st
     }
     with _replacing(folder, _EXPORT, needed=_EXPORT[:2]) as new:
         (new / "config.json").write_text(text, encoding="utf-8")
+        for name, data in (files or {}).items():
+            (new / name).write_bytes(data)
         # one metadata key only: several are written in random order, and equal weights should make equal files
         save_file(flat, new / "model.safetensors", metadata={"zoo": json.dumps(manifest)})
         shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors makes files for the owner alone
@@ -94,8 +109,16 @@ def card(
     metrics: Mapping[str, float | str],
     kind: str,
     parameters: int,
+    licence: str | None = None,
 ) -> str:
-    """A short markdown card. `paper` is the title line of the paper's file, `parameters` the count of numbers."""
+    """A short markdown card.
+
+    Args:
+        paper: title line of the paper's file.
+        parameters: the count of numbers.
+        licence: terms of published weights that these come from.
+    """
+    known = f"{licence[0].upper()}{licence[1:]}.\n\n" if licence else ""
     rows = [
         ("Task", f"`{task}`"),
         ("Paper", paper),
@@ -119,7 +142,7 @@ task, params = zoo.load("this/folder")
 
 ## Licence
 
-No licence is granted by this card. The weights are subject to the terms of the data they were trained on and to what
+{known}No licence is granted by this card. The weights are subject to the terms of the data they were trained on and to what
 their publisher chooses; state it here before sharing them.
 """
 

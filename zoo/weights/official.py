@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from zoo.errors import UserError
 from zoo.task import Name, Params, Task
 from zoo.weights.export import AGAIN, read_safetensors
-from zoo.weights.layout import abstract, differs, few, flatten, matching, refuse, stacked, unflatten
+from zoo.weights.layout import abstract, differs, few, fill, flatten, matching, refuse, stacked, unflatten
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -30,11 +30,14 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Tensors by name from `.safetensors`, `.npz` or a PyTorch file; no file can run code.
 
-    A dict nested under "state_dict", "model" or "model_state_dict" is unwrapped, and the prefixes "module." and
+    A folder gives the tensors of all its `.safetensors` files, or else of its `pytorch_model*.bin` files. A dict nested
+    under "state_dict", "model" or "model_state_dict" is unwrapped, and the prefixes "module." and
     "_orig_mod." (parallel and compiled PyTorch modules) are stripped where all names carry them. bfloat16 of a PyTorch
     file becomes float32, which is exact. Raises UserError for anything that is not a plain file of tensors.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
     if not path.is_file():
         raise UserError(f"{path} is no file; give a checkpoint in .safetensors, .npz or .pth format")
     if path.suffix == ".safetensors":
@@ -85,14 +88,19 @@ def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
             new.unlink()
 
 
-def from_official(task: Task, state_dict: Mapping[str, Any]) -> Params:
+def from_official(task: Task, state_dict: Mapping[str, Any], given: Mapping[str, Params] | None = None) -> Params:
     """Parameters of `task` (float32 jax arrays, its own layout) from a published checkpoint of numpy or torch tensors.
 
     Applies `task.import_names()`, after `task.import_state` where the task has it. Raises one UserError that lists every
     tensor that is missing, unexpected or of another shape; constants may be absent.
+
+    Args:
+        given: whole trees by top-level key, such as frozen encoders, that are not taken from the checkpoint.
     """
-    own = abstract(task)
-    names = _import_names(task)
+    whole = abstract(task)
+    held = _given(whole, given or {})
+    own = {key: tree for key, tree in whole.items() if key not in held}
+    names = [name for name in _import_names(task) if not name.target or name.target.split("/")[0] not in held]
     if hasattr(task, "import_state"):
         state_dict = task.import_state(state_dict)
     flat = {
@@ -135,7 +143,18 @@ def from_official(task: Task, state_dict: Mapping[str, Any]) -> Params:
             "parameters that no tensor fills": unfilled,
         },
     )
-    return jax.tree.map(jnp.asarray, matching(unflatten(flat), own))
+    return jax.tree.map(jnp.asarray, {**matching(unflatten(flat), own), **held})
+
+
+def _given(own: Params, given: Mapping[str, Params]) -> Params:
+    """Trees that take the place of whole top-level keys of `own`; UserError where one lacks something."""
+    filled, _ = fill({key: own[key] for key in given if key in own}, given)
+    refuse(
+        "the weights that are given do not fit",
+        "give a run or export of the same sizes",
+        {"missing": [name for name, leaf in flatten(filled).items() if isinstance(leaf, jax.ShapeDtypeStruct)]},
+    )
+    return filled
 
 
 def to_official(task: Task, params: Params) -> dict[str, np.ndarray]:
@@ -188,6 +207,22 @@ def _torch(path: Path) -> Any:
             "(pip install -e '.[torch]'), or use .safetensors or .npz"
         ) from None
     return torch
+
+
+def _read_folder(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder whose files are parts of one checkpoint."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"{folder} holds neither .safetensors nor pytorch_model*.bin files; give a checkpoint's file")
+    state: dict[str, np.ndarray] = {}
+    for file in files:
+        part = read_state_dict(file)
+        if twice := [name for name in part if name in state]:
+            raise UserError(
+                f"{folder} holds the tensors {few(twice)} in {file.name} and in another file; give one of its files"
+            )
+        state |= part
+    return state
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

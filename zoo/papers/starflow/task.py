@@ -63,6 +63,10 @@ class StarFlow:
     attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
     noise_type = "gaussian"
+    licence = (
+        "the published STARFlow weights are under a research-only, non-commercial licence that also binds converted files: "
+        "keep them to yourself and keep the attribution"
+    )
 
     def __post_init__(self) -> None:
         for name in ("channels", "patch", "width", "head_dim", "text_width"):

@@ -1,0 +1,289 @@
+"""A latent model with captions from the command line: in from published files, samples, and out again."""
+
+import contextlib
+import dataclasses
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from zoo import cli, models, weights
+from zoo.commands import conditions
+from zoo.commands.weights import _licence, export
+from zoo.data.captions import template
+from zoo.data.synthetic import Synthetic
+from zoo.encoders.text import T5
+from zoo.encoders.tokenizer import Tokenizer
+from zoo.encoders.vae import AutoEncoder
+from zoo.errors import UserError
+from zoo.papers.starflow import StarFlow
+from zoo.run import Run, Samples
+from zoo.train import loop
+
+sentencepiece = pytest.importorskip("sentencepiece")
+
+VAE = AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=4, scale=1.0)
+TEXT = T5(width=8, heads=2, head_dim=4, mlp=8, depth=1, vocab=60, tokens=24, scan=False)
+TASK = StarFlow(
+    latent=(4, 4),
+    channels=2,
+    width=24,
+    depths=(1, 1),
+    head_dim=24,
+    text_tokens=24,
+    text_width=8,
+    reach=4.0,
+    template="aspect",
+    vae=VAE,
+    text=TEXT,
+    scan=False,
+)
+CONFIG = f"""
+from zoo.data.synthetic import Synthetic
+from zoo.encoders.text import T5
+from zoo.encoders.vae import AutoEncoder
+from zoo.papers.starflow import *
+from zoo.run import Run
+vae = {VAE!r}
+text = {TEXT!r}
+config = Run({TASK!r}, Synthetic(), steps=1, batch=8, weights={{"vae": "none", "text": "none"}})
+"""
+
+
+def random(task, seed):
+    """Parameters whose every number matters."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(x.dtype), weights.abstract(task))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Published files of a model and of its encoders, and the config that describes them; nothing imported yet."""
+    root = tmp_path_factory.mktemp("published")
+    (root / "config.py").write_text(CONFIG)
+    weights.write_state_dict(root / "flow.safetensors", weights.to_official(TASK, random(TASK, 0)))
+    weights.write_state_dict(root / "vae.npz", weights.to_official(VAE, random(VAE, 1)))
+    state = weights.to_official(TEXT, random(TEXT, 2))
+    (root / "t5").mkdir()
+    for i in range(2):  # in two parts
+        part = dict(list(state.items())[i::2])
+        weights.write_state_dict(root / "t5" / f"model-0000{i + 1}-of-00002.safetensors", part)
+    (root / "t5" / "model.safetensors.index.json").write_text("{}")
+    words = [
+        f"a {a} {b} in a {c}:{d} aspect ratio."
+        for a in ("red", "blue")
+        for b in ("cat", "dog")
+        for c, d in ("11", "69")
+    ]
+    with (root / "t5" / "spiece.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(words), model_writer=file, vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1,
+            unk_id=2, bos_id=-1, minloglevel=2,
+        )  # fmt: skip
+    return root
+
+
+@pytest.fixture(autouse=True)
+def here(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+@pytest.fixture(scope="module")
+def model(root, request):
+    """The whole model, imported once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for config, file, out in (("vae", "vae.npz", "exports/vae"), ("text", "t5", "exports/t5")):
+            assert cli.main(["import", f"config.py:{config}", file, out]) == 0
+        fields = ["weights.vae=exports/vae", "weights.text=exports/t5"]
+        assert cli.main(["import", "config.py", "flow.safetensors", "exports/flow", *fields]) == 0
+    return root / "exports" / "flow"
+
+
+def ran(capsys, *argv):
+    capsys.readouterr()
+    code = cli.main(argv)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def refused(capsys, *argv):
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    return err
+
+
+def images(folder):
+    found = []
+    for path in sorted(folder.glob("0*.png")):
+        with Image.open(path) as image:
+            found.append((np.asarray(image).copy(), dict(image.text)))
+    return found
+
+
+def test_encoders_that_the_checkpoint_lacks_are_asked_for(capsys, root):
+    def tried(*fields):
+        return refused(capsys, "import", "config.py", "flow.safetensors", "new", *fields)
+
+    assert "weights.vae: none is neither a folder" in (said := tried())
+    assert "`zoo import starflow/sd_vae FILE OUT`" in said
+    (root / "bare.py").write_text(CONFIG.replace(', weights={"vae": "none", "text": "none"}', ""))
+    said = refused(capsys, "import", "bare.py", "flow.safetensors", "new")
+    assert "weights.vae is missing: StarFlow holds this network" in said
+    said = refused(capsys, "import", "bare.py", "flow.safetensors", "new", "weights={'vae': 'x'}")
+    assert "weights.text is missing" in said
+    assert "`zoo import starflow/flan_t5_xl FILE OUT`" in said
+    assert not (root / "new").exists()
+
+
+def test_an_import_is_its_parts_and_goes_back_to_the_bit(capsys, root, model, tmp_path):
+    opened = models.open_model(model)
+    assert (opened.task, opened.kind) == (TASK, "imported")
+    parts = {**random(TASK, 0), "vae": random(VAE, 1), "text": random(TEXT, 2)}
+    wanted, found = weights.flatten(parts), weights.flatten(opened.params)
+    assert set(wanted) == set(found)
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert "research-only, non-commercial licence" in (model / "README.md").read_text()
+    assert models.open_model("exports/t5").data is None
+    ran(capsys, "export", str(model), str(tmp_path / "back.safetensors"), "--format", "official")
+    back, first = (weights.read_state_dict(p) for p in (tmp_path / "back.safetensors", root / "flow.safetensors"))
+    assert set(back) == set(first)
+    for name, array in first.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+    ran(capsys, "export", str(model), str(tmp_path / "again"))
+    for folder in (model, root / "exports" / "t5", tmp_path / "again"):
+        assert (folder / "spiece.model").read_bytes() == (root / "t5" / "spiece.model").read_bytes()
+    assert "research-only" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_terms_are_told_where_there_are_any(capsys, root, model, tmp_path):
+    fields = ["weights.vae=exports/vae", "weights.text=exports/t5"]
+    said = ran(capsys, "import", "config.py", "flow.safetensors", str(tmp_path / "a"), *fields)
+    assert "the published STARFlow weights are under a research-only" in said
+    assert "every tensor used" in said
+    said = ran(capsys, "import", "config.py:vae", "vae.npz", str(tmp_path / "b"))
+    assert "licence" not in said
+    assert "a run names it in its weights" in said
+    assert "research-only" not in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_a_part_given_must_be_whole(root, model):
+    state = weights.read_state_dict(root / "flow.safetensors")
+    text = random(TEXT, 2)
+    vae = {"encoder": random(VAE, 1)["encoder"]}
+    with pytest.raises(ValueError, match=r"do not fit: missing \(\d+\): vae/decoder"):
+        weights.from_official(TASK, state, {"vae": vae, "text": text})
+    with pytest.raises(ValueError, match=r"parameters that no tensor fills \(\d+\): text/"):
+        weights.from_official(TASK, state, {"vae": random(VAE, 1)})
+
+
+def test_a_folder_that_holds_a_model_twice_is_refused(root, tmp_path):
+    for name in ("one", "two"):
+        weights.write_state_dict(tmp_path / f"{name}.safetensors", {"a": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match=r"holds the tensors a in two\.safetensors and in another file"):
+        weights.read_state_dict(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds neither \.safetensors nor"):
+        weights.read_state_dict(tmp_path / "empty")
+
+
+def test_samples_have_captions(capsys, root, model, tmp_path):
+    out = tmp_path / "out"
+    said = ran(capsys, "sample", str(model), "prompt=a red cat", "n=2", "seed=3", "guidance=1.5", "--out", str(out))
+    assert "2 samples in" in said
+    first = images(out)
+    assert [image.shape for image, _ in first] == [(8, 8, 3)] * 2
+    assert [about["prompt"] for _, about in first] == ["a red cat"] * 2
+    settings = json.loads((out / "settings.json").read_text())
+    assert (settings["prompt"], settings["guidance"], "label" in settings) == ("a red cat", 1.5, False)
+    assert np.abs(first[0][0].astype(int) - first[1][0]).max() > 1
+
+    # they are those of the sampler, captions and none of them under the template that names the shape
+    task, opened = TASK, models.open_model(model)
+    tokens = Tokenizer(root / "t5")([template(text, aspect="1:1") for text in ("a red cat", "")], 24)[0]
+    given = {"tokens": tokens[[0, 0]], "null_tokens": tokens[[1, 1]]}
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), i))(np.arange(2))
+    image = jax.jit(lambda p: task.sample(p, keys, 2, given, guidance=1.5))(opened.params)["image"]
+    for (found, _), wanted in zip(first, np.asarray(image)):
+        assert np.abs(found - (wanted + 1) * 127.5).max() <= 1.5
+
+    # in turn from a file: sample i has caption i, the second one of before stays what it was
+    (tmp_path / "lines.txt").write_text("a blue dog\n\na red cat\n")
+    other = tmp_path / "other"
+    arguments = ["seed=3", "guidance=1.5", "--out", str(other)]
+    ran(capsys, "sample", str(model), f"prompts={tmp_path}/lines.txt", *arguments)
+    found = images(other)
+    assert [about["prompt"] for _, about in found] == ["a blue dog", "a red cat"]
+    assert np.abs(found[1][0].astype(int) - first[1][0]).max() <= 1
+    assert np.abs(found[0][0].astype(int) - first[0][0]).max() > 1
+    assert json.loads((other / "settings.json").read_text())["prompts"].startswith("lines.txt (sha256 ")
+    (tmp_path / "lines.txt").write_text("a blue dog\na red dog\n")
+    said = refused(capsys, "sample", str(model), f"prompts={tmp_path}/lines.txt", *arguments)
+    assert "holds samples drawn with other settings (prompts:" in said
+
+
+def test_samples_of_other_shapes_and_without_captions(capsys, root, model, tmp_path, caplog):
+    out = tmp_path / "wide"
+    tokenizer = ["--tokenizer", str(root / "t5" / "spiece.model")]
+    ran(capsys, "sample", str(model), "aspect=2:3", "n=1", "--out", str(out), *tokenizer)
+    assert images(out)[0][0].shape == (10, 6, 3)
+    settings = json.loads((out / "settings.json").read_text())
+    assert (settings["prompt"], settings["aspect"], settings["grid"]) == (None, "2:3", [5, 3])
+    assert "no prompt=: samples are drawn without a caption" in caplog.messages
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A task whose samples are pictures of the captions' tokens."""
+
+    held = ()
+    given = ("tokens", "null_tokens")
+
+    def spec(self, batch):
+        return {key: jax.ShapeDtypeStruct((batch, 3), "int32") for key in (*self.given, "other")}
+
+    def sample(self, params, rng, n, conditions=None):
+        assert isinstance(conditions["null_tokens"], jax.core.Tracer)  # else they would be part of the program
+        return {"image": conditions["tokens"].astype("float32").reshape(n, 1, 3, 1)}
+
+
+def test_sheets_show_captions_of_the_held_out_part():
+    run = Run(Echo(), Synthetic(examples=3, values=99), steps=1, batch=8, samples=Samples(n=4))
+    drawn = []
+    report = SimpleNamespace(
+        away=contextlib.nullcontext, curve=lambda: None, sheet=lambda name, image, *_, **__: drawn.append(image)
+    )
+    loop._Watch(run, report, ()).look(1, SimpleNamespace(params={}, ema={}))
+    source = run.source("test")
+    np.testing.assert_array_equal(drawn[0][:, 0, :, 0], [source[i]["tokens"] for i in (0, 1, 2, 0)])
+
+
+def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):
+    opened = models.open_model(model)
+    for given in ({"text": "exports/t5"}, {"": "exports/flow"}, {"vae": "lost", "text": "exports/t5"}):
+        run = Run(TASK, Synthetic(), steps=1, batch=8, weights=given)
+        asked = dataclasses.replace(opened, folder=tmp_path, run=run)
+        assert conditions._open(asked, None)(["a red cat"], 24)[0].any()
+    export(asked, tmp_path / "out", "zoo", 1)
+    assert (tmp_path / "out" / "spiece.model").read_bytes() == (root / "t5" / "spiece.model").read_bytes()
+    lost = dataclasses.replace(asked, run=dataclasses.replace(run, weights={"text": "lost"}))
+    with pytest.raises(UserError, match=rf"there is none in {tmp_path} or lost; copy it there .* --tokenizer FILE"):
+        conditions._open(lost, None)
+    small = dataclasses.replace(asked, task=dataclasses.replace(TASK, text=dataclasses.replace(TEXT, vocab=9)))
+    with pytest.raises(UserError, match=r"pieces, and the model's text encoder knows 9 \(task.text.vocab\)"):
+        conditions._open(small, None)
+
+
+def test_terms_follow_what_a_run_started_from(model):
+    for given, told in (({"vae": "x"}, False), ({"": "x"}, True), ({"block0": "x"}, True)):
+        run = Run(TASK, Synthetic(), steps=1, batch=8, weights=given)
+        opened = dataclasses.replace(models.open_model(model), kind="raw", run=run)
+        assert (_licence(opened) is not None) == told
