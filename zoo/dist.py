@@ -340,7 +340,7 @@ def shardings(boxed: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -
     Raises UserError naming the parameter when an axis does not divide or is used twice.
     """
 
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
         where = jax.tree_util.keystr(path)
         if not _is_box(leaf):
             if (
@@ -350,6 +350,8 @@ def shardings(boxed: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -
                 _log.warning("%s (%s) is whole on every device: it names no logical axes", where, leaf.shape)
             return NamedSharding(mesh, PartitionSpec())
         value, names = leaf.unbox(), leaf.names
+        if not hasattr(value, "shape"):  # a box that an optimiser of other parameters has emptied
+            return value
         spec: list[tuple[str, ...] | None] = []
         used: set[str] = set()
         for axis, (size, name) in enumerate(zip(value.shape, names, strict=True)):

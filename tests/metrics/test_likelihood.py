@@ -20,6 +20,7 @@ from zoo.metrics.likelihood import (
     Bits,
     _grey_levels,
     gaussian_bits,
+    gaussian_nats,
     histogram_bits,
 )
 from zoo.papers.tarflow import TarFlow
@@ -141,9 +142,34 @@ def test_the_histogram_baseline_adds_one() -> None:
     assert histogram_bits(train, test, 3) == pytest.approx(-(math.log2(3 / 6) + math.log2(1 / 6)) / 2)
 
 
+def test_the_gaussian_of_noisy_data_is_that_of_drawn_noise() -> None:
+    """Closed form against noise drawn many times, with a variance of its own per example."""
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(50, 2)) @ np.array([[1.0, 0.6], [0.0, 0.5]]), rng.normal(size=(20, 2))
+    spread, test_spread = rng.uniform(0.1, 0.5, train.shape), rng.uniform(0.1, 0.5, test.shape)
+    x = np.concatenate([train + np.sqrt(spread) * rng.normal(size=train.shape) for _ in range(4_000)])
+    y = np.concatenate([test + np.sqrt(test_spread) * rng.normal(size=test.shape) for _ in range(4_000)]) - x.mean(0)
+    covariance = np.cov(x, rowvar=False, bias=True)
+    nats = 0.5 * np.einsum("nd,de,ne->n", y, np.linalg.inv(covariance), y).mean()
+    nats += 0.5 * np.linalg.slogdet(2 * np.pi * covariance)[1]
+    assert gaussian_nats(train, spread, test, test_spread) == pytest.approx(nats, rel=0.02)
+
+
+def test_a_gaussian_stands_beside_noisy_bits() -> None:
+    found = Bits(baselines=True, batch=8, limit=8)(Template(), {"mean": 0.0}, Digits(), RNG)
+    train, test = (
+        np.stack([source[i]["image"].ravel() for i in range(n)]).astype(np.float64)
+        for source, n in ((Digits().source("train"), 1500), (Digits().source("test"), 8))
+    )
+    nats = gaussian_nats(train, np.full(train.shape, 0.01), test, np.full(test.shape, 0.01)) / 64
+    assert found["gaussian_noisy_bits_per_dim"] == pytest.approx(nats / math.log(2), rel=1e-6)
+    assert "histogram_bpd" not in found
+
+
 def test_baselines_are_refused_where_they_say_nothing() -> None:
-    with pytest.raises(UserError, match=r"noise_type='gaussian'.*set baselines=False"):
-        Bits(baselines=True, batch=8, limit=8)(Template(), {"mean": 0.0}, Digits(), RNG)
+    task = TarFlow(image=64, channels=3, width=16, head_dim=16, depth=1, blocks=1)
+    with pytest.raises(UserError, match=r"at most 4096 dimensions; here are 12288.*set baselines=False"):
+        Bits(baselines=True).check(task)
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,7 @@ def test_no_golden_array_is_left_out(case, base):
 
 
 def test_rectangular_grids_equal_the_official_numbers(base):
-    f, meta = golden("t2i_rect")
+    f, _ = golden("t2i_rect")
     x, y, null = nhwc(f["x"]), jnp.asarray(f["y"]), jnp.asarray(f["y_null"])
     compare(jax.jit(lambda p: forward_all(base.task, p, x, y))(base.params), f, atol=2e-5, rtol=1e-4)
     found = guided(base.task, base.params, nhwc(f["noise"]), y, null, Guidance(2.0))

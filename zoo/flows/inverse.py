@@ -116,7 +116,6 @@ def sequential(step: Step, v: jax.Array, cache: Any, start: jax.Array | None = N
     Returns:
         u [B, T, D].
     """
-    tokens = v.shape[1]
 
     def body(
         carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, jax.Array]

@@ -63,9 +63,8 @@ class Bits:
     batch: int = 256
     limit: int | None = None  # images at most
     label: bool = False  # True: condition on the label
-    baselines: bool = (
-        False  # True: also a per-pixel histogram and a full-covariance Gaussian, fitted to the training images
-    )
+    baselines: bool = False  # True: also a full-covariance Gaussian fitted to the training data, and for grey levels a
+    # histogram per pixel
     every: int = 0  # steps between measurements while training; 0: at the end only
 
     name = "bpd"
@@ -76,11 +75,11 @@ class Bits:
 
     def check(self, task: Any) -> None:
         """UserError where the metric makes no sense for a task; asked before a run's first step."""
-        dims = math.prod(task.spec(1)["image"].shape[1:])
-        if self.baselines and (task.noise_type != "uniform" or dims > _BASELINE_DIMS):
+        dims = math.prod(event_shape(task))
+        if self.baselines and (dims > _BASELINE_DIMS or _event_key(task) is None):
             raise UserError(
-                f"baselines=True of the metric bpd compares dequantised images of at most {_BASELINE_DIMS} dimensions, but "
-                f"task.noise_type={task.noise_type!r} and images have {dims}; set baselines=False"
+                f"baselines=True of the metric bpd fits a covariance to data as they are stored, of at most {_BASELINE_DIMS} "
+                f"dimensions; here are {dims}, or images that are encoded on the way: set baselines=False"
             )
 
     def __call__(self, task: Any, params: Any, data: Any, rng: jax.Array) -> dict[str, Any]:
@@ -92,7 +91,7 @@ class Bits:
         self.check(task)
         spec = task.spec(self.batch)
         nll, bits, first = _per_image(task, self.draws), [], 0
-        dims = math.prod(spec["image"].shape[1:])
+        dims = math.prod(event_shape(task))
         for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit):
             kept = {k: v for k, v in batch.items() if self.label or k != "label"}
             nats = nll(params, kept, first + jnp.arange(self.batch), rng)
@@ -110,6 +109,12 @@ class Bits:
         return {**found, **self._baselines(task, data)} if self.baselines else found
 
     def _baselines(self, task: Any, data: Any) -> dict[str, float]:
+        if task.noise_type == "gaussian":
+            parts = [
+                _noisy_moments(task, data, split, limit) for split, limit in (("train", None), (self.split, self.limit))
+            ]
+            nats = gaussian_nats(*parts[0], *parts[1]) / parts[0][0].shape[1]
+            return {f"gaussian_{task.bits_name}": float(task.bits(nats))}
         levels = task.levels
         train = _grey_levels(data, "train", levels, None)
         test = _grey_levels(data, self.split, levels, self.limit)
@@ -117,6 +122,42 @@ class Bits:
             "histogram_bpd": histogram_bits(train, test, levels),
             "gaussian_bpd": gaussian_bits(train, test, levels),
         }
+
+
+def event_shape(task: Any) -> tuple[int, ...]:
+    """Shape of what the likelihood of a task is of: images, or what it says itself."""
+    return tuple(getattr(task, "event", None) or task.spec(1)["image"].shape[1:])
+
+
+def _event_key(task: Any) -> str | None:
+    """Under which key the data hold it; None where it is made on the way."""
+    spec = task.spec(1)
+    return next((k for k in ("latent", "image") if k in spec and spec[k].shape[1:] == event_shape(task)), None)
+
+
+def _noisy_moments(task: Any, data: Any, split: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance [N, dims] of every example of a split once noise is added."""
+    key, spec = _event_key(task), task.spec(256)
+    assert key is not None
+    kept = {k: v for k, v in spec.items() if k.startswith(key)}
+    rows = [(b, count) for b, count in epoch(data, 256, split=split, spec=kept, limit=limit)]
+    mean = np.concatenate([b[key][:count] for b, count in rows]).astype(np.float64)
+    std = [b[f"{key}_std"][:count] for b, count in rows] if f"{key}_std" in kept else [np.zeros(mean.shape)]
+    variance = np.square(np.concatenate(std).astype(np.float64)) + task.noise**2
+    return mean.reshape(len(mean), -1), variance.reshape(len(mean), -1)
+
+
+def gaussian_nats(mean: np.ndarray, variance: np.ndarray, test: np.ndarray, test_variance: np.ndarray) -> float:
+    """Expected -log p in nats of noisy `test` [M, dims] under a full-covariance Gaussian fitted to noisy `mean` [N, dims].
+
+    Each example is a Gaussian of its own, with these means and (diagonal) variances: their noise is averaged in closed form.
+    """
+    centre = mean.mean(0)
+    covariance = np.cov(mean, rowvar=False, bias=True).reshape(len(centre), len(centre)) + np.diag(variance.mean(0))
+    precision = np.linalg.inv(covariance)
+    off = test - centre
+    quadratic = np.einsum("nd,de,ne->n", off, precision, off, optimize=True) + test_variance @ np.diag(precision)
+    return float(0.5 * (quadratic.mean() + np.linalg.slogdet(covariance)[1] + len(centre) * math.log(2 * math.pi)))
 
 
 def _grey_levels(data: Any, split: str, levels: int, limit: int | None) -> np.ndarray:

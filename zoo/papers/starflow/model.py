@@ -339,13 +339,13 @@ def stepper(
     if not isinstance(temperature, (int, float)) or temperature != 1 or (guided and guidance.tempered):
         divide = jnp.full((rows,), temperature, jnp.float32)
         divide = divide.at[batch:].multiply(guidance.attention_temperature)
-    rope = angles(task, i, grid)
-    rope = None if rope is None else jnp.asarray(rope)
+    table = angles(task, i, grid)
+    rope = None if table is None else jnp.asarray(table)
     cache = init_trunk_cache(task.depths[i], task.scan, rows, prefix + count, heads, head_dim, task.dtype)
     block = whole(cast_trunk(params[f"block{i}"], task.dtype))
     if prefix:
-        chex.assert_shape(condition, (batch, prefix, None))
-        seen = jnp.concatenate([condition, null]) if guided else condition
+        chex.assert_shape([condition, null] if guided else condition, (batch, prefix, None))
+        seen = jnp.concatenate([jnp.asarray(condition), jnp.asarray(null)]) if guided else condition
         *_, cache = apply(task, i, block, None, seen, rope, cache, 0, divide)
 
     def step(u: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, jax.Array, Any]:

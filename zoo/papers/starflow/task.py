@@ -56,7 +56,7 @@ class StarFlow:
     template: Literal["plain", "aspect"] = "plain"  # whether captions name the aspect ratio, as they did in training
     vae: AutoEncoder | None = None  # held; decodes samples, and encodes images
     text: T5 | None = None  # held; encodes tokens
-    denoise: Literal["score", "decoder"] = "score"  # what removes the noise: a score step, or a decoder tuned for it
+    denoiser: Literal["score", "decoder"] = "score"  # what removes the noise: a score step, or a decoder tuned for it
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; scales, log-dets and losses stay float32
     scan: bool = True  # scan over the layers of a block; False unrolls
     remat: str = "none"  # none, dots or full: what the backward pass recomputes
@@ -180,6 +180,11 @@ class StarFlow:
     def multiple(self) -> int:
         """What height and width of an image must be multiples of, in pixels."""
         return self.factor * self.patch
+
+    @property
+    def event(self) -> tuple[int, int, int]:
+        """Shape of what the likelihood is of: latents, or pixels."""
+        return (*self.latent, self.channels)
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -359,7 +364,7 @@ class StarFlow:
             rng: one key, or n keys.
             conditions: `label` [n] (negative: none), or the keys of `given`. None: neither class nor caption.
             guidance: a weight w of the Gaussian rule, or a `Guidance`; 0 is off, and the usual scale is 1 + w.
-            denoise: strength of the score step; None: 1 where `task.denoise` is "score", else 0.
+            denoise: strength of the score step; None: 1 where `task.denoiser` is "score", else 0.
             temperature: factor on the standard deviation of z (the paper uses 1).
             attention_temperature: divides all attention logits.
             grid: rows and columns of the latents; None: those of the task.
@@ -385,7 +390,7 @@ class StarFlow:
             guidance,
             attention_temperature=attention_temperature,
         )
-        denoise = float(self.denoise == "score" and self.noise > 0) if denoise is None else denoise
+        denoise = float(self.denoiser == "score" and self.noise > 0) if denoise is None else denoise
         if not isinstance(denoise, (int, float)) or denoise:
             x = model.denoise(self, params, x, seen, denoise)
         drawn = {} if self.inputs == "pixels" else {"latent": x}
@@ -438,7 +443,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "inputs": ("latents", "images", "pixels"),
     "captions": ("tokens", "features"),
     "template": ("plain", "aspect"),
-    "denoise": ("score", "decoder"),
+    "denoiser": ("score", "decoder"),
     "dtype": ("float32", "bfloat16"),
 }
 
