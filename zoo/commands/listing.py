@@ -136,6 +136,13 @@ def _facts(run: Run) -> list[str]:
         + (f", held without gradient: {', '.join(held)}" if held else "")
     ]
     lines.append(f"one batch: {', '.join(f'{k} {v.dtype}{list(v.shape)}' for k, v in run.spec().items())}")
+    if hasattr(run.task, "cache_bytes"):
+        n = run.samples.n or 16
+        deep, shallow = (run.task.cache_bytes(n)[block] / 2**30 for block in ("deep", "shallow"))
+        lines.append(
+            f"key/value caches while {n} samples are drawn with guidance, one block at a time: {deep:.3g} GiB for the deep "
+            f"block, {shallow:.3g} GiB for a shallow one"
+        )
     lines += ["", "Precision"]
     lines.append(
         f"  {_dtypes(shapes)}  parameters, gradients, optimiser state" + (", average of the weights" if run.ema else "")
