@@ -248,6 +248,22 @@ MISTAKES = {
         "prepare colour new --size 4 --features --encode vae=cond",
         "--features needs a text encoder",
     ),
+    "statistics without a size": ("prepare colour new.npz --statistics pixels", "add --size, e.g. --size 64"),
+    "statistics in a folder": ("prepare colour new --statistics pixels --size 4", "DEST new is no name for statistics"),
+    "statistics of nothing": (
+        "prepare colours new.npz --statistics pixels --size 4",
+        "colours does not exist; did you",
+    ),
+    "no such features": ("prepare colour new.npz --statistics cont --size 4", "cont is neither a folder nor a shipped"),
+    "features of another size": (
+        "prepare colour new.npz --statistics cond --size 4",
+        "TarFlow takes [4, 4, 1], the model makes images of [4, 4, 3]",
+    ),
+    "statistics and latents": (
+        "prepare colour new.npz --statistics pixels --size 4 --encode vae=x",
+        "--encode says nothing of --statistics; leave one of them out",
+    ),
+    "mirroring without statistics": ("prepare colour new --flip", "add --statistics pixels, or leave it out"),
     "nothing to show": (f"show {SMOKE} task.widht=1", "no field task.widht in TarFlow; did you mean 'width'?"),
     "devices without shardings": (f"show {SMOKE} --devices 8", "--devices says nothing without --shardings"),
     "devices that are none": (

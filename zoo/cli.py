@@ -146,6 +146,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--aspects", action="store_true", help="keep images near their aspect ratio, in nine buckets")
     sub.add_argument("--tokenizer", default=None, metavar="FILE", help="default: spiece.model beside the text encoder")
     sub.add_argument("--batch", type=int, default=64, help="images encoded at a time")
+    sub.add_argument(
+        "--statistics",
+        default=None,
+        metavar="FEATURES",
+        help="write Frechet statistics of the training images to DEST.npz instead; pixels, or a run or export with features",
+    )
+    sub.add_argument("--flip", action="store_true", help="mirror a random half of the images of --statistics")
     opens(sub)
     verb("list", "Papers, their abilities, shipped configs and weights.")
     sub = verb("show", "One config in full.", "CONFIG", fields="override fields")
@@ -490,6 +497,10 @@ def _write_json(path: str | None, figures: dict[str, Any]) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    if args.statistics is not None or args.flip:
+        from zoo.commands import statistics
+
+        return statistics.prepare(args)
     options = {
         "size": args.size,
         "allow_unreadable": args.allow_unreadable,

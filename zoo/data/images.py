@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import hashlib
 import importlib.util
 import io
+import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +24,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageOps
 
-from zoo.data.records import Info, Record, first_line, is_prepared, open_shards, read_info
+from zoo.data.records import Info, Record, first_line, is_prepared, open_shards, read_info, sha256
 from zoo.errors import UserError
 
 LEVELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
@@ -80,6 +82,13 @@ class Arrays:
     flip: bool = False  # mirror half of the training images
     classes: tuple[str, ...] = ()  # label names; (): "0", "1", ...
     test_fraction: float = 0.1
+
+    def fingerprint(self, split: str) -> str:
+        """What the images of a split are: the bytes of the file, and which of its arrays."""
+        check_split(split)
+        path = existing(self.path)
+        part = None if "{split}" in self.images else [split, self.test_fraction]
+        return _hash([[_sha256(path, path.stat().st_mtime_ns), self.images.format(split=split), part]])
 
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split, read lazily from the file and kept in memory."""
@@ -162,6 +171,23 @@ class Images:
             return to_array(square(image, self.size)), label
 
         return ImageSource(encoded.count, read, encoded.labels, self.flip)
+
+    def fingerprint(self, split: str) -> str:
+        """What the images of a split are, wherever they lie: the bytes of a prepared set or of an .npz file; of a folder names
+        and sizes of all files and the bytes of a few; for TFDS this description."""
+        check_split(split)
+        if self.path.startswith("tfds:"):
+            return repr(self)
+        root = existing(self.path)
+        if root.suffix == ".npz" and root.is_file():
+            return self._arrays(root).fingerprint(split)
+        if is_prepared(root):
+            return _hash([shard.sha256, shard.count] for shard in read_info(root, Info).splits[split])
+        files = list_folder(root, self.test_fraction)[0][split]
+        some = set(files.paths[:: max(1, len(files.paths) // 16)])
+        return _hash(
+            [path, (root / path).stat().st_size, sha256(root / path) if path in some else None] for path in files.paths
+        )
 
     def _arrays(self, path: Path) -> Arrays:
         """The same images from an .npz file; channels that differ are left for the task to refuse unless converted."""
@@ -303,6 +329,19 @@ def from_array(array: np.ndarray) -> Image.Image:
 
 
 # Places
+
+
+def _hash(parts: Iterable[Any]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part).encode() + b"\n")
+    return found.hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _sha256(path: Path, version: int) -> str:
+    """The digest of a file; `version` makes a file that was rewritten a new one."""
+    return sha256(path) or ""
 
 
 def check_split(split: str) -> None:

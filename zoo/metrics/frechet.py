@@ -139,23 +139,8 @@ class Frechet:
             raise UserError(f"the metric frechet compares images, and {type(task).__name__} models none")
         check_options(task, self.options, "options of the metric frechet")
         spec = {"image": task.spec(1)["image"]}
-        shape = spec["image"].shape[1:]
-        features, about = self._features(shape, network)
-        flip = bool(getattr(data, "flip", False)) if self.flip is None else self.flip
-        images = len(data.source(self.split, spec))
-        settings = {
-            "features": about,
-            "data": repr(data),
-            "split": self.split,
-            "images": images if self.limit is None else min(images, self.limit),
-            "flip": flip,
-            "shape": list(shape),
-        }
-
-        def measure() -> Moments:
-            return moments(self._data_features(data, spec, flip, features))
-
-        reference = measure() if self.reference is None else _kept(Path(self.reference), settings, measure)
+        features, about = self._features(spec["image"].shape[1:], network)
+        reference = self._statistics(data, spec, features, about)
         tally: Counter[str] = Counter()
         sampled = moments(self._sample_features(task, params, rng, features, tally))
         return {
@@ -166,10 +151,45 @@ class Frechet:
             "frechet_left_out": tally["left_out"],
             "frechet_images": reference.count,
             "frechet_split": self.split,
-            "frechet_flip": int(flip),
+            "frechet_flip": int(self._flips(data)),
             "frechet_labels": "balanced" if _classes(task) else "none",
             "frechet_options": json.dumps({k: self.options[k] for k in sorted(self.options)}, default=repr),
         }
+
+    def statistics(self, data: Any, spec: Mapping[str, Any], network: Any = None) -> Moments:
+        """Moments of the data's features alone; read from `reference` or kept there, as in a measurement.
+
+        Args:
+            spec: shape of `image` in a batch.
+            network: what `network()` names, opened.
+
+        Raises:
+            UserError: features that do not fit, statistics made with other settings.
+        """
+        return self._statistics(data, spec, *self._features(spec["image"].shape[1:], network))
+
+    def _flips(self, data: Any) -> bool:
+        return bool(getattr(data, "flip", False)) if self.flip is None else self.flip
+
+    def _statistics(
+        self, data: Any, spec: Mapping[str, Any], features: Callable[[Any], np.ndarray], about: str
+    ) -> Moments:
+        def measure() -> Moments:
+            return moments(self._data_features(data, spec, self._flips(data), features))
+
+        if self.reference is None:
+            return measure()
+        images = len(data.source(self.split, spec))
+        settings = {
+            "features": about,
+            # what the images are, not where they lie, wherever the data can tell
+            "data": data.fingerprint(self.split) if hasattr(data, "fingerprint") else repr(data),
+            "split": self.split,
+            "images": images if self.limit is None else min(images, self.limit),
+            "flip": self._flips(data),
+            "shape": list(spec["image"].shape[1:]),
+        }
+        return _kept(Path(self.reference), settings, measure)
 
     def _features(self, shape: tuple[int, ...], network: Any) -> tuple[Callable[[Any], np.ndarray], str]:
         """A function from images [N, S, S, C] in [-1, 1] to [N, D], and what identifies it."""

@@ -1,0 +1,171 @@
+"""Reference statistics made ahead: the metric takes those of the same images, wherever these lie, and no others."""
+
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from zoo import cli, models, weights
+from zoo.data.images import Arrays, Digits, Images
+from zoo.errors import UserError
+from zoo.metrics import frechet
+from zoo.metrics.frechet import Frechet
+from zoo.papers.tarflow import TarFlow
+
+TASK = TarFlow(image=8, channels=3, patch=4, width=8, depth=1, blocks=1, head_dim=8)
+
+
+def pictures(folder, count=12, size=8, seed=0):
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def network(folder, seed):
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), weights.abstract(TASK))
+    model = models.Model(TASK, params, "raw", 1, None, (), folder)
+    weights.save(folder, params, models.export_config(model), "a card")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder of images, a prepared set and an .npz file of others, two networks with features."""
+    root = tmp_path_factory.mktemp("statistics")
+    pictures(root / "folder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert cli.main(["prepare", "folder", "set"]) == 0
+    images = np.random.default_rng(1).integers(0, 256, (9, 8, 8, 3), np.uint8)
+    np.savez(root / "arrays.npz", train_images=images, train_labels=np.zeros(9, int), test_images=images)
+    network(root / "net", 0)
+    network(root / "other", 1)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def here(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+def made(capsys, source, file, features="pixels", *flags):
+    capsys.readouterr()
+    code = cli.main(["prepare", source, str(file), "--statistics", features, "--size", "8", *flags])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+class Noise:
+    """A sampler of noise; the metric asks it for nothing else."""
+
+    def __init__(self, size=8):
+        self.size = size
+
+    def spec(self, batch):
+        return {"image": jax.ShapeDtypeStruct((batch, self.size, self.size, 3), "float32")}
+
+    def sample(self, params, rng, n, conditions=None):
+        shape = (self.size, self.size, 3)
+        return {"image": jax.vmap(lambda key: jax.random.uniform(key, shape, minval=-1, maxval=1))(rng)}
+
+
+def measured(metric, data, task=None, net=None):
+    opened = {} if net is None else {"network": models.open_model(net)}
+    return metric(task or Noise(), {}, data, jax.random.key(0), **opened)["frechet"]
+
+
+@pytest.mark.parametrize("source", ["folder", "set", "arrays.npz"])
+@pytest.mark.parametrize("features", ["pixels", "net"])
+def test_statistics_made_ahead_are_those_of_the_metric(root, tmp_path, capsys, monkeypatch, source, features):
+    count = 9 if source == "arrays.npz" else 11
+    said = made(capsys, source, tmp_path / "s.npz", features)
+    dims = 8 * 8 * 3 if features == "pixels" else 8
+    assert f"{count} images, {dims} features each; the metric frechet takes it as reference={tmp_path}/s.npz" in said
+    assert "(there already)" in made(capsys, source, tmp_path / "s.npz", features)
+    data = Images(str(root / source), 8)  # by another path
+    metric = Frechet(features, samples=6, batch=4)
+    net = None if features == "pixels" else "net"
+    alone = measured(metric, data, net=net)
+    monkeypatch.setattr(frechet, "epoch", lambda *_, **__: pytest.fail("the images were read again"))
+    assert measured(replace(metric, reference=str(tmp_path / "s.npz")), data, net=net) == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_run_on_the_same_set_takes_them(root, tmp_path, capsys):
+    made(capsys, "set", tmp_path / "s.npz", "pixels", "--flip")
+    params = weights.load(root / "net")[0]
+    data = Images("set", 8, flip=True)
+    model = models.Model(TASK, params, "raw", 1, data, (), tmp_path / "run")
+    weights.save(tmp_path / "run", params, models.export_config(model), "a card")
+    shutil.copytree(root / "set", tmp_path / "moved")
+    fields = ["features=pixels", f"reference={tmp_path}/s.npz", "samples=4", "batch=4"]
+    assert cli.main(["eval", str(tmp_path / "run"), "frechet", *fields, f"data.path={tmp_path}/moved"]) == 0
+    assert cli.main(["eval", str(tmp_path / "run"), "frechet", *fields, "data.flip=False"]) == 2
+    assert "was made with other settings (flip: True -> False)" in capsys.readouterr().err
+
+
+def test_others_are_refused(root, tmp_path, capsys):
+    file = tmp_path / "s.npz"
+    made(capsys, "folder", file, "net")
+    metric = Frechet("net", samples=4, batch=4, reference=str(file))
+    data = Images("folder", 8)
+
+    def refused(metric, data, task=None, net="net"):
+        with pytest.raises(UserError) as caught:
+            measured(metric, data, task, net)
+        assert "was made with other settings (" in str(caught.value)
+        return str(caught.value).partition("(")[2].partition(":")[0]
+
+    assert refused(replace(metric, flip=True), data) == "flip"
+    assert refused(replace(metric, features="other"), data, net="other") == "features"
+    assert refused(replace(metric, features="pixels"), data, net=None) == "features"
+    assert refused(replace(metric, split="test"), data) == "data"
+    assert refused(replace(metric, limit=5), data) == "images"
+    assert refused(metric, Images(str(pictures(tmp_path / "more", seed=3)), 8)) == "data"
+    assert refused(metric, Images("folder", 8, test_fraction=0.3)) == "data"
+    assert refused(metric, Images("set", 8)) == "data"
+    with_pixels = replace(metric, features="pixels", reference=str(tmp_path / "p.npz"))
+    made(capsys, "folder", tmp_path / "p.npz")
+    assert refused(with_pixels, Images("folder", 4), Noise(4), net=None) == "shape"
+    before = file.read_bytes()
+    assert cli.main(["prepare", "folder", str(file), "--statistics", "net", "--size", "8", "--flip"]) == 2
+    assert "was made with other settings (flip: False -> True); remove it" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+def test_fingerprints_know_the_images_and_not_the_place(root, tmp_path):
+    def same(a, b):
+        return a.fingerprint("train") == b.fingerprint("train")
+
+    shutil.copytree(root / "folder", tmp_path / "copy")
+    shutil.copytree(root / "set", tmp_path / "set")
+    shutil.copy(root / "arrays.npz", tmp_path / "moved.npz")
+    assert same(Images("folder", 8), Images(str(tmp_path / "copy"), 16, flip=True))
+    assert same(Images("set", 8), Images(str(tmp_path / "set"), 8))
+    assert same(Images("arrays.npz", 8), Images(str(tmp_path / "moved.npz"), 8))
+    assert same(Images("arrays.npz", 8), Arrays("arrays.npz", labels="", flip=True))
+    assert not same(Arrays("arrays.npz"), Arrays("arrays.npz", images="test_images"))
+    assert not same(Arrays("arrays.npz", images="test_images"), Arrays("arrays.npz", "test_images", test_fraction=0.3))
+    (tmp_path / "copy" / "00.png").unlink()
+    assert not same(Images("folder", 8), Images(str(tmp_path / "copy"), 8))
+    with np.load("arrays.npz") as file:
+        np.savez(tmp_path / "moved.npz", **{**file, "train_images": file["train_images"][::-1]})
+    assert not same(Images("arrays.npz", 8), Images(str(tmp_path / "moved.npz"), 8))
+    for data in (Images("folder", 8), Images("set", 8), Images("arrays.npz", 8)):
+        assert data.fingerprint("train") != data.fingerprint("test")
+
+
+def test_data_that_cannot_tell_are_compared_by_their_fields(tmp_path):
+    metric = Frechet("pixels", samples=4, limit=20, batch=4, reference=str(tmp_path / "s.npz"))
+    spec = {"image": jax.ShapeDtypeStruct((1, 8, 8, 1), "float32")}
+    assert metric.statistics(Digits(), spec).count == 20
+    shape = SimpleNamespace(source=Digits().source)
+    with pytest.raises(UserError, match=r"other settings \(data: Digits\(\) -> namespace"):
+        metric.statistics(shape, spec)
