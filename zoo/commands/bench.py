@@ -357,7 +357,7 @@ def time_sampler(run: Run, params: Any, twin: Any, n: int, rounds: int) -> Figur
     inverts = twin is not None and "denoise" in inspect.signature(task.sample).parameters
     options = {"denoise": 0.0} if inverts else {}
     spec = sampler_spec(task, n)
-    given = None if spec is None else {key: jnp.zeros(leaf.shape, leaf.dtype) for key, leaf in spec.items()}
+    given = None if spec is None else {key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in spec.items()}
     draw = jax.jit(make_sampler(task, n, options))
     with contextlib.ExitStack() as stack:
         if jax.process_count() == 1:
