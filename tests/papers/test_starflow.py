@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from zoo import dist, weights
+from zoo.encoders.text import T5
+from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance
 from zoo.nn.embed import grid_positions, patchify, rope_angles, rotate
@@ -579,3 +581,66 @@ def test_a_dropped_class_is_none_and_a_dropped_caption_the_null():
 def test_bad_fields_are_named(fields, match):
     with pytest.raises(UserError, match=match):
         dataclasses.replace(TINY, **fields)
+
+
+# --- decoder tuning ---------------------------------------------------------------------------------
+
+SMALL = AutoEncoder(image=8, channels=1, latent=2, widths=(4, 4), layers=1, groups=2, scale=None)
+TUNE = starflow.DecoderTune(vae=SMALL, width=4, stages=2, network=SMALL)
+
+
+@pytest.fixture(scope="module")
+def tuning():
+    params = jax.jit(lambda key: dist.unbox(TUNE.init(key)))(jax.random.key(0))
+    batch = {"image": jax.random.uniform(jax.random.key(1), (4, 8, 8, 1), minval=-1.0)}
+
+    def gradient(task):
+        trained = {k: params[k] for k in ("decoder", "discriminator")}
+        return jax.jit(jax.grad(lambda p: task.loss({**params, **p}, batch, jax.random.key(2))[0]))(trained)
+
+    return params, batch, gradient
+
+
+def test_decoder_and_discriminator_have_gradients_of_their_own(tuning):
+    """The discriminator's part leaves the decoder alone, and the decoder's part the discriminator."""
+    params, batch, gradient = tuning
+    assert set(params) == {"encoder", "decoder", "latents", "discriminator", "lecam", "features"}
+    assert set(TUNE.held) == {"encoder", "latents", "lecam", "features"}
+    whole = gradient(TUNE)
+    alone = dataclasses.replace(TUNE, gan=0.0, feature=0.0, lecam=0.0)
+
+    def squared(decoder):
+        mean, std = SMALL.encode(params, batch["image"])
+        draw, noise = jax.random.split(jax.random.key(2))
+        latent = mean + std * jax.random.normal(draw, mean.shape) + 0.3 * jax.random.normal(noise, mean.shape)
+        return jnp.square(SMALL.decode({**params, "decoder": decoder}, latent) - batch["image"]).mean()
+
+    want = jax.jit(jax.grad(squared))(params["decoder"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(alone)["decoder"], want)
+    # what the decoder is paid for does not reach the discriminator, and what the discriminator is paid for reaches it
+    other = gradient(dataclasses.replace(TUNE, gan=5.0, square=3.0, feature=0.0))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole["discriminator"], other["discriminator"]
+    )
+    assert max(np.abs(x).max() for x in jax.tree.leaves(whole["discriminator"])) > 1e-3
+    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole["decoder"], other["decoder"])
+    assert max(jax.tree.leaves(apart)) > 1e-4
+
+
+def test_running_means_of_judgements_follow_the_batch(tuning):
+    params, batch, _ = tuning
+    _, metrics = jax.jit(lambda p: TUNE.loss(p, batch, jax.random.key(2)))(params)
+    moved = TUNE.after_step(params, metrics)
+    for kind, name in (("real", "judged_real"), ("decoded", "judged_decoded")):
+        np.testing.assert_allclose(moved["lecam"][kind], 0.001 * metrics[name], rtol=1e-5)
+    assert {k for k in params if moved[k] is not params[k]} == {"lecam"}
+
+
+def test_a_missing_feature_network_is_said(tuning):
+    params, batch, _ = tuning
+    with pytest.warns(UserWarning, match="feature loss is off.*task.network"):
+        jax.eval_shape(dataclasses.replace(TUNE, network=None).loss, params, batch, jax.random.key(0))
+    with pytest.raises(UserError, match=r"task.network: T5 has no features"):
+        dataclasses.replace(TUNE, network=T5())
+    with pytest.raises(UserError, match=r"task.network takes images of \[16, 16, 1\]"):
+        dataclasses.replace(TUNE, network=dataclasses.replace(SMALL, image=16))

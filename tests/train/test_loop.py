@@ -478,7 +478,7 @@ def test_samples_and_evaluations_that_cannot_be_made_are_refused_before_a_folder
     for fields, words in (
         ({"samples": Samples(n=4, options={"guidence": 2})}, "samples.options: .*no option 'guidence'; did you mean"),
         ({"evals": (bayes,)}, r"unconditional"),
-        ({"evals": (bits,)}, r"baselines=True"),
+        ({"evals": (bits,), "task": dataclasses.replace(small, image=66)}, r"baselines=True"),
         ({"evals": (bayes,), "task": Wide()}, r"evals.0: the metric bayes needs 'nll', which Wide has not"),
     ):
         with pytest.raises(UserError, match=words):

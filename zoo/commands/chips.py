@@ -111,7 +111,19 @@ CHIPS = (
     Chip(
         "A100 PCIe 80GB", "NVIDIA A100 80GB PCIe", 312e12, 80e9, 1935e9, 300e9, None, f"{_SHEET}; with an NVLink bridge"
     ),
-    Chip("H100 SXM", "NVIDIA H100 80GB HBM3", 989e12, 80e9, 3350e9, 450e9, None, _SHEET),
+    Chip(
+        name="H100 SXM",
+        kind="NVIDIA H100 80GB HBM3",
+        peak=989e12,
+        memory=80e9,
+        bandwidth=3350e9,
+        interconnect=450e9,
+        network=None,
+        source=_SHEET,
+        prefixes=("h100",),
+        dimensions=1,
+        topologies=("h100:1", "h100:8"),
+    ),
     Chip(
         name="H100 PCIe",
         kind="NVIDIA H100 PCIe",
@@ -132,7 +144,19 @@ CHIPS = (
         network=None,
         source="NVIDIA data sheet; sources disagree on the bandwidths of one card of the pair",
     ),
-    Chip("H200 SXM", "NVIDIA H200", 989e12, 141e9, 4800e9, 450e9, None, _SHEET),
+    Chip(
+        name="H200 SXM",
+        kind="NVIDIA H200",
+        peak=989e12,
+        memory=141e9,
+        bandwidth=4800e9,
+        interconnect=450e9,
+        network=None,
+        source=_SHEET,
+        prefixes=("h200",),
+        dimensions=1,
+        topologies=("h200:1", "h200:8"),
+    ),
     Chip(
         name="H200 NVL",
         kind="NVIDIA H200 NVL",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import math
 import os
@@ -61,6 +62,10 @@ def target(name: str, slices: int = 1) -> Target:
     chip, sizes = found
     if slices < 1:
         raise UserError(f"--slices {slices} leaves no chip; give 1 or more")
+    if chip.kind.startswith("NVIDIA"):
+        if slices > 1:
+            raise UserError(f"--slices {slices}: GPUs of {name} are one machine; leave --slices out")
+        return Target(name, _gpus(name, chip, sizes[0]), chip)
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if math.prod(sizes) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -84,6 +89,47 @@ def target(name: str, slices: int = 1) -> Target:
     return Target(f"{slices} x {name}" if slices > 1 else name, described.devices, chip)
 
 
+def _gpus(name: str, chip: Chip, count: int) -> Sequence[Any]:
+    """GPUs of the Hopper generation of one machine, described to XLA's compiler by hand (an interface that may change)."""
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver whose version could be asked
+    try:
+        with _hushed():
+            return topologies.get_topology_desc(
+                platform="cuda",
+                topology_name=f"1x{count}x1",
+                topology=f"1x{count}x1",
+                target_config=_HOPPER.format(
+                    memory=int(chip.memory or 0), bandwidth=int(chip.bandwidth or 0), name=chip.kind
+                ),
+            ).devices
+    except Exception as error:
+        if importlib.util.find_spec("jax_cuda12_plugin") is None:
+            raise UserError(
+                f"--topology {name} needs XLA's compiler for NVIDIA GPUs (it runs on any Linux machine): install the "
+                "`aot-cuda` extra, e.g. EXTRAS=dev,aot-cuda launch/local.sh zoo compile ..."
+            ) from None
+        words = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"--topology {name} is not known to this version of jax ({words}); use a TPU topology"
+        ) from None
+
+
+# What the compiler asks of a device: limits of compute capability 9.0 (CUDA programming guide) and the SXM cards' figures.
+_HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: {memory}
+  shared_memory_per_block_optin: 232448 cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+device_description_str: "{name}"
+"""
+
+
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
     """Without what the TPU library writes to the screen when it is loaded on a machine that has no TPU."""
@@ -99,8 +145,6 @@ def _hushed() -> Iterator[None]:
 
 
 def _has_libtpu() -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("libtpu") is not None
 
 
@@ -135,9 +179,11 @@ class _TooLarge(Exception):
         self.needs = needs
 
 
-def _compile(lowered: Any) -> Any:
+def _compile(lowered: Any, to: Target) -> Any:
+    # Without a GPU nothing can be tuned, and Triton refuses some shapes untuned: matrix products go to the library.
+    options = {"xla_gpu_enable_triton_gemm": False} if to.chip.kind.startswith("NVIDIA") else None
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         words = str(error)
         if "RESOURCE_EXHAUSTED" not in words or not re.search(r"\bhbm\b", words, re.IGNORECASE):
@@ -195,7 +241,7 @@ def compile_run(run: Run, to: Target, what: str = "train", samples: int | None =
         memory = to.chip.memory * to.share if to.chip.memory else None
         figures |= _state_figures(state, mesh)
         try:
-            compiled = _compile(traced.lower())
+            compiled = _compile(traced.lower(), to)
         except _TooLarge as error:
             if error.needs is not None:
                 figures["needs GiB"] = _gib(error.needs)

@@ -116,7 +116,7 @@ class TextNet(nn.Module):
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """tokens [B, S], mask [B, S] bool -> normalised features and the residual stream below them, [B, S, D] float32."""
         h = Table(self.vocab, self.width, std=1.0, name="tokens")()[tokens]
-        table = Table(self.buckets, self.heads, std=self.width**-0.5, name="bias")()
+        table = Table(self.buckets, self.heads, std=self.width**-0.5, axis=None, name="bias")()
         bias = table[relative_buckets(tokens.shape[1], self.buckets, self.distance)].transpose(2, 0, 1)
         block = TextBlock(self.heads, self.head_dim, self.mlp, self.gated, self.dtype, parent=None)
         h, _ = Trunk(self.depth, block, self.scan, name="trunk")(h, bias=bias, mask=mask)

@@ -184,10 +184,11 @@ class Table(nn.Module):
     rows: int
     width: int
     std: float = 0.01
+    axis: str | None = "embed"  # logical axis of the width
 
     @nn.compact
     def __call__(self) -> jax.Array:
         """The whole table [rows, width] in float32."""
-        init = nn.with_logical_partitioning(normal(self.std), (None, "embed"))
+        init = nn.with_logical_partitioning(normal(self.std), (None, self.axis))
         table: Any = self.param("table", init, (self.rows, self.width), jnp.float32)
         return table

@@ -204,7 +204,7 @@ def net(task: StarFlow, i: int) -> FlowNet:
         head_dim=task.head_dim,
         prefix=task.prefix if conditioned(task, i) else 0,
         start=task.start,
-        places=task.rows * task.columns if task.positions == "learned" else 0,
+        places=task.tokens if task.positions == "learned" else 0,
         flip=flips(task, i),
         softplus=task.scale == "softplus",
         clip=task.clip,

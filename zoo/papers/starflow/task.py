@@ -76,7 +76,7 @@ class StarFlow:
             raise UserError(
                 f"task.latent={self.latent} must be two sizes that task.patch={self.patch} divides, e.g. task.latent=32,32"
             )
-        if self.rows * self.columns < 2:
+        if self.tokens < 2:
             raise UserError(f"task.patch={self.patch} makes one token, and a flow needs two; choose a smaller patch")
         if not self.depths or min(self.depths) < 1:
             raise UserError(f"task.depths={self.depths} must give every block a layer, e.g. task.depths=2,2,2,2,2,18")
@@ -162,6 +162,11 @@ class StarFlow:
         return self.latent[1] // self.patch
 
     @property
+    def tokens(self) -> int:
+        """T, tokens of an example."""
+        return self.rows * self.columns
+
+    @property
     def dims(self) -> int:
         """D, numbers per token."""
         return self.channels * self.patch**2
@@ -198,7 +203,7 @@ class StarFlow:
 
         The frozen encoders are left out.
         """
-        count, total = self.rows * self.columns, 0.0
+        count, total = self.tokens, 0.0
         for i, depth in enumerate(self.depths):
             slots = count + (self.prefix if model.conditioned(self, i) else 0)
             lm = self.lm if i == self.blocks - 1 else None
@@ -212,7 +217,7 @@ class StarFlow:
     def cache_bytes(self, n: int, guided: bool = True) -> dict[str, int]:
         """Bytes of the key/value caches while n samples of the trained size are drawn: of the deep block, of a shallow one."""
         size = 2 if self.dtype == "bfloat16" else 4
-        count, deep = self.rows * self.columns, self.blocks - 1
+        count, deep = self.tokens, self.blocks - 1
         inner = self.lm.kv_heads * self.lm.head_dim if self.lm else self.width
 
         def block(i: int, inner: int) -> int:
@@ -252,7 +257,7 @@ class StarFlow:
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output kernels are zero, their biases are not (a constant affine map at the start)."""
         grid = (self.rows, self.columns)
-        x = jnp.zeros((1, self.rows * self.columns, self.dims))
+        x = jnp.zeros((1, self.tokens, self.dims))
         keys = jax.random.split(rng, self.blocks + 2)
         params: Params = {}
         for i in range(self.blocks):
@@ -408,8 +413,8 @@ class StarFlow:
         It turns adjacent pairs of numbers by rotary positions, we turn halves: heads are reordered. Unused buffers are
         dropped, and made again on the way back.
         """
-        slots = self.rows * self.columns + (self.prefix if self.prefix else 0)
-        names = [_constant("var", np.ones((self.rows * self.columns, self.dims), np.float32))]
+        slots = self.tokens + self.prefix
+        names = [_constant("var", np.ones((self.tokens, self.dims), np.float32))]
         if self.positions == "rope":
             table = np.zeros((slots, self.head_dim), np.float32)
             names += [_constant(f"feat_rope.freqs_{f}", table) for f in ("cos", "sin")]
