@@ -198,9 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _no_tpu_here() -> None:
-    """Where the TPU compiler is installed and there is neither a TPU nor a GPU, JAX shall not look for one: it says a lot."""
-    devices = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd")
-    if importlib.util.find_spec("libtpu") is not None and not any(map(os.path.exists, devices)):
+    """Where only a chip's compiler is installed and there is neither a TPU nor a GPU, JAX shall not look for one: it says a lot."""
+    devices = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+    compilers = any(importlib.util.find_spec(name) is not None for name in ("libtpu", "jax_cuda12_plugin"))
+    if compilers and not any(map(os.path.exists, devices)):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
