@@ -350,6 +350,17 @@ def test_a_number_of_devices_that_the_user_set_stays(monkeypatch: pytest.MonkeyP
     assert asked == [("jax_num_cpu_devices", 2)]
 
 
+def test_spread_cuts_parameters_that_fill_a_device(monkeypatch):
+    boxed = jax.eval_shape(lambda: {"w": nn.with_logical_partitioning(jnp.zeros, ("embed", None))((16, 4))})
+    params = {"w": np.arange(64.0, dtype=np.float32).reshape(16, 4)}
+    for room, cut in ((None, False), (10_000, False), (500, True)):
+        monkeypatch.setattr(dist, "_memory", lambda device, room=room: room)
+        mesh, placed = dist.spread(params, 8, boxed)
+        assert mesh.shape["fsdp"] == (8 if cut else 1)
+        assert placed["w"].addressable_shards[0].data.shape == ((2, 4) if cut else (16, 4))
+        np.testing.assert_array_equal(placed["w"], params["w"])
+
+
 def test_spread_puts_a_copy_on_each_device_that_gets_rows():
     mesh, params = dist.spread({"w": jnp.arange(3.0)}, 12)
     assert mesh.shape["data"] == 4

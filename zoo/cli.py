@@ -338,7 +338,7 @@ def _sample(args: argparse.Namespace) -> int:
     from zoo import dist, models, paths
 
     dist.start(batch=max(args.batch, 1))
-    model = models.open_model(args.model, raw=args.raw, allow=args.allow)
+    model = models.open_model(args.model, raw=args.raw, allow=args.allow, on_host=True)
     options = _options(model, args.fields)
     n, seed, text, prompt, prompts, aspect = (
         options.pop(k) for k in ("n", "seed", "label", "prompt", "prompts", "aspect")

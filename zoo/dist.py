@@ -40,6 +40,8 @@ AXES = ("data", "fsdp", "sequence", "tensor")  # of every mesh, the one that tal
 _LARGE = 16 * 2**20  # bytes above which a parameter that stays whole on every device is worth a warning
 _LARGE_CPU = 2**28  # bytes of parameters above which a CPU is not asked for copies: large products use all its cores
 
+_COPY = 0.4  # of a device's memory that a copy of all parameters may take; the rest is for what is computed from them
+
 _rules: ContextVar[Rules] = ContextVar("rules", default=RULES)
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 _log = logging.getLogger("zoo")
@@ -179,14 +181,29 @@ def start(cache: str | None = None, *, batch: int | None = None, mesh: Mesh | No
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def spread(params: Any, batch: int) -> tuple[jax.sharding.Mesh, Any]:
-    """A mesh of this host's devices that share a batch evenly, and `params` with a copy on each of them."""
+def spread(params: Any, batch: int, boxed: Any = None) -> tuple[jax.sharding.Mesh, Any]:
+    """A mesh of this host's devices that share a batch evenly, and `params` with a copy on each of them.
+
+    With `boxed`, the abstract tree of `params` with logical axes, parameters of which a copy takes more than a part of a
+    device's memory are cut along `fsdp` instead. UserError when they cannot be.
+    """
     devices = jax.local_devices()
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    room = _memory(devices[0])
+    if boxed is not None and room is not None and len(devices) > 1 and size > _COPY * room:
+        mesh = Mesh(data=1, fsdp=-1).build(devices)
+        return mesh, jax.device_put(params, shardings(boxed, mesh))
     count = math.gcd(batch, len(devices))
-    if devices[0].platform == "cpu" and sum(x.nbytes for x in jax.tree.leaves(params)) > _LARGE_CPU:
+    if devices[0].platform == "cpu" and size > _LARGE_CPU:
         count = 1
     mesh = Mesh().build(devices[:count])
     return mesh, jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+
+
+def _memory(device: jax.Device) -> int | None:
+    """Bytes that programs may use on a device; None where it does not say."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,12 +86,13 @@ def open_task(name: str | Folder, allow: Sequence[str] = ()) -> tuple[Any, Folde
     return config.undump(described, allow, "task"), folder
 
 
-def open_model(name: str | Folder, *, raw: bool = False, allow: Sequence[str] = ()) -> Model:
+def open_model(name: str | Folder, *, raw: bool = False, allow: Sequence[str] = (), on_host: bool = False) -> Model:
     """Open a run folder (its newest checkpoint), an export, or a shipped name such as `tarflow-digits`.
 
     Args:
         raw: the last weights even where the run keeps an average.
         allow: packages besides zoo whose classes the config may name.
+        on_host: leave the parameters in the host's memory, for who shares them out among devices himself.
 
     Raises:
         UserError: not a run or export, damaged, or naming foreign classes (nothing is imported then).
@@ -103,10 +105,11 @@ def open_model(name: str | Folder, *, raw: bool = False, allow: Sequence[str] = 
         data = config.undump(about.get("data"), allow, "data")
         with paths.here(folder, ("config.json", "model.safetensors")) as near:
             flat, _ = weights.load(near)
-        params = jax.tree.map(jax.numpy.asarray, weights.matching(flat, weights.abstract(task)))
+        params = weights.matching(flat, weights.abstract(task))
+        params = params if on_host else jax.tree.map(jax.numpy.asarray, params)
         return Model(task, params, about.get("weights", "raw"), about.get("step"), data, labels, folder)
     run = config.undump(about["run"], allow, "run")
-    mesh = dist.Mesh(data=1).build(jax.local_devices()[:1])
+    mesh = dist.Mesh(data=1).build(_one_device(on_host))
     checkpoints = Checkpoints(folder, create=False)
     if not checkpoints.steps():
         raise UserError(

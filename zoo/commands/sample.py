@@ -64,7 +64,8 @@ def draw(
         **_plain(options),
     }
     sampler = jax.jit(lambda params, rng, given: model.task.sample(params, rng, batch, given, **options))
-    mesh, params = dist.spread(model.params, batch)
+    boxed = jax.eval_shape(model.task.init, jax.random.key(0))
+    mesh, params = dist.spread(model.params, batch, boxed)
     with dist.use(mesh):
         first = np.zeros(batch, int)
         if "image" not in sampler.eval_shape(params, keys(seed, first), _rows(conditions, first)):
