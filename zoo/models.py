@@ -86,6 +86,13 @@ def open_task(name: str | Folder, allow: Sequence[str] = ()) -> tuple[Any, Folde
     return config.undump(described, allow, "task"), folder
 
 
+def _one_device(on_host: bool) -> list[jax.Device]:
+    if on_host:
+        with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave the host out
+            return jax.local_devices(backend="cpu")[:1]
+    return jax.local_devices()[:1]
+
+
 def open_model(name: str | Folder, *, raw: bool = False, allow: Sequence[str] = (), on_host: bool = False) -> Model:
     """Open a run folder (its newest checkpoint), an export, or a shipped name such as `tarflow-digits`.
 
