@@ -300,6 +300,12 @@ def batch_axes(size: int) -> tuple[str, ...] | None:
     return (axes,) if isinstance(axes, str) else axes
 
 
+def batch_ways(mesh: Any = None) -> int:
+    """Among how many devices a mesh (None: the one in use) shares out a batch."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else math.prod(mesh.shape[a] for a in _axes("batch", mesh))
+
+
 def ways(axes: Any) -> int:
     """Into how many parts one entry of a `spec` cuts its axis on the mesh in use."""
     names = (axes,) if isinstance(axes, str) else axes or ()
@@ -391,7 +397,7 @@ def shardings(boxed: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -
 
 def check_batch(batch: int, accumulate: int, mesh: jax.sharding.Mesh) -> None:
     """UserError unless every micro-batch divides over the devices that share the batch."""
-    parts = math.prod(mesh.shape[a] for a in _axes("batch", mesh)) or 1
+    parts = batch_ways(mesh)
     if batch % (parts * accumulate):
         by = f"{parts} devices" + (f" x {accumulate} micro-batches" if accumulate > 1 else "")
         nearest = max(1, round(batch / (parts * accumulate))) * parts * accumulate

@@ -49,7 +49,7 @@ config = Run(
 
 equal = replace(config, task=replace(config.task, depths=(2, 2, 2, 2)))
 
-agreement = Agreement(path=Images("data/mnist.npz", size=28, channels=1))
+agreement = Agreement(options={"guidance": 1.0}, path=Images("data/mnist.npz", size=28, channels=1))
 
 smoke = replace(
     config,

@@ -1,4 +1,4 @@
-"""STARFlow from captions at 1024 pixels in mixed aspect ratios, tuned from t2i_512: 16,384 tokens and less.
+"""STARFlow from captions at 1024 pixels in mixed aspect ratios, tuned from t2i_512: about 16,384 tokens.
 
     zoo prepare PAIRS data/pairs1024-latents --size 1024 --aspects --encode vae=exports/sd-vae --encode text=exports/flan-t5-xl
     zoo train starflow/t2i_1024

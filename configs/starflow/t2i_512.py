@@ -1,4 +1,4 @@
-"""STARFlow from captions at 512 pixels in mixed aspect ratios, tuned from t2i_256: 4,096 tokens and less.
+"""STARFlow from captions at 512 pixels in mixed aspect ratios, tuned from t2i_256: about 4,096 tokens.
 
     zoo prepare PAIRS data/pairs512-latents --size 512 --aspects --encode vae=exports/sd-vae --encode text=exports/flan-t5-xl
     zoo train starflow/t2i_512

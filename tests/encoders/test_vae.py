@@ -295,3 +295,11 @@ def test_images_and_latents_that_do_not_fit_are_refused():
             jax.eval_shape(TINY.encode, params, jnp.zeros(shape))
     with pytest.raises(UserError, match="latents of 4 channels"):
         jax.eval_shape(TINY.decode, params, jnp.zeros((1, 4, 4, 4)))
+
+
+def test_large_images_attend_some_pixels_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (jax.random.normal(key, (2, 16, 1, 8)) for key in jax.random.split(jax.random.key(0), 3))
+    whole = vae._attend(q, k, v)
+    monkeypatch.setattr(vae, "_QUERIES", 4)
+    np.testing.assert_allclose(vae._attend(q, k, v), whole, atol=1e-6)
+    assert "scan" in str(jax.make_jaxpr(vae._attend)(q, k, v))

@@ -17,6 +17,7 @@ from zoo.flows.inverse import Guidance
 from zoo.nn.embed import grid_positions, patchify, rope_angles, rotate
 from zoo.papers import starflow
 from zoo.papers.starflow import model
+from zoo.train.step import make_sampler
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "starflow"
 CASES = [("t2i_base", True), ("class_cond", False), ("learned_pos", True), ("lm_deep_block", False)]
@@ -426,6 +427,14 @@ VARIANTS = {
         captions="features",
         lm=starflow.LanguageModel(32, 4, 2, 8, 48),
     ),
+    "lm-plain": dataclasses.replace(
+        TINY,
+        classes=0,
+        text_tokens=3,
+        text_width=32,
+        captions="features",
+        lm=starflow.LanguageModel(32, 4, 4, 8, 48, qk_norm=False, post_norm=False),
+    ),
     "unconditional": dataclasses.replace(TINY, classes=0, head_dim=16),
 }
 
@@ -527,6 +536,41 @@ def test_guidance_laws():
         np.testing.assert_allclose(score(x, scale, shift), (1 + w) * score(x, s, m) - w * score(x, t, n), rtol=1e-5)
 
 
+@pytest.mark.parametrize("mesh", [dist.Mesh(data=2, fsdp=2, tensor=2)], ids=["all"])
+def test_loss_and_samples_are_those_of_one_device(mesh):
+    """On a mesh that six samples do not fill: two more are drawn, and left out."""
+    task = dataclasses.replace(TINY, width=64)
+    params = randomised(task)
+    batch = {"latent": latents(task, 8), "latent_std": 0.1 * jnp.ones((8, 4, 4, 2)), "label": jnp.arange(8) % 3}
+    sample = make_sampler(task, 6, {"guidance": 1.0})
+    program = jax.jit(lambda p: (task.loss(p, batch, jax.random.key(3))[0], sample(p, jax.random.key(4))["latent"]))
+    alone = program(params)
+    with dist.use(mesh.build()):
+        boxed = jax.eval_shape(task.init, jax.random.key(0))
+        placed = jax.device_put(params, dist.shardings(boxed, mesh.build()))
+        loss, drawn = jax.jit(lambda p: program.__wrapped__(p))(placed)
+    np.testing.assert_allclose(loss, alone[0], rtol=1e-5)
+    assert drawn.shape == (6, 4, 4, 2)
+    np.testing.assert_allclose(drawn, alone[1], atol=1e-4)
+
+
+def test_half_precision_keeps_scales_and_losses_in_float32():
+    """bfloat16 activations: the loss stays near float32's, and an inverse made of the same networks still inverts."""
+    half = dataclasses.replace(TINY, dtype="bfloat16")
+    params, x, y = randomised(TINY), latents(TINY, 2), condition_of(TINY, 2)
+
+    def both(task):
+        z, logdet, _ = starflow.forward(task, params, x, y)
+        return 0.5 * jnp.square(z).mean() - logdet.mean(), z, logdet
+
+    (want, _, _), (found, z, logdet) = jax.jit(both, static_argnums=0)(TINY), jax.jit(both, static_argnums=0)(half)
+    assert z.dtype == logdet.dtype == jnp.float32
+    assert abs(float(found - want)) < 0.02
+    assert float(found) != float(want)
+    back = jax.jit(lambda p: starflow.inverse(half, p, model.untokens(half, z, (4, 4)), y))(params)
+    np.testing.assert_allclose(back, x, atol=0.15)
+
+
 def test_sample_i_depends_on_its_key_alone():
     params, key = randomised(TINY), jax.random.key(9)
     few, many = (
@@ -560,6 +604,13 @@ def test_a_dropped_class_is_none_and_a_dropped_caption_the_null():
     np.testing.assert_array_equal(seen, jnp.stack([null[0], text[0]]))
     with pytest.raises(UserError, match="null_text"):
         task.conditions({}, {"text": text})
+
+
+def test_guidance_without_anything_asked_for_is_said():
+    with pytest.warns(UserWarning, match="compares a pass with itself"):
+        jax.eval_shape(lambda p: TINY.sample(p, jax.random.key(0), 2, guidance=1.0), randomised(TINY))
+    with pytest.raises(UserError, match="guidance=nan"):
+        Guidance(float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -627,12 +678,27 @@ def test_decoder_and_discriminator_have_gradients_of_their_own(tuning):
     assert max(jax.tree.leaves(apart)) > 1e-4
 
 
-def test_running_means_of_judgements_follow_the_batch(tuning):
+def test_judgements_and_their_running_means(tuning):
+    """Hinge and LeCam written out, with means that differ; afterwards the means have moved towards the batch."""
     params, batch, _ = tuning
-    _, metrics = jax.jit(lambda p: TUNE.loss(p, batch, jax.random.key(2)))(params)
-    moved = TUNE.after_step(params, metrics)
-    for kind, name in (("real", "judged_real"), ("decoded", "judged_decoded")):
-        np.testing.assert_allclose(moved["lecam"][kind], 0.001 * metrics[name], rtol=1e-5)
+    params = {**params, "lecam": {"real": jnp.float32(0.7), "decoded": jnp.float32(-0.4)}}
+    task = dataclasses.replace(TUNE, square=0.0, feature=0.0, gan=0.0, lecam=2.0)
+
+    @jax.jit
+    def both(params):
+        mean, std = SMALL.encode(params, batch["image"])
+        draw, noise = jax.random.split(jax.random.key(2))
+        latent = mean + std * jax.random.normal(draw, mean.shape) + 0.3 * jax.random.normal(noise, mean.shape)
+        judge = lambda x: task._judge().apply({"params": params["discriminator"]}, x)  # noqa: E731
+        return task.loss(params, batch, jax.random.key(2)), judge(batch["image"]), judge(SMALL.decode(params, latent))
+
+    (loss, metrics), real, fake = both(params)
+    hinge = np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean()
+    near = np.square(real + 0.4).mean() + np.square(fake - 0.7).mean()
+    np.testing.assert_allclose(loss, hinge + 2 * near, rtol=1e-5)
+    moved = task.after_step(params, metrics)
+    np.testing.assert_allclose(moved["lecam"]["real"], 0.999 * 0.7 + 0.001 * real.mean(), rtol=1e-6)
+    np.testing.assert_allclose(moved["lecam"]["decoded"], 0.999 * -0.4 + 0.001 * fake.mean(), rtol=1e-6)
     assert {k for k in params if moved[k] is not params[k]} == {"lecam"}
 
 

@@ -25,6 +25,8 @@ from zoo.task import Batch, Name, Params
 
 LOW, HIGH = -30.0, 20.0  # what log-variances are clipped to
 
+_QUERIES = 1024  # pixels that attend at a time: those of a latent of 256 pixels' image are done at once
+
 # Keys of the middle's attention in older files, and what they are called now.
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -61,8 +63,18 @@ class PixelAttention(nn.Module):
         h = GroupNorm(self.groups, name="norm")(x).reshape(batch, height * wide, width)
         # Whole on every device, as the convolutions around them are.
         q, k, v = (Dense(width, (None, None), dtype=self.dtype, name=n)(h)[:, :, None] for n in ("q", "k", "v"))
-        h = attend(q, k, v, causal=False)[:, :, 0]
+        h = _attend(q, k, v)[:, :, 0]
         return x + Dense(width, (None, None), dtype=self.dtype, name="out")(h).reshape(x.shape)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attend` of all pixels to all, [B, T, 1, K]; of large images some queries at a time, whose logits fit into memory."""
+    tokens = q.shape[1]
+    if tokens <= _QUERIES or tokens % _QUERIES:
+        return attend(q, k, v, causal=False)
+    parts = q.reshape(q.shape[0], -1, _QUERIES, *q.shape[2:]).swapaxes(0, 1)
+    found = jax.lax.map(jax.checkpoint(lambda part: attend(part, k, v, causal=False)), parts)
+    return found.swapaxes(0, 1).reshape(q.shape)
 
 
 class Middle(nn.Module):

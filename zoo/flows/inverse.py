@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,9 +51,9 @@ class Guidance:
                 f"guidance.what={self.what!r}: the gaussian rule moves scale and shift together; leave what out, or set "
                 "guidance.rule=linear"
             )
-        if isinstance(self.weight, (int, float)) and self.weight < 0:
+        if isinstance(self.weight, (int, float)) and not 0 <= self.weight < math.inf:
             raise UserError(
-                f"guidance={self.weight} is negative; 0 is no guidance, positive weights push away from the weak pass"
+                f"guidance={self.weight} is negative or no number; 0 is no guidance, positive weights push away from the weak pass"
             )
         if isinstance(self.attention_temperature, (int, float)) and self.attention_temperature <= 0:
             raise UserError(

@@ -175,12 +175,15 @@ def write_cache(cache: Cache, k: jax.Array, v: jax.Array, index: Any, layer: Any
 def attend_cached(q: jax.Array, cache: Cache, index: Any, layer: Any) -> jax.Array:
     """Attention of the tokens q [B, Q, H, K] at positions `index`, `index` + 1, ... to the cache up to their own.
 
-    A cache of fewer heads serves H over its number of consecutive query heads with each.
+    A cache of fewer heads serves H over its number of consecutive query heads with each. With a plain integer for `index`
+    the slots behind the last query are not looked at.
     """
     k, v = cache["k"], cache["v"]
+    batch, queries, heads, head_dim = q.shape
+    if isinstance(index, int):
+        k, v = (x[..., : index + queries] for x in (k, v))
     if layer is not None:
         k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
-    batch, queries, heads, head_dim = q.shape
     q = q * jnp.asarray(head_dim**-0.5, q.dtype)
     q = q.reshape(batch, queries, k.shape[1], heads // k.shape[1], head_dim)
     logits = jnp.einsum("bqhgk,bhkt->bhgqt", q, k, preferred_element_type=jnp.float32)

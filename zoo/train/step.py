@@ -122,13 +122,19 @@ def make_train_step(
 def make_sampler(task: Any, n: int, options: Mapping[str, Any]) -> Callable[..., dict[str, jax.Array]]:
     """A pure function (params, rng, conditions=None) -> n samples of a task.
 
-    Without conditions, arrays that lead with n, its labels are balanced over its classes.
+    Without conditions, arrays that lead with n, its labels are balanced over its classes. On a mesh whose devices n does
+    not fill evenly, more are drawn than asked for: else every device would draw, and hold the caches of, all of them.
     """
     classes = getattr(task, "classes", 0)
     balanced = {"label": np.arange(n, dtype=np.int32) % classes} if classes and "label" in task.spec(1) else None
 
     def sampler(params: Params, rng: jax.Array, conditions: Any = None) -> dict[str, jax.Array]:
-        return task.sample(params, rng, n, balanced if conditions is None else conditions, **options)
+        given = balanced if conditions is None else conditions
+        drawn = -(-n // dist.batch_ways()) * dist.batch_ways()
+        if drawn == n:
+            return task.sample(params, rng, n, given, **options)
+        given = jax.tree.map(lambda x: jnp.asarray(x)[jnp.arange(drawn) % n], given)
+        return jax.tree.map(lambda x: x[:n], task.sample(params, rng, drawn, given, **options))
 
     return sampler
 

@@ -56,7 +56,7 @@ class DecoderTune:
     noise: float = 0.3  # standard deviation of the Gaussian noise on the scaled latents, that of the flow
     square: float = 1.0  # weight of the squared error
     feature: float = 1.0  # weight of the squared difference of features
-    gan: float = 0.1  # weight of the discriminator's judgement
+    gan: float = 0.1  # weight of the discriminator's judgement; the discriminator itself learns whatever it is
     lecam: float = 0.001  # weight of the discriminator's regulariser (arXiv:2104.03310)
     network: Any = None  # a task with features, its weights under Run.weights["features"]; None: that term is off
     width: int = 128  # of the discriminator
@@ -69,6 +69,11 @@ class DecoderTune:
         for name in ("width", "stages"):
             if getattr(self, name) < 1:
                 raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
+        if self.vae.image < 2**self.stages:
+            raise UserError(
+                f"task.stages={self.stages} halves images of {self.vae.image} pixels to nothing; choose "
+                f"{self.vae.image.bit_length() - 1} or fewer"
+            )
         if self.network is not None:
             if not hasattr(self.network, "features"):
                 raise UserError(
@@ -121,7 +126,7 @@ class DecoderTune:
 
         error = jnp.square(decoded - image)
         fixed = jax.lax.stop_gradient(params["discriminator"])
-        fooled = -judge(fixed, decoded).mean()
+        fooled = -judge(fixed, decoded).mean() if self.gan else 0.0
         distance = self._feature_distance(params, decoded, image)
         generator = self.square * error.mean() + self.feature * distance + self.gan * fooled
 
@@ -142,8 +147,8 @@ class DecoderTune:
         return generator + hinge + self.lecam * near, metrics
 
     def _feature_distance(self, params: Params, decoded: jax.Array, image: jax.Array) -> jax.Array:
-        """Mean squared difference of features [B, D], each scaled to unit length."""
-        if self.network is None:
+        """Mean squared difference of features [B, D], those of each image scaled to a mean square of 1."""
+        if self.network is None or not self.feature:
             if self.feature:
                 warnings.warn(
                     "the feature loss is off: task.network names no network; set it, with weights.features=RUN_OR_EXPORT, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ class StarFlow:
     text_width: int = 2048  # E, numbers per caption token
     condition: Literal["deep", "all"] = "deep"  # blocks that see class or caption
     start: bool = True  # a learned start token; False: the first token of each block passes unchanged, as in TarFlow
-    order: Literal["L2R", "R2L"] = "L2R"  # direction of every second block, from the second on: the deep one of six
+    order: Literal["L2R", "R2L"] = "L2R"  # L2R: blocks 1, 3, 5 run through the grid forwards (5 is the deep one of six)
     positions: Literal["rope", "learned"] = "rope"
     reach: float = 32.0  # positions of a square grid span [0, reach), whatever its size; part of the weights' identity
     scale: Literal["softplus", "exp"] = "softplus"
@@ -215,7 +216,7 @@ class StarFlow:
         return 6.0 * total
 
     def cache_bytes(self, n: int, guided: bool = True) -> dict[str, int]:
-        """Bytes of the key/value caches while n samples of the trained size are drawn: of the deep block, of a shallow one."""
+        """Bytes of the key/value caches while n samples of the trained size are drawn: of the deep block, of the largest other."""
         size = 2 if self.dtype == "bfloat16" else 4
         count, deep = self.tokens, self.blocks - 1
         inner = self.lm.kv_heads * self.lm.head_dim if self.lm else self.width
@@ -225,7 +226,7 @@ class StarFlow:
             rows = 2 * n if guided and seen else n
             return 2 * self.depths[i] * rows * (count + (self.prefix if seen else 0)) * inner * size
 
-        return {"deep": block(deep, inner), "shallow": block(0, self.width) if deep else 0}
+        return {"deep": block(deep, inner), "shallow": max((block(i, self.width) for i in range(deep)), default=0)}
 
     # --- contract -----------------------------------------------------------------------------------
 
@@ -382,6 +383,12 @@ class StarFlow:
         if rows % self.patch or columns % self.patch:
             raise UserError(f"grid={rows},{columns} is not a multiple of task.patch={self.patch}; choose one that is")
         keys = rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
+        if Guidance.of(guidance, "gaussian", annealed=False).active and not self._asked(conditions):
+            warnings.warn(
+                "guidance without a class or caption compares a pass with itself: it changes nothing and costs twice; give "
+                "conditions, or leave guidance out",
+                stacklevel=2,
+            )
         z = temperature * jax.vmap(lambda k: jax.random.normal(k, (rows, columns, self.channels)))(keys)
         batch = {**(conditions or {}), "z": z}
         seen = self.conditions(params, batch)
@@ -404,6 +411,10 @@ class StarFlow:
             drawn["image"] = jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)
         label = (conditions or {}).get("label") if self.classes else None
         return drawn if label is None else {**drawn, "label": label}
+
+    def _asked(self, conditions: Batch | None) -> bool:
+        """Whether conditions hold a class or a caption, and not only what stands for none."""
+        return bool({"label", "tokens", "text"} & set(conditions or {}))
 
     # --- published weights --------------------------------------------------------------------------
 
