@@ -380,8 +380,11 @@ class StarFlow:
             pixels gives `image` alone. NaN where the inverse overflowed. And `label` where given.
         """
         rows, columns = grid or self.latent
-        if rows % self.patch or columns % self.patch:
-            raise UserError(f"grid={rows},{columns} is not a multiple of task.patch={self.patch}; choose one that is")
+        if min(rows, columns) < 1 or rows % self.patch or columns % self.patch:
+            raise UserError(
+                f"grid={rows},{columns} must be two sizes that task.patch={self.patch} divides, e.g. grid={self.latent[0]},"
+                f"{self.latent[1]}"
+            )
         keys = rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
         if Guidance.of(guidance, "gaussian", annealed=False).active and not self._asked(conditions):
             warnings.warn(
