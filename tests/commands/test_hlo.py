@@ -381,6 +381,23 @@ def test_of_what_a_fusion_only_slices_the_slices_count() -> None:
     assert found.times["slices"] == 1  # what happens inside a fusion moves nothing more
 
 
+def test_a_slice_may_be_taken_in_a_fusion_within_a_fusion() -> None:
+    before = """%inner (p: f32[1024,4], i: s32[]) -> f32[2,4] {
+  %p = f32[1024,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %s = f32[2,4]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={2,4}
+}
+
+%outer (q: f32[1024,4], j: s32[]) -> f32[2,4] {
+  %q = f32[1024,4]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %f = f32[2,4]{1,0} fusion(%q, %j), kind=kLoop, calls=%inner
+  ROOT %n = f32[2,4]{1,0} negate(%f)
+}"""
+    found = program(BIG, AT, "%y = f32[2,4] fusion(%x, %at), kind=kOutput, calls=%outer", before=before)
+    assert found.moved() == 32 + 4 + 32
+
+
 @pytest.mark.parametrize("loops", [True, False])
 def test_a_loop_moves_as_much_as_it_runs_or_once(loops: bool) -> None:
     found = program(

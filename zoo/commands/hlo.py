@@ -281,7 +281,9 @@ class Program:
             if source is None or not source.shapes or source.shapes[0].local:
                 continue
             whole = source.shapes[0].size
-            read += min(whole, _read(inside, position, whole) if inside else _sliced(i, position, whole))
+            read += min(
+                whole, _read(self.computations, inside, position, whole) if inside else _sliced(i, position, whole)
+            )
         return read + (_written(inside) if inside else _plain_written(where, i))
 
 
@@ -303,15 +305,19 @@ def _sliced(i: Instruction, position: int, whole: float) -> float:
     return whole
 
 
-def _read(inside: Computation, position: int, whole: float) -> float:
-    """Bytes that a fusion reads of its parameter at `position`."""
+def _read(computations: Mapping[str, Computation], inside: Computation, position: int, whole: float) -> float:
+    """Bytes that a fusion reads of its parameter at `position`; a slice may be taken in a fusion within it."""
     parameter = next(
         (p for p in inside.instructions if p.op == "parameter" and p.text.startswith(f"{position})")), None
     )
     if parameter is None:
         return whole
-    users = [u for u in inside.instructions if parameter.name in u.operands]
-    return sum(_sliced(u, u.operands.index(parameter.name), whole) for u in users)
+    total = 0.0
+    for user in (u for u in inside.instructions if parameter.name in u.operands):
+        at = user.operands.index(parameter.name)
+        nested = computations.get(user.called("calls") or "") if user.op == "fusion" else None
+        total += _read(computations, nested, at, whole) if nested else _sliced(user, at, whole)
+    return total
 
 
 def _written(inside: Computation) -> float:
