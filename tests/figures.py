@@ -22,12 +22,16 @@ README = Path(__file__).parent.parent / "README.md"
 HEADS = {
     "bpd": "bits per dimension, held out",
     "noisy_bits_per_dim": "bits of noisy images, held out",
+    "noisy_latent_bits_per_dim": "bits of noisy latents, held out",
+    "gaussian_noisy_latent_bits_per_dim": "Gaussian on noisy latents",
     "accuracy": "accuracy of Bayes' rule",
     "histogram_bpd": "histogram",
     "gaussian_bpd": "Gaussian",
     "steps": "steps",
     "minutes": "minutes",
 }
+
+KINDS = {"compile": "topology", "agreement": "agreement"}  # kinds of JSON by a key of theirs
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -56,7 +60,7 @@ def add(name: str, source: Path, command: str, machine: str | None = None) -> No
     """Keep the figures of a run folder, or of the JSON that `zoo bench` or `zoo compile --json` wrote, under a name."""
     figures = json.loads(source.read_text()) if source.is_file() else of_run(source)
     record = {
-        "kind": "compile" if "topology" in figures else "bench" if source.is_file() else "learned",
+        "kind": next((k for k, key in KINDS.items() if key in figures), "bench" if source.is_file() else "learned"),
         "command": command,
         "hardware": machine or hardware(figures),
         "date": str(figures["date"])[:10] if "date" in figures else datetime.date.today().isoformat(),
@@ -139,10 +143,41 @@ def compile_table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def agreement_table(records: dict[str, dict[str, Any]]) -> str:
+    """Whether samples are of the class that was asked for."""
+    heads = [
+        "run",
+        "guidance",
+        "samples of the class asked for",
+        "the judge on real test images",
+        "samples",
+        "measured",
+    ]
+    lines = [_row(heads), _row(["---"] * len(heads))]
+    for name, r in records.items():
+        if r["kind"] == "agreement":
+            f = r["figures"]
+            cells = [
+                name.partition(" ")[0],
+                f"{f['metric']['options'].get('guidance', 0):g}",
+                f"{f['agreement']:.3f} (standard error {f['agreement_std_error']:.3f})",
+                f"{f['judge_accuracy']:.3f}",
+                f"{f['agreement_samples']}",
+                f"{r['date']}, {r['hardware']}: `{r['command']}`",
+            ]
+            lines.append(_row(cells))
+    return "\n".join(lines)
+
+
 def rendered(text: str) -> str:
     """README text with its tables made anew."""
     records = read()
-    tables = {"learned": learned_table(records), "bench": bench_table(records), "compile": compile_table(records)}
+    tables = {
+        "learned": learned_table(records),
+        "agreement": agreement_table(records),
+        "bench": bench_table(records),
+        "compile": compile_table(records),
+    }
     for mark, table in tables.items():
         begin, end = f"<!-- figures: {mark} -->", "<!-- end -->"
         head, _, rest = text.partition(begin)
