@@ -6,7 +6,8 @@
     zoo sample runs/starflow-mnist_latents n=100 guidance=1
 
 `equal` has the same layers in blocks of one depth. `zoo eval runs/starflow-mnist_latents configs/starflow/mnist_latents.py:agreement
-options.guidance=1` asks a classifier of real digits whether samples are what was asked for.
+options.guidance=1` asks a classifier of real digits whether samples are what was asked for; `...:frechet` compares them
+with real digits, in pixels.
 """
 
 from dataclasses import replace
@@ -16,6 +17,7 @@ from zoo.data.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.encoders.vae import AutoEncoder
 from zoo.metrics.agreement import Agreement
+from zoo.metrics.frechet import Frechet
 from zoo.metrics.likelihood import Bits
 from zoo.papers import starflow
 from zoo.run import Checkpoint, Run, Samples
@@ -49,7 +51,9 @@ config = Run(
 
 equal = replace(config, task=replace(config.task, depths=(2, 2, 2, 2)))
 
-agreement = Agreement(options={"guidance": 1.0}, path=Images("data/mnist.npz", size=28, channels=1))
+digits = Images("data/mnist.npz", size=28, channels=1)
+agreement = Agreement(options={"guidance": 1.0}, path=digits)
+frechet = Frechet("pixels", samples=1_000, limit=1_000, path=digits, options={"guidance": 1.0})
 
 smoke = replace(
     config,

@@ -98,6 +98,7 @@ def test_copies_of_the_data_are_at_distance_zero() -> None:
         "frechet_split": "train",
         "frechet_flip": 0,
         "frechet_labels": "balanced",
+        "frechet_conditions": "balanced labels",
         "frechet_options": "{}",
         "frechet_resampled": 0,
         "frechet_left_out": 0,
@@ -223,12 +224,15 @@ def test_features_that_do_not_fit_are_refused(features: str, network: Any, messa
 
 def test_other_mistakes_are_told() -> None:
     class Big(Copies):
-        def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-            return {"image": jax.ShapeDtypeStruct((batch, 64, 64, 3), jnp.float32)}
+        def init(self, rng: Any) -> dict[str, jax.Array]:
+            return {}
 
-    class Text(Copies):
-        def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-            return {"tokens": jax.ShapeDtypeStruct((batch, 64), jnp.int32)}
+        def sample(self, params: Any, rng: Any, n: int, conditions: Any = None) -> dict[str, jax.Array]:
+            return {"image": jnp.zeros((n, 64, 64, 3))}
+
+    class Text(Big):
+        def sample(self, params: Any, rng: Any, n: int, conditions: Any = None) -> dict[str, jax.Array]:
+            return {"tokens": jnp.zeros((n, 64), jnp.int32)}
 
     class Sick(TarFlow):
         def features(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -236,8 +240,12 @@ def test_other_mistakes_are_told() -> None:
 
     with pytest.raises(UserError, match="12,288 numbers, and at most 4,096"):
         PIXELS(Big(), {}, Digits(), RNG)
-    with pytest.raises(UserError, match="compares images, and Text models none"):
+    with pytest.raises(UserError, match="12,288 numbers, and at most 4,096"):
+        PIXELS.check(Big())
+    with pytest.raises(UserError, match="compares images, and Text draws none"):
         PIXELS(Text(), {}, Digits(), RNG)
+    with pytest.raises(UserError, match="compares images, and Text draws none"):
+        PIXELS.check(Text())
     sick = SimpleNamespace(task=Sick(image=8, channels=1, width=8, head_dim=8), params={})
     with pytest.raises(UserError, match="features that are not finite"):
         replace(PIXELS, features="x")(Copies(), first(12), Digits(), RNG, network=sick)
@@ -245,3 +253,86 @@ def test_other_mistakes_are_told() -> None:
         Frechet(samples=1)
     with pytest.raises(UserError, match="limit=1"):
         Frechet(limit=1)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A model of latents: its sampler gives images, those of params["image"] in the order of the captions."""
+
+    text: bool = True
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        return ("tokens", "null_tokens") if self.text else ()
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        latent = {"latent": jax.ShapeDtypeStruct((batch, 4, 4, 2), jnp.float32)}
+        return {**latent, **{key: jax.ShapeDtypeStruct((batch, 3), jnp.int32) for key in self.given}}
+
+    def init(self, rng: jax.Array) -> dict[str, jax.Array]:
+        return {"image": jnp.zeros((12, 8, 8, 1))}
+
+    def sample(self, params: Any, rng: Any, n: int, conditions: Any = None) -> dict[str, jax.Array]:
+        assert (conditions is not None) == self.text
+        which = conditions["tokens"][:, 0] - conditions["null_tokens"][:, 0] if self.text else jnp.zeros(n, jnp.int32)
+        return {"latent": jnp.zeros((n, 4, 4, 2)), "image": params["image"][which]}
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Latents whose test split has `count` captions: the number of the example in each token, beside an empty one of 0."""
+
+    count: int = 12
+
+    def source(self, split: str, spec: Any = None) -> Any:
+        null = np.zeros(3, np.int32)
+        return [
+            {
+                "latent": np.zeros((4, 4, 2), np.float32),
+                "tokens": null + (i if split == "test" else 0),
+                "null_tokens": null,
+            }
+            for i in range(self.count)
+        ]
+
+
+def test_a_model_of_latents_is_compared_with_the_images_of_path_by_held_out_captions() -> None:
+    metric = replace(PIXELS, path=Digits())
+    metric.check(Decoded())
+    found = metric(Decoded(), first(12), Captioned(), RNG)
+    assert found["frechet"] == pytest.approx(0, abs=1e-9)
+    assert (found["frechet_labels"], found["frechet_conditions"]) == ("none", "captions of the test split")
+    # 5 captions in turn are the first 5 images, of each of which two or three are drawn, whatever the batch
+    pixels = np.trunc((np.asarray(first(5)["image"]) + 1) / 2 * 255).reshape(5, -1) / 255
+    reference = moments([np.trunc((np.asarray(first(12)["image"]) + 1) / 2 * 255).reshape(12, -1) / 255])
+    want = frechet_distance(moments([pixels[np.arange(12) % 5]]), reference)
+    for batch in (3, 5, 12, 32):
+        few = replace(metric, batch=batch)(Decoded(), first(12), Captioned(5), RNG)
+        assert few["frechet"] == pytest.approx(want, rel=1e-5)
+    plain = metric(Decoded(text=False), first(12), Captioned(), RNG)
+    assert (plain["frechet_labels"], plain["frechet_conditions"]) == ("none", "none")
+
+
+def test_data_without_such_images_are_refused() -> None:
+    with pytest.raises(
+        UserError,
+        match=r"images of \[8, 8, 1\].*the data of the run gives latent, tokens, .* in its train split; set path to",
+    ):
+        PIXELS(Decoded(), first(12), Captioned(), RNG)
+    large = {"image": jnp.zeros((12, 16, 16, 1))}
+    with pytest.raises(UserError, match=r"images of \[16, 16, 1\].*path=Digits\(\) gives images of \[8, 8, 1\], label"):
+        replace(PIXELS, path=Digits())(Decoded(), large, Captioned(), RNG)
+    with pytest.raises(UserError, match="no data description"):
+        replace(PIXELS, path="digits.npz").check(Decoded())
+    with pytest.raises(UserError, match="has no test examples"):
+        replace(PIXELS, path=Digits())(Decoded(), first(12), _Untested(), RNG)
+
+
+class _Untested(Captioned):
+    def source(self, split: str, spec: Any = None) -> Any:
+        return _NoRows(super().source(split, spec)) if split == "test" else super().source(split, spec)
+
+
+class _NoRows(list):
+    def __len__(self) -> int:
+        return 0

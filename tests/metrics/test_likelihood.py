@@ -12,9 +12,10 @@ import pytest
 
 from zoo import config, dist, metrics
 from zoo.data.images import Digits
+from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.metrics import likelihood
-from zoo.metrics.frechet import Frechet
+from zoo.metrics.frechet import Frechet, moments
 from zoo.metrics.likelihood import (
     BayesAccuracy,
     Bits,
@@ -102,6 +103,30 @@ def test_the_label_goes_in_only_when_asked_for() -> None:
     assert given - without == pytest.approx(100 / 64 / math.log(2), rel=1e-5)
 
 
+@dataclass(frozen=True)
+class Told(Template):
+    """nll is 1, plus 10 where captions are given, plus 100 where what stands for none is not."""
+
+    given: tuple[str, ...] = ("tokens", "null_tokens")
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {**super().spec(batch), **{k: jax.ShapeDtypeStruct((batch, 3), jnp.int32) for k in self.given}}
+
+    def nll(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
+        nats = 1.0 + 10.0 * (self.given[0] in batch) + 100.0 * (self.given[1] not in batch)
+        return jnp.full(len(batch["image"]), 64 * nats * math.log(2))
+
+
+@pytest.mark.parametrize("key", ["tokens", "text"])
+def test_captions_go_in_only_when_asked_for(key: str) -> None:
+    task, data = Told(given=(key, f"null_{key}")), Synthetic(examples=5)
+    for label, want in ((False, 1.0), (True, 11.0)):
+        found = Bits(batch=4, label=label)(task, {}, data, RNG)
+        assert found["noisy_bits_per_dim"] == pytest.approx(want)
+        assert found["conditioned"] is label
+    assert Bits(batch=4, label=True)(Template(noise=0.0), {"mean": 0.0}, data, RNG)["conditioned"] is False
+
+
 def test_an_identity_flow_has_the_bits_of_a_standard_normal() -> None:
     task = TarFlow(
         image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8, noise_type="uniform", levels=17
@@ -152,7 +177,16 @@ def test_the_gaussian_of_noisy_data_is_that_of_drawn_noise() -> None:
     covariance = np.cov(x, rowvar=False, bias=True)
     nats = 0.5 * np.einsum("nd,de,ne->n", y, np.linalg.inv(covariance), y).mean()
     nats += 0.5 * np.linalg.slogdet(2 * np.pi * covariance)[1]
-    assert gaussian_nats(train, spread, test, test_spread) == pytest.approx(nats, rel=0.02)
+    found = gaussian_nats(moments([train]), spread.mean(0), moments([test]), test_spread.mean(0))
+    assert found == pytest.approx(nats, rel=0.02)
+
+
+def noisy_nats(train: np.ndarray, variance: np.ndarray, test: np.ndarray, test_variance: np.ndarray) -> float:
+    """The same from all examples at once, [N, dims] each."""
+    covariance = np.cov(train, rowvar=False, bias=True) + np.diag(variance.mean(0))
+    off, precision = test - train.mean(0), np.linalg.inv(covariance)
+    quadratic = np.einsum("nd,de,ne->n", off, precision, off) + test_variance @ np.diag(precision)
+    return 0.5 * (quadratic.mean() + np.linalg.slogdet(2 * np.pi * covariance)[1])
 
 
 def test_a_gaussian_stands_beside_noisy_bits() -> None:
@@ -161,9 +195,37 @@ def test_a_gaussian_stands_beside_noisy_bits() -> None:
         np.stack([source[i]["image"].ravel() for i in range(n)]).astype(np.float64)
         for source, n in ((Digits().source("train"), 1500), (Digits().source("test"), 8))
     )
-    nats = gaussian_nats(train, np.full(train.shape, 0.01), test, np.full(test.shape, 0.01)) / 64
-    assert found["gaussian_noisy_bits_per_dim"] == pytest.approx(nats / math.log(2), rel=1e-6)
+    nats = noisy_nats(train, np.full(train.shape, 0.01), test, np.full(test.shape, 0.01)) / 64
+    assert found["gaussian_noisy_bits_per_dim"] == pytest.approx(nats / math.log(2), rel=1e-9)
     assert "histogram_bpd" not in found
+
+
+def test_the_gaussian_of_latents_knows_the_spread_of_each() -> None:
+    """More examples than are held at once, each with a spread of its own."""
+    rng = np.random.default_rng(0)
+    mean, std = (rng.normal(size=(1_500, 2, 2, 2)).astype(np.float32) for _ in range(2))
+
+    class Spread:
+        def source(self, split: str, spec: Any = None) -> Any:
+            part = slice(0, 1_200) if split == "train" else slice(1_200, None)
+            return [{"latent": m, "latent_std": abs(s)} for m, s in zip(mean[part], std[part])]
+
+    class Latent(Template):
+        event = (2, 2, 2)
+
+        def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+            return {k: jax.ShapeDtypeStruct((batch, 2, 2, 2), jnp.float32) for k in ("latent", "latent_std")}
+
+        def nll(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
+            return batch["latent"].sum((1, 2, 3))
+
+    found = Bits(baselines=True)(Latent(), {}, Spread(), RNG)
+    rows, variance = (
+        mean.reshape(1_500, 8).astype(np.float64),
+        np.square(std.astype(np.float64)).reshape(1_500, 8) + 0.01,
+    )
+    nats = noisy_nats(rows[:1_200], variance[:1_200], rows[1_200:], variance[1_200:]) / 8
+    assert found["gaussian_noisy_bits_per_dim"] == pytest.approx(nats / math.log(2), rel=1e-9)
 
 
 def test_baselines_are_refused_where_they_say_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,20 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo import hosts
-from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 from zoo.metrics.frechet import quantise
+from zoo.metrics.samples import MAX_DIMS, check_images, drawer, image_shape
 from zoo.task import Params, check_options
 
-_PIXEL_DIMS = 4_096  # numbers per image up to which the classifier takes pixels
+_PART = 512  # images that are read at once
 
 
 @dataclass(frozen=True)
 class Agreement:
     """Share of samples that a support vector machine, fitted to real images, puts into the class that was asked for.
 
-    For small images (its pixels, reduced to principal components, are what it sees). Its accuracy on real test images is
-    reported beside: below about 97 % the figure says as much of the judge as of the samples.
+    For small images: their pixels, reduced to principal components, are what it sees. Real images are a fixed random choice
+    from each split, since they often lie in the order of their classes. Its accuracy on those of the test split is reported
+    beside: below about 97 % the figure says as much of the judge as of the samples. The standard error of a share k / n is
+    that of (k + 2) / (n + 4) among n + 4 (Agresti and Coull 1998), so that a share of 0 or 1 has one too.
     """
 
     samples: int = 500  # labels in turn
@@ -46,46 +49,56 @@ class Agreement:
                 raise UserError(f"{name}={getattr(self, name)} of the metric agreement must be at least 1")
 
     def check(self, task: Any) -> None:
-        """UserError for a task that draws no images by class."""
-        if not getattr(task, "classes", 0):
-            raise UserError("the metric agreement asks for classes, and this model is unconditional (task.classes=0)")
+        """UserError for a task that draws no images by class, or too large ones; asked before a run's first step."""
+        shape = self._shape(task)
+        if self.path is not None:
+            for split in ("train", "test"):
+                check_images(self.path, None, split, shape, self.name, label=True)
+
+    def _shape(self, task: Any, params: Params | None = None) -> tuple[int, ...]:
+        """[H, W, C] of the images that the task draws."""
+        classes = getattr(task, "classes", 0)
+        if classes < 2:
+            what = "this model is unconditional (task.classes=0)" if not classes else f"task.classes={classes}"
+            raise UserError(f"the metric agreement tells classes apart, and {what}; give a model with two or more")
         check_options(task, self.options, "options of the metric agreement")
+        label = {"label": jax.ShapeDtypeStruct((self.batch,), jnp.int32)}
+        shape = image_shape(task, self.options, self.batch, label, params)
+        if shape is None or math.prod(shape) > MAX_DIMS:
+            raise UserError(
+                f"the metric agreement judges images of at most {MAX_DIMS:,} numbers, and {type(task).__name__} draws "
+                f"{'none' if shape is None else f'some of {list(shape)}'}; give a model of small images"
+            )
+        return shape
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """`agreement` with its standard error, and `judge_accuracy` on real test images. Sample i depends on (rng, i) alone.
 
         Raises:
-            UserError: the task draws no images, or the data has none with labels.
+            UserError: the task draws no images, or the data has none with labels of every class in both splits.
         """
         from sklearn.decomposition import PCA
         from sklearn.pipeline import make_pipeline
         from sklearn.svm import SVC
 
-        self.check(task)
-        shape = jax.eval_shape(lambda p: self._draw(task, p, rng, jnp.zeros(1, jnp.int32)), params)
-        if shape is None or int(np.prod(shape.shape[1:])) > _PIXEL_DIMS:
-            raise UserError(
-                f"the metric agreement judges images of at most {_PIXEL_DIMS:,} numbers, and this model draws "
-                f"{'none' if shape is None else 'larger ones'}"
-            )
-        images = data if self.path is None else self.path
-        fit, real = self._real(images, "train", self.train), self._real(images, "test", self.test)
+        shape, draw = self._shape(task, params), drawer(task, self.options)
+        fit, real = (self._real(data, split, shape, task.classes) for split in ("train", "test"))
         judge = make_pipeline(PCA(min(self.components, *fit[0].shape), random_state=0), SVC(C=10))
         judge.fit(*fit)
-        draw = jax.jit(lambda p, i: self._draw(task, p, rng, i))
         right, lost = [], 0
         for first in range(0, self.samples, self.batch):
             count = min(self.batch, self.samples - first)
-            drawn = hosts.fetch(draw(params, jnp.arange(first, first + self.batch, dtype=jnp.int32)))[:count]
+            indices = np.arange(first, first + self.batch, dtype=np.int32)
+            asked = indices % task.classes
+            drawn = hosts.fetch(draw(params, rng, indices, {"label": asked}))[:count]
             finite = np.isfinite(drawn).all((1, 2, 3))
             lost += int((~finite).sum())
-            asked = np.arange(first, first + count) % task.classes
             guess = judge.predict(_seen(np.where(finite[:, None, None, None], drawn, 0)))
-            right.append((guess == asked) & finite)
-        share = float(np.concatenate(right).mean())
+            right.append((guess == asked[:count]) & finite)
+        hits = int(np.concatenate(right).sum())
         return {
-            "agreement": share,
-            "agreement_std_error": math.sqrt(share * (1 - share) / self.samples),
+            "agreement": hits / self.samples,
+            "agreement_std_error": _std_error(hits, self.samples),
             "agreement_samples": self.samples,
             "agreement_not_finite": lost,
             "judge_accuracy": float(judge.score(*real)),
@@ -93,23 +106,33 @@ class Agreement:
             "judge_test_images": len(real[0]),
         }
 
-    def _draw(self, task: Any, params: Params, rng: jax.Array, indices: jax.Array) -> jax.Array:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
-        labels = {"label": indices % task.classes}
-        found = task.sample(params, keys, len(indices), labels, **dict(self.options)).get("image")
-        return found
-
-    def _real(self, data: Any, split: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = [(b, count) for b, count in epoch(data, 512, split=split, limit=limit)]
-        if "image" not in rows[0][0] or "label" not in rows[0][0]:
+    def _real(self, data: Any, split: str, shape: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the classifier sees of real images [N, H W C], and their labels [N]; a fixed choice, of all classes."""
+        source = check_images(self.path, data, split, shape, self.name, label=True)
+        limit = {"train": self.train, "test": self.test}[split]
+        chosen = np.random.default_rng(0).permutation(len(source))[:limit]
+        seen, labels = [], []
+        with ThreadPoolExecutor(8) as pool:
+            for first in range(0, len(chosen), _PART):
+                rows = list(pool.map(lambda i: source[int(i)], chosen[first : first + _PART]))
+                seen.append(_seen(np.stack([row["image"] for row in rows])))
+                labels.append(np.stack([row["label"] for row in rows]))
+        known = np.concatenate(labels)
+        missing = np.setdiff1d(np.arange(classes), known)
+        if len(missing):
+            few = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
+            way = f"set {split} to more, or path" if limit < len(source) else "set path"
             raise UserError(
-                "the metric agreement needs real images with labels, and the run's data has "
-                f"{', '.join(rows[0][0])}; set path to a description of such images in a config file"
+                f"{split}={limit} of the metric agreement: {len(chosen):,} images of the {split} split have none of "
+                f"{len(missing)} of task.classes={classes} classes ({few}); {way} to a description of images of all classes"
             )
-        return (
-            np.concatenate([_seen(b["image"][:count]) for b, count in rows]),
-            np.concatenate([b["label"][:count] for b, count in rows]),
-        )
+        return np.concatenate(seen), known
+
+
+def _std_error(hits: int, count: int) -> float:
+    """Of a share hits / count, with two successes and two failures added."""
+    share = (hits + 2) / (count + 4)
+    return math.sqrt(share * (1 - share) / (count + 4))
 
 
 def _seen(image: np.ndarray) -> np.ndarray:

@@ -23,10 +23,10 @@ from zoo import hosts, weights
 from zoo.data.images import open_npz
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
+from zoo.metrics.samples import MAX_DIMS, check_images, drawer, held_out, image_shape
 from zoo.task import Params, abilities, check_options
 
 _PIXELS = "pixels"
-_PIXEL_DIMS = 4_096  # numbers per image up to which a covariance of pixels is formed
 _RETRIES = 3  # times that a sample which is not finite is drawn again, from new noise
 
 
@@ -81,7 +81,10 @@ def quantise(image: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class Frechet:
-    """Frechet distance of samples to the data, both as 8-bit images; labels of a conditional model are balanced.
+    """Frechet distance of samples to the data, both as 8-bit images.
+
+    Labels of a conditional model are balanced; sample i of one with captions has those of test example i mod N of the
+    run's data. A run on latents has no images: `path` describes them.
 
     `reference` is a file in which the statistics of the data are kept: read where it exists and was made with the same
     settings, else written.
@@ -91,6 +94,7 @@ class Frechet:
     samples: int = 50_000
     split: str = "train"  # what the samples are compared with
     limit: int | None = None  # images of it at most
+    path: Any = None  # a data description of real images; None: the data of the run
     flip: bool | None = None  # mirror a random half of these images; None: as the data do in training
     reference: str | None = None  # .npz file of statistics; None: measured every time
     options: Mapping[str, Any] = field(default_factory=dict)  # of the task's `sample`
@@ -109,6 +113,14 @@ class Frechet:
         if self.limit is not None and self.limit < 2:
             raise UserError(f"limit={self.limit} of the metric frechet is too few; a covariance needs two images")
 
+    def check(self, task: Any) -> None:
+        """UserError for a task that draws no images, or none such as these; asked before a run's first step."""
+        shape = self._shape(task)
+        if self.network() is None:
+            _check_dims(shape)
+        if self.path is not None:
+            check_images(self.path, None, self.split, shape, self.name)
+
     def network(self) -> str | None:
         """The run or export whose features are wanted, for the caller to open; None for pixels.
 
@@ -118,7 +130,7 @@ class Frechet:
         if not self.features:
             raise UserError(
                 "the metric frechet has no features; choose features=pixels (images of at most "
-                f"{_PIXEL_DIMS:,} numbers), or features=RUN_OR_EXPORT of a task that has features. Inception weights "
+                f"{MAX_DIMS:,} numbers), or features=RUN_OR_EXPORT of a task that has features. Inception weights "
                 "are not part of zoo, so the figure does not compare with a published FID"
             )
         return None if self.features == _PIXELS else self.features
@@ -133,16 +145,18 @@ class Frechet:
             network: what `network()` names, opened: anything with `task` and `params`.
 
         Raises:
-            UserError: features that do not fit, unknown options, statistics made with other settings.
+            UserError: a task that draws no images, data without such, features that do not fit, unknown options,
+                statistics made with other settings.
         """
-        if "image" not in task.spec(1):
-            raise UserError(f"the metric frechet compares images, and {type(task).__name__} models none")
-        check_options(task, self.options, "options of the metric frechet")
-        spec = {"image": task.spec(1)["image"]}
-        features, about = self._features(spec["image"].shape[1:], network)
-        reference = self._statistics(data, spec, features, about)
+        shape = self._shape(task, params)
+        features, about = self._features(shape, network)
+        images = data if self.path is None else self.path
+        check_images(self.path, data, self.split, shape, self.name)
+        spec = {"image": jax.ShapeDtypeStruct((1, *shape), jnp.float32)}
+        reference = self._statistics(images, spec, features, about)
         tally: Counter[str] = Counter()
-        sampled = moments(self._sample_features(task, params, rng, features, tally))
+        sampled = moments(self._sample_features(task, params, data, rng, features, tally))
+        asked = [key for key in self._conditions(task) if key != "label"]
         return {
             "frechet": frechet_distance(sampled, reference) if sampled.count > 1 else float("nan"),
             "frechet_features": self.features if network is None else f"{self.features} ({about})",
@@ -151,8 +165,11 @@ class Frechet:
             "frechet_left_out": tally["left_out"],
             "frechet_images": reference.count,
             "frechet_split": self.split,
-            "frechet_flip": int(self._flips(data)),
+            "frechet_flip": int(self._flips(images)),
             "frechet_labels": "balanced" if _classes(task) else "none",
+            "frechet_conditions": (
+                "captions of the test split" if asked else "balanced labels" if _classes(task) else "none"
+            ),
             "frechet_options": json.dumps({k: self.options[k] for k in sorted(self.options)}, default=repr),
         }
 
@@ -167,6 +184,22 @@ class Frechet:
             UserError: features that do not fit, statistics made with other settings.
         """
         return self._statistics(data, spec, *self._features(spec["image"].shape[1:], network))
+
+    def _conditions(self, task: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of what a batch of samples is conditioned on."""
+        keys = {*getattr(task, "given", ()), *(("label",) if _classes(task) else ())}
+        return {key: leaf for key, leaf in task.spec(self.batch).items() if key in keys}
+
+    def _shape(self, task: Any, params: Params | None = None) -> tuple[int, ...]:
+        """[H, W, C] of the images that the task draws."""
+        check_options(task, self.options, "options of the metric frechet")
+        shape = image_shape(task, self.options, self.batch, self._conditions(task), params)
+        if shape is None:
+            raise UserError(
+                f"the metric frechet compares images, and {type(task).__name__} draws none; give a task whose samples have "
+                "images (of latents: one that holds an autoencoder, task.vae)"
+            )
+        return shape
 
     def _flips(self, data: Any) -> bool:
         return bool(getattr(data, "flip", False)) if self.flip is None else self.flip
@@ -195,12 +228,7 @@ class Frechet:
         """A function from images [N, S, S, C] in [-1, 1] to [N, D], and what identifies it."""
         name = self.network()
         if name is None:
-            dims = int(np.prod(shape))
-            if dims > _PIXEL_DIMS:
-                raise UserError(
-                    f"features=pixels of the metric frechet: images have {dims:,} numbers, and at most {_PIXEL_DIMS:,} "
-                    "are compared; use features=RUN_OR_EXPORT of a task that has features"
-                )
+            _check_dims(shape)
             pixels = jax.jit(lambda image: (quantise(image) / 255).reshape(len(image), -1))
             return lambda image: hosts.fetch(pixels(image)), _PIXELS
         if network is None:
@@ -252,31 +280,41 @@ class Frechet:
             yield features(image)[:count]
 
     def _sample_features(
-        self, task: Any, params: Params, rng: jax.Array, features: Callable[[Any], np.ndarray], tally: Counter[str]
+        self,
+        task: Any,
+        params: Params,
+        data: Any,
+        rng: jax.Array,
+        features: Callable[[Any], np.ndarray],
+        tally: Counter[str],
     ) -> Iterator[np.ndarray]:
-        classes, options = _classes(task), dict(self.options)
-
-        @jax.jit
-        def draw(params: Params, rng: jax.Array, indices: jax.Array) -> jax.Array:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
-            labels = {"label": indices % classes} if classes else None
-            return task.sample(params, keys, self.batch, labels, **options)["image"]
-
+        classes, draw = _classes(task), drawer(task, self.options)
+        conditions = held_out(task, data, self.batch, self.samples)
         for first in range(0, self.samples, self.batch):
             count = min(self.batch, self.samples - first)
-            indices = jnp.arange(first, first + self.batch, dtype=jnp.int32)
-            image = np.array(hosts.fetch(draw(params, jax.random.fold_in(rng, 0), indices)))
+            indices = np.arange(first, first + self.batch, dtype=np.int32)
+            given = {**({"label": indices % classes} if classes else {}), **next(conditions)}
+            image = np.array(hosts.fetch(draw(params, jax.random.fold_in(rng, 0), indices, given)))
             for attempt in range(1, _RETRIES + 1):
                 bad = ~_finite(image)
                 bad[count:] = False
                 if not bad.any():
                     break
                 tally["resampled"] += int(bad.sum())
-                image[bad] = hosts.fetch(draw(params, jax.random.fold_in(rng, attempt), indices))[bad]
+                image[bad] = hosts.fetch(draw(params, jax.random.fold_in(rng, attempt), indices, given))[bad]
             good = _finite(image)
             tally["left_out"] += count - int(good[:count].sum())
             image[~good] = 0  # keeps one compiled shape; these rows are not counted
             yield features(image)[:count][good[:count]]
+
+
+def _check_dims(shape: tuple[int, ...]) -> None:
+    dims = int(np.prod(shape))
+    if dims > MAX_DIMS:
+        raise UserError(
+            f"features=pixels of the metric frechet: images have {dims:,} numbers, and at most {MAX_DIMS:,} "
+            "are compared; use features=RUN_OR_EXPORT of a task that has features"
+        )
 
 
 def _finite(image: np.ndarray) -> np.ndarray:

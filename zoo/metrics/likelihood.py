@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,8 +16,10 @@ import numpy as np
 from zoo import dist, hosts
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
+from zoo.metrics.frechet import Moments, moments
+from zoo.metrics.samples import MAX_DIMS
 
-_BASELINE_DIMS = 4_096  # dimensions up to which a full covariance is fitted
+_LOG_2PI = math.log(2 * math.pi)
 
 
 @lru_cache(maxsize=8)
@@ -54,6 +57,8 @@ def _at_least_one(metric: Any, *names: str) -> None:
 class Bits:
     """Bits per dimension of held-out images, a mean over images and draws of noise (TarFlow's protocol: no label).
 
+    Without `label` captions are left out too, and the bits are those of an unconditional model.
+
     Reported as `bpd` for uniform dequantisation (a bound on the data's own bits) and as `noisy_bits_per_dim` for a
     model trained with Gaussian noise, whose bits are those of noisy images and compare with nothing else.
     """
@@ -62,7 +67,7 @@ class Bits:
     split: str = "test"
     batch: int = 256
     limit: int | None = None  # images at most
-    label: bool = False  # True: condition on the label
+    label: bool = False  # True: condition on label or caption
     baselines: bool = False  # True: also a full-covariance Gaussian fitted to the training data, and for grey levels a
     # histogram per pixel
     every: int = 0  # steps between measurements while training; 0: at the end only
@@ -76,9 +81,9 @@ class Bits:
     def check(self, task: Any) -> None:
         """UserError where the metric makes no sense for a task; asked before a run's first step."""
         dims = math.prod(event_shape(task))
-        if self.baselines and (dims > _BASELINE_DIMS or _event_key(task) is None):
+        if self.baselines and (dims > MAX_DIMS or _event_key(task) is None):
             raise UserError(
-                f"baselines=True of the metric bpd fits a covariance to data as they are stored, of at most {_BASELINE_DIMS} "
+                f"baselines=True of the metric bpd fits a covariance to data as they are stored, of at most {MAX_DIMS} "
                 f"dimensions; here are {dims}, or images that are encoded on the way: set baselines=False"
             )
 
@@ -90,11 +95,13 @@ class Bits:
         """
         self.check(task)
         spec = task.spec(self.batch)
+        asked = {k for k in spec if k == "label" or (k in getattr(task, "given", ()) and not k.startswith("null_"))}
+        if not self.label:
+            spec = {k: v for k, v in spec.items() if k not in asked}
         nll, bits, first = _per_image(task, self.draws), [], 0
         dims = math.prod(event_shape(task))
         for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit):
-            kept = {k: v for k, v in batch.items() if self.label or k != "label"}
-            nats = nll(params, kept, first + jnp.arange(self.batch), rng)
+            nats = nll(params, batch, first + jnp.arange(self.batch), rng)
             bits.append(hosts.fetch(task.bits(nats / dims))[:count])
             first += count
         values = np.concatenate(bits).astype(np.float64)
@@ -105,15 +112,14 @@ class Bits:
             "images": len(values),
             "draws": self.draws,
             "split": self.split,
+            "conditioned": self.label and bool(asked),
         }
         return {**found, **self._baselines(task, data)} if self.baselines else found
 
     def _baselines(self, task: Any, data: Any) -> dict[str, float]:
         if task.noise_type == "gaussian":
-            parts = [
-                _noisy_moments(task, data, split, limit) for split, limit in (("train", None), (self.split, self.limit))
-            ]
-            nats = gaussian_nats(*parts[0], *parts[1]) / parts[0][0].shape[1]
+            fitted = _noisy_moments(task, data, "train", None)
+            nats = gaussian_nats(*fitted, *_noisy_moments(task, data, self.split, self.limit)) / len(fitted[1])
             return {f"gaussian_{task.bits_name}": float(task.bits(nats))}
         levels = task.levels
         train = _grey_levels(data, "train", levels, None)
@@ -135,29 +141,42 @@ def _event_key(task: Any) -> str | None:
     return next((k for k in ("latent", "image") if k in spec and spec[k].shape[1:] == event_shape(task)), None)
 
 
-def _noisy_moments(task: Any, data: Any, split: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance [N, dims] of every example of a split once noise is added."""
-    key, spec = _event_key(task), task.spec(256)
-    assert key is not None
-    kept = {k: v for k, v in spec.items() if k.startswith(key)}
-    rows = [(b, count) for b, count in epoch(data, 256, split=split, spec=kept, limit=limit)]
-    mean = np.concatenate([b[key][:count] for b, count in rows]).astype(np.float64)
-    std = [b[f"{key}_std"][:count] for b, count in rows] if f"{key}_std" in kept else [np.zeros(mean.shape)]
-    variance = np.square(np.concatenate(std).astype(np.float64)) + task.noise**2
-    return mean.reshape(len(mean), -1), variance.reshape(len(mean), -1)
+def _noisy_moments(task: Any, data: Any, split: str, limit: int | None) -> tuple[Moments, np.ndarray]:
+    """Moments of the examples of a split without noise, and the mean over examples of the variance [dims] of their noise.
 
-
-def gaussian_nats(mean: np.ndarray, variance: np.ndarray, test: np.ndarray, test_variance: np.ndarray) -> float:
-    """Expected -log p in nats of noisy `test` [M, dims] under a full-covariance Gaussian fitted to noisy `mean` [N, dims].
-
-    Each example is a Gaussian of its own, with these means and (diagonal) variances: their noise is averaged in closed form.
+    In one pass that holds a part of the examples at a time.
     """
-    centre = mean.mean(0)
-    covariance = np.cov(mean, rowvar=False, bias=True).reshape(len(centre), len(centre)) + np.diag(variance.mean(0))
+    key, dims, part = _event_key(task), math.prod(event_shape(task)), 1_024
+    assert key is not None
+    kept = {k: v for k, v in task.spec(part).items() if k.startswith(key)}
+    squares = np.zeros(dims)
+
+    def rows() -> Iterator[np.ndarray]:
+        for batch, count in epoch(data, part, split=split, spec=kept, limit=limit):
+            if f"{key}_std" in kept:
+                std = batch[f"{key}_std"][:count].reshape(count, dims)
+                squares[:] += np.square(std, dtype=np.float64).sum(0)
+            yield batch[key][:count].reshape(count, dims)
+
+    found = moments(rows())
+    return found, squares / found.count + task.noise**2
+
+
+def gaussian_nats(train: Moments, variance: np.ndarray, test: Moments, test_variance: np.ndarray) -> float:
+    """Expected -log p in nats of noisy test examples under a full-covariance Gaussian fitted to noisy training examples.
+
+    Each example is a Gaussian of its own with a diagonal covariance, and its noise is averaged in closed form: of the
+    examples only the moments matter, and the mean variances [dims] of their noise.
+    """
+    covariance = _biased(train) + np.diag(variance)
     precision = np.linalg.inv(covariance)
-    off = test - centre
-    quadratic = np.einsum("nd,de,ne->n", off, precision, off, optimize=True) + test_variance @ np.diag(precision)
-    return float(0.5 * (quadratic.mean() + np.linalg.slogdet(covariance)[1] + len(centre) * math.log(2 * math.pi)))
+    off = test.mean - train.mean
+    quadratic = np.sum(precision * (_biased(test) + np.outer(off, off))) + test_variance @ np.diag(precision)
+    return float(0.5 * (quadratic + np.linalg.slogdet(covariance)[1] + len(off) * _LOG_2PI))
+
+
+def _biased(of: Moments) -> np.ndarray:
+    return of.covariance * ((of.count - 1) / of.count)
 
 
 def _grey_levels(data: Any, split: str, levels: int, limit: int | None) -> np.ndarray:
@@ -187,7 +206,7 @@ def gaussian_bits(train: np.ndarray, test: np.ndarray, levels: int) -> float:
     # E over u of the quadratic form: that of the bin's centre plus tr(precision) / 12
     precision = np.linalg.inv(covariance)
     quadratic = np.einsum("nd,de,ne->n", centred, precision, centred).mean() + np.trace(precision) / 12
-    nats = 0.5 * (quadratic + np.linalg.slogdet(covariance)[1] + dims * math.log(2 * math.pi))
+    nats = 0.5 * (quadratic + np.linalg.slogdet(covariance)[1] + dims * _LOG_2PI)
     return float(nats / dims / math.log(2))
 
 

@@ -1,0 +1,118 @@
+"""What metrics draw and what they compare it with: the jitted sampler, its conditions, the shape of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo import dist
+from zoo.data.pipeline import epoch
+from zoo.errors import UserError
+from zoo.task import Params
+
+MAX_DIMS = 4_096  # numbers per example up to which a metric forms a covariance, or fits a classifier to pixels
+
+
+def drawer(task: Any, options: Mapping[str, Any]) -> Any:
+    """A jitted (params, rng, indices [n], conditions) -> images [n, H, W, C], None where the sampler gives none.
+
+    Image i depends on (rng, indices[i]) and its conditions alone. The function is kept, so it is compiled once.
+    """
+    try:
+        return _drawer(task, tuple(sorted(options.items())))
+    except TypeError:  # an option that cannot be hashed
+        return _drawer.__wrapped__(task, tuple(options.items()))
+
+
+@lru_cache(maxsize=8)
+def _drawer(task: Any, options: tuple[tuple[str, Any], ...]) -> Any:
+    def draw(params: Params, rng: jax.Array, indices: jax.Array, conditions: Mapping[str, Any]) -> jax.Array | None:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
+        return task.sample(params, keys, len(indices), dict(conditions) or None, **dict(options)).get("image")
+
+    return jax.jit(draw)
+
+
+def image_shape(
+    task: Any,
+    options: Mapping[str, Any],
+    batch: int,
+    conditions: Mapping[str, jax.ShapeDtypeStruct],
+    params: Params | None = None,
+) -> tuple[int, ...] | None:
+    """[H, W, C] of the images that a sampler gives, None where it gives none; nothing is computed.
+
+    Args:
+        batch: images at once; that of the measurement, so that the sampler is traced once.
+        conditions: shapes of what `batch` samples are conditioned on.
+        params: None: those of `task.init`, before there are any.
+    """
+    key = jax.random.key(0)
+    if params is None:
+        params = dist.unbox(jax.eval_shape(task.init, key))
+    indices = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    found = drawer(task, options).eval_shape(params, key, indices, dict(conditions))
+    return None if found is None else tuple(found.shape[1:])
+
+
+def held_out(task: Any, data: Any, batch: int, samples: int) -> Iterator[dict[str, np.ndarray]]:
+    """Without end, conditions of `batch` samples at a time: sample i has those of test example i mod N (`task.given`).
+
+    For a task without `given`, empty. N is the number of test examples, at most `samples`; no more than two batches
+    are held at once.
+
+    Raises:
+        UserError: the data have no such conditions, or no test examples.
+    """
+    spec = {key: leaf for key, leaf in task.spec(batch).items() if key in getattr(task, "given", ())}
+    waiting = {key: np.zeros((0, *leaf.shape[1:]), leaf.dtype) for key, leaf in spec.items()}
+    while spec:
+        count = 0
+        for rows, count in epoch(data, batch, split="test", spec=spec, limit=samples):
+            waiting = {key: np.concatenate([array, rows[key][:count]]) for key, array in waiting.items()}
+            while len(next(iter(waiting.values()))) >= batch:
+                yield {key: array[:batch] for key, array in waiting.items()}
+                waiting = {key: array[batch:] for key, array in waiting.items()}
+        if not count:
+            raise UserError(
+                f"data={type(data).__name__} has no test examples, whose {', '.join(spec)} samples are conditioned on; "
+                "give data with a test split"
+            )
+    while True:
+        yield {}
+
+
+def check_images(path: Any, data: Any, split: str, shape: tuple[int, ...], metric: str, *, label: bool = False) -> Any:
+    """The open source of real images [H, W, C] of `shape`, with labels where asked for, in `path` or else in `data`.
+
+    Args:
+        path: the field of the metric of this name; None: the run's data are taken.
+
+    Raises:
+        UserError: no data description, or the first example is something else.
+    """
+    if path is not None and not hasattr(path, "source"):
+        raise UserError(
+            f"path={path!r} of the metric {metric} is no data description; set path in a config file, e.g. "
+            'path=Images("data/mnist.npz", size=28, channels=1)'
+        )
+    spec = {"image": jax.ShapeDtypeStruct((1, *shape), jnp.float32)}
+    if label:
+        spec["label"] = jax.ShapeDtypeStruct((1,), jnp.int32)
+    source = (data if path is None else path).source(split, spec)
+    example = source[0] if len(source) else {}
+    got = example["image"].shape if "image" in example else None
+    if got != shape or (label and "label" not in example):
+        given = [key if key != "image" or got == shape else f"images of {list(example[key].shape)}" for key in example]
+        raise UserError(
+            f"the metric {metric} needs real images{' with labels' if label else ''} of {list(shape)}, the shape that the "
+            f"model draws, and {'the data of the run' if path is None else f'path={path!r}'} gives "
+            f"{', '.join(given) or 'nothing'} in its {split} split; set "
+            "path to a description of such images in a config file"
+        )
+    return source
