@@ -5,8 +5,12 @@ A network reads tokens 0..t and gives a log-scale a and a shift b for token t + 
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+
+LOG_2PI = math.log(2 * math.pi)
 
 
 def shift_right(outputs: jax.Array) -> jax.Array:

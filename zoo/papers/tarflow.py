@@ -21,14 +21,12 @@ from flax import linen as nn
 from zoo.dist import constrain, whole
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, sequential
-from zoo.flows.transforms import affine, shift_right
+from zoo.flows.transforms import LOG_2PI, affine, shift_right
 from zoo.nn.attention import check_backend
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.layers import Dense, Table, zeros
 from zoo.nn.transformer import Block, Trunk, cast_trunk, check_remat, init_trunk_cache
 from zoo.task import Batch, Name, Params
-
-LOG_2PI = math.log(2 * math.pi)
 
 
 class FlowNet(nn.Module):

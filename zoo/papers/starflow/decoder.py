@@ -91,6 +91,11 @@ class DecoderTune:
         """The encoder, the running means of the regulariser, the feature network; the measured scale of the latents."""
         return ("encoder", "lecam", *(("features",) if self.network else ()), *self.vae.held)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Held keys that must come from `Run.weights`."""
+        return ("encoder", *(("features",) if self.network else ()))
+
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1]."""
         return self.vae.spec(batch)

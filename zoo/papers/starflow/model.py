@@ -18,7 +18,7 @@ from flax import linen as nn
 from zoo.dist import constrain, whole
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Step, sequential
-from zoo.flows.transforms import affine, shift_right
+from zoo.flows.transforms import LOG_2PI, affine, shift_right
 from zoo.nn.attention import attend, attend_cached, write_cache
 from zoo.nn.embed import grid_positions, patchify, rope_angles, rotate, unpatchify
 from zoo.nn.layers import Dense, RMSNorm, Table, normal, zeros
@@ -28,7 +28,6 @@ from zoo.task import Params
 if TYPE_CHECKING:
     from zoo.papers.starflow.task import StarFlow
 
-LOG_2PI = math.log(2 * math.pi)
 UNIT = math.log(math.e - 1)  # softplus of it is 1: a network that says nothing leaves the scale at 1
 TIME_PAIRS = 8  # pairs of each head that the third axis, the place of a condition token, turns
 

@@ -16,10 +16,11 @@ from zoo.encoders.text import T5
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance
+from zoo.flows.transforms import LOG_2PI
 from zoo.nn.attention import check_backend
 from zoo.nn.transformer import check_remat
 from zoo.papers.starflow import model
-from zoo.papers.starflow.model import LOG_2PI, TIME_PAIRS, Grid, LanguageModel
+from zoo.papers.starflow.model import TIME_PAIRS, Grid, LanguageModel
 from zoo.task import Batch, Name, Params
 
 _EMPTY = 1  # the token that ends a caption, which is all there is of an empty one
@@ -146,6 +147,11 @@ class StarFlow:
     def held(self) -> tuple[str, ...]:
         """The frozen encoders."""
         return (*(("vae",) if self.vae else ()), *(("text",) if self.text else ()))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Held keys that must come from `Run.weights`: all of them."""
+        return self.held
 
     @property
     def blocks(self) -> int:
