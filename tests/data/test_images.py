@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zoo.data.images import LEVELS, Arrays, BadImage, Digits, Images, divide, open_image, square, to_array
+from zoo.data.images import LEVELS, Arrays, BadImage, Digits, Images, divide, open_image, square, to_array, upright_size
 from zoo.data.pipeline import batches, epoch, label_names
 from zoo.errors import UserError
 
@@ -200,6 +200,30 @@ def test_transparent_pixels_lie_on_white_and_photos_are_upright():
     assert not as_stored
 
 
+def test_the_size_of_a_picture_is_that_of_the_upright_one():
+    from PIL.PngImagePlugin import PngInfo
+
+    wide, exif = colour(size=(4, 2)), Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("PNG", "JPEG", "WEBP"):
+        assert upright_size(encoded(wide, kind, exif=exif)) == (2, 4)
+        assert upright_size(encoded(wide, kind)) == (4, 2)
+    plain, told = PngInfo(), PngInfo()
+    plain.add_text("Comment", "a photo")
+    told.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="8"/>')
+    for info, size in ((plain, (4, 2)), (told, (2, 4))):
+        data = encoded(wide, pnginfo=info)
+        assert upright_size(data) == open_image(data, 3, False)[0].size == size
+    late = encoded(wide, exif=exif)  # with the orientation behind the pixels
+    at, end = late.index(b"eXIf") - 4, late.index(b"IDAT") - 4
+    chunk = late[at : at + 12 + int.from_bytes(late[at : at + 4])]
+    assert at < end
+    moved = late.replace(chunk, b"").replace(late[-12:], chunk + late[-12:])
+    assert upright_size(moved) == (2, 4)
+    with pytest.raises(BadImage, match="cannot be read"):
+        upright_size(b"")
+
+
 def test_sixteen_bits_and_rubbish_are_refused():
     deep = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
     with pytest.raises(BadImage, match="16-bit"):
@@ -235,7 +259,7 @@ def test_folder_of_classes_is_split_once_and_for_all(folder):
     assert b["image"].shape == (4, 4, 4, 3)
 
 
-def test_folder_with_splits_and_one_without_classes(folder, tmp_path):
+def test_folder_with_splits_and_one_without_classes(folder, tmp_path, caplog):
     root = tmp_path / "split"
     root.mkdir()
     folder.rename(root / "train")
@@ -244,6 +268,13 @@ def test_folder_with_splits_and_one_without_classes(folder, tmp_path):
     data = Images(str(root), size=6)
     assert [len(data.source(s)) for s in ("train", "test")] == [20, 1]
     assert data.source("test")[0]["label"] == 1
+    assert not caplog.records
+    (root / "valid" / "dog").mkdir(parents=True)
+    colour(97).save(root / "valid" / "dog" / "y.png")
+    (root / "docs").mkdir()
+    assert [len(data.source(s)) for s in ("train", "test")] == [20, 1]
+    said = f"{root}: val is the test split, and the images of valid are left out"
+    assert [record.getMessage() for record in caplog.records] == [said]  # once
     (root / "val" / "emu").mkdir()
     colour(98).save(root / "val" / "emu" / "x.png")
     with pytest.raises(UserError, match="emu is a class without a folder"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -415,3 +418,228 @@ def test_parquet_files(tmp_path):
     (tmp_path / "c.npz").touch()
     with pytest.raises(UserError, match="--image-column names a column of parquet files, and"):
         run(tmp_path / "c.npz", tmp_path / "e", image_column="x")
+
+
+def labels(folder):
+    """Names of the classes, and the label of every record by name."""
+    info, found = read_info(folder, Info), {}
+    for split, shards in info.splits.items():
+        count, read = open_shards(folder, shards, split, Record)
+        found |= {read(i).name: read(i).label for i in range(count)}
+    return info.labels, found
+
+
+def test_texts_of_any_case_are_captions(tmp_path):
+    for i, suffix in enumerate((".TXT", ".txt", ".Txt")):
+        (tmp_path / "p").mkdir(exist_ok=True)
+        (tmp_path / "p" / f"{i}.0.jpg").write_bytes(jpeg(i))
+        (tmp_path / "p" / f"{i}.0{suffix}").write_text(f"number {i}")
+    (tmp_path / "p" / "1.0.TXT").write_text("of both, the other")
+    report = run(tmp_path / "p", tmp_path / "out", test_fraction=0)
+    assert captions(tmp_path / "out")["train"] == [(f"{i}.0.jpg", f"number {i}") for i in range(3)]
+    assert str(report).endswith("3 train, 0 test, no classes, with captions")
+
+
+def test_a_caption_edited_to_the_same_length_makes_other_files(pairs, tmp_path):
+    run(pairs, tmp_path / "out", size=8)
+    assert "with captions" in str(run(pairs, tmp_path / "out", size=8))
+    (pairs / "a" / "0" / "00.txt").write_text(" number 9 ü\n")
+    with pytest.raises(UserError, match="the source has other files"):
+        run(pairs, tmp_path / "out", size=8)
+
+
+def test_folders_of_several_kinds_are_refused(tmp_path):
+    mixed = tmp_path / "mixed"
+    parquet(mixed / "data/train-0.parquet", image=[jpeg(0)], text=["zero"])
+    (mixed / "assets").mkdir()
+    (mixed / "assets" / "preview.png").write_bytes(jpeg(1))
+    with pytest.raises(UserError, match=r"several kinds \(data/train-0\.parquet beside assets/preview\.png\)"):
+        run(mixed, tmp_path / "out")
+    (mixed / "assets" / "preview.png").rename(mixed / "assets" / ".preview.png")
+    assert run(mixed, tmp_path / "out", test_fraction=0).counts["train"] == 1
+    tar(mixed / "0.tar", {"0.jpg": jpeg(0)})
+    with pytest.raises(UserError, match=r"several kinds \(0\.tar beside data/train-0\.parquet\)"):
+        run(mixed, tmp_path / "again")
+
+
+def test_a_stray_text_does_not_make_captions_of_classes(photos, tmp_path):
+    (photos / "train" / "cat" / "0.txt").write_text("notes")
+    with pytest.raises(
+        UserError, match=r"class folders, and 1 of 14 images have a caption \(train/cat/0\.txt, \.\.\.\)"
+    ):
+        run(photos, tmp_path / "out")
+    for path in photos.glob("*/cat/*.jpg"):  # half of them
+        path.with_suffix(".txt").write_text("a cat")
+    report = run(photos, tmp_path / "out")
+    assert (report.labels, report.captioned, len(report.unreadable)) == ((), True, 7)
+
+
+def test_a_third_split_is_named(photos, tmp_path, caplog):
+    shutil.copytree(photos / "test", photos / "val")
+    (photos / "docs").mkdir()
+    assert run(photos, tmp_path / "out").counts == {"train": 12, "test": 2}
+    said = f"{photos}: test is the test split, and the images of val are left out"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    for path in photos.glob("*/*/*.jpg"):
+        path.with_suffix(".txt").write_text("a photo")
+    caplog.clear()
+    assert run(photos, tmp_path / "told").counts == {"train": 12, "test": 2}
+    said = f"{photos}: test is the test split, and the 2 images of val are left out"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_tar_names_with_several_dots(tmp_path):
+    members = {
+        **{f"img.{i}.png": jpeg(i) for i in range(2)},
+        **{f"img.{i}.txt": f"number {i}".encode() for i in range(2)},
+        "x/7.left.png": jpeg(2),
+        "x/7.right.JPG": jpeg(3),
+        "x/7.TXT": b"both",
+        "x/7.right.json": b'{"caption": "right"}',
+    }
+    tar(tmp_path / "a.tar", members)
+    report = run(tmp_path / "a.tar", tmp_path / "out", test_fraction=0)
+    assert report.ok
+    assert [caption for _, caption in captions(tmp_path / "out")["train"]] == ["number 0", "number 1", "both", "right"]
+
+
+def test_tar_labels(tmp_path):
+    members = {"0.jpg": jpeg(0), "0.cls": b"2\n", "0.txt": b"zero", "1.jpg": jpeg(1), "1.cls": b"0", "1.txt": b"one"}
+    tar(tmp_path / "a.tar", members)
+    report = run(tmp_path / "a.tar", tmp_path / "out", test_fraction=0)
+    assert (report.ok, report.captioned) == (True, True)
+    assert labels(tmp_path / "out") == (["0", "1", "2"], {"a.tar:0.jpg": 2, "a.tar:1.jpg": 0})
+    assert read(tmp_path / "out", "train")["label"].tolist() == [2, 0]
+    more = {"0.jpg": jpeg(0), "0.cls": b"1", "1.jpg": jpeg(1), "2.jpg": jpeg(2), "2.cls": b"cat"}
+    tar(tmp_path / "a.tar", more)
+    report = run(tmp_path / "a.tar", tmp_path / "bad", test_fraction=0)
+    assert [reason.partition(";")[0] for _, reason in report.unreadable] == [
+        "has no label",
+        "has a label that is no class number",
+    ]
+    tar(tmp_path / "a.tar", {**more, "1.cls": b"1", "2.cls": b"0  "})
+    with pytest.raises(UserError, match="the source has other files"):
+        run(tmp_path / "a.tar", tmp_path / "bad", test_fraction=0)
+
+
+def test_tar_members_of_one_name_and_links(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+
+        def add(name, data=b"", **kw):
+            about = tarfile.TarInfo(name)
+            about.size = len(data)
+            for key, value in kw.items():
+                setattr(about, key, value)
+            file.addfile(about, io.BytesIO(data))
+
+        add("0.jpg", b"old")
+        add("0.txt", b"old")
+        add("0.jpg", jpeg(0))
+        add("0.txt", b"new")
+        add("1.jpg", jpeg(1))
+        add("1.txt", type=tarfile.LNKTYPE, linkname="0.txt")
+        add("2.jpg", type=tarfile.LNKTYPE, linkname="0.jpg")
+        add("2.txt", b"two")
+    report = run(tmp_path / "a.tar", tmp_path / "out", test_fraction=0)
+    assert captions(tmp_path / "out")["train"] == [("a.tar:0.jpg", "new")]
+    assert [(name, reason.partition(";")[0]) for name, reason in report.unreadable] == [
+        ("a.tar:1.jpg", "has a caption that is a link or sparse in its tar file"),
+        ("a.tar:2.jpg", "is a link or sparse in its tar file"),
+    ]
+
+
+def test_tar_texts_and_names_that_are_no_unicode(tmp_path):
+    bad = os.fsdecode(b"\xff")
+    tar(
+        tmp_path / "a.tar",
+        {
+            "0.jpg": jpeg(0),
+            "0.json": rb'{"caption": "half \ud83d"}',
+            f"{bad}.jpg": jpeg(1),
+            f"{bad}.txt": b"\xfe",
+            "2.jpg": jpeg(2),
+            "2.txt": b"two",
+        },
+    )
+    report = run(tmp_path / "a.tar", tmp_path / "out", test_fraction=0)
+    assert captions(tmp_path / "out")["train"] == [("a.tar:2.jpg", "two")]
+    assert [(name, reason.partition(";")[0]) for name, reason in report.unreadable] == [
+        ("a.tar:0.jpg", "has a caption that is no text (0.json)"),
+        ("a.tar:\ufffd.jpg", "has a caption that is no UTF-8 (\ufffd.txt)"),
+    ]
+
+
+def test_the_index_of_a_tar_file_is_small(tmp_path):
+    from zoo.data.sources import _index, _Pairs
+
+    count = 3000
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for i in range(count):
+            for suffix in ("jpg", "txt"):
+                file.addfile(tarfile.TarInfo(f"{i:06d}.{suffix}"))
+    pairs = _Pairs()
+    tracemalloc.start()
+    _index(pairs, tmp_path / "a.tar", 0)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(pairs) == count
+    assert (pairs.name(7), pairs.name(7, caption=True)) == ("000007.jpg", "000007.txt")
+    assert kept < 200 * count
+    assert most < 1500 * count
+
+
+def test_parquet_captions_of_other_types(tmp_path):
+    import pyarrow
+
+    images = [jpeg(i) for i in range(2)]
+    coded = pyarrow.array(["zero", "one"]).dictionary_encode()
+    parquet(tmp_path / "a.parquet", image=images, caption=coded)
+    assert run(tmp_path / "a.parquet", tmp_path / "a", test_fraction=0).ok
+    assert [caption for _, caption in captions(tmp_path / "a")["train"]] == ["zero", "one"]
+    parquet(tmp_path / "b.parquet", image=images, captions=[["a", "b"], ["c"]], url=["x", "y"])
+    with pytest.raises(
+        UserError, match=r"'captions' holds list<.*string> and not one text a row.*--caption-column=\"\""
+    ):
+        run(tmp_path / "b.parquet", tmp_path / "b")
+    report = run(tmp_path / "b.parquet", tmp_path / "b", caption_column="", test_fraction=0)
+    assert str(report).endswith("no classes, no captions")
+
+
+def test_parquet_columns_of_one_name_and_broken_text(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"\xff\xfe", b"fine"]).buffers())
+    parquet(tmp_path / "a.parquet", image=[jpeg(0), jpeg(1)], text=broken)
+    report = run(tmp_path / "a.parquet", tmp_path / "a", test_fraction=0)
+    assert [caption for _, caption in captions(tmp_path / "a")["train"]] == ["fine"]
+    said = "has text that is no UTF-8 in the column 'text'; write it again as UTF-8"
+    assert report.unreadable == (("a.parquet row 0", said),)
+    table = pyarrow.table([[jpeg(0)], ["a"], ["b"]], names=["image", "caption", "caption"])
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet has 2 columns named 'caption'; rename all but one"):
+        run(tmp_path / "b.parquet", tmp_path / "b")
+
+
+def test_parquet_labels(tmp_path, caplog):
+    import pyarrow
+    import pyarrow.parquet
+
+    images = [jpeg(i) for i in range(3)]
+    parquet(tmp_path / "a.parquet", image=images, label=[1, None, 3], text=["a", "b", "c"])
+    report = run(tmp_path / "a.parquet", tmp_path / "a", test_fraction=0)
+    assert labels(tmp_path / "a") == (["0", "1", "2", "3"], {"a.parquet row 0": 1, "a.parquet row 2": 3})
+    assert report.captioned
+    assert "has no label in the column 'label'" in report.unreadable[0][1]
+    about = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = pyarrow.table({"image": images, "label": [1, 0, 1]})
+    named = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    pyarrow.parquet.write_table(named, tmp_path / "b.parquet")
+    assert run(tmp_path / "b.parquet", tmp_path / "b", test_fraction=0).ok
+    assert labels(tmp_path / "b") == (
+        ["cat", "dog"],
+        {f"b.parquet row {i}": label for i, label in enumerate((1, 0, 1))},
+    )
+    parquet(tmp_path / "c.parquet", image=images, label=[10**9, 0, 1])
+    assert run(tmp_path / "c.parquet", tmp_path / "c", test_fraction=0).labels == ()
+    assert "'label' goes up to 1000000000, which are no classes" in caplog.text

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 TESTS = ("test", "val", "validation", "valid")  # what a folder or a data set may call its held-out part
 SPLITS = ("train", "test")
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
+_log = logging.getLogger("zoo")
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class Images:
         files = list_folder(root, self.test_fraction)[0][split]
         some = set(files.paths[:: max(1, len(files.paths) // 16)])
         return _hash(
-            [path, (root / path).stat().st_size, sha256(root / path) if path in some else None] for path in files.paths
+            [path, file_size(root / path), sha256(root / path) if path in some else None] for path in files.paths
         )
 
     def _arrays(self, path: Path) -> Arrays:
@@ -292,10 +294,22 @@ def upright_size(data: bytes | np.ndarray) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as raw:
             # to look for an orientation in a PNG file, Pillow decodes it; hardly one has any
-            turned = raw.format != "PNG" and raw.getexif().get(0x0112, 1) in range(5, 9)
+            turned = (raw.format != "PNG" or _tells(data)) and raw.getexif().get(0x0112, 1) in range(5, 9)
             return (raw.height, raw.width) if turned else (raw.width, raw.height)
     except Exception as error:
         raise BadImage(f"cannot be read ({' '.join(str(error).split())})", "delete it") from None
+
+
+def _tells(png: bytes) -> bool:
+    """Whether a PNG file has a chunk that may hold an orientation."""
+    at = 8
+    while at + 8 <= len(png):
+        size, kind = int.from_bytes(png[at : at + 4]), png[at + 4 : at + 8]
+        texts = kind in (b"tEXt", b"zTXt", b"iTXt")
+        if kind == b"eXIf" or (texts and png.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp"), at + 8)):
+            return True
+        at += 12 + size
+    return False
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
@@ -359,6 +373,11 @@ class Encoded:
     labels: tuple[str, ...]
 
 
+def file_size(path: Path) -> int:
+    """The bytes of a file; -1 where it is none, say a broken link."""
+    return path.stat().st_size if path.is_file() else -1
+
+
 def existing(path: str) -> Path:
     """The absolute form of a path that must exist."""
     full = Path(path).expanduser().absolute()
@@ -403,6 +422,7 @@ def list_folder(root: Path, test_fraction: float) -> tuple[dict[str, Files], tup
                     f"{root / 'train'} and {root / tests[0]} differ: one has class folders, the other has not; "
                     "give both the same layout"
                 )
+            _tell_left_out(root, tests[0], tuple(name for name in folders if name not in ("train", tests[0])))
             return {"train": train, "test": test}, () if train.labels is None else tuple(classes)
         everything = train
     else:
@@ -422,6 +442,15 @@ def list_folder(root: Path, test_fraction: float) -> tuple[dict[str, Files], tup
         for split, part in parts.items()
     }
     return splits, () if everything.labels is None else tuple(classes)
+
+
+@lru_cache(maxsize=64)  # a folder is listed for every split
+def _tell_left_out(root: Path, test: str, others: tuple[str, ...]) -> None:
+    """Warns of folders of images that are neither trained nor tested on."""
+    for other in others:
+        names, folders = _entries(root / other)
+        if names or any(_entries(root / other / folder)[0] for folder in folders):
+            _log.warning("%s: %s is the test split, and the images of %s are left out", root, test, other)
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:

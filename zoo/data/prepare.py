@@ -35,6 +35,7 @@ class Report:
     unreadable: tuple[Lost, ...] = ()
     allowed: bool = False
     buckets: dict[str, int] = field(default_factory=dict)  # images by aspect ratio, where these are told apart
+    captioned: bool = False
 
     @property
     def ok(self) -> bool:
@@ -43,7 +44,8 @@ class Report:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count:,} {split}" for split, count in self.counts.items())
-        lines = [f"{self.dest}: {counts}, {len(self.labels) or 'no'} classes"]
+        captions = "with captions" if self.captioned else "no captions"
+        lines = [f"{self.dest}: {counts}, {len(self.labels) or 'no'} classes, {captions}"]
         if self.buckets:
             lines.append("aspect ratios: " + ", ".join(f"{name} {count:,}" for name, count in self.buckets.items()))
         if self.unreadable:
@@ -109,7 +111,7 @@ def prepare(
                 bar.update(len(part) if there else 0)
         lost = out.finish(Info(settings, list(found.labels), splits, found.captioned))
     counts = {split: sum(shard.count for shard in shards) for split, shards in splits.items()}
-    return Report(target, counts, found.labels, lost, allow_unreadable)
+    return Report(target, counts, found.labels, lost, allow_unreadable, captioned=found.captioned)
 
 
 def places(source: str, dest: str) -> tuple[Path, Path]:

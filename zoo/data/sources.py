@@ -1,19 +1,23 @@
 """What `zoo prepare` reads: folders of images by class, images with captions, .npz, tar and parquet files, prepared sets.
 
 A caption lies beside its image: `a/7.txt` beside `a/7.jpg`, in a folder or in a tar file (there also `a/7.json` with
-"caption"); or in another column of the same row of a parquet file.
+"caption"); or in another column of the same row of a parquet file. A label is the class folder of an image without a
+caption, `a/7.cls` in a tar file, or an integer column `label` of a parquet file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tarfile
 import threading
+from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +31,14 @@ from zoo.data.images import (
     BadImage,
     checked_arrays,
     divide,
+    file_size,
     list_folder,
     open_npz,
 )
 from zoo.data.records import Info, Record, format_of, open_shards, read_info
 from zoo.errors import UserError, suggest
+
+_log = logging.getLogger("zoo")
 
 
 def _nothing(i: int) -> str:
@@ -75,7 +82,10 @@ def open_source(
     caption_column: str | None = None,
     prepared: bool = False,
 ) -> Source:
-    """The images of a folder or file, found by what lies there: images before tar files before parquet files.
+    """The images of a folder or file, found by what lies there: images, tar files or parquet files, of one kind only.
+
+    A folder is captioned where a text lies beside any image, and then folders are no classes. Where they look like
+    classes and fewer than half of the images have a text, it is refused.
 
     Args:
       image_column, caption_column: of parquet files; None: told by their names.
@@ -87,7 +97,7 @@ def open_source(
     made = format_of(origin)
     if made == Info.FORMAT and not prepared:
         raise UserError(f"{origin} is already a prepared set; train on it with data=Images({str(origin)!r}, size=...)")
-    kind, files = ("prepared", []) if made else _kind(origin)
+    kind, files = ("prepared", []) if made else kind_of(origin)
     if kind != "parquet" and (image_column is not None or caption_column is not None):
         flag = "--image-column" if image_column is not None else "--caption-column"
         raise UserError(f"{flag} names a column of parquet files, and {origin} is none; leave it out")
@@ -100,8 +110,13 @@ def open_source(
     return {"prepared": _prepared, "npz": _npz, "folder": _folder}[kind](origin, test_fraction)
 
 
-def _kind(origin: Path) -> tuple[str, list[str]]:
-    """What lies in a place, and the paths below it of the files that matter; () where they are listed elsewhere."""
+def kind_of(origin: Path) -> tuple[str, list[str]]:
+    """What lies in a place ("captions", "folder", "tar", "parquet" or "npz"), and the paths below it of the files that matter;
+    [] where they are listed elsewhere.
+
+    Raises:
+      UserError: a folder with files of several kinds, or one of classes with a few captions.
+    """
     if not origin.is_dir():
         suffix = origin.suffix.lower()
         if suffix in (".tar", ".parquet"):
@@ -112,16 +127,37 @@ def _kind(origin: Path) -> tuple[str, list[str]]:
             )
         return "npz", []
     names = _walk(origin)
-    images = [name for name in names if name.lower().endswith(SUFFIXES)]
+    found = {kind: [name for name in names if name.lower().endswith(f".{kind}")] for kind in ("tar", "parquet")}
+    found["images"] = images = [name for name in names if name.lower().endswith(SUFFIXES)]
+    there = [_shown(some[0]) for some in found.values() if some]
+    if len(there) > 1:
+        raise UserError(
+            f"{origin} holds files of several kinds ({' beside '.join(there)}), and one kind would hide the other; "
+            "give the folder of one kind, or move the others out"
+        )
     if images:
-        texts = {name[:-4] for name in names if name.endswith(".txt")}
-        if texts and any(os.path.splitext(name)[0] in texts for name in images):
-            return "captions", names
-        return "folder", []
-    for kind in ("tar", "parquet"):
-        if found := [name for name in names if name.lower().endswith(f".{kind}")]:
-            return kind, found
-    return "folder", []
+        texts = _texts(names)
+        told = [name for name in images if os.path.splitext(name)[0] in texts]
+        if told and 2 * len(told) < len(images) and _in_classes(images):
+            text = texts[os.path.splitext(told[0])[0]]
+            raise UserError(
+                f"{origin} holds class folders, and {len(told)} of {len(images)} images have a caption ({_shown(text)}, "
+                "...): remove the texts to take the folders as labels, or write one beside every image to take captions"
+            )
+        return ("captions", names) if told else ("folder", [])
+    return next(((kind, some) for kind, some in found.items() if some), ("folder", []))
+
+
+def _texts(names: Iterable[str]) -> dict[str, str]:
+    """Texts by their path without the suffix, `.txt` or `.TXT`; of both the first is meant."""
+    return {name[:-4]: name for name in sorted(names) if name.lower().endswith(".txt")}
+
+
+def _in_classes(images: Sequence[str]) -> bool:
+    """Whether all images lie in two or more folders, themselves perhaps in `train`, `test`, ..."""
+    paths = [name.split(os.sep) for name in images]
+    inside = [path[1:] if path[0] in ("train", *TESTS) else path for path in paths]
+    return all(len(path) == 2 for path in inside) and len({path[0] for path in inside}) > 1
 
 
 def _walk(root: Path) -> list[str]:
@@ -139,11 +175,20 @@ def _walk(root: Path) -> list[str]:
     return sorted(found)
 
 
-def _split(members: Sequence[Any], words: Sequence[str | None], test_fraction: float) -> dict[str, list[int]]:
-    """Members of both splits, in ascending order, by a word for each of them; without both words a share is held out."""
+def _split(
+    root: Path, members: Sequence[Any], words: Sequence[str | None], test_fraction: float
+) -> dict[str, list[int]]:
+    """Members of both splits, in ascending order, by a word for each of them; without both words a share is held out.
+
+    Of several words for the held-out part the first of `TESTS` is meant, and a warning tells of the others.
+    """
     tests = [test for test in TESTS if test in words]
     if not tests or "train" not in words:
         return divide(len(members), test_fraction)
+    for other in tests[1:]:
+        _log.warning(
+            "%s: %s is the test split, and the %d images of %s are left out", root, tests[0], words.count(other), other
+        )
     return {
         "train": [i for i, word in enumerate(words) if word not in TESTS],
         "test": [i for i, word in enumerate(words) if word == tests[0]],
@@ -164,10 +209,6 @@ def _hash(parts: Iterable[tuple[str, int]]) -> str:
     return digest.hexdigest()
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1  # a broken link
-
-
 def _shown(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")  # a name may be bytes that are no UTF-8
 
@@ -183,7 +224,7 @@ def _text(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8").strip()
     except UnicodeDecodeError:
-        raise BadImage(f"has a caption that is no UTF-8 ({where})", "write it again as UTF-8") from None
+        raise BadImage(f"has a caption that is no UTF-8 ({_shown(where)})", "write it again as UTF-8") from None
 
 
 # Folders
@@ -197,22 +238,22 @@ def _folder(root: Path, test_fraction: float) -> Source:
         label = (lambda i: -1) if files.labels is None else files.labels.__getitem__
         return Items(len(files.paths), lambda i: _bytes(root / files.paths[i]), label, lambda i: _shown(files.paths[i]))
 
-    listed = [(path, _size(root / path)) for files in splits.values() for path in files.paths]
+    listed = [(path, file_size(root / path)) for files in splits.values() for path in files.paths]
     return Source({split: items(split) for split in SPLITS}, classes, _hash(listed))
 
 
 def _captions(root: Path, names: list[str], test_fraction: float) -> Source:
-    texts = {name for name in names if name.endswith(".txt")}
+    texts = _texts(names)
     images = [name for name in names if name.lower().endswith(SUFFIXES)]
-    parts = _split(images, [name.split(os.sep)[0] for name in images], test_fraction)
-    beside = {name: os.path.splitext(name)[0] + ".txt" for name in images}
+    parts = _split(root, images, [name.split(os.sep)[0] for name in images], test_fraction)
+    stems = [os.path.splitext(name)[0] for name in images]
 
     def items(part: list[int]) -> Items:
         def caption(i: int) -> str:
-            text = beside[images[part[i]]]
-            if text not in texts:
-                raise BadImage("has no caption", f"write it to {_shown(os.path.basename(text))} beside it")
-            return _text(_bytes(root / text), _shown(text))
+            stem = stems[part[i]]
+            if stem not in texts:
+                raise BadImage("has no caption", f"write it to {_shown(os.path.basename(stem))}.txt beside it")
+            return _text(_bytes(root / texts[stem]), texts[stem])
 
         return Items(
             len(part),
@@ -222,9 +263,25 @@ def _captions(root: Path, names: list[str], test_fraction: float) -> Source:
             caption,
         )
 
-    listed = [name for part in parts.values() for i in part for name in (images[i], beside[images[i]])]
-    fingerprint = _hash((name, _size(root / name)) for name in listed)
-    return Source({split: items(parts[split]) for split in SPLITS}, (), fingerprint, captioned=True)
+    order = [i for part in parts.values() for i in part]
+    digest = hashlib.sha256(_hash((images[i], file_size(root / images[i])) for i in order).encode())
+    for text in _all_bytes([root / texts[stems[i]] if stems[i] in texts else None for i in order]):
+        digest.update(f"{len(text)}\0".encode() + text)  # an edited caption may keep its length
+    return Source({split: items(parts[split]) for split in SPLITS}, (), digest.hexdigest(), captioned=True)
+
+
+def _all_bytes(paths: Sequence[Path | None]) -> Iterator[bytes]:
+    """The bytes of small files, which may be many and far; none of what cannot be read."""
+
+    def read(path: Path | None) -> bytes:
+        try:
+            return b"" if path is None else path.read_bytes()
+        except OSError:
+            return b""
+
+    with ThreadPoolExecutor(16) as pool:
+        for first in range(0, len(paths), 4096):
+            yield from pool.map(read, paths[first : first + 4096])
 
 
 def _prepared(root: Path, test_fraction: float) -> Source:
@@ -247,98 +304,156 @@ def _prepared(root: Path, test_fraction: float) -> Source:
 # Tar files
 
 
-@dataclass(frozen=True)
-class _Member:
-    """Where the bytes of a file in a tar file lie."""
-
-    name: str
-    offset: int
-    size: int
+_NONE, _LINK = -1, -2  # offsets of what is not there, and of what holds no bytes of its own
+_UNLABELLED, _NO_LABEL = -1, -2  # labels: none there, or one that is no number
+_MOST_CLASSES = 100_000
 
 
-@dataclass(frozen=True)
-class _Pair:
-    file: int
-    image: _Member
-    caption: _Member | None
+class _Pairs:
+    """Images in tar files and what belongs to them, without a Python object for each: there may be millions."""
+
+    def __init__(self) -> None:
+        self.file, self.label = array("q"), array("q")
+        self.image, self.caption = array("q"), array("q")  # offset and size of each, in turn
+        self._names, self._ends = bytearray(), array("q", [0])  # of the image and of its caption, in turn
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def append(self, file: int, image: tuple[str, int, int], caption: tuple[str, int, int] | None, label: int) -> None:
+        """An image and its caption by name, offset and size."""
+        self.file.append(file)
+        self.label.append(label)
+        for kept, (name, *place) in ((self.image, image), (self.caption, caption or ("", _NONE, 0))):
+            kept.extend(place)
+            self._names += os.fsencode(name)
+            self._ends.append(len(self._names))
+
+    def name(self, i: int, caption: bool = False) -> str:
+        """The name in its tar file, of an image or of its caption."""
+        at = 2 * i + caption
+        return os.fsdecode(bytes(self._names[self._ends[at] : self._ends[at + 1]]))
 
 
-def _index(path: Path, number: int) -> list[_Pair]:
-    """The images of a tar file and the captions of the same key: the name up to the first dot of its last part."""
-    members: dict[str, dict[str, _Member]] = {}
+def _index(pairs: _Pairs, path: Path, number: int) -> None:
+    """Appends the images of a tar file, each with the caption and the label that share the most of its name.
+
+    Beside `7.left.png` lies `7.left.txt` or, for all images of the key `7`, `7.txt`. Of members of one name the last is
+    meant, as where they are unpacked.
+    """
+    members: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int] = {}
     try:
         with tarfile.open(path, "r:") as file:
-            for member in file:
-                folder, _, base = member.name.rpartition("/")
-                if not member.isreg() or member.issparse() or base.startswith("."):
+            while (member := file.next()) is not None:
+                file.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all that it has seen
+                base = member.name.rpartition("/")[2]
+                suffix = os.path.splitext(base)[1].lower()
+                if base.startswith(".") or suffix not in (*SUFFIXES, ".txt", ".json", ".cls"):
                     continue
-                key, _, suffix = base.partition(".")
-                inside = _Member(member.name, member.offset_data, member.size)
-                members.setdefault(f"{folder}/{key}", {}).setdefault(f".{suffix.lower()}", inside)
+                whole = member.isreg() and not member.issparse()
+                if not whole and not (member.islnk() or member.issym() or member.isreg()):
+                    continue  # a folder, a device
+                key = member.name if suffix in SUFFIXES else member.name[: -len(suffix)] + suffix
+                members.pop(key, None)
+                members[key] = (member.name, member.offset_data if whole else _LINK, member.size)
+                if suffix == ".cls":
+                    opened = file.extractfile(member) if whole else None
+                    text = opened.read(64).strip() if opened is not None else b""
+                    labels[key] = int(text) if text.isdigit() and len(text) < 10 else _NO_LABEL
     except (tarfile.TarError, OSError) as error:
         raise UserError(
             f"{path} is no tar file that can be read at random ({error}); give plain .tar files, uncompressed and whole"
         ) from None
-    pairs = []
-    for found in members.values():
-        caption = found.get(".txt", found.get(".json"))
-        pairs += [_Pair(number, member, caption) for suffix, member in found.items() if suffix.endswith(SUFFIXES)]
-    return pairs
+    for key, image in members.items():
+        if key.lower().endswith(SUFFIXES):
+            stems = list(_stems(key))
+            told = (members.get(stem + suffix) for stem in stems for suffix in (".txt", ".json"))
+            label = next((labels[f"{stem}.cls"] for stem in stems if f"{stem}.cls" in labels), _UNLABELLED)
+            pairs.append(number, image, next(filter(None, told), None), label)
+
+
+def _stems(name: str) -> Iterator[str]:
+    """A name without its suffix, then without more of them, up to the first dot of its last part."""
+    folder, slash, base = name.rpartition("/")
+    while (base := base.rpartition(".")[0]) != "":
+        yield folder + slash + base
 
 
 def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
     files = [root / name if name else root for name in names]
-    pairs = [pair for number, path in enumerate(files) for pair in _index(path, number)]
-    captioned = any(pair.caption for pair in pairs)
+    pairs = _Pairs()
+    for number, path in enumerate(files):
+        _index(pairs, path, number)
+    told, highest = sum(offset != _NONE for offset in pairs.caption[::2]), max(pairs.label, default=-1)
+    captioned, labelled = told > 0, any(label != _UNLABELLED for label in pairs.label)
+    if highest >= _MOST_CLASSES:
+        _log.warning("%s: labels go up to %d, which are no classes; they are left out", root, highest)
+        labelled = False
     words = [_word(name) for name in names]
-    parts = _split(pairs, [words[pair.file] for pair in pairs], test_fraction)
+    parts = _split(root, pairs.file, [words[file] for file in pairs.file], test_fraction)
 
-    def content(file: int, member: _Member) -> bytes:
+    def content(i: int, places: array[int], what: str) -> bytes:
+        offset, size = places[2 * i : 2 * i + 2]
+        if offset == _LINK:
+            raise BadImage(f"{what} a link or sparse in its tar file", "store the file itself in it")
         try:
-            with open(files[file], "rb") as opened:
-                opened.seek(member.offset)
-                data = opened.read(member.size)
+            with open(files[pairs.file[i]], "rb") as opened:
+                opened.seek(offset)
+                data = opened.read(size)
         except OSError as error:
             raise BadImage(f"cannot be read ({error.strerror})", "restore the tar file") from None
-        if len(data) < member.size:
+        if len(data) < size:
             raise BadImage("is cut off with its tar file", "restore the tar file")
         return data
 
     def items(part: list[int]) -> Items:
-        def caption(i: int) -> str:
-            pair = pairs[part[i]]
+        def caption(n: int) -> str:
+            i = part[n]
             if not captioned:
                 return ""
-            if pair.caption is None:
+            if pairs.caption[2 * i] == _NONE:
                 raise BadImage("has no caption", "add a .txt file, or a .json file with one, of the same name")
-            data = content(pair.file, pair.caption)
-            if not pair.caption.name.lower().endswith(".json"):
-                return _text(data, pair.caption.name)
+            data = content(i, pairs.caption, "has a caption that is")
+            where = pairs.name(i, caption=True)
+            if not where.lower().endswith(".json"):
+                return _text(data, where)
             try:
                 said = json.loads(data)["caption"]
             except (ValueError, KeyError, TypeError):
                 said = None
             if not isinstance(said, str):
                 raise BadImage('has no caption: its .json file has no "caption"', "add it, or a .txt file")
+            try:
+                said.encode()
+            except UnicodeEncodeError:  # JSON may hold half of a character
+                raise BadImage(f"has a caption that is no text ({_shown(where)})", "write it again as UTF-8") from None
             return said.strip()
 
-        def name(i: int) -> str:
-            pair = pairs[part[i]]
-            return _shown(f"{names[pair.file] or root.name}:{pair.image.name}")
+        def label(n: int) -> int:
+            found = pairs.label[part[n]] if labelled else _UNLABELLED
+            if labelled and found < 0:
+                no = "has no label" if found == _UNLABELLED else "has a label that is no class number"
+                raise BadImage(no, "add a .cls file with a number from 0 on, of the same name")
+            return found
 
-        def read(i: int) -> bytes:
-            return content(pairs[part[i]].file, pairs[part[i]].image)
+        def name(n: int) -> str:
+            return _shown(f"{names[pairs.file[part[n]]] or root.name}:{pairs.name(part[n])}")
 
-        return Items(len(part), read, lambda i: -1, name, caption)
+        return Items(len(part), lambda n: content(part[n], pairs.image, "is"), label, name, caption)
 
     listed = [(name or root.name, path.stat().st_size) for name, path in zip(names, files)]
-    return Source({split: items(parts[split]) for split in SPLITS}, (), _hash(listed), captioned)
+    listed += [("captions", told)] if captioned else []
+    listed += [(hashlib.sha256(pairs.label).hexdigest(), -1)] if labelled else []
+    classes = tuple(map(str, range(highest + 1))) if labelled else ()
+    return Source({split: items(parts[split]) for split in SPLITS}, classes, _hash(listed), captioned)
 
 
 # Parquet files
 
 _IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture", "pixels", "bytes")
 _CAPTIONS = ("caption", "text", "prompt", "txt", "captions", "description", "sentence", "alt_text")
+_LABELS = ("label", "labels", "cls", "class")
 _KEPT = 2**29  # bytes of row groups that stay in memory: examples are read in nearly ascending order
 
 
@@ -350,7 +465,9 @@ def _parquet(
 
     files = [root / name if name else root for name in names]
     groups: list[tuple[int, int, int]] = []  # file, row group in it, rows
-    columns: tuple[str, str | None] = ("", None)
+    columns: tuple[str, str | None, str | None] = ("", None, None)
+    classes: tuple[str, ...] = ()
+    numbers = [np.zeros(0, np.int64)]  # the labels of each file
     for number, path in enumerate(files):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -362,22 +479,39 @@ def _parquet(
             reason = " ".join(str(error).split())
             raise UserError(f"{path} is no parquet file that can be read ({reason}); restore or remove it") from None
         found = _columns(path, schema, image_column, caption_column)
-        if number and found != columns:
-            raise UserError(
-                f"{path} has its images and captions in other columns {found} than {files[0]} {columns}; prepare them apart"
-            )
-        columns = found
+        named = () if found[2] is None else _class_names(schema, found[2])
+        if found[2] is not None:
+            numbers.append(_numbers(path, found[2]))
+        if number and (found, named) != (columns, classes):
+            what = f"other columns {found} than {files[0]} {columns}" if found != columns else "other class names"
+            raise UserError(f"{path} has its images, captions and labels in {what}; prepare them apart")
+        columns, classes = found, named
     starts = np.cumsum([0, *(rows for _, _, rows in groups)])
     words = [_word(name) for name in names]
-    parts = _split(range(starts[-1]), [words[file] for file, _, rows in groups for _ in range(rows)], test_fraction)
+    parts = _split(
+        root, range(starts[-1]), [words[file] for file, _, rows in groups for _ in range(rows)], test_fraction
+    )
     begins = {file: int(start) for (file, _, _), start in reversed([*zip(groups, starts)])}  # first row of each file
-    image, text = columns
-    table = _Groups(files, [c for c in columns if c is not None])
+    image, text, column = columns
+    table = _Groups(files, [c for c in (image, text) if c is not None])
+    labels = np.concatenate(numbers)
+    highest = int(labels.max(initial=-1))
+    if highest >= _MOST_CLASSES:
+        _log.warning(
+            "%s: the column %r goes up to %d, which are no classes; labels are left out", root, column, highest
+        )
+    if not 0 <= highest < _MOST_CLASSES:
+        column, classes = None, ()
+    elif len(classes) <= highest:
+        classes = tuple(map(str, range(highest + 1)))
 
     def cell(row: int, column: str) -> Any:
         group = int(np.searchsorted(starts, row, "right")) - 1
         file, inside, _ = groups[group]
-        return table.rows(file, inside)[column][row - int(starts[group])].as_py()
+        try:
+            return table.rows(file, inside)[column][row - int(starts[group])].as_py()
+        except UnicodeDecodeError:
+            raise BadImage(f"has text that is no UTF-8 in the column {column!r}", "write it again as UTF-8") from None
 
     def items(part: list[int]) -> Items:
         def read(i: int) -> bytes:
@@ -393,15 +527,24 @@ def _parquet(
                 raise BadImage(f"has no caption in the column {text!r}", "fill it in, or remove the row")
             return said.strip()
 
+        def label(i: int) -> int:
+            if column is None:
+                return -1
+            if labels[part[i]] < 0:
+                raise BadImage(
+                    f"has no label in the column {column!r}", "fill it in (classes count from 0), or remove the row"
+                )
+            return int(labels[part[i]])
+
         def name(i: int) -> str:
             file = groups[int(np.searchsorted(starts, part[i], "right")) - 1][0]
             return f"{_shown(names[file] or root.name)} row {part[i] - begins[file]}"
 
-        return Items(len(part), read, lambda i: -1, name, caption)
+        return Items(len(part), read, label, name, caption)
 
     listed = [(name or root.name, path.stat().st_size) for name, path in zip(names, files)]
-    fingerprint = _hash([*listed, (image, 0), (text or "", 0)])
-    return Source({split: items(parts[split]) for split in SPLITS}, (), fingerprint, text is not None)
+    listed += [(image, 0), (text or "", 0), *([] if column is None else [(column, 0)])]
+    return Source({split: items(parts[split]) for split in SPLITS}, classes, _hash(listed), text is not None)
 
 
 class _Groups:
@@ -432,12 +575,15 @@ class _Groups:
             return table
 
 
-def _columns(path: Path, schema: Any, image: str | None, caption: str | None) -> tuple[str, str | None]:
-    """The names of the columns of images and of captions (None: there is no text at all)."""
+def _columns(path: Path, schema: Any, image: str | None, caption: str | None) -> tuple[str, str | None, str | None]:
+    """The names of the columns of images, of captions (None: there is no text at all) and of labels (None: there are none)."""
     import pyarrow
 
+    def plain(kind: Any) -> Any:
+        return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+
     def is_bytes(kind: Any) -> bool:
-        return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+        return bool(pyarrow.types.is_binary(plain(kind)) or pyarrow.types.is_large_binary(plain(kind)))
 
     def is_image(kind: Any) -> bool:
         if pyarrow.types.is_struct(kind):
@@ -445,7 +591,9 @@ def _columns(path: Path, schema: Any, image: str | None, caption: str | None) ->
         return is_bytes(kind)
 
     def is_text(kind: Any) -> bool:
-        return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+        kind = plain(kind)
+        views = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+        return any(is_such(kind) for is_such in views)
 
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
 
@@ -464,6 +612,11 @@ def _columns(path: Path, schema: Any, image: str | None, caption: str | None) ->
         for word in usual:
             if close := [name for name in fields if name.lower() == word]:
                 return close[0]
+            if what == "captions" and (other := [field for field in schema if field.name.lower() == word]):
+                raise UserError(
+                    f"{path}: the column {other[0].name!r} holds {other[0].type} and not one text a row, so that its captions "
+                    f'cannot be read; store one text a row, or say {flag} NAME, or {flag}="" to leave captions out'
+                )
         if fields and (len(fields) > 1 or what == "captions"):  # a lone text may be a file's name or a key
             none = f', or {flag}="" where none does' if what == "captions" else ""
             raise UserError(f"{path} does not tell which column holds the {what}: {listed}; say {flag} NAME{none}")
@@ -474,7 +627,38 @@ def _columns(path: Path, schema: Any, image: str | None, caption: str | None) ->
         raise UserError(
             f"{path} has no column of images (bytes, or a struct with bytes), it has {listed}; give other files"
         )
-    return found, choose(is_text, caption, _CAPTIONS, "captions", "--caption-column")
+    text = choose(is_text, caption, _CAPTIONS, "captions", "--caption-column")
+    whole = [field.name for field in schema if pyarrow.types.is_integer(field.type)]
+    label = next((name for word in _LABELS for name in whole if name.lower() == word), None)
+    for column in (found, text, label):
+        if column is not None and schema.names.count(column) > 1:
+            raise UserError(f"{path} has {schema.names.count(column)} columns named {column!r}; rename all but one")
+    return found, text, label
+
+
+def _numbers(path: Path, column: str) -> np.ndarray:
+    """A column of whole numbers, -1 where there is none."""
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            found = file.read(columns=[column])[column].cast(pyarrow.int64())
+        return np.asarray(pyarrow.compute.fill_null(found, -1).to_numpy(), np.int64)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: the labels in {column!r} cannot be read ({reason}); restore or remove it") from None
+
+
+def _class_names(schema: Any, column: str) -> tuple[str, ...]:
+    """The names of the classes that Hugging Face's `datasets` keeps beside a column; () where there are none."""
+    try:
+        about = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        names = about["names"] if about["_type"] == "ClassLabel" else ()
+        return tuple(names) if all(isinstance(name, str) for name in names) else ()
+    except (ValueError, KeyError, TypeError):
+        return ()
 
 
 # Arrays
