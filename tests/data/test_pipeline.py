@@ -225,6 +225,16 @@ def test_a_batch_comes_from_one_group_and_follows_from_its_number():
     assert any((a["label"] != b["label"]).any() for a, b in zip(whole, other))
 
 
+def test_groups_smaller_than_a_batch_are_told(caplog):
+    take(1, Grouped(), 3)
+    assert not caplog.records
+    take(1, Grouped(), 10)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "batch=10: 2 of 3 groups of equal shapes have fewer examples and are left out (3, 9; 12 of 25 examples)"
+    )
+
+
 def test_grouped_batches_are_spread_as_others_are():
     sharding = NamedSharding(mesh(2, 2, 2), P(("data", "fsdp")))
     plain = take(4, Grouped((16, 8)), 8, seed=1)

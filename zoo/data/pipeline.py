@@ -14,6 +14,7 @@ JPEG. For the same reason the order comes from one permutation per epoch and not
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -27,6 +28,8 @@ import jax
 import numpy as np
 
 from zoo.errors import UserError
+
+_log = logging.getLogger("zoo")
 
 Example = dict[str, np.ndarray]
 Spec = Mapping[str, jax.ShapeDtypeStruct]
@@ -124,6 +127,16 @@ def _grouped(data: Data, groups: tuple[np.ndarray, ...], batch: int, seed: int) 
         raise UserError(
             f"batch={batch} is more than any group of equal shapes in data={type(data).__name__} holds "
             f"({', '.join(str(len(group)) for group in groups)} examples); choose batch={max(map(len, groups))} or fewer"
+        )
+    if small := [len(group) for group in groups if len(group) < batch]:
+        _log.warning(
+            "batch=%d: %d of %d groups of equal shapes have fewer examples and are left out (%s; %d of %d examples)",
+            batch,
+            len(small),
+            len(groups),
+            ", ".join(map(str, small)),
+            sum(small),
+            sum(map(len, groups)),
         )
 
     @lru_cache(maxsize=4)
