@@ -85,6 +85,18 @@ def test_long_captions_lose_their_end_and_say_so(folder, own, warned):
     assert repr(caption) in message
 
 
+def test_cut_captions_are_called_by_name(folder, warned):
+    captions = ["a cat", "a photo of a red cat on the table"]
+    plain = Tokenizer(folder)(captions, 20)
+    named = Tokenizer(folder)(captions, 20, names=["a/0.jpg", "a/1.jpg"])
+    np.testing.assert_array_equal(plain[0], named[0])
+    before, after = (record.getMessage() for record in warned.records)
+    assert before.startswith("caption 1 has ")
+    assert after == before.replace("caption 1 has", "caption of a/1.jpg has")
+    with pytest.raises(ValueError, match="1 names for 2 captions"):
+        Tokenizer(folder)(captions, 5, names=["a/0.jpg"])
+
+
 def test_a_caption_that_just_fits_is_whole(folder, own, warned):
     caption = "a red cat on the roof"
     pieces = own.encode(caption)

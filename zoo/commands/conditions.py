@@ -49,14 +49,22 @@ def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] 
     assert prompts is not None
     try:
         data = Path(prompts).read_bytes()
-        found = [line.strip() for line in data.decode("utf-8").splitlines() if line.strip()]
+        # not splitlines(): a caption may hold what Unicode calls the end of a line
+        lines = data.decode("utf-8-sig").removesuffix("\n").split("\n")
     except OSError as error:
         raise UserError(f"{field} cannot be read ({error.strerror}); give a text file, one caption per line") from None
     except UnicodeDecodeError:
         raise UserError(f"{field} is no UTF-8 text; give a text file, one caption per line") from None
+    found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise UserError(f"{field} holds no caption; give a text file, one caption per line")
+        raise UserError(f"{field} holds no caption in {_count(lines)}; give a text file, one caption per line")
+    if len(found) < len(lines):
+        _log.info("%s: %d captions in %s, blank ones are passed over", field, len(found), _count(lines))
     return found, {"prompts": f"{Path(prompts).name} (sha256 {hashlib.sha256(data).hexdigest()})"}
+
+
+def _count(lines: Sequence[str]) -> str:
+    return "1 line" if len(lines) == 1 else f"{len(lines)} lines"
 
 
 def shaped(task: Any, aspect: str | None, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

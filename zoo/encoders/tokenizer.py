@@ -55,7 +55,9 @@ class Tokenizer:
         """The number of pieces; a text encoder's vocabulary may have a few ids more."""
         return int(self._model.get_piece_size())
 
-    def __call__(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, list[int]]:
+    def __call__(
+        self, captions: Sequence[str], length: int, names: Sequence[str] | None = None
+    ) -> tuple[np.ndarray, list[int]]:
         """Token ids of N captions, and how much of each did not fit.
 
         A caption that is too long loses its last tokens, not the end token; a warning says which caption and from where on.
@@ -63,12 +65,15 @@ class Tokenizer:
         Args:
             captions: N texts.
             length: tokens of a row, the end token among them.
+            names: what the warning calls each caption, say the files of their images; None: by place, from 0 on.
 
         Returns:
             [N, length] int32, each row the ids of a caption, then 1, then zeros; and N numbers of tokens left out.
         """
         if isinstance(captions, str):
             raise TypeError("captions must be a sequence of texts, not one text")
+        if names is not None and len(names) != len(captions):
+            raise ValueError(f"{len(names)} names for {len(captions)} captions; give each its own")
         if length < 1:
             raise UserError(f"length={length} leaves no room for the token that ends a caption; give at least 1")
         ids = np.full((len(captions), length), PAD, np.int32)
@@ -80,8 +85,8 @@ class Tokenizer:
             lost.append(len(rest))
             if rest:
                 _log.warning(
-                    "caption %d has %d tokens and %d fit: lost from %r on (caption: %r)",
-                    n,
+                    "caption %s has %d tokens and %d fit: lost from %r on (caption: %r)",
+                    n if names is None else f"of {names[n]}",
                     len(pieces) + 1,
                     length,
                     _short(self._model.decode(rest)),
