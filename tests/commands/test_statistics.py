@@ -169,3 +169,51 @@ def test_data_that_cannot_tell_are_compared_by_their_fields(tmp_path):
     shape = SimpleNamespace(source=Digits().source)
     with pytest.raises(UserError, match=r"other settings \(data: Digits\(\) -> namespace"):
         metric.statistics(shape, spec)
+
+
+def refused(capsys, source, *flags):
+    capsys.readouterr()
+    assert cli.main(["prepare", str(source), "s.npz", "--statistics", "pixels", *flags]) == 2
+    said = capsys.readouterr().err
+    assert "data." not in said
+    return said
+
+
+def test_mistakes_are_told_in_the_words_of_the_command_line(tmp_path, capsys):
+    assert "--size 0 is too small; choose 1 or more" in refused(capsys, "folder", "--size", "0")
+    assert "--batch 0 is too small" in refused(capsys, "folder", "--size", "8", "--batch", "0")
+    assert "--test-fraction 1.5 is no share" in refused(capsys, "folder", "--size", "8", "--test-fraction", "1.5")
+    said = refused(capsys, "set", "--size", "8", "--channels", "1")
+    assert "but --channels 1; set --channels 3, or --convert to convert them" in said
+    (tmp_path / "a.jpg").touch()
+    assert f"SOURCE {tmp_path}/a.jpg is a file; give a folder" in refused(capsys, tmp_path / "a.jpg", "--size", "8")
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    said = refused(capsys, tmp_path / "a.npz", "--size", "8")
+    assert (
+        f"has no array 'train_images', which --statistics needs; run `zoo prepare {tmp_path}/a.npz DIR` first" in said
+    )
+
+
+def test_what_has_to_be_prepared_first(tmp_path, capsys):
+    (tmp_path / "tar").mkdir()
+    (tmp_path / "tar" / "0.tar").touch()
+    first = f"run `zoo prepare {tmp_path}/tar DIR` first, and give DIR in place of SOURCE"
+    assert f"is of tar files, which --statistics does not read; {first}" in refused(
+        capsys, tmp_path / "tar", "--size", "8"
+    )
+    (tmp_path / "a.parquet").touch()
+    assert "is of parquet files, which" in refused(capsys, tmp_path / "a.parquet", "--size", "8")
+    flat = pictures(tmp_path / "flat")
+    for path in flat.glob("*.png"):
+        path.with_suffix(".txt").write_text("noise")
+    assert "11 images" in made(capsys, str(flat), tmp_path / "flat.npz")
+    shutil.copytree(flat, tmp_path / "nested" / "a" / "b")
+    shutil.copytree(flat, tmp_path / "nested" / "c")
+    assert "images with captions in folders of their own" in refused(capsys, tmp_path / "nested", "--size", "8")
+
+
+def test_a_broken_link_is_named(tmp_path, capsys):
+    pictures(tmp_path / "p")
+    (tmp_path / "p" / "0.png").symlink_to("nowhere.png")
+    said = refused(capsys, tmp_path / "p", "--size", "8", "--test-fraction", "0")
+    assert f"{tmp_path}/p/0.png cannot be read (No such file or directory)" in said

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from zoo import dist, models
-from zoo.data.images import Images, check_channels
+from zoo.data.images import SPLITS, SUFFIXES, Images, check_channels, existing, list_folder, open_npz
+from zoo.data.records import is_prepared
+from zoo.data.sources import kind_of
 from zoo.errors import UserError
 from zoo.metrics.frechet import Frechet
 
@@ -25,10 +28,59 @@ def prepare(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} says nothing of --statistics; leave one of them out")
     if args.size is None:
         raise UserError("--statistics needs the side of the images that the model makes; add --size, e.g. --size 64")
+    for flag in ("size", "batch"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)} is too small; choose 1 or more")
+    if not 0 <= args.test_fraction < 1:
+        raise UserError(f"--test-fraction {args.test_fraction} is no share of the images; choose a number from 0 to 1")
+    _check_source(args.source, args.test_fraction)
     dist.start()
     data = Images(args.source, args.size, args.channels or 3, convert=args.convert, test_fraction=args.test_fraction)
-    print(statistics(data, Path(args.dest), args.statistics, flip=args.flip, batch=args.batch, allow=args.allow))
+    try:
+        print(statistics(data, Path(args.dest), args.statistics, flip=args.flip, batch=args.batch, allow=args.allow))
+    except UserError as error:
+        raise type(error)(_in_flags(str(error))) from None
     return 0
+
+
+def _check_source(source: str, test_fraction: float) -> None:
+    """Refuses what `zoo prepare` reads and `Images` does not."""
+    if source.startswith("tfds:"):
+        return
+    root = existing(source)
+    first = f"run `zoo prepare {source} DIR` first, and give DIR in place of SOURCE"
+    if is_prepared(root):
+        return
+    kind, names = kind_of(root)
+    if kind in ("tar", "parquet"):
+        raise UserError(f"SOURCE {root} is of {kind} files, which --statistics does not read; {first}")
+    if kind == "captions":
+        images = sum(name.lower().endswith(SUFFIXES) for name in names)
+        try:
+            listed = sum(len(list_folder(root, test_fraction)[0][split].paths) for split in SPLITS)
+        except UserError:
+            listed = 0
+        if listed != images:
+            raise UserError(
+                f"SOURCE {root} holds images with captions in folders of their own, which --statistics does not read; {first}"
+            )
+    if root.is_file():
+        if root.suffix != ".npz":
+            raise UserError(
+                f"SOURCE {root} is a file; give a folder of images, a set made by `zoo prepare` or an .npz file"
+            )
+        with open_npz(root) as file:
+            if missing := [name for name in ("train_images", "train_labels") if name not in file.files]:
+                raise UserError(f"SOURCE {root} has no array {missing[0]!r}, which --statistics needs; {first}")
+
+
+def _in_flags(text: str) -> str:
+    """What is said of the data description, in the words of the command line."""
+    return re.sub(
+        r"\bdata\.(size|channels|test_fraction)(?:=(\w+))?",
+        lambda found: f"--{found[1].replace('_', '-')}" + (f" {found[2]}" if found[2] else ""),
+        text.replace("data.convert=True", "--convert"),
+    )
 
 
 def statistics(
