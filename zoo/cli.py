@@ -145,7 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--features", action="store_true", help="keep features of captions too, not tokens alone")
     sub.add_argument("--aspects", action="store_true", help="keep images near their aspect ratio, in nine buckets")
     sub.add_argument("--tokenizer", default=None, metavar="FILE", help="default: spiece.model beside the text encoder")
-    sub.add_argument("--batch", type=int, default=64, help="images encoded at a time")
+    sub.add_argument(
+        "--batch", type=int, default=None, help="images encoded at a time; default: 64, fewer of more than 256 pixels"
+    )
     sub.add_argument(
         "--statistics",
         default=None,
@@ -501,6 +503,7 @@ def _prepare(args: argparse.Namespace) -> int:
     if args.statistics is not None or args.flip:
         from zoo.commands import statistics
 
+        args.batch = 64 if args.batch is None else args.batch
         return statistics.prepare(args)
     options = {
         "size": args.size,
@@ -515,7 +518,8 @@ def _prepare(args: argparse.Namespace) -> int:
         from zoo.commands import encode
 
         encoders = encode.chosen(args.encode)
-        dist.start(batch=max(args.batch, 1))
+        batch = encode.batch_for(args.size) if args.batch is None else args.batch
+        dist.start(batch=max(batch, 1))
         report = encode.encode(
             args.source,
             args.dest,
@@ -524,7 +528,7 @@ def _prepare(args: argparse.Namespace) -> int:
             aspects=args.aspects,
             features=args.features,
             tokenizer=args.tokenizer,
-            batch=args.batch,
+            batch=batch,
             raw=args.raw,
             allow=args.allow,
             **options,

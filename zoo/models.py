@@ -20,6 +20,17 @@ from zoo.train.checkpoint import Checkpoints
 from zoo.train.step import abstract_state
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
+_VAE = (
+    "get the published one with `zoo import starflow/sd_vae FILE OUT`, or train a small one with "
+    "`zoo train starflow/mnist_vae`"
+)
+# How to come by the networks that others need, by their key in `Run.weights`.
+HINTS = {
+    "vae": _VAE,
+    "text": "get it with `zoo import starflow/flan_t5_xl FOLDER OUT`",
+    "encoder": _VAE,
+    "features": "train one with `zoo train`, with the task that task.network names",
+}
 
 
 @dataclass(frozen=True)
@@ -146,11 +157,34 @@ def export_config(model: Model, metrics: dict[str, Any] | None = None) -> dict[s
     }
 
 
-def given_weights(wanted: Mapping[str, str], allow: Sequence[str] = ()) -> dict[str, Params]:
-    """Parameter trees for `Run.weights`: {"vae": EXPORT} a whole one, {"flow0": "RUN:flow0"} one key of it."""
-    return {
-        key: weights.resolve(where, lambda name: open_model(name, allow=allow).params) for key, where in wanted.items()
-    }
+def given_weights(wanted: Mapping[str, str], allow: Sequence[str] = (), needs: Sequence[str] = ()) -> dict[str, Params]:
+    """Parameter trees for `Run.weights`: {"vae": EXPORT} a whole one, {"flow0": "RUN:flow0"} one key of it.
+
+    Args:
+        needs: what the task lets come from here (`zoo.task`); it tells what "" most likely is.
+
+    Raises:
+        UserError: a model that is missing, with the way to get it where `HINTS` knows one, and what `open_model` raises.
+    """
+    found = {}
+    for key, where in wanted.items():
+        try:
+            locate(weights.parts_of(where)[0])
+        except UserError as error:
+            hint = HINTS.get(key or ("encoder" if "encoder" in needs else ""))
+            field = f"weights.{key}" if key else "weights['']"
+            raise UserError(f"{field}: {error}{f'; {hint}' if hint else ''}") from None
+        found[key] = weights.resolve(where, lambda name: open_model(name, allow=allow).params)
+    return found
+
+
+def must_add(key: str) -> str:
+    """The end of a sentence on `weights.KEY` that is missing: how to come by such a network, and where a config names it."""
+    if key == "encoder":  # lies beside its decoder, and both come from one autoencoder
+        entry = "weights={'': 'OUT'}"
+    else:
+        entry = f"weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
+    return f"{HINTS[key]}; then add {entry}" if key in HINTS else f"add {entry}, OUT being a run or an export"
 
 
 def loaded_for(metric: Any, allow: Sequence[str] = ()) -> dict[str, Model]:

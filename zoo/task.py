@@ -2,6 +2,8 @@
 
 A task is a frozen dataclass whose fields are the paper's hyper-parameters. Besides the four members of `Task` it may
 have any of the abilities in `ABILITIES`; commands look them up and say in a sentence when one is missing.
+Some plain attributes are looked for as well; of these the trainer knows `classes`, `needs`, the held keys that a run must
+take from `Run.weights` unless its data are made up, and `template`, how captions are put before they are encoded.
 """
 
 from __future__ import annotations

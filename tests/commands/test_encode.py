@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -13,13 +14,17 @@ import pytest
 from PIL import Image
 
 from zoo import cli, models, weights
+from zoo.commands.encode import batch_for
+from zoo.data.images import Images
 from zoo.data.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.encoders import text as encoders_text
 from zoo.encoders import tokenizer
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
-from zoo.train.loop import _check_encoders
+from zoo.papers.starflow import DecoderTune, StarFlow
+from zoo.run import Run
+from zoo.train.loop import _check_encoders, train
 
 VAE = AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=2, scale=20.0)
 TEXT = encoders_text.T5(width=8, heads=2, head_dim=4, mlp=8, depth=1, vocab=50, tokens=3)
@@ -97,6 +102,7 @@ def test_latents_and_features_are_those_of_the_networks(root, fitting, caplog):
         "vae_scale": str(task.scale),
         "text": weights.encoder_digest(root.text),
         "tokenizer": made["tokenizer"],
+        "template": "plain",
     }
     source = data.source("train")
     assert len(source) == 10
@@ -147,6 +153,69 @@ def test_a_run_refuses_latents_of_another_autoencoder(root, fitting):
     with pytest.raises(UserError, match=r"task\.vae\.scale=20\.0, but the latents in data\.path=out were made with"):
         _check_encoders(run(VAE), {})
     _check_encoders(SimpleNamespace(data=Synthetic(), task=SimpleNamespace(vae=task), weights=None), {})
+
+
+def test_a_run_refuses_captions_of_another_template():
+    made = {"template": "aspect"}
+    data = SimpleNamespace(path="out", made_with=lambda: made)
+
+    def check(template, given=("tokens",)):
+        _check_encoders(SimpleNamespace(data=data, task=SimpleNamespace(template=template, given=given)), {})
+
+    check("aspect")
+    check("plain", ())  # a model that sees no caption
+    with pytest.raises(
+        UserError, match=r"task\.template='plain', but .* data\.path=out were .*'aspect'; set task\.temp"
+    ):
+        check("plain")
+    made["template"] = "plain"
+    with pytest.raises(UserError, match=r"set task\.template=plain, or encode them again with --aspects"):
+        check("aspect")
+    made.clear()
+    check("aspect")
+
+
+def test_latents_outlive_a_tuned_decoder(root, fitting, capsys, monkeypatch):
+    one = jax.devices()[:1]  # compiles fastest
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+    task, params = fitting
+    images = Images("pairs", size=8)
+    tune = DecoderTune(vae=task, width=4, stages=2, feature=0.0)
+    run = Run(tune, images, steps=2, batch=8, workdir="tuned")
+    with pytest.raises(
+        UserError, match=r"weights\.encoder is missing: DecoderTune holds .*then add weights=\{'': 'OUT'\}"
+    ):
+        train(run, quiet=True)
+    with pytest.raises(
+        UserError, match=r"weights\[''\]: none is neither a folder .* `zoo import starflow/sd_vae FILE OUT`"
+    ):
+        train(replace(run, weights={"": "none"}), quiet=True)
+    train(replace(run, weights={"": "vae"}), quiet=True)
+    tuned = models.open_model("tuned").params
+    assert np.abs(tuned["decoder"]["in"]["kernel"] - params["decoder"]["in"]["kernel"]).max() > 0
+    assert weights.encoder_digest(tuned) == weights.encoder_digest(params)
+
+    flow = StarFlow(latent=(4, 4), channels=2, width=24, depths=(1, 1), head_dim=24, reach=4.0, vae=task)
+    assert prepare("before", "--encode", "vae=vae") == 0
+    run = Run(flow, Latents("before"), steps=1, batch=8, workdir="flow")
+    with pytest.raises(UserError, match=r"weights\.vae is missing: StarFlow .* or set task\.vae=none"):
+        train(run, quiet=True)
+    assert not (root.path / "flow").exists()
+    train(replace(run, weights={"vae": "tuned"}), quiet=True)
+
+    made = Latents("before").made_with()
+    for name in ("tuned", "flow"):
+        assert prepare(f"by-{name}", "--encode", f"vae={name}") == 0
+        assert Latents(f"by-{name}").made_with() == made
+        for one, other in zip(Latents(f"by-{name}").source("train"), Latents("before").source("train")):
+            np.testing.assert_array_equal(one["latent"], other["latent"])
+    export_of(root.path / "bare", replace(flow, vae=None))
+    assert prepare("by-bare", "--encode", "vae=bare") == 2
+    assert "--encode vae=bare: StarFlow is no autoencoder; get the published one" in capsys.readouterr().err
+
+
+def test_large_images_are_encoded_fewer_at_a_time():
+    assert [batch_for(size) for size in (None, 28, 256, 512, 1024, 4096)] == [64, 64, 64, 16, 4, 1]
 
 
 def test_digests_are_of_all_weights_in_either_layout(root):

@@ -17,12 +17,13 @@ from zoo.commands.weights import _licence, export
 from zoo.data.captions import template
 from zoo.data.synthetic import Synthetic
 from zoo.encoders.text import T5
-from zoo.encoders.tokenizer import Tokenizer
+from zoo.encoders.tokenizer import NAME, Tokenizer
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
 from zoo.papers.starflow import StarFlow
 from zoo.run import Run, Samples
 from zoo.train import loop
+from zoo.weights.export import _EXPORT
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
@@ -139,7 +140,7 @@ def test_encoders_that_the_checkpoint_lacks_are_asked_for(capsys, root):
     assert "weights.vae is missing: StarFlow holds this network" in said
     said = refused(capsys, "import", "bare.py", "flow.safetensors", "new", "weights={'vae': 'x'}")
     assert "weights.text is missing" in said
-    assert "`zoo import starflow/flan_t5_xl FILE OUT`" in said
+    assert "`zoo import starflow/flan_t5_xl FOLDER OUT`; then add weights.text=OUT (or weights={'text': 'OUT'}" in said
     assert not (root / "new").exists()
 
 
@@ -159,6 +160,7 @@ def test_an_import_is_its_parts_and_goes_back_to_the_bit(capsys, root, model, tm
     for name, array in first.items():
         np.testing.assert_array_equal(back[name], array, err_msg=name)
     ran(capsys, "export", str(model), str(tmp_path / "again"))
+    assert NAME in _EXPORT  # an export that is written again may replace it
     for folder in (model, root / "exports" / "t5", tmp_path / "again"):
         assert (folder / "spiece.model").read_bytes() == (root / "t5" / "spiece.model").read_bytes()
     assert "research-only" in (tmp_path / "again" / "README.md").read_text()

@@ -89,7 +89,7 @@ def test_latents_and_tokens_of_square_images(pairs, tmp_path):
     assert [name for name, _ in report.unreadable] == ["bad.png"]
     assert encoder.shapes == {(8, 8)}
     data = Latents(str(tmp_path / "out"))
-    assert data.made_with() == {"vae": "aa", "vae_scale": "1.5"}
+    assert data.made_with() == {"vae": "aa", "vae_scale": "1.5", "template": "plain"}
     assert label_names(data) == ()
     source = data.source("train")
     info = read_info(tmp_path / "out", LatentInfo)

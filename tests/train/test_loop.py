@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo import config, dist, weights
+from zoo import config, dist, models, weights
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.metrics.likelihood import BayesAccuracy, Bits
@@ -416,6 +416,40 @@ def test_weights_are_read_at_the_start_only(export: tuple[Path, Params], tmp_pat
     go(tmp_path / "run", steps=3, **fields)
     gone.unlink()
     assert int(go(tmp_path / "run", steps=6, **fields).step) == 6
+
+
+@dataclass(frozen=True)
+class Pupil(Wide):
+    """Learns nothing from a random teacher."""
+
+    needs = ("teacher",)
+
+
+def test_frozen_networks_that_would_stay_random_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: Params
+    monkeypatch.setattr(models, "given_weights", lambda *_, **__: given)
+    fields = {"task": Pupil(), "data": Bad(since=10**6), "steps": 1}
+    words = r"weights\.teacher is missing: Pupil holds .* add weights\.teacher=OUT .*, OUT being a run or an export$"
+    for given in ({}, {"": {"net": Wide().init(jax.random.key(0))["net"]}}):  # noqa: B007
+        with pytest.raises(UserError, match=words):
+            go(tmp_path / "run", **fields)
+    assert not (tmp_path / "run").exists()
+    go(None, task=Pupil(), steps=1)  # made-up data
+    teacher = {"teacher": {"bias": jnp.ones(3)}}
+    for given in ({"": teacher}, teacher):  # noqa: B007
+        assert go(None, **fields).params["teacher"]["bias"].sum() == 3
+    go(tmp_path / "run", **fields, weights={"teacher": "x"})
+    given = {}
+    assert go(tmp_path / "run", **{**fields, "steps": 2}, weights={"teacher": "x"}).params["teacher"]["bias"].sum() == 3
+
+
+def test_frozen_networks_that_are_filled_in_part_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "given_weights", lambda *_, **__: {"net": {"last": {"kernel": np.ones((8, 1))}}})
+    monkeypatch.setattr(Pupil, "needs", ("net",))
+    with pytest.raises(
+        UserError, match=r"weights\['net'\]=x leaves 2 of the 3 tensors of the frozen net random \(net/in/b"
+    ):
+        go(None, task=Pupil(), data=Bad(since=10**6), weights={"net": "x"})
 
 
 @pytest.mark.parametrize(

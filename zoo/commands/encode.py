@@ -16,16 +16,14 @@ from zoo import dist, models, weights
 from zoo.data.latents import encode_set
 from zoo.data.prepare import Report
 from zoo.data.records import sha256
+from zoo.encoders.tokenizer import NAME
 from zoo.errors import UserError, suggest
+from zoo.models import HINTS
 from zoo.task import Params
 
 _log = logging.getLogger("zoo")
-_HOW = {
-    "vae": "get the published one with `zoo import starflow/sd_vae FILE OUT`, or train a small one with "
-    "`zoo train starflow/mnist_vae`",
-    "text": "get it with `zoo import starflow/flan_t5_xl FOLDER OUT`",
-}
-_PIECES = "spiece.model"
+_KINDS = ("vae", "text")
+_BATCH, _SIDE = 64, 256  # images of this side that are encoded at a time
 _SHOWN = 5  # captions that are cut off, each with a line of its own
 
 
@@ -34,18 +32,23 @@ def chosen(words: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for word in words:
         kind, _, name = word.partition("=")
-        if kind not in _HOW:
+        if kind not in _KINDS:
             raise UserError(
-                f"--encode {word} names no kind of encoder; {suggest(kind, _HOW)}: write --encode vae=MODEL"
+                f"--encode {word} names no kind of encoder; {suggest(kind, _KINDS)}: write --encode vae=MODEL"
             )
         if not name:
-            raise UserError(f"--encode {word} names no model; {_HOW[kind]}, and write --encode {kind}=OUT")
+            raise UserError(f"--encode {word} names no model; {HINTS[kind]}, and write --encode {kind}=OUT")
         if kind in found:
             raise UserError(f"--encode {kind}= is given twice; keep one")
         found[kind] = name
     if found and "vae" not in found:
         raise UserError("--encode text=... needs an autoencoder for the images as well; add --encode vae=MODEL")
     return found
+
+
+def batch_for(size: int | None) -> int:
+    """How many images are encoded at a time where nobody says: 64 of up to 256 pixels a side, as many pixels of larger ones."""
+    return _BATCH if size is None or size <= _SIDE else max(1, _BATCH * _SIDE**2 // size**2)
 
 
 def encode(
@@ -57,7 +60,7 @@ def encode(
     channels: int | None = None,
     features: bool = False,
     tokenizer: str | None = None,
-    batch: int = 64,
+    batch: int | None = None,
     raw: bool = False,
     allow: Sequence[str] = (),
     **options: Any,
@@ -68,12 +71,14 @@ def encode(
         channels: of the images; None: those of the autoencoder, which must agree.
         features: keep the features of captions, not their tokens alone.
         tokenizer: file of the tokeniser; None: `spiece.model` in the folder of the text encoder.
+        batch: images at a time; None: `batch_for` their size.
 
     Raises:
         UserError: a model that is missing or no encoder, senseless options, and what `encode_set` refuses.
     """
     if size is None:
         raise UserError("--encode needs the side of the images; add --size, e.g. --size 256")
+    batch = batch_for(size) if batch is None else batch
     if batch < 1:
         raise UserError(f"--batch {batch}; encode at least one image at a time")
     for flag, given in (("--features", features), ("--tokenizer", tokenizer is not None)):
@@ -125,27 +130,24 @@ class _Net:
 
 
 class _Vae:
-    """An autoencoder: a task with `encode`, `factor`, `channels` and `scale`, or one that holds such a task as `vae`."""
+    """An autoencoder: a task with `encode`, `factor`, `channels` and `scale`, or one that has such a task as `vae`.
+
+    Of the latter, parameters lie under `vae`, or at the top level where the task is about the autoencoder itself.
+    """
 
     def __init__(self, name: str, batch: int, raw: bool, allow: Sequence[str]) -> None:
         _find("vae", name)
         model = models.open_model(name, raw=raw, allow=allow)
         task, params = model.task, model.params
-        if not hasattr(task, "factor") and getattr(task, "vae", None) is not None:
-            task, params = task.vae, params["vae"]
+        if not hasattr(task, "encode") and getattr(task, "vae", None) is not None:
+            task, params = task.vae, params.get("vae", params)
         if not all(hasattr(task, word) for word in ("encode", "factor", "channels", "scale")):
-            raise UserError(f"--encode vae={name}: {type(task).__name__} is no autoencoder; {_HOW['vae']}")
+            raise UserError(f"--encode vae={name}: {type(model.task).__name__} is no autoencoder; {HINTS['vae']}")
         self.task = task
         scale = None if task.scale is None else float(task.scale)
+        params = weights.encoding(params)  # what decodes need not lie on the devices
         self.about = {"vae": weights.encoder_digest(params), "vae_scale": str(scale)}
-        self.net = _Net(
-            lambda p, image: task.encode(p, image.astype(jnp.float32) / 127.5 - 1), _encoding(params), batch
-        )
-
-
-def _encoding(params: Params) -> Params:
-    """Without what only decodes: it need not lie on the devices."""
-    return {key: value for key, value in params.items() if key != "decoder"}
+        self.net = _Net(lambda p, image: task.encode(p, image.astype(jnp.float32) / 127.5 - 1), params, batch)
 
 
 class _Text:
@@ -157,20 +159,20 @@ class _Text:
         _find("text", name)
         task, folder = models.open_task(name, allow)
         if not all(hasattr(task, word) for word in ("encode", "tokens")):
-            raise UserError(f"--encode text={name}: {type(task).__name__} is no text encoder; {_HOW['text']}")
+            raise UserError(f"--encode text={name}: {type(task).__name__} is no text encoder; {HINTS['text']}")
         file = Path(tokenizer) if tokenizer is not None else None
-        if file is None and isinstance(folder, Path) and (folder / _PIECES).is_file():
-            file = folder / _PIECES
+        if file is None and isinstance(folder, Path) and (folder / NAME).is_file():
+            file = folder / NAME
         if file is None:
             raise UserError(
-                f"{folder} holds no {_PIECES}, which makes tokens of captions; copy it there from where the text encoder is "
+                f"{folder} holds no {NAME}, which makes tokens of captions; copy it there from where the text encoder is "
                 "published, or give it with --tokenizer FILE"
             )
         from zoo.encoders.tokenizer import Tokenizer
 
         self._tokenizer = Tokenizer(file)
         self.length, self.cut = int(task.tokens), 0
-        self.about = {"tokenizer": (sha256(file / _PIECES if file.is_dir() else file) or "")[:16]}
+        self.about = {"tokenizer": (sha256(file / NAME if file.is_dir() else file) or "")[:16]}
         self._net: _Net | None = None
         if features:  # else the tokens say all, and the network, which may be large, is not even opened
             params = models.open_model(name, raw=raw, allow=allow).params
@@ -207,4 +209,4 @@ def _find(kind: str, name: str) -> None:
     try:
         models.locate(name)
     except UserError as error:
-        raise UserError(f"--encode {kind}={name}: {error}; {_HOW[kind]}") from None
+        raise UserError(f"--encode {kind}={name}: {error}; {HINTS[kind]}") from None

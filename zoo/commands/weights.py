@@ -39,9 +39,6 @@ def _last_eval(model: Model) -> dict[str, Any]:
     return found
 
 
-HINTS = {"vae": "zoo import starflow/sd_vae FILE OUT", "text": "zoo import starflow/flan_t5_xl FILE OUT"}
-
-
 def _licence(model: Model) -> str | None:
     """Terms of the published weights of a task, where these parameters are or come from such."""
     own = model.run is not None and any(key not in model.task.held for key in model.run.weights or {})
@@ -138,17 +135,8 @@ def _held(task: Any, given: Mapping[str, str]) -> dict[str, Any]:
     wanted = [key for key in task.held if key not in there] if names else []
     for key in wanted:
         if key not in given:
-            how = f"; `{HINTS[key]}` brings in the published one" if key in HINTS else ""
             raise UserError(
-                f"weights.{key} is missing: {type(task).__name__} holds this network, and the checkpoint has it not{how}; then "
-                f"add weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
+                f"weights.{key} is missing: {type(task).__name__} holds this network, and the checkpoint has it not; "
+                f"{models.must_add(key)}"
             )
-    found: dict[str, Any] = {}
-    for key in wanted:
-        try:
-            models.locate(weights.parts_of(given[key])[0])
-        except UserError as error:
-            how = f"; `{HINTS[key]}` brings in the published one" if key in HINTS else ""
-            raise UserError(f"weights.{key}: {error}{how}") from None
-        found |= models.given_weights({key: given[key]})
-    return found
+    return models.given_weights({key: given[key] for key in wanted})

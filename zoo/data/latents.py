@@ -139,8 +139,16 @@ class Latents:
         return LatentSource(opened, tuple(info.labels))
 
     def made_with(self) -> dict[str, str]:
-        """What the latents were made with: digests of the networks by key, the autoencoder's scale as `vae_scale`."""
-        return dict(read_info(existing(self.path), LatentInfo).settings.encoder)
+        """What the latents were made with.
+
+        Digests of the networks by key, the autoencoder's scale as `vae_scale`, and as `template`, where captions were
+        encoded, "aspect" where these name the aspect ratio, else "plain".
+        """
+        info = read_info(existing(self.path), LatentInfo)
+        made = dict(info.settings.encoder)
+        if any(b.null_tokens is not None for b in info.buckets.values()):
+            made["template"] = "aspect" if info.settings.aspects else "plain"
+        return made
 
     def _chosen(self, info: LatentInfo, root: Path) -> list[str]:
         there = info.buckets
@@ -318,7 +326,7 @@ def encode_set(
             lost = out.finish(LatentInfo(settings, list(found.labels), made, found.captioned))
     counts = {split: sum(s.count for b in made.values() for s in b.splits[split]) for split in SPLITS}
     inside = {name: sum(s.count for shards in b.splits.values() for s in shards) for name, b in made.items()}
-    return Report(target, counts, found.labels, lost, allow_unreadable, inside if aspects else {})
+    return Report(target, counts, found.labels, lost, allow_unreadable, inside if aspects else {}, found.captioned)
 
 
 def _write(

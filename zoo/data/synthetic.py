@@ -20,6 +20,8 @@ class Synthetic:
     values: int = 2  # how many different integers; small, so that they are valid labels and tokens of any task
     seed: int = 0
 
+    made_up = True  # nothing can be learned from it, so a run needs no real weights either
+
     def source(self, split: str, spec: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> _Noise:
         """The examples of a split, each a pure function of (seed, split, index, key)."""
         if spec is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -143,7 +144,10 @@ _ENCODERS = {"vae": "autoencoder", "text": "text encoder"}
 
 
 def _check_encoders(run: Run, given: Mapping[str, Params]) -> None:
-    """UserError when the data holds what other encoders made than those of this run (`Run.weights`, `task.vae.scale`)."""
+    """UserError when the data holds what other encoders made than those of this run, or made otherwise.
+
+    Compared are `Run.weights`, `task.vae.scale` and `task.template` with what the data says in `made_with`.
+    """
     made = run.data.made_with() if hasattr(run.data, "made_with") else {}
     path = getattr(run.data, "path", "")
     for key, name in _ENCODERS.items():
@@ -165,6 +169,47 @@ def _check_encoders(run: Run, given: Mapping[str, Params]) -> None:
                 f"task.vae.scale={scale}, but the latents in data.path={path} were made with {made['vae_scale']}; set "
                 f"task.vae.scale={made['vae_scale']}, or encode the images again"
             )
+    template = getattr(run.task, "template", None)
+    if getattr(run.task, "given", ()) and template != made.get("template", template):
+        aspects = "without" if made["template"] == "aspect" else "with"
+        raise UserError(
+            f"task.template={template!r}, but the captions in data.path={path} were encoded with {made['template']!r}; set "
+            f"task.template={made['template']}, or encode them again {aspects} --aspects"
+        )
+
+
+def _check_needed(run: Run, filled: Params, given: Mapping[str, Params]) -> None:
+    """UserError when a frozen network that must come from `Run.weights` would stay random.
+
+    Args:
+        filled: abstract parameters with the trees `given` put in, so that what stays fresh has no numbers.
+    """
+    if getattr(run.data, "made_up", False):
+        return
+    for key in getattr(run.task, "needs", ()):
+        leaves = {f"{key}/{name}": leaf for name, leaf in weights.flatten(filled[key]).items()}
+        fresh = [name for name, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
+        name, without = type(run.task).__name__, _without(run.task, key)
+        if fresh and len(fresh) == len(leaves):
+            raise UserError(
+                f"weights.{key} is missing: {name} holds this network frozen, and it would stay random; "
+                f"{models.must_add(key)}{without}"
+            )
+        if fresh:
+            entry = key if key in given else ""
+            raise UserError(
+                f"weights[{entry!r}]={(run.weights or {})[entry]} leaves {len(fresh)} of the {len(leaves)} tensors of the "
+                f"frozen {key} random ({fresh[0]} ...); give the task the sizes of that network, or another one{without}"
+            )
+
+
+def _without(task: Any, key: str) -> str:
+    """The way out of a network that the task can do without."""
+    try:
+        dataclasses.replace(task, **{key: None})
+    except (TypeError, UserError):
+        return ""
+    return f"; or set task.{key}=none"
 
 
 @contextmanager
@@ -377,10 +422,14 @@ def train(
             length = len(run.source("train"))
             hosts.same({"data": {"examples": length, "labels": list(labels)}}, config.differences)
         begun = folder is not None and hosts.told(lambda: bool(Checkpoints(folder, create=False).steps()))
-        given = {} if begun else models.given_weights(run.weights or {})
+        needs = getattr(run.task, "needs", ())
+        given = {} if begun else models.given_weights(run.weights or {}, needs=needs)
+        # before the folder is claimed: it would belong to the wrong weights
+        filled, _ = weights.fill(abstract.params, given)
         if not begun:
+            _check_needed(run, filled, given)
             _check_encoders(run, given)
-        weights.fill(abstract.params, given)  # before the folder is claimed: it would belong to the wrong weights
+        del filled
         checkpoints = state = about = None
         if folder is not None:
             about = _claim(run, labels, folder, held)

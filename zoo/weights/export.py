@@ -28,7 +28,7 @@ _EXPORT = (
     "model.safetensors",
     "config.json",
     "README.md",
-    "spiece.model",  # the tokeniser of a text encoder
+    "spiece.model",  # zoo.encoders.tokenizer.NAME, which may not be imported here
     "stablehlo",
     *(f"stablehlo/{name}" for name in _STABLEHLO),
 )

@@ -85,9 +85,17 @@ def digest(params: Mapping[str, Any], about: str = "") -> str:
     return found.hexdigest()[:16]
 
 
+def encoding(params: Mapping[str, Any]) -> Params:
+    """What an encoder's output depends on: `encoder` and the measured scale `latents`; everything where there is no `encoder`.
+
+    What decodes may be trained further, and a run that does so holds more beside it.
+    """
+    return {key: value for key, value in params.items() if key in ("encoder", "latents") or "encoder" not in params}
+
+
 def encoder_digest(params: Mapping[str, Any]) -> str:
-    """`digest` of what an encoder's output depends on: all but its `decoder`, which may be trained further."""
-    return digest({key: value for key, value in params.items() if key != "decoder"})
+    """`digest` of what an encoder's output depends on (`encoding`)."""
+    return digest(encoding(params))
 
 
 def abstract(task: Task) -> Params:
