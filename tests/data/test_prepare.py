@@ -643,3 +643,15 @@ def test_parquet_labels(tmp_path, caplog):
     parquet(tmp_path / "c.parquet", image=images, label=[10**9, 0, 1])
     assert run(tmp_path / "c.parquet", tmp_path / "c", test_fraction=0).labels == ()
     assert "'label' goes up to 1000000000, which are no classes" in caplog.text
+
+
+def test_a_parquet_test_split_without_labels_is_left_out(tmp_path, caplog):
+    for split, label in (("train", [0, 1, 1]), ("test", [-1, -1, -1]), ("validation", [1, 0, 0])):
+        parquet(tmp_path / "p" / f"{split}-0.parquet", image=[jpeg(i) for i in range(3)], label=label)
+    report = run(tmp_path / "p", tmp_path / "out")
+    assert (report.ok, report.counts) == (True, {"train": 3, "test": 3})
+    assert labels(tmp_path / "out")[1]["validation-0.parquet row 0"] == 1
+    assert caplog.messages == [f"{tmp_path}/p: test has no labels, and the 3 images of test are left out"]
+    (tmp_path / "p" / "validation-0.parquet").unlink()
+    report = run(tmp_path / "p", tmp_path / "held", test_fraction=0.4)
+    assert (report.ok, report.counts) == (True, {"train": 2, "test": 1})

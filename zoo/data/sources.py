@@ -176,23 +176,25 @@ def _walk(root: Path) -> list[str]:
 
 
 def _split(
-    root: Path, members: Sequence[Any], words: Sequence[str | None], test_fraction: float
+    root: Path, members: Sequence[Any], words: Sequence[str | None], test_fraction: float, blind: Sequence[str] = ()
 ) -> dict[str, list[int]]:
     """Members of both splits, in ascending order, by a word for each of them; without both words a share is held out.
 
-    Of several words for the held-out part the first of `TESTS` is meant, and a warning tells of the others.
+    Of several words for the held-out part the first of `TESTS` that is not `blind` (published without its labels) is meant,
+    and a warning tells of the others.
     """
     tests = [test for test in TESTS if test in words]
     if not tests or "train" not in words:
         return divide(len(members), test_fraction)
-    for other in tests[1:]:
-        _log.warning(
-            "%s: %s is the test split, and the %d images of %s are left out", root, tests[0], words.count(other), other
-        )
-    return {
-        "train": [i for i, word in enumerate(words) if word not in TESTS],
-        "test": [i for i, word in enumerate(words) if word == tests[0]],
-    }
+    test = next((test for test in tests if test not in blind), None)
+    for other in tests:
+        if other != test:
+            what = f"{other} has no labels" if other in blind else f"{test} is the test split"
+            _log.warning("%s: %s, and the %d images of %s are left out", root, what, words.count(other), other)
+    train = [i for i, word in enumerate(words) if word not in TESTS]
+    if test is None:
+        return {split: [train[i] for i in part] for split, part in divide(len(train), test_fraction).items()}
+    return {"train": train, "test": [i for i, word in enumerate(words) if word == test]}
 
 
 def _word(name: str) -> str | None:
@@ -488,9 +490,6 @@ def _parquet(
         columns, classes = found, named
     starts = np.cumsum([0, *(rows for _, _, rows in groups)])
     words = [_word(name) for name in names]
-    parts = _split(
-        root, range(starts[-1]), [words[file] for file, _, rows in groups for _ in range(rows)], test_fraction
-    )
     begins = {file: int(start) for (file, _, _), start in reversed([*zip(groups, starts)])}  # first row of each file
     image, text, column = columns
     table = _Groups(files, [c for c in (image, text) if c is not None])
@@ -504,6 +503,12 @@ def _parquet(
         column, classes = None, ()
     elif len(classes) <= highest:
         classes = tuple(map(str, range(highest + 1)))
+    blind = []  # test splits that were published without their labels
+    if column is not None:
+        none = [word for word, found in zip(words, numbers[1:]) if (found < 0).all()]
+        blind = [test for test in TESTS if test in words and none.count(test) == words.count(test)]
+    members = [words[file] for file, _, rows in groups for _ in range(rows)]
+    parts = _split(root, members, members, test_fraction, blind)
 
     def cell(row: int, column: str) -> Any:
         group = int(np.searchsorted(starts, row, "right")) - 1
