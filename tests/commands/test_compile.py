@@ -494,7 +494,7 @@ def test_what_does_not_fit_is_told_with_exit_code_1(
 def test_what_the_compiler_found_no_room_for_is_told_too(
     tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_room(_: Any) -> Any:
+    def no_room(*_: Any) -> Any:
         raise aot._TooLarge(20.0 * 2**30, "RESOURCE_EXHAUSTED: used 20.00G of 16.00G")
 
     monkeypatch.setattr(aot, "_compile", no_room)

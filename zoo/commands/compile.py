@@ -179,9 +179,9 @@ class _TooLarge(Exception):
         self.needs = needs
 
 
-def _compile(lowered: Any, to: Target) -> Any:
+def _compile(lowered: Any, chip: Chip | None = None) -> Any:
     # Without a GPU nothing can be tuned, and Triton refuses some shapes untuned: matrix products go to the library.
-    options = {"xla_gpu_enable_triton_gemm": False} if to.chip.kind.startswith("NVIDIA") else None
+    options = {"xla_gpu_enable_triton_gemm": False} if chip is not None and chip.kind.startswith("NVIDIA") else None
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -241,7 +241,7 @@ def compile_run(run: Run, to: Target, what: str = "train", samples: int | None =
         memory = to.chip.memory * to.share if to.chip.memory else None
         figures |= _state_figures(state, mesh)
         try:
-            compiled = _compile(traced.lower(), to)
+            compiled = _compile(traced.lower(), to.chip)
         except _TooLarge as error:
             if error.needs is not None:
                 figures["needs GiB"] = _gib(error.needs)
