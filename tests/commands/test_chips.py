@@ -69,7 +69,7 @@ def test_kinds_and_prefixes_name_one_chip_each() -> None:
 
 
 def test_topologies_find_their_chip_and_have_its_dimensions() -> None:
-    for chip in CHIPS:
+    for chip in (c for c in CHIPS if not c.kind.startswith("NVIDIA")):
         for topology in chip.topologies:
             assert chip_of_topology(topology) is chip
             assert len(topology.partition(":")[2].split("x")) == chip.dimensions
@@ -87,7 +87,7 @@ def test_cores_that_share_coordinates_are_one_chip() -> None:
 _ASK = """
 from jax.experimental import topologies
 from zoo.commands.chips import CHIPS, chip_of, count_chips
-for chip in CHIPS:
+for chip in (c for c in CHIPS if not c.kind.startswith("NVIDIA")):
     for name in chip.topologies:
         devices = topologies.get_topology_desc(name, "tpu").devices
         sides = [int(n) for n in name.partition(":")[2].split("x")]
@@ -104,4 +104,22 @@ for chip in CHIPS:
 def test_the_compiler_knows_these_topologies_and_kinds() -> None:
     env = {**os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     done = subprocess.run([sys.executable, "-c", _ASK], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the aot-cuda extra")
+def test_the_compiler_for_gpus_takes_our_description() -> None:
+    """An interface of jax that may change: a sampler of a few numbers, compiled for an H100 that is not here."""
+    code = """
+import jax, jax.numpy as jnp
+from zoo import dist
+from zoo.commands import compile as aot
+to = aot.target("h100:8")
+assert len(to.devices) == 8 and to.chip.name == "H100 SXM", to
+x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(to.devices[0]))
+needs = aot._compile(jax.jit(lambda x: x @ x).trace(x).lower(), to.chip).memory_analysis()
+assert needs.argument_size_in_bytes == 64 * 64 * 4, needs
+"""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -154,7 +154,7 @@ def test_a_task_without_a_word_on_its_cost_is_compiled_too() -> None:
 
 def failing(message: str) -> Any:
     class Lowered:
-        def compile(self) -> Any:
+        def compile(self, **_: Any) -> Any:
             raise jax.errors.JaxRuntimeError(message)
 
     return Lowered()
