@@ -36,6 +36,9 @@ class Words:
     def __init__(self, path):
         self.path = path
 
+    def check(self, vocab):
+        assert vocab == TEXT.vocab
+
     def __call__(self, captions, length):
         ids, lost = np.zeros((len(captions), length), np.int32), []
         for row, caption in zip(ids, captions):
@@ -102,6 +105,7 @@ def test_latents_and_features_are_those_of_the_networks(root, fitting, caplog):
         "vae_scale": str(task.scale),
         "text": weights.encoder_digest(root.text),
         "tokenizer": made["tokenizer"],
+        "window": "3",
         "template": "plain",
     }
     source = data.source("train")
@@ -202,6 +206,11 @@ def test_latents_outlive_a_tuned_decoder(root, fitting, capsys, monkeypatch):
         train(run, quiet=True)
     assert not (root.path / "flow").exists()
     train(replace(run, weights={"vae": "tuned"}), quiet=True)
+    made = {**Latents("before").made_with(), "vae": "0"}  # encoded anew by another one meanwhile
+    with monkeypatch.context() as patch:
+        patch.setattr(Latents, "made_with", lambda self: made)
+        with pytest.raises(UserError, match=r"another autoencoder \(digest 0\)"):
+            train(replace(run, weights={"vae": "tuned"}, steps=2), quiet=True)
 
     made = Latents("before").made_with()
     for name in ("tuned", "flow"):

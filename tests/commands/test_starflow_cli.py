@@ -280,7 +280,7 @@ def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):
     with pytest.raises(UserError, match=rf"there is none in {tmp_path} or lost; copy it there .* --tokenizer FILE"):
         conditions._open(lost, None)
     small = dataclasses.replace(asked, task=dataclasses.replace(TASK, text=dataclasses.replace(TEXT, vocab=9)))
-    with pytest.raises(UserError, match=r"pieces, and the model's text encoder knows 9 \(task.text.vocab\)"):
+    with pytest.raises(UserError, match=r"pieces, and the text encoder knows 9 \(task.text.vocab\)"):
         conditions._open(small, None)
 
 

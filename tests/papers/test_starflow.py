@@ -606,6 +606,14 @@ def test_a_dropped_class_is_none_and_a_dropped_caption_the_null():
         task.conditions({}, {"text": text})
 
 
+def test_grids_that_patches_do_not_fill_are_refused():
+    task = VARIANTS["patch"]
+    with pytest.raises(UserError, match=r"task.patch=2 does not divide latents of 4 x 5"):
+        jax.eval_shape(lambda x: model.tokens(task, x)[0], jnp.zeros((1, 4, 5, 2)))
+    with pytest.raises(UserError, match=r"grid=0,8"):
+        jax.eval_shape(lambda p: task.sample(p, jax.random.key(0), 1, grid=(0, 8)), randomised(task))
+
+
 def test_guidance_without_anything_asked_for_is_said():
     with pytest.warns(UserWarning, match="compares a pass with itself"):
         jax.eval_shape(lambda p: TINY.sample(p, jax.random.key(0), 2, guidance=1.0), randomised(TINY))

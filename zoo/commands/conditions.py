@@ -144,12 +144,9 @@ def _open(model: Model, tokenizer: str | None) -> Tokenizer:
             )
         with paths.here(folder, (NAME,)) as near:
             found = Tokenizer(near)
-    vocab = getattr(getattr(model.task, "text", None), "vocab", None)
-    if vocab is not None and len(found) > vocab:
-        raise UserError(
-            f"the tokeniser has {len(found)} pieces, and the model's text encoder knows {vocab} (task.text.vocab); give the "
-            f"{NAME} that comes with this text encoder, with --tokenizer FILE"
-        )
+    text = getattr(model.task, "text", None)
+    if text is not None:
+        found.check(text.vocab)
     return found
 
 

@@ -171,8 +171,13 @@ class _Text:
         from zoo.encoders.tokenizer import Tokenizer
 
         self._tokenizer = Tokenizer(file)
+        if hasattr(task, "vocab"):
+            self._tokenizer.check(task.vocab)
         self.length, self.cut = int(task.tokens), 0
-        self.about = {"tokenizer": (sha256(file / NAME if file.is_dir() else file) or "")[:16]}
+        self.about = {
+            "window": str(self.length),
+            "tokenizer": (sha256(file / NAME if file.is_dir() else file) or "")[:16],
+        }
         self._net: _Net | None = None
         if features:  # else the tokens say all, and the network, which may be large, is not even opened
             params = models.open_model(name, raw=raw, allow=allow).params

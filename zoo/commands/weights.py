@@ -87,6 +87,11 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
     metrics = _last_eval(model) if model.run is not None else models.read_config(model.folder).get("metrics", {})
     if form == "stablehlo" and not hasattr(model.task, "sample"):
         raise UserError(f"{type(model.task).__name__} has no sampler to export; use --format zoo")
+    if form == "stablehlo" and getattr(model.task, "given", None):
+        raise UserError(
+            f"--format stablehlo: the sampler of this {type(model.task).__name__} takes captions, which a portable program "
+            "has no place for yet; use --format zoo"
+        )
     _write(model, out, metrics, _tokenizer(homes(model.folder, model.run.weights if model.run is not None else None)))
     if form == "zoo":
         return f"{out}: model.safetensors, config.json, README.md ({which})"

@@ -55,6 +55,14 @@ class Tokenizer:
         """The number of pieces; a text encoder's vocabulary may have a few ids more."""
         return int(self._model.get_piece_size())
 
+    def check(self, vocab: int) -> None:
+        """UserError when there are more pieces than a text encoder of `vocab` ids knows."""
+        if len(self) > vocab:
+            raise UserError(
+                f"the tokeniser has {len(self)} pieces, and the text encoder knows {vocab} (task.text.vocab); give the {NAME} "
+                "that comes with this text encoder, with --tokenizer FILE"
+            )
+
     def __call__(
         self, captions: Sequence[str], length: int, names: Sequence[str] | None = None
     ) -> tuple[np.ndarray, list[int]]:

@@ -146,7 +146,8 @@ _ENCODERS = {"vae": "autoencoder", "text": "text encoder"}
 def _check_encoders(run: Run, given: Mapping[str, Params]) -> None:
     """UserError when the data holds what other encoders made than those of this run, or made otherwise.
 
-    Compared are `Run.weights`, `task.vae.scale` and `task.template` with what the data says in `made_with`.
+    Compared are the encoders in `given` (of `Run.weights`, or those restored), `task.vae.scale` and `task.template` with
+    what the data says in `made_with`.
     """
     made = run.data.made_with() if hasattr(run.data, "made_with") else {}
     path = getattr(run.data, "path", "")
@@ -439,6 +440,7 @@ def train(
             state = _first(init(run.seed), given, jax.tree.map(lambda x: x.sharding, abstract))
         else:
             _log.info("parameters: step %d of %s", int(state.step), run.workdir)
+            _check_encoders(run, {k: hosts.fetch(state.params[k]) for k in _ENCODERS if k in state.params})
         start = int(state.step)
         _check_profile(profile, run, start)
         report = Report(

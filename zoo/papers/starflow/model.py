@@ -257,6 +257,11 @@ def angles(task: StarFlow, i: int, grid: Grid) -> np.ndarray | None:
 def tokens(task: StarFlow, x: jax.Array) -> tuple[jax.Array, Grid]:
     """Latents [B, H, W, C] -> tokens [B, T, D] and their grid."""
     rows, columns = x.shape[1] // task.patch, x.shape[2] // task.patch
+    if (rows * task.patch, columns * task.patch) != x.shape[1:3]:
+        raise UserError(
+            f"task.patch={task.patch} does not divide latents of {x.shape[1]} x {x.shape[2]}; set task.patch=1, or encode "
+            "images of other sizes"
+        )
     if task.positions == "learned" and (rows, columns) != (task.rows, task.columns):
         raise UserError(
             f"task.positions='learned' has places for {task.rows} x {task.columns} tokens, but there are {rows} x {columns}; "
