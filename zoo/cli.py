@@ -353,7 +353,7 @@ def _sample(args: argparse.Namespace) -> int:
     n = n or (len(texts) if texts and prompts is not None else 64)
     labels = label_numbers(text, getattr(model.task, "classes", 0), model.labels, n)
     options, about = conditions.shaped(model.task, aspect, options)
-    given, captions = conditions.given(model, labels, texts, n, options, aspect, args.tokenizer)
+    given, captions, words = conditions.given(model, labels, texts, n, options, aspect, args.tokenizer)
     if not getattr(model.task, "given", ()):
         asked = {"label": None if labels is None else text or "balanced"}
     out = paths.reach(args.out, "--out ") if args.out else paths.where("samples")
@@ -368,7 +368,7 @@ def _sample(args: argparse.Namespace) -> int:
         seed=seed,
         conditions=given,
         captions=captions,
-        asked={**asked, **about},
+        asked={**asked, **about, **words},
         batch=min(args.batch, n),
         options=options,
     )

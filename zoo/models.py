@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.step import abstract_state
 
+TOKENIZER = "spiece.model"  # the file of a tokeniser, beside the text encoder
 _PRETRAINED = Path(__file__).parent / "pretrained"
 _VAE = (
     "get the published one with `zoo import starflow/sd_vae FILE OUT`, or train a small one with "
@@ -185,6 +187,32 @@ def must_add(key: str) -> str:
     else:
         entry = f"weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
     return f"{HINTS[key]}; then add {entry}" if key in HINTS else f"add {entry}, OUT being a run or an export"
+
+
+def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder]:
+    """Where the tokeniser of a model may lie: its own folder, then that of its text encoder (`Run.weights`)."""
+    found = [] if folder is None else [folder]
+    for key in ("text", ""):
+        if given and key in given:
+            name, _ = weights.parts_of(given[key])
+            try:
+                found.append(locate(name))
+            except UserError:
+                found.append(paths.where(name))
+    return found
+
+
+def has_tokenizer(folder: Folder) -> bool:
+    """Whether a folder holds the file of a tokeniser."""
+    with paths.sentence(folder):
+        return (folder / TOKENIZER).is_file()
+
+
+def tokenizer_digest(file: Folder) -> str:
+    """What tells one tokeniser from another: 16 digits of the digest of its file, or of the one in this folder."""
+    with paths.sentence(file):
+        file = file / TOKENIZER if file.is_dir() else file
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def loaded_for(metric: Any, allow: Sequence[str] = ()) -> dict[str, Model]:

@@ -106,8 +106,11 @@ def test_latents_and_features_are_those_of_the_networks(root, fitting, caplog):
         "text": weights.encoder_digest(root.text),
         "tokenizer": made["tokenizer"],
         "window": "3",
+        "vae_sizes": made["vae_sizes"],
+        "text_sizes": made["text_sizes"],
         "template": "plain",
     }
+    assert ("groups=2" in made["vae_sizes"], "head_dim=4" in made["text_sizes"]) == (True, True)
     source = data.source("train")
     assert len(source) == 10
     for i in (0, 9):
@@ -134,6 +137,31 @@ def test_tokens_alone_need_no_weights_of_the_text_encoder(root, fitting, capsys)
     assert set(Latents("tokens").source("train")[0]) == {"latent", "latent_std", "tokens", "null_tokens"}
     assert prepare("tokens", *flags, "--channels", "1") == 2
     assert "--channels 1, but the autoencoder takes 3" in capsys.readouterr().err
+
+
+def test_what_weights_do_not_tell_of_an_encoder_is_part_of_a_set(root, fitting, capsys):
+    flags = ("--encode", "vae=vae", "--encode", "text=text")
+    assert prepare("sized", *flags) == 0
+    export_of(root.path / "grouped", replace(fitting[0], groups=4))  # the same weights
+    assert prepare("sized", "--encode", "vae=grouped", "--encode", "text=text") == 2
+    assert "groups=4" in capsys.readouterr().err
+    export_of(root.path / "short", replace(TEXT, tokens=2))
+    assert prepare("sized", *flags[:3], "text=short", "--tokenizer", "text/spiece.model") == 2
+    assert "'window': '2'" in capsys.readouterr().err
+
+
+def test_a_run_refuses_captions_of_another_tokenizer(root):
+    assert models.TOKENIZER == tokenizer.NAME
+    made = {"tokenizer": models.tokenizer_digest(root.path / "text")}
+    data = SimpleNamespace(path="out", made_with=lambda: made)
+    run = SimpleNamespace(data=data, task=SimpleNamespace(given=("tokens",)), weights={"text": "text"})
+    _check_encoders(run, {})
+    made["tokenizer"] = "0"
+    with pytest.raises(
+        UserError, match=r"another tokeniser \(digest 0\) than text/spiece\.model .* weights\.text; enc"
+    ):
+        _check_encoders(run, {})
+    _check_encoders(SimpleNamespace(data=data, task=run.task, weights={"text": "gone"}), {})
 
 
 def test_a_run_refuses_latents_of_another_autoencoder(root, fitting):

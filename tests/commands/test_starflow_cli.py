@@ -231,6 +231,12 @@ def test_samples_have_captions(capsys, root, model, tmp_path):
     said = refused(capsys, "sample", str(model), f"prompts={tmp_path}/lines.txt", *arguments)
     assert "holds samples drawn with other settings (prompts:" in said
 
+    # another tokeniser would make other tokens of the same captions
+    settings["tokenizer"] = "0"
+    (out / "settings.json").write_text(json.dumps(settings))
+    said = refused(capsys, "sample", str(model), "prompt=a red cat", "n=2", "seed=3", "guidance=1.5", "--out", str(out))
+    assert "holds samples drawn with other settings (tokenizer:" in said
+
 
 def test_samples_of_other_shapes_and_without_captions(capsys, root, model, tmp_path, caplog):
     out = tmp_path / "wide"
@@ -273,9 +279,12 @@ def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):
     for given in ({"text": "exports/t5"}, {"": "exports/flow"}, {"vae": "lost", "text": "exports/t5"}):
         run = Run(TASK, Synthetic(), steps=1, batch=8, weights=given)
         asked = dataclasses.replace(opened, folder=tmp_path, run=run)
-        assert conditions._open(asked, None)(["a red cat"], 24)[0].any()
+        assert conditions._open(asked, None)[0](["a red cat"], 24)[0].any()
     export(asked, tmp_path / "out", "zoo", 1)
     assert (tmp_path / "out" / "spiece.model").read_bytes() == (root / "t5" / "spiece.model").read_bytes()
+    with pytest.raises(UserError, match=r"--format stablehlo: .* takes captions, .*; use --format zoo"):
+        export(asked, tmp_path / "program", "stablehlo", 1)
+    assert not (tmp_path / "program").exists()
     lost = dataclasses.replace(asked, run=dataclasses.replace(run, weights={"text": "lost"}))
     with pytest.raises(UserError, match=rf"there is none in {tmp_path} or lost; copy it there .* --tokenizer FILE"):
         conditions._open(lost, None)

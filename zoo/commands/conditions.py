@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from zoo import models, paths, weights
+from zoo import paths
 from zoo.data.captions import bucket, nearest, template
 from zoo.encoders.tokenizer import NAME, Tokenizer
 from zoo.errors import UserError
-from zoo.models import Model
-from zoo.paths import Folder
+from zoo.models import Model, has_tokenizer, homes, tokenizer_digest
 from zoo.train.report import class_name
 
 _log = logging.getLogger("zoo")
@@ -91,8 +90,10 @@ def given(
     options: Mapping[str, Any],
     aspect: str | None,
     tokenizer: str | None,
-) -> tuple[dict[str, np.ndarray] | None, list[str] | None]:
-    """Arrays that lead with n for the task's sampler, and n words for people; sample i has caption i modulo their number.
+) -> tuple[dict[str, np.ndarray] | None, list[str] | None, dict[str, str]]:
+    """Arrays that lead with n for the task's sampler, n words for people, and what to remember of the tokeniser.
+
+    Sample i has caption i modulo their number.
 
     Args:
         labels: class numbers [n] of a task with classes.
@@ -102,7 +103,7 @@ def given(
     """
     task = model.task
     if labels is not None:
-        return {"label": labels}, [class_name(model.labels, i) for i in labels]
+        return {"label": labels}, [class_name(model.labels, i) for i in labels], {}
     wanted = getattr(task, "given", ())
     if "text" in wanted:
         raise UserError(
@@ -111,7 +112,7 @@ def given(
             "import CONFIG FILE OUT weights.text=ENCODER` with a config whose task has text and captions='tokens'"
         )
     if "tokens" not in wanted:
-        return None, None
+        return None, None, {}
     around = None
     if getattr(task, "template", "plain") == "aspect":
         rows, columns = options.get("grid") or task.latent
@@ -119,21 +120,22 @@ def given(
     if texts is None:
         _log.info("no prompt=: samples are drawn without a caption")
         if around is None:
-            return None, None
+            return None, None, {}
     length = task.spec(1)["tokens"].shape[1]
-    encode = _open(model, tokenizer)
+    encode, digest = _open(model, tokenizer)
     null, _ = encode([template("", aspect=around)], length)
     arrays = {"null_tokens": np.repeat(null, n, 0)}
     if texts is None:
-        return arrays, None
+        return arrays, None, {"tokenizer": digest}
     ids, _ = encode([template(text, aspect=around) for text in texts], length)
     turn = np.arange(n) % len(texts)
-    return {"tokens": ids[turn], **arrays}, [texts[i] for i in turn.tolist()]
+    return {"tokens": ids[turn], **arrays}, [texts[i] for i in turn.tolist()], {"tokenizer": digest}
 
 
-def _open(model: Model, tokenizer: str | None) -> Tokenizer:
+def _open(model: Model, tokenizer: str | None) -> tuple[Tokenizer, str]:
+    """The tokeniser, and the digest of its file."""
     if tokenizer is not None:
-        found = Tokenizer(tokenizer)
+        found, digest = Tokenizer(tokenizer), tokenizer_digest(Path(tokenizer))
     else:
         places = homes(model.folder, model.run.weights if model.run is not None else None)
         folder = next((place for place in places if has_tokenizer(place)), None)
@@ -143,27 +145,8 @@ def _open(model: Model, tokenizer: str | None) -> Tokenizer:
                 "where the text encoder is published, or give it with --tokenizer FILE"
             )
         with paths.here(folder, (NAME,)) as near:
-            found = Tokenizer(near)
+            found, digest = Tokenizer(near), tokenizer_digest(near)
     text = getattr(model.task, "text", None)
     if text is not None:
         found.check(text.vocab)
-    return found
-
-
-def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder]:
-    """Where the tokeniser of a model may lie: its own folder, then that of its text encoder (`Run.weights`)."""
-    found = [] if folder is None else [folder]
-    for key in ("text", ""):
-        if given and key in given:
-            name, _ = weights.parts_of(given[key])
-            try:
-                found.append(models.locate(name))
-            except UserError:
-                found.append(paths.where(name))
-    return found
-
-
-def has_tokenizer(folder: Folder) -> bool:
-    """Whether a folder holds the file of a tokeniser."""
-    with paths.sentence(folder):
-        return (folder / NAME).is_file()
+    return found, digest

@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import dist, models, weights
+from zoo import config, dist, models, weights
 from zoo.data.latents import encode_set
 from zoo.data.prepare import Report
-from zoo.data.records import sha256
 from zoo.encoders.tokenizer import NAME
 from zoo.errors import UserError, suggest
 from zoo.models import HINTS
 from zoo.task import Params
 
 _log = logging.getLogger("zoo")
+_FREE = ("class", "scale", "kl", "scan", "remat", "attention")  # scale is told by itself, the others change no latents
 _KINDS = ("vae", "text")
 _BATCH, _SIDE = 64, 256  # images of this side that are encoded at a time
 _SHOWN = 5  # captions that are cut off, each with a line of its own
@@ -146,7 +146,7 @@ class _Vae:
         self.task = task
         scale = None if task.scale is None else float(task.scale)
         params = weights.encoding(params)  # what decodes need not lie on the devices
-        self.about = {"vae": weights.encoder_digest(params), "vae_scale": str(scale)}
+        self.about = {"vae": weights.encoder_digest(params), "vae_scale": str(scale), "vae_sizes": _sizes(task)}
         self.net = _Net(lambda p, image: task.encode(p, image.astype(jnp.float32) / 127.5 - 1), params, batch)
 
 
@@ -176,12 +176,12 @@ class _Text:
         self.length, self.cut = int(task.tokens), 0
         self.about = {
             "window": str(self.length),
-            "tokenizer": (sha256(file / NAME if file.is_dir() else file) or "")[:16],
+            "tokenizer": models.tokenizer_digest(file),
         }
         self._net: _Net | None = None
         if features:  # else the tokens say all, and the network, which may be large, is not even opened
             params = models.open_model(name, raw=raw, allow=allow).params
-            self.about["text"] = weights.encoder_digest(params)
+            self.about |= {"text": weights.encoder_digest(params), "text_sizes": _sizes(task)}
             self._net = _Net(task.encode, params, batch)
 
     def __call__(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
@@ -207,6 +207,13 @@ def _few_lines(most: int) -> Iterator[None]:
         yield
     finally:
         _log.removeFilter(passes)
+
+
+def _sizes(task: Any) -> str:
+    """The fields of an encoder's task that decide its numbers, some of which (groups, heads) its weights do not tell."""
+    described = config.dump(task)
+    kept = {key: value for key, value in described.items() if key not in _FREE}
+    return ", ".join(f"{key}={value}" for key, value in sorted(kept.items()))
 
 
 def _find(kind: str, name: str) -> None:

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo import models, paths, weights
-from zoo.commands.conditions import has_tokenizer, homes
-from zoo.encoders.tokenizer import NAME
 from zoo.errors import UserError
-from zoo.models import Model
+from zoo.models import TOKENIZER, Model, has_tokenizer, homes
 from zoo.paths import Folder
 from zoo.run import Run
 from zoo.train.report import read_metrics
@@ -49,8 +47,8 @@ def _tokenizer(places: Iterable[Folder]) -> dict[str, bytes]:
     """The file of the tokeniser in the first of these folders that has it."""
     for folder in places:
         if has_tokenizer(folder):
-            with paths.sentence(folder / NAME):
-                return {NAME: (folder / NAME).read_bytes()}
+            with paths.sentence(folder / TOKENIZER):
+                return {TOKENIZER: (folder / TOKENIZER).read_bytes()}
     return {}
 
 

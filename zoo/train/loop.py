@@ -147,7 +147,7 @@ def _check_encoders(run: Run, given: Mapping[str, Params]) -> None:
     """UserError when the data holds what other encoders made than those of this run, or made otherwise.
 
     Compared are the encoders in `given` (of `Run.weights`, or those restored), `task.vae.scale` and `task.template` with
-    what the data says in `made_with`.
+    what the data says in `made_with`; also the tokeniser beside the text encoder, where there is one.
     """
     made = run.data.made_with() if hasattr(run.data, "made_with") else {}
     path = getattr(run.data, "path", "")
@@ -171,11 +171,28 @@ def _check_encoders(run: Run, given: Mapping[str, Params]) -> None:
                 f"task.vae.scale={made['vae_scale']}, or encode the images again"
             )
     template = getattr(run.task, "template", None)
+    if getattr(run.task, "given", ()) and "tokenizer" in made:
+        _check_tokenizer(run, made["tokenizer"])
     if getattr(run.task, "given", ()) and template != made.get("template", template):
         aspects = "without" if made["template"] == "aspect" else "with"
         raise UserError(
             f"task.template={template!r}, but the captions in data.path={path} were encoded with {made['template']!r}; set "
             f"task.template={made['template']}, or encode them again {aspects} --aspects"
+        )
+
+
+def _check_tokenizer(run: Run, made: str) -> None:
+    """UserError when the tokeniser beside the run's text encoder is another than that of the data's captions."""
+    try:
+        found = next((home for home in models.homes(None, run.weights) if models.has_tokenizer(home)), None)
+        here = None if found is None else models.tokenizer_digest(found)
+    except UserError:  # a resumed run does without the folder
+        return
+    if here not in (None, made):
+        raise UserError(
+            f"data.path={run.data.path} holds captions of another tokeniser (digest {made}) than {found}/{models.TOKENIZER} "
+            f"(digest {here}), beside weights.text; encode the captions again with `zoo prepare --encode text={found}`, or "
+            "put the file there that they were encoded with"
         )
 
 
