@@ -144,6 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--features", action="store_true", help="keep features of captions too, not tokens alone")
     sub.add_argument("--aspects", action="store_true", help="keep images near their aspect ratio, in nine buckets")
+    sub.add_argument(
+        "--multiple",
+        type=int,
+        default=None,
+        metavar="N",
+        help="what divides the sides of the images; default: the autoencoder's factor (times task.patch for patches)",
+    )
     sub.add_argument("--tokenizer", default=None, metavar="FILE", help="default: spiece.model beside the text encoder")
     sub.add_argument(
         "--batch", type=int, default=None, help="images encoded at a time; default: 64, fewer of more than 256 pixels"
@@ -529,6 +536,7 @@ def _prepare(args: argparse.Namespace) -> int:
             features=args.features,
             tokenizer=args.tokenizer,
             batch=batch,
+            multiple=args.multiple,
             raw=args.raw,
             allow=args.allow,
             **options,
@@ -536,8 +544,8 @@ def _prepare(args: argparse.Namespace) -> int:
     else:
         from zoo.data.prepare import prepare
 
-        for flag in ("features", "aspects", "tokenizer"):
-            if getattr(args, flag):
+        for flag in ("features", "aspects", "multiple", "tokenizer"):
+            if getattr(args, flag) not in (None, False):
                 raise UserError(f"--{flag} says how images and captions are encoded; add --encode vae=MODEL")
         report = prepare(args.source, args.dest, channels=args.channels or 3, **options)
     print(report)

@@ -150,6 +150,17 @@ def test_what_weights_do_not_tell_of_an_encoder_is_part_of_a_set(root, fitting, 
     assert "'window': '2'" in capsys.readouterr().err
 
 
+def test_buckets_may_be_multiples_of_more_than_the_factor(root, fitting, capsys):
+    assert prepare("multiples", "--encode", "vae=vae", "--aspects", "--multiple", "4") == 0
+    source = Latents("multiples", "mixed").source("train")
+    assert source.aspects == ("1:1",)
+    assert json.loads((root.path / "multiples" / "info.json").read_text())["settings"]["multiple"] == 4
+    assert prepare("no", "--encode", "vae=vae", "--aspects", "--multiple", "3") == 2
+    assert "--multiple 3 is no multiple of 2, by which the autoencoder shrinks" in capsys.readouterr().err
+    assert prepare("no", "--multiple", "4") == 2
+    assert "--multiple says how images" in capsys.readouterr().err
+
+
 def test_a_run_refuses_captions_of_another_tokenizer(root):
     assert models.TOKENIZER == tokenizer.NAME
     made = {"tokenizer": models.tokenizer_digest(root.path / "text")}

@@ -10,6 +10,7 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chex
@@ -25,7 +26,7 @@ from zoo.metrics.likelihood import BayesAccuracy, Bits
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Checkpoint, Run, Samples
 from zoo.task import Batch, Params
-from zoo.train.loop import Diverged, train
+from zoo.train.loop import Diverged, _check_looks, _check_patch, train
 from zoo.train.optim import AdamW
 from zoo.train.report import Report, read_metrics
 from zoo.train.step import State
@@ -609,3 +610,50 @@ def test_a_run_that_ends_within_a_profile_keeps_it_and_one_that_cannot_be_made_c
         state, _ = train(dataclasses.replace(run, evals=()), quiet=True, profile=(4, 5))
     assert int(state.step) == 6
     assert any("the profile could not be made (RuntimeError: No space left" in w for w in said(caplog))
+
+
+class Shapes(list):
+    """A source with one latent of each shape, each a group of its own."""
+
+    def __init__(self, **shapes: tuple[int, int]) -> None:
+        super().__init__({"latent": np.zeros((*shape, 1), np.float32)} for shape in shapes.values())
+        self.aspects = tuple(shapes)
+        self.groups = tuple(np.array([i]) for i in range(len(shapes))) if len(shapes) > 1 else ()
+
+
+def shaped(test: Shapes, train: Shapes, patch: int = 1) -> SimpleNamespace:
+    spec = {"latent": jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)}
+    return SimpleNamespace(
+        task=SimpleNamespace(nll=None, patch=patch, vae=True, multiple=8 * patch),
+        data=SimpleNamespace(path="out"),
+        source={"test": test, "train": train}.get,
+        spec=lambda: spec,
+        samples=Samples(n=0),
+        evals=(SimpleNamespace(name="bits", needs=("nll",), split="test"),),
+    )
+
+
+def test_metrics_need_held_out_examples_of_the_shape_of_the_task() -> None:
+    both = Shapes(square=(4, 4), wide=(2, 6))
+    _check_looks(shaped(both, both))
+    _check_looks(shaped(Shapes(square=(4, 4)), both))
+    for test in (Shapes(wide=(2, 6)), Shapes(wide=(2, 6), tall=(6, 2))):
+        run = shaped(test, both)
+        with pytest.raises(
+            UserError, match=r"evals\.0: the metric bits .* test split of data\.path=out has none: .*\[2, 6, 1\]"
+        ):
+            _check_looks(run)
+        run.evals[0].path = "images"  # a metric that looks elsewhere
+        _check_looks(run)
+    seen: list[Any] = []
+    run = shaped(both, both)
+    run.evals[0].check_data = lambda *given: seen.append(given)
+    _check_looks(run)
+    assert seen == [(run.task, run.data)]
+
+
+def test_patches_must_fill_every_shape_of_the_data() -> None:
+    data = Shapes(square=(4, 4), wide=(3, 6))
+    _check_patch(shaped(data, data))
+    with pytest.raises(UserError, match=r"task\.patch=2 does not divide the bucket wide .* 3 x 6; .* --multiple 16"):
+        _check_patch(shaped(data, data, patch=2))

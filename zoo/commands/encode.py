@@ -61,6 +61,7 @@ def encode(
     features: bool = False,
     tokenizer: str | None = None,
     batch: int | None = None,
+    multiple: int | None = None,
     raw: bool = False,
     allow: Sequence[str] = (),
     **options: Any,
@@ -72,6 +73,7 @@ def encode(
         features: keep the features of captions, not their tokens alone.
         tokenizer: file of the tokeniser; None: `spiece.model` in the folder of the text encoder.
         batch: images at a time; None: `batch_for` their size.
+        multiple: what divides the sides of all images; None: the autoencoder's factor, of which it must be a multiple.
 
     Raises:
         UserError: a model that is missing or no encoder, senseless options, and what `encode_set` refuses.
@@ -92,8 +94,14 @@ def encode(
             f"--channels {channels}, but the autoencoder takes {vae.channels}; leave --channels out (--convert turns grey "
             "images to colour and colour ones to grey)"
         )
+    multiple = vae.factor if multiple is None else multiple
+    if multiple < 1 or multiple % vae.factor:
+        raise UserError(
+            f"--multiple {multiple} is no multiple of {vae.factor}, by which the autoencoder shrinks images; give {vae.factor} "
+            f"times the patch of the model, e.g. --multiple {2 * vae.factor}"
+        )
     report = encode_set(
-        source, dest, networks, size=size, batch=batch, multiple=vae.factor, channels=vae.channels, **options
+        source, dest, networks, size=size, batch=batch, multiple=multiple, channels=vae.channels, **options
     )
     if text is not None and text.cut:
         _log.warning("%d captions were longer than the %d tokens that are kept of each", text.cut, text.length)

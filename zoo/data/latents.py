@@ -173,7 +173,7 @@ class _Bucket:
     """One aspect ratio of one split."""
 
     def __init__(self, root: Path, info: LatentInfo, name: str, split: str) -> None:
-        about = info.buckets[name]
+        about, self.name = info.buckets[name], name
         self.count, self._record = open_shards(root, about.splits[split], split, Latent)
         self._labelled = bool(info.labels)
         self._null: dict[str, np.ndarray] = {}
@@ -207,6 +207,7 @@ class LatentSource:
         self.labels = labels
         self._parts = parts
         self._ends = np.cumsum([part.count for part in parts])
+        self.aspects = tuple(part.name for part in parts)  # in the order of `groups`
         self.groups: tuple[np.ndarray, ...] = ()
         if len(parts) > 1:
             self.groups = tuple(np.arange(end - part.count, end) for part, end in zip(parts, self._ends))
@@ -262,7 +263,7 @@ def encode_set(
       size: side of the square that images are cropped and resized to; with `aspects`, of the square of equal area.
       batch: images that the encoder gets at once; it does not change what is written but for rounding.
       aspects: every image goes to its nearest aspect ratio, which its caption then says; False: all are cropped square.
-      multiple: what divides the sides of all images: the pixels a side of one number of the latent.
+      multiple: what divides the sides of all images: the pixels a side of one number of the latent, or some times that.
       shard_examples: images per shard, the unit that a killed run keeps; None: 8192, with features of captions 1024.
 
     Raises:
@@ -275,7 +276,7 @@ def encode_set(
     if size % multiple and not aspects:
         best = max(1, round(size / multiple)) * multiple
         raise UserError(
-            f"size={size} is no multiple of {multiple}, by which the encoder shrinks images; choose size={best}"
+            f"size={size} is no multiple of {multiple}, by which the encoder shrinks images (or --multiple); choose size={best}"
         )
     origin, target = places(source, dest)
     found = open_source(origin, test_fraction, image_column=image_column, caption_column=caption_column, prepared=True)

@@ -137,7 +137,48 @@ def _check_looks(run: Run) -> None:
         if hasattr(metric, "check"):
             metric.check(run.task)
         if hasattr(metric, "split"):
-            run.source(metric.split)
+            _check_evaluated(run, run.source(metric.split), f"evals.{i}", metric)
+        if hasattr(metric, "check_data"):
+            metric.check_data(run.task, run.data)
+
+
+def _check_evaluated(run: Run, source: Any, field: str, metric: Any) -> None:
+    """UserError when data of several shapes have none of the task's own where a metric looks, which is the first group."""
+    if getattr(metric, "path", None) is not None or not getattr(run.source("train"), "groups", ()):
+        return
+    groups: Any = getattr(source, "groups", ())
+    first = source[int(groups[0][0]) if groups else 0]
+    for key, want in run.spec().items():
+        if key in first and first[key].shape != tuple(want.shape[1:]):
+            raise UserError(
+                f"{field}: the metric {getattr(metric, 'name', type(metric).__name__)} goes through examples of the task's own "
+                f"shape alone, and the {metric.split} split of data.path={getattr(run.data, 'path', '')} has none: its first "
+                f"{key} is {list(first[key].shape)}, the task's {list(want.shape[1:])}; prepare the data with square images for "
+                "testing (a larger --test-fraction), set data.aspect to one ratio, or leave the metric out"
+            )
+
+
+def _check_patch(run: Run) -> None:
+    """UserError when the patches of the task do not fill the shapes of data that have several."""
+    patch, source = getattr(run.task, "patch", 1), run.source("train")
+    groups: Any = getattr(source, "groups", ())
+    names = getattr(source, "aspects", None) or tuple(map(str, range(len(groups))))
+    for name, group in zip(names, groups):
+        example = source[int(group[0])]
+        for key in run.spec():
+            shape = example[key].shape if key in example else ()
+            if len(shape) == 3 and (shape[0] % patch or shape[1] % patch):
+                multiple = getattr(run.task, "multiple", None)
+                value = (
+                    multiple
+                    if multiple and getattr(run.task, "vae", None)
+                    else f"N, {patch} times the encoder's factor"
+                )
+                raise UserError(
+                    f"task.patch={patch} does not divide the bucket {name} of data.path={getattr(run.data, 'path', '')}, whose "
+                    f"{key} is {shape[0]} x {shape[1]}; set task.patch=1, or encode the images again with `zoo prepare "
+                    f"--multiple {value}`"
+                )
 
 
 _ENCODERS = {"vae": "autoencoder", "text": "text encoder"}
@@ -431,6 +472,7 @@ def train(
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
         _check_labels(run, labels)
+        _check_patch(run)
         _check_looks(run)
         optimizer = optim.build(run.optim, run.steps)
         init, step_fn, abstract = compile_step(run.task, optimizer, mesh, ema=run.ema, accumulate=run.accumulate)
