@@ -166,7 +166,7 @@ def _check_patch(run: Run) -> None:
     for name, group in zip(names, groups):
         example = source[int(group[0])]
         for key in run.spec():
-            shape = example[key].shape if key in example else ()
+            shape: tuple[int, ...] = example[key].shape if key in example else ()
             if len(shape) == 3 and (shape[0] % patch or shape[1] % patch):
                 multiple = getattr(run.task, "multiple", None)
                 value = (
