@@ -20,6 +20,10 @@ from zoo.models import Model, has_tokenizer, homes, tokenizer_digest
 from zoo.train.report import class_name
 
 _log = logging.getLogger("zoo")
+_WAY = (
+    "give it a text encoder: `zoo export MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.text=ENCODER` "
+    "with a config whose task has text and captions='tokens'"
+)
 
 
 def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] | None, dict[str, Any]]:
@@ -36,9 +40,7 @@ def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] 
     given = getattr(task, "given", ())
     if "text" in given:
         raise UserError(
-            f"{field}: this model was trained on stored features of captions and holds no text encoder; give it one: "
-            "`zoo export MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.text=ENCODER` with a config "
-            "whose task has text and captions='tokens'"
+            f"{field}: this model was trained on stored features of captions and holds no text encoder; {_WAY}"
         )
     if "tokens" not in given:
         other = "label=" if getattr(task, "classes", 0) else "no condition"
@@ -108,8 +110,7 @@ def given(
     if "text" in wanted:
         raise UserError(
             "this model was trained on stored features of captions (task.captions='features'), and what stands for no "
-            "caption is not stored with it; give it a text encoder: `zoo export MODEL FILE --format official`, then `zoo "
-            "import CONFIG FILE OUT weights.text=ENCODER` with a config whose task has text and captions='tokens'"
+            f"caption is not stored with it; {_WAY}"
         )
     if "tokens" not in wanted:
         return None, None, {}

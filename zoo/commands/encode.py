@@ -169,7 +169,7 @@ class _Text:
         if not all(hasattr(task, word) for word in ("encode", "tokens")):
             raise UserError(f"--encode text={name}: {type(task).__name__} is no text encoder; {HINTS['text']}")
         file = Path(tokenizer) if tokenizer is not None else None
-        if file is None and isinstance(folder, Path) and (folder / NAME).is_file():
+        if file is None and isinstance(folder, Path) and models.has_tokenizer(folder):
             file = folder / NAME
         if file is None:
             raise UserError(

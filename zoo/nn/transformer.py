@@ -27,6 +27,33 @@ def check_remat(name: str) -> None:
         raise UserError(f"task.remat={name!r} is no policy; choose one of {', '.join(REMAT)}")
 
 
+def attend_layer(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: Any,
+    index: Any,
+    layer: Any,
+    temperature: jax.Array | None,
+    rope: jax.Array | None,
+    *,
+    causal: bool,
+    backend: str,
+) -> tuple[jax.Array, Any]:
+    """What a layer does with its queries [B, T, H, K], keys and values: turn, temper, and attend with a cache or without.
+
+    Returns [B, T, H, K] and the cache; arguments as of `Attention`.
+    """
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
+    if temperature is not None:
+        q = q / temperature[:, None, None, None].astype(q.dtype)
+    if cache is None:
+        return attend(q, k, v, causal=causal, backend=backend), None
+    cache = write_cache(cache, k, v, index, layer)
+    return attend_cached(q, cache, index, layer), cache
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one kernel for queries, keys and values."""
 
@@ -58,15 +85,9 @@ class Attention(nn.Module):
         check_divides(heads, "heads", f"{'/'.join(self.path)}: the number of heads, task.width / task.head_dim,")
         qkv = Dense((3, width), ("embed", None, "heads"), dtype=self.dtype, name="qkv")(x)
         q, k, v = (qkv[..., i, :].reshape(*qkv.shape[:-2], heads, self.head_dim) for i in range(3))
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        if temperature is not None:
-            q = q / temperature[:, None, None, None].astype(q.dtype)
-        if cache is None:
-            y = attend(q, k, v, causal=self.causal, backend=self.backend)
-        else:
-            cache = write_cache(cache, k, v, index, layer)
-            y = attend_cached(q, cache, index, layer)
+        y, cache = attend_layer(
+            q, k, v, cache, index, layer, temperature, rope, causal=self.causal, backend=self.backend
+        )
         y = y.reshape(*y.shape[:-2], width)
         return Dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y), cache
 

@@ -499,7 +499,12 @@ def train(
             state = _first(init(run.seed), given, jax.tree.map(lambda x: x.sharding, abstract))
         else:
             _log.info("parameters: step %d of %s", int(state.step), run.workdir)
-            _check_encoders(run, {k: hosts.fetch(state.params[k]) for k in _ENCODERS if k in state.params})
+            made = (
+                run.data.made_with() if hasattr(run.data, "made_with") else {}
+            )  # large networks come off the devices for it
+            _check_encoders(
+                run, {k: hosts.fetch(state.params[k]) for k in _ENCODERS if k in made and k in state.params}
+            )
         start = int(state.step)
         _check_profile(profile, run, start)
         report = Report(

@@ -173,9 +173,3 @@ class DecoderTune:
         old = params["lecam"]
         new = {kind: 0.999 * old[kind] + 0.001 * metrics[f"lecam_{kind}"][0] for kind in old}
         return {**params, "lecam": new}
-
-    def reconstruct(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        """Images of noised latents [B, S, S, C], clipped: what the tuned decoder makes of a perfect flow's samples."""
-        mean, _ = self.vae.encode(params, batch["image"])
-        noisy = mean + self.noise * jax.random.normal(rng, mean.shape)
-        return jnp.clip(self.vae.decode(params, noisy), -1, 1)

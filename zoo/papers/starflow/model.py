@@ -19,10 +19,9 @@ from zoo.dist import constrain, whole
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Step, sequential
 from zoo.flows.transforms import LOG_2PI, affine, shift_right
-from zoo.nn.attention import attend, attend_cached, write_cache
-from zoo.nn.embed import grid_positions, patchify, rope_angles, rotate, unpatchify
+from zoo.nn.embed import grid_positions, patchify, rope_angles, unpatchify
 from zoo.nn.layers import Dense, RMSNorm, Table, normal, zeros
-from zoo.nn.transformer import Block, Trunk, cast_trunk, init_trunk_cache
+from zoo.nn.transformer import Block, Trunk, attend_layer, cast_trunk, init_trunk_cache
 from zoo.task import Params
 
 if TYPE_CHECKING:
@@ -89,14 +88,7 @@ class LanguageModelBlock(nn.Module):
         q, k, v = jnp.split(qkv, [m.heads, m.heads + m.kv_heads], axis=2)
         if m.qk_norm:
             q, k = norm(q, "query_norm", None), norm(k, "key_norm", None)
-        q, k = rotate(q, rope), rotate(k, rope)
-        if temperature is not None:
-            q = q / temperature[:, None, None, None].astype(q.dtype)
-        if cache is None:
-            y = attend(q, k, v, causal=True, backend=self.backend)
-        else:
-            cache = write_cache(cache, k, v, index, layer)
-            y = attend_cached(q, cache, index, layer)
+        y, cache = attend_layer(q, k, v, cache, index, layer, temperature, rope, causal=True, backend=self.backend)
         y = dense(y.reshape(*h.shape[:2], -1), width, ("heads", "embed"), "out")
         h = h + (norm(y, "attention_post_norm") if m.post_norm else y)
         x = norm(h, "mlp_norm")
