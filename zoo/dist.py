@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,12 +284,20 @@ def _cut(names: tuple[str | None, ...], _: None, gradient: jax.Array) -> tuple[j
 gathered.defvjp(_gathered, _cut)
 
 
-def whole(tree: Any) -> Any:
-    """A tree of parameters with all of each on every device, for a loop over tokens that would gather them every time."""
+def whole(tree: Any, boxed: Callable[[], Any]) -> Any:
+    """A tree of parameters gathered over the axes that share out the batch, for a loop that would gather them every time.
+
+    Args:
+        boxed: makes the abstract tree with logical axes; what is cut along other mesh axes (tensor) stays cut.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return tree
-    tree = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+    def gather(box: Any, x: jax.Array) -> jax.Array:
+        return _gather(x, box.names if _is_box(box) else (None,) * x.ndim)
+
+    tree = jax.tree.map(gather, boxed(), tree, is_leaf=_is_box)
     return jax.lax.optimization_barrier(tree)  # the compiler would put some of it back into the loop, to save memory
 
 

@@ -45,6 +45,7 @@ class Task(Protocol):
 ABILITIES: dict[str, str] = {
     "sample": "sample(params, rng, n, conditions=None, **options) -> dict of arrays that lead with n",
     "nll": "nll(params, batch, rng) -> [B] nats",
+    "chain": "chain(params, batch, rng, guidance=0.0) -> noisy tokens [B, T, D] and the flow's blocks, as inverted",
     "features": "features(params, batch) -> [B, D]",
     "denoise": "denoise(params, ...) -> the noise-free estimate",
     "after_step": "after_step(params, metrics) -> params, writing held keys only",

@@ -13,7 +13,7 @@ from zoo import dist, weights
 from zoo.encoders.text import T5
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
-from zoo.flows.inverse import Guidance
+from zoo.flows.inverse import Guidance, Jacobi
 from zoo.nn.embed import grid_positions, patchify, rope_angles, rotate
 from zoo.papers import starflow
 from zoo.papers.starflow import model
@@ -194,7 +194,6 @@ def base():
         ("orig_a", Guidance(0.5, "a", rule="linear_scale"), {}),
         ("orig_b", Guidance(0.5, "b", rule="linear_scale"), {}),
         ("orig_ab_annealed", Guidance(0.5, rule="linear_scale", annealed=True), {}),
-        ("jacobi_exact", Guidance(2.0), {}),
     ],
 )
 def test_guided_samples_equal_the_official_numbers(base, name, guidance, options):
@@ -238,44 +237,21 @@ def test_a_guided_forward_pass_equals_the_official_numbers(base):
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk", "threshold", "sweeps"),
-    [("jacobi_exact", 4, 0.0, 32), ("jacobi_th", 4, 1e-3, 32), ("jacobi_2sweeps", 8, -1.0, 2)],
+    ("name", "method"),
+    [
+        ("jacobi_exact", Jacobi(modules=4, tol=0.0)),
+        ("jacobi_th", Jacobi(modules=4, tol=1e-3, criterion="relative", refresh=False)),
+        ("jacobi_2sweeps", Jacobi(modules=2, tol=0.0, sweeps=2, refresh=False, unconverged="keep")),
+    ],
 )
-def test_sweeps_over_chunks_equal_the_official_numbers(base, name, chunk, threshold, sweeps):
-    """Fixed points of chunks of tokens, found by sweeps that the caches keep the last input of."""
+def test_sweeps_over_chunks_equal_the_official_numbers(base, name, method):
+    """Fixed points of chunks of tokens, by the official rule of stopping and with caches that keep the last input."""
     f, _ = golden("t2i_sampling")
-    task, y, null = base.task, jnp.asarray(f["y"]), jnp.asarray(f["y_null"])
-    guidance = Guidance.of(2.0, "gaussian", annealed=False)
-
-    def block(params, x, i):
-        step, cache, start = model.stepper(task, params, i, len(x), (4, 4), y, null, guidance)
-        v, found, before = model.reorder(task, x, i), [], jnp.broadcast_to(start, x[:, :1].shape)
-        for first in range(0, v.shape[1], chunk):
-            part = v[:, first : first + chunk]
-
-            def sweep(state, part=part, before=before, first=first):
-                u, cache, n, _ = state
-                scale, shift, cache = step(jnp.concatenate([before, u[:, :-1]], 1), cache, first)
-                new = part * scale + shift
-                return new, cache, n + 1, jnp.square(new - u).mean() / jnp.square(new).mean()
-
-            def goes_on(state):
-                return (state[2] < sweeps) & (state[3] >= threshold)
-
-            u, cache, *_ = jax.lax.while_loop(goes_on, sweep, (part, cache, 0, jnp.inf))
-            found.append(u)
-            before = u[:, -1:]
-        return model.reorder(task, jnp.concatenate(found, 1), i)
-
-    def run(params):
-        x, grid = model.tokens(task, nhwc(f["noise"]))
-        states = [x]
-        for i in reversed(range(task.blocks)):
-            states.append(block(params, states[-1], i))
-        return [model.untokens(task, s, grid) for s in states]
-
-    found = sequence(jax.jit(run)(base.params))
+    args = base.task, base.params, nhwc(f["noise"]), jnp.asarray(f["y"]), jnp.asarray(f["y_null"]), Guidance(2.0)
+    found = guided(*args, method=method)
     compare({f"{name}_{k}": v for k, v in found.items()}, f, atol=5e-4, rtol=1e-4)
+    if name == "jacobi_exact":
+        compare({f"cfg2.0_{k}": v for k, v in found.items()}, f, atol=2e-5, rtol=2e-5)
 
 
 def test_no_golden_array_is_left_out(case, base):
@@ -502,7 +478,7 @@ def test_cached_equals_uncached(name):
         u
     )
     for chunk in (1, 5):
-        step, cache, start = model.stepper(task, params, deep, 2, grid, y, None, Guidance())
+        step, cache, start, _ = model.stepper(task, params, deep, 2, grid, y, None, Guidance())
         fed = jnp.concatenate([jnp.broadcast_to(start, u[:, :1].shape), u[:, :-1]], 1)
         step = jax.jit(step)
         for first in range(0, 16, chunk):

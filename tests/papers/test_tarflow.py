@@ -11,8 +11,8 @@ import pytest
 
 from zoo import dist, weights
 from zoo.errors import UserError
-from zoo.flows.inverse import Guidance
-from zoo.flows.transforms import affine_inverse, shift_right
+from zoo.flows.inverse import Guidance, Jacobi, jacobi, once, sequential
+from zoo.flows.transforms import affine_inverse
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.transformer import init_trunk_cache
 from zoo.papers import tarflow
@@ -83,7 +83,6 @@ class Case:
         task, z0, label, w, tau = self.task, self.z0, self.label, self.c["guidance"], self.c["attn_temp"]
         var = params["prior"]["var"]
         z = tarflow.forward(task, params, self.x, label)[0]
-        last = task.blocks - 1
         out = {
             "x_rec": tarflow.inverse(task, params, z / jnp.sqrt(var), label),
             "sample_plain_sequence": tarflow.inverse(task, params, z0, label, sequence=True),
@@ -91,9 +90,8 @@ class Case:
             "sample_guided_annealed": tarflow.inverse(task, params, z0, label, Guidance(w, "ab", tau)),
             "sample_guided_annealed_a": tarflow.inverse(task, params, z0, label, Guidance(w, "a", tau)),
             "sample_guided_annealed_b": tarflow.inverse(task, params, z0, label, Guidance(w, "b", tau)),
-            "jacobi_exact": tarflow._inverse_block(task, params, last, z0 * jnp.sqrt(var), label, Guidance()),
         }
-        out |= self._jacobi(params, z0 * jnp.sqrt(var), last)
+        out |= self._jacobi(params)
         if task.classes:
             out["sample_guided_annealed_temp1"] = tarflow.inverse(task, params, z0, label, w)
             out["sample_nolabel"] = tarflow.inverse(task, params, z0)
@@ -105,20 +103,26 @@ class Case:
             out[f"{name}_sample_plain"] = tarflow.denoise(task, params, sample, y)
         return out
 
-    def _jacobi(self, params, v, t):
-        """Sweeps u <- v exp(a(u)) + b(u) of a whole block: the fixed point that its inverse solves."""
-        task, net, v = self.task, tarflow._net(self.task, t), tarflow._order(v, t)
+    def last_block(self, params):
+        """What inverts the last block, and what goes into it in its own order."""
+        z = jnp.asarray(self.f["in/z0"]) * jnp.sqrt(params["prior"]["var"])
+        last = self.task.blocks - 1
+        return tarflow.chain(self.task, params, len(z), self.label).stepper(last), tarflow._order(z, last)
+
+    def _jacobi(self, params):
+        """The last block token by token, and by sweeps u <- v s(u) + b(u) over all tokens, every one of them kept."""
+        stepper, v = self.last_block(params)
+        last, tokens = self.task.blocks - 1, self.task.tokens
 
         def sweep(u, _):
-            outputs, *_ = tarflow._apply(net, params[f"block{t}"], u, self.label)
-            a, b = tarflow._split(task, shift_right(outputs))
-            u = affine_inverse(v, jnp.exp(a), b)
-            return u, tarflow._order(u, t)
+            u = affine_inverse(v, *once(stepper, u))
+            return u, tarflow._order(u, last)
 
-        _, sweeps = jax.lax.scan(sweep, v, length=task.tokens)
-        chosen = jnp.array([1, 2, 3, 4, 8, task.tokens - 1, task.tokens]) - 1
+        _, sweeps = jax.lax.scan(sweep, v, length=tokens)
+        chosen = jnp.array([1, 2, 3, 4, 8, tokens - 1, tokens]) - 1
         error = jnp.abs(sweeps - self.f["out/jacobi_exact"]).max((1, 2, 3))
-        return {"jacobi_iterates": sweeps[chosen], "jacobi_err": error}
+        exact = tarflow._order(sequential(stepper, v), last)
+        return {"jacobi_exact": exact, "jacobi_iterates": sweeps[chosen], "jacobi_err": error}
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"{name}-{'scan' if s else 'unrolled'}" for name, s in CASES])
@@ -156,6 +160,39 @@ def test_inverse_and_denoising_equal_the_official_numbers(case):
         np.testing.assert_allclose(ours, golden, rtol=0, atol=1e-4 if "score" in name else 2e-5, err_msg=name)
     plain = np.moveaxis(case.f["out/sample_plain"], -3, -1)
     np.testing.assert_allclose(case.inverse["sample_plain_sequence"][-1], plain, rtol=0, atol=2e-5)
+
+
+def test_sweeps_equal_the_official_iterates(case):
+    """A block stopped after 1, 4, 8 and as many sweeps as it has tokens to find."""
+
+    @jax.jit
+    def run(params):
+        stepper, v = case.last_block(params)
+        plans = [Jacobi(sweeps=n, tol=0.0, unconverged="keep") for n in (1, 4, 8, case.task.tokens)]
+        return [jacobi(stepper, v, plan) for plan in plans]
+
+    found, exact = run(case.params), case.task.tokens - 1
+    for (u, sweeps, bad), theirs, count in zip(found, (0, 3, 4, 6), (1, 4, 8, exact), strict=True):
+        ours = tarflow._order(u, case.task.blocks - 1)
+        np.testing.assert_allclose(ours, case.f["out/jacobi_iterates"][theirs], rtol=0, atol=2e-5)
+        assert (sweeps <= count).all()
+        assert sweeps.max() == count
+        assert bad.all() == (count < exact)
+
+
+@pytest.mark.parametrize("modules", [1, 3, (8, 1, 2)])
+def test_full_sweeps_equal_the_official_samples(case, modules):
+    """Without a tolerance every number of modules gives the sequential samples, guided ones too."""
+    method = Jacobi(modules=modules, tol=0.0)
+    w, tau = case.c["guidance"], case.c["attn_temp"]
+
+    @jax.jit
+    def run(params):
+        plain = tarflow.inverse(case.task, params, case.z0, case.label, method=method)
+        return plain, tarflow.inverse(case.task, params, case.z0, case.label, Guidance(w, "ab", tau), method=method)
+
+    for ours, name in zip(run(case.params), ("sample_plain", "sample_guided_annealed"), strict=True):
+        np.testing.assert_allclose(ours, nhwc(case.f[f"out/{name}"]), rtol=0, atol=2e-5, err_msg=name)
 
 
 def test_prior_variances_follow_the_batch(case):

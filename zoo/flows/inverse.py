@@ -1,18 +1,25 @@
-"""Inverses of autoregressive affine flows, and the guidance that bends them. One jitted program each."""
+"""Inverses of autoregressive affine flows, and the guidance that bends them. One jitted program each.
+
+A block of such a flow solves u_t = v_t s(u_<t) + b(u_<t) for u, with v known: token by token, or as the fixed point of a
+map of all tokens at once, whose dependence on earlier tokens alone makes it exact after as many sweeps as tokens.
+Order of this file: guidance, how a block is inverted, blocks and chains of them, sequential inverse, Jacobi sweeps.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from zoo.errors import UserError
 from zoo.flows.transforms import affine_inverse
+from zoo.nn.attention import clear_cache
 
 # (tokens [B, Q, D], cache, index of the first) -> scale and shift of the tokens behind them [B, Q, D] each, cache
 Step = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, jax.Array, Any]]
@@ -103,16 +110,173 @@ class Guidance:
         return jnp.exp(a + weight * (a - a_weak)), b
 
 
-def sequential(step: Step, v: jax.Array, cache: Any, start: jax.Array | None = None) -> jax.Array:
+Start = Literal["v", "zeros"]
+_MODULES = 8  # of "gs_jacobi"
+_BOUND = 1e6  # sweeps never leave it: a token that overflows would reach earlier ones, as 0 times infinity
+_FINEST = 1e-6  # tolerance that float32 still resolves for tokens of about 1
+
+
+@dataclass(frozen=True)
+class Jacobi:
+    """Inverts blocks by sweeps over many tokens at once (Gauss-Seidel-Jacobi, arXiv:2505.12849; arXiv:2505.24791).
+
+    The tokens of a block are cut into `modules`, one after the other; within a module all tokens are replaced by
+    v s(u) + b(u) again and again, until none of a sample's numbers moves by more than `tol`, or `sweeps` times. One module
+    is Jacobi's method, as many as tokens the sequential loop. A module of L tokens is exact after L sweeps. Each sample
+    stops by itself, so it does not depend on the others of its batch.
+
+    A field with several values has one for each block of the flow, block 0 (nearest the data) first.
+    """
+
+    modules: int | tuple[int, ...] = 1  # 0: this block goes token by token
+    sweeps: int | tuple[int, ...] | None = None  # in a module at most; None: until it is exact
+    tol: float | tuple[float, ...] = 1e-5  # 0: until nothing moves any more
+    start: Start | tuple[Start, ...] = "v"  # the first guess: what goes in, or zeros
+    clamp: float | None = (
+        None  # numbers are kept within it between sweeps; a sample that still needs it has not converged
+    )
+    criterion: Literal["max", "relative"] = "max"  # relative: mean square change over mean square, of the whole batch
+    refresh: bool = (
+        True  # keys and values of finished modules follow from their last tokens, not from those a sweep before
+    )
+    unconverged: Literal["sequential", "keep"] = (
+        "sequential"  # what becomes of samples that `sweeps` did not suffice for
+    )
+
+    def __post_init__(self) -> None:
+        def check(name: str, wrong: Callable[[Any], bool], what: str) -> None:
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None and wrong(one):
+                    raise UserError(f"method.{name}={one} {what}")
+
+        check("modules", lambda n: n < 0, "is negative; 1 is Jacobi's method, 0 goes token by token")
+        check("sweeps", lambda n: n < 1, "makes no sweep; give 1 or more, or none for as many as it takes")
+        check("tol", lambda x: not 0 <= x < math.inf, "is no tolerance; give a small number such as 1e-5, or 0")
+        check("start", lambda word: word not in ("v", "zeros"), "is no first guess; choose v or zeros")
+        check("clamp", lambda x: not 0 < x < math.inf, "must be positive; none leaves numbers as they are")
+        choices = {"criterion": ("max", "relative"), "unconverged": ("sequential", "keep")}
+        for name, words in choices.items():
+            check(name, lambda word, words=words: word not in words, f"is unknown; choose {' or '.join(words)}")
+        for name in ("modules", "sweeps", "tol", "start"):
+            if getattr(self, name) == ():
+                raise UserError(f"method.{name}=() names no value; give one, or one for each block")
+
+    @classmethod
+    def of(cls, method: str | Jacobi) -> Jacobi:
+        """What a name stands for: "sequential", "jacobi", "gs_jacobi"; "auto" is sequential where nobody has chosen."""
+        named = {"sequential": 0, "auto": 0, "jacobi": 1, "gs_jacobi": _MODULES}
+        if isinstance(method, Jacobi):
+            return method
+        if method not in named:
+            raise UserError(
+                f"method={method!r} is unknown; choose one of auto, {', '.join(n for n in named if n != 'auto')}"
+            )
+        return cls(modules=named[method])
+
+    def block(self, i: int, blocks: int) -> Jacobi:
+        """The values of block i. UserError when a field does not have one for each of `blocks`."""
+        own = {}
+        for name in ("modules", "sweeps", "tol", "start"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != blocks:
+                raise UserError(
+                    f"method.{name}={','.join(map(str, value))}: {len(value)} values for the {blocks} blocks of this model; "
+                    "give one, or one for each block"
+                )
+            own[name] = value[i] if isinstance(value, tuple) else value
+        return dataclasses.replace(self, **own)
+
+
+class Stepper(NamedTuple):
+    """What inverts one block on one batch: its network on new tokens, its caches, and what stands before the first token."""
+
+    step: Step
+    cache: Any  # empty, or filled with a prefix
+    start: jax.Array | None = None  # [D], fed before the first token; None: the first token passes unchanged
+    prefix: int = 0  # slots of the cache that are filled
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The blocks of a flow on one batch of B examples. Block 0 is nearest the data and inverted last."""
+
+    blocks: int
+    stepper: Callable[[int], Stepper]
+    order: Callable[[jax.Array, int], jax.Array]  # [B, T, D] from raster order to that of a block, or back
+    out: Callable[[int], jax.Array]  # [W, D] or [W, 2 D], the kernel that makes log-scale and shift of block i
+
+
+class Inverted(NamedTuple):
+    """The way back through a chain."""
+
+    states: list[jax.Array]  # [B, T, D] each: what went in, then the state after each inverted block, the data last
+    # What a sampler gives beside its samples; empty where all blocks went token by token.
+    #   sweeps [B, blocks] int32: those that a sample took in each block; 0: token by token.
+    #   unconverged [B, blocks] bool: whether they did not suffice, so that it went token by token after all, or was kept.
+    report: dict[str, jax.Array]
+
+
+def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> Inverted:
+    """Noise to data, [B, T, D] in raster order, through all blocks, the last one first.
+
+    Raises:
+        UserError: an unknown method, or one with as many values as there are no blocks.
+    """
+    method, states = Jacobi.of(method), [x]
+    plans = [method.block(i, chain.blocks) for i in range(chain.blocks)]
+    sweeps = jnp.zeros((len(x), chain.blocks), jnp.int32)
+    failed = jnp.zeros((len(x), chain.blocks), bool)
+    for i in reversed(range(chain.blocks)):
+        v, stepper, plan = chain.order(x, i), chain.stepper(i), plans[i]
+        if 0 < plan.tol < _FINEST:
+            warnings.warn(
+                f"method.tol={plan.tol:g} is below what float32 resolves: block {i} goes token by token; set method.tol to "
+                f"{_FINEST:g} or more, or to 0 for sweeps until nothing moves",
+                stacklevel=2,
+            )
+        if swept(plan, v.shape[1]):
+            u, count, bad = jacobi(stepper, v, plan)
+            sweeps, failed = sweeps.at[:, i].set(count), failed.at[:, i].set(bad)
+        else:
+            u = sequential(stepper, v)
+        x = chain.order(u, i)
+        states.append(x)
+    any_swept = any(swept(plan, x.shape[1]) for plan in plans)
+    return Inverted(states, {"sweeps": sweeps, "unconverged": failed} if any_swept else {})
+
+
+def swept(plan: Jacobi, tokens: int) -> bool:
+    """Whether a block of so many tokens is inverted by sweeps; else it goes token by token."""
+    assert isinstance(plan.modules, int)
+    assert not isinstance(plan.tol, tuple)
+    return 0 < plan.modules < tokens - 1 and not 0 < plan.tol < _FINEST
+
+
+def feed(stepper: Stepper, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(first, rest): what a block is fed before all else [B, D], and the tokens of [B, T, D] that follow from it."""
+    if stepper.start is None:
+        return u[:, 0], u[:, 1:]
+    return jnp.broadcast_to(stepper.start, u[:, 0].shape).astype(u.dtype), u
+
+
+def once(stepper: Stepper, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scale and shift [B, T, D] of all tokens of u at once; 1 and 0 for a first token that passes unchanged."""
+    first, rest = feed(stepper, u)
+    scale, shift, _ = stepper.step(jnp.concatenate([first[:, None], rest[:, :-1]], 1), stepper.cache, jnp.int32(0))
+    if stepper.start is None:
+        scale = jnp.pad(scale, ((0, 0), (1, 0), (0, 0)), constant_values=1)
+        shift = jnp.pad(shift, ((0, 0), (1, 0), (0, 0)))
+    return scale, shift
+
+
+def sequential(stepper: Stepper, v: jax.Array) -> jax.Array:
     """Token by token: u_t = v_t s_t + b_t with (s_t, b_t) = step(u_{t-1}), in one `lax.scan`.
 
     Tokens leave the scan as outputs, so nothing of the size of the sequence is carried but the cache.
 
     Args:
-        step: the network on one token, with its cache; its index counts the tokens fed.
         v: [B, T, D] in the order of the flow, float32.
-        cache: key/value caches, empty or filled with a prefix.
-        start: [D], fed before the first token. None: the first token passes unchanged, u_0 = v_0.
 
     Returns:
         u [B, T, D].
@@ -123,14 +287,97 @@ def sequential(step: Step, v: jax.Array, cache: Any, start: jax.Array | None = N
     ) -> tuple[tuple[jax.Array, Any], jax.Array]:
         u, cache = carry
         index, v_next = inputs
-        scale, shift, cache = step(u[:, None], cache, index)
+        scale, shift, cache = stepper.step(u[:, None], cache, index)
         u = affine_inverse(v_next, scale[:, 0], shift[:, 0])
         return (u, cache), u
 
-    rest = v if start is not None else v[:, 1:]
+    first, rest = feed(stepper, v)
     if not rest.shape[1]:
         return v
-    first = v[:, 0] if start is None else jnp.broadcast_to(start, v[:, 0].shape).astype(v.dtype)
-    _, u = jax.lax.scan(body, (first, cache), (jnp.arange(rest.shape[1]), rest.swapaxes(0, 1)))
+    _, u = jax.lax.scan(body, (first, stepper.cache), (jnp.arange(rest.shape[1]), rest.swapaxes(0, 1)))
     u = u.swapaxes(0, 1)
-    return u if start is not None else jnp.concatenate([v[:, :1], u], axis=1)
+    return u if stepper.start is not None else jnp.concatenate([v[:, :1], u], axis=1)
+
+
+def jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One block by sweeps: a `lax.while_loop` over sweeps in a `lax.scan` over modules, all shapes static.
+
+    Args:
+        v: [B, T, D] in the order of the flow, float32.
+        plan: with the values of this block.
+
+    Returns:
+        u [B, T, D]; the sweeps that each sample took, [B]; and which samples did not converge, [B], for which u is the
+        sequential result unless `plan.unconverged` keeps it as it is.
+    """
+    first, target = feed(stepper, v)
+    batch, count, dims = target.shape
+    modules = min(int(plan.modules), count)  # type: ignore[arg-type]
+    size = -(-count // modules)
+    limit = size if plan.sweeps is None else min(int(plan.sweeps), size)  # type: ignore[arg-type]
+    bound = _BOUND if plan.clamp is None else plan.clamp
+    guess = target if plan.start == "v" else jnp.zeros_like(target)
+
+    class State(NamedTuple):
+        """Of the sweeps over one module."""
+
+        u: jax.Array  # [B, size, D]
+        cache: Any
+        sweep: jax.Array
+        done: jax.Array  # [B], samples that move no more
+        settled: jax.Array  # [B], whose keys and values follow from the tokens they ended with
+        good: jax.Array  # [B], that converged or are exact
+        sweeps: jax.Array  # [B]
+
+    def module(carry: tuple[Any, ...], index: jax.Array) -> tuple[tuple[Any, ...], None]:
+        u, cache, sweeps, good = carry
+        # The last module reaches back over tokens that are done: they come out as they are.
+        before = jnp.where(index > 0, jax.lax.dynamic_slice_in_dim(u, jnp.maximum(index - 1, 0), 1, 1)[:, 0], first)
+        goal, seed = (jax.lax.dynamic_slice_in_dim(x, index, size, 1) for x in (target, guess))
+        last = index >= count - size
+
+        def sweep(state: State) -> State:
+            scale, shift, cache = stepper.step(
+                jnp.concatenate([before[:, None], state.u[:, :-1]], 1), state.cache, index
+            )
+            found = affine_inverse(goal, scale, shift)
+            new = jnp.clip(jnp.where(jnp.isnan(found), seed, found), -bound, bound)
+            sound = (new == found).all((1, 2))
+            moves = ~state.done
+            if plan.criterion == "max":
+                still = jnp.abs(new - state.u).max((1, 2)) <= plan.tol
+            else:
+                still = jnp.broadcast_to(jnp.square(new - state.u).mean() < plan.tol * jnp.square(new).mean(), (batch,))
+            exact = state.sweep + 1 >= size
+            spent = state.sweep + 1 >= limit
+            good = sound & (still | exact)
+            return State(
+                jnp.where(moves[:, None, None], new, state.u),
+                cache,
+                state.sweep + 1,
+                state.done | (still & sound) | spent,
+                state.done | exact | (not plan.refresh),
+                jnp.where(moves, good, state.good),
+                state.sweeps + moves,
+            )
+
+        def goes_on(state: State) -> jax.Array:
+            return jnp.where(last, ~state.done, ~(state.done & state.settled)).any()
+
+        no = jnp.zeros((batch,), bool)
+        part = jax.lax.dynamic_slice_in_dim(u, index, size, 1)
+        end = jax.lax.while_loop(goes_on, sweep, State(part, cache, jnp.int32(0), no, no, no, sweeps))
+        return (jax.lax.dynamic_update_slice_in_dim(u, end.u, index, 1), end.cache, end.sweeps, good & end.good), None
+
+    starts = jnp.minimum(jnp.arange(modules) * size, count - size)
+    carry = (guess, stepper.cache, jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), bool))
+    (u, cache, sweeps, good), _ = jax.lax.scan(module, carry, starts)
+    u = u if stepper.start is not None else jnp.concatenate([v[:, :1], u], axis=1)
+    if plan.unconverged == "keep":
+        return u, sweeps, ~good
+
+    def again(u: jax.Array, cache: Any) -> jax.Array:
+        slow = sequential(stepper._replace(cache=clear_cache(cache, stepper.prefix)), v)
+        return jnp.where(good[:, None, None], u, slow)
+
+    return jax.lax.cond(good.all(), lambda u, _: u, again, u, cache), sweeps, ~good

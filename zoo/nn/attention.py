@@ -172,6 +172,11 @@ def write_cache(cache: Cache, k: jax.Array, v: jax.Array, index: Any, layer: Any
     return {"k": put(cache["k"], k), "v": put(cache["v"], v)}
 
 
+def clear_cache(caches: Any, index: int) -> Any:
+    """Caches of any number of layers with the slots from `index` on as if they had never been written."""
+    return jax.tree.map(lambda x: jnp.where(jnp.arange(x.shape[-1]) < index, x, jnp.zeros((), x.dtype)), caches)
+
+
 def attend_cached(q: jax.Array, cache: Cache, index: Any, layer: Any) -> jax.Array:
     """Attention of the tokens q [B, Q, H, K] at positions `index`, `index` + 1, ... to the cache up to their own.
 

@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from zoo.dist import constrain, whole
 from zoo.errors import UserError
-from zoo.flows.inverse import Guidance, sequential
+from zoo.flows.inverse import Chain, Guidance, Inverted, Jacobi, Stepper, invert
 from zoo.flows.transforms import LOG_2PI, affine, shift_right
 from zoo.nn.attention import check_backend
 from zoo.nn.embed import patchify, unpatchify
@@ -96,6 +96,12 @@ def _net(task: TarFlow, t: int) -> FlowNet:
     )
 
 
+def _init_net(task: TarFlow, rng: jax.Array) -> Params:
+    """Fresh parameters of one block; directions differ in the forward pass only."""
+    fresh: Any = _net(task, 0).init(rng, jnp.zeros((1, task.tokens, task.dims)))
+    return fresh["params"]
+
+
 def _apply(net: FlowNet, params: Params, *inputs: Any) -> tuple[jax.Array, jax.Array, Any]:
     outputs: Any = net.apply({"params": params}, *inputs)
     return outputs
@@ -147,11 +153,9 @@ def forward(
     return states[-1], sum(logdets[1:], logdets[0])
 
 
-def _inverse_block(
-    task: TarFlow, params: Params, t: int, v: jax.Array, label: jax.Array | None, guidance: Guidance
-) -> jax.Array:
-    """One block back, [B, T, D] in raster order; a guided one runs both passes as one batch of 2 B."""
-    net, batch, tokens = _net(task, t), v.shape[0], task.tokens
+def _stepper(task: TarFlow, params: Params, t: int, batch: int, label: jax.Array | None, guidance: Guidance) -> Stepper:
+    """What inverts block t; guided, both passes run as one batch of 2 B."""
+    net, tokens = _net(task, t), task.tokens
     guided = guidance.active
     temperature = None
     if guided:
@@ -163,8 +167,7 @@ def _inverse_block(
     cache = init_trunk_cache(
         task.depth, task.scan, rows, tokens, task.width // task.head_dim, task.head_dim, task.dtype
     )
-
-    block = whole(cast_trunk(params[f"block{t}"], task.dtype))
+    block = whole(cast_trunk(params[f"block{t}"], task.dtype), lambda: _init_net(task, jax.random.key(0)))
 
     def step(u: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
         u = jnp.concatenate([u, u]) if guided else u
@@ -175,7 +178,21 @@ def _inverse_block(
             return *guidance.apply((a[:batch], b[:batch]), (a[batch:], b[batch:]), ramp), cache
         return jnp.exp(a), b, cache
 
-    return _order(sequential(step, _order(v, t), cache), t)
+    return Stepper(step, cache)
+
+
+def chain(
+    task: TarFlow, params: Params, batch: int, label: jax.Array | None = None, guidance: float | Guidance = 0.0
+) -> Chain:
+    """The blocks of the flow as their inverse sees them, for `batch` examples."""
+    guidance = Guidance.of(guidance, "linear", annealed=True)
+    label = label if task.classes else None
+
+    def stepper(t: int) -> Stepper:
+        here = guidance if guidance.blocks == "all" or t == task.blocks - 1 else Guidance()
+        return _stepper(task, params, t, batch, label, here)
+
+    return Chain(task.blocks, stepper, _order, lambda t: params[f"block{t}"]["out"]["kernel"])
 
 
 def inverse(
@@ -185,21 +202,37 @@ def inverse(
     label: jax.Array | None = None,
     guidance: float | Guidance = 0.0,
     *,
+    method: str | Jacobi = "sequential",
     sequence: bool = False,
 ) -> jax.Array:
-    """Noise to data, token by token with a key/value cache; jit it with `task` and a `Guidance` static.
+    """Noise to data, token by token with a key/value cache or by sweeps; jit it with `task` and a `Guidance` static.
 
     Args:
         z: [B, T, D] drawn from N(0, I); the prior variances are multiplied in here, so the round trip reads
             inverse(forward(x) / sqrt(var)) = x.
         label: [B] class numbers, negative for "no label"; None for no label at all.
         guidance: a weight (annealed, log-scale and shift), or a `Guidance`.
+        method: how blocks are inverted, see `zoo.flows.inverse.Jacobi.of`.
         sequence: also return the states on the way.
 
     Returns:
         image [B, S, S, C], not clipped; with `sequence` [blocks + 1, B, S, S, C]: z before its scaling, then the state
         after each inverted block, the image last.
     """
+    states = _invert(task, params, z, label, guidance, method).states
+    images = [unpatchify(s, task.patch, task.channels) for s in ([z, *states[1:]] if sequence else states[-1:])]
+    return jnp.stack(images) if sequence else images[0]
+
+
+def _invert(
+    task: TarFlow,
+    params: Params,
+    z: jax.Array,
+    label: jax.Array | None,
+    guidance: float | Guidance,
+    method: str | Jacobi,
+) -> Inverted:
+    """`inverse` in tokens, with what the method has to tell."""
     chex.assert_shape(z, (None, task.tokens, task.dims))
     guidance = Guidance.of(guidance, "linear", annealed=True)
     if not guidance.active and guidance.tempered:
@@ -213,14 +246,7 @@ def inverse(
             "costs twice; give labels, or an attention temperature such as 0.5",
             stacklevel=2,
         )
-    x = z * jnp.sqrt(params["prior"]["var"])
-    states = [z]
-    for t in reversed(range(task.blocks)):
-        here = guidance if guidance.blocks == "all" or t == task.blocks - 1 else Guidance()
-        x = _inverse_block(task, params, t, x, label if task.classes else None, here)
-        states.append(x)
-    images = [unpatchify(s, task.patch, task.channels) for s in (states if sequence else states[-1:])]
-    return jnp.stack(images) if sequence else images[0]
+    return invert(chain(task, params, len(z), label, guidance), z * jnp.sqrt(params["prior"]["var"]), method)
 
 
 def log_prob(task: TarFlow, params: Params, image: jax.Array, label: jax.Array | None = None) -> jax.Array:
@@ -336,9 +362,8 @@ class TarFlow:
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output kernels are zero, their biases are not (a constant affine map at the start)."""
-        x = jnp.zeros((1, self.tokens, self.dims))
-        # All blocks at once: one graph to compile instead of one per block (directions differ in the forward pass only).
-        many = jax.vmap(lambda key: _net(self, 0).init(key, x)["params"])(jax.random.split(rng, self.blocks))
+        # All blocks at once: one graph to compile instead of one per block.
+        many = jax.vmap(lambda key: _init_net(self, key))(jax.random.split(rng, self.blocks))
         params: Params = {f"block{t}": jax.tree.map(lambda p, t=t: p[t], many) for t in range(self.blocks)}
         return {**params, "prior": {"var": jnp.ones((self.tokens, self.dims))}}
 
@@ -401,6 +426,7 @@ class TarFlow:
         guidance: float | Guidance = 0.0,
         denoise: float | None = None,
         temperature: float = 1.0,
+        method: str | Jacobi = "auto",
     ) -> dict[str, jax.Array]:
         """n images; image i depends on (rng, i) alone.
 
@@ -410,19 +436,30 @@ class TarFlow:
             guidance: see `inverse`.
             denoise: strength of the denoising step; None: 1 for a model trained with Gaussian noise, else 0.
             temperature: factor on the standard deviation of z (the paper uses 1).
+            method: how blocks are inverted: "sequential", "jacobi", "gs_jacobi", a `Jacobi`, or "auto": what a run has
+                saved as fastest (`zoo eval RUN convergence`), else sequential.
 
         Returns:
-            `image` [n, S, S, C] clipped to [-1, 1] (NaN where the inverse overflowed), and `label` [n] where given.
+            `image` [n, S, S, C] clipped to [-1, 1] (NaN where the inverse overflowed), `label` [n] where given, and where
+            blocks were swept over `sweeps` and `unconverged` [n, blocks] (`zoo.flows.inverse.Inverted`).
         """
         keys = rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
         z = temperature * jax.vmap(lambda k: jax.random.normal(k, (self.tokens, self.dims)))(keys)
         label = (conditions or {}).get("label") if self.classes else None
-        image = inverse(self, params, constrain(z, "batch"), label, guidance)
+        found = _invert(self, params, constrain(z, "batch"), label, guidance, method)
+        image = unpatchify(found.states[-1], self.patch, self.channels)
         denoise = (1.0 if self.noise_type == "gaussian" and self.noise else 0.0) if denoise is None else denoise
         if not isinstance(denoise, (int, float)) or denoise:
             image = _denoise(self, params, image, label, denoise)
-        drawn = {"image": jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)}
+        drawn = {"image": jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan), **found.report}
         return drawn if label is None else {**drawn, "label": label}
+
+    def chain(
+        self, params: Params, batch: Batch, rng: jax.Array, *, guidance: float | Guidance = 0.0
+    ) -> tuple[jax.Array, Chain]:
+        """Noisy examples as tokens [B, T, D], and the blocks that map them to noise; with `label` where the batch has it."""
+        x = patchify(self.add_noise(rng, batch["image"]), self.patch)
+        return x, chain(self, params, len(x), batch.get("label"), guidance)
 
     def import_names(self) -> list[Name]:
         """The layout of the official PyTorch implementation (linear weights stored [out, in])."""

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from zoo.dist import constrain, whole
 from zoo.errors import UserError
-from zoo.flows.inverse import Guidance, Step, sequential
+from zoo.flows.inverse import Chain, Guidance, Jacobi, Stepper, invert
 from zoo.flows.transforms import LOG_2PI, affine, shift_right
 from zoo.nn.embed import grid_positions, patchify, rope_angles, unpatchify
 from zoo.nn.layers import Dense, RMSNorm, Table, normal, zeros
@@ -180,6 +180,14 @@ class FlowNet(nn.Module):
         return jnp.log(jax.nn.softplus(a + UNIT)) if self.softplus else a, b, cache
 
 
+def init_net(task: StarFlow, i: int, rng: jax.Array) -> Params:
+    """Fresh parameters of block i."""
+    x = jnp.zeros((1, task.tokens, task.dims))
+    seen = jnp.zeros((1, task.prefix, task.condition_width)) if conditioned(task, i) else None
+    fresh: Any = net(task, i).init(rng, x, seen, angles(task, i, (task.rows, task.columns)))
+    return fresh["params"]
+
+
 def conditioned(task: StarFlow, i: int) -> bool:
     """Whether block i sees the condition."""
     return task.prefix > 0 and (task.condition == "all" or i == task.blocks - 1)
@@ -319,7 +327,7 @@ def stepper(
     null: jax.Array | None,
     guidance: Guidance,
     temperature: float = 1.0,
-) -> tuple[Step, Any, jax.Array | None]:
+) -> Stepper:
     """What inverts block i: its network on new tokens, caches that hold the condition, and the start token [D].
 
     Guided, both passes run as one batch of 2 B and see the same tokens (STARFlow section 3.3).
@@ -338,7 +346,7 @@ def stepper(
     table = angles(task, i, grid)
     rope = None if table is None else jnp.asarray(table)
     cache = init_trunk_cache(task.depths[i], task.scan, rows, prefix + count, heads, head_dim, task.dtype)
-    block = whole(cast_trunk(params[f"block{i}"], task.dtype))
+    block = whole(cast_trunk(params[f"block{i}"], task.dtype), lambda: init_net(task, i, jax.random.key(0)))
     if prefix:
         chex.assert_shape([condition, null] if guided else condition, (batch, prefix, None))
         seen = jnp.concatenate([jnp.asarray(condition), jnp.asarray(null)]) if guided else condition
@@ -353,7 +361,29 @@ def stepper(
             return *guidance.apply((a[:batch], b[:batch]), (a[batch:], b[batch:]), ramp), cache
         return jnp.exp(a), b, cache
 
-    return step, cache, block["start"] if task.start else None
+    return Stepper(step, cache, block["start"] if task.start else None, prefix)
+
+
+def chain(
+    task: StarFlow,
+    params: Params,
+    batch: int,
+    grid: Grid,
+    condition: jax.Array | None = None,
+    null: jax.Array | None = None,
+    guidance: float | Guidance = 0.0,
+    attention_temperature: float = 1.0,
+) -> Chain:
+    """The blocks of the flow as their inverse sees them, for `batch` examples on a grid; arguments as of `inverse`."""
+    guidance = Guidance.of(guidance, "gaussian", annealed=False)
+    if guidance.active and not task.prefix:
+        raise UserError(f"guidance={guidance.weight}: this model has no condition to be guided to; leave guidance out")
+    return Chain(
+        task.blocks,
+        lambda i: stepper(task, params, i, batch, grid, condition, null, guidance, attention_temperature),
+        lambda x, i: reorder(task, x, i),
+        lambda i: params[f"block{i}"]["out"]["kernel"],
+    )
 
 
 def inverse(
@@ -365,29 +395,25 @@ def inverse(
     guidance: float | Guidance = 0.0,
     *,
     attention_temperature: float = 1.0,
+    method: str | Jacobi = "sequential",
     sequence: bool = False,
 ) -> jax.Array:
-    """Noise to data, deep block first, token by token with a key/value cache; jit it with `task` and a `Guidance` static.
+    """Noise to data, deep block first, token by token or by sweeps; jit it with `task` and a `Guidance` static.
 
     Args:
         z: [B, H, W, C] from N(0, I), on the grid of the result.
         condition, null: [B, S, E], what to draw and its absence; `null` is needed with guidance only.
         guidance: a weight w of the Gaussian rule (0 is off; the usual scale is 1 + w), or a `Guidance`.
         attention_temperature: divides all attention logits.
+        method: how blocks are inverted, see `zoo.flows.inverse.Jacobi.of`.
         sequence: also return the states on the way.
 
     Returns:
         x [B, H, W, C], the noise of training still in it; with `sequence` [blocks + 1, B, H, W, C], z first, x last.
     """
-    guidance = Guidance.of(guidance, "gaussian", annealed=False)
-    if guidance.active and not task.prefix:
-        raise UserError(f"guidance={guidance.weight}: this model has no condition to be guided to; leave guidance out")
     x, grid = tokens(task, z)
-    states = [x]
-    for i in reversed(range(task.blocks)):
-        step, cache, start = stepper(task, params, i, len(x), grid, condition, null, guidance, attention_temperature)
-        x = reorder(task, sequential(step, reorder(task, x, i), cache, start), i)
-        states.append(x)
+    blocks = chain(task, params, len(x), grid, condition, null, guidance, attention_temperature)
+    states = invert(blocks, x, method).states
     found = [untokens(task, s, grid) for s in (states if sequence else states[-1:])]
     return jnp.stack(found) if sequence else found[0]
 

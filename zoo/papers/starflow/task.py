@@ -15,7 +15,7 @@ from zoo.dist import constrain
 from zoo.encoders.text import T5
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
-from zoo.flows.inverse import Guidance
+from zoo.flows.inverse import Chain, Guidance, Jacobi, invert
 from zoo.flows.transforms import LOG_2PI
 from zoo.nn.attention import check_backend
 from zoo.nn.transformer import check_remat
@@ -263,13 +263,8 @@ class StarFlow:
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output kernels are zero, their biases are not (a constant affine map at the start)."""
-        grid = (self.rows, self.columns)
-        x = jnp.zeros((1, self.tokens, self.dims))
         keys = jax.random.split(rng, self.blocks + 2)
-        params: Params = {}
-        for i in range(self.blocks):
-            seen = jnp.zeros((1, self.prefix, self.condition_width)) if model.conditioned(self, i) else None
-            params[f"block{i}"] = model.net(self, i).init(keys[i], x, seen, model.angles(self, i, grid))["params"]
+        params: Params = {f"block{i}": model.init_net(self, i, keys[i]) for i in range(self.blocks)}
         if self.vae:
             params["vae"] = self.vae.init(keys[-2])
         if self.text:
@@ -369,6 +364,7 @@ class StarFlow:
         temperature: float = 1.0,
         attention_temperature: float = 1.0,
         grid: tuple[int, int] | None = None,
+        method: str | Jacobi = "auto",
     ) -> dict[str, jax.Array]:
         """n samples; sample i depends on (rng, i) alone.
 
@@ -380,10 +376,13 @@ class StarFlow:
             temperature: factor on the standard deviation of z (the paper uses 1).
             attention_temperature: divides all attention logits.
             grid: rows and columns of the latents; None: those of the task.
+            method: how blocks are inverted: "sequential", "jacobi", "gs_jacobi", a `Jacobi`, or "auto": what a run has
+                saved as fastest (`zoo eval RUN convergence`), else sequential.
 
         Returns:
             `latent` [n, H, W, C]; where there is an autoencoder also `image`, decoded and clipped to [-1, 1]. A model of
-            pixels gives `image` alone. NaN where the inverse overflowed. And `label` where given.
+            pixels gives `image` alone. NaN where the inverse overflowed. And `label` where given; where blocks were swept
+            over also `sweeps` and `unconverged` [n, blocks] (`zoo.flows.inverse.Inverted`).
         """
         rows, columns = grid or self.latent
         if min(rows, columns) < 1 or rows % self.patch or columns % self.patch:
@@ -402,15 +401,10 @@ class StarFlow:
         batch = {**(conditions or {}), "z": z}
         seen = self.conditions(params, batch)
         null = self.conditions(params, batch, jnp.ones(n, bool)) if self.prefix else None
-        x = model.inverse(
-            self,
-            params,
-            constrain(z, "batch"),
-            seen,
-            null,
-            guidance,
-            attention_temperature=attention_temperature,
-        )
+        x, places = model.tokens(self, constrain(z, "batch"))
+        blocks = model.chain(self, params, n, places, seen, null, guidance, attention_temperature)
+        found = invert(blocks, x, method)
+        x = model.untokens(self, found.states[-1], places)
         denoise = float(self.denoiser == "score" and self.noise > 0) if denoise is None else denoise
         if not isinstance(denoise, (int, float)) or denoise:
             x = model.denoise(self, params, x, seen, denoise)
@@ -418,8 +412,19 @@ class StarFlow:
         if self.inputs == "pixels" or self.vae:
             image = self.vae.decode(params["vae"], x) if self.vae else x
             drawn["image"] = jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)
+        drawn |= found.report
         label = (conditions or {}).get("label") if self.classes else None
         return drawn if label is None else {**drawn, "label": label}
+
+    def chain(
+        self, params: Params, batch: Batch, rng: jax.Array, *, guidance: float | Guidance = 0.0
+    ) -> tuple[jax.Array, Chain]:
+        """Noisy examples as tokens [B, T, D], and the blocks that map them to noise, with class or caption where given."""
+        draw, noise = jax.random.split(rng)
+        x, grid = model.tokens(self, self.add_noise(noise, self.clean(params, batch, draw)))
+        seen = self.conditions(params, batch)
+        null = self.conditions(params, batch, jnp.ones(len(x), bool)) if self.prefix else None
+        return x, model.chain(self, params, len(x), grid, seen, null, guidance)
 
     def _asked(self, conditions: Batch | None) -> bool:
         """Whether conditions hold a class or a caption, and not only what stands for none."""
