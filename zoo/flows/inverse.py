@@ -144,22 +144,21 @@ class Jacobi:
     )
 
     def __post_init__(self) -> None:
-        def check(name: str, wrong: Callable[[Any], bool], what: str) -> None:
+        limits: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "modules": (lambda n: n >= 0, "is negative; 1 is Jacobi's method, 0 goes token by token"),
+            "sweeps": (lambda n: n >= 1, "makes no sweep; give 1 or more, or none for as many as it takes"),
+            "tol": (lambda x: 0 <= x < math.inf, "is no tolerance; give a small number such as 1e-5, or 0"),
+            "start": (lambda word: word in ("v", "zeros"), "is no first guess; choose v or zeros"),
+            "clamp": (lambda x: 0 < x < math.inf, "must be positive; none leaves numbers as they are"),
+            "criterion": (lambda word: word in ("max", "relative"), "is unknown; choose max or relative"),
+            "unconverged": (lambda word: word in ("sequential", "keep"), "is unknown; choose sequential or keep"),
+        }
+        for name, (fits, what) in limits.items():
             value = getattr(self, name)
             for one in value if isinstance(value, tuple) else (value,):
-                if one is not None and wrong(one):
+                if one is not None and not fits(one):
                     raise UserError(f"method.{name}={one} {what}")
-
-        check("modules", lambda n: n < 0, "is negative; 1 is Jacobi's method, 0 goes token by token")
-        check("sweeps", lambda n: n < 1, "makes no sweep; give 1 or more, or none for as many as it takes")
-        check("tol", lambda x: not 0 <= x < math.inf, "is no tolerance; give a small number such as 1e-5, or 0")
-        check("start", lambda word: word not in ("v", "zeros"), "is no first guess; choose v or zeros")
-        check("clamp", lambda x: not 0 < x < math.inf, "must be positive; none leaves numbers as they are")
-        choices = {"criterion": ("max", "relative"), "unconverged": ("sequential", "keep")}
-        for name, words in choices.items():
-            check(name, lambda word, words=words: word not in words, f"is unknown; choose {' or '.join(words)}")
-        for name in ("modules", "sweeps", "tol", "start"):
-            if getattr(self, name) == ():
+            if value == ():
                 raise UserError(f"method.{name}=() names no value; give one, or one for each block")
 
     @classmethod
@@ -229,9 +228,10 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
     failed = jnp.zeros((len(x), chain.blocks), bool)
     for i in reversed(range(chain.blocks)):
         v, stepper, plan = chain.order(x, i), chain.stepper(i), plans[i]
-        if 0 < plan.tol < _FINEST:
+        tol = _scalars(plan)[2]
+        if plan.modules and 0 < tol < _FINEST:
             warnings.warn(
-                f"method.tol={plan.tol:g} is below what float32 resolves: block {i} goes token by token; set method.tol to "
+                f"method.tol={tol:g} is below what float32 resolves: block {i} goes token by token; set method.tol to "
                 f"{_FINEST:g} or more, or to 0 for sweeps until nothing moves",
                 stacklevel=2,
             )
@@ -248,9 +248,17 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
 
 def swept(plan: Jacobi, tokens: int) -> bool:
     """Whether a block of so many tokens is inverted by sweeps; else it goes token by token."""
-    assert isinstance(plan.modules, int)
-    assert not isinstance(plan.tol, tuple)
-    return 0 < plan.modules < tokens - 1 and not 0 < plan.tol < _FINEST
+    modules, _, tol = _scalars(plan)
+    return 0 < modules < tokens - 1 and not 0 < tol < _FINEST
+
+
+def _scalars(plan: Jacobi) -> tuple[int, int | None, float]:
+    """Modules, sweeps and tolerance of a plan for one block."""
+    modules, sweeps, tol = plan.modules, plan.sweeps, plan.tol
+    assert isinstance(modules, int)
+    assert not isinstance(sweeps, tuple)
+    assert not isinstance(tol, tuple)
+    return modules, sweeps, tol
 
 
 def feed(stepper: Stepper, u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -311,10 +319,11 @@ def jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax
         sequential result unless `plan.unconverged` keeps it as it is.
     """
     first, target = feed(stepper, v)
-    batch, count, dims = target.shape
-    modules = min(int(plan.modules), count)  # type: ignore[arg-type]
+    batch, count, _ = target.shape
+    modules, sweeps_most, tol = _scalars(plan)
+    modules = min(modules, count)
     size = -(-count // modules)
-    limit = size if plan.sweeps is None else min(int(plan.sweeps), size)  # type: ignore[arg-type]
+    limit = size if sweeps_most is None else min(sweeps_most, size)
     bound = _BOUND if plan.clamp is None else plan.clamp
     guess = target if plan.start == "v" else jnp.zeros_like(target)
 
@@ -345,9 +354,9 @@ def jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax
             sound = (new == found).all((1, 2))
             moves = ~state.done
             if plan.criterion == "max":
-                still = jnp.abs(new - state.u).max((1, 2)) <= plan.tol
+                still = jnp.abs(new - state.u).max((1, 2)) <= tol
             else:
-                still = jnp.broadcast_to(jnp.square(new - state.u).mean() < plan.tol * jnp.square(new).mean(), (batch,))
+                still = jnp.broadcast_to(jnp.square(new - state.u).mean() < tol * jnp.square(new).mean(), (batch,))
             exact = state.sweep + 1 >= size
             spent = state.sweep + 1 >= limit
             good = sound & (still | exact)
