@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo import config, dist, paths
+from zoo.commands import strategy
 from zoo.errors import UserError
 from zoo.models import Model
 from zoo.paths import Folder
@@ -43,6 +44,7 @@ def draw(
     asked: Mapping[str, Any],
     batch: int,
     options: Mapping[str, Any],
+    resolved: Mapping[str, Any],
 ) -> None:
     """Draw n samples into `out`: `000000.png` ..., `sheet.png` and `settings.json`. Files already there are kept.
 
@@ -51,6 +53,8 @@ def draw(
         captions: n texts, for the sheet and the images' metadata; None: none.
         asked: what the user wrote for `conditions`, kept in `settings.json`: with it, sample i has the same condition
             whatever n.
+        resolved: what stands in the place of options that leave the choice to zoo; not part of the settings, so that a
+            folder can be filled on another device.
 
     Raises:
         UserError: a model that draws no images; the folder holds samples with other settings, or cannot be written.
@@ -63,7 +67,8 @@ def draw(
         **asked,
         **_plain(options),
     }
-    sampler = jax.jit(lambda params, rng, given: model.task.sample(params, rng, batch, given, **options))
+    taken = {**options, **resolved}
+    sampler = jax.jit(lambda params, rng, given: model.task.sample(params, rng, batch, given, **taken))
     boxed = jax.eval_shape(model.task.init, jax.random.key(0))
     mesh, params = dist.spread(model.params, batch, boxed)
     with dist.use(mesh):
@@ -81,7 +86,8 @@ def draw(
     for begin in range(0, len(missing), batch):
         rows = np.array(missing[begin : begin + batch])
         with dist.use(mesh):
-            images, lost = _finite(sampler, params, seed, rows, conditions, batch)
+            images, lost, told = _finite(sampler, params, seed, rows, conditions, batch)
+        strategy.tell(told, taken.get("method", "sequential"))
         for i, image in zip(rows, images):
             about = {**{k: str(v) for k, v in settings.items()}, "index": str(i)}
             if captions is not None:
@@ -109,20 +115,21 @@ def _finite(
     rows: np.ndarray,
     conditions: Mapping[str, np.ndarray] | None,
     batch: int,
-) -> tuple[np.ndarray, list[int]]:
-    """Samples of these rows; those that overflow are drawn again one by one from new noise."""
+) -> tuple[np.ndarray, list[int], dict[str, np.ndarray]]:
+    """Samples of these rows, those that overflow drawn again from new noise; what did to the last; what the sampler told."""
     padded = np.resize(rows, batch)  # one compiled shape, whatever is left
     given = _rows(conditions, padded)
-    images = np.array(sampler(params, keys(seed, padded), given)["image"])[: len(rows)]
+    drawn = {k: np.array(x)[: len(rows)] for k, x in sampler(params, keys(seed, padded), given).items()}
+    images, told = drawn.pop("image"), drawn
     for attempt in range(1, _RETRIES + 1):
         bad = [k for k in range(len(rows)) if not np.isfinite(images[k]).all()]
         if not bad:
-            return images, []
+            return images, [], told
         _log.warning("samples %s overflowed and are drawn again", ", ".join(str(rows[k]) for k in bad))
         again = np.array(sampler(params, keys(seed, padded, attempt), given)["image"])
         for k in bad:
             images[k] = again[k]
-    return images, [int(rows[k]) for k in range(len(rows)) if not np.isfinite(images[k]).all()]
+    return images, [int(rows[k]) for k in range(len(rows)) if not np.isfinite(images[k]).all()], told
 
 
 def _claim(out: Folder, settings: dict[str, Any]) -> None:

@@ -1,0 +1,130 @@
+"""How `zoo sample` inverts the blocks of a flow: what `zoo eval RUN convergence` has measured, kept with the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from zoo import paths
+from zoo.errors import UserError
+from zoo.flows.inverse import Guidance, Jacobi
+from zoo.metrics.convergence import Convergence
+from zoo.models import Model
+from zoo.paths import Folder
+
+_log = logging.getLogger("zoo")
+
+
+def save(folder: Folder, found: Mapping[str, Any]) -> None:
+    """Keep what the metric found, beside the strategies of other devices and batch sizes; a warning where it cannot be."""
+    path = folder / Convergence.saves
+    new = [_key(s) for s in found["strategies"]]
+    kept = [s for s in _read(folder) if _key(s) not in new]
+    try:
+        with paths.sentence(path, "write"):
+            path.write_text(json.dumps({**found, "strategies": [*kept, *found["strategies"]]}, indent=1) + "\n")
+    except UserError as error:
+        _log.warning("the strategies are not kept: %s", error)
+
+
+def _key(strategy: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(strategy[k] for k in ("device", "devices", "batch", "guidance"))
+
+
+def _read(folder: Folder) -> list[dict[str, Any]]:
+    """Saved strategies; [] where there are none. UserError when the file is damaged."""
+    path = folder / Convergence.saves
+    with paths.sentence(path):
+        if not path.is_file():
+            return []
+        text = path.read_text()
+    try:
+        found: list[dict[str, Any]] = json.loads(text)["strategies"]
+        for strategy in found:
+            _key(strategy)
+            _plan(strategy)
+    except (ValueError, TypeError, KeyError, UserError):
+        raise UserError(
+            f"{path} is damaged; remove it, or measure again with `zoo eval {folder} convergence`"
+        ) from None
+    return found
+
+
+def _plan(strategy: Mapping[str, Any]) -> Jacobi:
+    return Jacobi(tuple(strategy["modules"]), tol=strategy["tol"], start=tuple(strategy["start"]))
+
+
+def chosen(model: Model, options: Mapping[str, Any], batch: int) -> Jacobi | None:
+    """The strategy saved with a model that suits this device, a batch and the guidance; None where there is none.
+
+    Sweeps pay less the more samples a device has, so one that was timed with as many or more is safe.
+    """
+    here = jax.devices()[0].device_kind
+    guided = Guidance.of(options.get("guidance", 0.0), "linear", annealed=True).active
+    share = math.ceil(batch / math.gcd(batch, jax.local_device_count()))
+    suits = [
+        (s["batch"] / s["devices"], s)
+        for s in _read(model.folder)
+        if s["device"] == here and (s["guidance"] > 0) == guided and s["batch"] / s["devices"] >= share
+    ]
+    return _plan(min(suits, key=lambda pair: pair[0])[1]) if suits else None
+
+
+def resolve(model: Model, options: Mapping[str, Any], batch: int, *, measure: bool) -> dict[str, Any]:
+    """{"method": what "auto" stands for}; {} where another method is asked for, or the sampler inverts no flow.
+
+    Args:
+        measure: time the methods where nothing is saved; False: go token by token then.
+
+    Raises:
+        UserError: the data to measure on cannot be read.
+    """
+    if options.get("method") != "auto" or not hasattr(model.task, "chain"):
+        return {}
+    plan = chosen(model, options, batch)
+    if plan is None and measure:
+        if model.data is None:
+            raise UserError(
+                f"method=auto: nothing is known of how {model.folder} inverts best, and it does not say what data it was "
+                "trained on; give method=sequential or method=jacobi"
+            )
+        _log.info("method=auto: no strategy is saved for this device, batch and guidance; measuring")
+        weight = Guidance.of(options.get("guidance", 0.0), "linear", annealed=True).weight
+        metric = Convergence(batches=(batch,), guidance=float(weight))
+        save(model.folder, metric(model.task, model.params, model.data, jax.random.key(0)))
+        plan = chosen(model, options, batch)
+    return {"method": plan or Jacobi.of("sequential")}
+
+
+def described(method: Any) -> str:
+    """A method in a few words."""
+    plan = Jacobi.of(method)
+    if not plan.modules or (isinstance(plan.modules, tuple) and not any(plan.modules)):
+        return "token by token"
+    return f"sweeps with modules={plan.modules}, tol={plan.tol}".replace("(", "").replace(")", "")
+
+
+def tell(drawn: Mapping[str, Any], method: Any) -> None:
+    """Warn of samples whose sweeps did not suffice, block by block."""
+    if "unconverged" not in drawn:
+        return
+    kept = Jacobi.of(method).unconverged == "keep"
+    for i, count in enumerate(drawn["unconverged"].sum(0)):
+        if count:
+            _log.warning(
+                "block %d: %d of %d samples did not converge by sweeps and %s",
+                i,
+                count,
+                len(drawn["unconverged"]),
+                "were kept as they are: set method.unconverged=sequential for exact ones"
+                if kept
+                else "went token by token",
+            )
+
+
+__all__ = ["chosen", "described", "resolve", "save", "tell"]
