@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 import typing
@@ -103,7 +104,25 @@ def _parser() -> argparse.ArgumentParser:
         default="both",
         help="both: train and sample, on synthetic data; data reads the run's own",
     )
-    sub.add_argument("--samples", type=int, default=16, help="batch size of the sampler, which is timed with 1 as well")
+    sub.add_argument(
+        "--samples",
+        default="16",
+        metavar="N[,N...]",
+        help="batch sizes of the sampler, which is timed with 1 as well",
+    )
+    sub.add_argument(
+        "--model",
+        default=None,
+        metavar="MODEL",
+        help="a run or export of a flow: time its sampler with these weights, by each way to invert a block",
+    )
+    sub.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="FIELDS",
+        help="one more way beside sequential, jacobi and gs_jacobi, e.g. 'modules=0,1,1,8 tol=1e-3'; may be repeated",
+    )
     sub.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, in turn")
     sub.add_argument("--json", default=None, metavar="FILE", help="write the figures here as well")
     sub = verb(
@@ -460,10 +479,24 @@ def _bench(args: argparse.Namespace) -> int:
         )
     run = _run(config.load(args.config, args.fields), args.config)
     _check_json(args.json)
+    if not re.fullmatch(r"-?[0-9]+(,-?[0-9]+)*", args.samples):
+        raise UserError(f"--samples {args.samples} is no batch size and no list of them; write 16, or 16,64")
+    samples = tuple(map(int, args.samples.split(",")))
     dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
-    flags = [f"--{k} {getattr(args, k)}" for k in ("what", "samples", "rounds", "peer") if getattr(args, k) is not None]
+    names = ("what", "samples", "rounds", "peer", "model")
+    flags = [f"--{k} {getattr(args, k)}" for k in names if getattr(args, k) is not None]
+    flags += [f"--method {shlex.quote(text)}" for text in args.method]
     about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
-    result = bench(run, peer=args.peer, what=args.what, samples=args.samples, rounds=args.rounds, about=about)
+    result = bench(
+        run,
+        peer=args.peer,
+        what=args.what,
+        samples=samples,
+        rounds=args.rounds,
+        model=args.model,
+        methods=args.method,
+        about=about,
+    )
     print(result.table())
     _write_json(args.json, result.figures)
     return 0

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zoo import models, weights
 from zoo.cli import main
 from zoo.commands import bench as module
 from zoo.commands.bench import Result, bench
@@ -21,6 +22,7 @@ from zoo.data.images import Images
 from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.errors import UserError
+from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
 from zoo.train.optim import AdamW
@@ -57,6 +59,16 @@ def peer(folder: Path, loss: str = "0.0", inverse: str = "0.0") -> str:
     path = folder / "peer.py"
     path.write_text(PEER.replace("WRONG_LOSS", loss).replace("WRONG_INVERSE", inverse))
     return str(path)
+
+
+def export_of(folder: Path, task: Any) -> str:
+    """An export of random weights."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), weights.abstract(task))
+    params |= {"prior": {"var": jnp.ones_like(params["prior"]["var"])}}
+    model = models.Model(task, params, "ema", 5, None, (), folder)
+    weights.save(folder, params, models.export_config(model), "a card")
+    return str(folder)
 
 
 def on_one_device(self: Mesh, devices: Any = None, *rest: Any, build: Any = Mesh.build, **more: Any) -> Any:
@@ -229,15 +241,133 @@ def test_devices_that_count_their_memory_are_believed(monkeypatch: pytest.Monkey
 def test_one_sample_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[int] = []
     measure = module.time_sampler
-    monkeypatch.setattr(
-        module,
-        "time_sampler",
-        lambda run, params, twin, n, rounds: (timed.append(n), measure(run, params, twin, n, rounds))[1],
-    )
+    monkeypatch.setattr(module, "time_sampler", lambda *given: (timed.append(given[3]), measure(*given))[1])
     figures = bench(RUN, what="sample", samples=1, rounds=1).figures
     assert timed == [1]
     assert [k for k in figures if k.endswith(" ms, ours")] == ["sample 1 ms, ours"]
     assert not any(k.startswith(("train", "data")) for k in figures)
+    # fresh weights say nothing of sweeps, and the figures say so
+    assert "--model" in figures["sampler weights"]
+    assert not any("jacobi" in k for k in figures)
+    assert min(figures["sample 1 program MiB, ours"].values()) > 0
+
+
+def test_several_batch_sizes_are_timed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(module, "time_sampler", lambda *given: timed.append(given[3]) or {})
+    bench(RUN, what="sample", samples=(16, 4, 16), rounds=1)
+    assert timed == [1, 4, 16]
+
+
+def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = replace(TASK, image=8)
+    name, twin = export_of(tmp_path / "model", flow), Path(peer(tmp_path))
+    twin.write_text(
+        twin.read_text().replace("def inverse", "def slow_inverse")
+    )  # that of the peer is not compared here
+    twins: list[Any] = []
+    load = module.load_peer
+    monkeypatch.setattr(module, "load_peer", lambda *given: (twins.append(load(*given)), twins[-1])[1])
+    short = "modules=1 sweeps=1 unconverged=keep"
+    figures = bench(
+        replace(RUN, task=replace(flow, scan=False)),  # its layers lie otherwise than those of the model
+        peer=str(twin),
+        what="sample",
+        samples=1,
+        rounds=2,
+        model=name,
+        methods=["modules=0,2  tol=1e-6", short, "sequential"],  # the last is ours
+    ).figures
+    json.dumps(figures)
+    assert figures["sampler weights"] == f"{name}, ema, step 5"
+    methods = ("jacobi", "gs_jacobi", "modules=0,2 tol=1e-6", short)
+    sides = ("ours", *methods, "peer")
+    assert [k for k in figures if k.startswith("sample 1 ms, ")] == [f"sample 1 ms, {side}" for side in sides]
+    for method in methods:
+        times, ours, theirs = (figures[f"sample 1 ms, {side}"] for side in (method, "ours", "peer"))
+        assert figures[f"sample 1 examples/s, {method}"] == pytest.approx(1e3 / times["median"])
+        for other, of in (("ours", ours), ("peer", theirs)):
+            ratio = figures[f"sample 1, {method} / {other}"]
+            assert times["min"] / of["max"] <= ratio["min"] * 1.001 <= ratio["max"] * 1.002
+        assert set(figures[f"sample 1 program MiB, {method}"]) == {"arguments", "temporaries"}
+    assert "sample 1, ours / peer" in figures
+    assert not any(k.startswith("sample 1, peer") for k in figures)
+    for method in methods[:3]:
+        assert figures[f"sample 1 error, {method}"] < 1e-4
+        assert f"sample 1 unconverged, {method}" not in figures
+    assert figures[f"sample 1 error, {short}"] > 1e-4  # these weights need more than a sweep
+    assert figures[f"sample 1 unconverged, {short}"] == 2
+    assert figures[f"sample 1 sweeps, {short}"] == [1, 1]
+    assert all(1 < n <= 15 for n in figures["sample 1 sweeps, jacobi"])
+    swept = figures["sample 1 sweeps, modules=0,2 tol=1e-6"]
+    assert swept[0] == 0
+    assert swept[1] > 1
+    # the peer samples with the same weights
+    given = weights.matching(models.open_model(name).params, twins[0].params)
+    jax.tree.map(np.testing.assert_array_equal, given, twins[0].params)
+
+
+def test_latents_are_compared_and_caches_counted() -> None:
+    task = StarFlow(latent=(4, 4), channels=2, width=8, depths=(1, 1), head_dim=8)
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), weights.abstract(task))
+    sides = {"ours": "sequential", "jacobi": "jacobi"}
+    figures = module.time_sampler(replace(RUN, task=task), params, None, 2, 1, sides)
+    assert figures["sample 2 error, jacobi"] < 1e-4
+    assert len(figures["sample 2 sweeps, jacobi"]) == 2
+    # keys and values of 2 samples, 16 tokens and 8 numbers in float32
+    assert figures["sample 2 caches of a block MiB"]["deep"] * 2**20 == 2 * 2 * 16 * 8 * 4
+
+
+def test_samples_that_differ_are_told_apart() -> None:
+    ours = {"image": np.array([[0.0, 1.0], [np.nan, 2.0]])}
+    near = {"image": ours["image"] + 0.25}
+    far = {"image": np.array([[0.0, 1.0], [0.0, np.nan]]), "sweeps": np.array([[1, 4], [3, 2]])}
+    far["unconverged"] = np.array([[False, True], [False, False]])
+    figures = module._told({"ours": ours, "near": near, "far": far}, 2)
+    assert figures == {
+        "sample 2 error, near": 0.25,
+        "sample 2 sweeps, near": "none: every block goes token by token",
+        "sample 2 error, far": "1 of 2 samples are finite on one side only",
+        "sample 2 sweeps, far": [3, 4],
+        "sample 2 unconverged, far": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("newton", "method='newton' is unknown"),
+        ("", "method='' is unknown"),
+        ("auto", "leaves the choice open"),
+        ("module=4", "no field module in Jacobi; did you mean 'modules'"),
+        ("modules=x", "modules='x' is no"),
+        ("modules=-1", "is negative"),
+        ("modules=4 jacobi", "'jacobi' is no override"),
+        ("modules=1,2,3", "3 values for the 2 blocks"),
+    ],
+)
+def test_a_method_that_is_none(tmp_path: Path, method: str, says: str) -> None:
+    model = models.Model(TASK, {}, "raw", None, None, (), tmp_path)
+    with pytest.raises(UserError, match=f"--method '{method}': .*{says}"):
+        module.inverses(TASK, model, [method])
+
+
+def test_a_model_that_is_none(tmp_path: Path) -> None:
+    name = export_of(tmp_path / "model", replace(TASK, dtype="bfloat16", width=16, blocks=1))
+    with pytest.raises(UserError, match=r"another model than the config's \(task.width: 8 -> 16\)"):
+        bench(RUN, what="sample", model=name)
+    with pytest.raises(UserError, match="nowhere is neither a folder nor a shipped model"):
+        bench(RUN, what="sample", model="nowhere")
+    for what in ("train", "data"):
+        with pytest.raises(UserError, match=f"--model has no part in --what {what}"):
+            bench(RUN, what=what, model=name)
+        with pytest.raises(UserError, match=f"--method has no part in --what {what}"):
+            bench(RUN, what=what, methods=["jacobi"])
+    with pytest.raises(UserError, match="--method needs --model"):
+        bench(RUN, what="sample", methods=["jacobi"])
+    other = SimpleNamespace(held=(), spec=TASK.spec, init=TASK.init, loss=TASK.loss, sample=TASK.sample)
+    with pytest.raises(UserError, match="invert a flow, and SimpleNamespace is none; leave it out"):
+        bench(replace(RUN, task=other), what="sample", model=name)
 
 
 # --- the data -------------------------------------------------------------------------------------
@@ -327,6 +457,25 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == list(figures)
 
 
+def test_the_command_passes_on_sizes_model_and_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(module, "bench", lambda run, **given: asked.update(given) or Result({"x": 1}))
+    command = "bench tarflow/digits:smoke --what sample --samples 16,64 --model m --method jacobi"
+    assert main([*command.split(), "--method", "modules=2 tol=1e-3"]) == 0
+    assert (asked["samples"], asked["model"]) == ((16, 64), "m")
+    assert asked["methods"] == ["jacobi", "modules=2 tol=1e-3"]
+    assert asked["about"]["command"] == (
+        "zoo bench tarflow/digits:smoke --what sample --samples 16,64 --rounds 5 --model m --method jacobi "
+        "--method 'modules=2 tol=1e-3'"
+    )
+
+
+@pytest.mark.parametrize("samples", ["x", "16,", "16;64", "1.5", ""])
+def test_batch_sizes_that_are_none(samples: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tarflow/digits:smoke", "--samples", samples]) == 2
+    assert f"--samples {samples} is no batch size and no list of them".replace("  ", " ") in capsys.readouterr().err
+
+
 def test_a_folder_that_is_not_there_is_found_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,7 +541,7 @@ def test_nothing_to_time(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--rounds 0"):
         bench(RUN, rounds=0)
     with pytest.raises(UserError, match="--samples 0"):
-        bench(RUN, samples=0)
+        bench(RUN, samples=(16, 0))
     with pytest.raises(UserError, match="--peer has no part in --what data"):
         bench(RUN, peer=peer(tmp_path), what="data")
     mute = SimpleNamespace(held=(), spec=TASK.spec, init=TASK.init, loss=TASK.loss)

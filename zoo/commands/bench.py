@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.util
 import inspect
 import os
@@ -14,7 +15,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 import zoo
-from zoo import dist, weights
+from zoo import config, dist, models, weights
 from zoo.commands import flops
 from zoo.commands.chips import chip_of, count_chips
 from zoo.data.pipeline import batches
@@ -40,6 +42,7 @@ PARTS = ("train", "sample", "data")
 _ROUND = 0.5  # seconds that one timed round of one side takes at least
 _STEADY = 1.5  # slowest round over fastest from which a measurement counts for nothing
 _STEPS = 100  # steps timed one by one at most
+_SPEED = ("dtype", "remat", "scan", "attention")  # fields of a task that change no weight
 _AHEAD = 6  # batches that the pipeline may hold ready when nobody has taken one for a while
 
 Figures = dict[str, Any]
@@ -68,8 +71,10 @@ def bench(
     *,
     peer: str | None = None,
     what: str = "both",
-    samples: int = 16,
+    samples: int | Sequence[int] = 16,
     rounds: int = 5,
+    model: str | None = None,
+    methods: Sequence[str] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Result:
     """Time the parts of a run. The step and the sampler get synthetic data; only the part `data` opens the run's own.
@@ -78,13 +83,18 @@ def bench(
         peer: a Python file whose `build(task)` gives an object with load, train_step, loss and sample. It gets our
             weights first, and a loss that differs ends the comparison: a twin that computes something else is none.
         what: train, sample, data, both (train and sample) or all.
+        samples: batch sizes of the sampler, which is timed with 1 as well.
+        model: a run, an export or a shipped name whose weights the sampler gets. A flow is then inverted by every method,
+            in turn; with fresh weights sweeps converge at once.
+        methods: further ones, such as "modules=0,1,1,8 tol=1e-3": fields of `zoo.flows.inverse.Jacobi`.
         about: what the command was, kept among the figures.
 
     Raises:
-        UserError: no peer there, a peer that differs, no round or sample to time, a task without a sampler, or data that
-            cannot be read where nothing else was asked for.
+        UserError: no peer there, a peer that differs, no round or sample to time, a task without a sampler, a model that
+            is not of this task, a method that is none, or data that cannot be read where nothing else was asked for.
     """
-    for name, value in (("--rounds", rounds), ("--samples", samples)):
+    sizes = (samples,) if isinstance(samples, int) else tuple(samples)
+    for name, value in (("--rounds", rounds), *(("--samples", n) for n in sizes)):
         if value < 1:
             raise UserError(f"{name} {value} leaves nothing to time; give 1 or more")
     parts = WHAT.get(what, (what,))
@@ -92,6 +102,11 @@ def bench(
         raise UserError(f"{type(run.task).__name__} has no sampler; use --what train")
     if parts == ("data",) and peer:
         raise UserError("--peer has no part in --what data; leave it out")
+    for flag, given in (("--model", model), ("--method", methods)):
+        if given and "sample" not in parts:
+            raise UserError(f"{flag} has no part in --what {what}, which draws no samples; leave it out")
+    opened = open_weights(run.task, model) if model else None
+    sides = inverses(run.task, opened, methods)
     mesh = run.mesh.build()
     twin = load_peer(peer, run.task) if peer else None
     figures = {**(about or {}), **environment(run, mesh), "rounds": rounds}
@@ -117,8 +132,19 @@ def bench(
                 figures |= compiled | time_step(run, mesh, step, twin, host, rounds)
                 state = step.state
             if "sample" in parts:
-                for n in sorted({1, samples}):  # one alone: how long a user waits
-                    figures |= time_sampler(run, state.params, twin, n, rounds)
+                params = state.params
+                if opened is not None:
+                    params = opened.params
+                    at = "" if opened.step is None else f", step {opened.step}"
+                    figures["sampler weights"] = f"{model}, {opened.kind}{at}"
+                    if twin is not None:
+                        twin.load(weights.to_official(run.task, params))
+                elif _is_flow(run.task):
+                    figures["sampler weights"] = (
+                        "fresh: sweeps converge at once on them, and are timed with --model only"
+                    )
+                for n in sorted({1, *sizes}):  # one alone: how long a user waits
+                    figures |= time_sampler(run, params, twin, n, rounds, sides)
         if "data" in parts:
             try:
                 figures |= time_data(run, mesh, rounds, step)
@@ -150,7 +176,7 @@ def environment(run: Run, mesh: jax.sharding.Mesh) -> Figures:
         "batch": run.batch,
         "accumulate": run.accumulate,
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
-        **{k: getattr(run.task, k) for k in ("dtype", "remat", "scan", "attention") if hasattr(run.task, k)},
+        **{k: getattr(run.task, k) for k in _SPEED if hasattr(run.task, k)},
     }
 
 
@@ -179,6 +205,15 @@ def peak_memory(step: _Stepper | None, twin: Any) -> Figures:
     if asked is not None:
         figures["peak device memory MiB, peer"] = asked / 2**20
     return figures
+
+
+def _program(program: Any, name: str) -> Figures:
+    """What a compiled program takes in and works with, on each device; nothing where the compiler does not say."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return {}
+    sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
+    return {name: {k: size / 2**20 for k, size in sizes.items()}}
 
 
 def _planned(program: Any) -> float | None:
@@ -227,8 +262,10 @@ def _compare(figures: Figures, what: str, found: dict[str, list[float]], items: 
                 f"rounds differ by a factor of {max(seconds) / min(seconds):.1f}; "
                 "the machine is busy: repeat on an idle one, do not quote"
             )
-    if {"ours", "peer"} <= set(found):
-        figures[f"{what}, ours / peer"] = _spread([a / b for a, b in zip(found["ours"], found["peer"])])
+    for name, seconds in found.items():
+        for other in ("ours", "peer"):
+            if other in found and name not in (other, "peer"):
+                figures[f"{what}, {name} / {other}"] = _spread([a / b for a, b in zip(seconds, found[other])])
 
 
 # --- the train step -------------------------------------------------------------------------------
@@ -315,12 +352,7 @@ def compile_twice(step: Any, *arguments: Any) -> tuple[Any, Figures]:
 def time_step(run: Run, mesh: jax.sharding.Mesh, step: _Stepper, twin: Any, host: Any, rounds: int) -> Figures:
     """Throughput in rounds, beside the peer; then steps one by one; what share of the chips' peak that is."""
     figures: Figures = {"train first step ms": 1e3 * _seconds(step, 1)}
-    memory = step.program.memory_analysis()
-    if memory is not None:
-        figures["train program MiB"] = {
-            "arguments": memory.argument_size_in_bytes / 2**20,
-            "temporaries": memory.temp_size_in_bytes / 2**20,
-        }
+    figures |= _program(step.program, "train program MiB")
     sides: dict[str, Callable[[int], None]] = {"ours": step}
     if twin is not None:
         batch = twin.place(host)
@@ -349,25 +381,103 @@ def time_step(run: Run, mesh: jax.sharding.Mesh, step: _Stepper, twin: Any, host
 # --- the sampler ----------------------------------------------------------------------------------
 
 
-def time_sampler(run: Run, params: Any, twin: Any, n: int, rounds: int) -> Figures:
-    """Seconds that a batch of n samples takes, beside the peer, on the devices that `zoo sample` would use."""
-    task = run.task
+def _is_flow(task: Any) -> bool:
+    """Whether the sampler inverts blocks by a method that can be chosen."""
+    flows = hasattr(task, "chain") and hasattr(task, "sample")
+    return flows and "method" in inspect.signature(task.sample).parameters
+
+
+def open_weights(task: Any, name: str) -> models.Model:
+    """The model behind `--model`, with parameters in the layout of `task`, in the host's memory.
+
+    UserError where the task is no flow, and where the model's task differs in more than what makes it fast.
+    """
+    if not _is_flow(task):
+        raise UserError(
+            f"--model times the methods that invert a flow, and {type(task).__name__} is none; leave it out: its "
+            "sampler takes as long with fresh weights"
+        )
+    model = models.open_model(name, on_host=True)
+    found = config.differences(config.dump(task, "task"), config.dump(model.task, "task"), "task")
+    found = [text for text in found if text.partition(":")[0].rpartition(".")[2] not in _SPEED]
+    if found:
+        raise UserError(
+            f"--model {name} is another model than the config's ({found[0]}); override the fields of the config, or open "
+            "a model that was made with it"
+        )
+    params = weights.matching(model.params, weights.abstract(task))  # its layers may be stacked and ours unrolled
+    return dataclasses.replace(model, task=task, params=params)
+
+
+def inverses(task: Any, model: models.Model | None, methods: Sequence[str] = ()) -> dict[str, Any]:
+    """The sides that the sampler is timed with, by name: the value of its option `method`, None where it has none.
+
+    `ours` goes token by token. Without a model there is no other.
+
+    Args:
+        methods: names, or fields of `zoo.flows.inverse.Jacobi` with a blank between them.
+
+    Raises:
+        UserError: methods without a model, or one that is unknown or does not fit the blocks of the task.
+    """
+    if methods and model is None:
+        raise UserError("--method needs --model: fresh weights converge at once, so that sweeps tell nothing on them")
+    if model is None:
+        return {"ours": "sequential" if _is_flow(task) else None}
+    sides: dict[str, Any] = {"ours": "sequential", "jacobi": "jacobi", "gs_jacobi": "gs_jacobi"}
+    kinds = typing.get_args(typing.get_type_hints(type(task).sample)["method"])
+    plan: Any = next(kind for kind in kinds if dataclasses.is_dataclass(kind))
+    for text in (" ".join(method.split()) for method in methods):
+        try:
+            if text == "auto":
+                raise UserError("it leaves the choice open; name a method, or give its fields, e.g. modules=4")
+            method = config.override(plan(), text.split(" ")) if "=" in text else text
+            plan.of(method).block(0, task.blocks)  # as many values as blocks
+        except UserError as error:
+            raise UserError(f"--method '{text}': {error}") from None
+        if method not in sides.values():
+            sides[text] = method
+    return sides
+
+
+def time_sampler(
+    run: Run, params: Any, twin: Any, n: int, rounds: int, methods: Mapping[str, Any] | None = None
+) -> Figures:
+    """Seconds that a batch of n samples takes, beside the peer, on the devices that `zoo sample` would use.
+
+    Args:
+        methods: the sides, from `inverses`; None: ours alone, as the sampler does by default.
+
+    Returns:
+        Times, what each program needs of a device's memory, and of every side besides ours how far its samples are from
+        ours for the same keys and what its sweeps came to.
+    """
+    task, methods = run.task, methods or {"ours": None}
     # A peer inverts and no more, so neither do we beside one.
     inverts = twin is not None and "denoise" in inspect.signature(task.sample).parameters
     options = {"denoise": 0.0} if inverts else {}
     spec = sampler_spec(task, n)
     given = None if spec is None else {key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in spec.items()}
-    draw = jax.jit(make_sampler(task, n, options))
+    figures: Figures = {}
     with contextlib.ExitStack() as stack:
         if jax.process_count() == 1:
             mesh, params = dist.spread(params, n)
             stack.enter_context(dist.use(mesh, run.rules))
+        programs = {}
+        for name, method in methods.items():
+            own = options if method is None else {**options, "method": method}
+            lowered = jax.jit(make_sampler(task, n, own)).lower(params, jax.random.key(0), given)
+            programs[name] = lowered.compile()
+            figures |= _program(programs[name], f"sample {n} program MiB, {name}")
 
-        def ours(count: int) -> None:
+        def draw(program: Any, k: int) -> Any:
+            return jax.block_until_ready(program(params, jax.random.key(k), given))
+
+        def repeat(program: Any, count: int) -> None:
             for k in range(count):
-                jax.block_until_ready(draw(params, jax.random.key(k), given))
+                draw(program, k)
 
-        sides: dict[str, Callable[[int], None]] = {"ours": ours}
+        sides: dict[str, Callable[[int], None]] = {k: functools.partial(repeat, p) for k, p in programs.items()}
         if twin is not None:
 
             def theirs(count: int) -> None:
@@ -375,8 +485,37 @@ def time_sampler(run: Run, params: Any, twin: Any, n: int, rounds: int) -> Figur
                     twin.sample(n)
 
             sides["peer"] = theirs
-        figures: Figures = {}
-        _compare(figures, f"sample {n}", _rounds(sides, rounds), n)
+        found = _rounds(sides, rounds)
+        told: Figures = {}
+        if len(programs) > 1:
+            told = _told({name: jax.device_get(draw(program, 0)) for name, program in programs.items()}, n)
+    times: Figures = {}
+    _compare(times, f"sample {n}", found, n)
+    if _is_flow(task) and hasattr(task, "cache_bytes"):
+        sizes = task.cache_bytes(n, guided=False).items()
+        figures[f"sample {n} caches of a block MiB"] = {block: size / 2**20 for block, size in sizes}
+    return times | told | figures
+
+
+def _told(drawn: Mapping[str, Mapping[str, np.ndarray]], n: int) -> Figures:
+    """Of every side besides ours: how far its samples are from ours, its sweeps by block, and how often they failed."""
+    figures: Figures = {}
+    for name, one in drawn.items():
+        if name == "ours":
+            continue
+        key = "image" if "image" in one else "latent"
+        mine, theirs = np.asarray(drawn["ours"][key], np.float32), np.asarray(one[key], np.float32)
+        finite = np.isfinite(mine) & np.isfinite(theirs)
+        lost = int((np.isfinite(mine) != np.isfinite(theirs)).any(tuple(range(1, mine.ndim))).sum())
+        error = float(np.abs(theirs[finite] - mine[finite]).max(initial=0))
+        figures[f"sample {n} error, {name}"] = f"{lost} of {n} samples are finite on one side only" if lost else error
+        if "sweeps" not in one:
+            figures[f"sample {n} sweeps, {name}"] = "none: every block goes token by token"
+            continue
+        figures[f"sample {n} sweeps, {name}"] = one["sweeps"].max(0).tolist()  # block 0, nearest the data, first
+        failed = int(one["unconverged"].sum())
+        if failed:
+            figures[f"sample {n} unconverged, {name}"] = failed
     return figures
 
 
