@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from zoo import dist
@@ -160,14 +161,33 @@ def init_cache(layers: int | None, batch: int, tokens: int, heads: int, head_dim
     return {"k": dist.constrain(jnp.zeros(shape, dtype), *names), "v": dist.constrain(jnp.zeros(shape, dtype), *names)}
 
 
+def _tokens_last(cache: jax.Array) -> jax.Array:
+    """The cache as it is, for a TPU with its last axis in the lanes.
+
+    Left to itself its compiler turns caches round to write a token in one place, which puts K numbers into rows of 128:
+    heads of 64 then take, and every token reads, twice as much as there is. Tokens in the lanes fill them, and a write
+    touches the 128 tokens around it [compiled for TPU v5e: 1.6 instead of 4.1 GiB for ImageNet-64].
+    """
+    head_dim, tokens = cache.shape[-2:]
+    if dist.platform() != "tpu" or head_dim % _LANES == 0 or tokens < 4 * _LANES:
+        return cache
+
+    def pin(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    # On a mesh each device pins its own part: the partitioner would gather what it does not know how to cut.
+    where = dist.spec(cache.shape, *(None,) * (cache.ndim - 4), "batch", "heads")
+    return pin(cache) if where is None else jax.shard_map(pin, in_specs=where, out_specs=where, check_vma=False)(cache)
+
+
 def write_cache(cache: Cache, k: jax.Array, v: jax.Array, index: Any, layer: Any) -> Cache:
     """Put keys and values [B, Q, H, K] of the tokens from `index` on into the cache of `layer`."""
 
     def put(where: jax.Array, what: jax.Array) -> jax.Array:
         what = what.transpose(0, 2, 3, 1).astype(where.dtype)  # [B, H, K, Q]
         if layer is None:
-            return jax.lax.dynamic_update_slice(where, what, (0, 0, 0, index))
-        return jax.lax.dynamic_update_slice(where, what[None], (layer, 0, 0, 0, index))
+            return _tokens_last(jax.lax.dynamic_update_slice(where, what, (0, 0, 0, index)))
+        return _tokens_last(jax.lax.dynamic_update_slice(where, what[None], (layer, 0, 0, 0, index)))
 
     return {"k": put(cache["k"], k), "v": put(cache["v"], v)}
 
