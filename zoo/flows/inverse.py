@@ -123,7 +123,8 @@ class Jacobi:
     The tokens of a block are cut into `modules`, one after the other; within a module all tokens are replaced by
     v s(u) + b(u) again and again, until none of a sample's numbers moves by more than `tol`, or `sweeps` times. One module
     is Jacobi's method, as many as tokens the sequential loop. A module of L tokens is exact after L sweeps. Each sample
-    stops by itself, so it does not depend on the others of its batch.
+    stops by itself, so it does not depend on the others of its batch: by the criterion "max", and with `refresh`, without
+    which keys and values are renewed for as long as any sample moves.
 
     A field with several values has one for each block of the flow, block 0 (nearest the data) first.
     """
@@ -135,7 +136,7 @@ class Jacobi:
     clamp: float | None = (
         None  # numbers are kept within it between sweeps; a sample that still needs it has not converged
     )
-    criterion: Literal["max", "relative"] = "max"  # relative: mean square change over mean square, of the whole batch
+    criterion: Literal["max", "relative"] = "max"  # relative: mean square change over mean square, of bounded samples
     refresh: bool = (
         True  # keys and values of finished modules follow from their last tokens, not from those a sweep before
     )
@@ -323,9 +324,10 @@ def jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax
     modules, sweeps_most, tol = _scalars(plan)
     modules = min(modules, count)
     size = -(-count // modules)
+    modules = -(-count // size)  # of 12 tokens, five modules of three would be one too many
     limit = size if sweeps_most is None else min(sweeps_most, size)
     bound = _BOUND if plan.clamp is None else plan.clamp
-    guess = target if plan.start == "v" else jnp.zeros_like(target)
+    guess = jnp.clip(target, -bound, bound) if plan.start == "v" else jnp.zeros_like(target)
 
     class State(NamedTuple):
         """Of the sweeps over one module."""
@@ -356,7 +358,9 @@ def jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax
             if plan.criterion == "max":
                 still = jnp.abs(new - state.u).max((1, 2)) <= tol
             else:
-                still = jnp.broadcast_to(jnp.square(new - state.u).mean() < tol * jnp.square(new).mean(), (batch,))
+                # what was clipped would make all else look small
+                change, whole = (jnp.where(sound, jnp.square(x).mean((1, 2)), 0.0).mean() for x in (new - state.u, new))
+                still = jnp.broadcast_to(change < tol * whole, (batch,))
             exact = state.sweep + 1 >= size
             spent = state.sweep + 1 >= limit
             good = sound & (still | exact)

@@ -1,0 +1,594 @@
+"""Laws of inverses by sweeps: they are the sequential inverse, and what is not converged is said.
+
+Most blocks here are toys without a network, whose scale and shift follow from a weighted sum of a cache of past tokens.
+The weights of later tokens are zeros that are multiplied, as those of attention are: a number that overflows in a later
+token and is not caught makes NaN of all earlier ones.
+"""
+
+import dataclasses
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zoo import dist
+from zoo.errors import UserError
+from zoo.flows.inverse import Chain, Guidance, Jacobi, Stepper, invert, jacobi, once, sequential, swept
+from zoo.nn.attention import init_cache, write_cache
+from zoo.papers import starflow, tarflow
+from zoo.papers.starflow import model
+
+D = 2
+
+
+def bent(h):
+    """Scale and shift of a block that depends on its input everywhere, with both dimensions in both."""
+    return jnp.exp(0.6 * jnp.tanh(h)), jnp.sin(h + 1.3 * h[..., ::-1])
+
+
+def toy(tokens, batch, *, start=True, strength=1.0, rule=bent, prefix=None, seed=0, unseen=()):
+    """A block on `tokens` tokens. `strength`, a number or one for each sample, is how much it depends on its input.
+
+    `prefix` [B, S, D] stands in the cache before the first token; the tokens fed at `unseen` have weight zero.
+    """
+    fed, held = tokens if start else tokens - 1, 0 if prefix is None else prefix.shape[1]
+    table = np.random.default_rng(seed).normal(size=(fed, held + fed)) * (2 / fed) ** 0.5
+    table[:, list(unseen)] = 0
+    table = jnp.asarray(table, jnp.float32)
+    strength = jnp.broadcast_to(jnp.asarray(strength, jnp.float32), (batch,))[:, None, None]
+    put = lambda cache, u, index: write_cache(cache, u[:, :, None], u[:, :, None], index, None)  # noqa: E731
+    cache = init_cache(None, batch, held + fed, 1, D, jnp.float32)
+    cache = put(cache, prefix, 0) if held else cache
+
+    def step(u, cache, index):
+        cache = put(cache, u, held + index)
+        rows = jax.lax.dynamic_slice_in_dim(table, index, u.shape[1])
+        seen = jnp.arange(held + fed) <= held + index + jnp.arange(u.shape[1])[:, None]
+        tokens = jax.tree.leaves(cache)[0][:, 0]
+        return *rule(strength * jnp.einsum("qn,bdn->bqd", rows * seen, tokens)), cache
+
+    return Stepper(step, cache, jnp.array([0.3, -0.5]) if start else None, held)
+
+
+def noise(tokens, batch, seed=1):
+    return jax.random.normal(jax.random.key(seed), (batch, tokens, D))
+
+
+def chained(tokens, batch, blocks=3, **options):
+    """Blocks of different weights, every second one from the last token to the first."""
+    return Chain(
+        blocks,
+        lambda i: toy(tokens, batch, seed=i, **options),
+        lambda x, i: x[:, ::-1] if i % 2 else x,
+        lambda i: jnp.zeros((1, 2 * D)),
+    )
+
+
+def near(found, want, atol=2e-5, **options):
+    np.testing.assert_allclose(found, want, rtol=0, atol=atol, **options)
+
+
+def error(found, want):
+    return np.abs(np.asarray(found) - np.asarray(want)).max((1, 2))
+
+
+# --- sweeps to the end are the sequential inverse ---------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [True, False], ids=["start", "no-start"])
+@pytest.mark.parametrize("tokens", [2, 7, 12])
+def test_full_sweeps_are_the_sequential_inverse(tokens, start):
+    """12 and 11, 7 and 6, 2 and 1 tokens to find: modules that divide them and that do not, one, all and more than all."""
+    v, count = noise(tokens, 3), tokens if start else tokens - 1
+    plans = [Jacobi(n, tol=0.0, start=g) for n in (1, 3, 5, tokens - 1, tokens, tokens + 4) for g in ("v", "zeros")]
+
+    @jax.jit
+    def run(v):
+        stepper = toy(tokens, 3, start=start, strength=1.5)
+        return sequential(stepper, v), [jacobi(stepper, v, plan) for plan in plans]
+
+    want, found = run(v)
+    assert error(want, v).max() > 0.1
+    for plan, (u, sweeps, bad) in zip(plans, found, strict=True):
+        near(u, want, err_msg=str(plan))
+        assert not bad.any(), plan
+        size = -(-count // min(plan.modules, count))
+        needed = -(-count // size)
+        assert (needed <= sweeps).all(), plan
+        assert (sweeps <= needed * size).all(), plan
+
+
+@pytest.mark.parametrize("start", [True, False], ids=["start", "no-start"])
+def test_all_at_once_gives_back_what_went_in(start):
+    v = noise(6, 2)
+    stepper = toy(6, 2, start=start)
+    u = sequential(stepper, v)
+    scale, shift = once(stepper, u)
+    near((u - shift) / scale, v)
+    if start:
+        assert np.abs(scale[:, 0] - 1).min() > 1e-3
+    else:
+        np.testing.assert_array_equal(scale[:, 0], 1)
+        np.testing.assert_array_equal(shift[:, 0], 0)
+        np.testing.assert_array_equal(u[:, 0], v[:, 0])
+
+
+def test_a_single_token_without_a_start_passes_unchanged():
+    one = noise(1, 2)
+    np.testing.assert_array_equal(sequential(toy(2, 2, start=False), one), one)
+    found = invert(Chain(1, lambda i: toy(2, 2, start=False), lambda x, i: x, jnp.zeros), one, "jacobi")
+    np.testing.assert_array_equal(found.states[-1], one)
+    assert found.report == {}
+
+
+def test_tokens_of_a_prefix_are_seen_and_kept():
+    """By the sweeps, and by the sequential inverse that follows them in the same cache."""
+    v, held = noise(6, 2), noise(3, 2, seed=5)
+
+    @jax.jit
+    def run(v, held):
+        stepper = toy(6, 2, prefix=held)
+        plans = Jacobi(2, tol=0.0), Jacobi(sweeps=1)
+        return sequential(stepper, v), [jacobi(stepper, v, plan) for plan in plans]
+
+    want, found = run(v, held)
+    assert error(run(v, 0 * held)[0], want).min() > 0.1
+    for (u, _, bad), failed in zip(found, (False, True), strict=True):
+        near(u, want)
+        assert bad.tolist() == [failed, failed]
+
+
+# --- blocks of a chain ------------------------------------------------------------------------------
+
+
+def test_blocks_have_plans_and_reports_of_their_own():
+    tokens, v = 9, noise(9, 4)
+    plans = {
+        "sequential": "sequential",
+        "mixed": Jacobi((0, 1, 3), tol=0.0),
+        "many": Jacobi(tokens - 1, tol=0.0),
+        "short": Jacobi(sweeps=(1, 9, 9), tol=(1e-5, 0.0, 0.1), start=("v", "zeros", "v"), unconverged="keep"),
+        "first": Jacobi(sweeps=(9, 9, 1), unconverged="keep"),
+        "jacobi": "jacobi",
+        "gs": "gs_jacobi",
+    }
+    found = jax.jit(lambda v: {k: invert(chained(tokens, 4), v, plan) for k, plan in plans.items()})(v)
+    want = found["sequential"]
+    assert want.report == {}
+    assert found["many"].report == {}
+    assert found["gs"].report == {}  # eight modules of nine tokens are the loop
+    assert len(want.states) == 4
+    np.testing.assert_array_equal(want.states[0], v)
+    for name in ("mixed", "many", "jacobi", "gs"):
+        for ours, theirs in zip(found[name].states, want.states, strict=True):
+            near(ours, theirs, 1e-4 if name == "jacobi" else 2e-5, err_msg=name)
+    for name in ("mixed", "short", "first", "jacobi"):
+        assert found[name].report["sweeps"].shape == found[name].report["unconverged"].shape == (4, 3)
+    sweeps = found["mixed"].report["sweeps"]
+    assert (sweeps[:, 0] == 0).all()
+    assert (sweeps[:, 1] >= 2).all()
+    assert (sweeps[:, 2] >= 3).all()
+    assert not found["mixed"].report["unconverged"].any()
+    # of three blocks the last is inverted first
+    for name, i in (("short", 0), ("first", 2)):
+        bad = found[name].report["unconverged"]
+        assert bad[:, i].all()
+        assert not np.delete(bad, i, 1).any()
+        assert (found[name].report["sweeps"][:, i] == 1).all()
+        assert (np.delete(found[name].report["sweeps"], i, 1) > 1).all()
+
+
+def test_blocks_that_sweeps_cannot_help_go_token_by_token():
+    for tokens, modules, sweeps in ((9, 7, True), (9, 8, False), (9, 0, False), (2, 1, False), (3, 1, True)):
+        assert swept(Jacobi(modules), tokens) == sweeps, (tokens, modules)
+
+
+def test_a_tolerance_that_floats_cannot_reach_is_said():
+    v = noise(6, 2)
+    for tol, named in ((1e-9, ["0", "1"]), ((1e-5, 1e-9), ["1"])):
+        with pytest.warns(UserWarning, match="below what float32 resolves") as said:
+            found = jax.jit(lambda v, t=tol: invert(chained(6, 2, 2), v, Jacobi(tol=t)))(v)
+        texts = sorted(str(w.message) for w in said if "float32" in str(w.message))
+        assert len(texts) == len(named)
+        for text, i in zip(texts, named, strict=True):
+            assert f"block {i} goes token by token" in text
+            assert "method.tol=1e-09" in text
+        near(found.states[-1], jax.jit(lambda v: invert(chained(6, 2, 2), v).states[-1])(v), 1e-4)
+        assert ("sweeps" in found.report) == (len(named) == 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for plan in (Jacobi(tol=1e-6), Jacobi(tol=0.0), Jacobi(0, tol=1e-9)):
+            jax.eval_shape(lambda v, p=plan: invert(chained(6, 2, 2), v, p).states, v)
+
+
+# --- tolerance --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modules", [1, 3])
+def test_a_sample_does_not_depend_on_its_batch(modules):
+    """Easy and hard ones: each has the numbers and the sweeps that it has alone."""
+    tokens, v = 16, noise(16, 4)
+    strength = jnp.array([0.0, 0.05, 1.5, 0.005])
+    plan = Jacobi(modules, tol=1e-3, sweeps=5)
+    run = jax.jit(lambda v, s: jacobi(toy(tokens, len(v), strength=s), v, plan))
+    u, sweeps, bad = run(v, strength)
+    assert bad.tolist() == [False, False, True, False]
+    assert len(set(sweeps.tolist())) == 4
+    for i in range(4):
+        alone = run(v[i : i + 1], strength[i : i + 1])
+        near(alone[0][0], u[i])
+        assert (alone[1][0], alone[2][0]) == (sweeps[i], bad[i])
+
+
+def test_the_error_falls_with_the_tolerance():
+    tokens, v, tols = 24, noise(24, 3), (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+
+    @jax.jit
+    def run(v):
+        stepper = toy(tokens, 3, strength=0.4)
+        return sequential(stepper, v), [jacobi(stepper, v, Jacobi(tol=t, unconverged="keep")) for t in tols]
+
+    want, found = run(v)
+    errors = np.array([error(u, want) for u, *_ in found])
+    counts = np.array([sweeps for _, sweeps, _ in found])
+    assert not np.array([bad for *_, bad in found]).any()
+    assert (errors <= np.array(tols)[:, None] + 1e-6).all()
+    assert (np.diff(errors, axis=0) <= 0).all()
+    assert (errors[0] > 10 * errors[-1]).all()
+    assert (np.diff(counts, axis=0) >= 0).all()
+    assert (counts[0] + 2 < counts[-1]).all()
+    assert (counts[-1] < tokens).all()  # stopped by the tolerance, not because it was exact
+
+
+def test_the_relative_criterion_stops_on_the_mean_of_the_batch():
+    tokens, v, strength = 24, noise(24, 3), jnp.array([0.1, 0.4, 0.6])
+
+    @jax.jit
+    def run(v):
+        stepper = toy(tokens, 3, strength=strength)
+        plans = [Jacobi(tol=t, criterion="relative", unconverged="keep") for t in (1e-2, 1e-6, 0.0)]
+        return sequential(stepper, v), [jacobi(stepper, v, plan) for plan in plans]
+
+    want, found = run(v)
+    for _, sweeps, bad in found:
+        assert len(set(sweeps.tolist())) == 1
+        assert not bad.any()
+    coarse, fine, exact = ((error(u, want).max(), int(sweeps[0])) for u, sweeps, _ in found)
+    assert coarse[0] > 10 * fine[0]
+    assert coarse[1] < fine[1] < exact[1] == tokens
+    assert fine[0] < 1e-2
+    assert exact[0] < 2e-5
+
+
+def test_blocks_that_do_not_see_their_input_take_two_sweeps():
+    v = noise(16, 2)
+    constant = lambda h: (jnp.full_like(h, 1.7), jnp.full_like(h, -0.4))  # noqa: E731
+    nothing = lambda h: (jnp.ones_like(h), jnp.zeros_like(h))  # noqa: E731
+
+    @jax.jit
+    def run(v):
+        found = []
+        for start in ("v", "zeros"):
+            found += [jacobi(toy(16, 2, rule=rule), v, Jacobi(start=start)) for rule in (constant, nothing)]
+        return found
+
+    for (u, sweeps, bad), (want, count) in zip(
+        run(v), [(1.7 * v - 0.4, 2), (v, 1), (1.7 * v - 0.4, 2), (v, 2)], strict=True
+    ):
+        near(u, want, 1e-6)
+        assert sweeps.tolist() == [count, count]
+        assert not bad.any()
+
+
+@pytest.mark.parametrize("options", [{"tol": 0.2}, {"sweeps": 2, "unconverged": "keep"}], ids=["tol", "sweeps"])
+def test_modules_that_follow_see_the_last_tokens(options):
+    """Stale keys and values are those of the tokens before the last sweep: a whole change behind."""
+    tokens, v = 24, noise(24, 6)
+
+    @jax.jit
+    def run(v):
+        stepper = toy(tokens, 6, strength=0.15)
+        return sequential(stepper, v), *(jacobi(stepper, v, Jacobi(4, refresh=r, **options)) for r in (True, False))
+
+    want, fresh, stale = run(v)
+    ours, theirs = error(fresh[0], want), error(stale[0], want)
+    assert (ours <= theirs + 1e-6).all()
+    assert theirs.mean() > 1.25 * ours.mean()
+
+
+# --- what does not converge -------------------------------------------------------------------------
+
+
+def test_samples_that_fail_are_said_and_go_token_by_token():
+    tokens, v, strength = 16, noise(16, 3), jnp.array([0.02, 3.0, 0.03])
+    short, enough = Jacobi(sweeps=1), Jacobi(sweeps=3, tol=1e-2)
+
+    @jax.jit
+    def run(v):
+        stepper = toy(tokens, 3, strength=strength)
+        plans = [dataclasses.replace(p, unconverged=u) for p in (short, enough) for u in ("sequential", "keep")]
+        return sequential(stepper, v), [jacobi(stepper, v, plan) for plan in plans]
+
+    want, ((slow, *said), (kept, *too), (mixed, *some), (rough, *same)) = run(v)
+    for sweeps, bad in (said, too):
+        assert sweeps.tolist() == [1, 1, 1]
+        assert bad.all()
+    near(slow, want, 1e-6)
+    assert error(kept, want).min() > 1e-4
+    for sweeps, bad in (some, same):
+        assert bad.tolist() == [False, True, False]
+        assert sweeps[1] == 3
+    good = jnp.array([0, 2])
+    np.testing.assert_array_equal(mixed[good], rough[good])
+    assert error(mixed[good], want[good]).min() > 1e-6  # so these are not the sequential numbers
+    near(mixed[1], want[1], 1e-6)
+    assert error(rough[1:2], want[1:2]) > 0.1
+
+
+def steep(h):
+    """exp overflows for every guess of about 3, and is near 1 for tokens of about 0.005."""
+    return jnp.exp(400 * jnp.square(h)), 3 + 0.1 * h[..., ::-1]
+
+
+def explosive(tokens, batch, *, start, zeros=()):
+    """(stepper, v, u): v is about -3 and u about 0.005; v is exactly 0, and u 3, at the tokens `zeros`, which none sees."""
+    first = 0 if start else 1
+    stepper = toy(tokens, batch, start=start, rule=steep, strength=0.5, unseen=[t + 1 - first for t in zeros])
+    u = 0.005 * noise(tokens, batch, seed=3)
+    if start:
+        stepper = stepper._replace(start=jnp.array([0.005, -0.005]))
+    for t in zeros:
+        u = u.at[:, t].set(once(stepper, u)[1][:, t])
+    scale, shift = once(stepper, u)
+    v = (u - shift) / scale
+    return stepper, v.at[:, list(zeros)].set(0.0) if zeros else v, u
+
+
+@pytest.mark.parametrize("start", [True, False], ids=["start", "no-start"])
+def test_overflow_on_the_way_is_no_overflow_in_the_end(start):
+    tokens = 10
+
+    @jax.jit
+    def run():
+        stepper, v, u = explosive(tokens, 3, start=start, zeros=(4, 7))
+        wild = once(stepper, v)[0] * v
+        limit = {"sweeps": 3}
+        plans = Jacobi(tol=0.0), Jacobi(3, tol=0.0), Jacobi(start="zeros"), Jacobi(**limit), Jacobi(clamp=5.0)
+        return u, wild, sequential(stepper, v), [jacobi(stepper, v, plan) for plan in plans]
+
+    u, wild, slow, found = run()
+    assert np.isinf(wild).any((1, 2)).all()
+    assert np.isnan(wild).any((1, 2)).all()
+    near(slow, u, 1e-4)
+    for i, (ours, _, bad) in enumerate(found):
+        near(ours, slow, 1e-4, err_msg=str(i))
+        assert bad.all() == (i == 3), i
+
+
+@pytest.mark.parametrize("large", [1e20, 3e38])
+def test_a_first_guess_that_overflows_costs_no_token(large):
+    """A large number in, a small one out, and squares between: the guess must not reach the tokens before it."""
+    tokens, squares = 8, lambda h: (jnp.exp(0.6 * jnp.tanh(h)), jnp.sin(h))
+    base = toy(tokens, 2, rule=squares, strength=8.0)
+
+    def step(u, cache, index):
+        scale, shift, cache = base.step(jnp.square(u), cache, index)
+        place = index + jnp.arange(u.shape[1])[:, None]
+        return jnp.where(place == 4, scale / large, scale), shift, cache
+
+    stepper, v = base._replace(step=step), noise(tokens, 2).at[0, 4].mul(large)
+    want = sequential(stepper, v)
+    assert np.isfinite(want[0]).all()
+    for modules in (1, 3):
+        u, *_ = jax.jit(lambda v, n=modules: jacobi(stepper, v, Jacobi(n, tol=0.0)))(v)
+        near(u, want, 2e-3)
+
+
+def test_an_infinite_inverse_stays_in_its_sample():
+    tokens, v = 10, noise(10, 3).at[1, 3].set(3e38)
+    plans = [Jacobi(tol=0.0), Jacobi(3, tol=0.0), Jacobi(3, tol=1e-3, unconverged="keep"), Jacobi(sweeps=2)]
+    rule = lambda h: (3 * jnp.exp(0.6 * jnp.tanh(h)), jnp.sin(h))  # noqa: E731
+
+    @jax.jit
+    def run(v):
+        blocks = chained(tokens, 3, 2, rule=rule)
+        return invert(blocks, v), [invert(blocks, v, plan) for plan in plans]
+
+    want, found = run(v)
+    assert not np.isfinite(want.states[-1][1]).all()
+    good = jnp.array([0, 2])
+    for plan, out in zip(plans, found, strict=True):
+        x, bad = out.states[-1], out.report["unconverged"]
+        scale = np.abs(want.states[-1][good]).max()
+        near(x[good], want.states[-1][good], 0.05 * scale if plan.unconverged == "keep" else 2e-5 * scale)
+        assert bad[1].all(), plan
+        if plan.sweeps is None:
+            assert not bad[good].any(), plan
+        if plan.unconverged == "sequential":
+            assert not np.isfinite(x[1]).all(), plan
+
+
+def test_the_relative_criterion_does_not_measure_by_what_overflowed():
+    tokens, v = 16, noise(16, 2)
+    rule = lambda h: (jnp.exp(0.6 * jnp.tanh(h)), jnp.sin(h))  # noqa: E731
+    plan = Jacobi(tol=1e-6, criterion="relative")
+    run = jax.jit(lambda v: (sequential(toy(tokens, 2, rule=rule), v), *jacobi(toy(tokens, 2, rule=rule), v, plan)))
+    want, u, _, bad = run(v.at[1, 3].set(1e9))
+    assert bad.tolist() == [False, True]
+    near(u[0], want[0], 1e-2)
+    near(u[1] / 1e9, want[1] / 1e9)
+
+
+def test_a_clamp_changes_no_result():
+    tokens, v = 12, noise(12, 3).at[0].mul(4.0)
+
+    @jax.jit
+    def run(v):
+        stepper = toy(tokens, 3)
+        plans = [Jacobi(2, tol=0.0, clamp=c) for c in (None, 100.0, 5.0)]
+        kept = Jacobi(2, tol=0.0, clamp=5.0, unconverged="keep")
+        return sequential(stepper, v), [jacobi(stepper, v, plan) for plan in (*plans, kept)]
+
+    want, found = run(v)
+    outside = np.abs(want).max((1, 2)) > 5.0
+    assert outside.tolist() == [True, False, False]
+    for (u, _, bad), expected in zip(found, (False, False, outside, outside), strict=True):
+        np.testing.assert_array_equal(bad, np.broadcast_to(expected, 3))
+        near(u[1:], want[1:])
+    for u, *_ in found[:3]:
+        near(u, want)
+    assert np.abs(found[3][0][0]).max() <= 5.0
+
+
+# --- mistakes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"modules": -1}, ["method.modules=-1", "is negative", "0 goes token by token"]),
+        ({"modules": (1, -2)}, ["method.modules=-2", "is negative", "0 goes token by token"]),
+        ({"modules": ()}, ["method.modules=()", "one for each block"]),
+        ({"sweeps": 0}, ["method.sweeps=0", "give 1 or more"]),
+        ({"sweeps": (3, 0)}, ["method.sweeps=0", "give 1 or more"]),
+        ({"sweeps": ()}, ["method.sweeps=()", "one for each block"]),
+        ({"tol": -1e-3}, ["method.tol=-0.001", "give a small number such as 1e-5, or 0"]),
+        ({"tol": math.nan}, ["method.tol=nan", "give a small number such as 1e-5, or 0"]),
+        ({"tol": (1e-3, math.inf)}, ["method.tol=inf", "give a small number such as 1e-5, or 0"]),
+        ({"tol": ()}, ["method.tol=()", "one for each block"]),
+        ({"start": "ones"}, ["method.start=ones", "choose v or zeros"]),
+        ({"start": ("v", "z")}, ["method.start=z", "choose v or zeros"]),
+        ({"start": ()}, ["method.start=()", "one for each block"]),
+        ({"clamp": 0.0}, ["method.clamp=0.0", "none leaves numbers as they are"]),
+        ({"clamp": math.nan}, ["method.clamp=nan", "none leaves numbers as they are"]),
+        ({"criterion": "mean"}, ["method.criterion=mean", "choose max or relative"]),
+        ({"unconverged": "drop"}, ["method.unconverged=drop", "choose sequential or keep"]),
+    ],
+)
+def test_bad_fields_are_named(fields, words):
+    with pytest.raises(UserError) as said:
+        Jacobi(**fields)
+    for word in words:
+        assert word in str(said.value)
+
+
+@pytest.mark.parametrize("fields", [{"modules": (1, 2)}, {"sweeps": (1,)}, {"tol": (0.1,) * 4}, {"start": ("v", "v")}])
+def test_values_must_be_one_for_each_block(fields):
+    (name, value), blocks = *fields.items(), chained(5, 2)
+    with pytest.raises(UserError) as said:
+        invert(blocks, noise(5, 2), Jacobi(**fields))
+    asked = f"method.{name}={','.join(map(str, value))}: {len(value)} values for the 3 blocks"
+    assert asked in str(said.value)
+    assert "give one, or one for each block" in str(said.value)
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(UserError, match=r"method='newton'.*choose one of auto, sequential, jacobi, gs_jacobi"):
+        invert(chained(5, 2), noise(5, 2), "newton")
+    assert [Jacobi.of(n).modules for n in ("auto", "sequential", "jacobi", "gs_jacobi")] == [0, 0, 1, 8]
+
+
+def test_equal_plans_are_one_program():
+    """A plan is a static argument: equal ones, on other numbers, are not traced again."""
+    traced = []
+
+    def run(v, strength, plan):
+        traced.append(plan)
+        return jacobi(toy(6, 2, strength=strength), v, plan)[0]
+
+    program = jax.jit(run, static_argnums=2)
+    for seed, strength in ((1, 0.5), (2, 1.5)):
+        program(noise(6, 2, seed), jnp.float32(strength), Jacobi((2,)[0], tol=1e-3, sweeps=4))
+    assert len(traced) == 1
+    assert Jacobi((1, 2), tol=(0.1, 0.2)) == Jacobi((1, 2), tol=(0.1, 0.2))
+    assert hash(Jacobi((1, 2))) == hash(Jacobi((1, 2)))
+    program(noise(6, 2), jnp.float32(0.5), Jacobi(2, tol=1e-2, sweeps=4))
+    assert len(traced) == 2
+
+
+# --- networks ---------------------------------------------------------------------------------------
+
+TAR = tarflow.TarFlow(image=6, channels=1, patch=2, width=16, depth=1, blocks=2, head_dim=8, classes=3)
+STAR = starflow.StarFlow(
+    latent=(3, 3), channels=2, width=20, depths=(1, 1), head_dim=20, classes=3, reach=3.0, penalty=0.0, condition="all"
+)
+LABEL = jnp.array([0, 2, -1])
+
+
+def randomised(task):
+    """Fresh parameters are constant maps: here every kernel, those that make scale and shift too, has noise."""
+    params = jax.jit(lambda key: dist.unbox(task.init(key)))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def noisy(path, x):
+        name = jax.tree_util.keystr(path)
+        if "prior" in name:
+            return x
+        last = "'out']['kernel']" in name and "attention" not in name
+        return jnp.asarray(x + rng.normal(size=x.shape) * (0.5 / task.width**0.5 if last else 0.1), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(noisy, params)
+
+
+def runs(task, plans, guidance=0.0):
+    """{name: inverse by a plan} as one program, without a plan the sequential inverse."""
+    params = randomised(task)
+    if isinstance(task, tarflow.TarFlow):
+        z = jax.random.normal(jax.random.key(1), (3, task.tokens, task.dims))
+        blocks = lambda p: (z, tarflow.chain(task, p, 3, LABEL, guidance))  # noqa: E731
+    else:
+        z = jax.random.normal(jax.random.key(1), (3, 3, 3, task.channels))
+        y, null = (jax.random.normal(jax.random.key(k), (3, task.prefix, task.condition_width)) for k in (2, 3))
+        tokens, grid = model.tokens(task, z)
+        blocks = lambda p: (tokens, model.chain(task, p, 3, grid, y, null, guidance))  # noqa: E731
+
+    def run(params):
+        v, chain = blocks(params)
+        return {name: invert(chain, v, plan) for name, plan in {"": "sequential", **plans}.items()}
+
+    found = jax.jit(run)(params)
+    assert error(found[""].states[-1], found[""].states[0]).min() > 0.1
+    return found
+
+
+@pytest.mark.parametrize("task", [TAR, STAR], ids=["tarflow-linear-annealed", "starflow-gaussian"])
+def test_guided_sweeps_and_fallbacks_are_the_sequential_inverse(task):
+    """The condition stands before the tokens in STARFlow's caches, and must outlive the way back from failed sweeps."""
+    plans = {"full": Jacobi((1, 3), tol=0.0), "failed": Jacobi(sweeps=1)}
+    found = runs(task, plans, Guidance(1.5))
+    want = found.pop("").states[-1]
+    assert error(runs(task, {})[""].states[-1], want)[:2].min() > 1e-2  # guidance does something
+    for name, out in found.items():
+        near(out.states[-1], want, 1e-5 if name == "failed" else 2e-5, err_msg=name)
+        assert out.report["unconverged"].all() == (name == "failed")
+    assert (found["full"].report["sweeps"] > 2).all()
+
+
+@pytest.mark.parametrize("task", [TAR, STAR], ids=["tarflow", "starflow"])
+def test_bfloat16_converges_or_falls_back(task):
+    half = dataclasses.replace(task, dtype="bfloat16", head_dim=task.width)
+    found = runs(half, {"loose": Jacobi(2, tol=1e-3), "few": Jacobi(sweeps=3, tol=1e-4)})
+    want = found.pop("").states[-1]
+    for name, out in found.items():
+        near(out.states[-1], want, 2e-2, err_msg=name)
+        assert name == "few" or not out.report["unconverged"].any()
+
+
+def test_samples_of_a_mesh_are_those_of_one_device():
+    """Some converge and some fall back, on every number of devices the same."""
+    params, key, mesh = randomised(TAR), jax.random.key(4), dist.Mesh(data=4, tensor=2).build()
+    given = {"label": jnp.arange(8) % 3}
+    plan = Jacobi(2, tol=1e-4, sweeps=(3, 4))
+    draw = lambda p: TAR.sample(p, key, 8, given, guidance=1.0, denoise=0.0, method=plan)  # noqa: E731
+    alone = jax.jit(draw)(params)
+    with dist.use(mesh):
+        placed = jax.device_put(params, dist.shardings(jax.eval_shape(TAR.init, jax.random.key(0)), mesh))
+        shared = jax.jit(lambda p: draw(p))(placed)
+    near(shared["image"], alone["image"], 1e-5)
+    for name in ("sweeps", "unconverged"):
+        np.testing.assert_array_equal(shared[name], alone[name])
+    assert alone["unconverged"].any()
+    assert not alone["unconverged"].all()
