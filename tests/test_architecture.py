@@ -37,7 +37,7 @@ MAY = {
         "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",
     },
     "commands": {
-        "config", "dist", "data", "encoders", "hosts", "models", "paths", "run", "weights", "metrics", "papers",
+        "config", "dist", "data", "encoders", "flows", "hosts", "models", "paths", "run", "weights", "metrics", "papers",
         "train.optim", "train.report", "train.step",
     },
     "cli": {"config", "dist", "data", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop"},

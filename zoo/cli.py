@@ -385,7 +385,13 @@ def _sample(args: argparse.Namespace) -> int:
     out = paths.reach(args.out, "--out ") if args.out else paths.where("samples")
     if not args.out and model.run is not None:
         out = model.folder / "samples"
+    from zoo.commands import strategy
     from zoo.commands.sample import draw
+
+    batch = min(args.batch, n)
+    resolved = strategy.resolve(model, options, batch, measure="method=auto" in args.fields)
+    if method := resolved.get("method"):
+        logging.getLogger("zoo").info("method: %s", strategy.described(method))
 
     draw(
         model,
@@ -395,8 +401,9 @@ def _sample(args: argparse.Namespace) -> int:
         conditions=given,
         captions=captions,
         asked={**asked, **about, **words},
-        batch=min(args.batch, n),
+        batch=batch,
         options=options,
+        resolved=resolved,
     )
     return 0
 
@@ -410,8 +417,6 @@ def _eval(args: argparse.Namespace) -> int:
     from zoo import config, dist, metrics, models
     from zoo.task import check_needs
 
-    dist.start()
-    model = models.open_model(args.model, raw=args.raw, allow=args.allow)
     known = metrics.named()
     if args.metric in known:
         metric: Any = known[args.metric]()
@@ -421,11 +426,17 @@ def _eval(args: argparse.Namespace) -> int:
         raise UserError(f"no metric {args.metric!r}; {suggest(args.metric, known)}, or a config file that defines one")
     own = [f for f in args.fields if not f.startswith("data.")]
     metric = config.override(metric, own)
+    dist.start(batch=getattr(metric, "shares", None))
+    model = models.open_model(args.model, raw=args.raw, allow=args.allow)
     check_needs(model.task, metric.needs, args.metric)
     if model.data is None:
         raise UserError(f"{args.model} does not say what data it was trained on; import it with a config that does")
     data = config.override(model.data, [f.removeprefix("data.") for f in args.fields if f.startswith("data.")])
     found = metric(model.task, model.params, data, jax.random.key(0), **models.loaded_for(metric, args.allow))
+    if hasattr(metric, "saves"):
+        from zoo.commands import strategy
+
+        strategy.save(model.folder, found)
     line = {
         **found,
         "weights": model.kind,

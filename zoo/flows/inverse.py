@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from zoo.errors import UserError
 from zoo.flows.transforms import affine_inverse
-from zoo.nn.attention import clear_cache
+from zoo.nn.attention import clear_cache, reaches, reaching
 
 # (tokens [B, Q, D], cache, index of the first) -> scale and shift of the tokens behind them [B, Q, D] each, cache
 Step = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, jax.Array, Any]]
@@ -282,7 +282,8 @@ def once(stepper: Stepper, u: jax.Array) -> tuple[jax.Array, jax.Array]:
 def sequential(stepper: Stepper, v: jax.Array) -> jax.Array:
     """Token by token: u_t = v_t s_t + b_t with (s_t, b_t) = step(u_{t-1}), in one `lax.scan`.
 
-    Tokens leave the scan as outputs, so nothing of the size of the sequence is carried but the cache.
+    Tokens leave the scan as outputs, so nothing of the size of the sequence is carried but the cache. On a TPU there are up
+    to four scans, in which attention looks at no more of the cache than they will have filled.
 
     Args:
         v: [B, T, D] in the order of the flow, float32.
@@ -303,8 +304,14 @@ def sequential(stepper: Stepper, v: jax.Array) -> jax.Array:
     first, rest = feed(stepper, v)
     if not rest.shape[1]:
         return v
-    _, u = jax.lax.scan(body, (first, stepper.cache), (jnp.arange(rest.shape[1]), rest.swapaxes(0, 1)))
-    u = u.swapaxes(0, 1)
+    count, begin, parts = rest.shape[1], 0, []
+    inputs, (last, cache) = (jnp.arange(count), rest.swapaxes(0, 1)), (first, stepper.cache)
+    for end in reaches(count):
+        cache = reaching(cache, stepper.prefix + end)
+        (last, cache), part = jax.lax.scan(body, (last, cache), jax.tree.map(lambda x, b=begin, e=end: x[b:e], inputs))
+        parts.append(part)
+        begin = end
+    u = (parts[0] if len(parts) == 1 else jnp.concatenate(parts)).swapaxes(0, 1)
     return u if stepper.start is not None else jnp.concatenate([v[:, :1], u], axis=1)
 
 
