@@ -21,14 +21,20 @@ _log = logging.getLogger("zoo")
 
 
 def save(folder: Folder, found: Mapping[str, Any]) -> None:
-    """Keep what the metric found, beside the strategies of other devices and batch sizes; a warning where it cannot be."""
+    """Keep what the metric found, beside the strategies of other devices and batch sizes; a warning where it cannot be.
+
+    A damaged file is replaced.
+    """
     path = folder / Convergence.saves
     new = [_key(s) for s in found["strategies"]]
-    kept = [s for s in _read(folder) if _key(s) not in new]
+    try:
+        kept = [s for s in _read(folder) if _key(s) not in new]
+    except UserError:
+        kept = []
     try:
         with paths.sentence(path, "write"):
             path.write_text(json.dumps({**found, "strategies": [*kept, *found["strategies"]]}, indent=1) + "\n")
-    except UserError as error:
+    except (UserError, OSError) as error:
         _log.warning("the strategies are not kept: %s", error)
 
 
@@ -39,15 +45,20 @@ def _key(strategy: Mapping[str, Any]) -> tuple[Any, ...]:
 def _read(folder: Folder) -> list[dict[str, Any]]:
     """Saved strategies; [] where there are none. UserError when the file is damaged."""
     path = folder / Convergence.saves
-    with paths.sentence(path):
-        if not path.is_file():
-            return []
-        text = path.read_text()
     try:
-        found: list[dict[str, Any]] = json.loads(text)["strategies"]
+        with paths.sentence(path):
+            if not path.is_file():
+                return []
+            data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); remove it, or give method=sequential") from None
+    try:
+        found: list[dict[str, Any]] = json.loads(data)["strategies"]
         for strategy in found:
-            _key(strategy)
             _plan(strategy)
+            if not (strategy["batch"] > 0 and strategy["devices"] > 0 and strategy["guidance"] >= 0):
+                raise ValueError
+            _key(strategy)
     except (ValueError, TypeError, KeyError, UserError):
         raise UserError(
             f"{path} is damaged; remove it, or measure again with `zoo eval {folder} convergence`"
@@ -106,7 +117,8 @@ def described(method: Any) -> str:
     plan = Jacobi.of(method)
     if not plan.modules or (isinstance(plan.modules, tuple) and not any(plan.modules)):
         return "token by token"
-    return f"sweeps with modules={plan.modules}, tol={plan.tol}".replace("(", "").replace(")", "")
+    modules, tol = (",".join(map(str, x)) if isinstance(x, tuple) else x for x in (plan.modules, plan.tol))
+    return f"sweeps with modules={modules}, tol={tol}"
 
 
 def tell(drawn: Mapping[str, Any], method: Any) -> None:

@@ -115,7 +115,7 @@ class Convergence:
             w_a, w_b = (_norm(half) for half in halves)
             igm = [_norm(g) for g in guesses]
             found.append({"crm": _norm(drift) * w_a + w_b, "igm_v": igm[0], "igm_zeros": igm[1]})
-        total = sum(b["crm"] for b in found)
+        total = sum(b["crm"] for b in found) or 1.0  # fresh output kernels are zero
         return [{**b, "crm": b["crm"] / total} for b in found]
 
     def _strategy(
@@ -195,7 +195,8 @@ def walk(chain: Chain, x: jax.Array) -> Iterator[tuple[jax.Array, jax.Array, jax
 
 
 def _norm(x: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(x, np.float64), 2))
+    """Spectral norm; infinite for what overflowed, as the map of a first guess far from the data may."""
+    return float(np.linalg.norm(np.asarray(x, np.float64), 2)) if np.isfinite(x).all() else float("inf")
 
 
 def _medians(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:

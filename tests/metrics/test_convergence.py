@@ -1,0 +1,302 @@
+"""How hard blocks are to invert by sweeps: the statistics against numpy, and that strategies are what was timed."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zoo import weights
+from zoo.data.pipeline import epoch
+from zoo.data.synthetic import Synthetic
+from zoo.errors import UserError
+from zoo.flows.inverse import Jacobi, invert
+from zoo.flows.transforms import shift_right
+from zoo.metrics import convergence
+from zoo.metrics.convergence import Convergence, walk
+from zoo.nn.embed import patchify
+from zoo.papers import tarflow
+from zoo.papers.starflow import StarFlow, model
+from zoo.papers.tarflow import TarFlow
+
+TAR = TarFlow(image=6, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=2, scan=False)
+SHIFTS = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=3, head_dim=8, scale=False, scan=False)
+STAR = StarFlow(
+    latent=(2, 3), channels=2, width=20, depths=(1, 1), head_dim=20, classes=2, reach=3.0, condition="all", scan=False
+)
+RNG = jax.random.key(4)
+DATA = Synthetic(examples=53)
+
+
+def randomised(task: Any) -> Any:
+    """Parameters whose every number matters."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), weights.abstract(task))
+
+
+def first_rows(task: Any, n: int) -> Any:
+    return next(iter(epoch(DATA, n, split="train", spec=task.spec(n), limit=n)))[0]
+
+
+def passes(task: Any, params: Any, rows: Any, rng: jax.Array) -> list[Any]:
+    """Of every block: u, v and how the network makes scale and shift of a guess, without steppers and caches."""
+    if isinstance(task, StarFlow):
+        draw, noise = jax.random.split(rng)
+        x, grid = model.tokens(task, task.add_noise(noise, task.clean(params, rows, draw)))
+        seen = task.conditions(params, rows)
+        states = [x, *jax.jit(lambda x: model.flow(task, params, x, grid, seen)[0])(x)]
+
+        @partial(jax.jit, static_argnums=0)
+        def network(i: int, u: Any) -> Any:
+            return model.apply(task, i, params[f"block{i}"], u, seen, model.angles(task, i, grid))[:2]
+
+        turn = lambda x, i: model.reorder(task, x, i)  # noqa: E731
+    else:
+        label = rows.get("label")
+        x = patchify(task.add_noise(rng, rows["image"]), task.patch)
+        states = [x, *jax.jit(lambda x: tarflow.flow(task, params, x, label)[0])(x)]
+
+        @partial(jax.jit, static_argnums=0)
+        def network(i: int, u: Any) -> Any:
+            outputs = tarflow._apply(tarflow._net(task, i), params[f"block{i}"], u, label)[0]
+            return tarflow._split(task, shift_right(outputs))
+
+        turn = lambda x, i: x[:, ::-1] if i % 2 else x  # noqa: E731
+
+    def affine(i: int) -> Any:
+        def of(u: Any) -> tuple[np.ndarray, np.ndarray]:
+            a, b = (np.asarray(x, np.float64) for x in network(i, jnp.asarray(u, jnp.float32)))
+            return np.exp(a), b
+
+        return of
+
+    ends = [[np.asarray(turn(x, i), np.float64) for x in states[i : i + 2]] for i in range(task.blocks)]
+    return [(u, v, affine(i)) for i, (u, v) in enumerate(ends)]
+
+
+def by_hand(task: Any, params: Any, batches: list[Any]) -> list[dict[str, float]]:
+    """The formulas of the docstring; batches of (rows, how many of them are real, key)."""
+    gone = [(n, passes(task, params, rows, rng)) for rows, n, rng in batches]
+    found = []
+    for i in range(task.blocks):
+        drift, guesses, count = 0.0, [0.0, 0.0], sum(n for n, _ in gone)
+        for n, blocks in gone:
+            u, v, affine = blocks[i]
+            zeros = np.zeros_like(v)
+            if not isinstance(task, StarFlow):
+                zeros[:, 0] = v[:, 0]  # known: it passes unchanged
+            drift = drift + (u / affine(u)[0])[:n].sum(0) / count
+            for k, guess in enumerate((v, zeros)):
+                scale, shift = affine(guess)
+                guesses[k] = guesses[k] + (v * scale + shift - u)[:n].sum(0) / count
+        kernel = np.asarray(params[f"block{i}"]["out"]["kernel"], np.float64)
+        parts = (
+            [kernel[:, : task.dims], kernel[:, task.dims :]] if getattr(task, "scale", True) else [0 * kernel, kernel]
+        )
+        norm, w_a, w_b, igm_v, igm_zeros = (np.linalg.svd(x)[1][0] for x in (drift, *parts, *guesses))
+        found.append({"crm": norm * w_a + w_b, "igm_v": igm_v, "igm_zeros": igm_zeros})
+    total = sum(b["crm"] for b in found)
+    return [{**b, "crm": b["crm"] / total} for b in found]
+
+
+def compare(found: list[dict[str, float]], want: list[dict[str, float]]) -> None:
+    assert len(found) == len(want)
+    for i, (one, other) in enumerate(zip(found, want)):
+        assert one.keys() == other.keys()
+        for key, value in other.items():
+            assert one[key] == pytest.approx(value, rel=1e-3), (i, key)
+    assert sum(b["crm"] for b in found) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("task", [TAR, SHIFTS, STAR], ids=["tarflow", "shifts", "starflow"])
+def test_a_walk_goes_through_the_states_of_the_flow(task: Any) -> None:
+    params, rows = randomised(task), first_rows(task, 3)
+    starts = []
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        x, chain = task.chain(params, rows, RNG)
+        steps = list(walk(chain, x))
+        starts.extend(stepper.start for *_, stepper in steps)
+        return [step[:3] for step in steps]
+
+    steps = run(params)
+    assert [start is None for start in starts] == [isinstance(task, TarFlow)] * task.blocks
+    for (u, v, scale), (want_u, want_v, affine) in zip(steps, passes(task, params, rows, RNG), strict=True):
+        np.testing.assert_allclose(u, want_u, atol=2e-5)
+        np.testing.assert_allclose(v, want_v, atol=2e-5)
+        np.testing.assert_allclose(scale, affine(want_u)[0], rtol=2e-5)
+        assert np.abs(v - u).max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return Convergence(samples=53, batches=(1, 4), modules=(1, 99), rounds=1)(TAR, randomised(TAR), DATA, RNG)
+
+
+def test_statistics_follow_from_their_formulas(found: dict[str, Any]) -> None:
+    """53 examples are a batch of 50 and one that is filled up with copies, which do not count."""
+    params, batches = randomised(TAR), []
+    for begin, (rows, n) in zip((0, 50), epoch(DATA, 50, split="train", spec=TAR.spec(50))):
+        batches.append((rows, n, jax.random.fold_in(RNG, begin)))
+    assert [n for _, n, _ in batches] == [50, 3]
+    compare(found["blocks"], by_hand(TAR, params, batches))
+    assert (found["samples"], found["split"]) == (53, "train")
+
+
+@pytest.mark.parametrize("task", [SHIFTS, STAR], ids=["shifts", "starflow"])
+def test_statistics_of_shifts_alone_and_of_a_start_token(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Convergence, "_strategy", lambda *_: {})
+    params = randomised(task)
+    metric = Convergence(samples=7)
+    want = by_hand(task, params, [(first_rows(task, 7), 7, jax.random.fold_in(RNG, 0))])
+    compare(metric(task, params, DATA, RNG)["blocks"], want)
+    other = Convergence(samples=7, split="test")(task, params, DATA, RNG)["blocks"]
+    assert abs(other[0]["igm_v"] - want[0]["igm_v"]) > 1e-3
+
+
+def test_a_block_that_changes_nothing_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Convergence, "_strategy", lambda *_: {})
+    params = randomised(TAR)
+    still = {**params, "block0": {**params["block0"], "out": jax.tree.map(jnp.zeros_like, params["block0"]["out"])}}
+    metric = Convergence(samples=3)
+    first, second = metric(TAR, still, DATA, RNG)["blocks"]
+    assert (first["crm"], second["crm"]) == (0, 1)
+    assert first["igm_v"] == pytest.approx(0, abs=1e-6)
+    assert second["igm_v"] > 0.1
+    none = {**still, "block1": {**params["block1"], "out": still["block0"]["out"]}}
+    assert [b["crm"] for b in metric(TAR, none, DATA, RNG)["blocks"]] == [0, 0]  # as in a model that is not trained
+
+
+def test_a_guess_that_overflows_is_infinitely_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+    monkeypatch.setattr(Convergence, "_strategy", lambda *inputs: starts.append(inputs[-1]))
+    params = randomised(TAR)
+    bias = params["block1"]["out"]["bias"].at[: TAR.dims].set(-60.0)  # of the log-scale: v is u times exp(60)
+    steep = {**params, "block1": {**params["block1"], "out": {**params["block1"]["out"], "bias": bias}}}
+    _, block = Convergence(samples=3, batches=(1,))(TAR, steep, DATA, RNG)["blocks"]
+    assert block["igm_v"] == np.inf
+    assert np.isfinite(block["igm_zeros"])
+    assert starts[0][1] == "zeros"
+
+
+def test_there_is_a_strategy_for_each_batch_size(found: dict[str, Any]) -> None:
+    assert [(s["batch"], s["devices"]) for s in found["strategies"]] == [(1, 1), (4, 4)]
+    starts = ["v" if b["igm_v"] <= b["igm_zeros"] else "zeros" for b in found["blocks"]]
+    for strategy in found["strategies"]:
+        assert strategy["device"] == jax.devices()[0].device_kind
+        assert (strategy["guidance"], strategy["tol"]) == (0.0, 1e-5)
+        assert strategy["start"] == starts
+        assert set(strategy["modules"]) <= {0, 1}
+        assert [b["modules"] for b in strategy["blocks"]] == strategy["modules"]
+        for block in strategy["blocks"]:  # 99 modules are more than tokens
+            timed = {"sequential_ms", "modules_1_ms", "modules_1_sweeps"}
+            assert set(block) == {"modules", "start", *timed}
+            assert all(block[key] > 0 for key in timed)
+            assert 2 <= block["modules_1_sweeps"] <= TAR.tokens - 1
+        Jacobi(tuple(strategy["modules"]), tol=strategy["tol"], start=tuple(strategy["start"]))
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_what_is_timed_inverts_each_block_from_where_a_sampler_does(
+    monkeypatch: pytest.MonkeyPatch, weight: float
+) -> None:
+    params, rows, ways = randomised(TAR), first_rows(TAR, 2), []
+
+    def medians(calls: Any, rounds: int) -> list[float]:
+        assert rounds == 7
+        ways.append([call()[0] for call in calls])
+        return [1.0, 0.5]
+
+    monkeypatch.setattr(convergence, "_medians", medians)
+    monkeypatch.setattr(Convergence, "_statistics", lambda *_: [{"igm_v": 2.0, "igm_zeros": 1.0}] * 2)
+    metric = Convergence(batches=(2,), modules=(2,), rounds=7, guidance=weight)
+    (strategy,) = metric(TAR, params, DATA, RNG)["strategies"]
+    assert (strategy["guidance"], strategy["start"]) == (weight, ["zeros", "zeros"])
+
+    @jax.jit
+    def wanted(params: Any) -> tuple[Any, Any]:
+        x, chain = TAR.chain(params, rows, RNG)
+        z = chain.order(list(walk(chain, x))[-1][1], 1)
+        states = invert(TAR.chain(params, rows, RNG, guidance=weight)[1], z).states
+        return x, [chain.order(states[-1], 0), chain.order(states[-2], 1)]
+
+    x, want = wanted(params)
+    assert (np.abs(want[0] - x).max() < 1e-4) == (weight == 0)
+    for found, u in zip(ways, want, strict=True):
+        assert len(found) == 2
+        for one in found:
+            np.testing.assert_allclose(one, u, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "modules"),
+    [([1.0, 0.5, 0.4], 3), ([1.0, 0.4, 0.5], 1), ([1.0, 0.96, 2.0], 0), ([1.0, 0.94, 2.0], 1), ([1.0, 2.0, 3.0], 0)],
+)
+def test_sweeps_are_chosen_where_they_are_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float], modules: int
+) -> None:
+    monkeypatch.setattr(convergence, "_medians", lambda calls, rounds: seconds[: len(calls)])
+    monkeypatch.setattr(jax, "jit", lambda f: (lambda *_: (None, np.ones(2, int))) if hasattr(f, "args") else quick)
+    states = [jnp.zeros((2, TAR.tokens, TAR.dims))] * 2
+    quick = lambda *_: states  # noqa: E731
+    found = Convergence(modules=(1, 3))._timed(TAR, None, None, RNG, 2, ["v", "zeros"])
+    assert found["modules"] == [modules] * 2
+    assert found["start"] == ["v", "zeros"]
+    assert found["blocks"][0]["modules_3_ms"] == pytest.approx(1e3 * seconds[2])
+
+
+def test_calls_take_turns_and_their_medians_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = [0.0], []
+
+    def call(name: str, seconds: list[float]) -> Any:
+        def run() -> None:
+            order.append(name)
+            clock[0] += seconds.pop(0)
+
+        return run
+
+    monkeypatch.setattr(convergence.time, "perf_counter", lambda: clock[0])
+    found = convergence._medians([call("a", [9.0, 2.0, 1.0]), call("b", [5.0, 5.0, 50.0])], 3)
+    assert found == [2.0, 5.0]
+    assert "".join(order) == "ababab"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"batches": ()}, "batches= of the metric convergence must name one or more numbers"),
+        ({"batches": (4, 0)}, "batches=4,0 of the metric convergence must name one or more numbers"),
+        ({"modules": ()}, "modules= of the metric convergence must name one or more numbers"),
+        ({"modules": (0,)}, "modules=0 of the metric convergence must name one or more numbers"),
+        ({"rounds": 0}, "rounds=0 of the metric convergence must be at least 1"),
+        ({"samples": 0}, "samples=0 of the metric convergence must be at least 1"),
+        ({"tol": -1e-3}, "tol=-0.001 is no tolerance"),
+    ],
+)
+def test_options_that_cannot_be_are_said(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as told:
+        Convergence(**fields)
+    assert words in str(told.value)
+
+
+@dataclass(frozen=True)
+class Nothing(Synthetic):
+    """A split without examples."""
+
+    def source(self, split: str, spec: Any = None) -> Any:
+        source = super().source(split, spec)
+        empty = type("Empty", (type(source),), {"__len__": lambda _: 0})
+        return empty(self, split, dict(spec))
+
+
+def test_a_split_without_examples_is_said() -> None:
+    with pytest.raises(UserError, match=r"split='valid' of the metric convergence has no examples; choose another"):
+        Convergence(split="valid")(TAR, randomised(TAR), Nothing(), RNG)
+
+
+def test_the_batch_that_cores_share_is_the_largest() -> None:
+    assert Convergence(batches=(1, 16, 4)).shares == 16
