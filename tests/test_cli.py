@@ -172,6 +172,21 @@ MISTAKES = {
     "option of another type": ("sample run temperature=hot", "temperature='hot' is no float"),
     "whole and part": ("sample run guidance=2 guidance.what=a", "guidance is set both as a whole and in part"),
     "part of an option": ("sample run guidance.wight=1", "no field wight in Guidance; did you mean 'weight'?"),
+    "unknown method": ("sample run method=fast", "method='fast' is unknown; choose one of auto, sequential, jacobi,"),
+    "negative modules": ("sample run method.modules=-1", "method.modules=-1 is negative; 1 is Jacobi's method"),
+    "modules of other blocks": (
+        "sample run method.modules=1,1,1",
+        "method.modules=1,1,1: 3 values for the 2 blocks of this model; give one, or one for each block",
+    ),
+    "negative tolerance": ("sample run method.tol=-1", "method.tol=-1.0 is no tolerance; give a small number such as"),
+    "method as a whole and in part": (
+        "sample run method=jacobi method.modules=2",
+        "method is set both as a whole and in part; keep one of method= and method.modules",
+    ),
+    "nothing to time strategies for": (
+        "eval run convergence batches=1,0",
+        "batches=1,0 of the metric convergence must name one or more numbers of at least 1",
+    ),
     "prompt for a class model": ("sample cond prompt=cat", "prompt=cat: this model is not conditioned on captions"),
     "prompts for a class model": (
         "sample cond prompts=file",
