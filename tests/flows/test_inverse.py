@@ -211,8 +211,8 @@ def test_a_tolerance_that_floats_cannot_reach_is_said():
 def test_a_sample_does_not_depend_on_its_batch(modules):
     """Easy and hard ones: each has the numbers and the sweeps that it has alone."""
     tokens, v = 16, noise(16, 4)
-    strength = jnp.array([0.0, 0.05, 1.5, 0.005])
-    plan = Jacobi(modules, tol=1e-3, sweeps=5)
+    strength = jnp.array([0.0, 0.15, 1.5, 0.02])
+    plan = Jacobi(modules, tol=2e-2, sweeps=5)
     run = jax.jit(lambda v, s: jacobi(toy(tokens, len(v), strength=s), v, plan))
     u, sweeps, bad = run(v, strength)
     assert bad.tolist() == [False, False, True, False]
@@ -385,6 +385,22 @@ def test_a_first_guess_that_overflows_costs_no_token(large):
     for modules in (1, 3):
         u, *_ = jax.jit(lambda v, n=modules: jacobi(stepper, v, Jacobi(n, tol=0.0)))(v)
         near(u, want, 2e-3)
+
+
+def test_what_sweeps_leave_in_the_cache_does_not_reach_the_sequential_inverse():
+    tokens = 8
+    base = toy(tokens, 2)
+
+    def step(u, cache, index):
+        scale, shift, cache = base.step(u**8, cache, index)  # infinite for a guess at the bound
+        return jnp.where(index + jnp.arange(u.shape[1])[:, None] == 4, scale / 1e20, scale), shift, cache
+
+    stepper, v = base._replace(step=step), (0.3 * noise(tokens, 2)).at[0, 4].set(1e20)
+    want = sequential(stepper, v)
+    assert np.isfinite(want).all()
+    u, _, bad = jax.jit(lambda v: jacobi(stepper, v, Jacobi(sweeps=1)))(v)
+    assert bad.all()
+    near(u, want)
 
 
 def test_an_infinite_inverse_stays_in_its_sample():
