@@ -1,4 +1,7 @@
-"""Attention: the TPU kernel against the plain products, which backend serves which device, and that meshes change nothing."""
+"""Attention: the TPU kernel against the plain products, which backend serves which device, and that meshes change nothing.
+
+And caches: that looking at a part of them changes nothing either.
+"""
 
 import contextlib
 import dataclasses
@@ -15,7 +18,19 @@ from jax.sharding import PartitionSpec as P
 
 from zoo import dist, weights
 from zoo.errors import UserError
-from zoo.nn.attention import attend, splash
+from zoo.flows import inverse
+from zoo.nn import attention
+from zoo.nn.attention import (
+    attend,
+    attend_cached,
+    clear_cache,
+    init_cache,
+    reaches,
+    reaching,
+    splash,
+    write_cache,
+)
+from zoo.papers.starflow import StarFlow, model
 from zoo.papers.tarflow import TarFlow
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -147,6 +162,145 @@ def test_heads_that_the_mesh_does_not_divide_are_a_sentence() -> None:
         pytest.raises(UserError, match=r"the number of heads, task.width / task.head_dim, has size 2.*mesh.tensor=2"),
     ):
         jax.eval_shape(task.init, jax.random.key(0))
+
+
+# caches of which attention looks at a part
+
+
+def filled(layers: int | None, tokens: int = 300, heads: int = 2) -> attention.Cache:
+    """A cache that is full of numbers, also behind the tokens that are asked for."""
+    rng = np.random.default_rng(3)
+    empty = init_cache(layers, 2, tokens, heads, 8, jnp.float32)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), empty)
+
+
+@pytest.mark.parametrize(("layer", "heads"), [(None, 2), (1, 1)])
+def test_a_reach_over_the_queries_changes_nothing(layer: int | None, heads: int) -> None:
+    q, cache = inputs(3, batch=2)[0], filled(None if layer is None else 3, heads=heads)
+
+    @jax.jit
+    def run(cache: attention.Cache, index: jax.Array) -> list[jax.Array]:
+        return [attend_cached(q, reaching(cache, slots), index, layer) for slots in (None, 100, 9999)]
+
+    for index in (0, 60, 125):
+        whole, *others = run(cache, index)
+        for found in others:  # one block, 128 slots; all there are
+            np.testing.assert_allclose(found, whole, atol=1e-6)
+    whole, short, _ = run(cache, 126)  # the last query sees 129
+    assert np.abs(short - whole)[:, :2].max() < 1e-6
+    assert np.abs(short - whole)[:, 2].max() > 1e-3
+
+
+def test_a_reach_is_whole_blocks_of_every_layer_and_stays_when_tokens_are_written() -> None:
+    caches = {"a": filled(None), "b": [filled(2)]}
+    for slots, reach in ((1, 128), (128, 128), (129, 256), (None, None)):
+        found = jax.tree.leaves(reaching(caches, slots), is_leaf=lambda x: isinstance(x, attention.Cache))
+        assert [cache.reach for cache in found] == [reach, reach]
+    _, k, v, _ = inputs(3, batch=2)
+    assert write_cache(reaching(filled(None), 5), k, v, 7, None).reach == 128
+    traced = jax.make_jaxpr(lambda cache: attend_cached(k, cache, jnp.int32(0), None))(reaching(filled(None), 5))
+    assert "2,2,8,300" in str(traced.jaxpr.invars)
+    assert "f32[2,2,1,3,128]" in str(traced)  # logits of no more
+    assert "f32[2,2,1,3,300]" not in str(traced)
+
+
+def test_loops_are_cut_on_a_tpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reaches(4096) == [4096]
+    monkeypatch.setattr(dist, "platform", lambda: "tpu")
+    found = [reaches(n) for n in (1, 511, 512, 1023, 4096)]
+    assert found == [[1], [511], [256, 512], [341, 682, 1023], [1024, 2048, 3072, 4096]]
+
+
+TAR = TarFlow(image=6, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=2)
+STAR = StarFlow(
+    latent=(3, 3),
+    channels=2,
+    width=20,
+    depths=(1, 1),
+    head_dim=20,
+    text_tokens=4,
+    text_width=8,
+    captions="features",
+    reach=3.0,
+    scan=False,
+)
+
+
+def blocks_of(task: Any, weight: float) -> Callable[[Any], inverse.Chain]:
+    rng = np.random.default_rng(1)
+    batch = {"label": jnp.array([0, 1])} if task is TAR else None
+    seen, null = (jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32) for _ in range(2))
+
+    def chain(params: Any) -> inverse.Chain:
+        if task is TAR:
+            rows = {"image": jnp.zeros((2, 6, 6, 1)), **batch}
+            return task.chain(params, rows, jax.random.key(0), guidance=weight)[1]
+        return model.chain(task, params, 2, (3, 3), seen, null, weight)
+
+    return chain
+
+
+def weights_of(task: Any) -> Any:
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), weights.abstract(task))
+
+
+@pytest.mark.parametrize(
+    ("task", "weight"), [(TAR, 1.5), (STAR, 0.0), (STAR, 1.5)], ids=["guided", "prefix", "guided-prefix"]
+)
+def test_a_loop_cut_in_parts_is_the_whole_one(monkeypatch: pytest.MonkeyPatch, task: Any, weight: float) -> None:
+    """The block with most in front of its tokens; each part looks at no slot that it does not fill."""
+    chain, seen = blocks_of(task, weight), []
+    v = jax.random.normal(jax.random.key(1), (2, task.tokens, task.dims))
+    monkeypatch.setattr(attention, "_LANES", 1)
+
+    @jax.jit
+    def run(params: Any) -> list[jax.Array]:
+        stepper = chain(params).stepper(1)
+
+        def step(u: jax.Array, cache: Any, index: jax.Array) -> Any:
+            leaves = jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, attention.Cache))
+            seen.extend(leaf.reach for leaf in leaves)
+            return stepper.step(u, cache, index)
+
+        whole = inverse.sequential(stepper, v)
+        monkeypatch.setattr(inverse, "reaches", lambda tokens: [1, 4, tokens])
+        parts = inverse.sequential(stepper._replace(step=step), v)
+        if weight == 0:
+            return [whole, parts]
+        return [whole, parts, inverse.jacobi(stepper, v, inverse.Jacobi(sweeps=1))[0]]  # which does not suffice
+
+    whole, *found = run(weights_of(task))
+    held, last = (0, 8) if task is TAR else (4, 9)
+    assert set(seen) == {held + end for end in (1, 4, last)}
+    assert np.abs(whole - v).max() > 0.1
+    for parts in found:
+        np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
+def test_a_cleared_cache_keeps_its_prefix() -> None:
+    caches = [reaching(filled(None), 5), filled(2)]
+    found = clear_cache(caches, 4)
+    for cleared, cache in zip(found, caches, strict=True):
+        assert cleared.reach == cache.reach
+        for one, other in ((cleared.k, cache.k), (cleared.v, cache.v)):
+            np.testing.assert_array_equal(one[..., :4], other[..., :4])
+            assert np.abs(other[..., 4:]).min() > 0
+            assert not one[..., 4:].any()
+    for x in jax.tree.leaves(clear_cache(caches, 0)):
+        assert not x.any()
+
+
+def test_the_layout_of_a_tpu_is_pinned_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = jnp.zeros((2, 2, 64, 1024))
+    assert attention._tokens_last(x) is x
+    pinned = []
+    monkeypatch.setattr(attention, "with_layout_constraint", lambda x, layout: pinned.append(layout) or x)
+    monkeypatch.setattr(dist, "platform", lambda: "tpu")
+    for shape, count in (((2, 2, 64, 1024), 1), ((3, 2, 2, 64, 512), 2), ((2, 2, 128, 1024), 2), ((2, 2, 64, 300), 2)):
+        attention._tokens_last(jnp.zeros(shape))
+        assert len(pinned) == count, shape  # whole rows, and few tokens, need none
+    assert [layout.major_to_minor for layout in pinned] == [(0, 1, 2, 3), (0, 1, 2, 3, 4)]
 
 
 # a whole network
