@@ -61,7 +61,7 @@ def chained(tokens, batch, blocks=3, **options):
     """Blocks of different weights, every second one from the last token to the first."""
     return Chain(
         blocks,
-        lambda i: toy(tokens, batch, seed=i, **options),
+        lambda i, *_: toy(tokens, batch, seed=i, **options),
         lambda x, i: x[:, ::-1] if i % 2 else x,
         lambda i: jnp.zeros((1, 2 * D)),
     )
@@ -119,7 +119,7 @@ def test_all_at_once_gives_back_what_went_in(start):
 def test_a_single_token_without_a_start_passes_unchanged():
     one = noise(1, 2)
     np.testing.assert_array_equal(sequential(toy(2, 2, start=False), one), one)
-    found = invert(Chain(1, lambda i: toy(2, 2, start=False), lambda x, i: x, jnp.zeros), one, "jacobi")
+    found = invert(Chain(1, lambda i, *_: toy(2, 2, start=False), lambda x, i: x, jnp.zeros), one, "jacobi")
     np.testing.assert_array_equal(found.states[-1], one)
     assert found.report == {}
 
