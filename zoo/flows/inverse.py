@@ -146,18 +146,27 @@ class Jacobi:
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "modules": (lambda n: n >= 0, "is negative; 1 is Jacobi's method, 0 goes token by token"),
-            "sweeps": (lambda n: n >= 1, "makes no sweep; give 1 or more, or none for as many as it takes"),
-            "tol": (lambda x: 0 <= x < math.inf, "is no tolerance; give a small number such as 1e-5, or 0"),
+            "modules": (
+                lambda n: isinstance(n, int) and n >= 0,
+                "is no number of modules; 1 is Jacobi's method, 0 goes token by token",
+            ),
+            "sweeps": (
+                lambda n: n is None or (isinstance(n, int) and n >= 1),
+                "makes no sweep; give 1 or more, or none for as many as it takes",
+            ),
+            "tol": (
+                lambda x: isinstance(x, (int, float)) and 0 <= x < math.inf,
+                "is no tolerance; give a small number such as 1e-5, or 0",
+            ),
             "start": (lambda word: word in ("v", "zeros"), "is no first guess; choose v or zeros"),
-            "clamp": (lambda x: 0 < x < math.inf, "must be positive; none leaves numbers as they are"),
+            "clamp": (lambda x: x is None or 0 < x < math.inf, "must be positive; none leaves numbers as they are"),
             "criterion": (lambda word: word in ("max", "relative"), "is unknown; choose max or relative"),
             "unconverged": (lambda word: word in ("sequential", "keep"), "is unknown; choose sequential or keep"),
         }
         for name, (fits, what) in limits.items():
             value = getattr(self, name)
             for one in value if isinstance(value, tuple) else (value,):
-                if one is not None and not fits(one):
+                if not fits(one):
                     raise UserError(f"method.{name}={one} {what}")
             if value == ():
                 raise UserError(f"method.{name}=() names no value; give one, or one for each block")
@@ -197,12 +206,37 @@ class Stepper(NamedTuple):
     prefix: int = 0  # slots of the cache that are filled
 
 
+class Before(NamedTuple):
+    """The block that was inverted just before: what it gave, and its caches, whose memory the next one may take over."""
+
+    u: jax.Array
+    cache: Any
+
+    @staticmethod
+    def memory(before: Before | None, fresh: Callable[[], Any]) -> Any:
+        """Caches to begin with: those of the block before where they fit, else fresh ones.
+
+        What they hold is overwritten before it is looked at. Made fresh for every block, all of them may be there at once.
+        """
+        if before is not None:
+            old, new = (jax.tree.map(lambda x: (x.shape, x.dtype), c) for c in (before.cache, jax.eval_shape(fresh)))
+            if old == new:
+                return before.cache
+        return fresh()
+
+    @staticmethod
+    def then(before: Before | None, tree: Any) -> Any:
+        """Parameters, for use after the block before: else the compiler may cast and gather those of all blocks at once."""
+        return tree if before is None else jax.lax.optimization_barrier((tree, before.u))[0]
+
+
 @dataclass(frozen=True)
 class Chain:
     """The blocks of a flow on one batch of B examples. Block 0 is nearest the data and inverted last."""
 
     blocks: int
-    stepper: Callable[[int], Stepper]
+    # Of a block, after another that was inverted before it where one was; made anew for every use.
+    stepper: Callable[..., Stepper]  # (block, before=None)
     order: Callable[[jax.Array, int], jax.Array]  # [B, T, D] from raster order to that of a block, or back
     out: Callable[[int], jax.Array]  # [W, D] or [W, 2 D], the kernel that makes log-scale and shift of block i
 
@@ -227,8 +261,9 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
     plans = [method.block(i, chain.blocks) for i in range(chain.blocks)]
     sweeps = jnp.zeros((len(x), chain.blocks), jnp.int32)
     failed = jnp.zeros((len(x), chain.blocks), bool)
+    before: Before | None = None
     for i in reversed(range(chain.blocks)):
-        v, stepper, plan = chain.order(x, i), chain.stepper(i), plans[i]
+        v, stepper, plan = chain.order(x, i), chain.stepper(i, before), plans[i]
         tol = _scalars(plan)[2]
         if plan.modules and 0 < tol < _FINEST:
             warnings.warn(
@@ -237,10 +272,11 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
                 stacklevel=2,
             )
         if swept(plan, v.shape[1]):
-            u, count, bad = jacobi(stepper, v, plan)
+            u, count, bad, cache = _jacobi(stepper, v, plan)
             sweeps, failed = sweeps.at[:, i].set(count), failed.at[:, i].set(bad)
         else:
-            u = sequential(stepper, v)
+            u, cache = _sequential(stepper, v)
+        before = Before(u, reaching(cache, None))
         x = chain.order(u, i)
         states.append(x)
     any_swept = any(swept(plan, x.shape[1]) for plan in plans)
@@ -291,6 +327,11 @@ def sequential(stepper: Stepper, v: jax.Array) -> jax.Array:
     Returns:
         u [B, T, D].
     """
+    return _sequential(stepper, v)[0]
+
+
+def _sequential(stepper: Stepper, v: jax.Array) -> tuple[jax.Array, Any]:
+    """`sequential`, and the caches as it leaves them."""
 
     def body(
         carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, jax.Array]
@@ -303,7 +344,7 @@ def sequential(stepper: Stepper, v: jax.Array) -> jax.Array:
 
     first, rest = feed(stepper, v)
     if not rest.shape[1]:
-        return v
+        return v, stepper.cache
     count, begin, parts = rest.shape[1], 0, []
     inputs, (last, cache) = (jnp.arange(count), rest.swapaxes(0, 1)), (first, stepper.cache)
     for end in reaches(count):
@@ -312,7 +353,7 @@ def sequential(stepper: Stepper, v: jax.Array) -> jax.Array:
         parts.append(part)
         begin = end
     u = (parts[0] if len(parts) == 1 else jnp.concatenate(parts)).swapaxes(0, 1)
-    return u if stepper.start is not None else jnp.concatenate([v[:, :1], u], axis=1)
+    return u if stepper.start is not None else jnp.concatenate([v[:, :1], u], axis=1), cache
 
 
 def jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -326,6 +367,11 @@ def jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax
         u [B, T, D]; the sweeps that each sample took, [B]; and which samples did not converge, [B], for which u is the
         sequential result unless `plan.unconverged` keeps it as it is.
     """
+    return _jacobi(stepper, v, plan)[:3]
+
+
+def _jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    """`jacobi`, and the caches as it leaves them."""
     first, target = feed(stepper, v)
     batch, count, _ = target.shape
     modules, sweeps_most, tol = _scalars(plan)
@@ -394,10 +440,11 @@ def jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax
     (u, cache, sweeps, good), _ = jax.lax.scan(module, carry, starts)
     u = u if stepper.start is not None else jnp.concatenate([v[:, :1], u], axis=1)
     if plan.unconverged == "keep":
-        return u, sweeps, ~good
+        return u, sweeps, ~good, cache
 
-    def again(u: jax.Array, cache: Any) -> jax.Array:
-        slow = sequential(stepper._replace(cache=clear_cache(cache, stepper.prefix)), v)
-        return jnp.where(good[:, None, None], u, slow)
+    def again(u: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        slow, cache = _sequential(stepper._replace(cache=clear_cache(cache, stepper.prefix)), v)
+        return jnp.where(good[:, None, None], u, slow), reaching(cache, None)
 
-    return jax.lax.cond(good.all(), lambda u, _: u, again, u, cache), sweeps, ~good
+    u, cache = jax.lax.cond(good.all(), lambda u, cache: (u, cache), again, u, cache)
+    return u, sweeps, ~good, cache

@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from zoo.dist import constrain, whole
 from zoo.errors import UserError
-from zoo.flows.inverse import Chain, Guidance, Inverted, Jacobi, Stepper, invert
+from zoo.flows.inverse import Before, Chain, Guidance, Inverted, Jacobi, Stepper, invert
 from zoo.flows.transforms import LOG_2PI, affine, shift_right
 from zoo.nn.attention import check_backend
 from zoo.nn.embed import patchify, unpatchify
@@ -153,7 +153,15 @@ def forward(
     return states[-1], sum(logdets[1:], logdets[0])
 
 
-def _stepper(task: TarFlow, params: Params, t: int, batch: int, label: jax.Array | None, guidance: Guidance) -> Stepper:
+def _stepper(
+    task: TarFlow,
+    params: Params,
+    t: int,
+    batch: int,
+    label: jax.Array | None,
+    guidance: Guidance,
+    before: Before | None,
+) -> Stepper:
     """What inverts block t; guided, both passes run as one batch of 2 B."""
     net, tokens = _net(task, t), task.tokens
     guided = guidance.active
@@ -164,10 +172,12 @@ def _stepper(task: TarFlow, params: Params, t: int, batch: int, label: jax.Array
         if guidance.tempered:
             temperature = jnp.concatenate([jnp.ones(batch), jnp.full((batch,), guidance.attention_temperature)])
     rows = 2 * batch if guided else batch
-    cache = init_trunk_cache(
-        task.depth, task.scan, rows, tokens, task.width // task.head_dim, task.head_dim, task.dtype
+    heads = task.width // task.head_dim
+    cache = Before.memory(
+        before, lambda: init_trunk_cache(task.depth, task.scan, rows, tokens, heads, task.head_dim, task.dtype)
     )
-    block = whole(cast_trunk(params[f"block{t}"], task.dtype), lambda: _init_net(task, jax.random.key(0)))
+    mine = Before.then(before, params[f"block{t}"])
+    block = whole(cast_trunk(mine, task.dtype), lambda: _init_net(task, jax.random.key(0)))
 
     def step(u: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
         u = jnp.concatenate([u, u]) if guided else u
@@ -188,9 +198,9 @@ def chain(
     guidance = Guidance.of(guidance, "linear", annealed=True)
     label = label if task.classes else None
 
-    def stepper(t: int) -> Stepper:
+    def stepper(t: int, before: Before | None = None) -> Stepper:
         here = guidance if guidance.blocks == "all" or t == task.blocks - 1 else Guidance()
-        return _stepper(task, params, t, batch, label, here)
+        return _stepper(task, params, t, batch, label, here, before)
 
     return Chain(task.blocks, stepper, _order, lambda t: params[f"block{t}"]["out"]["kernel"])
 

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from zoo.dist import constrain, whole
 from zoo.errors import UserError
-from zoo.flows.inverse import Chain, Guidance, Jacobi, Stepper, invert
+from zoo.flows.inverse import Before, Chain, Guidance, Jacobi, Stepper, invert
 from zoo.flows.transforms import LOG_2PI, affine, shift_right
 from zoo.nn.embed import grid_positions, patchify, rope_angles, unpatchify
 from zoo.nn.layers import Dense, RMSNorm, Table, normal, zeros
@@ -327,6 +327,7 @@ def stepper(
     null: jax.Array | None,
     guidance: Guidance,
     temperature: float = 1.0,
+    before: Before | None = None,
 ) -> Stepper:
     """What inverts block i: its network on new tokens, caches that hold the condition, and the start token [D].
 
@@ -345,8 +346,12 @@ def stepper(
         divide = divide.at[batch:].multiply(guidance.attention_temperature)
     table = angles(task, i, grid)
     rope = None if table is None else jnp.asarray(table)
-    cache = init_trunk_cache(task.depths[i], task.scan, rows, prefix + count, heads, head_dim, task.dtype)
-    block = whole(cast_trunk(params[f"block{i}"], task.dtype), lambda: init_net(task, i, jax.random.key(0)))
+    cache = Before.memory(
+        before,
+        lambda: init_trunk_cache(task.depths[i], task.scan, rows, prefix + count, heads, head_dim, task.dtype),
+    )
+    mine = Before.then(before, params[f"block{i}"])
+    block = whole(cast_trunk(mine, task.dtype), lambda: init_net(task, i, jax.random.key(0)))
     if prefix:
         chex.assert_shape([condition, null] if guided else condition, (batch, prefix, None))
         seen = jnp.concatenate([jnp.asarray(condition), jnp.asarray(null)]) if guided else condition
@@ -378,9 +383,13 @@ def chain(
     guidance = Guidance.of(guidance, "gaussian", annealed=False)
     if guidance.active and not task.prefix:
         raise UserError(f"guidance={guidance.weight}: this model has no condition to be guided to; leave guidance out")
+
+    def block(i: int, before: Before | None = None) -> Stepper:
+        return stepper(task, params, i, batch, grid, condition, null, guidance, attention_temperature, before)
+
     return Chain(
         task.blocks,
-        lambda i: stepper(task, params, i, batch, grid, condition, null, guidance, attention_temperature),
+        block,
         lambda x, i: reorder(task, x, i),
         lambda i: params[f"block{i}"]["out"]["kernel"],
     )
