@@ -103,6 +103,7 @@ DAMAGED = {
     "words": '{"strategies": ["a"]}',
     "no tolerance": json.dumps({"strategies": [{k: v for k, v in entry().items() if k != "tol"}]}),
     "no batch": json.dumps({"strategies": [{k: v for k, v in entry().items() if k != "batch"}]}),
+    "no device": json.dumps({"strategies": [{k: v for k, v in entry().items() if k != "device"}]}),
     "modules of another kind": json.dumps({"strategies": [entry(["a", "b"])]}),
     "negative modules": json.dumps({"strategies": [entry([-1, 2])]}),
     "no devices": json.dumps({"strategies": [entry(devices=0)]}),
@@ -278,6 +279,8 @@ def test_samples_are_the_same_by_whichever_method(model: models.Model, sample: A
     said, found = sample("saved")
     assert "method: sweeps with modules=2,0, tol=0.0001" in said
     assert np.abs(found - want).max() <= 2
+    keep(model, entry(tol=10.0))  # so rough that it shows
+    assert np.abs(sample("rough")[1] - want).max() > 2
 
 
 def test_samples_that_are_kept_unfinished_are_told(sample: Any) -> None:
