@@ -465,8 +465,12 @@ def test_a_clamp_changes_no_result():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"modules": -1}, ["method.modules=-1", "is negative", "0 goes token by token"]),
-        ({"modules": (1, -2)}, ["method.modules=-2", "is negative", "0 goes token by token"]),
+        ({"modules": -1}, ["method.modules=-1", "is no number of modules", "0 goes token by token"]),
+        ({"modules": (1, -2)}, ["method.modules=-2", "is no number of modules", "0 goes token by token"]),
+        ({"modules": None}, ["method.modules=None", "is no number of modules"]),
+        ({"modules": 1.5}, ["method.modules=1.5", "is no number of modules"]),
+        ({"tol": None}, ["method.tol=None", "is no tolerance"]),
+        ({"start": None}, ["method.start=None", "is no first guess"]),
         ({"modules": ()}, ["method.modules=()", "one for each block"]),
         ({"sweeps": 0}, ["method.sweeps=0", "give 1 or more"]),
         ({"sweeps": (3, 0)}, ["method.sweeps=0", "give 1 or more"]),
@@ -585,7 +589,7 @@ def test_guided_sweeps_and_fallbacks_are_the_sequential_inverse(task):
 
 @pytest.mark.parametrize("task", [TAR, STAR], ids=["tarflow", "starflow"])
 def test_bfloat16_converges_or_falls_back(task):
-    half = dataclasses.replace(task, dtype="bfloat16", head_dim=task.width)
+    half = dataclasses.replace(task, dtype="bfloat16")
     found = runs(half, {"loose": Jacobi(2, tol=1e-3), "few": Jacobi(sweeps=3, tol=1e-4)})
     want = found.pop("").states[-1]
     for name, out in found.items():
