@@ -91,7 +91,7 @@ def bench_table(records: dict[str, dict[str, Any]]) -> str:
         _row(["---"] * 6),
     ]
     for name, r in records.items():
-        if r["kind"] != "bench":
+        if r["kind"] != "bench" or _swept(r):
             continue
         f = r["figures"]
         for key in (k for k in f if k.endswith(" ms, ours")):
@@ -112,6 +112,37 @@ def bench_table(records: dict[str, dict[str, Any]]) -> str:
                 )
             )
     return "\n".join(lines)
+
+
+def inverse_table(records: dict[str, dict[str, Any]]) -> str:
+    """Samplers of trained flows by method of inversion: medians, and how far samples are from the sequential ones."""
+    heads = ["model", "samples", "token by token", "peer", "peer / token by token", "method", "time"]
+    heads += ["method / token by token", "most sweeps a block", "largest difference"]
+    lines = [_row(heads), _row(["---"] * len(heads))]
+    for name, r in records.items():
+        f = r["figures"]
+        for key in (k for k in f if r["kind"] == "bench" and re.fullmatch(r"sample \d+ sweeps, .*", k)):
+            what, _, method = key.partition(" sweeps, ")
+            ours, peer = f[f"{what} ms, ours"]["median"], f.get(f"{what} ms, peer")
+            cells = [
+                name,
+                what.removeprefix("sample "),
+                f"{ours:.4g} ms",
+                f"{peer['median']:.4g} ms" if peer else "",
+                f"{peer['median'] / ours:.1f}" if peer else "",
+                method,
+                f"{f[f'{what} ms, {method}']['median']:.4g} ms",
+                f"{f[f'{what}, {method} / ours']['median']:.2f}",
+                ", ".join(map(str, f[key])) if isinstance(f[key], list) else f[key],
+                f"{f[f'{what} error, {method}']:.1e}",
+            ]
+            lines.append(_row(cells))
+    commands = [f"{n}: {r['date']}, {r['hardware']}: `{r['command']}`" for n, r in records.items() if _swept(r)]
+    return "\n".join([*lines, "", *(f"- {c}" for c in commands)])
+
+
+def _swept(record: dict[str, Any]) -> bool:
+    return any(" sweeps, " in key for key in record["figures"])
 
 
 def compile_table(records: dict[str, dict[str, Any]]) -> str:
@@ -176,6 +207,7 @@ def rendered(text: str) -> str:
         "learned": learned_table(records),
         "agreement": agreement_table(records),
         "bench": bench_table(records),
+        "inverse": inverse_table(records),
         "compile": compile_table(records),
     }
     for mark, table in tables.items():

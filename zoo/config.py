@@ -175,6 +175,7 @@ def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
         )
     try:
         attempts.append(ast.literal_eval(text))
+        attempts.append((attempts[-1],))  # one value for a tuple
     except (ValueError, SyntaxError):
         attempts.append(tuple(part for part in text.split(",") if part))  # a,b for a tuple of strings
     for attempt in attempts:

@@ -221,8 +221,18 @@ def use(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rules: Rules | None
         _rules.reset(token)
 
 
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Trace programs that shall run on any platform: `platform` says "any", and nothing is made for one alone."""
+    kind = _platform.set("any")
+    try:
+        yield
+    finally:
+        _platform.reset(kind)
+
+
 def platform() -> str:
-    """What the program being traced will run on, "cpu", "gpu" or "tpu": that of the mesh in use, which need not be here."""
+    """What the program being traced will run on, "cpu", "gpu", "tpu" or "any": that of the mesh in use, which need not be here."""
     return _platform.get() or jax.default_backend()
 
 
@@ -288,7 +298,7 @@ def whole(tree: Any, boxed: Callable[[], Any]) -> Any:
     """A tree of parameters gathered over the axes that share out the batch, for a loop that would gather them every time.
 
     Args:
-        boxed: makes the abstract tree with logical axes; what is cut along other mesh axes (tensor) stays cut.
+        boxed: makes a tree with logical axes, of which the shapes are asked for only; what is cut along other mesh axes (tensor) stays cut.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -297,7 +307,7 @@ def whole(tree: Any, boxed: Callable[[], Any]) -> Any:
     def gather(box: Any, x: jax.Array) -> jax.Array:
         return _gather(x, box.names if _is_box(box) else (None,) * x.ndim)
 
-    tree = jax.tree.map(gather, boxed(), tree, is_leaf=_is_box)
+    tree = jax.tree.map(gather, jax.eval_shape(boxed), tree, is_leaf=_is_box)
     return jax.lax.optimization_barrier(tree)  # the compiler would put some of it back into the loop, to save memory
 
 

@@ -65,7 +65,7 @@ def draw(
         "weights": model.kind,
         "seed": seed,
         **asked,
-        **_plain(options),
+        **_plain({k: v for k, v in options.items() if (k, v) != ("method", "auto")}),
     }
     taken = {**options, **resolved}
     sampler = jax.jit(lambda params, rng, given: model.task.sample(params, rng, batch, given, **taken))
@@ -90,6 +90,8 @@ def draw(
         strategy.tell(told, taken.get("method", "sequential"))
         for i, image in zip(rows, images):
             about = {**{k: str(v) for k, v in settings.items()}, "index": str(i)}
+            if "method" in taken:
+                about["method"] = strategy.described(taken["method"])
             if captions is not None:
                 about[word] = captions[i]
             save_png(out / f"{i:06d}.png", image, about)
@@ -116,7 +118,7 @@ def _finite(
     conditions: Mapping[str, np.ndarray] | None,
     batch: int,
 ) -> tuple[np.ndarray, list[int], dict[str, np.ndarray]]:
-    """Samples of these rows, those that overflow drawn again from new noise; what did to the last; what the sampler told."""
+    """Samples of these rows, those that overflow drawn again from new noise; which overflowed to the last; what the sampler told."""
     padded = np.resize(rows, batch)  # one compiled shape, whatever is left
     given = _rows(conditions, padded)
     drawn = {k: np.array(x)[: len(rows)] for k, x in sampler(params, keys(seed, padded), given).items()}

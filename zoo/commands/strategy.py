@@ -14,7 +14,7 @@ from zoo import paths
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Jacobi
 from zoo.metrics.convergence import Convergence
-from zoo.models import Model
+from zoo.models import Model, shipped
 from zoo.paths import Folder
 
 _log = logging.getLogger("zoo")
@@ -25,6 +25,11 @@ def save(folder: Folder, found: Mapping[str, Any]) -> None:
 
     A damaged file is replaced.
     """
+    if folder in shipped().values():
+        _log.warning(
+            "the strategies are not kept: a shipped model is not written to; export it, and measure the export"
+        )
+        return
     path = folder / Convergence.saves
     new = [_key(s) for s in found["strategies"]]
     try:
@@ -73,15 +78,28 @@ def _plan(strategy: Mapping[str, Any]) -> Jacobi:
 def chosen(model: Model, options: Mapping[str, Any], batch: int) -> Jacobi | None:
     """The strategy saved with a model that suits this device, a batch and the guidance; None where there is none.
 
-    Sweeps pay less the more samples a device has, so one that was timed with as many or more is safe.
+    Sweeps pay less the more samples a device has, so one that was timed with as many or more is safe. One that was timed
+    with a looser tolerance than the sampler's own is none to take unasked.
+
+    Raises:
+        UserError: the file is damaged, or of a model with other blocks.
     """
     here = jax.devices()[0].device_kind
     guided = Guidance.of(options.get("guidance", 0.0), "linear", annealed=True).active
     share = math.ceil(batch / math.gcd(batch, jax.local_device_count()))
+    saved, blocks = _read(model.folder), model.task.blocks
+    if any(len(s["modules"]) != blocks or len(s["start"]) != blocks for s in saved):
+        raise UserError(
+            f"{model.folder / Convergence.saves} is not of a model with {blocks} blocks; remove it, or measure again with "
+            f"`zoo eval {model.folder} convergence`"
+        )
     suits = [
         (s["batch"] / s["devices"], s)
-        for s in _read(model.folder)
-        if s["device"] == here and (s["guidance"] > 0) == guided and s["batch"] / s["devices"] >= share
+        for s in saved
+        if s["tol"] <= Jacobi.of("jacobi").tol
+        and s["device"] == here
+        and (s["guidance"] > 0) == guided
+        and s["batch"] / s["devices"] >= share
     ]
     return _plan(min(suits, key=lambda pair: pair[0])[1]) if suits else None
 
@@ -107,8 +125,10 @@ def resolve(model: Model, options: Mapping[str, Any], batch: int, *, measure: bo
         _log.info("method=auto: no strategy is saved for this device, batch and guidance; measuring")
         weight = Guidance.of(options.get("guidance", 0.0), "linear", annealed=True).weight
         metric = Convergence(batches=(batch,), guidance=float(weight))
-        save(model.folder, metric(model.task, model.params, model.data, jax.random.key(0)))
-        plan = chosen(model, options, batch)
+        params = jax.device_put(model.params, jax.local_devices()[0])
+        found = metric(model.task, params, model.data, jax.random.key(0))
+        save(model.folder, found)
+        plan = _plan(found["strategies"][0])
     return {"method": plan or Jacobi.of("sequential")}
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import models, paths, weights
+from zoo import dist, models, paths, weights
 from zoo.errors import UserError
 from zoo.models import TOKENIZER, Model, has_tokenizer, homes
 from zoo.paths import Folder
@@ -104,7 +104,8 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
 
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     label = (jax.ShapeDtypeStruct((samples,), jnp.int32),) if classes else ()
-    weights.export_stablehlo(out, sampler, model.params, key, *label)
+    with dist.portable():
+        weights.export_stablehlo(out, sampler, model.params, key, *label)
     return f"{out}: as a zoo export, and stablehlo/ with a sampler of {samples} images a call ({which})"
 
 

@@ -113,7 +113,7 @@ class Guidance:
 Start = Literal["v", "zeros"]
 _MODULES = 8  # of "gs_jacobi"
 _BOUND = 1e6  # sweeps never leave it: a token that overflows would reach earlier ones, as 0 times infinity
-_FINEST = 1e-6  # tolerance that float32 still resolves for tokens of about 1
+FINEST = 1e-6  # tolerance that float32 still resolves for tokens of about 1
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,10 @@ class Jacobi:
                 "is no tolerance; give a small number such as 1e-5, or 0",
             ),
             "start": (lambda word: word in ("v", "zeros"), "is no first guess; choose v or zeros"),
-            "clamp": (lambda x: x is None or 0 < x < math.inf, "must be positive; none leaves numbers as they are"),
+            "clamp": (
+                lambda x: x is None or (isinstance(x, (int, float)) and 0 < x < math.inf),
+                "must be positive; none leaves numbers as they are",
+            ),
             "criterion": (lambda word: word in ("max", "relative"), "is unknown; choose max or relative"),
             "unconverged": (lambda word: word in ("sequential", "keep"), "is unknown; choose sequential or keep"),
         }
@@ -177,7 +180,7 @@ class Jacobi:
         named = {"sequential": 0, "auto": 0, "jacobi": 1, "gs_jacobi": _MODULES}
         if isinstance(method, Jacobi):
             return method
-        if method not in named:
+        if not isinstance(method, str) or method not in named:
             raise UserError(
                 f"method={method!r} is unknown; choose one of auto, {', '.join(n for n in named if n != 'auto')}"
             )
@@ -265,10 +268,10 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
     for i in reversed(range(chain.blocks)):
         v, stepper, plan = chain.order(x, i), chain.stepper(i, before), plans[i]
         tol = _scalars(plan)[2]
-        if plan.modules and 0 < tol < _FINEST:
+        if plan.modules and 0 < tol < FINEST:
             warnings.warn(
                 f"method.tol={tol:g} is below what float32 resolves: block {i} goes token by token; set method.tol to "
-                f"{_FINEST:g} or more, or to 0 for sweeps until nothing moves",
+                f"{FINEST:g} or more, or to 0 for sweeps until nothing moves",
                 stacklevel=2,
             )
         if swept(plan, v.shape[1]):
@@ -286,7 +289,7 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
 def swept(plan: Jacobi, tokens: int) -> bool:
     """Whether a block of so many tokens is inverted by sweeps; else it goes token by token."""
     modules, _, tol = _scalars(plan)
-    return 0 < modules < tokens - 1 and not 0 < tol < _FINEST
+    return 0 < modules < tokens - 1 and not 0 < tol < FINEST
 
 
 def _scalars(plan: Jacobi) -> tuple[int, int | None, float]:
@@ -380,6 +383,7 @@ def _jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, ja
     modules = -(-count // size)  # of 12 tokens, five modules of three would be one too many
     limit = size if sweeps_most is None else min(sweeps_most, size)
     bound = _BOUND if plan.clamp is None else plan.clamp
+    lost = ~jnp.isfinite(v).all((1, 2))  # samples that have overflowed before: there is nothing to find for them
     guess = jnp.clip(target, -bound, bound) if plan.start == "v" else jnp.zeros_like(target)
 
     class State(NamedTuple):
@@ -413,7 +417,7 @@ def _jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, ja
             else:
                 # what was clipped would make all else look small
                 change, whole = (jnp.where(sound, jnp.square(x).mean((1, 2)), 0.0).mean() for x in (new - state.u, new))
-                still = jnp.broadcast_to(change < tol * whole, (batch,))
+                still = jnp.broadcast_to(change <= tol * whole, (batch,))
             exact = state.sweep + 1 >= size
             spent = state.sweep + 1 >= limit
             good = sound & (still | exact)
@@ -430,15 +434,15 @@ def _jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, ja
         def goes_on(state: State) -> jax.Array:
             return jnp.where(last, ~state.done, ~(state.done & state.settled)).any()
 
-        no = jnp.zeros((batch,), bool)
         part = jax.lax.dynamic_slice_in_dim(u, index, size, 1)
-        end = jax.lax.while_loop(goes_on, sweep, State(part, cache, jnp.int32(0), no, no, no, sweeps))
+        end = jax.lax.while_loop(goes_on, sweep, State(part, cache, jnp.int32(0), lost, lost, lost, sweeps))
         return (jax.lax.dynamic_update_slice_in_dim(u, end.u, index, 1), end.cache, end.sweeps, good & end.good), None
 
     starts = jnp.minimum(jnp.arange(modules) * size, count - size)
     carry = (guess, stepper.cache, jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), bool))
     (u, cache, sweeps, good), _ = jax.lax.scan(module, carry, starts)
     u = u if stepper.start is not None else jnp.concatenate([v[:, :1], u], axis=1)
+    u = jnp.where(lost[:, None, None], jnp.nan, u)
     if plan.unconverged == "keep":
         return u, sweeps, ~good, cache
 

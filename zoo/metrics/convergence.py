@@ -5,6 +5,7 @@ B examples, T tokens, D numbers per token, W width of the network.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from zoo import dist, hosts
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.flows.inverse import Chain, Jacobi, Stepper, invert, jacobi, once, sequential, swept
+from zoo.flows.inverse import FINEST, Chain, Jacobi, Stepper, invert, jacobi, once, sequential, swept
 from zoo.flows.transforms import affine_inverse
 
 _GAIN = 0.95  # share of the sequential time from which sweeps are worth it: what is nearer is noise
@@ -45,11 +46,11 @@ class Convergence:
     tol: float = 1e-5
     guidance: float = 0.0  # of the sampler
     rounds: int = 5
-    every: int = 0  # steps between measurements while training; 0: at the end only
 
     name = "convergence"
     needs = ("chain",)
     saves = "convergence.json"
+    every = 0
 
     def __post_init__(self) -> None:
         for field in ("samples", "rounds"):
@@ -62,6 +63,17 @@ class Convergence:
                     f"{field}={','.join(map(str, values))} of the metric convergence must name one or more numbers of at least 1"
                 )
         Jacobi(tol=self.tol)
+        if 0 < self.tol < FINEST:
+            raise UserError(
+                f"tol={self.tol:g} of the metric convergence is below what float32 resolves, so that every block would go "
+                f"token by token; give {FINEST:g} or more, or 0"
+            )
+
+    def check(self, task: Any) -> None:
+        """UserError: it times a sampler on a machine, so it is no evaluation of a run while that trains."""
+        raise UserError(
+            "evals: the metric convergence times the sampler; take it out, and run `zoo eval RUN convergence` after training"
+        )
 
     @property
     def shares(self) -> int:
@@ -78,11 +90,13 @@ class Convergence:
             raise UserError("the metric convergence times one process; run `zoo eval` on one host")
         blocks = self._statistics(task, params, data, rng)
         starts = ["v" if b["igm_v"] <= b["igm_zeros"] else "zeros" for b in blocks]
+        # What overflows has no number that JSON could hold.
+        told = [{k: x if math.isfinite(x) else None for k, x in b.items()} for b in blocks]
         strategies = [self._strategy(task, params, data, rng, n, starts) for n in self.batches]
-        return {"blocks": blocks, "samples": self.samples, "split": self.split, "strategies": strategies}
+        return {"blocks": told, "samples": self.samples, "split": self.split, "strategies": strategies}
 
     def _statistics(self, task: Any, params: Any, data: Any, rng: jax.Array) -> list[dict[str, float]]:
-        batch = min(self.samples, 50)
+        batch = min(self.samples, max(self.batches))
 
         @jax.jit
         def means(params: Any, rows: Any, count: jax.Array, rng: jax.Array) -> Any:
@@ -115,13 +129,13 @@ class Convergence:
             w_a, w_b = (_norm(half) for half in halves)
             igm = [_norm(g) for g in guesses]
             found.append({"crm": _norm(drift) * w_a + w_b, "igm_v": igm[0], "igm_zeros": igm[1]})
-        total = sum(b["crm"] for b in found) or 1.0  # fresh output kernels are zero
+        total = sum(b["crm"] for b in found if math.isfinite(b["crm"])) or 1.0  # fresh output kernels are zero
         return [{**b, "crm": b["crm"] / total} for b in found]
 
     def _strategy(
         self, task: Any, params: Any, data: Any, rng: jax.Array, n: int, starts: Sequence[Any]
     ) -> dict[str, Any]:
-        mesh, params = dist.spread(params, n)
+        mesh, params = dist.spread(params, n, jax.eval_shape(task.init, rng))
         rows = next(iter(epoch(data, n, split=self.split, spec=task.spec(n), limit=n)))[0]
         with dist.use(mesh):
             return self._timed(task, params, rows, rng, n, starts) | {

@@ -241,7 +241,7 @@ def attend_cached(q: jax.Array, cache: Cache, index: Any, layer: Any) -> jax.Arr
         k, v = (jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), sizes)[0] for x in (cache.k, cache.v))
     q = q * jnp.asarray(head_dim**-0.5, q.dtype)
     q = q.reshape(batch, queries, k.shape[1], heads // k.shape[1], head_dim)
-    if queries > 1 and dist.platform() == "cpu":  # where XLA has no such product of bfloat16 into float32
+    if queries > 1 and dist.platform() in ("cpu", "any"):  # where XLA has no such product of bfloat16 into float32
         q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     logits = jnp.einsum("bqhgk,bhkt->bhgqt", q, k, preferred_element_type=jnp.float32)
     seen = jnp.arange(k.shape[-1]) <= (index + jnp.arange(queries))[:, None]

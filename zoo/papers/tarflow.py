@@ -446,8 +446,8 @@ class TarFlow:
             guidance: see `inverse`.
             denoise: strength of the denoising step; None: 1 for a model trained with Gaussian noise, else 0.
             temperature: factor on the standard deviation of z (the paper uses 1).
-            method: how blocks are inverted: "sequential", "jacobi", "gs_jacobi", a `Jacobi`, or "auto": what a run has
-                saved as fastest (`zoo eval RUN convergence`), else sequential.
+            method: how blocks are inverted: "sequential", "jacobi", "gs_jacobi", a `Jacobi`, or "auto": sequential, where no
+                command puts another in its place (`zoo sample`: the fastest that `zoo eval RUN convergence` has saved).
 
         Returns:
             `image` [n, S, S, C] clipped to [-1, 1] (NaN where the inverse overflowed), `label` [n] where given, and where

@@ -376,8 +376,8 @@ class StarFlow:
             temperature: factor on the standard deviation of z (the paper uses 1).
             attention_temperature: divides all attention logits.
             grid: rows and columns of the latents; None: those of the task.
-            method: how blocks are inverted: "sequential", "jacobi", "gs_jacobi", a `Jacobi`, or "auto": what a run has
-                saved as fastest (`zoo eval RUN convergence`), else sequential.
+            method: how blocks are inverted: "sequential", "jacobi", "gs_jacobi", a `Jacobi`, or "auto": sequential, where no
+                command puts another in its place (`zoo sample`: the fastest that `zoo eval RUN convergence` has saved).
 
         Returns:
             `latent` [n, H, W, C]; where there is an autoencoder also `image`, decoded and clipped to [-1, 1]. A model of
