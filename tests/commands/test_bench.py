@@ -341,7 +341,7 @@ def test_samples_that_differ_are_told_apart() -> None:
         ("auto", "leaves the choice open"),
         ("module=4", "no field module in Jacobi; did you mean 'modules'"),
         ("modules=x", "modules='x' is no"),
-        ("modules=-1", "is negative"),
+        ("modules=-1", "is no number of modules"),
         ("modules=4 jacobi", "'jacobi' is no override"),
         ("modules=1,2,3", "3 values for the 2 blocks"),
     ],

@@ -420,7 +420,7 @@ def test_an_infinite_inverse_stays_in_its_sample():
         x, bad = out.states[-1], out.report["unconverged"]
         scale = np.abs(want.states[-1][good]).max()
         near(x[good], want.states[-1][good], 0.05 * scale if plan.unconverged == "keep" else 2e-5 * scale)
-        assert bad[1].all(), plan
+        assert bad[1].any(), plan  # in the first of the two blocks: later ones have nothing left to find
         if plan.sweeps is None:
             assert not bad[good].any(), plan
         if plan.unconverged == "sequential":
