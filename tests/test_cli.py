@@ -173,7 +173,10 @@ MISTAKES = {
     "whole and part": ("sample run guidance=2 guidance.what=a", "guidance is set both as a whole and in part"),
     "part of an option": ("sample run guidance.wight=1", "no field wight in Guidance; did you mean 'weight'?"),
     "unknown method": ("sample run method=fast", "method='fast' is unknown; choose one of auto, sequential, jacobi,"),
-    "negative modules": ("sample run method.modules=-1", "method.modules=-1 is no number of modules; 1 is Jacobi's method"),
+    "negative modules": (
+        "sample run method.modules=-1",
+        "method.modules=-1 is no number of modules; 1 is Jacobi's method",
+    ),
     "modules of other blocks": (
         "sample run method.modules=1,1,1",
         "method.modules=1,1,1: 3 values for the 2 blocks of this model; give one, or one for each block",
