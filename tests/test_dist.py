@@ -274,20 +274,26 @@ def test_the_gradient_of_a_gathered_parameter_is_that_of_the_plain_one_and_cut()
     assert {x.data.shape for x in found.addressable_shards} == {(2, 4)}  # as the parameter lies
 
 
-def test_a_whole_tree_has_all_of_each_leaf_on_every_device():
-    tree = {"a": jnp.arange(16.0), "b": {"c": jnp.ones((4, 2))}}
-    assert dist.whole(tree) is tree
+def test_a_whole_tree_is_gathered_over_what_shares_the_batch():
+    tree = {"a": jnp.arange(16.0), "b": {"c": jnp.ones((4, 2))}, "plain": jnp.ones(8)}
+    names = {"a": ("embed",), "b": {"c": (None, "heads")}}
+
+    def boxed():
+        a, c = nn.LogicallyPartitioned(tree["a"], names["a"]), nn.LogicallyPartitioned(tree["b"]["c"], names["b"]["c"])
+        return {"a": a, "b": {"c": c}, "plain": tree["plain"]}
+
+    assert dist.whole(tree, boxed) is tree
     mesh = GATHERED.build()
     with dist.use(mesh):
-        placed = {"a": sharded(mesh, tree["a"], "fsdp"), "b": {"c": sharded(mesh, tree["b"]["c"], None, "tensor")}}
-        whole = jax.jit(dist.whole)(placed)
+        cut = {"c": sharded(mesh, tree["b"]["c"], None, "tensor")}
+        placed = {**tree, "a": sharded(mesh, tree["a"], "fsdp"), "b": cut}
+        whole = jax.jit(lambda t: dist.whole(t, boxed))(placed)
         # what keeps the compiler from gathering it inside a loop that uses it
-        assert "optimization_barrier" in str(jax.make_jaxpr(dist.whole)(placed))
-    assert jax.tree.structure(whole) == jax.tree.structure(tree)
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(tree), strict=True):
-        np.testing.assert_array_equal(one, other)
-        assert one.sharding.is_fully_replicated
-        assert len(one.addressable_shards) == 8
+        assert "optimization_barrier" in str(jax.make_jaxpr(lambda t: dist.whole(t, boxed))(placed))
+    jax.tree.map(np.testing.assert_array_equal, whole, tree)
+    assert whole["a"].sharding.is_fully_replicated
+    assert whole["plain"].sharding.is_fully_replicated
+    assert whole["b"]["c"].sharding.is_equivalent_to(cut["c"].sharding, 2)  # tensor parallelism stays
 
 
 # batches
