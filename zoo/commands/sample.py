@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def draw(
     asked: Mapping[str, Any],
     batch: int,
     options: Mapping[str, Any],
-    resolved: Mapping[str, Any],
+    resolved: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Draw n samples into `out`: `000000.png` ..., `sheet.png` and `settings.json`. Files already there are kept.
 
