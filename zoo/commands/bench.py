@@ -15,7 +15,6 @@ import statistics
 import sys
 import tempfile
 import time
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from zoo.commands.chips import chip_of, count_chips
 from zoo.data.pipeline import batches
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
+from zoo.flows.inverse import Jacobi
 from zoo.run import Run
 from zoo.train import optim
 from zoo.train.step import compile_step, make_sampler, sampler_spec
@@ -425,14 +425,12 @@ def inverses(task: Any, model: models.Model | None, methods: Sequence[str] = ())
     if model is None:
         return {"ours": "sequential" if _is_flow(task) else None}
     sides: dict[str, Any] = {"ours": "sequential", "jacobi": "jacobi", "gs_jacobi": "gs_jacobi"}
-    kinds = typing.get_args(typing.get_type_hints(type(task).sample)["method"])
-    plan: Any = next(kind for kind in kinds if dataclasses.is_dataclass(kind))
     for text in (" ".join(method.split()) for method in methods):
         try:
             if text == "auto":
                 raise UserError("it leaves the choice open; name a method, or give its fields, e.g. modules=4")
-            method = config.override(plan(), text.split(" ")) if "=" in text else text
-            plan.of(method).block(0, task.blocks)  # as many values as blocks
+            method = config.override(Jacobi(), text.split(" ")) if "=" in text else text
+            Jacobi.of(method).block(0, task.blocks)  # as many values as blocks
         except UserError as error:
             raise UserError(f"--method '{text}': {error}") from None
         if method not in sides.values():

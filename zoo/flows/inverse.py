@@ -262,6 +262,7 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
     """
     method, states = Jacobi.of(method), [x]
     plans = [method.block(i, chain.blocks) for i in range(chain.blocks)]
+    by_sweeps = [swept(plan, x.shape[1]) for plan in plans]
     sweeps = jnp.zeros((len(x), chain.blocks), jnp.int32)
     failed = jnp.zeros((len(x), chain.blocks), bool)
     before: Before | None = None
@@ -274,7 +275,7 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
                 f"{FINEST:g} or more, or to 0 for sweeps until nothing moves",
                 stacklevel=2,
             )
-        if swept(plan, v.shape[1]):
+        if by_sweeps[i]:
             u, count, bad, cache = _jacobi(stepper, v, plan)
             sweeps, failed = sweeps.at[:, i].set(count), failed.at[:, i].set(bad)
         else:
@@ -282,8 +283,7 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
         before = Before(u, reaching(cache, None))
         x = chain.order(u, i)
         states.append(x)
-    any_swept = any(swept(plan, x.shape[1]) for plan in plans)
-    return Inverted(states, {"sweeps": sweeps, "unconverged": failed} if any_swept else {})
+    return Inverted(states, {"sweeps": sweeps, "unconverged": failed} if any(by_sweeps) else {})
 
 
 def swept(plan: Jacobi, tokens: int) -> bool:
