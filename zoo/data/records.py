@@ -102,7 +102,7 @@ def read_info(root: Path, kind: type[K]) -> K:
         head = msgspec.json.decode((root / INFO).read_bytes())
         found = head.get("format") if isinstance(head, dict) else None
         if found in _USES and found != expected.FORMAT:
-            raise UserError(f"{root} holds {_USES[found]}")
+            raise UserError(f"{root} holds {_WHAT[found]}, not {_WHAT[expected.FORMAT]}; {_USES[found]}")
         if found != expected.FORMAT:
             raise UserError(f"{root / INFO} was not written by `zoo prepare`; {ANEW}")
         if head.get("version") != expected.VERSION:
@@ -116,9 +116,11 @@ def read_info(root: Path, kind: type[K]) -> K:
         raise UserError(f"{root / INFO} is damaged ({error}); {ANEW}") from None
 
 
+_WHAT = {"zoo-images": "images", "zoo-latents": "latents", "zoo-tokens": "tokens of texts"}
 _USES = {
-    "zoo-images": "images, not latents; read it with data=Images(path, size=...), or encode it with `zoo prepare --encode`",
-    "zoo-latents": "latents, not images; read it with data=Latents(path)",
+    "zoo-images": "read it with data=Images(path, size=...), or encode it with `zoo prepare --encode`",
+    "zoo-latents": "read it with data=Latents(path)",
+    "zoo-tokens": "read it with data=Text(path)",
 }
 
 

@@ -126,7 +126,7 @@ def kind_of(origin: Path) -> tuple[str, list[str]]:
                 f"{origin} is compressed and cannot be read at random; unpack it to a plain .tar file first"
             )
         return "npz", []
-    names = _walk(origin)
+    names = walk(origin)
     found = {kind: [name for name in names if name.lower().endswith(f".{kind}")] for kind in ("tar", "parquet")}
     found["images"] = images = [name for name in names if name.lower().endswith(SUFFIXES)]
     there = [_shown(some[0]) for some in found.values() if some]
@@ -160,7 +160,7 @@ def _in_classes(images: Sequence[str]) -> bool:
     return all(len(path) == 2 for path in inside) and len({path[0] for path in inside}) > 1
 
 
-def _walk(root: Path) -> list[str]:
+def walk(root: Path) -> list[str]:
     """All files below a folder by path, sorted; hidden ones and what cannot be listed are passed over."""
     found, seen = [], set()
     for here, folders, files in os.walk(root, followlinks=True):
