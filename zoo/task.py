@@ -93,3 +93,8 @@ def check_needs(task: Any, needs: Iterable[str], what: str) -> None:
 def abilities(task: Any) -> list[str]:
     """The optional abilities of a task, in the order of `ABILITIES`."""
     return [name for name in ABILITIES if hasattr(task, name)]
+
+
+def is_text(task: Any) -> bool:
+    """Whether the examples of a task are texts, `tokens` int32 [B, T] that it models and is not merely told."""
+    return "tokens" in task.spec(1) and "tokens" not in getattr(task, "given", ())

@@ -308,7 +308,7 @@ def test_devices_share_the_images() -> None:
     batch = task.spec(16)
 
     def flops() -> float:
-        program = likelihood._per_image(task, 1).lower(params, batch, jnp.arange(16), RNG).compile()
+        program = likelihood.per_example(task, 1).lower(params, batch, jnp.arange(16), RNG).compile()
         return program.cost_analysis()["flops"]
 
     alone = flops()

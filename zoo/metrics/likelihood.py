@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,35 +18,42 @@ from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 from zoo.metrics.frechet import Moments, moments
 from zoo.metrics.samples import MAX_DIMS
+from zoo.task import is_text
 
 _LOG_2PI = math.log(2 * math.pi)
 
 
-@lru_cache(maxsize=8)
-def _per_image(task: Any, draws: int) -> Any:
-    """A jitted (params, batch, indices, rng) -> [B] nats, the mean over `draws`.
+def over_draws(nats: jax.Array) -> jax.Array:
+    """The mean over draws of [draws, B] nats."""
+    return nats.mean(0)
 
-    The noise of an image follows from (rng, draw, index of the image), so the batch size changes rounding only.
+
+@lru_cache(maxsize=8)
+def per_example(task: Any, draws: int, combine: Callable[[jax.Array], Any] = over_draws) -> Any:
+    """A jitted (params, batch, indices, rng) -> what `combine` makes of the nats [draws, B] of each example.
+
+    The noise of an example follows from (rng, draw, index of the example), so the batch size changes rounding only.
     """
 
     def one(params: Any, example: Any, index: jax.Array, rng: jax.Array) -> jax.Array:
         batch = jax.tree.map(lambda x: x[None], example)
         return task.nll(params, batch, jax.random.fold_in(rng, index))[0]
 
-    def many(params: Any, batch: Any, indices: jax.Array, rng: jax.Array) -> jax.Array:
-        # on a mesh each device takes its share of the images
+    def many(params: Any, batch: Any, indices: jax.Array, rng: jax.Array) -> Any:
+        # on a mesh each device takes its share of the examples
         shared = jax.vmap(one, (None, 0, 0, None), spmd_axis_name=dist.batch_axes(len(indices)))
         batch = jax.tree.map(lambda x: dist.constrain(x, "batch"), batch)
 
         def draw(d: jax.Array) -> jax.Array:
             return shared(params, batch, indices, jax.random.fold_in(rng, d))
 
-        return jax.lax.map(draw, jnp.arange(draws)).mean(0)
+        return combine(jax.lax.map(draw, jnp.arange(draws)))
 
     return jax.jit(many)
 
 
-def _at_least_one(metric: Any, *names: str) -> None:
+def at_least_one(metric: Any, *names: str) -> None:
+    """UserError for a field of a metric that counts something and is below 1; None counts everything."""
     for name in names:
         value = getattr(metric, name)
         if value is not None and value < 1:
@@ -76,10 +83,14 @@ class Bits:
     needs = ("nll",)
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "draws", "batch", "limit")
+        at_least_one(self, "draws", "batch", "limit")
 
     def check(self, task: Any) -> None:
         """UserError where the metric makes no sense for a task; asked before a run's first step."""
+        if is_text(task):
+            raise UserError(
+                f"the metric bpd counts bits per dimension, and {type(task).__name__} models texts; use text"
+            )
         dims = math.prod(event_shape(task))
         if self.baselines and (dims > MAX_DIMS or _event_key(task) is None):
             raise UserError(
@@ -98,7 +109,7 @@ class Bits:
         asked = {k for k in spec if k == "label" or (k in getattr(task, "given", ()) and not k.startswith("null_"))}
         if not self.label:
             spec = {k: v for k, v in spec.items() if k not in asked}
-        nll, bits, first = _per_image(task, self.draws), [], 0
+        nll, bits, first = per_example(task, self.draws), [], 0
         dims = math.prod(event_shape(task))
         for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit):
             nats = nll(params, batch, first + jnp.arange(self.batch), rng)
@@ -227,7 +238,7 @@ class BayesAccuracy:
     needs = ("nll",)
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "draws", "batch", "limit")
+        at_least_one(self, "draws", "batch", "limit")
 
     def check(self, task: Any) -> None:
         """UserError for an unconditional model; asked before a run's first step."""
@@ -242,7 +253,7 @@ class BayesAccuracy:
         gaussian = getattr(task, "noise_type", "") == "gaussian"
         clean = dataclasses.replace(task, noise=0.0) if gaussian else task
         draws = 1 if gaussian else self.draws
-        nll = _per_image(clean, draws)
+        nll = per_example(clean, draws)
         spec, right, first = task.spec(self.batch), [], 0
 
         @jax.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -18,22 +18,27 @@ from zoo.task import Params
 MAX_DIMS = 4_096  # numbers per example up to which a metric forms a covariance, or fits a classifier to pixels
 
 
-def drawer(task: Any, options: Mapping[str, Any]) -> Any:
-    """A jitted (params, rng, indices [n], conditions) -> images [n, H, W, C], None where the sampler gives none.
+def the_image(drawn: Mapping[str, jax.Array]) -> jax.Array | None:
+    """Of what a sampler gives, the images."""
+    return drawn.get("image")
 
-    Image i depends on (rng, indices[i]) and its conditions alone. The function is kept, so it is compiled once.
+
+def drawer(task: Any, options: Mapping[str, Any], pick: Callable[[Mapping[str, jax.Array]], Any] = the_image) -> Any:
+    """A jitted (params, rng, indices [n], conditions) -> what `pick` takes of n samples: images [n, H, W, C], or None.
+
+    Sample i depends on (rng, indices[i]) and its conditions alone. The function is kept, so it is compiled once.
     """
     try:
-        return _drawer(task, tuple(sorted(options.items())))
+        return _drawer(task, tuple(sorted(options.items())), pick)
     except TypeError:  # an option that cannot be hashed
-        return _drawer.__wrapped__(task, tuple(options.items()))
+        return _drawer.__wrapped__(task, tuple(options.items()), pick)
 
 
 @lru_cache(maxsize=8)
-def _drawer(task: Any, options: tuple[tuple[str, Any], ...]) -> Any:
-    def draw(params: Params, rng: jax.Array, indices: jax.Array, conditions: Mapping[str, Any]) -> jax.Array | None:
+def _drawer(task: Any, options: tuple[tuple[str, Any], ...], pick: Callable[[Mapping[str, jax.Array]], Any]) -> Any:
+    def draw(params: Params, rng: jax.Array, indices: jax.Array, conditions: Mapping[str, Any]) -> Any:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
-        return task.sample(params, keys, len(indices), dict(conditions) or None, **dict(options)).get("image")
+        return pick(task.sample(params, keys, len(indices), dict(conditions) or None, **dict(options)))
 
     return jax.jit(draw)
 

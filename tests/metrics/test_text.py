@@ -1,0 +1,257 @@
+"""Metrics of texts against closed forms."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from unigram import Editor, Unigram, Windows
+
+from zoo import config, dist, metrics
+from zoo.data.synthetic import Synthetic
+from zoo.errors import UserError
+from zoo.metrics.likelihood import Bits
+from zoo.metrics.text import (
+    Generation,
+    LatentPasses,
+    TextBound,
+    bigram_log_likelihood,
+    bounds,
+    distinct,
+    pass_statistics,
+    token_entropy,
+    unigram_kl,
+)
+from zoo.papers.tarflow import TarFlow
+
+RNG = jax.random.key(0)
+UNIFORM = {"logits": jnp.zeros(27)}
+
+
+def held_out() -> np.ndarray:
+    source = Windows().source("test")
+    return np.stack([source[i]["tokens"] for i in range(len(source))])
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+def test_a_uniform_model_has_the_bits_of_its_vocabulary() -> None:
+    found = TextBound(batch=8)(Unigram(), UNIFORM, Windows(), RNG)
+    assert found["nats_per_token"] == pytest.approx(math.log(27), rel=1e-6)
+    assert found["bits_per_token"] == pytest.approx(math.log2(27), rel=1e-6)
+    assert found["bits_per_char"] == pytest.approx(math.log2(27), rel=1e-6)
+    assert found["bits_per_token_std_error"] == pytest.approx(0, abs=1e-6)
+    assert found["perplexity"] == pytest.approx(27, rel=1e-5)
+    assert (found["texts"], found["draws"], found["split"], found["bound"]) == (len(held_out()), 1, "test", True)
+    assert not any(key.startswith("iw") for key in found)
+    json.dumps(found)
+
+
+def test_bits_are_those_of_the_held_out_tokens_and_their_error_is_over_texts() -> None:
+    logits = np.random.default_rng(0).normal(size=27).astype(np.float32)
+    found = TextBound(batch=8, limit=11)(Unigram(), {"logits": jnp.asarray(logits)}, Windows(), RNG)
+    bits = -(logits - np.log(np.exp(logits).sum()))[held_out()[:11]].mean(1) / math.log(2)
+    assert found["bits_per_token"] == pytest.approx(bits.mean(), rel=1e-5)
+    assert found["bits_per_token_std_error"] == pytest.approx(bits.std(ddof=1) / math.sqrt(11), rel=1e-4)
+    assert found["texts"] == 11
+
+
+def test_bits_are_shared_out_among_the_characters_of_longer_tokens() -> None:
+    found = TextBound(batch=8)(Unigram(), UNIFORM, Windows(share=2.0), RNG)
+    assert found["bits_per_char"] == pytest.approx(math.log2(27) / 2, rel=1e-6)
+
+
+def test_weighted_bounds_in_closed_form() -> None:
+    nats = jnp.log(jnp.array([[2.0, 5.0], [8.0, 5.0]]))
+    mean, weighted = bounds(nats)
+    np.testing.assert_allclose(mean, np.log([4, 5]), rtol=1e-6)
+    np.testing.assert_allclose(weighted, np.log([16 / 5, 5]), rtol=1e-6)  # -log of (1/2 + 1/8) / 2
+    np.testing.assert_allclose(bounds(nats + 1e4)[1] - 1e4, weighted, atol=2e-3)  # no probability underflows
+
+
+def test_a_bound_is_weighted_text_by_text_over_its_own_draws() -> None:
+    task, draws = Unigram(spread=4.0), 3
+    found = TextBound(draws=draws, batch=4, limit=6)(task, UNIFORM, Windows(), RNG)
+    keys = [[jax.random.fold_in(jax.random.fold_in(RNG, d), i) for i in range(6)] for d in range(draws)]
+    noise = np.array([[4.0 * jax.random.uniform(key, (1,))[0] for key in row] for row in keys], np.float64)
+    nats = 8 * math.log(27) + noise
+    assert found["nats_per_token"] == pytest.approx(nats.mean() / 8, rel=1e-5)
+    weighted = -np.log(np.exp(-nats).mean(0)).mean() / 8
+    assert found["iw_nats_per_token"] == pytest.approx(weighted, rel=1e-5)
+    assert found["iw_bits_per_token"] == pytest.approx(weighted / math.log(2), rel=1e-5)
+    assert found["iw_nats_per_token"] < found["nats_per_token"]
+
+
+def test_devices_share_the_texts() -> None:
+    one = TextBound(batch=16, draws=2)(Unigram(spread=1.0), UNIFORM, Windows(), RNG)
+    with dist.use(dist.Mesh().build()):
+        many = TextBound(batch=16, draws=2)(Unigram(spread=1.0), UNIFORM, Windows(), RNG)
+    assert many["iw_bits_per_token"] == pytest.approx(one["iw_bits_per_token"], rel=1e-6)
+
+
+def test_an_exact_model_says_that_its_bits_are_no_bound() -> None:
+    class Exact(Unigram):
+        bound = False
+
+    assert TextBound(batch=8, limit=8)(Exact(), UNIFORM, Windows(), RNG)["bound"] is False
+
+
+def test_images_and_texts_have_their_own_metrics() -> None:
+    image = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8)
+    for metric in (TextBound(), Generation()):
+        with pytest.raises(UserError, match="is of texts, and TarFlow models image"):
+            metric.check(image)
+    with pytest.raises(UserError, match="bits per dimension, and Unigram models texts; use text"):
+        Bits().check(Unigram())
+
+
+def test_data_of_another_vocabulary_are_refused() -> None:
+    for metric in (TextBound(), Generation()):
+        with pytest.raises(UserError, match=r"the data has 27 symbols, task.vocab=30; set task.vocab=27"):
+            metric(Unigram(vocab=30), {"logits": jnp.zeros(30)}, Windows(), RNG)
+
+
+# --- drawn texts ----------------------------------------------------------------------------------
+
+
+def test_divergence_of_tokens() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 5, (40, 30))
+    assert unigram_kl(x, x, 7) == pytest.approx(0, abs=1e-12)
+    p, q = np.zeros((1000, 100), int), np.zeros((1000, 100), int)
+    p[:, :25], q[:, :50] = 1, 1
+    assert unigram_kl(p, q, 2) == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), abs=1e-4)
+    assert unigram_kl(np.ones((1, 9), int), np.zeros((1, 9), int), 2) > 1  # what was never seen has a chance
+
+
+def test_likelihood_of_pairs() -> None:
+    train = np.array([[0, 1, 0, 1], [1, 1, 1, 1]])  # 0 1 twice, 1 0 once, 1 1 three times
+    tokens = np.array([[0, 1, 0], [1, 1, 1], [2, 0, 1]])
+    pairs = {(0, 1): 3 / 5, (1, 0): 2 / 7, (1, 1): 4 / 7, (2, 0): 1 / 3}  # plus one each, of three symbols
+    want = np.mean([math.log(pairs[a, b]) for row in tokens for a, b in pairwise(row.tolist())])
+    assert bigram_log_likelihood(tokens, train, 3) == pytest.approx(want)
+    assert bigram_log_likelihood(tokens, np.zeros((1, 1), int), 3) == pytest.approx(-math.log(3))
+
+
+def test_variety() -> None:
+    assert token_entropy(np.array([[0, 1, 2, 3], [5, 5, 5, 5]])) == pytest.approx(math.log(4) / 2)
+    text = np.array([[0, 1, 0, 1], [0, 1, 2, 2]])
+    assert distinct(text, 1) == pytest.approx(3 / 8)
+    assert distinct(text, 2) == pytest.approx(4 / 6)  # 01 10 12 22 of six
+    assert distinct(text, 3) == pytest.approx(4 / 4)
+    assert distinct(text, 5) == 1.0
+    rng = np.random.default_rng(0)
+    many = rng.integers(0, 50_000, (3, 200))
+    runs = {tuple(row[i : i + 3]) for row in many.tolist() for i in range(198)}
+    assert distinct(many, 3) == len(runs) / (3 * 198)
+
+
+def test_samples_of_the_tokens_of_the_data_are_near_them() -> None:
+    source = Windows().source("train")
+    train = np.stack([source[i]["tokens"] for i in range(len(source))])
+    logits = jnp.log(jnp.asarray(np.bincount(train.ravel(), minlength=27) + 1e-6))
+    metric = Generation(samples=200, batch=64)
+    found = metric(Unigram(), {"logits": logits}, Windows(), RNG)
+    json.dumps(found)
+    assert found["unigram_kl"] < 0.05
+    assert metric(Unigram(), UNIFORM, Windows(), RNG)["unigram_kl"] > 0.1
+    assert found["bigram_log_likelihood"] < found["data_bigram_log_likelihood"]  # it knows no pairs
+    assert found["data_distinct_3"] < found["distinct_3"]  # the data repeat themselves
+    assert (found["generated_texts"], found["data_texts"]) == (200, len(held_out()))
+    assert found == metric(Unigram(), {"logits": logits}, Windows(), RNG)
+
+
+def test_a_large_vocabulary_has_no_table_of_pairs() -> None:
+    task, data = Unigram(vocab=5_000), Synthetic(examples=9)
+    found = Generation(samples=8, batch=8)(task, {"logits": jnp.zeros(5_000)}, data, RNG)
+    assert "bigram_log_likelihood" not in found
+    assert "data_unigram_kl" in found
+
+
+def test_options_of_the_sampler_are_checked_before_a_run() -> None:
+    with pytest.raises(UserError, match=r"options of the metric generation.*no option 'temprature'"):
+        Generation(options={"temprature": 0.5}).check(Unigram())
+
+
+# --- passes ---------------------------------------------------------------------------------------
+
+
+def test_statistics_of_passes_in_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    isotropic = rng.normal(size=(1, 1, 20_000, 4))
+    (one,) = pass_statistics(np.zeros((1, 1, 20_000), int), isotropic)
+    assert one["participation"] == pytest.approx(4, abs=0.01)
+    assert one["cosine"] == pytest.approx(0, abs=0.01)
+    assert one["norm"] == pytest.approx(math.sqrt(2) * math.gamma(2.5) / math.gamma(2), abs=0.02)  # of a chi with 4
+    line = np.linspace(1, 2, 50)[:, None] * np.array([1.0, 2.0, 3.0])
+    first, last = pass_statistics(np.array([[[1] * 50, [1] * 40 + [2] * 10]]), np.stack([line, line + 1.0])[None])
+    assert first["participation"] == pytest.approx(1)  # all on one line
+    assert first["cosine"] == pytest.approx(1)
+    assert "movement" not in first
+    assert last["movement"] == pytest.approx(math.sqrt(3))
+    assert last["changed"] == pytest.approx(0.2)
+    opposite = np.array([[1.0, 0.0], [-1.0, 0.0]])
+    (found,) = pass_statistics(np.zeros((1, 1, 2), int), opposite[None, None])
+    assert found["cosine"] == pytest.approx(-1)
+    (still,) = pass_statistics(np.zeros((1, 1, 3), int), np.ones((1, 1, 3, 2)))
+    assert still["participation"] == 1  # one point
+
+
+def test_the_mean_and_the_spread_are_over_texts() -> None:
+    latents = np.stack([np.full((1, 5, 2), 3.0), np.full((1, 5, 2), 4.0)])
+    (found,) = pass_statistics(np.zeros((2, 1, 5), int), latents)
+    assert found["norm"] == pytest.approx(3.5 * math.sqrt(2))
+    assert found["norm_std"] == pytest.approx(0.5 * math.sqrt(2))
+
+
+def test_passes_of_a_sampler() -> None:
+    found = LatentPasses(samples=10, batch=8)(Editor(), UNIFORM, None, RNG)
+    json.dumps(found)
+    assert (len(found["passes"]), found["samples"], found["not_finite"]) == (3, 10, 0)
+    assert 0 < found["passes"][2]["changed"] <= 1 / 8 < found["passes"][1]["changed"] <= 1 / 2
+    with pytest.raises(UserError, match=r"through the layers of a flow, and Unigram has none"):
+        LatentPasses()(Unigram(), UNIFORM, None, RNG)
+    with pytest.raises(UserError, match="take it out, and run `zoo eval RUN passes` after"):
+        LatentPasses().check(Editor())
+
+
+def test_samples_that_overflow_are_left_out_and_counted() -> None:
+    @dataclass(frozen=True)
+    class Lost(Editor):
+        def sample(  # type: ignore[override]
+            self, params: Any, rng: jax.Array, n: int, conditions: Any = None, *, passes: bool = False
+        ) -> dict[str, jax.Array]:
+            drawn = super().sample(params, rng, n, passes=passes)
+            lost = drawn["passes"][:, :1, :1, None] < 3
+            return {**drawn, "latents": jnp.where(lost, jnp.nan, drawn["latents"])}
+
+    found = LatentPasses(samples=40, batch=40)(Lost(), UNIFORM, None, RNG)
+    assert found["samples"] + found["not_finite"] == 40
+    assert found["not_finite"] > 0
+    json.dumps(found, allow_nan=False)
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: TextBound(draws=0), lambda: Generation(samples=0), lambda: LatentPasses(batch=0)]
+)
+def test_numbers_below_one_are_refused(make: Any) -> None:
+    with pytest.raises(UserError, match=r"=0 of the metric (text|generation|passes) must be at least 1"):
+        make()
+
+
+def test_metrics_go_by_name_and_through_json() -> None:
+    known = metrics.named()
+    assert (known["text"], known["generation"], known["passes"]) == (TextBound, Generation, LatentPasses)
+    for metric in (TextBound(draws=4), Generation(options={"temperature": 0.5}), LatentPasses(samples=3)):
+        assert config.undump(config.dump(metric)) == metric

@@ -1,0 +1,106 @@
+"""The smallest language model there is, and texts for it: what the tests of commands, metrics and training share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.data.vocabulary import Vocabulary, text8
+from zoo.task import Batch, Params
+
+
+@dataclass(frozen=True)
+class Unigram:
+    """Tokens drawn from one table of logits; `spread` makes its likelihood a bound that varies with the draw."""
+
+    vocab: int = 27
+    length: int = 8
+    spread: float = 0.0
+
+    held = ()
+    unit = "sequences"
+    bound = True
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"tokens": jax.ShapeDtypeStruct((batch, self.length), jnp.int32)}
+
+    def init(self, rng: jax.Array) -> Params:
+        return {"logits": jnp.zeros(self.vocab)}
+
+    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        logs = jax.nn.log_softmax(params["logits"])
+        noise = self.spread * jax.random.uniform(rng, batch["tokens"].shape[:1])
+        return noise - logs[batch["tokens"]].sum(1)
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        loss = self.nll(params, batch, rng).mean() / self.length
+        return loss, {"bits": loss / math.log(2)}
+
+    def sample(
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, *, temperature: float = 1.0
+    ) -> dict[str, jax.Array]:
+        keys = rng if rng.ndim else jax.random.split(rng, n)
+        logits = params["logits"] / temperature
+        return {"tokens": jax.vmap(lambda k: jax.random.categorical(k, logits, shape=(self.length,)))(keys)}
+
+
+@dataclass(frozen=True)
+class Editor(Unigram):
+    """A text out of two passes: the first keeps half of the tokens of the noise, the second all but the first token."""
+
+    rewrites = True
+
+    def sample(  # type: ignore[override]
+        self,
+        params: Params,
+        rng: jax.Array,
+        n: int,
+        conditions: Batch | None = None,
+        *,
+        strength: float = 0.5,
+        passes: bool = False,
+    ) -> dict[str, jax.Array]:
+        drawn = super().sample(params, rng, n)["tokens"]
+        noise = drawn if conditions is None else conditions["tokens"]
+        half = jnp.where(jnp.arange(self.length) % 2 == 0, noise, 1)
+        last = half.at[:, 0].set(0)
+        if not passes:
+            return {"tokens": last}
+        states = jnp.stack([noise, half, last], 1)
+        return {"tokens": last, "passes": states, "latents": jax.nn.one_hot(states, 3) * (1.0 + states[..., None])}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text of 27 symbols, cut into windows: even ones to train, odd ones to test."""
+
+    text: str = "the quick brown fox jumps over the lazy dog " * 6
+    share: float = 1.0  # characters that a token is said to stand for
+
+    def vocabulary(self) -> Vocabulary:
+        return text8()
+
+    def source(self, split: str, spec: Any = None) -> Any:
+        length = 8 if spec is None else spec["tokens"].shape[1]
+        ids = text8().encode(self.text)
+        rows = ids[: len(ids) // length * length].reshape(-1, length)
+        return _Source(rows[0 if split == "train" else 1 :: 2], self.vocabulary(), self.share)
+
+
+@dataclass
+class _Source:
+    rows: np.ndarray
+    vocabulary: Vocabulary
+    characters_per_token: float
+    labels = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"tokens": self.rows[index]}
