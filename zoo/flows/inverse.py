@@ -1,7 +1,8 @@
-"""Inverses of autoregressive affine flows, and the guidance that bends them. One jitted program each.
+"""Inverses of autoregressive flows, and the guidance that bends affine ones. One jitted program each.
 
-A block of such a flow solves u_t = v_t s(u_<t) + b(u_<t) for u, with v known: token by token, or as the fixed point of a
-map of all tokens at once, whose dependence on earlier tokens alone makes it exact after as many sweeps as tokens.
+A block of an affine flow solves u_t = v_t s(u_<t) + b(u_<t) for u, with v known: token by token, or as the fixed point of a
+map of all tokens at once, whose dependence on earlier tokens alone makes it exact after as many sweeps as tokens. Other
+couplings differ in how one token is solved for (`Stepper.solve`) and in nothing else.
 Order of this file: guidance, how a block is inverted, blocks and chains of them, sequential inverse, Jacobi sweeps.
 """
 
@@ -21,8 +22,9 @@ from zoo.errors import UserError
 from zoo.flows.transforms import affine_inverse
 from zoo.nn.attention import clear_cache, reaches, reaching
 
-# (tokens [B, Q, D], cache, index of the first) -> scale and shift of the tokens behind them [B, Q, D] each, cache
-Step = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, jax.Array, Any]]
+# (tokens [B, Q, D], cache, index of the first) -> what the tokens behind them are solved with, then the cache. Of an
+# affine block scale and shift [B, Q, D] each.
+Step = Callable[[jax.Array, Any, jax.Array], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,8 @@ class Stepper(NamedTuple):
     cache: Any  # empty, or filled with a prefix
     start: jax.Array | None = None  # [D], fed before the first token; None: the first token passes unchanged
     prefix: int = 0  # slots of the cache that are filled
+    # (v [..., D'], what `step` gave [..., *]) -> u [..., D], token by token
+    solve: Callable[..., jax.Array] = affine_inverse
 
 
 class Before(NamedTuple):
@@ -241,7 +245,10 @@ class Chain:
     # Of a block, after another that was inverted before it where one was; made anew for every use.
     stepper: Callable[..., Stepper]  # (block, before=None)
     order: Callable[[jax.Array, int], jax.Array]  # [B, T, D] from raster order to that of a block, or back
-    out: Callable[[int], jax.Array]  # [W, D] or [W, 2 D], the kernel that makes log-scale and shift of block i
+    out: Callable[[int], jax.Array] | None = (
+        None  # [W, D] or [W, 2 D], the kernel of log-scale and shift of affine block i
+    )
+    back: Callable[[jax.Array, int], jax.Array] | None = None  # the inverse of `order` where it is not its own
 
 
 class Inverted(NamedTuple):
@@ -281,7 +288,7 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
         else:
             u, cache = _sequential(stepper, v)
         before = Before(u, reaching(cache, None))
-        x = chain.order(u, i)
+        x = (chain.back or chain.order)(u, i)
         states.append(x)
     return Inverted(states, {"sweeps": sweeps, "unconverged": failed} if any(by_sweeps) else {})
 
@@ -305,11 +312,11 @@ def feed(stepper: Stepper, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(first, rest): what a block is fed before all else [B, D], and the tokens of [B, T, D] that follow from it."""
     if stepper.start is None:
         return u[:, 0], u[:, 1:]
-    return jnp.broadcast_to(stepper.start, u[:, 0].shape).astype(u.dtype), u
+    return jnp.broadcast_to(stepper.start, (len(u), *stepper.start.shape)).astype(u.dtype), u
 
 
 def once(stepper: Stepper, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scale and shift [B, T, D] of all tokens of u at once; 1 and 0 for a first token that passes unchanged."""
+    """Scale and shift [B, T, D] of all tokens of u at once, of an affine block; 1 and 0 for a first token that passes unchanged."""
     first, rest = feed(stepper, u)
     scale, shift, _ = stepper.step(jnp.concatenate([first[:, None], rest[:, :-1]], 1), stepper.cache, jnp.int32(0))
     if stepper.start is None:
@@ -319,7 +326,7 @@ def once(stepper: Stepper, u: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sequential(stepper: Stepper, v: jax.Array) -> jax.Array:
-    """Token by token: u_t = v_t s_t + b_t with (s_t, b_t) = step(u_{t-1}), in one `lax.scan`.
+    """Token by token: u_t = solve(v_t, step(u_{t-1})), of an affine block v_t s_t + b_t, in one `lax.scan`.
 
     Tokens leave the scan as outputs, so nothing of the size of the sequence is carried but the cache. On a TPU there are up
     to four scans, in which attention looks at no more of the cache than they will have filled.
@@ -341,8 +348,8 @@ def _sequential(stepper: Stepper, v: jax.Array) -> tuple[jax.Array, Any]:
     ) -> tuple[tuple[jax.Array, Any], jax.Array]:
         u, cache = carry
         index, v_next = inputs
-        scale, shift, cache = stepper.step(u[:, None], cache, index)
-        u = affine_inverse(v_next, scale[:, 0], shift[:, 0])
+        *outputs, cache = stepper.step(u[:, None], cache, index)
+        u = stepper.solve(v_next, *(x[:, 0] for x in outputs))
         return (u, cache), u
 
     first, rest = feed(stepper, v)
@@ -405,10 +412,8 @@ def _jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, ja
         last = index >= count - size
 
         def sweep(state: State) -> State:
-            scale, shift, cache = stepper.step(
-                jnp.concatenate([before[:, None], state.u[:, :-1]], 1), state.cache, index
-            )
-            found = affine_inverse(goal, scale, shift)
+            *outputs, cache = stepper.step(jnp.concatenate([before[:, None], state.u[:, :-1]], 1), state.cache, index)
+            found = stepper.solve(goal, *outputs)
             new = jnp.clip(jnp.where(jnp.isnan(found), seed, found), -bound, bound)
             sound = (new == found).all((1, 2))
             moves = ~state.done

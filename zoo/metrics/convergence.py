@@ -101,6 +101,7 @@ class Convergence:
         @jax.jit
         def means(params: Any, rows: Any, count: jax.Array, rng: jax.Array) -> Any:
             x, chain = task.chain(params, rows, rng)
+            assert chain.out is not None
             kernels = [chain.out(i) for i in range(chain.blocks)]
             kept = (jnp.arange(batch) < count)[:, None, None]
 

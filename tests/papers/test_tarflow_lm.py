@@ -1,0 +1,342 @@
+"""TarFlowLM: laws of its stack with randomised weights, the bound in closed form, stages, and the discrete model beside it."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zoo import dist
+from zoo.errors import UserError
+from zoo.flows.inverse import invert
+from zoo.flows.transforms import codebook_log_prob, normal_log_prob
+from zoo.papers import tarflow_lm as lm
+from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
+
+# Left to right by tokens, right to left by channels, left to right affine; two tokens a step, so channels are mixed too.
+STACK = TarFlowLM(
+    vocab=5,
+    length=6,
+    dims=2,
+    patch=2,
+    layers=(Layer("mixd", depth=1, components=5), Layer("mix1", depth=1, components=3), Layer("affine", depth=1)),
+    width=8,
+    head_dim=8,
+    scan=False,
+)
+ONE = dataclasses.replace(STACK, patch=1, layers=STACK.layers[:1])
+FLAT = dataclasses.replace(
+    STACK,
+    patch=1,
+    layers=(
+        Layer("affine", depth=1, maf=False, reverse=True),
+        Layer("mix1", depth=1, components=2, maf=False),
+        Layer("mixd", depth=1, components=3, tied=False),
+    ),
+)
+
+
+def moved(task, scale=0.12, seed=0):
+    """Randomised parameters: fresh heads are zero or nearly so, which would hide what they do."""
+    params = dist.unbox(jax.jit(task.init)(jax.random.key(seed)))
+    keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(params))))
+    return jax.tree.map(lambda x: x + scale * jax.random.normal(next(keys), x.shape), params)
+
+
+def texts(task, n, seed=2):
+    return jax.random.randint(jax.random.key(seed), (n, task.length), 0, task.vocab)
+
+
+def vectors(task, params, n, seed=3):
+    """Vectors of random texts, where data live."""
+    return lm.encode(task, params, texts(task, n), jax.random.normal(jax.random.key(seed), (n, task.length, task.dims)))
+
+
+@pytest.fixture(scope="module", params=[STACK, FLAT], ids=["stack", "flat"])
+def passed(request):
+    """A stack with randomised weights, vectors, and the way there."""
+    task = request.param
+    params = moved(task)
+    z = vectors(task, params, 8)
+    states, log_p = jax.jit(partial(lm.forward, task))(params, z)
+    return task, params, z, states, log_p
+
+
+def test_inverse_undoes_forward(passed):
+    task, params, z, states, _ = passed
+    found = jax.jit(partial(lm.inverse, task))(params, states[-1])
+    assert len(found.states) == len(task.layers) + 1
+    for there, back in zip([z.reshape(states[0].shape), *states], found.states[::-1]):
+        np.testing.assert_allclose(back, there, atol=2e-3)
+        assert np.median(np.abs(back - there)) < 1e-4
+    np.testing.assert_array_equal(
+        lm.decode(task, params, found.states[-1].reshape(z.shape)), lm.decode(task, params, z)
+    )
+
+
+def test_sweeps_are_the_sequential_inverse(passed):
+    task, params, z, states, _ = passed
+    if task is FLAT:
+        pytest.skip("one stack is enough")
+    found = jax.jit(partial(lm.inverse, task, method="jacobi"))(params, states[-1])
+    np.testing.assert_allclose(found.states[-1], z.reshape(states[0].shape), atol=2e-3)
+    assert found.report["sweeps"].shape == (len(z), 3)
+
+
+def test_log_density_is_that_of_the_brute_force_jacobian(passed):
+    task, params, z, states, log_p = passed
+
+    @jax.jit
+    def jacobian(z):
+        return jax.jacfwd(lambda flat: lm.forward(task, params, flat.reshape(1, *z.shape))[0][-1].ravel())(z.ravel())
+
+    for i in range(2):
+        logdet = np.linalg.slogdet(np.asarray(jacobian(z[i]), np.float64))[1]
+        np.testing.assert_allclose(log_p[i], normal_log_prob(states[-1][i]).sum() + logdet, rtol=1e-4, atol=2e-3)
+
+
+def test_the_density_needs_not_what_the_last_layer_gives(passed):
+    task, params, z, _, log_p = passed
+    states, short = jax.jit(partial(lm.forward, task, last=False))(params, z)
+    np.testing.assert_allclose(short, log_p, rtol=1e-4, atol=1e-3)
+    assert len(states) == len(task.layers) - (task.layers[-1].coupling != "affine")
+
+
+def test_a_step_depends_on_those_before_it_alone():
+    """Pitfall 1 of the objective: a step that saw itself would make the bound absurdly good."""
+    for reverse in (False, True):
+        task = dataclasses.replace(ONE, layers=(Layer("mix1", depth=1, components=2, reverse=reverse),))
+        params = moved(task)
+        z = vectors(task, params, 1)
+
+        @jax.jit
+        def numbers(h, task=task, params=params):
+            """What the head of every step gets from the transformer, in the order of the text."""
+            inside = lm._order(task, 0, h)
+            features, _ = lm._apply(lm._context(task, 0), params["layer0"]["context"], lm.shift_right(inside))
+            return features[:, ::-1] if task.is_reverse(0) else features
+
+        before = numbers(z)
+        for step in range(task.length):
+            changed = np.abs(numbers(z.at[:, step].add(1.0)) - before).max((0, 2)) > 0
+            expected = np.arange(task.length) < step if reverse else np.arange(task.length) > step
+            np.testing.assert_array_equal(changed, expected)
+
+
+def test_channels_of_a_step_follow_one_another():
+    params = moved(STACK)
+    head, f = lm._head(STACK, 1), jnp.ones((1, 1, STACK.width))
+    jacobian = jax.jit(jax.jacfwd(lambda v: lm._apply(head, params["layer1"]["head"], f, v)[0, 0]))(
+        jnp.linspace(-1, 1, STACK.channels)[None, None]
+    )
+    seen = np.abs(jacobian[:, :, 0, 0]).max(1) > 0
+    np.testing.assert_array_equal(seen, np.tril(np.ones((STACK.channels,) * 2, bool), -1))
+
+
+def test_channels_change_places_as_in_algorithm_2():
+    x = np.arange(4)
+    np.testing.assert_array_equal(STACK.mixing(1), np.concatenate([x[0::2], x[1::2]]))
+    h = jax.random.normal(jax.random.key(0), (2, STACK.steps, STACK.channels))
+    for l in range(3):
+        np.testing.assert_array_equal(lm._back(STACK, l, lm._order(STACK, l, h)), h)
+    plain = dataclasses.replace(STACK, mix=False)
+    np.testing.assert_array_equal(lm._order(plain, 2, h), h)
+
+
+# --- the bound ------------------------------------------------------------------------------------
+
+
+def test_a_tied_layer_alone_bounds_by_the_discrete_model():
+    """ELBO = sum_t log sum_k pi_t(k) p(k | z_t) for any sigma, and the discrete cross-entropy as sigma goes to 0 (appendix F)."""
+    params, x = moved(ONE), texts(ONE, 4)
+    eps = jax.random.normal(jax.random.key(5), (*x.shape, ONE.dims))
+
+    @jax.jit
+    def both(params):
+        z = lm.encode(ONE, params, x, eps)
+        features, _ = lm._apply(lm._context(ONE, 0), params["layer0"]["context"], lm.shift_right(z))
+        log_pi = jax.nn.log_softmax(lm._apply(lm._head(ONE, 0), params["layer0"]["head"], features)[:, :, 0])
+        posterior = jax.nn.log_softmax(codebook_log_prob(z, *lm._codebook(ONE, params)))
+        return lm.elbo(ONE, params, x, eps), jax.nn.logsumexp(log_pi + posterior, -1).sum(1), log_pi
+
+    for log_sigma in (-0.5, -4.9):
+        codebook = {**params["codebook"], "log_scales": jnp.full(ONE.vocab, log_sigma)}
+        found, expected, log_pi = both({**params, "codebook": codebook})
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found, jnp.take_along_axis(log_pi, x[..., None], -1)[..., 0].sum(1), atol=5e-3)
+
+
+def test_parts_of_a_text_give_what_the_whole_gives(monkeypatch):
+    """Large vocabularies are worked on in parts of a text."""
+    params, x = moved(STACK), texts(STACK, 4)
+    value = jax.value_and_grad(lambda p: STACK.loss(p, {"tokens": x}, jax.random.key(0))[0])
+    whole = jax.jit(value)(params)
+    monkeypatch.setattr(lm, "_ROOM", 4 * 2 * STACK.vocab)
+    parts = jax.jit(lambda p: value(p))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), whole, parts)
+
+
+@pytest.mark.parametrize("layer", [Layer("mix1", depth=1, components=4), Layer("affine", depth=1, maf=False)], ids=str)
+def test_an_appended_layer_changes_nothing_before_it_is_trained(layer):
+    stage1 = dataclasses.replace(ONE, layers=(*ONE.layers, layer), stage=1)
+    stage2 = dataclasses.replace(stage1, stage=2)
+    trained = moved(stage1)
+    params = {**dist.unbox(jax.jit(stage2.init)(jax.random.key(9))), **trained}
+    batch, rng = {"tokens": texts(ONE, 64)}, jax.random.key(1)
+    before = jax.jit(stage1.loss)(trained, batch, rng)[0]
+    after = jax.jit(stage2.loss)(params, batch, rng)[0]
+    np.testing.assert_allclose(after, before, atol=1e-4)
+
+
+def test_stages_hold_what_is_trained():
+    task = dataclasses.replace(STACK, groups=(1, 2))
+    assert dataclasses.replace(task, stage=1).held == ()
+    assert dataclasses.replace(task, stage=1).depth == 1
+    assert dataclasses.replace(task, stage=2).held == ("codebook", "layer0")
+    assert dataclasses.replace(task, stage=2).needs == ("codebook", "layer0")
+    assert dataclasses.replace(task, stage=2).depth == 3
+    assert dataclasses.replace(STACK, stage=3).held == ("codebook", "layer0", "layer1")
+    assert set(jax.eval_shape(dataclasses.replace(STACK, stage=2).init, jax.random.key(0))) == {
+        "codebook",
+        "layer0",
+        "layer1",
+    }
+
+
+def test_bfloat16_bounds_as_float32_does():
+    params, batch = moved(STACK), {"tokens": texts(STACK, 16)}
+    half = dataclasses.replace(STACK, dtype="bfloat16")
+    exact, near = (jax.jit(task.nll)(params, batch, jax.random.key(0)) for task in (STACK, half))
+    assert near.dtype == jnp.float32
+    np.testing.assert_allclose(near, exact, rtol=0.03, atol=0.3)
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+def test_a_sample_depends_on_its_key_alone():
+    params = moved(STACK)
+    rng = jax.random.key(4)
+    many = jax.jit(lambda p: STACK.sample(p, rng, 6, passes=True))(params)
+    few = jax.jit(lambda p: STACK.sample(p, jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.array([4])), 1))(params)
+    np.testing.assert_array_equal(few["tokens"][0], many["tokens"][4])
+    assert many["passes"].shape == (6, 4, STACK.length)
+    assert many["latents"].shape == (6, 4, STACK.length, STACK.dims)
+    np.testing.assert_array_equal(many["passes"][:, -1], many["tokens"])
+    # the passes are the states that the forward pass goes through
+    states, _ = jax.jit(partial(lm.forward, STACK))(params, many["latents"][:, -1])
+    for state, latents in zip(states, np.moveaxis(np.asarray(many["latents"]), 1, 0)[-2::-1]):
+        np.testing.assert_allclose(state.reshape(latents.shape), latents, atol=5e-3)
+
+
+def test_a_text_is_rewritten_by_its_strength():
+    params, x = moved(STACK), texts(STACK, 32)
+    # apart, so that what comes back is decoded to the token it was
+    codebook = {"means": 3 * params["codebook"]["means"], "log_scales": jnp.full(STACK.vocab, math.log(0.3))}
+    params = {**params, "codebook": codebook}
+    rewrite = jax.jit(
+        lambda p, strength: STACK.sample(p, jax.random.key(0), 32, {"tokens": x}, strength=strength)["tokens"]
+    )
+    same = [float((rewrite(params, strength) == x).mean()) for strength in (0.0, 0.3, 1.0)]
+    assert same[0] == 1.0
+    assert same[0] > same[1] > same[2]
+
+
+@pytest.mark.parametrize("layer", [ONE.layers[0], Layer("mix1", depth=1, components=3)], ids=["mixd", "mix1"])
+def test_drawing_components_is_the_distribution_of_the_inverse(layer):
+    """First and second moments of two vectors, by both ways."""
+    task = dataclasses.replace(ONE, layers=(layer,), length=2)
+    params, n = moved(task), 4_000
+    noise = jax.random.normal(jax.random.key(0), (n, task.steps, 2 * task.channels))
+    drawn = jax.jit(lambda p: invert(lm.chain(task, p, n, fresh=True), noise).states[-1])(params)
+    exact = jax.jit(lambda p: lm.inverse(task, p, noise[..., : task.channels]).states[-1])(params)
+    ways = [np.asarray(x).reshape(n, -1) for x in (drawn, exact)]
+    assert np.abs(ways[0] - ways[1]).max() > 0.1
+    np.testing.assert_allclose(ways[0].mean(0), ways[1].mean(0), atol=0.1)
+    np.testing.assert_allclose(np.cov(ways[0].T), np.cov(ways[1].T), atol=0.15)
+
+
+def test_the_likeliest_components_suffice():
+    params = moved(ONE)
+    u = jax.random.normal(jax.random.key(0), (4, ONE.steps, ONE.channels))
+    full, most = (jax.jit(partial(lm.inverse, ONE, top=top))(params, u).states[-1] for top in (None, ONE.vocab - 1))
+    same = jax.jit(partial(lm.inverse, ONE, top=ONE.vocab))(params, u).states[-1]
+    np.testing.assert_array_equal(same, full)
+    assert np.isfinite(most).all()
+    assert np.abs(most - full).max() > 0
+
+
+def test_temperature_sharpens_the_choice_of_components():
+    params = moved(ONE, 1.0)
+    draw = jax.jit(lambda p, t: ONE.sample(p, jax.random.key(0), 256, temperature=t)["tokens"])
+    counts = [np.bincount(np.asarray(draw(params, t))[:, 0], minlength=ONE.vocab) / 256 for t in (0.2, 1.0, 5.0)]
+    entropy = [-(p * np.log(np.maximum(p, 1e-9))).sum() for p in counts]
+    assert entropy[0] < entropy[1] < entropy[2]
+
+
+# --- the discrete model ---------------------------------------------------------------------------
+
+
+def test_the_discrete_model_samples_what_it_scores():
+    """Its cached sampler picks what the uncached network's logits say for the same noise."""
+    task = DiscreteLM(vocab=5, length=6, width=8, depth=2, head_dim=8)
+    params, n, rng = moved(task), 4, jax.random.key(0)
+    tokens = jax.jit(lambda p: task.sample(p, rng, n)["tokens"])(params)
+
+    @jax.jit
+    def uncached(params):
+        x = params["embedding"]["table"][tokens]
+        features, _ = lm._apply(task._context(), params["context"], lm.shift_right(x))
+        return jax.nn.log_softmax(lm._apply(task._head(), params["head"], features)[:, :, 0])
+
+    log_pi = uncached(params)
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(rng, i), (6, 1)))(jnp.arange(n))[..., 0]
+    np.testing.assert_array_equal(lm._pick(log_pi, noise), tokens)
+    nll = jax.jit(task.nll)(params, {"tokens": tokens}, rng)
+    np.testing.assert_allclose(nll, -jnp.take_along_axis(log_pi, tokens[..., None], -1)[..., 0].sum(1), rtol=1e-4)
+
+
+def test_picks_follow_their_weights():
+    weights = jnp.array([0.5, 0.0, 0.2, 0.3])
+    picks = lm._pick(jnp.log(weights), jax.random.normal(jax.random.key(0), (20_000,)))
+    np.testing.assert_allclose(np.bincount(picks, minlength=4) / 20_000, weights, atol=0.015)
+    assert int(lm._pick(jnp.log(weights), jnp.array(9.0))) == 3
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ({"patch": 4}, "task.patch=4 does not divide task.length=6"),
+    ({"layers": ()}, "task.layers=() is no flow"),
+    ({"layers": (Layer("mixd", components=4),)}, "task.layers.0.components=4"),
+    ({"layers": (Layer("spline"),)}, "task.layers.0.coupling='spline'"),
+    ({"layers": (Layer(depth=0),)}, "depth=0"),
+    ({"stage": 4}, "task.stage=4 is no stage"),
+    ({"groups": (2,)}, "task.groups=(2,)"),
+    ({"sigma": 0.0}, "task.sigma=0.0"),
+    ({"dims": 3, "patch": 1, "mix": True, "length": 3, "vocab": 0}, "task.vocab=0"),
+    ({"patch": 3, "dims": 1}, "task.mix"),
+    ({"head_dim": 3, "width": 6}, "task.head_dim=3"),
+    ({"dtype": "float16"}, "task.dtype='float16'"),
+    ({"remat": "some"}, "task.remat='some'"),
+]
+
+
+@pytest.mark.parametrize("fields, sentence", MISTAKES, ids=lambda x: x if isinstance(x, str) else "")
+def test_mistakes_name_the_field_and_the_way_out(fields, sentence):
+    with pytest.raises(UserError) as error:
+        dataclasses.replace(STACK, **fields)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [({"temperature": 0.0}, "temperature=0.0"), ({"strength": 2.0}, "strength=2.0"), ({"top": 0}, "top=0")],
+)
+def test_options_out_of_range(options, sentence):
+    with pytest.raises(UserError) as error:
+        STACK.sample({}, jax.random.key(0), 1, **options)
+    assert sentence in str(error.value)

@@ -1,0 +1,859 @@
+"""TarFlowLM: Flexible Language Modeling in Continuous Space with Transformer-based Autoregressive Flows (arXiv:2507.00425).
+
+Tokens become vectors by one Gaussian per token, and a stack of causal transformer flows of alternating direction models
+the sequence of vectors. Each flow layer maps a mixture of Gaussians to one: channel by channel (Mix-1) or a token's
+vector at a time (Mix-d); with one component it is affine.
+B texts, T tokens, V vocabulary, d numbers per token, P tokens per patch, S = T/P steps, C = P d channels of a step,
+K components, W width. The paper leaves sizes of the optimiser, initial values and limits open; such choices are ours.
+Order of this file: networks and heads, one flow layer, the stack, inverse, task, and the discrete model beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from zoo.dist import batch_ways, constrain, whole
+from zoo.errors import UserError
+from zoo.flows.inverse import Before, Chain, Inverted, Jacobi, Stepper, invert, sequential, swept
+from zoo.flows.transforms import (
+    affine,
+    affine_inverse,
+    codebook_log_prob,
+    mixture,
+    mixture_inverse,
+    mixture_log_prob,
+    normal_log_prob,
+    rosenblatt,
+    rosenblatt_inverse,
+    shift_right,
+)
+from zoo.nn.attention import check_backend
+from zoo.nn.embed import rope_angles
+from zoo.nn.layers import Dense, LayerNorm, Table, gelu, normal, zeros
+from zoo.nn.transformer import Block, Trunk, cast_trunk, check_remat, init_trunk_cache
+from zoo.task import Batch, Params
+
+_ROOM = 1 << 25  # numbers of a [rows, K] array that a device works on at a time
+_LOG_SIGMA = (-5.0, 3.0)  # limits of the log-scales of tokens
+_LOG_SCALE = (-7.0, 5.0)  # and of a mixture's components
+_HIDDEN = 128  # D_m of the head that goes channel by channel (section H of the paper); half of it per channel
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One flow layer: how it couples a step to those before it, and the transformer that reads those."""
+
+    coupling: Literal["mix1", "mixd", "affine"] = "mix1"
+    depth: int = 2  # transformer layers
+    components: int = 64  # K; of a tied codebook it is the vocabulary
+    maf: bool = True  # mix1, affine: channels of a step follow one another; False: independent given the steps before
+    tied: bool = True  # mixd, first layer: its components are the tokens' own Gaussians
+    reverse: bool | None = None  # reads right to left; None: every second layer does
+
+
+# --- networks and heads ---------------------------------------------------------------------------
+
+
+class Context(nn.Module):
+    """The steps before s -> features of step s."""
+
+    steps: int
+    width: int
+    depth: int
+    head_dim: int
+    dtype: str
+    scan: bool
+    remat: str
+    attention: str
+    project: bool = True
+
+    @nn.compact
+    def __call__(self, before: jax.Array, cache: Any = None, index: Any = None) -> tuple[jax.Array, Any]:
+        """before [B, Q, C], at each step the vector of the step before it -> features [B, Q, W], cache.
+
+        Without a cache Q = S; with one, these are the steps from `index` on. A learned vector stands before the first step.
+        """
+        start: Any = self.param("start", nn.with_logical_partitioning(normal(0.02), ("embed",)), (self.width,))
+        h = before.astype(self.dtype)
+        h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(h) if self.project else h
+        first = 0 if index is None else index
+        at = first + jnp.arange(h.shape[1])
+        h = jnp.where((at == 0)[:, None], start.astype(h.dtype), h)
+        pairs = self.head_dim // 2
+        rope = jnp.asarray(rope_angles(np.arange(self.steps)[:, None], (pairs,)))
+        rope = rope if index is None else jax.lax.dynamic_slice_in_dim(rope, index, h.shape[1])
+        block = Block(self.head_dim, causal=True, dtype=self.dtype, backend=self.attention, parent=None)
+        trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
+        h, cache = trunk(h, cache, index, rope=rope)
+        return LayerNorm(name="norm")(h), cache
+
+
+class Flat(nn.Module):
+    """Features of a step -> `outputs` numbers for each of its `rows`, at once."""
+
+    rows: int
+    outputs: int
+    dtype: str
+    kernel_init: Any
+    bias_init: Any
+    axis: str | None = None  # logical axis of the outputs
+
+    @nn.compact
+    def __call__(self, f: jax.Array) -> jax.Array:
+        """[..., W] -> float32 [..., rows, outputs]."""
+        out = Dense(
+            (self.rows, self.outputs),
+            ("embed", None, self.axis),
+            dtype=self.dtype,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            name="out",
+        )
+        return out(f).astype(jnp.float32)
+
+
+def _channel_features(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """What a channel tells those behind it: z [...] , kernel [..., 3, E], bias [..., E] -> [..., E]."""
+    triple = jnp.stack([z, jax.nn.elu(z), jax.nn.elu(-z)], -1)
+    return gelu(jnp.einsum("...t,...te->...e", triple, kernel) + bias)
+
+
+class ChannelHead(nn.Module):
+    """The head that goes channel by channel: `outputs` numbers for channel i from the features and channels before i.
+
+    That of Categorical Normalizing Flows (arXiv:2006.09790) without its masks: the kernel from channel j to channel i > j
+    is stored for such pairs only.
+    """
+
+    channels: int
+    outputs: int
+    kernel_init: Any
+    bias_init: Any
+
+    @nn.compact
+    def __call__(self, f: jax.Array, v: jax.Array, solve: Callable[..., jax.Array] | None = None) -> jax.Array:
+        """f [..., W] and the step's own channels v [..., C] -> numbers for each channel, float32 [..., C, outputs].
+
+        With `solve` v is what the channels are solved from, [..., C, *], one after the other, and the channels [..., C]
+        are returned: solve(v of a channel, its numbers) -> the channel.
+        """
+        c, m = self.channels, _HIDDEN // 2
+        e = min(max(1, int(_HIDDEN * 9 / 16 / max(c - 1, 1))), 96)
+        hidden = Dense((c, m), ("embed", None, None), name="context")(f).astype(jnp.float32)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=(0,))
+        embed: Any = self.param("embed_kernel", init, (c - 1, 3, e)), self.param("embed_bias", zeros, (c - 1, e))
+        source, target = np.triu_indices(c, 1)
+        packed: Any = self.param("mix_kernel", normal((e * max(c - 1, 1)) ** -0.5), (len(source), e, m))
+        mix = jnp.zeros((c, c, e, m)).at[source, target].set(packed)  # from channel, to channel
+        out: Any = self.param("out_kernel", self.kernel_init, (c, m, self.outputs))
+        bias: Any = self.param("out_bias", self.bias_init, (c, self.outputs))
+        if solve is None:
+            told = _channel_features(v[..., :-1].astype(jnp.float32), *embed)
+            hidden = hidden + jnp.einsum("...je,jiem->...im", told, mix[:-1])
+            return jnp.einsum("...im,imo->...io", gelu(hidden), out) + bias
+
+        def channel(hidden: jax.Array, of: Any) -> tuple[jax.Array, jax.Array]:
+            i, v, (kernel, tell_bias), onward, out, bias = of
+            here = jax.lax.dynamic_index_in_dim(hidden, i, -2, keepdims=False)
+            z = solve(v, gelu(here) @ out + bias)
+            told = _channel_features(z, kernel, tell_bias)
+            return hidden + jnp.einsum("...e,iem->...im", told, onward), z
+
+        filled = [jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))) for x in embed]  # the last channel tells nobody
+        _, z = jax.lax.scan(channel, hidden, (jnp.arange(c), jnp.moveaxis(v, f.ndim - 1, 0), filled, mix, out, bias))
+        return jnp.moveaxis(z, 0, -1)
+
+
+def _context(task: TarFlowLM, l: int) -> Context:
+    return Context(
+        steps=task.steps,
+        width=task.width,
+        depth=task.layers[l].depth,
+        head_dim=task.head_dim,
+        dtype=task.dtype,
+        scan=task.scan,
+        remat=task.remat,
+        attention=task.attention,
+    )
+
+
+_TIGHT = 0.2  # half the range of the means of a layer that starts as the identity
+
+
+def _component_bias(components: int, identity: bool) -> Callable[..., jax.Array]:
+    """Initial (weight logits, means, log-scales) [3 K] of each channel: means apart, else they never part.
+
+    As the identity, the mixture has mean 0 and variance 1, and is N(0, 1) up to the fourth power of how far they are apart.
+    """
+    reach, spread = (_TIGHT, 1.0) if identity else (1.5, 0.5)
+    means = np.linspace(-reach, reach, components) if components > 1 else np.zeros(1)
+    if identity or components == 1:
+        spread = math.sqrt(1 - float(np.square(means).mean()))
+    row = np.concatenate([np.zeros(components), means, np.full(components, math.log(spread))])
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.broadcast_to(jnp.asarray(row, dtype), shape)
+
+    return init
+
+
+def _head(task: TarFlowLM, l: int) -> Flat | ChannelHead:
+    """The head of layer l. All layers but the first start as the identity."""
+    layer, identity = task.layers[l], l > 0
+    kernel = zeros if identity else normal(0.02)
+    if layer.coupling == "mixd":
+        return Flat(task.patch, task.components(l), task.dtype, kernel, zeros, "vocab")
+    outputs = 2 if layer.coupling == "affine" else 3 * layer.components
+    bias = zeros if layer.coupling == "affine" else _component_bias(layer.components, identity)
+    if layer.maf:
+        return ChannelHead(task.channels, outputs, kernel, bias)
+    return Flat(task.channels, outputs, "float32", kernel, bias)
+
+
+def _apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
+    return module.apply({"params": params}, *inputs)
+
+
+def _init_layer(task: TarFlowLM, l: int, rng: jax.Array) -> Params:
+    """Fresh parameters of a flow layer: its context, its head, and a codebook where it has one of its own."""
+    context_rng, head_rng, codebook_rng = jax.random.split(rng, 3)
+    h = jnp.zeros((1, task.steps, task.channels))
+    context: Any = _context(task, l).init(context_rng, h)["params"]
+    f, head = jnp.zeros((1, 1, task.width)), _head(task, l)
+    made: Any = head.init(head_rng, f, h[:, :1]) if isinstance(head, ChannelHead) else head.init(head_rng, f)
+    params = {"context": context, "head": made["params"]}
+    if task.layers[l].coupling == "mixd" and not task.is_tied(l):
+        reach = 0.1 if l else 1.0
+        means = reach * jax.random.normal(codebook_rng, (task.components(l), task.dims))
+        scale = math.sqrt(1 - reach**2) if l else task.sigma
+        params["codebook"] = {"means": means, "log_scales": jnp.full((task.components(l),), math.log(scale))}
+    return params
+
+
+# --- one flow layer -------------------------------------------------------------------------------
+
+
+def _over_tokens(call: Callable[..., Any], tokens: int, size: int, *arrays: jax.Array) -> Any:
+    """call(*arrays) for arrays [B, S, ...] in parts of so many steps that [rows, size] arrays stay small.
+
+    What a part computes inside is computed again in the backward pass.
+    """
+    rows = max(1, len(arrays[0]) // batch_ways()) * arrays[0].shape[1] * tokens
+    steps = arrays[0].shape[1]
+    want = -(-rows * size // _ROOM)
+    parts = next((n for n in range(want, steps) if steps % n == 0), steps)
+    if want <= 1:
+        return call(*arrays)
+    cut = [jnp.moveaxis(x.reshape(len(x), parts, steps // parts, *x.shape[2:]), 1, 0) for x in arrays]
+    done = jax.lax.map(lambda part: jax.checkpoint(call)(*part), tuple(cut))
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(len(arrays[0]), steps, *y.shape[3:]), done)
+
+
+def _split(outputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-weights, means and log-scales [..., K] of mixtures from the numbers of a head [..., 3 K]."""
+    logits, means, log_scales = jnp.split(outputs.astype(jnp.float32), 3, -1)
+    return jax.nn.log_softmax(logits), means, jnp.clip(log_scales, *_LOG_SCALE)
+
+
+def _affine_of(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Shift and log-scale of an affine coupling [..., C]."""
+    return outputs[..., 0].astype(jnp.float32), jnp.clip(outputs[..., 1].astype(jnp.float32), *_LOG_SCALE)
+
+
+def _codebook(task: TarFlowLM, params: Params, l: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """Means [K, d] and log-scales [K] of the tokens' Gaussians, or of the components of layer l."""
+    found = params["codebook"] if l is None or task.is_tied(l) else params[f"layer{l}"]["codebook"]
+    return found["means"], jnp.clip(found["log_scales"], *_LOG_SIGMA)
+
+
+def _order(task: TarFlowLM, l: int, h: jax.Array) -> jax.Array:
+    """[B, S, C] from the order of the text to that of layer l: channels mixed l times, right to left where it reads so."""
+    mixed = task.mixes(l) and h.shape[-1] == task.channels  # fresh noise is as good in any order
+    h = h[..., task.mixing(l)] if mixed else h
+    return h[:, ::-1] if task.is_reverse(l) else h
+
+
+def _back(task: TarFlowLM, l: int, h: jax.Array) -> jax.Array:
+    """The inverse of `_order`."""
+    h = h[:, ::-1] if task.is_reverse(l) else h
+    return h[..., np.argsort(task.mixing(l))] if task.mixes(l) else h
+
+
+def _tokens_of(task: TarFlowLM, h: jax.Array) -> jax.Array:
+    """[..., C] -> [..., P, d]."""
+    return h.reshape(*h.shape[:-1], task.patch, task.dims)
+
+
+def couple(
+    task: TarFlowLM, params: Params, l: int, h: jax.Array, *, output: bool = True
+) -> tuple[jax.Array | None, jax.Array]:
+    """One layer, data to noise, in the layer's own order.
+
+    Args:
+        h: [B, S, C].
+        output: False where nobody needs what comes out, which spares a Mix-d layer its loop over dimensions.
+
+    Returns:
+        u [B, S, C] or None, and log p(h) [B] in nats under the layer's mixtures: log |du/dh| = log p(h) - log N(u; 0, I).
+    """
+    mine, layer, head = params[f"layer{l}"], task.layers[l], _head(task, l)
+    features, _ = _apply(_context(task, l), mine["context"], shift_right(h))
+    h = h.astype(jnp.float32)
+    if layer.coupling == "mixd":
+        codebook = _codebook(task, params, l)
+
+        def tokenwise(f: jax.Array, h: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+            logits, z = _apply(head, mine["head"], f), _tokens_of(task, h)
+            if not output:
+                joint = logits + codebook_log_prob(z, *codebook)
+                return None, (jax.nn.logsumexp(joint, -1) - jax.nn.logsumexp(logits, -1)).sum(-1)
+            u, log_p = rosenblatt(z, jax.nn.log_softmax(logits), *codebook)
+            return u.reshape(h.shape), log_p.sum(-1)
+
+        u, log_p = _over_tokens(tokenwise, task.patch, task.components(l), features, h)
+        return u, log_p.sum(1)
+    outputs = _apply(head, mine["head"], features, h) if layer.maf else _apply(head, mine["head"], features)
+    if layer.coupling == "affine":
+        shift, log_scale = _affine_of(outputs)
+        u, _ = affine(h, log_scale, shift)
+        return u, (normal_log_prob(u) - log_scale).sum((1, 2))
+    parts = _split(outputs)
+    if not output:
+        return None, mixture_log_prob(h, *parts).sum((1, 2))
+    u, log_p = mixture(h, *parts)
+    return u, log_p.sum((1, 2))
+
+
+# --- the stack ------------------------------------------------------------------------------------
+
+
+def forward(task: TarFlowLM, params: Params, z: jax.Array, *, last: bool = True) -> tuple[list[jax.Array], jax.Array]:
+    """Data to noise through all layers.
+
+    Args:
+        z: [B, T, d] vectors of tokens.
+        last: also compute what the last layer gives; its density needs it not, since -log N of its output and the base
+            density cancel (spec of the objective, equation 9 of the paper).
+
+    Returns:
+        the output of every layer, steps and channels in the order of the text [B, S, C]; and log p(z) [B] in nats.
+    """
+    chex.assert_shape(z, (None, task.length, task.dims))
+    h = z.reshape(len(z), task.steps, task.channels)
+    states, total = [], jnp.zeros(len(z))
+    for l in range(task.depth):
+        end = l == task.depth - 1
+        u, log_p = couple(task, params, l, _order(task, l, h), output=last or not end)
+        total = total + log_p
+        if u is not None:
+            h = constrain(_back(task, l, u), "batch", "tokens", None)
+            states.append(h)
+            total = total if end else total - normal_log_prob(u).sum((1, 2))
+    return states, total
+
+
+def encode(task: TarFlowLM, params: Params, tokens: jax.Array, eps: jax.Array | None = None) -> jax.Array:
+    """mu_x + sigma_x eps: tokens [B, T] -> vectors [B, T, d]; without `eps` the means (section 3.1)."""
+    means, log_sigma = _codebook(task, params)
+    z = means[tokens]
+    return z if eps is None else z + jnp.exp(log_sigma[tokens])[..., None] * eps
+
+
+def decode(task: TarFlowLM, params: Params, z: jax.Array) -> jax.Array:
+    """The likeliest token of each vector under the Bayes decoder, a uniform prior over tokens: [B, T, d] -> int32 [B, T]."""
+
+    def likeliest(z: jax.Array) -> jax.Array:
+        return codebook_log_prob(z, *_codebook(task, params)).argmax(-1).astype(jnp.int32)
+
+    return _over_tokens(likeliest, 1, task.vocab, z)
+
+
+def bridge(task: TarFlowLM, params: Params, z: jax.Array) -> jax.Array:
+    """log p(x|z) - log q(z|x) [B], which does not depend on x: minus the log-sum of all tokens' densities at z (equation 9)."""
+
+    def total(z: jax.Array) -> jax.Array:
+        return jax.nn.logsumexp(codebook_log_prob(z, *_codebook(task, params)), -1)
+
+    return -_over_tokens(total, 1, task.vocab, z).sum(1)
+
+
+def elbo(task: TarFlowLM, params: Params, tokens: jax.Array, eps: jax.Array) -> jax.Array:
+    """One-draw lower bound of log p(tokens) [B] in nats (equation 3): tokens [B, T], eps [B, T, d] from N(0, I)."""
+    z = encode(task, params, tokens, eps)
+    return bridge(task, params, z) + forward(task, params, z, last=False)[1]
+
+
+# --- inverse --------------------------------------------------------------------------------------
+
+
+def _pick(log_weights: jax.Array, normal: jax.Array) -> jax.Array:
+    """A component for each standard normal number [...], by the inverse distribution function of log_weights [..., K]."""
+    cumulative = jnp.cumsum(jnp.exp(log_weights), -1)
+    at = jax.scipy.special.ndtr(normal)[..., None] * cumulative[..., -1:]
+    return jnp.minimum((cumulative <= at).sum(-1), log_weights.shape[-1] - 1)
+
+
+def _gather(values: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values, index[..., None], -1)[..., 0]
+
+
+def _solver(
+    task: TarFlowLM, params: Params, l: int, fresh: bool, temperature: float, top: int | None
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(v [..., C], features of its steps [..., W]) -> h [..., C] with couple(h) = v.
+
+    Where what goes in is `fresh` noise, v is [..., 2 C]: a component is drawn with the second half and a Gaussian with the
+    first. It is the distribution of the inverse, without its roots.
+    """
+    mine, layer, head = params[f"layer{l}"], task.layers[l], _head(task, l)
+
+    def channel(v: jax.Array, outputs: jax.Array) -> jax.Array:
+        if layer.coupling == "affine":
+            shift, log_scale = _affine_of(outputs)
+            return affine_inverse(v[..., 0], jnp.exp(log_scale), shift)
+        log_weights, means, log_scales = _split(outputs)
+        if not fresh:
+            return mixture_inverse(v[..., 0], log_weights, means, log_scales)
+        k = _pick(log_weights, v[..., 1])
+        return _gather(means, k) + jnp.exp(_gather(log_scales, k)) * v[..., 0]
+
+    def tokenwise(v: jax.Array, features: jax.Array) -> jax.Array:
+        means, log_scales = _codebook(task, params, l)
+        logits = _apply(head, mine["head"], features) / temperature
+        u = _tokens_of(task, v[..., : task.channels])
+        if fresh:
+            k = _pick(jax.nn.log_softmax(logits), v[..., task.channels : task.channels + task.patch])
+            return (means[k] + jnp.exp(log_scales[k])[..., None] * u).reshape(*v.shape[:-1], task.channels)
+        if top is not None and top < task.components(l):
+            logits, kept = jax.lax.top_k(logits, top)
+            pick = jnp.vectorize(
+                lambda u, log_weights, kept: rosenblatt_inverse(u, log_weights, means[kept], log_scales[kept]),
+                signature="(d),(k),(k)->(d)",
+            )
+            return pick(u, jax.nn.log_softmax(logits), kept).reshape(*v.shape[:-1], task.channels)
+        return rosenblatt_inverse(u, jax.nn.log_softmax(logits), means, log_scales).reshape(
+            *v.shape[:-1], task.channels
+        )
+
+    def solve(v: jax.Array, features: jax.Array) -> jax.Array:
+        if layer.coupling == "mixd":
+            return tokenwise(v, features)
+        halves = jnp.stack([v[..., : task.channels], v[..., -task.channels :]], -1)  # the second unused where not fresh
+        if layer.maf:
+            return _apply(head, mine["head"], features, halves, channel)
+        return channel(halves, _apply(head, mine["head"], features))
+
+    return solve
+
+
+def chain(
+    task: TarFlowLM,
+    params: Params,
+    batch: int,
+    *,
+    fresh: bool = False,
+    temperature: float = 1.0,
+    top: int | None = None,
+) -> Chain:
+    """The layers as their inverse sees them, for `batch` texts; `fresh`: the noise that goes in has 2 C numbers a step."""
+
+    def stepper(l: int, before: Before | None = None) -> Stepper:
+        heads = task.width // task.head_dim
+        cache = Before.memory(
+            before,
+            lambda: init_trunk_cache(
+                task.layers[l].depth, task.scan, batch, task.steps, heads, task.head_dim, task.dtype
+            ),
+        )
+        key = f"layer{l}"
+        mine = Before.then(before, {**params[key], "context": cast_trunk(params[key]["context"], task.dtype)})
+        mine = whole(mine, lambda: _init_layer(task, l, jax.random.key(0)))
+        net = _context(task, l)
+
+        def step(h: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, Any]:
+            return _apply(net, mine["context"], h, cache, index)
+
+        first = fresh and l == task.depth - 1
+        solve = _solver(task, {**params, key: mine}, l, first, temperature, top)
+        return Stepper(step, cache, jnp.zeros(task.channels), solve=solve)
+
+    return Chain(task.depth, stepper, lambda h, l: _order(task, l, h), back=lambda h, l: _back(task, l, h))
+
+
+def inverse(
+    task: TarFlowLM,
+    params: Params,
+    u: jax.Array,
+    *,
+    method: str | Jacobi = "sequential",
+    temperature: float = 1.0,
+    top: int | None = None,
+) -> Inverted:
+    """Noise to data: u [B, S, C] from N(0, I) in the order of the text; the last of its states is the vectors of the text.
+
+    Args:
+        method: how layers are inverted, see `zoo.flows.inverse.Jacobi.of`.
+        temperature: divides the logits of the weights of Mix-d layers.
+        top: Mix-d layers are inverted with so many of their likeliest components only; None: with all.
+    """
+    chex.assert_shape(u, (None, task.steps, task.channels))
+    return invert(chain(task, params, len(u), temperature=temperature, top=top), u, method)
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def _check_common(task: Any) -> None:
+    for name in ("vocab", "length", "width", "head_dim"):
+        if getattr(task, name) < 1:
+            raise UserError(f"task.{name}={getattr(task, name)} must be at least 1")
+    if task.width % task.head_dim or task.head_dim % 2:
+        fits = [k for k in range(2, min(task.head_dim, task.width) + 1, 2) if task.width % k == 0]
+        raise UserError(
+            f"task.head_dim={task.head_dim} must be even (positions turn pairs) and divide task.width={task.width}"
+            + (f"; choose e.g. task.head_dim={fits[-1]}" if fits else "; choose an even width")
+        )
+    if task.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"task.dtype={task.dtype!r}; choose 'float32' or 'bfloat16'")
+    check_remat(task.remat)
+    check_backend(task.attention, task.dtype)
+
+
+def _check_sampler(temperature: float, **others: Any) -> None:
+    """UserError for options of a sampler that are out of range; traced numbers pass."""
+    for name, value in {"temperature": temperature, **others}.items():
+        if isinstance(value, (int, float)) and not 0 < value < math.inf:
+            raise UserError(f"{name}={value} must be a positive number; 1 leaves the model as it is")
+
+
+def _keys(rng: jax.Array, n: int) -> jax.Array:
+    """One key per sample: sample i depends on (rng, i) alone."""
+    return rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
+
+
+@dataclass(frozen=True)
+class TarFlowLM:
+    """A Gaussian for every token, and flows over the vectors; trained on a lower bound of the likelihood."""
+
+    vocab: int = 27  # V
+    length: int = 256  # T, tokens of a text
+    dims: int = 5  # d, numbers per token
+    patch: int = 1  # P, tokens that a step models together
+    layers: tuple[Layer, ...] = (Layer("mixd", depth=8, components=27), Layer(components=2), Layer(components=2))
+    width: int = 768
+    head_dim: int = 64
+    stage: int = (
+        0  # k: the first k groups of layers, of which the last is trained and the others are held; 0: all at once
+    )
+    groups: tuple[int, ...] = ()  # layers of each stage; (): one each
+    mix: bool = (
+        True  # channels of a patch change places between layers (Algorithm 2); patches of one token have none to
+    )
+    sigma: float = 0.3  # standard deviation of the Gaussian of a token at the start; their means start from N(0, I)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; mixtures, log-dets and losses stay float32
+    scan: bool = True  # scan over transformer layers (compiles fast); False unrolls (small models on CPU step faster)
+    remat: str = "none"  # none, dots or full: what the backward pass recomputes
+    attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
+
+    unit = "sequences"
+    bound = True  # `nll` is an upper bound of -log p, from one draw of vectors
+    rewrites = True  # `sample` takes texts to change
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        for name in ("dims", "patch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
+        if self.length % self.patch:
+            fits = [p for p in range(1, self.length + 1) if self.length % p == 0]
+            best = min(fits, key=lambda p: abs(p - self.patch))
+            raise UserError(
+                f"task.patch={self.patch} does not divide task.length={self.length}; choose a divisor, e.g. task.patch={best}"
+            )
+        if not self.layers:
+            raise UserError("task.layers=() is no flow; give at least one Layer")
+        if self.groups and (min(self.groups) < 1 or sum(self.groups) != len(self.layers)):
+            raise UserError(
+                f"task.groups={self.groups} must share out the {len(self.layers)} layers of task.layers; leave it out for one each"
+            )
+        stages = len(self.groups or self.layers)
+        if not 0 <= self.stage <= stages:
+            raise UserError(
+                f"task.stage={self.stage} is no stage; there are {stages}, from 1, and 0 trains all at once"
+            )
+        if not self.sigma > 0:
+            raise UserError(f"task.sigma={self.sigma} must be positive, e.g. task.sigma=0.3")
+        if self.mix and self.patch > 1 and self.channels % 2:
+            raise UserError(
+                f"task.mix: halves of {self.channels} channels (task.patch={self.patch} times task.dims={self.dims}) change "
+                "places, which must be even; choose an even one of the two, or task.mix=false"
+            )
+        for l, layer in enumerate(self.layers):
+            name = f"task.layers.{l}"
+            if layer.coupling not in ("mix1", "mixd", "affine"):
+                raise UserError(f"{name}.coupling={layer.coupling!r}; choose mix1, mixd or affine")
+            if layer.depth < 1 or layer.components < 1:
+                raise UserError(f"{name}: depth={layer.depth} and components={layer.components} must be at least 1")
+            if self.is_tied(l) and layer.components != self.vocab:
+                raise UserError(
+                    f"{name}.components={layer.components}, but a tied codebook has one for each of task.vocab={self.vocab} tokens; "
+                    f"set {name}.components={self.vocab}, or {name}.tied=false"
+                )
+
+    @property
+    def depth(self) -> int:
+        """Flow layers that this stage has."""
+        return sum((self.groups or (1,) * len(self.layers))[: self.stage]) if self.stage else len(self.layers)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The tokens' Gaussians and the layers that earlier stages trained."""
+        if self.stage < 2:
+            return ()
+        done = sum((self.groups or (1,) * len(self.layers))[: self.stage - 1])
+        return ("codebook", *(f"layer{l}" for l in range(done)))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What is held must come from the run of the stage before."""
+        return self.held
+
+    @property
+    def steps(self) -> int:
+        """S, steps of a text."""
+        return self.length // self.patch
+
+    @property
+    def channels(self) -> int:
+        """C, numbers of a step."""
+        return self.patch * self.dims
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """What the likelihood is of."""
+        return (self.length,)
+
+    def is_reverse(self, l: int) -> bool:
+        """Whether layer l reads right to left."""
+        reverse = self.layers[l].reverse
+        return l % 2 == 1 if reverse is None else reverse
+
+    def is_tied(self, l: int) -> bool:
+        """Whether the components of layer l are the tokens' Gaussians."""
+        return l == 0 and self.layers[0].coupling == "mixd" and self.layers[0].tied
+
+    def components(self, l: int) -> int:
+        """K of layer l."""
+        return self.vocab if self.is_tied(l) else self.layers[l].components
+
+    def mixes(self, l: int) -> bool:
+        """Whether layer l sees channels in another order than the text's."""
+        return self.mix and self.patch > 1 and l > 0
+
+    def mixing(self, l: int) -> np.ndarray:
+        """Where each channel that layer l sees comes from: even ones first, then odd ones, once for each layer before it."""
+        places = np.arange(self.channels)
+        for _ in range(l):
+            places = np.concatenate([places[0::2], places[1::2]])
+        return places
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """`tokens` [B, T]."""
+        return {"tokens": jax.ShapeDtypeStruct((batch, self.length), jnp.int32)}
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters; every layer but the first starts as the identity."""
+        keys = jax.random.split(rng, self.depth + 1)
+        codebook = {
+            "means": jax.random.normal(keys[0], (self.vocab, self.dims)),
+            "log_scales": jnp.full((self.vocab,), math.log(self.sigma)),
+        }
+        return {"codebook": codebook, **{f"layer{l}": _init_layer(self, l, keys[l + 1]) for l in range(self.depth)}}
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Minus the one-draw bound, nats per token."""
+        loss = self.nll(params, batch, rng).mean() / self.length
+        means, log_sigma = _codebook(self, params)
+        # the scale of vectors is free: one that runs away breaks the limits of log-scales
+        scales = {"codebook_rms": jnp.sqrt(jnp.square(means).mean()), "sigma": jnp.exp(log_sigma.mean())}
+        return loss, {"bits": loss / math.log(2), **scales}
+
+    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        """An upper bound of -log p [B] of the whole text in nats, from one draw of its vectors."""
+        tokens = batch["tokens"]
+        return -elbo(self, params, tokens, jax.random.normal(rng, (*tokens.shape, self.dims)))
+
+    def sample(
+        self,
+        params: Params,
+        rng: jax.Array,
+        n: int,
+        conditions: Batch | None = None,
+        *,
+        temperature: float = 1.0,
+        shrink: float = 1.0,
+        strength: float = 0.5,
+        top: int | None = None,
+        passes: bool = False,
+        method: str | Jacobi = "auto",
+    ) -> dict[str, jax.Array]:
+        """n texts; text i depends on (rng, i) alone, and on its condition.
+
+        The layer at the noise draws a component and then a Gaussian, which is the distribution of its inverse without the
+        search for roots; where its noise is shrunk, swept over or that of a text, it is inverted like all others.
+
+        Args:
+            rng: one key, or n keys.
+            conditions: `tokens` [n, T], texts to rewrite; None: texts out of nothing.
+            temperature: divides the logits of the weights of Mix-d layers.
+            shrink: factor on the standard deviation of the noise.
+            strength: in [0, 1], how much of the noise of a given text is new: 0 gives it back, 1 forgets it.
+            top: see `inverse`.
+            passes: also give what every layer makes of the text.
+            method: see `inverse`; "auto" is token by token.
+
+        Returns:
+            `tokens` int32 [n, T], and with `passes` the text after each layer, that of the noise first and the sample
+            last, `passes` int32 [n, layers + 1, T], and its vectors `latents` [n, layers + 1, T, d] (section 4). Where
+            layers were swept over also `sweeps` and `unconverged` (`zoo.flows.inverse.Inverted`).
+        """
+        _check_sampler(temperature, shrink=shrink)
+        if isinstance(strength, (int, float)) and not 0 <= strength <= 1:
+            raise UserError(f"strength={strength} must be between 0, the text as it is, and 1, another text")
+        if top is not None and top < 1:
+            raise UserError(f"top={top} leaves no component; give 1 or more, or none for all")
+        keys, text = _keys(rng, n), (conditions or {}).get("tokens")
+        shape, last = (self.steps, self.channels), self.depth - 1
+        u = constrain(jax.vmap(lambda key: jax.random.normal(key, shape))(keys), "batch")
+        plan = Jacobi.of(method).block(last, self.depth)
+        fresh = text is None and isinstance(shrink, (int, float)) and shrink == 1 and not swept(plan, self.steps)
+        if fresh:
+            picks = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), shape))(keys)
+            found = invert(
+                chain(self, params, n, fresh=True, temperature=temperature, top=top),
+                jnp.concatenate([u, constrain(picks, "batch")], -1),
+                method,
+            )
+        else:
+            if text is not None:
+                states, _ = forward(self, params, encode(self, params, text))
+                u = jnp.sqrt(1 - jnp.square(strength)) * states[-1] + strength * u
+            found = inverse(self, params, shrink * u, method=method, temperature=temperature, top=top)
+        z = found.states[-1].reshape(n, self.length, self.dims)
+        drawn = {"tokens": decode(self, params, z), **found.report}
+        if not passes:
+            return drawn
+        states = found.states
+        if fresh:  # the noise that the layer would have been inverted from
+            noise, _ = couple(self, params, last, _order(self, last, states[1]))
+            assert noise is not None
+            states = [_back(self, last, noise), *states[1:]]
+        latents = jnp.stack([h.reshape(n, self.length, self.dims) for h in states], 1)
+        texts = decode(self, params, latents.reshape(-1, self.length, self.dims)).reshape(n, -1, self.length)
+        return {**drawn, "passes": texts, "latents": latents}
+
+
+@dataclass(frozen=True)
+class DiscreteLM:
+    """The usual language model with the same transformer, by which the flows are measured: p(x_t | x_<t) as a softmax."""
+
+    vocab: int = 27
+    length: int = 256
+    width: int = 768
+    depth: int = 12
+    head_dim: int = 64
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scan: bool = True
+    remat: str = "none"
+    attention: str = "xla"
+
+    held = ()
+    unit = "sequences"
+    bound = False
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        if self.depth < 1:
+            raise UserError(f"task.depth={self.depth} must be at least 1")
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """What the likelihood is of."""
+        return (self.length,)
+
+    def _context(self) -> Context:
+        return Context(
+            steps=self.length,
+            width=self.width,
+            depth=self.depth,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            scan=self.scan,
+            remat=self.remat,
+            attention=self.attention,
+            project=False,
+        )
+
+    def _head(self) -> Flat:
+        return Flat(1, self.vocab, self.dtype, normal(0.02), zeros, "vocab")
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """`tokens` [B, T]."""
+        return {"tokens": jax.ShapeDtypeStruct((batch, self.length), jnp.int32)}
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters."""
+        keys = jax.random.split(rng, 3)
+        table: Any = Table(self.vocab, self.width, std=0.02).init(keys[0])
+        context: Any = self._context().init(keys[1], jnp.zeros((1, self.length, self.width)))
+        head: Any = self._head().init(keys[2], jnp.zeros((1, 1, self.width)))
+        return {"embedding": table["params"], "context": context["params"], "head": head["params"]}
+
+    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        """-log p [B] of the whole text in nats."""
+        tokens = batch["tokens"]
+        x = params["embedding"]["table"][tokens]
+        features, _ = _apply(self._context(), params["context"], shift_right(x))
+
+        def cross_entropy(f: jax.Array, tokens: jax.Array) -> jax.Array:
+            logits = _apply(self._head(), params["head"], f)[..., 0, :]
+            return jax.nn.logsumexp(logits, -1) - _gather(logits, tokens)
+
+        return _over_tokens(cross_entropy, 1, self.vocab, features, tokens).sum(1)
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy, nats per token."""
+        loss = self.nll(params, batch, rng).mean() / self.length
+        return loss, {"bits": loss / math.log(2)}
+
+    def sample(
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, *, temperature: float = 1.0
+    ) -> dict[str, jax.Array]:
+        """n texts `tokens` int32 [n, T], token by token with a cache; text i depends on (rng, i) alone."""
+        _check_sampler(temperature)
+        picks = jax.vmap(lambda key: jax.random.normal(key, (self.length, 1)))(_keys(rng, n))
+        cache = init_trunk_cache(
+            self.depth, self.scan, n, self.length, self.width // self.head_dim, self.head_dim, self.dtype
+        )
+        mine = {**params, "context": cast_trunk(params["context"], self.dtype)}
+        mine = whole(mine, lambda: self.init(jax.random.key(0)))
+
+        def step(x: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, Any]:
+            embedded = mine["embedding"]["table"][x[..., 0].astype(jnp.int32)]
+            return _apply(self._context(), mine["context"], embedded, cache, index)
+
+        def solve(v: jax.Array, features: jax.Array) -> jax.Array:
+            logits = _apply(self._head(), mine["head"], features)[..., 0, :] / temperature
+            return _pick(jax.nn.log_softmax(logits), v[..., 0])[..., None].astype(jnp.float32)
+
+        ids = sequential(Stepper(step, cache, jnp.zeros(1), solve=solve), constrain(picks, "batch"))
+        return {"tokens": ids[..., 0].astype(jnp.int32)}
