@@ -17,6 +17,7 @@ from zoo.data.captions import bucket, nearest, template
 from zoo.encoders.tokenizer import NAME, Tokenizer
 from zoo.errors import UserError
 from zoo.models import Model, has_tokenizer, homes, tokenizer_digest
+from zoo.task import is_text
 from zoo.train.report import class_name
 
 _log = logging.getLogger("zoo")
@@ -29,22 +30,29 @@ _WAY = (
 def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] | None, dict[str, Any]]:
     """The captions that `prompt=` or the lines of the file `prompts=` give, and what to remember of them.
 
+    For a model of texts they are texts to rewrite.
+
     Raises:
         UserError: both are given, the task takes no captions, or the file is missing or holds none.
     """
     if prompt is None and prompts is None:
         return None, {"prompt": None}
     if prompt is not None and prompts is not None:
-        raise UserError("prompt= and prompts= are both given; keep one: prompts=FILE holds one caption per line")
+        raise UserError("prompt= and prompts= are both given; keep one: prompts=FILE holds one of them per line")
     field = f"prompt={prompt}" if prompt is not None else f"prompts={prompts}"
     given = getattr(task, "given", ())
     if "text" in given:
         raise UserError(
             f"{field}: this model was trained on stored features of captions and holds no text encoder; {_WAY}"
         )
+    what = "caption"
     if "tokens" not in given:
-        other = "label=" if getattr(task, "classes", 0) else "no condition"
-        raise UserError(f"{field}: this model is not conditioned on captions; leave it out (it takes {other})")
+        if not is_text(task):
+            other = "label=" if getattr(task, "classes", 0) else "no condition"
+            raise UserError(f"{field}: this model is not conditioned on captions; leave it out (it takes {other})")
+        if not getattr(task, "rewrites", False):
+            raise UserError(f"{field}: {type(task).__name__} draws texts and rewrites none; leave it out")
+        what = "text"
     if prompt is not None:
         return [prompt], {"prompt": prompt}
     assert prompts is not None
@@ -53,14 +61,14 @@ def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] 
         # not splitlines(): a caption may hold what Unicode calls the end of a line
         lines = data.decode("utf-8-sig").removesuffix("\n").split("\n")
     except OSError as error:
-        raise UserError(f"{field} cannot be read ({error.strerror}); give a text file, one caption per line") from None
+        raise UserError(f"{field} cannot be read ({error.strerror}); give a text file, one {what} per line") from None
     except UnicodeDecodeError:
-        raise UserError(f"{field} is no UTF-8 text; give a text file, one caption per line") from None
+        raise UserError(f"{field} is no UTF-8 text; give a text file, one {what} per line") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise UserError(f"{field} holds no caption in {_count(lines)}; give a text file, one caption per line")
+        raise UserError(f"{field} holds no {what} in {_count(lines)}; give a text file, one {what} per line")
     if len(found) < len(lines):
-        _log.info("%s: %d captions in %s, blank ones are passed over", field, len(found), _count(lines))
+        _log.info("%s: %d %ss in %s, blank ones are passed over", field, len(found), what, _count(lines))
     return found, {"prompts": f"{Path(prompts).name} (sha256 {hashlib.sha256(data).hexdigest()})"}
 
 
@@ -76,7 +84,9 @@ def shaped(task: Any, aspect: str | None, options: Mapping[str, Any]) -> tuple[d
     if aspect is None:
         return dict(options), {}
     if "grid" not in inspect.signature(task.sample).parameters:
-        raise UserError(f"aspect={aspect}: all images of {type(task).__name__} have one shape; leave it out")
+        raise UserError(
+            f"aspect={aspect}: all {getattr(task, 'unit', 'images')} of {type(task).__name__} have one shape; leave it out"
+        )
     if options.get("grid") is not None:
         raise UserError(f"aspect={aspect} and grid= both say the shape; keep one")
     side = round(math.sqrt(math.prod(task.latent)) * task.factor)

@@ -1,12 +1,13 @@
-"""`zoo sample`: PNG files and a sheet, in resumable batches."""
+"""`zoo sample`: one file per sample, in resumable batches; PNG files and a sheet of images, or texts."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,47 @@ from zoo.train.report import grid, save_png
 _log = logging.getLogger("zoo")
 _RETRIES = 3  # times that a sample which overflowed is drawn again, from new noise
 _SHEET = 256  # images on a sheet at most
+
+
+class Form(Protocol):
+    """What samples are: how one is kept, and what is shown of all."""
+
+    @property
+    def key(self) -> str:
+        """What the sampler calls them."""
+        ...
+
+    @property
+    def suffix(self) -> str:
+        """Of the file of one, `000000` and this."""
+        ...
+
+    def save(self, out: Folder, i: int, drawn: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
+        """Write sample i of what the sampler gave for it, with what is known about it."""
+        ...
+
+    def show(self, out: Folder, n: int) -> str:
+        """Show n samples that are there; what the user is told of where to look."""
+        ...
+
+
+@dataclass(frozen=True)
+class Images:
+    """Samples that are images, as PNG files and a sheet."""
+
+    captions: Sequence[str] | None = None
+
+    key = "image"
+    suffix = ".png"
+
+    def save(self, out: Folder, i: int, drawn: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
+        """Write image i, with its settings in the file."""
+        save_png(out / f"{i:06d}.png", drawn["image"], about)
+
+    def show(self, out: Folder, n: int) -> str:
+        """Write the sheet."""
+        _sheet(out, n, self.captions)
+        return "sheet.png"
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,6 +88,7 @@ def draw(
     batch: int,
     options: Mapping[str, Any],
     resolved: Mapping[str, Any] = MappingProxyType({}),
+    form: Form | None = None,
 ) -> None:
     """Draw n samples into `out`: `000000.png` ..., `sheet.png` and `settings.json`. Files already there are kept.
 
@@ -56,10 +99,12 @@ def draw(
             whatever n.
         resolved: what stands in the place of options that leave the choice to zoo; not part of the settings, so that a
             folder can be filled on another device.
+        form: what samples are; None: images.
 
     Raises:
         UserError: a model that draws no images; the folder holds samples with other settings, or cannot be written.
     """
+    form = form or Images(captions)
     settings = {
         "model": str(model.folder),
         "step": model.step,
@@ -74,28 +119,28 @@ def draw(
     mesh, params = dist.spread(model.params, batch, boxed)
     with dist.use(mesh):
         first = np.zeros(batch, int)
-        if "image" not in sampler.eval_shape(params, keys(seed, first), _rows(conditions, first)):
+        if form.key not in sampler.eval_shape(params, keys(seed, first), _rows(conditions, first)):
             raise UserError(
                 f"{model.folder}: this model draws latents and names no autoencoder: set task.vae and weights.vae "
                 "(`zoo import starflow/sd_vae FILE OUT`), or bring its weights into a config that does (`zoo export "
                 "MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.vae=...`)"
             )
-    _claim(out, settings)
+    _claim(out, settings, form.suffix)
     word = "label" if conditions is not None and "label" in conditions else "prompt"
     there = set(paths.names(out))
-    missing = [i for i in range(n) if f"{i:06d}.png" not in there]
+    missing = [i for i in range(n) if f"{i:06d}{form.suffix}" not in there]
     for begin in range(0, len(missing), batch):
         rows = np.array(missing[begin : begin + batch])
         with dist.use(mesh):
-            images, lost, told = _finite(sampler, params, seed, rows, conditions, batch)
-        strategy.tell(told, taken.get("method", "sequential"))
-        for i, image in zip(rows, images):
+            drawn, lost = _finite(sampler, params, seed, rows, conditions, batch, form.key)
+        strategy.tell(drawn, taken.get("method", "sequential"))
+        for k, i in enumerate(rows):
             about = {**{k: str(v) for k, v in settings.items()}, "index": str(i)}
             if "method" in taken:
                 about["method"] = strategy.described(taken["method"])
             if captions is not None:
                 about[word] = captions[i]
-            save_png(out / f"{i:06d}.png", image, about)
+            form.save(out, i, {key: x[k] for key, x in drawn.items()}, about)
         if lost:
             _log.warning(
                 "samples %s are not finite after %d tries; their missing pixels are marked",
@@ -103,8 +148,8 @@ def draw(
                 _RETRIES + 1,
             )
         _log.info("%d of %d samples", n - len(missing) + begin + len(rows), n)
-    _sheet(out, n, captions)
-    print(f"{n} samples in {out} (sheet.png; {'average' if model.kind == 'ema' else model.kind} weights, seed {seed})")
+    shown = form.show(out, n)
+    print(f"{n} samples in {out} ({shown}; {'average' if model.kind == 'ema' else model.kind} weights, seed {seed})")
 
 
 def _rows(conditions: Mapping[str, np.ndarray] | None, rows: np.ndarray) -> dict[str, jax.Array] | None:
@@ -118,24 +163,25 @@ def _finite(
     rows: np.ndarray,
     conditions: Mapping[str, np.ndarray] | None,
     batch: int,
-) -> tuple[np.ndarray, list[int], dict[str, np.ndarray]]:
-    """Samples of these rows, those that overflow drawn again from new noise; which overflowed to the last; what the sampler told."""
+    key: str,
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """What the sampler gives for these rows, where `key` overflows drawn again from new noise; which overflowed to the last."""
     padded = np.resize(rows, batch)  # one compiled shape, whatever is left
     given = _rows(conditions, padded)
     drawn = {k: np.array(x)[: len(rows)] for k, x in sampler(params, keys(seed, padded), given).items()}
-    images, told = drawn.pop("image"), drawn
+    samples = drawn[key]
     for attempt in range(1, _RETRIES + 1):
-        bad = [k for k in range(len(rows)) if not np.isfinite(images[k]).all()]
+        bad = [k for k in range(len(rows)) if not np.isfinite(samples[k]).all()]
         if not bad:
-            return images, [], told
+            return drawn, []
         _log.warning("samples %s overflowed and are drawn again", ", ".join(str(rows[k]) for k in bad))
-        again = np.array(sampler(params, keys(seed, padded, attempt), given)["image"])
+        again = np.array(sampler(params, keys(seed, padded, attempt), given)[key])
         for k in bad:
-            images[k] = again[k]
-    return images, [int(rows[k]) for k in range(len(rows)) if not np.isfinite(images[k]).all()], told
+            samples[k] = again[k]
+    return drawn, [int(rows[k]) for k in range(len(rows)) if not np.isfinite(samples[k]).all()]
 
 
-def _claim(out: Folder, settings: dict[str, Any]) -> None:
+def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
     """Make the folder, or make sure that what it holds was drawn the same way."""
     path = out / "settings.json"
     try:
@@ -150,8 +196,9 @@ def _claim(out: Folder, settings: dict[str, Any]) -> None:
                 raise UserError(
                     f"{out} holds samples drawn with other settings ({'; '.join(differ[:3])}); choose another --out"
                 )
-        elif any(name[:1].isdigit() and name.endswith(".png") for name in inside):
-            raise UserError(f"{out} holds images that zoo did not draw; choose another --out")
+        elif any(name[:1].isdigit() and name.endswith(suffix) for name in inside):
+            kind = "images" if suffix == ".png" else "texts"
+            raise UserError(f"{out} holds {kind} that zoo did not draw; choose another --out")
         else:
             with paths.sentence(path, "write"):
                 path.write_text(json.dumps(settings, indent=1) + "\n")

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo import dist, models, paths, weights
+from zoo.commands.text import files, vocabulary_of
 from zoo.errors import UserError
 from zoo.models import TOKENIZER, Model, has_tokenizer, homes
 from zoo.paths import Folder
 from zoo.run import Run
+from zoo.task import is_text
 from zoo.train.report import read_metrics
 
 
@@ -71,7 +73,7 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
     """Write an export in one of the forms; returns what to tell the user.
 
     zoo: safetensors, config and card. official: the published key layout, to the file `out` (.safetensors, .npz or
-    .pth). stablehlo: a zoo export with a portable sampler (cpu, cuda, tpu) of `samples` images a call beside it.
+    .pth). stablehlo: a zoo export with a portable sampler (cpu, cuda, tpu) of `samples` samples a call beside it.
     """
     which = {"ema": "the average of the weights", "raw": "the weights of the last step"}.get(
         model.kind, f"{model.kind} weights"
@@ -90,11 +92,14 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
             f"--format stablehlo: the sampler of this {type(model.task).__name__} takes captions, which a portable program "
             "has no place for yet; use --format zoo"
         )
-    _write(model, out, metrics, _tokenizer(homes(model.folder, model.run.weights if model.run is not None else None)))
+    beside = _tokenizer(homes(model.folder, model.run.weights if model.run is not None else None))
+    if is_text(model.task) and (vocabulary := vocabulary_of(model)) is not None:
+        beside |= files(vocabulary)
+    _write(model, out, metrics, beside)
     if form == "zoo":
         return f"{out}: model.safetensors, config.json, README.md ({which})"
     classes = getattr(model.task, "classes", 0)
-    task = model.task
+    task, unit = model.task, getattr(model.task, "unit", "images")
     if hasattr(task, "attention"):  # a kernel of this machine would not run on the others
         task = dataclasses.replace(task, attention="xla")
 
@@ -106,7 +111,7 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
     label = (jax.ShapeDtypeStruct((samples,), jnp.int32),) if classes else ()
     with dist.portable():
         weights.export_stablehlo(out, sampler, model.params, key, *label)
-    return f"{out}: as a zoo export, and stablehlo/ with a sampler of {samples} images a call ({which})"
+    return f"{out}: as a zoo export, and stablehlo/ with a sampler of {samples} {unit} a call ({which})"
 
 
 def import_checkpoint(config: Any, file: Path, out: Path) -> str:

@@ -20,13 +20,15 @@ import numpy as np
 
 from zoo import config, dist, hosts, models, paths, weights
 from zoo.data.pipeline import epoch, label_names
+from zoo.data.tokens import check_vocabulary
+from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.errors import UserError
 from zoo.paths import Folder
 from zoo.run import MAY_DIFFER, Run
-from zoo.task import Params, check_needs, check_options
+from zoo.task import Params, check_needs, check_options, is_text
 from zoo.train import optim, tracking
 from zoo.train.checkpoint import Checkpoints
-from zoo.train.report import Report, class_name
+from zoo.train.report import Report, class_name, spelled
 from zoo.train.step import Metrics, State, compile_step, make_sampler, sampler_spec
 
 _log = logging.getLogger("zoo")
@@ -326,12 +328,13 @@ def _held_out(run: Run, n: int) -> dict[str, np.ndarray] | None:
 
 
 class _Watch:
-    """Looks at the model while it trains: sheets and metrics, from the average where there is one, and says which."""
+    """Looks at the model while it trains: sheets or texts, and metrics, from the average where there is one, and says which."""
 
     def __init__(self, run: Run, report: Report, labels: tuple[str, ...]) -> None:
         self.run, self.report, self.labels = run, report, labels
         self.kind = "ema" if run.ema else "raw"
         self.loaded = [models.loaded_for(metric) for metric in run.evals]
+        self.vocabulary = _vocabulary(run)
         n = run.samples.n
         self.draw = None
         if n and hasattr(run.task, "sample"):
@@ -357,6 +360,9 @@ class _Watch:
                     self.report.sheet(
                         "samples", drawn["image"], names, step=step, metadata={"step": str(step), "weights": self.kind}
                     )
+                elif is_text(run.task):
+                    texts = [spelled(ids, self.vocabulary) for ids in drawn["tokens"]]
+                    self.report.texts("samples", texts, step=step)
             for i, metric in evals:
                 found.update(metric(run.task, params, run.data, jax.random.key(run.seed), **self.loaded[i]))
             if evals:
@@ -371,6 +377,7 @@ def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -
     def claim() -> dict[str, Any]:
         _, about = claim_folder(run, labels)
         held.enter_context(_only_writer(folder))
+        _keep_vocabulary(_vocabulary(run), folder)
         return about
 
     about = hosts.first(claim)
@@ -383,6 +390,30 @@ def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -
                 "one in a bucket (gs://BUCKET/FOLDER)"
             ) from None
     return about
+
+
+def _vocabulary(run: Run) -> Vocabulary | None:
+    """What the tokens of the training data mean, where these are texts."""
+    return getattr(run.source("train"), "vocabulary", None) if is_text(run.task) else None
+
+
+def _keep_vocabulary(vocabulary: Vocabulary | None, folder: Folder) -> None:
+    """Save the vocabulary with the run, for who samples where the data are not.
+
+    UserError when the run was begun with another: its tokens would change their meaning.
+    """
+    if vocabulary is None:
+        return
+    with paths.sentence(folder):
+        before = open_vocabulary(folder)
+    if before is not None and before.digest != vocabulary.digest:
+        raise UserError(
+            f"workdir={folder} belongs to a run of other tokens ({before}; the data now have {vocabulary}): the text or its "
+            "tokenizer has changed. Choose another workdir=, or the old data"
+        )
+    if before is None:
+        with paths.sentence(folder, "write"):
+            vocabulary.save(folder)
 
 
 def _versions() -> dict[str, str]:
@@ -472,6 +503,8 @@ def train(
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
         _check_labels(run, labels)
+        if is_text(run.task):
+            check_vocabulary(run.task, run.source("train"))
         _check_patch(run)
         _check_looks(run)
         optimizer = optim.build(run.optim, run.steps)
@@ -514,6 +547,7 @@ def train(
             batch=run.batch,
             quiet=quiet,
             main=folder is not None and hosts.main(),
+            unit=getattr(run.task, "unit", "images"),
         )
         try:
             with report:

@@ -1,8 +1,9 @@
 """What a run shows: progress bar or plain lines, metrics.jsonl, TensorBoard events, sample sheets and the loss curve.
 
-Files in a run folder: `metrics.jsonl` (one JSON object a line), `tensorboard/` (events), `samples/*.png`, `curve.png`.
-A training record has the key `loss` (and, where the task knows them, `bits` per dimension of the training batch); any
-other record is the outcome of an evaluation, whose `bpd` is held-out bits per dimension.
+Files in a run folder: `metrics.jsonl` (one JSON object a line), `tensorboard/` (events), `samples/*.png` or `*.txt`,
+`curve.png`. A training record has the key `loss` (and, where the task knows them, `bits` per dimension or token of the
+training batch); any other record is the outcome of an evaluation, whose `bpd` is held-out bits per dimension, and
+`bits_per_token` those of texts.
 
 Of a run folder in a bucket these files are kept in a scratch folder here, and copies are sent: what grows every half
 minute, all of it at saves and looks.
@@ -163,6 +164,24 @@ def save_png(path: Folder | str, image: Any, metadata: Mapping[str, str] | None 
     if not isinstance(image, Image.Image):
         image = Image.fromarray(_pixels(np.asarray(image)[None])[0])
     _write(paths.where(path), _png(image, metadata))
+
+
+# ------------------------------------------------------------------------------------------------------------- texts
+
+
+def spelled(ids: np.ndarray, vocabulary: Any) -> str:
+    """The text of tokens [T]; their numbers where there is no vocabulary (an object with `decode`)."""
+    return " ".join(map(str, ids.tolist())) if vocabulary is None else str(vocabulary.decode(ids))
+
+
+def printable(text: str) -> str:
+    """A text that a terminal can be given: what would steer it becomes the replacement character, line ends and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def save_text(path: Folder | str, text: str) -> None:
+    """Writes a text and a line end in UTF-8, whole or not at all; UserError when it cannot be written."""
+    _write(paths.where(path), f"{text}\n".encode("utf-8", "replace"))
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -373,10 +392,25 @@ class Report:
         if self._tracker is not None:
             self._tracker.image(at, name, sheet)
 
+    def texts(self, name: str, texts: Sequence[str], *, step: int, shown: int = 2) -> None:
+        """Saves texts as `samples/NAME-STEP.txt`, each below a line with its number, and prints the first ones.
+
+        TensorBoard shows those of one name as one series over steps.
+        """
+        if not self.main:
+            return
+        whole = "\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts))
+        save_text(self.folder / "samples" / f"{name}-{step:07d}.txt", whole)
+        for i, text in enumerate(texts[:shown]):
+            self.note(f"step {step}, sample {i}: {printable(text)}")
+        self._event(step, {name: whole})
+        if self._tracker is not None:
+            self._tracker.log(step, {name: whole})
+
     def curve(self) -> None:
         """Draws curve.png from metrics.jsonl: training loss (bits where known) and held-out bits against step."""
         if self.main:
-            data = _curve(read_metrics(self._metrics), self._name)
+            data = _curve(read_metrics(self._metrics), self._name, "token" if self.unit == "sequences" else "dimension")
             if data is not None:
                 _write(self.folder / "curve.png", data)
             self.push()
@@ -464,13 +498,16 @@ class Report:
             self._events = EventsWriter(str(folder / "events"), suffix)
             self._events_file = next(folder.glob(f"*{suffix}"))
 
-    def _event(self, step: int, values: Mapping[str, float | tuple[bytes, tuple[int, int]]]) -> None:
+    def _event(self, step: int, values: Mapping[str, float | str | tuple[bytes, tuple[int, int]]]) -> None:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.summary import text
 
         summary = Summary()
         for tag, value in values.items():
-            if isinstance(value, tuple):
+            if isinstance(value, str):  # read as Markdown: four blanks keep it as it is
+                summary.MergeFrom(text(tag, "".join(f"    {line}\n" for line in value.split("\n"))))
+            elif isinstance(value, tuple):
                 data, (width, height) = value
                 image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
                 summary.value.append(Summary.Value(tag=tag, image=image))
@@ -491,11 +528,13 @@ def _series(records: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
     return x[np.isfinite(y)], y[np.isfinite(y)]
 
 
-def _curve(records: list[Record], title: str) -> bytes | None:
-    """A PNG of training and held-out figures against step; None when there is no point to draw."""
+def _curve(records: list[Record], title: str, per: str) -> bytes | None:
+    """A PNG of training and held-out figures against step, bits being `per` what; None when there is no point to draw."""
     train = [r for r in records if "loss" in r]
     key = "bits" if any("bits" in r for r in train) else "loss"
-    (x, y), (held_x, held_y) = _series(train, key), _series([r for r in records if "loss" not in r], "bpd")
+    held = [r for r in records if "loss" not in r]
+    held_key = "bpd" if any("bpd" in r for r in held) else "bits_per_token"
+    (x, y), (held_x, held_y) = _series(train, key), _series(held, held_key)
     if not len(x) and not len(held_x):
         return None
     # the figure is built without pyplot: no window system is asked for and no global state is left behind
@@ -518,9 +557,9 @@ def _curve(records: list[Record], title: str) -> bytes | None:
     if len(held_x):
         name = f"held-out bits (last: {held_y[-1]:.3f})"
         lines += held_axes.plot(held_x, held_y, color="#d1571b", marker="o", ms=5, lw=1, ls="--", label=name)
-        held_axes.set_ylabel("bits per dimension")
+        held_axes.set_ylabel(f"bits per {per}")
     if len(x):
-        axes.set_ylabel("bits per dimension" if key == "bits" else "loss")
+        axes.set_ylabel(f"bits per {per}" if key == "bits" else "loss")
 
     late = 0.05 * max(x.max(initial=0), held_x.max(initial=0))
     tail, held_tail = y[x >= late], held_y[held_x >= late]

@@ -29,6 +29,7 @@ _EXPORT = (
     "config.json",
     "README.md",
     "spiece.model",  # zoo.encoders.tokenizer.NAME, which may not be imported here
+    *("vocabulary.json", "tokenizer.json", "tokenizer.model"),  # what zoo.data.vocabulary writes
     "stablehlo",
     *(f"stablehlo/{name}" for name in _STABLEHLO),
 )

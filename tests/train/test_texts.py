@@ -1,0 +1,110 @@
+"""Runs of language models: samples are texts, rates are of sequences, and the vocabulary is kept with the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from unigram import Unigram, Windows
+
+from zoo.data.vocabulary import characters, open_vocabulary, text8
+from zoo.errors import UserError
+from zoo.metrics.text import LatentPasses, TextBound
+from zoo.run import Run, Samples
+from zoo.train import report
+from zoo.train.loop import train
+from zoo.train.optim import AdamW
+from zoo.train.report import Report, read_metrics, spelled
+
+RUN = Run(
+    task=Unigram(),
+    data=Windows(),
+    steps=3,
+    batch=8,
+    optim=AdamW(lr=0.5),
+    samples=Samples(n=3),
+    evals=(TextBound(batch=8),),
+    log_every=1,
+)
+
+
+def test_a_run_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = replace(RUN, workdir=str(tmp_path / "run"))
+    state, history = train(run)
+    out = capsys.readouterr().out
+    assert open_vocabulary(tmp_path / "run") == text8()
+    (file,) = (tmp_path / "run" / "samples").iterdir()
+    assert file.name == "samples-0000003.txt"
+    written = file.read_text().split("\n")
+    assert written[0::2] == ["--- 0", "--- 1", "--- 2", ""]
+    assert [len(line) for line in written[1::2]] == [8, 8, 8]
+    for i in range(2):
+        assert f"step 3, sample {i}: {written[2 * i + 1]}\n" in out
+    assert "sample 2" not in out
+    assert " sequences/s" in out
+    (found,) = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" not in r]
+    assert found["bits_per_token"] == pytest.approx(found["bits_per_char"])
+    assert found["bits_per_token"] < history[0]["bits"] + 0.5
+    assert found["weights"] == "raw"
+    assert np.abs(state.params["logits"]).max() > 0
+
+    # A text that has changed its symbols would change what the tokens mean.
+    monkeypatch.setattr(Windows, "vocabulary", lambda self: characters("".join(map(chr, range(97, 124)))))
+    with pytest.raises(UserError, match=r"run of other tokens \(27 symbols \(text8\); the data now have 27 symbols"):
+        train(run)
+    assert open_vocabulary(tmp_path / "run") == text8()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"task": Unigram(vocab=30)}, r"the data has 27 symbols, task.vocab=30; set task.vocab=27"),
+        ({"evals": (LatentPasses(),)}, "evals: the metric passes gives a list of layers; take it out"),
+        ({"samples": Samples(n=1, options={"passes": True})}, "no option 'passes'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_folder_is_made(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        train(replace(RUN, workdir=str(tmp_path / "run"), **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_texts_are_in_the_events_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Report(tmp_path, total=9, start=0, batch=1, unit="sequences") as r:
+        r.texts("samples", ["a *b*\nc", "d\x1b[31m", "e"], step=4)
+    assert (tmp_path / "samples" / "samples-0000004.txt").read_text() == "--- 0\na *b*\nc\n--- 1\nd\x1b[31m\n--- 2\ne\n"
+    shown = capsys.readouterr().out
+    assert shown == "step 4, sample 0: a *b*\nc\nstep 4, sample 1: d\ufffd[31m\n"
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"    a *b*\n    c\n" in events.read_bytes()
+    with Report(tmp_path / "other", total=9, start=0, batch=1, main=False) as r:
+        r.texts("samples", ["a"], step=4)
+    assert not (tmp_path / "other").exists()
+
+
+def test_tokens_without_a_vocabulary_are_numbers() -> None:
+    assert spelled(np.array([3, 1]), None) == "3 1"
+    assert spelled(np.array(jnp.array([3, 1])), text8()) == "ca"
+
+
+@pytest.mark.parametrize("key, per", [("bits_per_token", "token"), ("bpd", "dimension")])
+def test_the_curve_shows_held_out_bits_of_either_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, per: str
+) -> None:
+    from matplotlib.axes import Axes
+
+    labels: list[str] = []
+    monkeypatch.setattr(Axes, "set_ylabel", lambda self, text: labels.append(text))
+    drawn: list[Any] = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (drawn.append((a, k)), plot(self, *a, **k))[1])
+    records = [{"step": k, "loss": 3.0, "bits": 4.0} for k in (1, 2)] + [{"step": 2, key: 3.5}]
+    assert report._curve(records, "run", per) is not None
+    assert labels == [f"bits per {per}"] * 2
+    assert drawn[1][1]["label"] == "held-out bits (last: 3.500)"

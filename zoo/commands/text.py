@@ -1,0 +1,154 @@
+"""Texts as samples: the vocabulary of a model, what is to be rewritten, files and what the terminal shows of them."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from zoo import paths
+from zoo.data.vocabulary import Vocabulary, open_vocabulary
+from zoo.errors import UserError
+from zoo.models import Model
+from zoo.paths import Folder
+from zoo.train.report import printable, save_text, spelled
+
+_log = logging.getLogger("zoo")
+SHOWN = 8  # texts that are printed at most, and drawn where nothing says how many
+_MARKED = 0.5  # share of the words of a pass that must have stayed for the others to be marked
+
+
+def vocabulary_of(model: Model) -> Vocabulary | None:
+    """The vocabulary in the folder of a model, else that of the data it was trained on; None, and a note, where neither is."""
+    with paths.sentence(model.folder):
+        found = open_vocabulary(model.folder)
+    why = ""
+    if found is None and hasattr(model.data, "vocabulary"):
+        try:
+            found = model.data.vocabulary()
+        except UserError as error:  # an export is used where its data are not
+            why = f", and its data give none ({error})"
+    if found is None:
+        _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", model.folder, why)
+    return found
+
+
+def files(vocabulary: Vocabulary) -> dict[str, bytes]:
+    """The files that a vocabulary is kept in, by name."""
+    with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
+        vocabulary.save(Path(folder))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def rewritten(
+    model: Model, vocabulary: Vocabulary | None, texts: Sequence[str] | None, n: int
+) -> tuple[dict[str, np.ndarray] | None, list[str] | None]:
+    """`tokens` [n, T] of the texts that samples shall be made from, and the texts; sample i has text i modulo their number.
+
+    Raises:
+        UserError: the model has no vocabulary, does not know a character, or a text is shorter than its texts are.
+    """
+    if texts is None:
+        return None, None
+    if vocabulary is None:
+        raise UserError(
+            f"{model.folder} has no vocabulary.json, so that no text can be given to it; copy it there from the folder of the "
+            "run, with the tokenizer's own file where there is one"
+        )
+    length, rows = model.task.spec(1)["tokens"].shape[1], []
+    for i, text in enumerate(texts):
+        name = "prompt=" if len(texts) == 1 else f"text {i + 1} of prompts="
+        plain = vocabulary.normalise(text)
+        if plain != text:
+            _log.info("%s is read as %s", name, plain if len(plain) <= 60 else f"{plain[:60]} ...")
+        ids = vocabulary.encode(plain, name)
+        if len(ids) < length:
+            raise UserError(
+                f"{name} has {len(ids)} tokens, and this model rewrites texts of {length}; give {length - len(ids)} more"
+            )
+        if len(ids) > length:
+            _log.info("%s has %d tokens; the first %d are rewritten", name, len(ids), length)
+        rows.append(ids[:length])
+    turn = np.arange(n) % len(rows)
+    return {"tokens": np.stack(rows)[turn]}, [vocabulary.decode(rows[i]) for i in turn.tolist()]
+
+
+# --- files and the terminal -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Samples that are texts, as `zoo.commands.sample.Form` has them: `000000.txt` ..., and `000000.passes.txt` on demand."""
+
+    vocabulary: Vocabulary | None  # None: numbers are written
+    starts: Sequence[str] | None = None  # what each is made from
+
+    key = "tokens"
+    suffix = ".txt"
+
+    def save(self, out: Folder, i: int, drawn: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
+        """Write sample i; its passes first, so that where the text is all is there."""
+        if "passes" in drawn:
+            save_text(out / f"{i:06d}.passes.txt", told_passes(drawn["passes"], self.vocabulary))
+        save_text(out / f"{i:06d}.txt", spelled(drawn["tokens"], self.vocabulary))
+
+    def show(self, out: Folder, n: int) -> str:
+        """Print the first texts, with their passes where these were kept; where the rest is."""
+        there = set(paths.names(out))
+        for i in range(min(n, SHOWN)):
+            name = f"{i:06d}.passes.txt" if f"{i:06d}.passes.txt" in there else f"{i:06d}.txt"
+            with paths.sentence(out / name):
+                text = printable((out / name).read_bytes().decode("utf-8", "replace").removesuffix("\n"))
+            start = "" if self.starts is None else f", made from: {printable(self.starts[i])}"
+            print(f"--- {name}{start}\n{_coloured(text) if name.endswith('.passes.txt') else text}")
+        if n > SHOWN:
+            print(f"--- and {n - SHOWN} more")
+        return "000000.txt" if n == 1 else f"000000.txt to {n - 1:06d}.txt"
+
+
+def told_passes(passes: np.ndarray, vocabulary: Vocabulary | None) -> str:
+    """The passes [L + 1, T] of a text under each other, with what each has changed.
+
+    Marks are those of wdiff, `[-old-]{+new+}`; where more than half of the words are new nothing is marked.
+    """
+    texts = [spelled(ids, vocabulary) for ids in passes]
+    parts = [f"pass 0 of {len(texts) - 1}: noise\n{texts[0]}"]
+    for k in range(1, len(texts)):
+        changed = int((passes[k] != passes[k - 1]).sum())
+        parts.append(
+            f"pass {k} of {len(texts) - 1}: {changed} of {passes.shape[1]} tokens changed\n{marked(texts[k - 1], texts[k])}"
+        )
+    return "\n\n".join(parts)
+
+
+def marked(before: str, after: str) -> str:
+    """`after` with what differs from `before` marked word by word; as it is where more than half of the words are new."""
+    old, new = (re.findall(r"\s*\S+|\s+", text) for text in (before, after))
+    match = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    if sum(block.size for block in match.get_matching_blocks()) < _MARKED * len(new):
+        return after
+    out = []
+    for tag, a, b, c, d in match.get_opcodes():
+        gone, come = "".join(old[a:b]), "".join(new[c:d])
+        if tag == "equal":
+            out.append(come)
+            continue
+        blank = (come or gone)[: len(come or gone) - len((come or gone).lstrip())]
+        out.append(blank + (f"[-{gone.strip()}-]" if gone else "") + (f"{{+{come.strip()}+}}" if come else ""))
+    return "".join(out)
+
+
+def _coloured(text: str) -> str:
+    """Marks as colours, on a terminal that has them."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return text
+    text = re.sub(r"\[-(.*?)-\]", "\x1b[9;31m\\1\x1b[0m", text, flags=re.DOTALL)
+    return re.sub(r"\{\+(.*?)\+\}", "\x1b[32m\\1\x1b[0m", text, flags=re.DOTALL)
