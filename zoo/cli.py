@@ -139,7 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", default=None, metavar="FILE", help="write the figures here as well")
     sub = verb(
         "prepare",
-        "Turn images, with or without captions, into an ArrayRecord data set; with --encode into one of latents.",
+        "Turn images, with or without captions, into an ArrayRecord data set; with --encode into one of latents; with --text "
+        "texts into one of tokens.",
         "SOURCE",
         "DEST",
     )
@@ -150,7 +151,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--convert", action="store_true", help="turn grey images to colour or colour ones to grey as needed"
     )
-    sub.add_argument("--test-fraction", type=float, default=0.1, help="held out where the source has no test part")
+    sub.add_argument(
+        "--test-fraction",
+        type=float,
+        default=None,
+        help="held out where the source has no test part; default: 0.1, of texts 0.05",
+    )
+    sub.add_argument(
+        "--text",
+        default=None,
+        metavar="TOKENS",
+        help="write the tokens of texts: text8, chars, bytes, or the file of a tokenizer (tokenizer.json, or sentencepiece's "
+        ".model)",
+    )
+    sub.add_argument(
+        "--valid-fraction", type=float, default=None, help="of a text, before the test part; default: 0.05"
+    )
     sub.add_argument("--allow-unreadable", action="store_true", help="exit 0 although some files could not be read")
     sub.add_argument("--image-column", default=None, metavar="NAME", help="of parquet files")
     sub.add_argument("--caption-column", default=None, metavar="NAME", help="of parquet files; empty: no captions")
@@ -551,6 +567,11 @@ def _write_json(path: str | None, figures: dict[str, Any]) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    if args.text is not None:
+        return _prepare_text(args)
+    if args.valid_fraction is not None:
+        raise UserError("--valid-fraction is of texts; add --text, or leave it out")
+    args.test_fraction = 0.1 if args.test_fraction is None else args.test_fraction
     if args.statistics is not None or args.flip:
         from zoo.commands import statistics
 
@@ -594,6 +615,19 @@ def _prepare(args: argparse.Namespace) -> int:
         report = prepare(args.source, args.dest, channels=args.channels or 3, **options)
     print(report)
     return 1 if report.unreadable and not args.allow_unreadable else 0
+
+
+def _prepare_text(args: argparse.Namespace) -> int:
+    from zoo.data.prepare_text import prepare_text
+
+    shares = ("valid_fraction", "test_fraction")
+    unset = vars(_parser().parse_args(["prepare", "SOURCE", "DEST"]))
+    for name, value in unset.items():
+        if name not in ("traceback", "source", "dest", "text", *shares) and getattr(args, name) != value:
+            raise UserError(f"--{name.replace('_', '-')} is of images and says nothing of --text; leave it out")
+    fractions = {name: getattr(args, name) for name in shares if getattr(args, name) is not None}
+    print(prepare_text(args.source, args.dest, args.text, **fractions))
+    return 0
 
 
 def _list(args: argparse.Namespace) -> int:

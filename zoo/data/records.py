@@ -221,13 +221,13 @@ def _open(target: Path, settings: Settings, kind: type[Any]) -> dict[str, Shard]
         raise UserError(f"DEST {target} holds a set of another kind ({format_of(target)}); choose a new folder")
     if (target / INFO).is_file():
         info = read_info(target, kind)
-        _same(target, msgspec.to_builtins(info.settings), settings)
+        same(target, msgspec.to_builtins(info.settings), settings)
         done = info.shards()
     elif (target / PROGRESS).is_file():
         lines = (target / PROGRESS).read_bytes().split(b"\n")[:-1]  # what follows the last line end was torn off
         if lines:
             try:
-                _same(target, msgspec.json.decode(lines[0], type=dict[str, Any]), settings)
+                same(target, msgspec.json.decode(lines[0], type=dict[str, Any]), settings)
                 done = [msgspec.json.decode(line, type=Shard) for line in lines[1:]]
             except msgspec.MsgspecError as error:
                 raise UserError(f"{target / PROGRESS} is damaged ({error}); remove DEST {target}") from None
@@ -242,14 +242,17 @@ def _open(target: Path, settings: Settings, kind: type[Any]) -> dict[str, Shard]
     return whole
 
 
-def _same(target: Path, there: dict[str, Any], settings: Settings) -> None:
+def same(target: Path, there: dict[str, Any], settings: msgspec.Struct) -> None:
+    """UserError where a set was made from something else or in another way."""
     here = msgspec.to_builtins(settings)
     if there.get("fingerprint") == here["fingerprint"]:
         there["source"] = here["source"]  # a folder that was renamed is the same folder
-    names = [k for k in {**there, **here} if k != "fingerprint"]
+    names = [k for k in {**there, **here} if k not in ("fingerprint", "digest")]
     wrong = [f"{k}={there.get(k)!r} there, {here.get(k)!r} now" for k in names if there.get(k) != here.get(k)]
     if there.get("fingerprint") != here["fingerprint"]:
         wrong.append("the source has other files")
+    if there.get("digest") != here.get("digest") and not wrong:
+        wrong.append("the tokenizer is another one")
     if wrong:
         raise UserError(f"DEST {target} was prepared differently: {', '.join(wrong)}; choose a new folder or remove it")
 

@@ -204,7 +204,8 @@ def _word(name: str) -> str | None:
     return next((word for word in words if word in ("train", *TESTS)), None)
 
 
-def _hash(parts: Iterable[tuple[str, int]]) -> str:
+def hashed(parts: Iterable[tuple[str, int]]) -> str:
+    """A digest of names and sizes of files."""
     digest = hashlib.sha256()
     for name, size in parts:
         digest.update(os.fsencode(name) + f"\0{size}\0".encode())
@@ -241,7 +242,7 @@ def _folder(root: Path, test_fraction: float) -> Source:
         return Items(len(files.paths), lambda i: _bytes(root / files.paths[i]), label, lambda i: _shown(files.paths[i]))
 
     listed = [(path, file_size(root / path)) for files in splits.values() for path in files.paths]
-    return Source({split: items(split) for split in SPLITS}, classes, _hash(listed))
+    return Source({split: items(split) for split in SPLITS}, classes, hashed(listed))
 
 
 def _captions(root: Path, names: list[str], test_fraction: float) -> Source:
@@ -266,7 +267,7 @@ def _captions(root: Path, names: list[str], test_fraction: float) -> Source:
         )
 
     order = [i for part in parts.values() for i in part]
-    digest = hashlib.sha256(_hash((images[i], file_size(root / images[i])) for i in order).encode())
+    digest = hashlib.sha256(hashed((images[i], file_size(root / images[i])) for i in order).encode())
     for text in _all_bytes([root / texts[stems[i]] if stems[i] in texts else None for i in order]):
         digest.update(f"{len(text)}\0".encode() + text)  # an edited caption may keep its length
     return Source({split: items(parts[split]) for split in SPLITS}, (), digest.hexdigest(), captioned=True)
@@ -448,7 +449,7 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
     listed += [("captions", told)] if captioned else []
     listed += [(hashlib.sha256(pairs.label).hexdigest(), -1)] if labelled else []
     classes = tuple(map(str, range(highest + 1))) if labelled else ()
-    return Source({split: items(parts[split]) for split in SPLITS}, classes, _hash(listed), captioned)
+    return Source({split: items(parts[split]) for split in SPLITS}, classes, hashed(listed), captioned)
 
 
 # Parquet files
@@ -549,7 +550,7 @@ def _parquet(
 
     listed = [(name or root.name, path.stat().st_size) for name, path in zip(names, files)]
     listed += [(image, 0), (text or "", 0), *([] if column is None else [(column, 0)])]
-    return Source({split: items(parts[split]) for split in SPLITS}, classes, _hash(listed), text is not None)
+    return Source({split: items(parts[split]) for split in SPLITS}, classes, hashed(listed), text is not None)
 
 
 class _Groups:

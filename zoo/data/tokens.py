@@ -9,13 +9,13 @@ from __future__ import annotations
 import ast
 import gc
 import hashlib
+import re
 import sysconfig
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -246,16 +246,27 @@ def texts(
         fresh = fresh or last
 
 
-def encoded(
-    vocabulary: Vocabulary, units: Iterable[tuple[str, bool]], together: int = 64
-) -> Iterator[tuple[np.ndarray, int, bool]]:
+def encoded(vocabulary: Vocabulary, units: Iterable[tuple[str, bool]]) -> Iterator[tuple[np.ndarray, int, bool]]:
     """Tokens of what `texts` gives, the number of characters, and whether a document ends there; its end token included."""
-    kept, units = narrowest(vocabulary.size), iter(units)
-    while some := list(islice(units, together)):
+    kept = narrowest(vocabulary.size)
+    for some in _together(units):
         for ids, (text, last) in zip(vocabulary.encode_all([text for text, _ in some]), some):
             if last and vocabulary.end is not None:
                 ids = np.append(ids, np.int32(vocabulary.end))
             yield ids.astype(kept), len(text), last
+
+
+def _together(units: Iterable[tuple[str, bool]], most: int = 1 << 22) -> Iterator[list[tuple[str, bool]]]:
+    """Units in lists of about so many characters: enough for threads, little for a tokenizer's memory."""
+    some, size = [], 0
+    for unit in units:
+        some.append(unit)
+        size += len(unit[0])
+        if size >= most:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def characters_of(vocabulary: Vocabulary, tokens: np.ndarray) -> int:
@@ -269,10 +280,12 @@ def characters_of(vocabulary: Vocabulary, tokens: np.ndarray) -> int:
     return found
 
 
-def documents_of(files: Iterable[Path]) -> Iterator[tuple[str, bool]]:
-    """The pieces of all documents of these files."""
+def documents_of(files: Iterable[Path], read: Callable[[int], Any] = int) -> Iterator[tuple[str, bool]]:
+    """The pieces of all documents of these files; `read` is told the bytes of each."""
     for file in files:
-        yield from pieces(file)
+        for text, last in pieces(file):
+            read(len(text.encode()))
+            yield text, last
 
 
 def symbols_of(files: Iterable[Path]) -> str:
@@ -320,7 +333,7 @@ def _encoded(
     symbols = symbols_of(every) if tokenizer == "chars" else ""
     if tokenizer == "chars" and not symbols:
         raise UserError(f"{root} is empty; give a text")
-    vocabulary = vocabularies.named(tokenizer, symbols, "data.tokenizer")
+    vocabulary = vocabularies.named(tokenizer, symbols, "data.tokenizer=")
     as_is = vocabulary.name == "text8" and not normalised
     if as_is:
         for file in every:
@@ -355,7 +368,7 @@ def _prepared(root: Path, tokenizer: str | None) -> Corpus:
         what = "is missing" if vocabulary is None else "is not the one that the set was made with"
         raise UserError(f"{root / vocabularies.FILE} {what}; {AGAIN}")
     if tokenizer is not None and tokenizer != vocabulary.name:
-        other = None if tokenizer == "chars" else vocabularies.named(tokenizer, field="data.tokenizer")
+        other = None if tokenizer == "chars" else vocabularies.named(tokenizer, field="data.tokenizer=")
         if other != vocabulary:
             raise UserError(
                 f"{root} was prepared with {info.settings.vocabulary} ({info.size:,} symbols), and data.tokenizer={tokenizer} is "
@@ -388,8 +401,9 @@ _MODULES = (
 @lru_cache(maxsize=1)
 def _docstrings() -> Corpus:
     vocabulary = vocabularies.text8()
-    parts = [normalise(text) for text in _library(Path(sysconfig.get_paths()["stdlib"]))]
-    text = " ".join(part for part in parts if part)
+    # what is said twice is taken once, or the parts would share it
+    said = (normalise(part) for text in _library() for part in re.split(r"\n\s*\n", text))
+    text = " ".join(part for part in dict.fromkeys(said) if part)
     if not text:
         raise UserError(
             "the standard library of this Python has no docstrings beside it (no .py files); give a text of your own with "
@@ -401,34 +415,32 @@ def _docstrings() -> Corpus:
     return Corpus("the standard library", vocabulary, splits, {split: len(some) for split, some in splits.items()})
 
 
-def _library(root: Path) -> list[str]:
-    """One text per module and per topic of `help()`, in an order that mixes them. What is there twice is taken once."""
-    found: dict[str, list[str]] = {}
+def _library() -> list[str]:
+    """What each module says, and each topic of `help()`, in a fixed order that mixes them."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: dict[str, str] = {}
     collecting = gc.isenabled()
     gc.disable()  # it would go through the syntax trees again and again, for a third of the time
     try:
         for module in _MODULES.split():
             for path in sorted((root / module).rglob("*.py")) if (root / module).is_dir() else [root / f"{module}.py"]:
-                name = path.relative_to(root).as_posix()
-                if (tree := _tree(path)) is not None and not {"test", "tests"} & set(path.parts):
-                    found[name] = list(_said(tree))
+                if not {"test", "tests"} & set(path.parts):
+                    found[path.relative_to(root).as_posix()] = "\n\n".join(_said(_tree(path)))
         topics = _tree(root / "pydoc_data" / "topics.py")
-        told = [] if topics is None else sorted({text for text in _strings(topics) if "\n" in text}, key=len)
-        for i, text in enumerate(told):
-            if not any(text.strip() in longer for longer in told[i + 1 :]):  # some topics are chapters of others
-                found[f"topic {text[:80]}"] = [text]
+        texts = [node.value for node in ast.walk(topics) if isinstance(node, ast.Constant)]
+        found |= {f"topic {text[:80]}": text for text in texts if isinstance(text, str) and "\n" in text}
     finally:
         if collecting:
             gc.enable()
-    order = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return list(dict.fromkeys(text for name in order for text in found[name]))
+    return [found[name] for name in sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())]
 
 
-def _tree(path: Path) -> ast.Module | None:
+def _tree(path: Path) -> ast.Module:
+    """The syntax of a file; nothing where this Python has not got it."""
     try:
         return ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
-        return None
+        return ast.Module([], [])
 
 
 def _said(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
@@ -438,9 +450,3 @@ def _said(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionD
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _said(child)
-
-
-def _strings(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value

@@ -254,12 +254,12 @@ def characters(symbols: str) -> Vocabulary:
     return _Symbols("chars", symbols)
 
 
-def named(tokenizer: str, symbols: str = "", field: str = "tokenizer") -> Vocabulary:
+def named(tokenizer: str, symbols: str = "", field: str = "tokenizer=") -> Vocabulary:
     """The vocabulary of a kind ("text8", "chars", "bytes") or of a tokenizer's file, or the folder that holds it.
 
     Args:
       symbols: the text (or its characters) of which "chars" takes the distinct ones.
-      field: what sets `tokenizer`, for the sentence of an error.
+      field: what stands before `tokenizer` in the sentence of an error.
 
     Raises:
       UserError: neither a kind nor a file, a file of another kind, or its package is not installed.
@@ -271,14 +271,14 @@ def named(tokenizer: str, symbols: str = "", field: str = "tokenizer") -> Vocabu
         path = next((file for name in _FILES.values() if (file := path / name).is_file()), path / _FILES[".json"])
     if not path.is_file():
         guess = suggest(tokenizer, KINDS)
-        near = f"; {guess}" if guess.startswith("did") else ""
+        near = f"{guess} " if guess.startswith("did") else ""
         raise UserError(
-            f"{field}={tokenizer}: there is no file {path}, and it is none of {', '.join(KINDS)}{near}; give one of these, a "
+            f"{field}{tokenizer}: there is no file {path}, and it is none of {', '.join(KINDS)}; {near}give one of these, a "
             "tokenizer.json or a sentencepiece .model"
         )
     if path.suffix.lower() not in _FILES:
         raise UserError(
-            f"{field}={tokenizer} ends neither in .json (the package tokenizers) nor in .model (sentencepiece), so that its kind "
+            f"{field}{tokenizer} ends neither in .json (the package tokenizers) nor in .model (sentencepiece), so that its kind "
             "cannot be told; give such a file"
         )
     try:

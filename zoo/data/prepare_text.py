@@ -1,0 +1,296 @@
+"""`zoo prepare --text`: texts become one file of tokens per split, the vocabulary, and an `info.json`.
+
+The text is read once from its beginning to its end and never held as a whole. What a killed run leaves is kept: a line
+of `progress.jsonl` says how far the files were on disk, and the same command goes on from there, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from tqdm import tqdm
+
+from zoo.data import vocabulary as vocabularies
+from zoo.data.documents import SPLITS, check_fractions, cuts, list_texts
+from zoo.data.images import file_size
+from zoo.data.prepare import places
+from zoo.data.records import INFO, PROGRESS, first_line, format_of, is_prepared, read_info, replace, same, sha256
+from zoo.data.sources import hashed
+from zoo.data.tokens import (
+    TokenFile,
+    TokenInfo,
+    TokenSettings,
+    characters_of,
+    documents_of,
+    encoded,
+    narrowest,
+    nothing,
+    symbols_of,
+    texts,
+)
+from zoo.data.vocabulary import Vocabulary
+from zoo.errors import UserError
+
+_ENDS = "documents.tmp"  # where the documents end, in tokens
+_BLOCK = 1 << 24  # bytes copied at a time
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """What `prepare_text` made: tokens per split, of which vocabulary, from how many documents."""
+
+    dest: Path
+    counts: dict[str, int]
+    vocabulary: str
+    documents: int
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count:,} {split}" for split, count in self.counts.items())
+        documents = f"{self.documents:,} document{'s' if self.documents != 1 else ''}"
+        return f"{self.dest}: tokens {counts}; {self.vocabulary}, {documents}"
+
+
+class _Mark(msgspec.Struct):
+    """How far a stream of tokens is on disk: a line of `progress.jsonl`."""
+
+    stream: str
+    units: int = 0  # pieces of text
+    tokens: int = 0
+    characters: int = 0
+    documents: int = 0
+
+
+def prepare_text(
+    source: str,
+    dest: str,
+    tokenizer: str,
+    *,
+    valid_fraction: float = 0.05,
+    test_fraction: float = 0.05,
+    keep: int = 1 << 24,
+    progress: bool = True,
+) -> TextReport:
+    """Writes the texts of `source` to `dest` as tokens, resumably.
+
+    Args:
+      source: a .txt, .gz, .zip, .jsonl or parquet file, or a folder of files of one of these kinds.
+      dest: a new folder, or one that the same call has begun or finished; a damaged set is made again.
+      tokenizer: "text8", "chars", "bytes", or the path of a tokenizer.json or of a sentencepiece model.
+      valid_fraction, test_fraction: the last parts of the text, where the files' names do not tell their splits.
+      keep: tokens that a killed run loses at most.
+
+    Raises:
+      UserError: the source is missing, empty or no text, or `dest` holds something else.
+    """
+    check_fractions(valid_fraction, test_fraction)
+    origin, target = places(source, dest)
+    if origin.is_dir() and is_prepared(origin):
+        raise UserError(f"SOURCE {origin} is a prepared set; give the texts it was made from")
+    _check_dest(target)
+    files = list_texts(origin)
+    every = [file for some in files.values() for file in some]
+    symbols = ""
+    if tokenizer == "chars" and not (symbols := symbols_of(every)):
+        raise UserError(f"{origin} is empty; give a text")
+    vocabulary = vocabularies.named(tokenizer, symbols, "--text ")
+    listed = [(os.path.relpath(file, origin) if file != origin else file.name, file_size(file)) for file in every]
+    settings = TokenSettings(
+        origin.name,
+        hashed(listed),
+        tokenizer if tokenizer in vocabularies.KINDS else Path(tokenizer).name,
+        vocabulary.digest,
+        valid_fraction,
+        test_fraction,
+    )
+    if (info := _finished(target, settings, vocabulary)) is not None:
+        return _report(target, info, vocabulary)
+    plain = all(file.suffix.lower() not in (".gz", ".zip", ".parquet") for file in every)
+    total = sum(size for _, size in listed) if plain else None
+    # the bar shows itself late: mistakes are told before, in one line
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, delay=1) as bar:
+        begun = {
+            split or "train": _peeked(texts(vocabulary, documents_of(some, bar.update)))
+            for split, some in files.items()
+        }
+        streams = {name: units for name, units in begun.items() if units is not None}
+        if not streams:
+            raise nothing(origin, vocabulary)
+        try:
+            marks = _enter(target, settings, vocabulary, streams)
+            with open(target / PROGRESS, "ab") as log:
+                for name, units in streams.items():
+                    _write(target, vocabulary, units, marks[name], log, keep)
+            info = _finish(target, settings, vocabulary, marks, None in files)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {target} ({error.strerror or first_line(error)}); mend that and run the same command again, what "
+                "is written is kept"
+            ) from None
+    return _report(target, info, vocabulary)
+
+
+def _report(target: Path, info: TokenInfo, vocabulary: Vocabulary) -> TextReport:
+    return TextReport(target, {k: info.splits[k].count for k in SPLITS}, str(vocabulary), info.documents)
+
+
+def _peeked(units: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]] | None:
+    """The same units, of which there is one; None where there is none."""
+    first = next(units, None)
+    return None if first is None else chain([first], units)
+
+
+def _check_dest(target: Path) -> None:
+    """UserError where something else lies there."""
+    if format_of(target) not in (None, TokenInfo.FORMAT):
+        raise UserError(f"DEST {target} holds a set of another kind ({format_of(target)}); choose a new folder")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"DEST {target} is a file; choose a new folder")
+    if target.is_dir() and any(target.iterdir()) and not is_prepared(target):
+        raise UserError(f"DEST {target} is not empty and no prepared set; choose a new folder")
+
+
+def _finished(target: Path, settings: TokenSettings, vocabulary: Vocabulary) -> TokenInfo | None:
+    """The description of a set that is there, whole, and made in this way; what is damaged of it does not count."""
+    if not (target / INFO).is_file():
+        return None
+    info = read_info(target, TokenInfo)
+    same(target, msgspec.to_builtins(info.settings), settings)
+    whole = all(sha256(target / about.file) == about.sha256 for about in info.splits.values())
+    with contextlib.suppress(UserError):
+        if whole and vocabularies.open_vocabulary(target) == vocabulary:
+            return info
+    return None
+
+
+def _enter(target: Path, settings: TokenSettings, vocabulary: Vocabulary, streams: dict[str, Any]) -> dict[str, _Mark]:
+    """Makes or re-enters the folder; how far each stream is, its files cut to that."""
+    marks = {name: _Mark(name) for name in streams}
+    if (target / INFO).is_file():  # damaged, and made in the same way
+        (target / PROGRESS).unlink(missing_ok=True)
+        (target / INFO).unlink()
+    elif (target / PROGRESS).is_file():
+        lines = (target / PROGRESS).read_bytes().split(b"\n")[:-1]  # what follows the last line end was torn off
+        try:
+            if lines:
+                same(target, msgspec.json.decode(lines[0], type=dict[str, Any]), settings)
+            for mark in (msgspec.json.decode(line, type=_Mark) for line in lines[1:]):
+                if mark.stream in marks and _reaches(target, mark, vocabulary):
+                    marks[mark.stream] = mark
+        except msgspec.MsgspecError as error:
+            raise UserError(f"{target / PROGRESS} is damaged ({error}); remove DEST {target}") from None
+    target.mkdir(parents=True, exist_ok=True)
+    replace(target / PROGRESS, b"".join(msgspec.json.encode(x) + b"\n" for x in (settings, *marks.values())))
+    for path, size in _sizes(target, marks.values(), vocabulary):
+        with open(path, "ab") as file:
+            file.truncate(size)
+    return marks
+
+
+def _sizes(target: Path, marks: Any, vocabulary: Vocabulary) -> Iterator[tuple[Path, int]]:
+    """The files of streams and the bytes that they have at these marks."""
+    for mark in marks:
+        yield target / f"{mark.stream}.tmp", mark.tokens * narrowest(vocabulary.size).itemsize
+        yield target / f"{mark.stream}.{_ENDS}", mark.documents * 8
+
+
+def _reaches(target: Path, mark: _Mark, vocabulary: Vocabulary) -> bool:
+    return all(file_size(path) >= size for path, size in _sizes(target, [mark], vocabulary))
+
+
+def _write(
+    target: Path, vocabulary: Vocabulary, units: Iterator[tuple[str, bool]], mark: _Mark, log: Any, keep: int
+) -> None:
+    """Appends the tokens of a stream from `mark` on, which moves along."""
+    due = mark.tokens + keep
+    with open(target / f"{mark.stream}.tmp", "ab") as file, open(target / f"{mark.stream}.{_ENDS}", "ab") as ends:
+        for ids, characters, last in encoded(vocabulary, islice(units, mark.units, None)):
+            file.write(ids.tobytes())
+            mark.units, mark.tokens, mark.characters = (
+                mark.units + 1,
+                mark.tokens + len(ids),
+                mark.characters + characters,
+            )
+            if last:
+                ends.write(np.int64(mark.tokens).astype("<i8").tobytes())
+                mark.documents += 1
+            if mark.tokens >= due:
+                _note(mark, log, file, ends)
+                due = mark.tokens + keep
+        _note(mark, log, file, ends)
+
+
+def _note(mark: _Mark, log: Any, *files: Any) -> None:
+    """A line about what is on disk by now."""
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+    log.write(msgspec.json.encode(mark) + b"\n")
+    log.flush()
+    os.fsync(log.fileno())
+
+
+def _finish(
+    target: Path, settings: TokenSettings, vocabulary: Vocabulary, marks: dict[str, _Mark], divided: bool
+) -> TokenInfo:
+    """Cuts the one stream into splits, where there is but one, gives the files their names and describes the set."""
+    kept = narrowest(vocabulary.size)
+    spans = {name: (name, 0, mark.tokens) for name, mark in marks.items()}
+    if divided:
+        ends = np.fromfile(target / f"train.{_ENDS}", "<i8")
+        at, further = cuts(ends, settings.valid_fraction, settings.test_fraction)
+        total = marks["train"].tokens
+        spans = {"train": ("train", 0, at), "valid": ("train", at, further), "test": ("train", further, total)}
+    splits: dict[str, TokenFile] = {}
+    for split in reversed(SPLITS):  # the training part last: of it alone the stream itself is kept
+        stream, first, last = spans.get(split, ("", 0, 0))
+        path, begun = target / f"{split}.bin", target / f"{stream or split}.tmp"
+        moved = stream == split
+        digest = _copy(begun, None if moved else path, first * kept.itemsize, last * kept.itemsize)
+        if not divided:
+            characters = marks[split].characters if split in marks else 0
+        elif moved:
+            characters = max(marks[stream].characters - sum(about.characters for about in splits.values()), 0)
+        else:
+            tokens = np.memmap(path, kept, "r") if last > first else np.empty(0, kept)
+            characters = characters_of(vocabulary, tokens)
+        splits[split] = TokenFile(path.name, last - first, characters, digest)
+    vocabulary.save(target)
+    for split, (stream, _, last) in spans.items():
+        if stream == split:
+            os.truncate(target / f"{stream}.tmp", last * kept.itemsize)
+            (target / f"{stream}.tmp").replace(target / f"{split}.bin")
+    documents = sum(mark.documents for mark in marks.values())
+    info = TokenInfo(settings, kept.str, vocabulary.size, documents, {split: splits[split] for split in SPLITS})
+    replace(target / INFO, msgspec.json.format(msgspec.json.encode(info), indent=1) + b"\n")
+    (target / PROGRESS).unlink()
+    for name in marks:
+        (target / f"{name}.{_ENDS}").unlink()
+    return info
+
+
+def _copy(source: Path, dest: Path | None, first: int, last: int) -> str:
+    """Copies bytes [first, last) of a file where `dest` is given; their sha256."""
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        out = None if dest is None else stack.enter_context(open(dest, "wb"))
+        into = None if first == last else stack.enter_context(open(source, "rb"))
+        if into is not None:
+            into.seek(first)
+            while first < last and (block := into.read(min(_BLOCK, last - first))):
+                digest.update(block)
+                if out is not None:
+                    out.write(block)
+                first += len(block)
+        if out is not None:
+            out.flush()
+            os.fsync(out.fileno())
+    return digest.hexdigest()
