@@ -106,6 +106,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"config = Run(task, Images({str(root / 'colour')!r}, size=4, test_fraction=0), steps=1, batch=8)\n"
         "number = task\n"
     )
+    (root / "story.txt").write_text("Once upon a time, there were 3 bears. " * 20)
+    (root / "words.py").write_text(
+        "from zoo.data.tokens import Text\nfrom zoo.papers.tarflow_lm import DiscreteLM\nfrom zoo.run import Run\n"
+        "task = DiscreteLM(length=8, width=8, depth=1, head_dim=8)\n"
+        "config = Run(task, Text('story.txt'), steps=1, batch=8)\n"
+    )
     return root
 
 
@@ -239,8 +245,59 @@ MISTAKES = {
     "no published layout": ("export mute new.npz --format official --allow mute", "Mute knows no published layout"),
     "no sampler to export": ("export mute new --format stablehlo --allow mute", "Mute has no sampler to export"),
     "nothing to bench": (f"bench {SMOKE} --rounds 0", "--rounds 0 leaves nothing to time"),
+    "nothing to bench against": (f"bench {SMOKE} --against tarflow/digit", "did you mean 'tarflow/digits'?"),
+    "data against": (f"bench {SMOKE} --against {SMOKE} --what data", "--against has no part in --what data; leave it"),
     "nothing to prepare": ("prepare colours new", "colours does not exist"),
     "a column of images that have none": ("prepare colour new --image-column x", "--image-column names a column of"),
+    "unknown tokens of a text": (
+        "prepare story.txt new --text tex8",
+        "bytes; did you mean 'text8'? give one of these,",
+    ),
+    "no tokenizer in the file": (
+        "prepare story.txt new --text cond/config.json",
+        "is no tokenizer of the package token",
+    ),
+    "an empty text to prepare": ("prepare empty.txt new --text text8", "empty.txt has no letter and no digit"),
+    "an image as a text": ("prepare colour/0.png new --text bytes", "0.png is no text in UTF-8 (byte 0 is 0x89)"),
+    "images as texts": ("prepare colour new --text text8", "colour holds no text; expected files that end in .txt"),
+    "tokens in a folder of images": (
+        "prepare story.txt colour --text text8",
+        "colour is not empty and no prepared set",
+    ),
+    "no share of a text": (
+        "prepare story.txt new --text text8 --test-fraction 1",
+        "test_fraction=1.0 is no share of the",
+    ),
+    "a size of texts": (
+        "prepare story.txt new --text text8 --size 8",
+        "--size is of images and says nothing of --text",
+    ),
+    "a part of images": ("prepare colour new --valid-fraction 0.1", "--valid-fraction is of texts; add --text, or"),
+    "another vocabulary": (
+        "train words.py task.vocab=50257",
+        "the data has 27 symbols, task.vocab=50257; set task.vocab",
+    ),
+    "tokens of another vocabulary": (
+        "train words.py data.tokenizer=bytes",
+        "the data has 256 symbols, task.vocab=27; set",
+    ),
+    "characters that are none of the symbols": (
+        "train words.py data.normalise=False",
+        "story.txt has 80 characters that are none of the 27 symbols (space and a to z): 'O' at 0, ',' at 16, '3' at 29, '.'",
+    ),
+    "a text shorter than a sequence": (
+        "train words.py task.length=2000",
+        "fewer than the 2,000 of one sequence; set task.length=",
+    ),
+    "an empty text": (
+        "train words.py data.path=empty.txt",
+        "empty.txt has no letter and no digit, so that nothing of it",
+    ),
+    "a binary file as text": ("train words.py data.path=cond/model.safetensors", "model.safetensors is no text "),
+    "no file of a tokenizer": ("train words.py data.tokenizer=gpt2.json", "data.tokenizer=gpt2.json: there is no file"),
+    "images as text": ("train words.py data.path=colour", "colour holds no text; expected files that end in .txt"),
+    "a missing text": ("train words.py data.path=stroy.txt", "stroy.txt does not exist; did you mean"),
+    "text for images": ("train folder.py data.path=story.txt", "story.txt is a file; give a folder of images"),
     "aspects of nothing encoded": ("prepare colour new --aspects", "--aspects says how images and captions are"),
     "no such encoder": ("prepare colour new --encode vea=cond", "no kind of encoder; did you mean 'vae'?"),
     "no name of an encoder": (
