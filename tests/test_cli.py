@@ -18,9 +18,11 @@ from PIL import Image
 import zoo
 from zoo import cli, models, weights
 from zoo.data.synthetic import Synthetic
+from zoo.data.vocabulary import text8
 from zoo.encoders.text import T5
 from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
+from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
 
 SMOKE = "tarflow/digits:smoke"
 TASK = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, noise_type="uniform", levels=17)
@@ -33,6 +35,8 @@ TEXT = dataclasses.replace(
     text_width=8,
     text=T5(width=8, heads=1, head_dim=8, mlp=8, depth=1, vocab=40, tokens=4),
 )
+LM = TarFlowLM(length=8, dims=2, layers=(Layer("mixd", depth=1, components=27),), width=8, head_dim=8)
+DISCRETE = DiscreteLM(length=8, width=8, depth=1, head_dim=8)
 
 
 class Payload:
@@ -75,6 +79,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_of(root / "latents", LATENTS)
     export_of(root / "text", TEXT)
     export_of(root / "stored", dataclasses.replace(TEXT, text=None, captions="features"))
+    text8().save(export_of(root / "lm", LM))
+    export_of(root / "numbers_only", LM)
+    export_of(root / "discrete", DISCRETE)
     (root / "empty.txt").write_text("\n \n")
     export_of(root / "undated", TASK, data=None)
     export_of(root / "foreign", TASK, task={"class": "outsider.Task", "width": 2})
@@ -211,6 +218,21 @@ MISTAKES = {
     "nothing for stored features": ("sample stored", "what stands for no caption is not stored with it"),
     "no tokeniser": ("sample text prompt=cat", "there is none in text; copy it there"),
     "no such tokeniser": ("sample text prompt=cat --tokenizer no.model", "no.model is missing"),
+    "nothing to rewrite": ("sample lm prompts=empty.txt", "prompts=empty.txt holds no text in 2 lines"),
+    "too little to rewrite": (
+        "sample lm prompt=hi",
+        "prompt= has 2 tokens, and this model rewrites texts of 8; give 6",
+    ),
+    "a model that rewrites nothing": (
+        "sample discrete prompt=hi",
+        "DiscreteLM draws texts and rewrites none; leave it",
+    ),
+    "rewriting without a vocabulary": ("sample numbers_only prompt=hi", "numbers_only has no vocabulary.json, so that"),
+    "passes of no flow": ("sample discrete passes=true", "no option 'passes' of this sampler"),
+    "aspect of texts": (
+        "sample lm aspect=16:9",
+        "aspect=16:9: all sequences of TarFlowLM have one shape; leave it out",
+    ),
     "unknown aspect": ("sample latents aspect=16:8", "'16:8' is no aspect ratio of the buckets; did you mean '16:9'?"),
     "aspect of squares": ("sample run aspect=16:9", "aspect=16:9: all images of TarFlow have one shape; leave it out"),
     "aspect and grid": ("sample latents aspect=16:9 grid=4,8", "aspect=16:9 and grid= both say the shape; keep one"),
@@ -222,6 +244,10 @@ MISTAKES = {
     "no such metric": ("eval run bdp", "no metric 'bdp'; did you mean 'bpd'?"),
     "no such field of a metric": ("eval run bpd drws=1", "no field drws in Bits; did you mean 'draws'?"),
     "no such field of the data": ("eval run bpd data.example=1", "no field example in Synthetic"),
+    "bits per dimension of texts": ("eval lm bpd", "TarFlowLM models texts; use text"),
+    "bits per token of images": ("eval run text", "the metric text is of texts, and TarFlow models image"),
+    "statistics of the texts of images": ("eval run generation", "is of texts, and TarFlow models image"),
+    "metric of passes of no flow": ("eval discrete passes", "layers of a flow, and DiscreteLM has none"),
     "metric of a conditional model": ("eval run bayes", "unconditional (task.classes=0)"),
     "unwritable export": ("export run file/export", "file/export cannot be written"),
     "not empty": ("export run colour", "colour is not an export"),

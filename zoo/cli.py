@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "sample",
         "Draw samples from a run, an export or a shipped model.",
         "MODEL",
-        fields="n, seed, label, prompt or prompts=FILE, aspect and the sampler's options, e.g. n=64 guidance=2.0",
+        fields="n, seed, label, prompt or prompts=FILE, aspect and the sampler's options, e.g. n=64 guidance=2.0, or passes=true",
     )
     sub.add_argument(
         "--out", default=None, metavar="FOLDER", help="default: samples/ in the run folder, or samples/ here"
@@ -97,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--peer", default=None, metavar="FILE", help="a Python file with build(task), timed in turn with ours"
+    )
+    sub.add_argument(
+        "--against",
+        default=None,
+        metavar="CONFIG",
+        help="another config, whose step and sampler are timed in turn with ours, with as many examples",
     )
     sub.add_argument(
         "--what",
@@ -384,26 +390,34 @@ def _sample(args: argparse.Namespace) -> int:
     dist.start(batch=max(args.batch, 1))
     model = models.open_model(args.model, raw=args.raw, allow=args.allow, on_host=True)
     options = _options(model, args.fields)
-    n, seed, text, prompt, prompts, aspect = (
+    n, seed, label, prompt, prompts, aspect = (
         options.pop(k) for k in ("n", "seed", "label", "prompt", "prompts", "aspect")
     )
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}; draw at least one sample at a time")
-    from zoo.commands import conditions
+    from zoo.commands import conditions, strategy, text
+    from zoo.commands.sample import Form, Images, draw
+    from zoo.task import is_text
 
     texts, asked = conditions.read(model.task, prompt, prompts)
-    n = n or (len(texts) if texts and prompts is not None else 64)
-    labels = label_numbers(text, getattr(model.task, "classes", 0), model.labels, n)
+    writes = is_text(model.task)
+    n = n or (len(texts) if texts and prompts is not None else text.SHOWN if writes else 64)
+    labels = label_numbers(label, getattr(model.task, "classes", 0), model.labels, n)
     options, about = conditions.shaped(model.task, aspect, options)
-    given, captions, words = conditions.given(model, labels, texts, n, options, aspect, args.tokenizer)
-    if not getattr(model.task, "given", ()):
-        asked = {"label": None if labels is None else text or "balanced"}
+    form: Form
+    words: dict[str, str] = {}
+    if writes:
+        vocabulary = text.vocabulary_of(model)
+        given, captions = text.rewritten(model, vocabulary, texts, n)
+        form = text.Texts(vocabulary, captions)
+    else:
+        given, captions, words = conditions.given(model, labels, texts, n, options, aspect, args.tokenizer)
+        form = Images(captions)
+        if not getattr(model.task, "given", ()):
+            asked = {"label": None if labels is None else label or "balanced"}
     out = paths.reach(args.out, "--out ") if args.out else paths.where("samples")
     if not args.out and model.run is not None:
         out = model.folder / "samples"
-    from zoo.commands import strategy
-    from zoo.commands.sample import draw
-
     batch = min(args.batch, n)
     resolved = strategy.resolve(model, options, batch, measure="method=auto" in args.fields)
     if method := resolved.get("method"):
@@ -420,6 +434,7 @@ def _sample(args: argparse.Namespace) -> int:
         batch=batch,
         options=options,
         resolved=resolved,
+        form=form,
     )
     return 0
 
@@ -505,18 +520,20 @@ def _bench(args: argparse.Namespace) -> int:
             "it on one host, outside of the others"
         )
     run = _run(config.load(args.config, args.fields), args.config)
+    against = None if args.against is None else _run(config.load(args.against), args.against)
     _check_json(args.json)
     if not re.fullmatch(r"-?[0-9]+(,-?[0-9]+)*", args.samples):
         raise UserError(f"--samples {args.samples} is no batch size and no list of them; write 16, or 16,64")
     samples = tuple(map(int, args.samples.split(",")))
     dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
-    names = ("what", "samples", "rounds", "peer", "model")
+    names = ("what", "samples", "rounds", "peer", "against", "model")
     flags = [f"--{k} {getattr(args, k)}" for k in names if getattr(args, k) is not None]
     flags += [f"--method {shlex.quote(text)}" for text in args.method]
     about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
     result = bench(
         run,
         peer=args.peer,
+        against=against,
         what=args.what,
         samples=samples,
         rounds=args.rounds,

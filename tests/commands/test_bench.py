@@ -547,3 +547,43 @@ def test_nothing_to_time(tmp_path: Path) -> None:
     mute = SimpleNamespace(held=(), spec=TASK.spec, init=TASK.init, loss=TASK.loss)
     with pytest.raises(UserError, match="no sampler; use --what train"):
         bench(replace(RUN, task=mute))
+
+
+# --- another config -------------------------------------------------------------------------------
+
+TWO = """
+from zoo.run import Run
+from unigram import Unigram, Windows
+
+ours = Run(Unigram(), Windows(), steps=4, batch=8)
+theirs = Run(Unigram(vocab=30, length=16), Windows(), steps=9, batch=16, accumulate=2)
+number = ours.task
+"""
+
+
+def test_another_config_takes_turns_with_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "two.py").write_text(TWO)
+    two, out = tmp_path / "two.py", tmp_path / "out.json"
+    assert main(f"bench {two}:ours --against {two}:theirs --rounds 2 --samples 1 --json {out}".split()) == 0
+    figures = json.loads(out.read_text())
+    assert figures["command"].endswith(f"--against {two}:theirs")
+    assert (figures["parameters"], figures["parameters, against"]) == (27, 30)
+    assert (figures["task, against"], figures["batch"], figures["accumulate"]) == ("Unigram", 8, 1)
+    for what, items in (("train", 8), ("sample 1", 1)):  # as many for both
+        for side in ("ours", "against"):
+            times = figures[f"{what} ms, {side}"]
+            assert figures[f"{what} sequences/s, {side}"] == pytest.approx(1e3 * items / times["median"])
+        ratio = figures[f"{what}, ours / against"]
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert f"{what}, against / ours" not in figures
+    assert not any("examples/s" in key for key in figures)
+    assert main(f"bench {two}:ours --against {two}:number".split()) == 2
+    assert "two.py:number holds a Unigram, not a Run" in capsys.readouterr().err
+
+
+def test_another_config_must_have_what_is_timed() -> None:
+    silent = SimpleNamespace(task=SimpleNamespace())
+    with pytest.raises(UserError, match="--against: SimpleNamespace has no sampler; use --what train"):
+        bench(RUN, against=silent, what="both")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--against has no part in --what data; leave it out"):
+        bench(RUN, against=RUN, what="data")

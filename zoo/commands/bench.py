@@ -1,4 +1,4 @@
-"""`zoo bench`: the train step, the sampler and the data of a config, timed, beside a peer where one is given."""
+"""`zoo bench`: the train step, the sampler and the data of a config, timed, beside a peer or another config where one is given."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ _ROUND = 0.5  # seconds that one timed round of one side takes at least
 _STEADY = 1.5  # slowest round over fastest from which a measurement counts for nothing
 _STEPS = 100  # steps timed one by one at most
 _SPEED = ("dtype", "remat", "scan", "attention")  # fields of a task that change no weight
+_OTHERS = ("peer", "against")  # sides that are not ours
 _AHEAD = 6  # batches that the pipeline may hold ready when nobody has taken one for a while
 
 Figures = dict[str, Any]
@@ -70,6 +71,7 @@ def bench(
     run: Run,
     *,
     peer: str | None = None,
+    against: Run | None = None,
     what: str = "both",
     samples: int | Sequence[int] = 16,
     rounds: int = 5,
@@ -82,6 +84,8 @@ def bench(
     Args:
         peer: a Python file whose `build(task)` gives an object with load, train_step, loss and sample. It gets our
             weights first, and a loss that differs ends the comparison: a twin that computes something else is none.
+        against: another run, whose step and sampler take turns with ours: the side `against`. Its batch, its way of
+            accumulation and its mesh are ours, so that examples are compared with as many.
         what: train, sample, data, both (train and sample) or all.
         samples: batch sizes of the sampler, which is timed with 1 as well.
         model: a run, an export or a shipped name whose weights the sampler gets. A flow is then inverted by every method,
@@ -98,10 +102,12 @@ def bench(
         if value < 1:
             raise UserError(f"{name} {value} leaves nothing to time; give 1 or more")
     parts = WHAT.get(what, (what,))
-    if "sample" in parts and not hasattr(run.task, "sample"):
-        raise UserError(f"{type(run.task).__name__} has no sampler; use --what train")
-    if parts == ("data",) and peer:
-        raise UserError("--peer has no part in --what data; leave it out")
+    for one, flag in ((run, ""), (against, "--against: ")):
+        if one is not None and "sample" in parts and not hasattr(one.task, "sample"):
+            raise UserError(f"{flag}{type(one.task).__name__} has no sampler; use --what train")
+    for flag, other in (("--peer", peer), ("--against", against)):
+        if parts == ("data",) and other:
+            raise UserError(f"{flag} has no part in --what data; leave it out")
     for flag, given in (("--model", model), ("--method", methods)):
         if given and "sample" not in parts:
             raise UserError(f"{flag} has no part in --what {what}, which draws no samples; leave it out")
@@ -121,7 +127,12 @@ def bench(
                 run.task, optim.build(run.optim, run.steps), mesh, ema=run.ema, accumulate=run.accumulate
             )
             state = init(0)
+            rival = None if against is None else _rival(against, run, mesh)
             figures["parameters"] = sum(int(x.size) for x in jax.tree.leaves(state.params))
+            if rival is not None:
+                leaves = jax.tree.leaves(rival.state.params)
+                figures |= {"task, against": type(rival.run.task).__name__}
+                figures |= {"parameters, against": sum(int(x.size) for x in leaves)}
             host = _example_batch(run)
             if twin is not None:
                 figures["largest difference to the peer"] = _parity(run.task, state.params, twin, host)
@@ -129,7 +140,7 @@ def bench(
                 placed = jax.device_put(host, dist.batch_sharding(mesh))
                 program, compiled = compile_twice(jitted, abstract, placed)
                 step = _Stepper(program, state, placed)
-                figures |= compiled | time_step(run, mesh, step, twin, host, rounds)
+                figures |= compiled | time_step(run, mesh, step, twin, host, rounds, rival)
                 state = step.state
             if "sample" in parts:
                 params = state.params
@@ -144,7 +155,7 @@ def bench(
                         "fresh: sweeps converge at once on them, and are timed with --model only"
                     )
                 for n in sorted({1, *sizes}):  # one alone: how long a user waits
-                    figures |= time_sampler(run, params, twin, n, rounds, sides)
+                    figures |= time_sampler(run, params, twin, n, rounds, sides, rival)
         if "data" in parts:
             try:
                 figures |= time_data(run, mesh, rounds, step)
@@ -228,6 +239,11 @@ def _planned(program: Any) -> float | None:
 # --- clocks ---------------------------------------------------------------------------------------
 
 
+def _unit(task: Any) -> str:
+    """What the examples of a task are called in rates."""
+    return str(getattr(task, "unit", "examples"))
+
+
 def _spread(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
@@ -252,10 +268,10 @@ def _rounds(sides: dict[str, Callable[[int], None]], rounds: int) -> dict[str, l
     return found
 
 
-def _compare(figures: Figures, what: str, found: dict[str, list[float]], items: int) -> None:
+def _compare(figures: Figures, what: str, found: dict[str, list[float]], items: int, unit: str = "examples") -> None:
     for name, seconds in found.items():
         figures[f"{what} ms, {name}"] = _spread([1e3 * s for s in seconds])
-        figures[f"{what} examples/s, {name}"] = items / statistics.median(seconds)
+        figures[f"{what} {unit}/s, {name}"] = items / statistics.median(seconds)
         if max(seconds) > _STEADY * min(seconds):
             # A busy machine slows the two sides unequally (threads that spin at a barrier suffer most).
             figures[f"{what} unsteady, {name}"] = (
@@ -263,8 +279,8 @@ def _compare(figures: Figures, what: str, found: dict[str, list[float]], items: 
                 "the machine is busy: repeat on an idle one, do not quote"
             )
     for name, seconds in found.items():
-        for other in ("ours", "peer"):
-            if other in found and name not in (other, "peer"):
+        for other in ("ours", *_OTHERS):
+            if other in found and name not in (other, *_OTHERS):
                 figures[f"{what}, {name} / {other}"] = _spread([a / b for a, b in zip(seconds, found[other])])
 
 
@@ -349,8 +365,44 @@ def compile_twice(step: Any, *arguments: Any) -> tuple[Any, Figures]:
     }
 
 
-def time_step(run: Run, mesh: jax.sharding.Mesh, step: _Stepper, twin: Any, host: Any, rounds: int) -> Figures:
-    """Throughput in rounds, beside the peer; then steps one by one; what share of the chips' peak that is."""
+@dataclass(frozen=True)
+class _Rival:
+    """Another run, with fresh weights and its step as written for our mesh."""
+
+    run: Run
+    mesh: jax.sharding.Mesh
+    jitted: Any
+    abstract: Any
+    state: Any
+
+    def stepper(self) -> _Stepper:
+        """Its compiled step, which gives up a state of its own."""
+        placed = jax.device_put(_example_batch(self.run), dist.batch_sharding(self.mesh))
+        with dist.use(self.mesh, self.run.rules):
+            program = self.jitted.lower(self.abstract, placed).compile()
+        return _Stepper(program, jax.tree.map(jax.numpy.copy, self.state), placed)
+
+
+def _rival(against: Run, run: Run, mesh: jax.sharding.Mesh) -> _Rival:
+    """Another run with the batch of ours."""
+    other = dataclasses.replace(against, batch=run.batch, accumulate=run.accumulate)
+    with dist.use(mesh, other.rules):
+        init, jitted, abstract = compile_step(
+            other.task, optim.build(other.optim, other.steps), mesh, ema=other.ema, accumulate=other.accumulate
+        )
+        return _Rival(other, mesh, jitted, abstract, init(0))
+
+
+def time_step(
+    run: Run,
+    mesh: jax.sharding.Mesh,
+    step: _Stepper,
+    twin: Any,
+    host: Any,
+    rounds: int,
+    rival: _Rival | None = None,
+) -> Figures:
+    """Throughput in rounds, beside the peer and the other run; then steps one by one; what share of the chips' peak that is."""
     figures: Figures = {"train first step ms": 1e3 * _seconds(step, 1)}
     figures |= _program(step.program, "train program MiB")
     sides: dict[str, Callable[[int], None]] = {"ours": step}
@@ -362,8 +414,10 @@ def time_step(run: Run, mesh: jax.sharding.Mesh, step: _Stepper, twin: Any, host
                 twin.train_step(batch, sync=k == count - 1)
 
         sides["peer"] = theirs
+    if rival is not None:
+        sides["against"] = rival.stepper()
     found = _rounds(sides, rounds)
-    _compare(figures, "train", found, run.batch)
+    _compare(figures, "train", found, run.batch, _unit(run.task))
     step.median = statistics.median(found["ours"])
     # The rounds leave the queue of steps full; here every step is waited for, as long as the rounds took.
     count = max(rounds, min(_STEPS, round(rounds * _ROUND / step.median)))
@@ -439,9 +493,15 @@ def inverses(task: Any, model: models.Model | None, methods: Sequence[str] = ())
 
 
 def time_sampler(
-    run: Run, params: Any, twin: Any, n: int, rounds: int, methods: Mapping[str, Any] | None = None
+    run: Run,
+    params: Any,
+    twin: Any,
+    n: int,
+    rounds: int,
+    methods: Mapping[str, Any] | None = None,
+    rival: _Rival | None = None,
 ) -> Figures:
-    """Seconds that a batch of n samples takes, beside the peer, on the devices that `zoo sample` would use.
+    """Seconds that a batch of n samples takes, beside the peer and the other run, on the devices that `zoo sample` would use.
 
     Args:
         methods: the sides, from `inverses`; None: ours alone, as the sampler does by default.
@@ -454,8 +514,7 @@ def time_sampler(
     # A peer inverts and no more, so neither do we beside one.
     inverts = twin is not None and "denoise" in inspect.signature(task.sample).parameters
     options = {"denoise": 0.0} if inverts else {}
-    spec = sampler_spec(task, n)
-    given = None if spec is None else {key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in spec.items()}
+    given = _conditions(task, n)
     figures: Figures = {}
     with contextlib.ExitStack() as stack:
         if jax.process_count() == 1:
@@ -483,16 +542,38 @@ def time_sampler(
                     twin.sample(n)
 
             sides["peer"] = theirs
+        if rival is not None:
+            sides["against"] = _draws(rival, n)
         found = _rounds(sides, rounds)
         told: Figures = {}
         if len(programs) > 1:
             told = _told({name: jax.device_get(draw(program, 0)) for name, program in programs.items()}, n)
     times: Figures = {}
-    _compare(times, f"sample {n}", found, n)
+    _compare(times, f"sample {n}", found, n, _unit(task))
     if _is_flow(task) and hasattr(task, "cache_bytes"):
         sizes = task.cache_bytes(n, guided=False).items()
         figures[f"sample {n} caches of a block MiB"] = {block: size / 2**20 for block, size in sizes}
     return times | told | figures
+
+
+def _conditions(task: Any, n: int) -> dict[str, np.ndarray] | None:
+    spec = sampler_spec(task, n)
+    return None if spec is None else {key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in spec.items()}
+
+
+def _draws(rival: _Rival, n: int) -> Callable[[int], None]:
+    """A call that draws n samples of the other run, so often."""
+    task, given = rival.run.task, _conditions(rival.run.task, n)
+    mesh, params = dist.spread(rival.state.params, n) if jax.process_count() == 1 else (rival.mesh, rival.state.params)
+    with dist.use(mesh, rival.run.rules):
+        program = jax.jit(make_sampler(task, n, {})).lower(params, jax.random.key(0), given).compile()
+
+    def repeat(count: int) -> None:
+        with dist.use(mesh, rival.run.rules):
+            for k in range(count):
+                jax.block_until_ready(program(params, jax.random.key(k), given))
+
+    return repeat
 
 
 def _told(drawn: Mapping[str, Mapping[str, np.ndarray]], n: int) -> Figures:
@@ -534,15 +615,16 @@ def time_data(run: Run, mesh: jax.sharding.Mesh, rounds: int, step: _Stepper | N
             begin = time.perf_counter()
             jax.block_until_ready(next(feed))
             figures.setdefault("data first batch ms", 1e3 * (time.perf_counter() - begin))
-            _compare(figures, "data", {name: _streamed(feed, rounds)}, run.batch)
+            _compare(figures, "data", {name: _streamed(feed, rounds)}, run.batch, _unit(run.task))
     if step is not None and step.median is not None:
         alone = run.batch / step.median
-        figures["data, devices / train examples/s"] = figures["data examples/s, devices"] / alone
+        unit = _unit(run.task)
+        figures[f"data, devices / train {unit}/s"] = figures[f"data {unit}/s, devices"] / alone
         with contextlib.closing(run.batches(0, sharding)) as feed:
             step.fed(feed, _AHEAD)
             count = max(1, round(_ROUND / step.median))
             found = [_seconds(lambda n: step.fed(feed, n), count) for _ in range(rounds)]
-        _compare(figures, "train", {"fed by the data": found}, run.batch)
+        _compare(figures, "train", {"fed by the data": found}, run.batch, _unit(run.task))
         figures["train, fed by the data / ours"] = statistics.median(found) / step.median
     return figures
 
