@@ -192,7 +192,7 @@ class _Tokenizer(Vocabulary):
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[np.ndarray]:
-        found = self._model.encode_batch(list(texts), add_special_tokens=False)
+        found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in found]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
