@@ -1,0 +1,80 @@
+"""TarFlowLM on text that every machine has: the docstrings of Python's standard library, 27 symbols, minutes on two CPU cores.
+
+    zoo train tarflow_lm/stdlib                                               # Mix-d: a component for every symbol
+    zoo train tarflow_lm/stdlib:stage2; zoo train tarflow_lm/stdlib:stage3    # two layers more, each on those before it
+    zoo sample runs/tarflow_lm-stdlib-stage3 n=2 passes=true                  # what every layer makes of a text
+
+`discrete` is the usual language model with the same transformer, `patch2` writes two symbols at a time.
+"""
+
+from dataclasses import replace
+
+from zoo.data.synthetic import Synthetic
+from zoo.data.tokens import Docstrings
+from zoo.metrics.text import TextBound
+from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
+from zoo.run import Checkpoint, Run, Samples
+from zoo.train.optim import AdamW
+
+stage1 = Run(
+    task=TarFlowLM(
+        vocab=27,
+        length=96,
+        dims=5,
+        layers=(
+            Layer("mixd", depth=4, components=27),
+            Layer("mix1", depth=1, components=2),
+            Layer("mix1", depth=1, components=2),
+        ),
+        stage=1,
+        width=128,
+        head_dim=32,
+        scan=False,
+    ),
+    data=Docstrings(),
+    optim=AdamW(lr=2e-3, final_lr=1e-6, warmup=100, b2=0.99, weight_decay=0.0, clip=1.0),
+    ema=0.999,
+    steps=1_000,
+    batch=32,
+    workdir="runs/tarflow_lm-stdlib",
+    checkpoint=Checkpoint(every=250, keep=2),
+    samples=Samples(n=8),
+    evals=(TextBound(limit=1_000),),
+    log_every=50,
+)
+config = stage1
+stage2 = replace(
+    stage1,
+    task=replace(stage1.task, stage=2),
+    weights={"": "runs/tarflow_lm-stdlib"},
+    steps=400,
+    workdir="runs/tarflow_lm-stdlib-stage2",
+)
+stage3 = replace(
+    stage2,
+    task=replace(stage1.task, stage=3),
+    weights={"": "runs/tarflow_lm-stdlib-stage2"},
+    workdir="runs/tarflow_lm-stdlib-stage3",
+)
+patch2 = replace(
+    stage1,
+    task=replace(stage1.task, layers=stage1.task.layers[:1], patch=2),
+    workdir="runs/tarflow_lm-stdlib-patch2",
+)
+discrete = replace(
+    stage1,
+    task=DiscreteLM(vocab=27, length=96, width=128, depth=4, head_dim=32, scan=False),
+    workdir="runs/tarflow_lm-stdlib-discrete",
+)
+
+smoke = replace(
+    config,
+    task=DiscreteLM(vocab=5, length=6, width=8, depth=1, head_dim=8, scan=False),
+    data=Synthetic(values=5),
+    steps=4,
+    batch=8,
+    ema=0.9,
+    workdir=None,
+    evals=(),
+    samples=Samples(n=4),
+)
