@@ -91,8 +91,12 @@ def test_marks_are_those_of_wdiff() -> None:
     assert text.marked("one two", "three four") == "three four"  # nothing has stayed
     assert text.marked("same", "same") == "same"
     assert text.marked("", "") == ""
+    assert text.marked("the cat", "thy  ot", aligned=True) == "th[-e-]{+y+} [-ca-]{+ o+}t"
+    assert text.marked("abc", "abd") == "abd"
     told = text.told_passes(np.array([[1, 0, 2], [1, 0, 3]]), text8())
     assert told == "pass 0 of 1: noise\na b\n\npass 1 of 1: 1 of 3 tokens changed\na [-b-]{+c+}"
+    numbers = text.told_passes(np.array([[1, 0, 22], [1, 0, 3]]), None)
+    assert numbers.endswith("1 of 3 tokens changed\n1 0 [-22-]{+3+}")
 
 
 def test_marks_are_colours_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from zoo.train.report import printable, save_text, spelled
 
 _log = logging.getLogger("zoo")
 SHOWN = 8  # texts that are printed at most, and drawn where nothing says how many
-_MARKED = 0.5  # share of the words of a pass that must have stayed for the others to be marked
+_MARKED = 0.5  # share of a pass that must have stayed for the rest to be marked
 
 
 def vocabulary_of(model: Model) -> Vocabulary | None:
@@ -117,32 +118,47 @@ class Texts:
 def told_passes(passes: np.ndarray, vocabulary: Vocabulary | None) -> str:
     """The passes [L + 1, T] of a text under each other, with what each has changed.
 
-    Marks are those of wdiff, `[-old-]{+new+}`; where more than half of the words are new nothing is marked.
+    Marks are those of wdiff, `[-old-]{+new+}`, of characters where these are the tokens and of words elsewhere; where less
+    than half has stayed nothing is marked.
     """
-    texts = [spelled(ids, vocabulary) for ids in passes]
+    texts, count = [spelled(ids, vocabulary) for ids in passes], passes.shape[1]
     parts = [f"pass 0 of {len(texts) - 1}: noise\n{texts[0]}"]
+    aligned = {len(text) for text in texts} == {count}  # a token is a character
     for k in range(1, len(texts)):
         changed = int((passes[k] != passes[k - 1]).sum())
-        parts.append(
-            f"pass {k} of {len(texts) - 1}: {changed} of {passes.shape[1]} tokens changed\n{marked(texts[k - 1], texts[k])}"
-        )
+        told = marked(texts[k - 1], texts[k], aligned)
+        parts.append(f"pass {k} of {len(texts) - 1}: {changed} of {count} tokens changed\n{told}")
     return "\n\n".join(parts)
 
 
-def marked(before: str, after: str) -> str:
-    """`after` with what differs from `before` marked word by word; as it is where more than half of the words are new."""
-    old, new = (re.findall(r"\s*\S+|\s+", text) for text in (before, after))
-    match = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    if sum(block.size for block in match.get_matching_blocks()) < _MARKED * len(new):
+def marked(before: str, after: str, aligned: bool = False) -> str:
+    """`after` with what differs from `before` marked; as it is where less than half of it has stayed.
+
+    Args:
+        aligned: characters are compared place by place, not words in their order.
+    """
+    if aligned:
+        old, new = list(before), list(after)
+        runs = [(same, list(pairs)) for same, pairs in groupby(zip(old, new), lambda pair: pair[0] == pair[1])]
+        edits = [(same, "".join(a for a, _ in pairs), "".join(b for _, b in pairs)) for same, pairs in runs]
+        stayed = sum(len(come) for same, _, come in edits if same)
+    else:  # a word with the blanks before it
+        old, new = (re.findall(r"\s*\S+|\s+", text) for text in (before, after))
+        match = difflib.SequenceMatcher(None, old, new, autojunk=False)
+        edits = [(tag == "equal", "".join(old[a:b]), "".join(new[c:d])) for tag, a, b, c, d in match.get_opcodes()]
+        stayed = sum(block.size for block in match.get_matching_blocks())
+    if stayed < _MARKED * len(new):
         return after
     out = []
-    for tag, a, b, c, d in match.get_opcodes():
-        gone, come = "".join(old[a:b]), "".join(new[c:d])
-        if tag == "equal":
+    for same, gone, come in edits:
+        if same:
             out.append(come)
             continue
-        blank = (come or gone)[: len(come or gone) - len((come or gone).lstrip())]
-        out.append(blank + (f"[-{gone.strip()}-]" if gone else "") + (f"{{+{come.strip()}+}}" if come else ""))
+        if not aligned:  # blanks stay outside
+            whole = come or gone
+            out.append(whole[: len(whole) - len(whole.lstrip())])
+            gone, come = gone.strip(), come.strip()
+        out.append((f"[-{gone}-]" if gone else "") + (f"{{+{come}+}}" if come else ""))
     return "".join(out)
 
 
