@@ -63,25 +63,32 @@ def normal_log_prob(u: jax.Array) -> jax.Array:
     return -0.5 * (u * u + LOG_2PI)
 
 
-def far_hazard(x: jax.Array) -> jax.Array:
-    """phi(x) / Phi(x) for x below `far`, by its asymptotic series: there the logarithms of both have lost the digits."""
-    i = 1 / (x * x)
-    return -x / (1 - i * (1 - i * (3 - i * (15 - i * (105 - i * (945 - i * 10395))))))
+def shorter_tail(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What is asked of Phi(-|x|): whether x is so far out that it goes by its asymptotic series, itself, its hazard by that.
+
+    The hazard is phi / Phi, that is |x| over a series in 1 / x^2; quotients of densities underflow there, and differences
+    of their logarithms have lost their digits.
+    """
+    far, away = -20.0 if x.dtype == jnp.float64 else -10.0, -jnp.abs(x)
+    beyond = jnp.minimum(away, far)
+    i = 1 / (beyond * beyond)
+    series = 1 - i * (1 - i * (3 - i * (15 - i * (105 - i * (945 - i * 10395)))))
+    return away < far, 0.5 * erfc(-jnp.maximum(away, far) * math.sqrt(0.5)), -beyond / series
 
 
-def far(x: jax.Array) -> float:
-    """Where the series of `far_hazard` is as exact as the dtype of x."""
-    return -20.0 if x.dtype == jnp.float64 else -10.0
-
-
+@jax.custom_jvp
 def log_tails(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """log Phi(x) and log Phi(-x), both exact far out on either side, for one erfc."""
-    cut, away = far(x), -jnp.abs(x)
-    tail = 0.5 * erfc(-jnp.maximum(away, cut) * math.sqrt(0.5))
-    beyond = jnp.minimum(away, cut)
-    low = jnp.where(away < cut, normal_log_prob(beyond) - jnp.log(far_hazard(beyond)), jnp.log(tail))
+    far, tail, far_hazard = shorter_tail(x)
+    low = jnp.where(far, normal_log_prob(x) - jnp.log(far_hazard), jnp.log(tail))
     high = jnp.log1p(-tail)
     return jnp.where(x < 0, low, high), jnp.where(x < 0, high, low)
+
+
+@log_tails.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[tuple, tuple]:
+    (x,), (dx,) = primals, tangents
+    return log_tails(x), (hazard(x) * dx, -hazard(-x) * dx)
 
 
 def log_ndtr(x: jax.Array) -> jax.Array:
@@ -91,9 +98,9 @@ def log_ndtr(x: jax.Array) -> jax.Array:
 
 def hazard(x: jax.Array) -> jax.Array:
     """phi(x) / Phi(x), the derivative of log Phi."""
-    cut = far(x)
-    near = jnp.maximum(x, cut)
-    return jnp.where(x < cut, far_hazard(jnp.minimum(x, cut)), jnp.exp(normal_log_prob(near) - log_ndtr(near)))
+    far, tail, far_hazard = shorter_tail(x)
+    near = jnp.exp(normal_log_prob(x)) / jnp.where(x < 0, tail, 1 - tail)
+    return jnp.where(far & (x < 0), far_hazard, near)
 
 
 @jax.custom_jvp
