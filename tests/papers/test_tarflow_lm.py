@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,21 @@ FLAT = dataclasses.replace(
 )
 
 
-def moved(task, scale=0.12, seed=0):
+@lru_cache
+def fresh(task):
+    return dist.unbox(jax.jit(task.init)(jax.random.key(0)))
+
+
+def moved(task, scale=0.12):
     """Randomised parameters: fresh heads are zero or nearly so, which would hide what they do."""
-    params = dist.unbox(jax.jit(task.init)(jax.random.key(seed)))
-    keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(params))))
-    return jax.tree.map(lambda x: x + scale * jax.random.normal(next(keys), x.shape), params)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), fresh(task))
+
+
+@lru_cache
+def forward(task):
+    """Compiled once for all tests."""
+    return jax.jit(partial(lm.forward, task))
 
 
 def texts(task, n, seed=2):
@@ -61,7 +71,7 @@ def passed(request):
     task = request.param
     params = moved(task)
     z = vectors(task, params, 8)
-    states, log_p = jax.jit(partial(lm.forward, task))(params, z)
+    states, log_p = forward(task)(params, z)
     return task, params, z, states, log_p
 
 
@@ -77,13 +87,13 @@ def test_inverse_undoes_forward(passed):
     )
 
 
-def test_sweeps_are_the_sequential_inverse(passed):
-    task, params, z, states, _ = passed
-    if task is FLAT:
-        pytest.skip("one stack is enough")
-    found = jax.jit(partial(lm.inverse, task, method="jacobi"))(params, states[-1])
-    np.testing.assert_allclose(found.states[-1], z.reshape(states[0].shape), atol=2e-3)
-    assert found.report["sweeps"].shape == (len(z), 3)
+def test_sweeps_are_the_sequential_inverse():
+    params = moved(ONE)
+    z = vectors(ONE, params, 8)
+    states, _ = forward(ONE)(params, z)
+    found = jax.jit(partial(lm.inverse, ONE, method="jacobi"))(params, states[-1])
+    np.testing.assert_allclose(found.states[-1], z, atol=2e-3)
+    assert found.report["sweeps"].shape == (8, 1)
 
 
 def test_log_density_is_that_of_the_brute_force_jacobian(passed):
@@ -109,8 +119,7 @@ def test_a_step_depends_on_those_before_it_alone():
     """Pitfall 1 of the objective: a step that saw itself would make the bound absurdly good."""
     for reverse in (False, True):
         task = dataclasses.replace(ONE, layers=(Layer("mix1", depth=1, components=2, reverse=reverse),))
-        params = moved(task)
-        z = vectors(task, params, 1)
+        params, z = moved(task), jax.random.normal(jax.random.key(3), (1, task.length, task.dims))
 
         @jax.jit
         def numbers(h, task=task, params=params):
@@ -171,20 +180,22 @@ def test_a_tied_layer_alone_bounds_by_the_discrete_model():
 
 def test_parts_of_a_text_give_what_the_whole_gives(monkeypatch):
     """Large vocabularies are worked on in parts of a text."""
-    params, x = moved(STACK), texts(STACK, 4)
-    value = jax.value_and_grad(lambda p: STACK.loss(p, {"tokens": x}, jax.random.key(0))[0])
-    whole = jax.jit(value)(params)
-    monkeypatch.setattr(lm, "_ROOM", 4 * 2 * STACK.vocab)
-    parts = jax.jit(lambda p: value(p))(params)
+    params, x = moved(ONE), texts(ONE, 8)
+    z = vectors(ONE, params, 8)
+    value = jax.value_and_grad(lambda p: ONE.loss(p, {"tokens": x}, jax.random.key(0))[0])
+    whole = jax.jit(value)(params), forward(ONE)(params, z)
+    monkeypatch.setattr(lm, "_ROOM", 8 * 2 * ONE.vocab)
+    parts = jax.jit(lambda p: value(p))(params), jax.jit(lambda p: lm.forward(ONE, p, z))(params)
+    assert "scan" in str(jax.make_jaxpr(lambda p: ONE.loss(p, {"tokens": x}, jax.random.key(0)))(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), whole, parts)
 
 
-@pytest.mark.parametrize("layer", [Layer("mix1", depth=1, components=4), Layer("affine", depth=1, maf=False)], ids=str)
-def test_an_appended_layer_changes_nothing_before_it_is_trained(layer):
-    stage1 = dataclasses.replace(ONE, layers=(*ONE.layers, layer), stage=1)
+def test_appended_layers_change_nothing_before_they_are_trained():
+    layers = (*ONE.layers, Layer("mix1", depth=1, components=4), Layer("affine", depth=1, maf=False))
+    stage1 = dataclasses.replace(ONE, layers=layers, groups=(1, 2), stage=1)
     stage2 = dataclasses.replace(stage1, stage=2)
     trained = moved(stage1)
-    params = {**dist.unbox(jax.jit(stage2.init)(jax.random.key(9))), **trained}
+    params = {**fresh(stage2), **trained}
     batch, rng = {"tokens": texts(ONE, 64)}, jax.random.key(1)
     before = jax.jit(stage1.loss)(trained, batch, rng)[0]
     after = jax.jit(stage2.loss)(params, batch, rng)[0]
@@ -207,9 +218,9 @@ def test_stages_hold_what_is_trained():
 
 
 def test_bfloat16_bounds_as_float32_does():
-    params, batch = moved(STACK), {"tokens": texts(STACK, 16)}
-    half = dataclasses.replace(STACK, dtype="bfloat16")
-    exact, near = (jax.jit(task.nll)(params, batch, jax.random.key(0)) for task in (STACK, half))
+    params, batch = moved(ONE), {"tokens": texts(ONE, 16)}
+    half = dataclasses.replace(ONE, dtype="bfloat16")
+    exact, near = (jax.jit(task.nll)(params, batch, jax.random.key(0)) for task in (ONE, half))
     assert near.dtype == jnp.float32
     np.testing.assert_allclose(near, exact, rtol=0.03, atol=0.3)
 
@@ -218,27 +229,35 @@ def test_bfloat16_bounds_as_float32_does():
 
 
 def test_a_sample_depends_on_its_key_alone():
-    params = moved(STACK)
-    rng = jax.random.key(4)
-    many = jax.jit(lambda p: STACK.sample(p, rng, 6, passes=True))(params)
-    few = jax.jit(lambda p: STACK.sample(p, jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.array([4])), 1))(params)
-    np.testing.assert_array_equal(few["tokens"][0], many["tokens"][4])
-    assert many["passes"].shape == (6, 4, STACK.length)
-    assert many["latents"].shape == (6, 4, STACK.length, STACK.dims)
-    np.testing.assert_array_equal(many["passes"][:, -1], many["tokens"])
+    params, rng = moved(STACK), jax.random.key(4)
+    keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(8))
+    draw = jax.jit(lambda p, keys: STACK.sample(p, keys, 8, passes=True))
+    drawn, turned = draw(params, keys), draw(params, keys[::-1])
+    np.testing.assert_array_equal(turned["tokens"], drawn["tokens"][::-1])
+    assert len(set(map(bytes, np.asarray(drawn["tokens"])))) > 1
+    assert drawn["passes"].shape == (8, 4, STACK.length)
+    assert drawn["latents"].shape == (8, 4, STACK.length, STACK.dims)
+    np.testing.assert_array_equal(drawn["passes"][:, -1], drawn["tokens"])
     # the passes are the states that the forward pass goes through
-    states, _ = jax.jit(partial(lm.forward, STACK))(params, many["latents"][:, -1])
-    for state, latents in zip(states, np.moveaxis(np.asarray(many["latents"]), 1, 0)[-2::-1]):
+    states, _ = forward(STACK)(params, drawn["latents"][:, -1])
+    for state, latents in zip(states, np.moveaxis(np.asarray(drawn["latents"]), 1, 0)[-2::-1]):
         np.testing.assert_allclose(state.reshape(latents.shape), latents, atol=5e-3)
 
 
+def test_one_key_serves_all_samples():
+    params, rng = moved(ONE), jax.random.key(4)
+    keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(4))
+    one, many = (jax.jit(lambda p, k: ONE.sample(p, k, 4)["tokens"])(params, k) for k in (rng, keys))
+    np.testing.assert_array_equal(one, many)
+
+
 def test_a_text_is_rewritten_by_its_strength():
-    params, x = moved(STACK), texts(STACK, 32)
+    params, x = moved(ONE), texts(ONE, 32)
     # apart, so that what comes back is decoded to the token it was
-    codebook = {"means": 3 * params["codebook"]["means"], "log_scales": jnp.full(STACK.vocab, math.log(0.3))}
+    codebook = {"means": 3 * params["codebook"]["means"], "log_scales": jnp.full(ONE.vocab, math.log(0.3))}
     params = {**params, "codebook": codebook}
     rewrite = jax.jit(
-        lambda p, strength: STACK.sample(p, jax.random.key(0), 32, {"tokens": x}, strength=strength)["tokens"]
+        lambda p, strength: ONE.sample(p, jax.random.key(0), 32, {"tokens": x}, strength=strength)["tokens"]
     )
     same = [float((rewrite(params, strength) == x).mean()) for strength in (0.0, 0.3, 1.0)]
     assert same[0] == 1.0
@@ -247,7 +266,7 @@ def test_a_text_is_rewritten_by_its_strength():
 
 @pytest.mark.parametrize("layer", [ONE.layers[0], Layer("mix1", depth=1, components=3)], ids=["mixd", "mix1"])
 def test_drawing_components_is_the_distribution_of_the_inverse(layer):
-    """First and second moments of two vectors, by both ways."""
+    """Quantiles of two vectors and what their numbers have to do with one another, by both ways."""
     task = dataclasses.replace(ONE, layers=(layer,), length=2)
     params, n = moved(task), 4_000
     noise = jax.random.normal(jax.random.key(0), (n, task.steps, 2 * task.channels))
@@ -255,8 +274,10 @@ def test_drawing_components_is_the_distribution_of_the_inverse(layer):
     exact = jax.jit(lambda p: lm.inverse(task, p, noise[..., : task.channels]).states[-1])(params)
     ways = [np.asarray(x).reshape(n, -1) for x in (drawn, exact)]
     assert np.abs(ways[0] - ways[1]).max() > 0.1
-    np.testing.assert_allclose(ways[0].mean(0), ways[1].mean(0), atol=0.1)
-    np.testing.assert_allclose(np.cov(ways[0].T), np.cov(ways[1].T), atol=0.15)
+    quantiles = [np.percentile(x, [10, 25, 50, 75, 90], axis=0) for x in ways]
+    np.testing.assert_allclose(*quantiles, atol=0.25)
+    above = [x > quantiles[1][2] for x in ways]  # how often two numbers are large together
+    np.testing.assert_allclose(*(np.einsum("ni,nj->ij", x, x, dtype=float) / n for x in above), atol=0.05)
 
 
 def test_the_likeliest_components_suffice():
