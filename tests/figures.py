@@ -31,7 +31,7 @@ HEADS = {
     "minutes": "minutes",
 }
 
-KINDS = {"compile": "topology", "agreement": "agreement"}  # kinds of JSON by a key of theirs
+KINDS = {"compile": "topology", "agreement": "agreement", "texts": "bits_per_token"}  # kinds of JSON by a key of theirs
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -96,14 +96,15 @@ def bench_table(records: dict[str, dict[str, Any]]) -> str:
         f = r["figures"]
         for key in (k for k in f if k.endswith(" ms, ours")):
             what = key.removesuffix(" ms, ours")
-            ratio, peer = f.get(f"{what}, ours / peer"), f.get(f"{what} ms, peer")
+            other = "peer" if f"{what} ms, peer" in f else "against"
+            ratio, peer = f.get(f"{what}, ours / {other}"), f.get(f"{what} ms, {other}")
             lines.append(
                 _row(
                     [
                         name,
                         f"train step, batch {f['batch']}"
                         if what == "train"
-                        else f"{what} image{'s'[: what != 'sample 1']}",
+                        else f"{what} {_unit(f)}{'s'[: what != 'sample 1']}",
                         f"{f[key]['median']:.4g} ms",
                         f"{peer['median']:.4g} ms" if peer else "",
                         f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "",
@@ -111,6 +112,24 @@ def bench_table(records: dict[str, dict[str, Any]]) -> str:
                     ]
                 )
             )
+    return "\n".join(lines)
+
+
+def _unit(figures: dict[str, Any]) -> str:
+    return "text" if any("sequences/s" in key for key in figures) else "image"
+
+
+def texts_table(records: dict[str, dict[str, Any]]) -> str:
+    """Language models: bits per character of held-out text, a column for each seed."""
+    chosen = {name: r for name, r in records.items() if r["kind"] == "texts"}
+    lines = [_row(["run", "bits per character, seed 0", "seed 1", "steps", "measured"]), _row(["---"] * 5)]
+    for name, r in sorted(
+        chosen.items(), key=lambda item: (item[1]["figures"]["steps"], item[1]["figures"]["bits_per_token"])
+    ):
+        f = r["figures"]
+        bits = [f"{x:.3f}" for x in f["bits_per_token"]]
+        where = f"{r['date']}, {r['hardware']}: `{r['command']}`"
+        lines.append(_row([name, *bits, f"{f['steps']:,}", where]))
     return "\n".join(lines)
 
 
@@ -206,6 +225,7 @@ def rendered(text: str) -> str:
     tables = {
         "learned": learned_table(records),
         "agreement": agreement_table(records),
+        "texts": texts_table(records),
         "bench": bench_table(records),
         "inverse": inverse_table(records),
         "compile": compile_table(records),

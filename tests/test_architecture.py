@@ -20,7 +20,7 @@ MAY = {
     "data": set(),
     "weights": set(),
     "nn": {"dist"},
-    "flows": {"nn"},
+    "flows": {"dist", "nn"},
     "encoders": {"nn"},
     "diffusion": {"nn"},
     "papers": {"nn", "flows", "diffusion", "encoders", "dist"},

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from zoo import dist
+from zoo.commands import flops
 from zoo.errors import UserError
 from zoo.flows.inverse import invert
 from zoo.flows.transforms import codebook_log_prob, normal_log_prob
@@ -325,6 +326,18 @@ def test_picks_follow_their_weights():
     picks = lm._pick(jnp.log(weights), jax.random.normal(jax.random.key(0), (20_000,)))
     np.testing.assert_allclose(np.bincount(picks, minlength=4) / 20_000, weights, atol=0.015)
     assert int(lm._pick(jnp.log(weights), jnp.array(9.0))) == 3
+
+
+def test_flops_are_those_of_the_traced_loss():
+    """But for the half of attention that the mask hides, and the smaller products of the heads."""
+    for task in (ONE, DiscreteLM(vocab=5, length=6, width=8, depth=2, head_dim=8, scan=False)):
+        depth = task.layers[0].depth if task is ONE else task.depth
+        batch = {"tokens": jnp.zeros((1, task.length), jnp.int32)}
+        traced = jax.make_jaxpr(task.nll)(jax.eval_shape(lambda t=task: fresh(t)), batch, jax.random.key(0))
+        hidden = 2 * depth * task.length**2 * task.width
+        np.testing.assert_allclose(task.flops() / 3, flops.count(traced) - hidden, rtol=0.01)
+    held = dataclasses.replace(STACK, stage=3)
+    assert STACK.flops() / 3 < held.flops() < STACK.flops()
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -127,6 +127,11 @@ def _channel_features(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.A
     return gelu(jnp.einsum("...t,...te->...e", triple, kernel) + bias)
 
 
+def _told(channels: int) -> int:
+    """E, numbers that each channel tells those behind it."""
+    return min(max(1, int(_HIDDEN * 9 / 16 / max(channels - 1, 1))), 96)
+
+
 class ChannelHead(nn.Module):
     """The head that goes channel by channel: `outputs` numbers for channel i from the features and channels before i.
 
@@ -147,7 +152,7 @@ class ChannelHead(nn.Module):
         are returned: solve(v of a channel, its numbers) -> the channel.
         """
         c, m = self.channels, _HIDDEN // 2
-        e = min(max(1, int(_HIDDEN * 9 / 16 / max(c - 1, 1))), 96)
+        e = _told(c)
         hidden = Dense((c, m), ("embed", None, None), name="context")(f).astype(jnp.float32)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=(0,))
         embed: Any = self.param("embed_kernel", init, (c - 1, 3, e)), self.param("embed_bias", zeros, (c - 1, e))
@@ -642,6 +647,27 @@ class TarFlowLM:
         """What the likelihood is of."""
         return (self.length,)
 
+    def flops(self) -> float:
+        """Floating-point operations of one training text: two per weight and step, six where a gradient is taken.
+
+        What a causal mask hides is no work, and the loops that invert nothing are left out.
+        """
+        width, held = self.width, self.held
+        total = self.length * self.vocab * self.dims * (2.0 if held else 6.0)
+        for l in range(self.depth):
+            layer, c = self.layers[l], self.channels
+            outputs = 2 if layer.coupling == "affine" else 3 * layer.components
+            if layer.coupling == "mixd":
+                head = self.patch * self.components(l) * (width + self.dims)
+            elif layer.maf:
+                half, e = _HIDDEN // 2, _told(c)
+                head = c * half * (width + outputs) + (c - 1) * e * (3 + c * half // 2)
+            else:
+                head = c * width * outputs
+            weights = self.steps * (c * width + layer.depth * 12 * width**2 + head)
+            total += (weights + layer.depth * self.steps**2 * width) * (2.0 if f"layer{l}" in held else 6.0)
+        return total
+
     def is_reverse(self, l: int) -> bool:
         """Whether layer l reads right to left."""
         reverse = self.layers[l].reverse
@@ -789,6 +815,11 @@ class DiscreteLM:
     def event(self) -> tuple[int, ...]:
         """What the likelihood is of."""
         return (self.length,)
+
+    def flops(self) -> float:
+        """Floating-point operations of one training text, as of `TarFlowLM.flops`."""
+        weights = self.depth * 12 * self.width**2 + self.width * self.vocab
+        return 6.0 * (self.length * weights + self.depth * self.length**2 * self.width)
 
     def _context(self) -> Context:
         return Context(
