@@ -77,7 +77,7 @@ smoke = replace(
         length=6,
         dims=2,
         patch=2,
-        layers=(Layer("mixd", depth=1, components=5), Layer("mix1", depth=1, components=2), Layer("affine", depth=1)),
+        layers=(Layer("affine", depth=1), Layer("mix1", depth=1, components=2, maf=False)),
         width=8,
         head_dim=8,
         scan=False,
@@ -85,6 +85,7 @@ smoke = replace(
     data=Synthetic(values=5),
     steps=4,
     batch=8,
+    ema=0.9,
     evals=(),
     samples=Samples(n=4),
 )

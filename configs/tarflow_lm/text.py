@@ -47,13 +47,12 @@ smoke = replace(
     task=TarFlowLM(
         vocab=5,
         length=6,
-        dims=3,
-        layers=(
-            Layer("mix1", depth=1, components=2, maf=False),
-            Layer("mixd", depth=1, components=3),
-        ),
+        dims=2,
+        patch=2,
+        layers=(Layer("affine", depth=1), Layer("mix1", depth=1, components=2, maf=False)),
         width=8,
         head_dim=8,
+        scan=False,
     ),
     data=Synthetic(values=5),
     steps=4,
