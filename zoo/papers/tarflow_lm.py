@@ -42,7 +42,7 @@ from zoo.nn.layers import Dense, LayerNorm, Table, gelu, normal, zeros
 from zoo.nn.transformer import Block, Trunk, cast_trunk, check_remat, init_trunk_cache
 from zoo.task import Batch, Params
 
-_ROOM = 1 << 25  # numbers of a [rows, K] array that a device works on at a time
+_ROOM = 1 << 28  # numbers in arrays of [rows, K] that a device works on at a time
 _LOG_SIGMA = (-5.0, 3.0)  # limits of the log-scales of tokens
 _LOG_SCALE = (-7.0, 5.0)  # and of a mixture's components
 _HIDDEN = 128  # D_m of the head that goes channel by channel (section H of the paper); half of it per channel
@@ -299,13 +299,14 @@ def _tokens_of(task: TarFlowLM, h: jax.Array) -> jax.Array:
 
 
 def couple(
-    task: TarFlowLM, params: Params, l: int, h: jax.Array, *, output: bool = True
+    task: TarFlowLM, params: Params, l: int, h: jax.Array, *, output: bool = True, bridged: bool = False
 ) -> tuple[jax.Array | None, jax.Array]:
     """One layer, data to noise, in the layer's own order.
 
     Args:
         h: [B, S, C].
         output: False where nobody needs what comes out, which spares a Mix-d layer its loop over dimensions.
+        bridged: with a tied codebook, add `bridge` of the vectors to log p(h): they share the densities of all tokens.
 
     Returns:
         u [B, S, C] or None, and log p(h) [B] in nats under the layer's mixtures: log |du/dh| = log p(h) - log N(u; 0, I).
@@ -318,13 +319,19 @@ def couple(
 
         def tokenwise(f: jax.Array, h: jax.Array) -> tuple[jax.Array | None, jax.Array]:
             logits, z = _apply(head, mine["head"], f), _tokens_of(task, h)
-            if not output:
-                joint = logits + codebook_log_prob(z, *codebook)
-                return None, (jax.nn.logsumexp(joint, -1) - jax.nn.logsumexp(logits, -1)).sum(-1)
-            u, log_p = rosenblatt(z, jax.nn.log_softmax(logits), *codebook)
-            return u.reshape(h.shape), log_p.sum(-1)
+            u, log_p = None, jnp.zeros(z.shape[:-1])
+            if output:
+                u, log_p = rosenblatt(z, jax.nn.log_softmax(logits), *codebook)
+                u = u.reshape(h.shape)
+            if bridged or not output:
+                densities = codebook_log_prob(z, *codebook)
+                if not output:
+                    log_p = jax.nn.logsumexp(logits + densities, -1) - jax.nn.logsumexp(logits, -1)
+                log_p = log_p - jax.nn.logsumexp(densities, -1) if bridged else log_p
+            return u, log_p.sum(-1)
 
-        u, log_p = _over_tokens(tokenwise, task.patch, task.components(l), features, h)
+        copies = 4 if output else 1  # of an array [rows, K] that are there at once, more or less
+        u, log_p = _over_tokens(tokenwise, task.patch, copies * task.components(l), features, h)
         return u, log_p.sum(1)
     outputs = _apply(head, mine["head"], features, h) if layer.maf else _apply(head, mine["head"], features)
     if layer.coupling == "affine":
@@ -341,23 +348,26 @@ def couple(
 # --- the stack ------------------------------------------------------------------------------------
 
 
-def forward(task: TarFlowLM, params: Params, z: jax.Array, *, last: bool = True) -> tuple[list[jax.Array], jax.Array]:
+def forward(
+    task: TarFlowLM, params: Params, z: jax.Array, *, last: bool = True, bridged: bool = False
+) -> tuple[list[jax.Array], jax.Array]:
     """Data to noise through all layers.
 
     Args:
         z: [B, T, d] vectors of tokens.
         last: also compute what the last layer gives; its density needs it not, since -log N of its output and the base
-            density cancel (spec of the objective, equation 9 of the paper).
+            density cancel (equation 9 of the paper).
+        bridged: add `bridge` to log p(z), which makes it the bound of the text.
 
     Returns:
         the output of every layer, steps and channels in the order of the text [B, S, C]; and log p(z) [B] in nats.
     """
     chex.assert_shape(z, (None, task.length, task.dims))
     h = z.reshape(len(z), task.steps, task.channels)
-    states, total = [], jnp.zeros(len(z))
+    states, total = [], bridge(task, params, z) if bridged and not task.is_tied(0) else jnp.zeros(len(z))
     for l in range(task.depth):
-        end = l == task.depth - 1
-        u, log_p = couple(task, params, l, _order(task, l, h), output=last or not end)
+        end, shared = l == task.depth - 1, bridged and task.is_tied(l)
+        u, log_p = couple(task, params, l, _order(task, l, h), output=last or not end, bridged=shared)
         total = total + log_p
         if u is not None:
             h = constrain(_back(task, l, u), "batch", "tokens", None)
@@ -393,8 +403,7 @@ def bridge(task: TarFlowLM, params: Params, z: jax.Array) -> jax.Array:
 
 def elbo(task: TarFlowLM, params: Params, tokens: jax.Array, eps: jax.Array) -> jax.Array:
     """One-draw lower bound of log p(tokens) [B] in nats (equation 3): tokens [B, T], eps [B, T, d] from N(0, I)."""
-    z = encode(task, params, tokens, eps)
-    return bridge(task, params, z) + forward(task, params, z, last=False)[1]
+    return forward(task, params, encode(task, params, tokens, eps), last=False, bridged=True)[1]
 
 
 # --- inverse --------------------------------------------------------------------------------------
@@ -653,7 +662,7 @@ class TarFlowLM:
         What a causal mask hides is no work, and the loops that invert nothing are left out.
         """
         width, held = self.width, self.held
-        total = self.length * self.vocab * self.dims * (2.0 if held else 6.0)
+        total = 0.0 if self.is_tied(0) else self.length * self.vocab * self.dims * (2.0 if held else 6.0)
         for l in range(self.depth):
             layer, c = self.layers[l], self.channels
             outputs = 2 if layer.coupling == "affine" else 3 * layer.components
