@@ -1,10 +1,8 @@
 """TarFlowLM on a text file of yours, character by character: normalised to 27 symbols, or in the characters it has.
 
-    zoo train tarflow_lm/text data.path=FILE.txt
-    zoo train tarflow_lm/text data.path=FILE.txt data.tokenizer=chars task.vocab=N task.layers.0.components=N workdir=runs/mine
-    zoo train tarflow_lm/text:discrete data.path=FILE.txt                     # the yardstick
-
-A megabyte of text takes about half an hour on two CPU cores and a minute or two on a GPU.
+zoo train tarflow_lm/text data.path=FILE.txt
+zoo train tarflow_lm/text data.path=FILE.txt data.tokenizer=chars task.vocab=N task.layers.0.components=N workdir=runs/mine
+zoo train tarflow_lm/text:discrete data.path=FILE.txt                     # the yardstick
 """
 
 from dataclasses import replace

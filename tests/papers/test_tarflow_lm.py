@@ -13,7 +13,7 @@ from zoo import dist
 from zoo.commands import flops
 from zoo.errors import UserError
 from zoo.flows.inverse import invert
-from zoo.flows.transforms import codebook_log_prob, normal_log_prob
+from zoo.flows.transforms import codebook_log_prob, normal_log_prob, rosenblatt_inverse
 from zoo.papers import tarflow_lm as lm
 from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
 
@@ -193,7 +193,8 @@ def test_parts_of_a_text_give_what_the_whole_gives(monkeypatch):
 
 def test_appended_layers_change_nothing_before_they_are_trained():
     layers = (*ONE.layers, Layer("mix1", depth=1, components=4), Layer("affine", depth=1, maf=False))
-    stage1 = dataclasses.replace(ONE, layers=layers, groups=(1, 2), stage=1)
+    layers = (*layers, Layer("mixd", depth=1, components=3, tied=False))
+    stage1 = dataclasses.replace(ONE, layers=layers, groups=(1, 3), stage=1)
     stage2 = dataclasses.replace(stage1, stage=2)
     trained = moved(stage1)
     params = {**fresh(stage2), **trained}
@@ -201,6 +202,14 @@ def test_appended_layers_change_nothing_before_they_are_trained():
     before = jax.jit(stage1.loss)(trained, batch, rng)[0]
     after = jax.jit(stage2.loss)(params, batch, rng)[0]
     np.testing.assert_allclose(after, before, atol=1e-4)
+
+
+def test_a_key_for_each_text_is_as_good_as_one():
+    params, x = moved(ONE), texts(ONE, 4)
+    keys = jax.random.split(jax.random.key(0), 4)
+    together = jax.jit(ONE.nll)(params, {"tokens": x}, keys)
+    alone = jax.jit(jax.vmap(lambda x, k: ONE.nll(params, {"tokens": x[None]}, k)[0]))(x, keys)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
 def test_stages_hold_what_is_trained():
@@ -253,16 +262,38 @@ def test_one_key_serves_all_samples():
 
 
 def test_a_text_is_rewritten_by_its_strength():
-    params, x = moved(ONE), texts(ONE, 32)
-    # apart, so that what comes back is decoded to the token it was
+    params, x = moved(ONE), texts(ONE, 512)
+    # apart, so that what comes back is decoded to the token it was; all as likely as they are in these texts
     codebook = {"means": 3 * params["codebook"]["means"], "log_scales": jnp.full(ONE.vocab, math.log(0.3))}
-    params = {**params, "codebook": codebook}
+    params = {
+        **params,
+        "codebook": codebook,
+        "layer0": {**params["layer0"], "head": jax.tree.map(jnp.zeros_like, params["layer0"]["head"])},
+    }
     rewrite = jax.jit(
-        lambda p, strength: ONE.sample(p, jax.random.key(0), 32, {"tokens": x}, strength=strength)["tokens"]
+        lambda p, strength: ONE.sample(p, jax.random.key(0), 512, {"tokens": x}, strength=strength, passes=True)
     )
-    same = [float((rewrite(params, strength) == x).mean()) for strength in (0.0, 0.3, 1.0)]
+    drawn = [rewrite(params, strength) for strength in (0.0, 0.3, 1.0)]
+    same = [float((one["tokens"] == x).mean()) for one in drawn]
     assert same[0] == 1.0
     assert same[0] > same[1] > same[2]
+    # what is rewritten is as the model's own: its noise is N(0, I)
+    noise = np.asarray(drawn[1]["latents"][:, 0]).reshape(-1, ONE.dims)
+    np.testing.assert_allclose(np.cov(noise.T), np.eye(ONE.dims), atol=0.1)
+
+
+def test_a_vector_that_is_not_finite_is_no_token():
+    params = moved(ONE)
+    z = vectors(ONE, params, 1).at[0, 2, 1].set(jnp.nan)
+    np.testing.assert_array_equal(lm.decode(ONE, params, z)[0] < 0, np.arange(ONE.length) == 2)
+
+
+def test_one_channel_has_nobody_to_tell():
+    task = dataclasses.replace(ONE, dims=1, layers=(Layer("mix1", depth=1, components=2),))
+    params = moved(task)
+    z = vectors(task, params, 4)
+    states, _ = jax.jit(partial(lm.forward, task))(params, z)
+    np.testing.assert_allclose(jax.jit(partial(lm.inverse, task))(params, states[-1]).states[-1], z, atol=2e-3)
 
 
 @pytest.mark.parametrize("layer", [ONE.layers[0], Layer("mix1", depth=1, components=3)], ids=["mixd", "mix1"])
@@ -281,14 +312,22 @@ def test_drawing_components_is_the_distribution_of_the_inverse(layer):
     np.testing.assert_allclose(*(np.einsum("ni,nj->ij", x, x, dtype=float) / n for x in above), atol=0.05)
 
 
-def test_the_likeliest_components_suffice():
-    params = moved(ONE)
-    u = jax.random.normal(jax.random.key(0), (4, ONE.steps, ONE.channels))
-    full, most = (jax.jit(partial(lm.inverse, ONE, top=top))(params, u).states[-1] for top in (None, ONE.vocab - 1))
-    same = jax.jit(partial(lm.inverse, ONE, top=ONE.vocab))(params, u).states[-1]
-    np.testing.assert_array_equal(same, full)
-    assert np.isfinite(most).all()
-    assert np.abs(most - full).max() > 0
+def test_only_the_likeliest_components_are_kept():
+    """As if the logits of all others were minus infinity."""
+    params, n = moved(ONE), 64
+    u = jax.random.normal(jax.random.key(0), (n, 1, ONE.channels))
+    f = jax.random.normal(jax.random.key(1), (n, 1, ONE.width))
+    solve = lambda top: jax.jit(lm._solver(ONE, params, 0, False, 1.0, top))(u, f)  # noqa: E731
+    logits = lm._apply(lm._head(ONE, 0), params["layer0"]["head"], f)[:, :, 0]
+    kept = logits >= jnp.sort(logits)[..., -3:-2]
+    masked = jax.nn.log_softmax(jnp.where(kept, logits, -jnp.inf))
+    np.testing.assert_allclose(
+        solve(3), jax.jit(rosenblatt_inverse)(u, masked, *lm._codebook(ONE, params)), atol=1e-3, rtol=1e-3
+    )
+    np.testing.assert_array_equal(solve(ONE.vocab), solve(None))
+    # and where components are drawn, nothing but these is
+    drawn = jax.jit(lm._solver(ONE, params, 0, True, 1.0, 1))(jnp.concatenate([0 * u, u], -1), f)
+    np.testing.assert_allclose(drawn[:, 0], lm._codebook(ONE, params)[0][logits[:, 0].argmax(-1)], rtol=1e-6)
 
 
 def test_temperature_sharpens_the_choice_of_components():
@@ -368,9 +407,16 @@ def test_mistakes_name_the_field_and_the_way_out(fields, sentence):
 
 @pytest.mark.parametrize(
     "options, sentence",
-    [({"temperature": 0.0}, "temperature=0.0"), ({"strength": 2.0}, "strength=2.0"), ({"top": 0}, "top=0")],
+    [
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"strength": 2.0}, "strength=2.0"),
+        ({"top": 0}, "top=0"),
+        ({"temperature": 0.5}, "use shrink="),
+        ({"top": 2}, "use shrink="),
+    ],
 )
 def test_options_out_of_range(options, sentence):
+    task = dataclasses.replace(STACK, layers=STACK.layers[1:]) if "shrink" in sentence else STACK
     with pytest.raises(UserError) as error:
-        STACK.sample({}, jax.random.key(0), 1, **options)
+        task.sample({}, jax.random.key(0), 1, **options)
     assert sentence in str(error.value)

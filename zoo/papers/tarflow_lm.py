@@ -121,6 +121,11 @@ class Flat(nn.Module):
         return out(f).astype(jnp.float32)
 
 
+def _cast_flat(params: Params, dtype: str) -> Params:
+    """Parameters of a `Flat` with its kernel in `dtype`, once, before a loop that uses it many times."""
+    return {"out": {**params["out"], "kernel": params["out"]["kernel"].astype(dtype)}}
+
+
 def _channel_features(z: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """What a channel tells those behind it: z [...] , kernel [..., 3, E], bias [..., E] -> [..., E]."""
     triple = jnp.stack([z, jax.nn.elu(z), jax.nn.elu(-z)], -1)
@@ -154,11 +159,16 @@ class ChannelHead(nn.Module):
         c, m = self.channels, _HIDDEN // 2
         e = _told(c)
         hidden = Dense((c, m), ("embed", None, None), name="context")(f).astype(jnp.float32)
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=(0,))
-        embed: Any = self.param("embed_kernel", init, (c - 1, 3, e)), self.param("embed_bias", zeros, (c - 1, e))
-        source, target = np.triu_indices(c, 1)
-        packed: Any = self.param("mix_kernel", normal((e * max(c - 1, 1)) ** -0.5), (len(source), e, m))
-        mix = jnp.zeros((c, c, e, m)).at[source, target].set(packed)  # from channel, to channel
+        embed: Any = jnp.zeros((0, 3, e)), jnp.zeros((0, e))
+        mix = jnp.zeros((c, c, e, m))  # from channel, to channel
+        if c > 1:
+            embed = (
+                self.param("embed_kernel", normal(3**-0.5), (c - 1, 3, e)),
+                self.param("embed_bias", zeros, (c - 1, e)),
+            )
+            source, target = np.triu_indices(c, 1)
+            packed: Any = self.param("mix_kernel", normal((e * (c - 1)) ** -0.5), (len(source), e, m))
+            mix = mix.at[source, target].set(packed)
         out: Any = self.param("out_kernel", self.kernel_init, (c, m, self.outputs))
         bias: Any = self.param("out_bias", self.bias_init, (c, self.outputs))
         if solve is None:
@@ -237,10 +247,12 @@ def _init_layer(task: TarFlowLM, l: int, rng: jax.Array) -> Params:
     made: Any = head.init(head_rng, f, h[:, :1]) if isinstance(head, ChannelHead) else head.init(head_rng, f)
     params = {"context": context, "head": made["params"]}
     if task.layers[l].coupling == "mixd" and not task.is_tied(l):
-        reach = 0.1 if l else 1.0
-        means = reach * jax.random.normal(codebook_rng, (task.components(l), task.dims))
-        scale = math.sqrt(1 - reach**2) if l else task.sigma
-        params["codebook"] = {"means": means, "log_scales": jnp.full((task.components(l),), math.log(scale))}
+        count = task.components(l)
+        means, scale = jax.random.normal(codebook_rng, (count, task.dims)), jnp.float32(task.sigma)
+        if l:  # N(0, I) but for what breaks the symmetry, which in several dimensions has to be little
+            means = 0.02 * (means - means.mean(0))
+            scale = jnp.sqrt(1 - jnp.square(means).mean())
+        params["codebook"] = {"means": means, "log_scales": jnp.broadcast_to(jnp.log(scale), (count,))}
     return params
 
 
@@ -299,7 +311,14 @@ def _tokens_of(task: TarFlowLM, h: jax.Array) -> jax.Array:
 
 
 def couple(
-    task: TarFlowLM, params: Params, l: int, h: jax.Array, *, output: bool = True, bridged: bool = False
+    task: TarFlowLM,
+    params: Params,
+    l: int,
+    h: jax.Array,
+    *,
+    output: bool = True,
+    bridged: bool = False,
+    temperature: float = 1.0,
 ) -> tuple[jax.Array | None, jax.Array]:
     """One layer, data to noise, in the layer's own order.
 
@@ -307,6 +326,7 @@ def couple(
         h: [B, S, C].
         output: False where nobody needs what comes out, which spares a Mix-d layer its loop over dimensions.
         bridged: with a tied codebook, add `bridge` of the vectors to log p(h): they share the densities of all tokens.
+        temperature: divides the logits of the weights of a Mix-d layer.
 
     Returns:
         u [B, S, C] or None, and log p(h) [B] in nats under the layer's mixtures: log |du/dh| = log p(h) - log N(u; 0, I).
@@ -318,7 +338,7 @@ def couple(
         codebook = _codebook(task, params, l)
 
         def tokenwise(f: jax.Array, h: jax.Array) -> tuple[jax.Array | None, jax.Array]:
-            logits, z = _apply(head, mine["head"], f), _tokens_of(task, h)
+            logits, z = _apply(head, mine["head"], f) / temperature, _tokens_of(task, h)
             u, log_p = None, jnp.zeros(z.shape[:-1])
             if output:
                 u, log_p = rosenblatt(z, jax.nn.log_softmax(logits), *codebook)
@@ -384,10 +404,14 @@ def encode(task: TarFlowLM, params: Params, tokens: jax.Array, eps: jax.Array | 
 
 
 def decode(task: TarFlowLM, params: Params, z: jax.Array) -> jax.Array:
-    """The likeliest token of each vector under the Bayes decoder, a uniform prior over tokens: [B, T, d] -> int32 [B, T]."""
+    """The likeliest token of each vector under the Bayes decoder, a uniform prior over tokens: [B, T, d] -> int32 [B, T].
+
+    A vector that is not finite has none, -1.
+    """
 
     def likeliest(z: jax.Array) -> jax.Array:
-        return codebook_log_prob(z, *_codebook(task, params)).argmax(-1).astype(jnp.int32)
+        found = codebook_log_prob(z, *_codebook(task, params)).argmax(-1).astype(jnp.int32)
+        return jnp.where(jnp.isfinite(z).all(-1), found, -1)
 
     return _over_tokens(likeliest, 1, task.vocab, z)
 
@@ -412,8 +436,9 @@ def elbo(task: TarFlowLM, params: Params, tokens: jax.Array, eps: jax.Array) -> 
 def _pick(log_weights: jax.Array, normal: jax.Array) -> jax.Array:
     """A component for each standard normal number [...], by the inverse distribution function of log_weights [..., K]."""
     cumulative = jnp.cumsum(jnp.exp(log_weights), -1)
-    at = jax.scipy.special.ndtr(normal)[..., None] * cumulative[..., -1:]
-    return jnp.minimum((cumulative <= at).sum(-1), log_weights.shape[-1] - 1)
+    total = cumulative[..., -1:]
+    at = jax.scipy.special.ndtr(normal)[..., None] * total
+    return jnp.minimum((cumulative <= at).sum(-1), (cumulative < total).sum(-1))  # never one of no weight
 
 
 def _gather(values: jax.Array, index: jax.Array) -> jax.Array:
@@ -444,19 +469,20 @@ def _solver(
         means, log_scales = _codebook(task, params, l)
         logits = _apply(head, mine["head"], features) / temperature
         u = _tokens_of(task, v[..., : task.channels])
-        if fresh:
-            k = _pick(jax.nn.log_softmax(logits), v[..., task.channels : task.channels + task.patch])
-            return (means[k] + jnp.exp(log_scales[k])[..., None] * u).reshape(*v.shape[:-1], task.channels)
+        kept = None
         if top is not None and top < task.components(l):
             logits, kept = jax.lax.top_k(logits, top)
-            pick = jnp.vectorize(
-                lambda u, log_weights, kept: rosenblatt_inverse(u, log_weights, means[kept], log_scales[kept]),
-                signature="(d),(k),(k)->(d)",
-            )
-            return pick(u, jax.nn.log_softmax(logits), kept).reshape(*v.shape[:-1], task.channels)
-        return rosenblatt_inverse(u, jax.nn.log_softmax(logits), means, log_scales).reshape(
-            *v.shape[:-1], task.channels
-        )
+        log_weights = jax.nn.log_softmax(logits)
+        if fresh:
+            k = _pick(log_weights, v[..., task.channels : task.channels + task.patch])
+            k = k if kept is None else _gather(kept, k)
+            z = means[k] + jnp.exp(log_scales[k])[..., None] * u
+        elif kept is None:
+            z = rosenblatt_inverse(u, log_weights, means, log_scales)
+        else:  # a codebook for each vector
+            few = jnp.vectorize(rosenblatt_inverse, signature="(d),(k),(k,d),(k)->(d)")
+            z = few(u, log_weights, means[kept], log_scales[kept])
+        return z.reshape(*v.shape[:-1], task.channels)
 
     def solve(v: jax.Array, features: jax.Array) -> jax.Array:
         if layer.coupling == "mixd":
@@ -490,6 +516,8 @@ def chain(
         )
         key = f"layer{l}"
         mine = Before.then(before, {**params[key], "context": cast_trunk(params[key]["context"], task.dtype)})
+        if task.layers[l].coupling == "mixd":
+            mine = {**mine, "head": _cast_flat(mine["head"], task.dtype)}
         mine = whole(mine, lambda: _init_layer(task, l, jax.random.key(0)))
         net = _context(task, l)
 
@@ -517,7 +545,7 @@ def inverse(
     Args:
         method: how layers are inverted, see `zoo.flows.inverse.Jacobi.of`.
         temperature: divides the logits of the weights of Mix-d layers.
-        top: Mix-d layers are inverted with so many of their likeliest components only; None: with all.
+        top: Mix-d layers keep so many of their likeliest components only; None: all.
     """
     chex.assert_shape(u, (None, task.steps, task.channels))
     return invert(chain(task, params, len(u), temperature=temperature, top=top), u, method)
@@ -579,7 +607,8 @@ class TarFlowLM:
     attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
     unit = "sequences"
-    bound = True  # `nll` is an upper bound of -log p, from one draw of vectors
+    keyed = True  # `nll` takes one key for each text as well
+    bound = True  # and is an upper bound of -log p, from one draw of vectors
     rewrites = True  # `sample` takes texts to change
 
     def __post_init__(self) -> None:
@@ -723,9 +752,16 @@ class TarFlowLM:
         return loss, {"bits": loss / math.log(2), **scales}
 
     def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        """An upper bound of -log p [B] of the whole text in nats, from one draw of its vectors."""
+        """An upper bound of -log p [B] of the whole text in nats, from one draw of its vectors; rng is one key, or B keys."""
         tokens = batch["tokens"]
-        return -elbo(self, params, tokens, jax.random.normal(rng, (*tokens.shape, self.dims)))
+        return -elbo(self, params, tokens, self._normal(rng, len(tokens)))
+
+    def _normal(self, rng: jax.Array, n: int) -> jax.Array:
+        """Standard normal numbers [n, T, d] of one key, or of n keys."""
+        shape = (self.length, self.dims)
+        if jnp.ndim(rng):
+            return jax.vmap(lambda key: jax.random.normal(key, shape))(rng)
+        return jax.random.normal(rng, (n, *shape))
 
     def sample(
         self,
@@ -749,23 +785,30 @@ class TarFlowLM:
         Args:
             rng: one key, or n keys.
             conditions: `tokens` [n, T], texts to rewrite; None: texts out of nothing.
-            temperature: divides the logits of the weights of Mix-d layers.
+            temperature: divides the logits of the weights of Mix-d layers; other layers have only `shrink`.
             shrink: factor on the standard deviation of the noise.
             strength: in [0, 1], how much of the noise of a given text is new: 0 gives it back, 1 forgets it.
-            top: see `inverse`.
+            top: Mix-d layers keep so many of their likeliest components only; None: all.
             passes: also give what every layer makes of the text.
             method: see `inverse`; "auto" is token by token.
 
         Returns:
-            `tokens` int32 [n, T], and with `passes` the text after each layer, that of the noise first and the sample
-            last, `passes` int32 [n, layers + 1, T], and its vectors `latents` [n, layers + 1, T, d] (section 4). Where
-            layers were swept over also `sweeps` and `unconverged` (`zoo.flows.inverse.Inverted`).
+            `tokens` int32 [n, T], -1 where the inverse overflowed. With `passes` also the text after each layer, that of
+            the noise first and the sample last, `passes` int32 [n, layers + 1, T], and its vectors `latents` [n, layers + 1,
+            T, d] (section 4). Where layers were swept over `sweeps` and `unconverged` (`zoo.flows.inverse.Inverted`).
         """
         _check_sampler(temperature, shrink=shrink)
         if isinstance(strength, (int, float)) and not 0 <= strength <= 1:
             raise UserError(f"strength={strength} must be between 0, the text as it is, and 1, another text")
         if top is not None and top < 1:
             raise UserError(f"top={top} leaves no component; give 1 or more, or none for all")
+        mixd = any(layer.coupling == "mixd" for layer in self.layers[: self.depth])
+        for name, value, plain in (("temperature", temperature, 1), ("top", top, None)):
+            if not mixd and isinstance(value, (int, float)) and value != plain:
+                raise UserError(
+                    f"{name}={value} chooses among the components of Mix-d layers, and this model has none; use shrink=, which "
+                    "scales the noise of all layers"
+                )
         keys, text = _keys(rng, n), (conditions or {}).get("tokens")
         shape, last = (self.steps, self.channels), self.depth - 1
         u = constrain(jax.vmap(lambda key: jax.random.normal(key, shape))(keys), "batch")
@@ -780,7 +823,9 @@ class TarFlowLM:
             )
         else:
             if text is not None:
-                states, _ = forward(self, params, encode(self, params, text))
+                # vectors as in training, so that their noise is N(0, I); their means where the text is to come back
+                eps = self._normal(jax.vmap(jax.random.fold_in, (0, None))(keys, 2), n)
+                states, _ = forward(self, params, encode(self, params, text, jnp.where(strength > 0, eps, 0.0)))
                 u = jnp.sqrt(1 - jnp.square(strength)) * states[-1] + strength * u
             found = inverse(self, params, shrink * u, method=method, temperature=temperature, top=top)
         z = found.states[-1].reshape(n, self.length, self.dims)
@@ -789,7 +834,7 @@ class TarFlowLM:
             return drawn
         states = found.states
         if fresh:  # the noise that the layer would have been inverted from
-            noise, _ = couple(self, params, last, _order(self, last, states[1]))
+            noise, _ = couple(self, params, last, _order(self, last, states[1]), temperature=temperature)
             assert noise is not None
             states = [_back(self, last, noise), *states[1:]]
         latents = jnp.stack([h.reshape(n, self.length, self.dims) for h in states], 1)
@@ -813,6 +858,7 @@ class DiscreteLM:
 
     held = ()
     unit = "sequences"
+    keyed = True
     bound = False
 
     def __post_init__(self) -> None:
@@ -884,7 +930,8 @@ class DiscreteLM:
         cache = init_trunk_cache(
             self.depth, self.scan, n, self.length, self.width // self.head_dim, self.head_dim, self.dtype
         )
-        mine = {**params, "context": cast_trunk(params["context"], self.dtype)}
+        context, head = cast_trunk(params["context"], self.dtype), _cast_flat(params["head"], self.dtype)
+        mine = {**params, "context": context, "head": head}
         mine = whole(mine, lambda: self.init(jax.random.key(0)))
 
         def step(x: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, Any]:
