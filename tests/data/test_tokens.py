@@ -32,6 +32,7 @@ from zoo.data.prepare_text import prepare_text
 from zoo.data.tokens import Docstrings, Text, check_vocabulary
 from zoo.data.vocabulary import normalise, open_vocabulary
 from zoo.errors import UserError
+from zoo.train.loop import _keep_vocabulary
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "a", "dog", "ran", "to", "1", "red", "house,", "slept.", ""]
 
@@ -145,6 +146,29 @@ def test_bytes_that_make_no_character_and_those_of_a_terminal():
     raw = vocabularies.raw_bytes()
     assert raw.decode([104, 105, 0xC3]) == "hi\ufffd"
     assert raw.encode("\udcc3").tolist() == [0xC3]
+
+
+@pytest.mark.parametrize("kind", ["text8", "chars", "bytes", "hf", "spm"])
+def test_no_token_is_the_replacement_character(kind, request):
+    vocabulary = vocabularies.named(str(request.getfixturevalue(kind)) if kind in ("hf", "spm") else kind, prose())
+    ids = vocabulary.encode("cat").tolist()
+    assert vocabulary.decode([-1, *ids, -1, -7, *ids]) == "\ufffdcat\ufffd\ufffdcat"
+    assert vocabulary.decode(np.array([-1], np.int32)) == "\ufffd"
+    assert vocabulary.decode([]) == ""
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_end_of_a_text_spelled_in_a_text_is_text(special, hf, tmp_path):
+    saved = json.loads(hf.read_text())
+    saved["added_tokens"][0]["special"] = special
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    vocabulary = vocabularies.named(str(tmp_path))
+    text = "the <|endoftext|> cat"
+    (ids,) = vocabulary.encode_all([text])
+    assert vocabulary.end == 0
+    assert 0 not in ids
+    assert vocabulary.decode(ids) == text
+    assert vocabulary.decode([*ids, 0]) == text + "<|endoftext|>"
 
 
 def test_unknown_characters_are_counted_and_the_first_are_named(book, tmp_path):
@@ -306,12 +330,38 @@ def test_files_that_name_their_split(tmp_path):
         list_texts(tmp_path)
     for name in ("wiki.train.txt", "wiki.valid.txt"):
         (tmp_path / name).unlink()
-    assert set(list_texts(tmp_path)) == {None}  # without a train part these words mean nothing
+    with pytest.raises(
+        UserError,
+        match=r"sub/val.txt names the split valid, and no file names train \(notes.txt names none\); call the text to train on "
+        r"train.txt or put it into a folder train, or give sub/val.txt another name where it is no such part",
+    ):
+        list_texts(tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    with pytest.raises(UserError, match=r"sub/val.txt names the split valid, and no file names train; call the text"):
+        prepare_text(str(tmp_path), str(tmp_path.parent / "out"), "text8", progress=False)
     (tmp_path / "train.txt").write_text("x" * 99)
-    for name in ("notes.txt", "sub/val.txt"):
-        (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=r"has no valid part; set data.valid_fraction, or use another split"):
+    (tmp_path / "sub/val.txt").unlink()
+    with pytest.raises(UserError, match=r"has no valid part; add a file valid.txt, or choose another split"):
         Text(str(tmp_path)).source("valid", spec())
+    with pytest.raises(
+        UserError, match=r"has no valid part; set a larger data.valid_fraction, or choose another split"
+    ):
+        Text(str(tmp_path / "train.txt"), valid_fraction=0.0).source("valid", spec())
+    with pytest.raises(UserError, match=r"has no train part; give more text, or choose another split"):
+        Text(str(tmp_path / "train.txt"), valid_fraction=0.999, test_fraction=0.0).source("train", spec())
+
+
+@pytest.mark.parametrize("pair", [("a.txt", "a.txt.gz"), ("a.txt", "a.zip"), ("s/a.jsonl", "s/a.jsonl.gz")])
+def test_a_text_that_lies_packed_beside_itself_is_refused(pair, tmp_path):
+    (tmp_path / "s").mkdir()
+    for name in pair:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        UserError, match=rf"holds {pair[0]} and {pair[1]}, which differ in their packing alone, .*remove"
+    ):
+        list_texts(tmp_path)
+    (tmp_path / pair[1]).rename(tmp_path / f"b{pair[1][pair[1].index('a') + 1 :]}")
+    assert len(list_texts(tmp_path)[None]) == 2
 
 
 @pytest.mark.parametrize(
@@ -327,6 +377,11 @@ def test_files_that_name_their_split(tmp_path):
         ("a.zip", b"abc", r"a.zip cannot be unpacked \(File is not a zip file\)"),
         ("a.parquet", b"abc", r"a.parquet is no parquet file that can be read"),
         ("a.jsonl", b'{"text": "a"}\n{\n', r"a.jsonl, line 2 is no JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n' + b"[" * 200_000,
+            r"a.jsonl, line 2 is JSON nested too deep .*; mend or remove it",
+        ),
         ("a.jsonl", b'{"txt": "a"}\n', r'a.jsonl, line 1 has no text under "text"; mend or remove it'),
         (
             "a.txt",
@@ -339,6 +394,21 @@ def test_texts_that_cannot_be_used(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         Text(str(tmp_path / name), test_fraction=0.2).source("test", spec())
+
+
+@pytest.mark.parametrize("kind", ["chars", "bytes", "hf", "spm"])
+def test_half_a_character_is_the_replacement_character(kind, request, tmp_path):
+    name = str(request.getfixturevalue(kind)) if kind in ("hf", "spm") else kind
+    (tmp_path / "a.jsonl").write_text(r'{"text": "the \ud800cat \ud83d\ude00 sat"}' + "\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "the \ufffdcat \U0001f600 sat"}\n')
+    found = [
+        Text(str(tmp_path / f"{part}.jsonl"), name, valid_fraction=0, test_fraction=0).source("train", spec(1)).tokens
+        for part in "ab"
+    ]
+    assert found[0].tolist() == found[1].tolist()
+    if kind in ("hf", "spm"):  # and of a prompt
+        model = vocabularies.named(name)
+        assert model.encode("cat\udcc3").tolist() == model.encode("cat\ufffd").tolist()
 
 
 def test_an_error_far_into_a_file_has_its_place(tmp_path, monkeypatch):
@@ -391,12 +461,47 @@ def test_the_vocabulary_of_a_task_must_be_that_of_the_data(book):
     check_vocabulary(SimpleNamespace(vocab=5), SimpleNamespace())
     with pytest.raises(UserError, match=r"^the data has 27 symbols, task.vocab=50257; set task.vocab=27$"):
         check_vocabulary(SimpleNamespace(vocab=50257), source)
+    with pytest.raises(UserError, match=r"; set task.vocab=27 task.layers.0.components=27$"):
+        check_vocabulary(SimpleNamespace(vocab=5, is_tied=lambda l: l == 0), source)
+    with pytest.raises(UserError, match=r"; set task.vocab=27$"):
+        check_vocabulary(SimpleNamespace(vocab=5, is_tied=lambda l: False), source)
+
+
+def test_a_run_does_not_go_on_with_another_text(book, tmp_path):
+    task = SimpleNamespace(spec=lambda batch: spec(batch=batch))
+
+    def keep(data):
+        _keep_vocabulary(SimpleNamespace(task=task, data=data, source=lambda split: data.source(split, spec())), run)
+
+    run, data = tmp_path / "run", Text(str(book))
+    run.mkdir()
+    keep(data)
+    assert json.loads((run / "data.json").read_text())["train"] == data.fingerprint("train")
+    before = files(run)
+    book.rename(tmp_path / "moved.txt")  # the same text may lie elsewhere, or be prepared by now
+    prepare_text(str(tmp_path / "moved.txt"), str(tmp_path / "set"), "text8", progress=False)
+    (tmp_path / "set" / "train.bin").write_bytes(bytes((tmp_path / "set" / "train.bin").stat().st_size))  # is not read
+    for same in (Text(str(tmp_path / "moved.txt")), Text(str(tmp_path / "set"))):
+        keep(same)
+    assert files(run) == before
+    book.write_text(prose(1))
+    with pytest.raises(
+        UserError, match=r"workdir=.*run belongs to a run on another text: the train split of data.path=.*book.txt has "
+    ):
+        keep(data)
+    assert files(run) == before
+    (run / "data.json").write_text("{}")
+    with pytest.raises(UserError, match=r"data.json is damaged; remove it where the text is still that of the run"):
+        keep(data)
+    (run / "data.json").unlink()  # as in a folder of an earlier version
+    keep(data)
+    keep(data)
 
 
 # the standard library
 
 
-def test_the_standard_library_is_a_text_of_a_million_characters():
+def test_the_standard_library_is_a_text_of_a_million_characters(monkeypatch):
     data = Docstrings()
     train, valid, test = (data.source(split, spec(64)) for split in documents.SPLITS)
     assert len(train.tokens) + len(valid.tokens) + len(test.tokens) > 1_000_000
@@ -408,9 +513,13 @@ def test_the_standard_library_is_a_text_of_a_million_characters():
     long = [text[i : i + 400] for i in range(0, len(text), 4000)]
     held = data.vocabulary().decode(test.tokens)
     assert not [part for part in long if part in held]
-    first = data.fingerprint("train")
+    monkeypatch.setattr(tokens, "_MODULES", "json logging turtle")
+    found = set()
+    for _ in range(2):
+        tokens._docstrings.cache_clear()
+        found.add(data.fingerprint("train"))
     tokens._docstrings.cache_clear()
-    assert data.fingerprint("train") == first
+    assert len(found) == 1
 
 
 # prepared sets
@@ -459,7 +568,9 @@ def test_texts_that_name_their_split_are_prepared_as_they_say(tmp_path):
     report = prepare_text(str(tmp_path / "in"), str(tmp_path / "out"), "text8", progress=False)
     assert report.counts == {"train": 89, "valid": 0, "test": 80}
     assert Text(str(tmp_path / "out")).source("test", spec()).characters == 80
-    with pytest.raises(UserError, match=r"out has no valid part"):
+    with pytest.raises(
+        UserError, match=r"out has no valid part; prepare it anew from files of which one is valid.txt, or"
+    ):
         Text(str(tmp_path / "out")).source("valid", spec())
 
 
@@ -524,6 +635,29 @@ def test_a_run_stopped_while_it_finishes_is_made_whole(library, tmp_path, monkey
         Text(str(tmp_path / "cut")).vocabulary()
     prepare_text(str(library), str(tmp_path / "cut"), "text8", keep=500, progress=False)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_an_edit_that_keeps_the_size_makes_another_source(book, tmp_path):
+    from zoo.data import prepare_text as module
+
+    text, times = book.read_bytes(), book.stat()
+    prepare_text(str(book), str(tmp_path / "set"), "text8", progress=False)
+    with pytest.MonkeyPatch.context() as stopped:
+        stopped.setattr(module, "_finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_text(str(book), str(tmp_path / "half"), "text8", progress=False)
+    half = len(text) // 2
+    book.write_bytes(text[:half] + text[half:].replace(b"cat", b"cow", 1))
+    os.utime(book, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for name in ("set", "half"):
+        with pytest.raises(
+            UserError, match=r"was prepared differently: the source has other files, or others of the same"
+        ):
+            prepare_text(str(book), str(tmp_path / name), "text8", progress=False)
+    book.write_bytes(text)  # a copy has another time
+    for name in ("set", "half"):
+        prepare_text(str(book), str(tmp_path / name), "text8", progress=False)
+    assert files(tmp_path / "half") == files(tmp_path / "set")
 
 
 def test_a_damaged_set_is_refused_and_made_again(library, tmp_path, hf):

@@ -22,6 +22,7 @@ import numpy as np
 
 from zoo.data.records import first_line
 from zoo.data.sources import walk
+from zoo.data.vocabulary import characters_only
 from zoo.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -35,7 +36,8 @@ def list_texts(origin: Path) -> dict[str | None, list[Path]]:
     """The text files of a place by split where their names tell it (`train.txt`, `valid/0.txt`), else all under None.
 
     Raises:
-      UserError: there is none, or files of several kinds, or some name a split and some do not.
+      UserError: there is none, or files of several kinds, or one twice (packed and unpacked), or some name a split and some
+        do not, or none names train where others name valid or test.
     """
     if not origin.is_dir():
         return {None: [origin]}
@@ -50,15 +52,41 @@ def list_texts(origin: Path) -> dict[str | None, list[Path]]:
             f"{origin} holds files of several kinds ({' beside '.join(sorted(kinds.values()))}); give the folder of one kind, or "
             "move the others out"
         )
+    _refuse_twins(origin, names)
     words = [_word(name) for name in names]
-    if "train" not in words:
+    if not any(words):
         return {None: [origin / name for name in names]}
-    if not all(words):
-        named, other = names[[w is not None for w in words].index(True)], names[words.index(None)]
+    named, other = (
+        next(name for name, word in zip(names, words) if word),
+        next((name for name, word in zip(names, words) if not word), None),
+    )
+    if "train" not in words:
+        raise UserError(
+            f"{origin}: {named} names the split {_word(named)}, and no file names train"
+            f"{'' if other is None else f' ({other} names none)'}; call the text to train on train.txt or put it into a folder "
+            f"train, or give {named} another name where it is no such part"
+        )
+    if other is not None:
         raise UserError(
             f"{origin}: {named} names its split and {other} names none (train, valid or test); name it too, or move it out"
         )
     return {split: [origin / name for name, word in zip(names, words) if word == split] for split in SPLITS}
+
+
+def _refuse_twins(origin: Path, names: list[str]) -> None:
+    """UserError where two files differ in their packing alone: the same text would be in two splits."""
+    seen: dict[str, str] = {}
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        packed = suffix.lower() in _PACKED
+        first, last = os.path.splitext(stem if packed else name)
+        plain = first if last.lower() in _KINDS else stem  # a.txt, a.txt.gz and a.zip are all a
+        twin = seen.setdefault(plain, name)
+        if twin != name and (packed or twin.lower().endswith(_PACKED)):
+            raise UserError(
+                f"{origin} holds {twin} and {name}, which differ in their packing alone, so that one text would be read twice; "
+                "remove one of them, or rename it where it is another text"
+            )
 
 
 def _kind(name: str) -> str | None:
@@ -161,9 +189,11 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, bool]]:
             text = row.get("text") if isinstance(row, dict) else None
         except ValueError as error:
             raise UserError(f"{path}, line {number:,} is no JSON ({first_line(error)}); mend or remove it") from None
+        except RecursionError:
+            raise UserError(f"{path}, line {number:,} is JSON nested too deep to be read; mend or remove it") from None
         if not isinstance(text, str):
             raise UserError(f'{path}, line {number:,} has no text under "text"; mend or remove it')
-        yield from _document(text)
+        yield from _document(characters_only(text))  # JSON can spell half a character ("\ud800")
 
 
 def _rows(path: Path) -> Iterator[tuple[str, bool]]:

@@ -102,10 +102,10 @@ def prepare_text(
     if tokenizer == "chars" and not (symbols := symbols_of(every)):
         raise UserError(f"{origin} is empty; give a text")
     vocabulary = vocabularies.named(tokenizer, symbols, "--text ")
-    listed = [(os.path.relpath(file, origin) if file != origin else file.name, file_size(file)) for file in every]
+    sizes = {file: file_size(file) for file in every}
     settings = TokenSettings(
         origin.name,
-        hashed(listed),
+        _fingerprint(origin, sizes, progress),
         tokenizer if tokenizer in vocabularies.KINDS else Path(tokenizer).name,
         vocabulary.digest,
         valid_fraction,
@@ -114,7 +114,7 @@ def prepare_text(
     if (info := _finished(target, settings, vocabulary)) is not None:
         return _report(target, info, vocabulary)
     plain = all(file.suffix.lower() not in (".gz", ".zip", ".parquet") for file in every)
-    total = sum(size for _, size in listed) if plain else None
+    total = sum(sizes.values()) if plain else None
     # the bar shows itself late: mistakes are told before, in one line
     with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, delay=1) as bar:
         begun = {
@@ -136,6 +136,19 @@ def prepare_text(
                 "is written is kept"
             ) from None
     return _report(target, info, vocabulary)
+
+
+def _fingerprint(origin: Path, sizes: dict[Path, int], progress: bool) -> str:
+    """A digest of the names and of all bytes of the files: an edit may keep a size, and a copy changes times."""
+    listed = []
+    with tqdm(
+        total=sum(sizes.values()), desc="compared", unit="B", unit_scale=True, disable=not progress, delay=1
+    ) as bar:
+        for file, size in sizes.items():
+            name = os.path.relpath(file, origin) if file != origin else file.name
+            listed.append((f"{name}\0{sha256(file)}", size))
+            bar.update(size)
+    return hashed(listed)
 
 
 def _report(target: Path, info: TokenInfo, vocabulary: Vocabulary) -> TextReport:

@@ -250,7 +250,7 @@ def same(target: Path, there: dict[str, Any], settings: msgspec.Struct) -> None:
     names = [k for k in {**there, **here} if k not in ("fingerprint", "digest")]
     wrong = [f"{k}={there.get(k)!r} there, {here.get(k)!r} now" for k in names if there.get(k) != here.get(k)]
     if there.get("fingerprint") != here["fingerprint"]:
-        wrong.append("the source has other files")
+        wrong.append("the source has other files, or others of the same names")
     if there.get("digest") != here.get("digest") and not wrong:
         wrong.append("the tokenizer is another one")
     if wrong:

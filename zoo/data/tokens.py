@@ -47,7 +47,7 @@ class TokenSettings(msgspec.Struct):
     """What a set was made from and how."""
 
     source: str  # name only, for people
-    fingerprint: str  # of the names and sizes of its files
+    fingerprint: str  # of the names and contents of its files
     vocabulary: str  # the kind, or the name of the tokenizer's file
     digest: str  # of the vocabulary
     valid_fraction: float
@@ -113,8 +113,8 @@ class Text:
 class Docstrings:
     """What the Python standard library says of itself: docstrings and the texts of `help()`, in the 27 symbols of text8.
 
-    About a million characters that every machine has; they differ a little between versions of Python. No module is
-    imported for them.
+    About a million characters that every machine has; they differ a little between versions of Python, so that a run goes
+    on with the Python that began it. No module is imported for them.
     """
 
     def source(self, split: str, spec: SpecOf | None = None) -> TokenSource:
@@ -170,7 +170,11 @@ def check_vocabulary(task: Any, source: Any) -> None:
     """UserError when the task's `vocab` is not the number of symbols that the data have."""
     vocabulary, vocab = getattr(source, "vocabulary", None), getattr(task, "vocab", None)
     if isinstance(vocabulary, Vocabulary) and isinstance(vocab, int) and vocab != vocabulary.size:
-        raise UserError(f"the data has {vocabulary.size} symbols, task.vocab={vocab}; set task.vocab={vocabulary.size}")
+        is_tied = getattr(task, "is_tied", None)  # such a layer has a component for every token
+        tied = f" task.layers.0.components={vocabulary.size}" if callable(is_tied) and is_tied(0) else ""
+        raise UserError(
+            f"the data has {vocabulary.size} symbols, task.vocab={vocab}; set task.vocab={vocabulary.size}{tied}"
+        )
 
 
 # From texts to tokens
@@ -185,12 +189,13 @@ class Corpus:
     splits: dict[str, np.ndarray]
     characters: dict[str, int]
     digests: tuple[tuple[str, str], ...] = ()  # of the files of a prepared set
+    remedy: str = "give more text"  # what to do where it lacks a {split}
 
     def fingerprint(self, split: str) -> str:
         """A digest of the tokens of a split and of what they mean."""
         _check_split(split)
         known = dict(self.digests).get(split)
-        digest = known or hashlib.sha256(np.ascontiguousarray(self.splits[split]).tobytes()).hexdigest()
+        digest = known or hashlib.sha256(np.ascontiguousarray(self.splits[split]).data).hexdigest()
         return hashlib.sha256(f"{digest} {self.splits[split].dtype} {self.vocabulary.digest}".encode()).hexdigest()
 
 
@@ -212,8 +217,8 @@ def _windows(corpus: Corpus, data: Text | Docstrings, split: str, spec: SpecOf |
         )
     length, tokens = int(spec["tokens"].shape[1]), corpus.splits[split]
     if not len(tokens):
-        way = f"set data.{split}_fraction, " if isinstance(data, Text) else ""
-        raise UserError(f"{corpus.name} has no {split} part; {way}or use another split")
+        way = "give more text" if split == "train" else corpus.remedy.format(split=split)
+        raise UserError(f"{corpus.name} has no {split} part; {way}, or choose another split")
     if len(tokens) < length:
         raise UserError(
             f"{corpus.name} has {len(tokens):,} tokens in its {split} part, fewer than the {length:,} of one sequence; set "
@@ -354,10 +359,10 @@ def _encoded(
         at, further = cuts(marks[None], valid_fraction, test_fraction)
         splits = {"train": tokens[:at], "valid": tokens[at:further], "test": tokens[further:]}
         lengths = {split: characters_of(vocabulary, splits[split]) for split in ("valid", "test")}
-        return Corpus(str(root), vocabulary, splits, {"train": max(total - sum(lengths.values()), 0), **lengths})
-    return Corpus(
-        str(root), vocabulary, {str(k): v for k, v in found.items()}, {str(k): n for k, n in characters.items()}
-    )
+        lengths = {"train": max(total - sum(lengths.values()), 0), **lengths}
+        return Corpus(str(root), vocabulary, splits, lengths, remedy="set a larger data.{split}_fraction")
+    splits, lengths = {str(k): v for k, v in found.items()}, {str(k): n for k, n in characters.items()}
+    return Corpus(str(root), vocabulary, splits, lengths, remedy="add a file {split}.txt")
 
 
 def _prepared(root: Path, tokenizer: str | None) -> Corpus:
@@ -384,7 +389,8 @@ def _prepared(root: Path, tokenizer: str | None) -> Corpus:
         splits[split] = np.memmap(path, kept, "r") if about.count else np.empty(0, kept)
     characters = {split: about.characters for split, about in info.splits.items()}
     digests = tuple((split, about.sha256) for split, about in info.splits.items())
-    return Corpus(str(root), vocabulary, splits, characters, digests)
+    remedy = "prepare it anew from files of which one is {split}.txt, or from others with a larger --{split}-fraction"
+    return Corpus(str(root), vocabulary, splits, characters, digests, remedy)
 
 
 # The standard library
@@ -420,7 +426,7 @@ def _library() -> list[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, str] = {}
     collecting = gc.isenabled()
-    gc.disable()  # it would go through the syntax trees again and again, for a third of the time
+    gc.disable()  # it would go through the syntax trees again and again
     try:
         for module in _MODULES.split():
             for path in sorted((root / module).rglob("*.py")) if (root / module).is_dir() else [root / f"{module}.py"]:

@@ -49,8 +49,20 @@ def normalise(text: str) -> str:
     return " ".join(re.sub("[0-9]", lambda found: f" {_WORDS[int(found[0])]} ", plain).split())
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+UNKNOWN = "\ufffd"  # the replacement character
+
+
+def characters_only(text: str) -> str:
+    """The text with the replacement character for halves of characters (lone surrogates), which UTF-8 cannot spell."""
+    return _HALF.sub(UNKNOWN, text) if _HALF.search(text) else text
+
+
 class Vocabulary(ABC):
-    """Texts to ids in [0, size) and back."""
+    """Texts to ids in [0, size) and back.
+
+    A text is plain text: what spells the end of a document (`<|endoftext|>`) in it is encoded as its characters are.
+    """
 
     name: str  # "text8", "chars", "bytes" or "tokenizer"
     size: int
@@ -78,9 +90,19 @@ class Vocabulary(ABC):
         """The sentence for a text with `count` characters that it does not know, of which `some` are the first."""
         return f"{name} has {count:,} characters that are none of {self}"
 
-    @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids [tokens]; bytes that make no character become the replacement character."""
+        """The text of ids [tokens].
+
+        Bytes that make no character become the replacement character, and so does each negative id, which models give where
+        they found no token.
+        """
+        ids = np.asarray(ids, np.int64)
+        first, *others = np.split(ids, np.flatnonzero(ids < 0))
+        return UNKNOWN.join(self._decode(run) if len(run) else "" for run in (first, *(some[1:] for some in others)))
+
+    @abstractmethod
+    def _decode(self, ids: np.ndarray) -> str:
+        """The text of ids int64 [tokens], at least one and none negative."""
 
     def save(self, folder: Folder) -> None:
         """Writes `vocabulary.json`, and a tokenizer's own file, into a folder here or in a bucket."""
@@ -145,8 +167,8 @@ class _Symbols(Vocabulary):
             known, way = "those of the text it was made from", "leave them out, or choose tokenizer=bytes"
         return f"{name} has {many} none of the {self.size} symbols ({known}): {shown}{more}; {way}"
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._points[np.asarray(ids, np.int64)].astype("<u4").tobytes().decode("utf-32-le")
+    def _decode(self, ids: np.ndarray) -> str:
+        return self._points[ids].astype("<u4").tobytes().decode("utf-32-le")
 
     def _saved(self) -> tuple[dict[str, str], bytes | None]:
         return {"symbols": self.symbols}, None
@@ -162,8 +184,8 @@ class _Bytes(Vocabulary):
         # what a terminal could not decode comes back as the bytes it was
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.int32)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return np.asarray(ids, np.uint8).tobytes().decode("utf-8", "replace")
+    def _decode(self, ids: np.ndarray) -> str:
+        return ids.astype(np.uint8).tobytes().decode("utf-8", "replace")
 
 
 class _Tokenizer(Vocabulary):
@@ -186,24 +208,33 @@ class _Tokenizer(Vocabulary):
         self.size = 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
         if not self.size:
             raise UserError(f"{where} knows no token; give a tokenizer that was trained")
-        self.end = next((i for word in _ENDS if (i := self._model.token_to_id(word)) is not None), None)
+        end = next((word for word in _ENDS if self._model.token_to_id(word) is not None), None)
+        self.end = None if end is None else self._model.token_to_id(end)
+        if end is not None:  # in some files it is no special token
+            self._model.add_special_tokens([package.AddedToken(end, special=True, normalized=False)])
+        self._model.encode_special_tokens = True  # as the text that spells them: documents cannot hold special tokens
 
     def encode(self, text: str, name: str = "the text") -> np.ndarray:
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[np.ndarray]:
-        found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = self._model.encode_batch_fast([characters_only(text) for text in texts], add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in found]
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return str(self._model.decode(np.asarray(ids).tolist(), skip_special_tokens=False))
+    def _decode(self, ids: np.ndarray) -> str:
+        return str(self._model.decode(ids.tolist(), skip_special_tokens=False))
 
     def _saved(self) -> tuple[dict[str, str], bytes | None]:
         return {"file": _FILES[".json"], "sha256": hashlib.sha256(self._data).hexdigest()}, self._data
 
 
 class _Pieces(Vocabulary):
-    """A sentencepiece model."""
+    """A sentencepiece model.
+
+    Most put a blank before a text (`add_dummy_prefix`). A document comes in pieces of a million characters, and each of them
+    gets it: where the model also keeps blanks as they are (`remove_extra_whitespaces=false`, as Llama's does), a long
+    document has one blank more between two pieces than in the file.
+    """
 
     name = "tokenizer"
 
@@ -224,13 +255,13 @@ class _Pieces(Vocabulary):
         self.end = int(self._model.eos_id()) if self._model.eos_id() >= 0 else None
 
     def encode(self, text: str, name: str = "the text") -> np.ndarray:
-        return np.asarray(self._model.encode(text), np.int32)
+        return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[np.ndarray]:
-        return [np.asarray(ids, np.int32) for ids in self._model.encode(list(texts))]
+        return [np.asarray(ids, np.int32) for ids in self._model.encode([characters_only(text) for text in texts])]
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return str(self._model.decode(np.asarray(ids).tolist()))
+    def _decode(self, ids: np.ndarray) -> str:
+        return str(self._model.decode(ids.tolist()))
 
     def _saved(self) -> tuple[dict[str, str], bytes | None]:
         return {"file": _FILES[".model"], "sha256": hashlib.sha256(self._data).hexdigest()}, self._data

@@ -377,7 +377,7 @@ def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -
     def claim() -> dict[str, Any]:
         _, about = claim_folder(run, labels)
         held.enter_context(_only_writer(folder))
-        _keep_vocabulary(_vocabulary(run), folder)
+        _keep_vocabulary(run, folder)
         return about
 
     about = hosts.first(claim)
@@ -397,11 +397,13 @@ def _vocabulary(run: Run) -> Vocabulary | None:
     return getattr(run.source("train"), "vocabulary", None) if is_text(run.task) else None
 
 
-def _keep_vocabulary(vocabulary: Vocabulary | None, folder: Folder) -> None:
-    """Save the vocabulary with the run, for who samples where the data are not.
+def _keep_vocabulary(run: Run, folder: Folder) -> None:
+    """Save the vocabulary with the run, for who samples where the data are not, and in `data.json` which text it is.
 
-    UserError when the run was begun with another: its tokens would change their meaning.
+    UserError when the run was begun with another vocabulary (its tokens would change their meaning) or on another text.
+    A folder of an earlier version has no `data.json`: it gets one.
     """
+    vocabulary = _vocabulary(run)
     if vocabulary is None:
         return
     with paths.sentence(folder):
@@ -414,6 +416,26 @@ def _keep_vocabulary(vocabulary: Vocabulary | None, folder: Folder) -> None:
     if before is None:
         with paths.sentence(folder, "write"):
             vocabulary.save(folder)
+    fingerprint = getattr(run.data, "fingerprint", None)
+    if fingerprint is None:
+        return
+    now, record = str(fingerprint("train")), folder / "data.json"
+    try:
+        with paths.sentence(folder):
+            written = record.read_text()
+        known = str(json.loads(written)["train"])
+    except FileNotFoundError:
+        _replace_file(record, json.dumps({"format": "zoo-data", "version": 1, "train": now}, indent=1) + "\n")
+        return
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{record} is damaged; remove it where the text is still that of the run") from None
+    if known != now:
+        where = getattr(run.data, "path", None)
+        raise UserError(
+            f"workdir={folder} belongs to a run on another text: the train split of "
+            f"{f'data={type(run.data).__name__}' if where is None else f'data.path={where}'} has changed since it was begun. "
+            "Restore that text, or choose another workdir="
+        )
 
 
 def _versions() -> dict[str, str]:
