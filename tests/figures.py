@@ -31,6 +31,7 @@ HEADS = {
     "minutes": "minutes",
 }
 
+FIGURES = {*HEADS, "bits_per_token"}  # that a metric is told by
 KINDS = {"compile": "topology", "agreement": "agreement", "texts": "bits_per_token"}  # kinds of JSON by a key of theirs
 
 
@@ -40,10 +41,18 @@ def read() -> dict[str, dict[str, Any]]:
 
 
 def of_run(folder: Path) -> dict[str, Any]:
-    """Last held-out figures of a run folder, its steps, and the minutes from its first log line to its last."""
+    """Last held-out figures of a run folder, its steps, and the minutes from its first log line to its last.
+
+    The records of the metrics of that step are one; what was measured on the test split comes before the same of another.
+    """
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    held_out = [r for r in records if "loss" not in r][-1]
-    return {**held_out, "steps": held_out["step"], "minutes": (records[-1]["time"] - records[0]["time"]) / 60}
+    held_out = [r for r in records if "loss" not in r]
+    held_out = [r for r in held_out if r["step"] == held_out[-1]["step"]]
+    tested = [r for r in held_out if r.get("split", "test") == "test"]
+    measured = {key for r in tested for key in r if key in FIGURES}
+    others = [r for r in held_out if r not in tested and measured.isdisjoint(r)]
+    found = {key: value for r in (*others, *tested) for key, value in r.items()}
+    return {**found, "steps": found["step"], "minutes": (records[-1]["time"] - records[0]["time"]) / 60}
 
 
 def hardware(figures: dict[str, Any] | None = None) -> str:

@@ -228,6 +228,10 @@ MISTAKES = {
         "DiscreteLM draws texts and rewrites none; leave it",
     ),
     "rewriting without a vocabulary": ("sample numbers_only prompt=hi", "numbers_only has no vocabulary.json, so that"),
+    "a strength of nothing": (
+        "sample lm strength=0.3",
+        "strength=0.3 says how much of a given text shall be new, and none",
+    ),
     "passes of no flow": ("sample discrete passes=true", "no option 'passes' of this sampler"),
     "aspect of texts": (
         "sample lm aspect=16:9",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,11 @@ class Unigram:
 
     def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         logs = jax.nn.log_softmax(params["logits"])
-        noise = self.spread * jax.random.uniform(rng, batch["tokens"].shape[:1])
+        if jnp.ndim(rng):  # a key for each text
+            noise = jax.vmap(jax.random.uniform)(rng)
+        else:
+            noise = jax.random.uniform(rng, batch["tokens"].shape[:1])
+        noise = self.spread * noise
         return noise - logs[batch["tokens"]].sum(1)
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -47,6 +51,30 @@ class Unigram:
         keys = rng if rng.ndim else jax.random.split(rng, n)
         logits = params["logits"] / temperature
         return {"tokens": jax.vmap(lambda k: jax.random.categorical(k, logits, shape=(self.length,)))(keys)}
+
+
+@dataclass(frozen=True)
+class Keyed(Unigram):
+    """Its likelihood goes through a whole batch at once; `seen` are the shapes of the tokens that it was asked for."""
+
+    seen: ClassVar[list[tuple[int, ...]]] = []
+    keyed = True
+
+    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        self.seen.append(batch["tokens"].shape)
+        return super().nll(params, batch, rng)
+
+
+@dataclass(frozen=True)
+class Lossy(Unigram):
+    """Texts whose first token is even overflow, which is said by a token of -1."""
+
+    def sample(
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, *, temperature: float = 1.0
+    ) -> dict[str, jax.Array]:
+        tokens = super().sample(params, rng, n, temperature=temperature)["tokens"]
+        lost = tokens[:, 0] % 2 == 0
+        return {"tokens": tokens.at[:, 3].set(jnp.where(lost, -1, tokens[:, 3])), "lost": lost}
 
 
 @dataclass(frozen=True)

@@ -401,6 +401,8 @@ def _sample(args: argparse.Namespace) -> int:
 
     texts, asked = conditions.read(model.task, prompt, prompts)
     writes = is_text(model.task)
+    if texts is None and getattr(model.task, "rewrites", False):
+        _no_strength(args.fields)
     n = n or (len(texts) if texts and prompts is not None else text.SHOWN if writes else 64)
     labels = label_numbers(label, getattr(model.task, "classes", 0), model.labels, n)
     options, about = conditions.shaped(model.task, aspect, options)
@@ -437,6 +439,16 @@ def _sample(args: argparse.Namespace) -> int:
         form=form,
     )
     return 0
+
+
+def _no_strength(fields: Sequence[str]) -> None:
+    """UserError for a strength of rewriting where there is no text to rewrite."""
+    for text in fields:
+        if text.startswith("strength="):
+            raise UserError(
+                f"{text} says how much of a given text shall be new, and none is given; add prompt=TEXT or prompts=FILE, or "
+                "leave strength= out"
+            )
 
 
 # --- evaluation -----------------------------------------------------------------------------------

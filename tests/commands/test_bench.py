@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from unigram import Unigram, Windows
 
 from zoo import models, weights
 from zoo.cli import main
@@ -585,5 +586,12 @@ def test_another_config_must_have_what_is_timed() -> None:
     silent = SimpleNamespace(task=SimpleNamespace())
     with pytest.raises(UserError, match="--against: SimpleNamespace has no sampler; use --what train"):
         bench(RUN, against=silent, what="both")  # type: ignore[arg-type]
+    texts = Run(Unigram(), Windows(), steps=1, batch=8)
+    with pytest.raises(
+        UserError, match=r"--against: Unigram models sequences and TarFlow images, .*another config of images"
+    ):
+        bench(RUN, against=texts)
+    with pytest.raises(UserError, match="--against: TarFlow models images and Unigram sequences"):
+        bench(texts, against=RUN, what="train")
     with pytest.raises(UserError, match="--against has no part in --what data; leave it out"):
         bench(RUN, against=RUN, what="data")

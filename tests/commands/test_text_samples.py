@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from unigram import Editor, Unigram, Windows
+from unigram import Editor, Lossy, Unigram, Windows
 
 from zoo import models, weights
 from zoo.commands import conditions, text
@@ -65,6 +65,28 @@ def test_texts_are_files_that_a_second_call_adds_to(tmp_path: Path, capsys: pyte
     (other / "1 of mine.txt").write_text("")
     with pytest.raises(UserError, match="other holds texts that zoo did not draw"):
         sampled(made, other, 1)
+
+
+def test_texts_that_overflow_are_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, out = model(Lossy(), tmp_path, Windows()), tmp_path / "out"
+    kept: list[Any] = []
+    monkeypatch.setattr(text.Texts, "save", lambda self, out, i, drawn, about: kept.append(drawn))
+    monkeypatch.setattr(text.Texts, "show", lambda *_: "")
+    sampled(made, out, 9)
+    assert "overflowed and are drawn again" in caplog.text
+    first = made.task.sample(made.params, keys(3, np.arange(9)), 9)
+    assert bool(first["lost"].any())
+    for i, drawn in enumerate(kept):
+        assert drawn["lost"] == (drawn["tokens"].min() < 0)  # all that the sampler gives is of the same draw
+        if not first["lost"][i]:
+            np.testing.assert_array_equal(drawn["tokens"], first["tokens"][i])
+    assert sum(bool(drawn["lost"]) for drawn in kept) < int(first["lost"].sum())
+
+    hopeless = dataclasses.replace(made, params={"logits": jnp.zeros(27).at[0].set(1e9)})
+    sampled(hopeless, tmp_path / "lost", 2)
+    assert "samples 0, 1 are not finite after 4 tries; their missing tokens are marked" in caplog.text
 
 
 def test_passes_lie_beside_a_text_and_are_shown_with_what_changed(

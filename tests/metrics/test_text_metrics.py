@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from unigram import Editor, Unigram, Windows
+from unigram import Editor, Keyed, Lossy, Unigram, Windows
 
 from zoo import config, dist, metrics
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
+from zoo.metrics import likelihood
 from zoo.metrics.likelihood import Bits
 from zoo.metrics.text import (
     Generation,
@@ -97,6 +99,20 @@ def test_devices_share_the_texts() -> None:
     assert many["iw_bits_per_token"] == pytest.approx(one["iw_bits_per_token"], rel=1e-6)
 
 
+def test_a_keyed_task_is_asked_for_whole_batches_and_gives_the_same_numbers() -> None:
+    metric = TextBound(batch=8, limit=13, draws=2)
+    one = metric(Unigram(spread=1.0), UNIFORM, Windows(), RNG)
+    for mesh in (None, dist.Mesh().build()):
+        Keyed.seen.clear()
+        likelihood.per_example.cache_clear()
+        with dist.use(mesh) if mesh is not None else nullcontext():
+            whole = metric(Keyed(spread=1.0), UNIFORM, Windows(), RNG)
+        assert (whole.keys(), whole["texts"]) == (one.keys(), 13)
+        for key in ("bits_per_token", "bits_per_token_std_error", "iw_bits_per_token"):
+            assert whole[key] == pytest.approx(one[key], rel=1e-5)
+        assert set(Keyed.seen) == {(8, 8)}
+
+
 def test_an_exact_model_says_that_its_bits_are_no_bound() -> None:
     class Exact(Unigram):
         bound = False
@@ -165,8 +181,22 @@ def test_samples_of_the_tokens_of_the_data_are_near_them() -> None:
     assert metric(Unigram(), UNIFORM, Windows(), RNG)["unigram_kl"] > 0.1
     assert found["bigram_log_likelihood"] < found["data_bigram_log_likelihood"]  # it knows no pairs
     assert found["data_distinct_3"] < found["distinct_3"]  # the data repeat themselves
-    assert (found["generated_texts"], found["data_texts"]) == (200, len(held_out()))
+    assert (found["generated_texts"], found["data_texts"], found["not_finite"]) == (200, len(held_out()), 0)
     assert found == metric(Unigram(), {"logits": logits}, Windows(), RNG)
+
+
+def test_texts_that_overflow_are_left_out_and_counted() -> None:
+    found = Generation(samples=40, batch=40)(Lossy(), UNIFORM, Windows(), RNG)
+    assert found["generated_texts"] + found["not_finite"] == 40
+    assert 0 < found["not_finite"] < 40
+    odd = Lossy().sample(UNIFORM, jax.vmap(jax.random.fold_in, (None, 0))(RNG, jnp.arange(40)), 40)["tokens"]
+    whole = np.array(odd)[np.array(odd).min(1) >= 0]
+    assert found["token_entropy"] == pytest.approx(token_entropy(whole))
+    none = Generation(samples=8, batch=8)(Lossy(), {"logits": jnp.zeros(27).at[0].set(1e9)}, Windows(), RNG)
+    assert (none["generated_texts"], none["not_finite"]) == (0, 8)
+    assert "token_entropy" not in none
+    assert "data_token_entropy" in none
+    json.dumps(none, allow_nan=False)
 
 
 def test_a_large_vocabulary_has_no_table_of_pairs() -> None:

@@ -247,7 +247,8 @@ def test_sigterm_loses_no_evaluation(tmp_path: Path) -> None:
             break
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in records if "bpd" in r] == [2, 3, 4, 6]
+    looks = [(2, "evals.0"), (3, "evals.1"), (4, "evals.0"), (6, "evals.0"), (6, "evals.1")]
+    assert [(r["step"], r["eval"]) for r in records if "bpd" in r] == looks
 
 
 def test_a_truncated_newest_checkpoint_costs_its_steps_only(

@@ -103,6 +103,23 @@ def test_values_that_are_no_numbers_stay_valid_json_and_come_back(tmp_path: Path
     assert lines(tmp_path) == [line]
 
 
+def test_truths_are_written_as_such_and_splits_are_records_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Report(tmp_path, total=2, start=0, batch=1) as r:
+        for bits in (3.0, 2.0):  # the second time replaced
+            r.log(2, {"bits_per_token": bits, "bound": True, "exact": np.bool_(False), "split": "valid"}, "valid")
+        r.log(2, {"bits_per_token": 4.0, "bound": True, "exact": False, "split": "test"}, "test")
+    assert [(x["split"], x["bits_per_token"]) for x in lines(tmp_path)] == [("valid", 2.0), ("test", 4.0)]
+    assert all(x["bound"] is True and x["exact"] is False for x in lines(tmp_path))
+    assert b'"bound": true, "exact": false' in (tmp_path / "metrics.jsonl").read_bytes()
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines(tmp_path)
+    assert "bits_per_token 4 | bound true | exact false | split test" in capsys.readouterr().out
+    shown = {v.tag: v.simple_value for e in events(tmp_path) for v in e.summary.value}
+    assert (shown["eval/valid/bits_per_token"], shown["eval/test/bits_per_token"]) == (2.0, 4.0)
+    assert (shown["eval/test/bound"], shown["eval/test/exact"]) == (1.0, 0.0)
+
+
 def test_reading_passes_over_torn_lines_and_missing_files(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import figures
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from unigram import Unigram, Windows
 
 from zoo.data.vocabulary import characters, open_vocabulary, text8
 from zoo.errors import UserError
-from zoo.metrics.text import LatentPasses, TextBound
+from zoo.metrics.text import Generation, LatentPasses, TextBound
 from zoo.run import Run, Samples
-from zoo.train import report
+from zoo.train import loop, report
 from zoo.train.loop import train
 from zoo.train.optim import AdamW
 from zoo.train.report import Report, read_metrics, spelled
@@ -59,6 +60,47 @@ def test_a_run_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert open_vocabulary(tmp_path / "run") == text8()
 
 
+def test_metrics_of_one_kind_have_a_record_and_a_line_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    lines: list[str] = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (lines.append(str(k.get("label"))), plot(self, *a, **k))[1])
+    bounds = (TextBound(split="train", batch=8, every=2), TextBound(batch=8))
+    run = replace(RUN, workdir=str(tmp_path / "run"), evals=bounds, samples=Samples(n=0), steps=4)
+    train(run)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    held = [r for r in records if "loss" not in r]
+    assert [(r["step"], r["split"]) for r in held] == [(2, "train"), (4, "train"), (4, "test")]
+    assert not any("eval" in r for r in held)
+    assert held[1]["bits_per_token"] != held[2]["bits_per_token"]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("(weights of the last step)")]
+    assert [f"split {split}" in line for line, split in zip(told, ("train", "test"), strict=True)] == [True, True]
+    assert lines[-2:] == [f"held-out bits, {r['split']} (last: {r['bits_per_token']:.3f})" for r in held[:0:-1]]
+    events = b"".join(path.read_bytes() for path in (tmp_path / "run" / "tensorboard").iterdir())
+    assert b"eval/train/bits_per_token" in events
+    assert b"eval/test/bits_per_token" in events
+    # README's figures are those of the test split
+    found = figures.of_run(tmp_path / "run")
+    assert (found["bits_per_token"], found["split"], found["steps"]) == (held[2]["bits_per_token"], "test", 4)
+
+
+def test_names_of_metrics() -> None:
+    plain, valid, other = TextBound(), TextBound(split="valid"), Generation()
+    assert loop._told_apart((plain, other)) == ["", ""]
+    assert loop._told_apart((valid, plain, other)) == ["valid", "test", ""]
+    assert loop._told_apart((plain, valid, TextBound(draws=4))) == ["evals.0", "valid", "evals.2"]
+
+
+def test_of_two_metrics_of_one_split_none_is_lost(tmp_path: Path) -> None:
+    bounds = (TextBound(batch=8), TextBound(batch=8, limit=3))
+    train(replace(RUN, workdir=str(tmp_path / "run"), evals=bounds, samples=Samples(n=0), steps=1), quiet=True)
+    held = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" not in r]
+    assert [(r["eval"], r["texts"]) for r in held] == [("evals.0", held[0]["texts"]), ("evals.1", 3)]
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -91,6 +133,7 @@ def test_texts_are_in_the_events_as_they_are(tmp_path: Path, capsys: pytest.Capt
 def test_tokens_without_a_vocabulary_are_numbers() -> None:
     assert spelled(np.array([3, 1]), None) == "3 1"
     assert spelled(np.array(jnp.array([3, 1])), text8()) == "ca"
+    assert spelled(np.array([3, -1, 2]), None) == "3 \ufffd 2"  # it overflowed
 
 
 @pytest.mark.parametrize("key, per", [("bits_per_token", "token"), ("bpd", "dimension")])

@@ -94,8 +94,9 @@ def bench(
         about: what the command was, kept among the figures.
 
     Raises:
-        UserError: no peer there, a peer that differs, no round or sample to time, a task without a sampler, a model that
-            is not of this task, a method that is none, or data that cannot be read where nothing else was asked for.
+        UserError: no peer there, a peer that differs, another run whose examples are of another kind, no round or sample to
+            time, a task without a sampler, a model that is not of this task, a method that is none, or data that cannot be
+            read where nothing else was asked for.
     """
     sizes = (samples,) if isinstance(samples, int) else tuple(samples)
     for name, value in (("--rounds", rounds), *(("--samples", n) for n in sizes)):
@@ -105,6 +106,14 @@ def bench(
     for one, flag in ((run, ""), (against, "--against: ")):
         if one is not None and "sample" in parts and not hasattr(one.task, "sample"):
             raise UserError(f"{flag}{type(one.task).__name__} has no sampler; use --what train")
+    if against is not None and _unit(run.task) != _unit(against.task):
+        (ours, mine), (theirs, other) = (
+            (type(t).__name__, getattr(t, "unit", "images")) for t in (run.task, against.task)
+        )
+        raise UserError(
+            f"--against: {theirs} models {other} and {ours} {mine}, so that times of one say nothing of the other; give "
+            f"another config of {mine}"
+        )
     for flag, other in (("--peer", peer), ("--against", against)):
         if parts == ("data",) and other:
             raise UserError(f"{flag} has no part in --what data; leave it out")

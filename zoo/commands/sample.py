@@ -143,9 +143,10 @@ def draw(
             form.save(out, i, {key: x[k] for key, x in drawn.items()}, about)
         if lost:
             _log.warning(
-                "samples %s are not finite after %d tries; their missing pixels are marked",
+                "samples %s are not finite after %d tries; their missing %s are marked",
                 ", ".join(map(str, lost)),
                 _RETRIES + 1,
+                "pixels" if form.key == "image" else form.key,
             )
         _log.info("%d of %d samples", n - len(missing) + begin + len(rows), n)
     shown = form.show(out, n)
@@ -165,20 +166,26 @@ def _finite(
     batch: int,
     key: str,
 ) -> tuple[dict[str, np.ndarray], list[int]]:
-    """What the sampler gives for these rows, where `key` overflows drawn again from new noise; which overflowed to the last."""
+    """What the sampler gives for these rows, drawn again from new noise where `key` overflows; which overflowed to the last."""
     padded = np.resize(rows, batch)  # one compiled shape, whatever is left
     given = _rows(conditions, padded)
     drawn = {k: np.array(x)[: len(rows)] for k, x in sampler(params, keys(seed, padded), given).items()}
-    samples = drawn[key]
     for attempt in range(1, _RETRIES + 1):
-        bad = [k for k in range(len(rows)) if not np.isfinite(samples[k]).all()]
+        bad = [k for k in range(len(rows)) if _lost(drawn[key][k])]
         if not bad:
             return drawn, []
         _log.warning("samples %s overflowed and are drawn again", ", ".join(str(rows[k]) for k in bad))
-        again = np.array(sampler(params, keys(seed, padded, attempt), given)[key])
-        for k in bad:
-            samples[k] = again[k]
-    return drawn, [int(rows[k]) for k in range(len(rows)) if not np.isfinite(samples[k]).all()]
+        again = sampler(params, keys(seed, padded, attempt), given)
+        for name, kept in drawn.items():  # its passes and sweeps as well
+            kept[bad] = np.array(again[name])[bad]
+    return drawn, [int(rows[k]) for k in range(len(rows)) if _lost(drawn[key][k])]
+
+
+def _lost(sample: np.ndarray) -> bool:
+    """Whether a sample overflowed: a pixel that is not finite, or a token below 0."""
+    if np.issubdtype(sample.dtype, np.integer):
+        return bool((sample < 0).any())
+    return not np.isfinite(sample).all()
 
 
 def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:

@@ -32,16 +32,22 @@ def over_draws(nats: jax.Array) -> jax.Array:
 def per_example(task: Any, draws: int, combine: Callable[[jax.Array], Any] = over_draws) -> Any:
     """A jitted (params, batch, indices, rng) -> what `combine` makes of the nats [draws, B] of each example.
 
-    The noise of an example follows from (rng, draw, index of the example), so the batch size changes rounding only.
+    The noise of an example follows from (rng, draw, index of the example), so the batch size changes rounding only. A task
+    that is `keyed` sees the whole batch with a key for each example; others see one example at a time, under `vmap`.
     """
 
     def one(params: Any, example: Any, index: jax.Array, rng: jax.Array) -> jax.Array:
         batch = jax.tree.map(lambda x: x[None], example)
         return task.nll(params, batch, jax.random.fold_in(rng, index))[0]
 
+    def together(params: Any, batch: Any, indices: jax.Array, rng: jax.Array) -> jax.Array:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, dist.constrain(indices, "batch"))
+        return task.nll(params, batch, keys)
+
     def many(params: Any, batch: Any, indices: jax.Array, rng: jax.Array) -> Any:
         # on a mesh each device takes its share of the examples
-        shared = jax.vmap(one, (None, 0, 0, None), spmd_axis_name=dist.batch_axes(len(indices)))
+        alone = jax.vmap(one, (None, 0, 0, None), spmd_axis_name=dist.batch_axes(len(indices)))
+        shared = together if getattr(task, "keyed", False) else alone
         batch = jax.tree.map(lambda x: dist.constrain(x, "batch"), batch)
 
         def draw(d: jax.Array) -> jax.Array:

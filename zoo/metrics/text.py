@@ -46,6 +46,9 @@ class TextBound:
 
     The headline averages one-draw bounds over draws, as papers report them. With several draws there is the
     importance-weighted bound of each text as well, which is tighter. Noise of a text depends on its index alone.
+
+    The standard error takes texts as independent. Windows cut from one long text are not: neighbours resemble each other,
+    and the true error is larger.
     """
 
     draws: int = 1  # of the latents of a text
@@ -123,7 +126,7 @@ class Generation:
     log p(token | token before) under the pairs of the training texts with one added to each count (where V is at most
     1,024), `token_entropy` that of the tokens of a text in nats, a mean over texts, and `distinct_n` the share of runs of
     n tokens that occur for the first time, of all in the samples. What starts with `data_` is the same of as many held-out
-    texts.
+    texts. Samples that overflowed (tokens below 0) are counted as `not_finite` and left out.
     """
 
     samples: int = 256
@@ -145,7 +148,7 @@ class Generation:
         check_options(task, self.options, "options of the metric generation")
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
-        """The figures above and the numbers of texts. Sample i depends on (rng, i) alone.
+        """The figures above and the numbers of texts; of samples none where all overflowed. Sample i depends on (rng, i) alone.
 
         Raises:
             UserError: options that the sampler does not take, or no texts in a split.
@@ -158,9 +161,11 @@ class Generation:
             for first in range(0, self.samples, self.batch)
         ]
         drawn = np.concatenate(parts)[: self.samples]
-        figures = {**_figures(drawn, train, task.vocab), "generated_texts": len(drawn)}
+        whole = drawn[(drawn >= 0).all(1)]
         return {
-            **figures,
+            **(_figures(whole, train, task.vocab) if len(whole) else {}),
+            "generated_texts": len(whole),
+            "not_finite": len(drawn) - len(whole),
             **{f"data_{k}": v for k, v in _figures(held, train, task.vocab).items()},
             "data_texts": len(held),
         }

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -334,6 +334,7 @@ class _Watch:
         self.run, self.report, self.labels = run, report, labels
         self.kind = "ema" if run.ema else "raw"
         self.loaded = [models.loaded_for(metric) for metric in run.evals]
+        self.series = _told_apart(run.evals)
         self.vocabulary = _vocabulary(run)
         n = run.samples.n
         self.draw = None
@@ -344,13 +345,13 @@ class _Watch:
     def due(self, step: int, every: int) -> bool:
         return step == self.run.steps or (every > 0 and step % every == 0)
 
-    def look(self, step: int, state: State) -> dict[str, Any]:
-        """Whatever is due at `step`; returns the metrics measured."""
-        run, found = self.run, {}
+    def look(self, step: int, state: State) -> list[dict[str, Any]]:
+        """Whatever is due at `step`; returns what each metric measured."""
+        run, found = self.run, []
         sheet = self.draw is not None and self.due(step, run.samples.every)
         evals = [(i, m) for i, m in enumerate(run.evals) if self.due(step, m.every)]
         if not sheet and not evals:
-            return {}
+            return []
         params: Params = {**state.params, **state.ema}
         with self.report.away():
             if sheet and self.draw is not None:
@@ -364,11 +365,25 @@ class _Watch:
                     texts = [spelled(ids, self.vocabulary) for ids in drawn["tokens"]]
                     self.report.texts("samples", texts, step=step)
             for i, metric in evals:
-                found.update(metric(run.task, params, run.data, jax.random.key(run.seed), **self.loaded[i]))
-            if evals:
-                self.report.log(step, {**found, "weights": self.kind})
+                measured = metric(run.task, params, run.data, jax.random.key(run.seed), **self.loaded[i])
+                found.append(measured | self._place(i))
+                self.report.log(step, {**found[-1], "weights": self.kind}, self.series[i])
             self.report.curve()
         return found
+
+    def _place(self, i: int) -> dict[str, str]:
+        return {"eval": self.series[i]} if self.series[i].startswith("evals.") else {}
+
+
+def _told_apart(metrics: Sequence[Any]) -> list[str]:
+    """Names for what metrics measure: none for the only one of its kind, else its split, or its place where that is shared."""
+    kinds = [type(metric) for metric in metrics]
+    splits = [getattr(metric, "split", None) for metric in metrics]
+    pairs, names = list(zip(kinds, splits)), []
+    for i, (kind, split) in enumerate(pairs):
+        alone = split is not None and pairs.count((kind, split)) == 1
+        names.append("" if kinds.count(kind) == 1 else str(split) if alone else f"evals.{i}")
+    return names
 
 
 def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -> dict[str, Any]:
@@ -636,8 +651,8 @@ def _steps(
             if here and not stop:
                 with report.away():
                     here.save(step, state, about or {})
-            if watch_now and last:
-                report.note(_summary(watch_now, watch.kind))
+            for found in watch_now if last else ():
+                report.note(_summary(found, watch.kind))
             if stop and not last:
                 report.note(f"asked to stop: step {step} is saved" if checkpoints else f"asked to stop at step {step}")
                 break

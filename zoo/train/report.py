@@ -2,8 +2,9 @@
 
 Files in a run folder: `metrics.jsonl` (one JSON object a line), `tensorboard/` (events), `samples/*.png` or `*.txt`,
 `curve.png`. A training record has the key `loss` (and, where the task knows them, `bits` per dimension or token of the
-training batch); any other record is the outcome of an evaluation, whose `bpd` is held-out bits per dimension, and
-`bits_per_token` those of texts.
+training batch); any other record is the outcome of one metric, whose `bpd` is held-out bits per dimension, and
+`bits_per_token` those of texts; `split` says of which part of the data. Metrics of one kind that their split does not
+tell apart have their place in the config as well, `eval`.
 
 Of a run folder in a bucket these files are kept in a scratch folder here, and copies are sent: what grows every half
 minute, all of it at saves and looks.
@@ -35,6 +36,7 @@ Record = dict[str, Any]
 
 _log = logging.getLogger("zoo")
 
+_HELD = ("#d1571b", "#2f8f4e", "#7a4fb0", "#8c6d1f")  # lines of held-out bits
 _PAGE, _INK, _NAN = (244, 244, 244), (40, 40, 40), (255, 0, 255)
 _PAD, _FONT, _CAPTION = 4, 12, 16  # pixels: between pictures, letter height, room for one line of caption
 _EVENTS = 8 << 20  # bytes of an event file that is sent to a bucket as a whole whenever it grows
@@ -170,8 +172,13 @@ def save_png(path: Folder | str, image: Any, metadata: Mapping[str, str] | None 
 
 
 def spelled(ids: np.ndarray, vocabulary: Any) -> str:
-    """The text of tokens [T]; their numbers where there is no vocabulary (an object with `decode`)."""
-    return " ".join(map(str, ids.tolist())) if vocabulary is None else str(vocabulary.decode(ids))
+    """The text of tokens [T]; their numbers where there is no vocabulary (an object with `decode`).
+
+    Tokens below 0, which overflowed, become the replacement character.
+    """
+    if vocabulary is None:
+        return " ".join(str(i) if i >= 0 else "\ufffd" for i in ids.tolist())
+    return str(vocabulary.decode(ids))
 
 
 def printable(text: str) -> str:
@@ -218,22 +225,31 @@ def _line(record: Record) -> bytes:
     return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
 
-def _identity(record: Record) -> tuple[int, str]:
-    """What may stand in the file once: a step of training, or a step's evaluation of a kind told by its keys."""
-    kind = "train" if "loss" in record else " ".join(sorted(record.keys() - {"step", "time"}))
-    return record["step"], kind
+def _identity(record: Record) -> tuple[int, str, str]:
+    """What may stand in the file once: a step of training, or a step's metric, told by its keys and where it looked."""
+    if "loss" in record:
+        return record["step"], "train", ""
+    return record["step"], " ".join(sorted(record.keys() - {"step", "time"})), _part(record)
 
 
-def _number(value: Any) -> int | float | str:
+def _part(record: Record) -> str:
+    """What tells a metric's record from those of others of its kind."""
+    return " ".join(str(record[key]) for key in ("split", "eval") if key in record)
+
+
+def _number(value: Any) -> bool | int | float | str:
     if isinstance(value, str):
         return value
     value = np.asarray(value)
-    return int(value) if value.dtype.kind in "iub" else float(value)
+    kind = value.dtype.kind
+    return bool(value) if kind == "b" else int(value) if kind in "iu" else float(value)
 
 
 def _short(value: float | str) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
@@ -325,11 +341,12 @@ class Report:
         finally:
             self._away += time.perf_counter() - begin
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def log(self, step: int, metrics: Mapping[str, Any], series: str = "") -> None:
         """Records scalars for `step`: a line in metrics.jsonl, TensorBoard scalars, and the bar or a printed line.
 
         A training record (one with `loss`) gets `rate`, examples per second since the record before it, as soon as one
-        step after the first has passed. A record that is already there for this step is replaced.
+        step after the first has passed. A record that is already there for this step is replaced. `series` tells curves of
+        the same keys apart, in TensorBoard and beyond.
         """
         if not self.main:
             return
@@ -350,8 +367,9 @@ class Report:
         self._known.add(_identity(record))
         if self._mirror is not None:
             self._mirror.soon()
-        values = {("train/" if train else "eval/") + k: v for k, v in record.items() if k not in ("step", "time")}
-        self._event(step, {k: v for k, v in values.items() if not isinstance(v, str)})
+        prefix = "train/" if train else f"eval/{series}/" if series else "eval/"
+        values = {prefix + k: v for k, v in record.items() if k not in ("step", "time")}
+        self._event(step, {k: float(v) for k, v in values.items() if not isinstance(v, str)})
         if self._tracker is not None:
             self._tracker.log(step, values)
         self._show(record, train, eta)
@@ -439,7 +457,7 @@ class Report:
         mirror, self._mirror = self._mirror, None
         return mirror.close() if mirror is not None else None
 
-    def _keep(self, records: dict[tuple[int, str], Record]) -> None:
+    def _keep(self, records: dict[tuple[int, str, str], Record]) -> None:
         _write(self._metrics, b"".join(_line(r) for r in records.values()), sync=True)
         self._known = set(records)
 
@@ -529,20 +547,26 @@ def _series(records: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _curve(records: list[Record], title: str, per: str) -> bytes | None:
-    """A PNG of training and held-out figures against step, bits being `per` what; None when there is no point to draw."""
+    """A PNG of training and held-out figures against step, bits being `per` what; None when there is no point to draw.
+
+    Held-out figures of several splits are a line each.
+    """
     train = [r for r in records if "loss" in r]
     key = "bits" if any("bits" in r for r in train) else "loss"
     held = [r for r in records if "loss" not in r]
     held_key = "bpd" if any("bpd" in r for r in held) else "bits_per_token"
-    (x, y), (held_x, held_y) = _series(train, key), _series(held, held_key)
-    if not len(x) and not len(held_x):
+    parts = sorted({_part(r) for r in held if held_key in r})
+    lines_of = {part: _series([r for r in held if _part(r) == part], held_key) for part in parts}
+    held_out = {part: points for part, points in lines_of.items() if len(points[0])}
+    x, y = _series(train, key)
+    if not len(x) and not held_out:
         return None
     # the figure is built without pyplot: no window system is asked for and no global state is left behind
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    held_axes = axes.twinx() if key == "loss" and len(x) and len(held_x) else axes
+    held_axes = axes.twinx() if key == "loss" and len(x) and held_out else axes
     lines: list[Any] = []
     if len(x):
         window = max(1, len(x) // 50)
@@ -554,20 +578,22 @@ def _curve(records: list[Record], title: str, per: str) -> bytes | None:
             lines += axes.plot(middle, smooth, color="#1f6fb4", lw=1.8, label=f"{name}, mean of {window} records")
         else:
             lines += axes.plot(x, y, color="#1f6fb4", lw=1.8, marker=".", label=name)
-    if len(held_x):
-        name = f"held-out bits (last: {held_y[-1]:.3f})"
-        lines += held_axes.plot(held_x, held_y, color="#d1571b", marker="o", ms=5, lw=1, ls="--", label=name)
+    for i, (part, (held_x, held_y)) in enumerate(held_out.items()):
+        name = f"held-out bits{f', {part}' if part and len(held_out) > 1 else ''} (last: {held_y[-1]:.3f})"
+        colour = _HELD[i % len(_HELD)]
+        lines += held_axes.plot(held_x, held_y, color=colour, marker="o", ms=5, lw=1, ls="--", label=name)
+    if held_out:
         held_axes.set_ylabel(f"bits per {per}")
     if len(x):
         axes.set_ylabel(f"bits per {per}" if key == "bits" else "loss")
 
-    late = 0.05 * max(x.max(initial=0), held_x.max(initial=0))
-    tail, held_tail = y[x >= late], held_y[held_x >= late]
+    late = 0.05 * max(steps.max(initial=0) for steps in (x, *(points[0] for points in held_out.values())))
+    tail, held_tails = y[x >= late], [held_y[held_x >= late] for held_x, held_y in held_out.values()]
     if held_axes is axes:
-        _zoom(axes, tail, held_tail)
+        _zoom(axes, tail, *held_tails)
     else:
         _zoom(axes, tail)
-        _zoom(held_axes, held_tail)
+        _zoom(held_axes, *held_tails)
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
     axes.set_title(title)
