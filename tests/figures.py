@@ -131,15 +131,15 @@ def _unit(figures: dict[str, Any]) -> str:
 def texts_table(records: dict[str, dict[str, Any]]) -> str:
     """Language models: bits per character of held-out text, a column for each seed."""
     chosen = {name: r for name, r in records.items() if r["kind"] == "texts"}
-    lines = [_row(["run", "bits per character, seed 0", "seed 1", "steps", "measured"]), _row(["---"] * 5)]
-    for name, r in sorted(
-        chosen.items(), key=lambda item: (item[1]["figures"]["steps"], item[1]["figures"]["bits_per_token"])
-    ):
+    lines = [_row(["run", "bits per character, seed 0", "seed 1", "steps"]), _row(["---"] * 4)]
+    places: dict[str, list[str]] = {}
+    order = sorted(chosen.items(), key=lambda item: (item[1]["figures"]["steps"], item[1]["figures"]["bits_per_token"]))
+    for name, r in order:
         f = r["figures"]
-        bits = [f"{x:.3f}" for x in f["bits_per_token"]]
-        where = f"{r['date']}, {r['hardware']}: `{r['command']}`"
-        lines.append(_row([name, *bits, f"{f['steps']:,}", where]))
-    return "\n".join(lines)
+        lines.append(_row([name, *(f"{x:.3f}" for x in f["bits_per_token"]), f"{f['steps']:,}"]))
+        places.setdefault(f"{r['date']}, {r['hardware']}", []).append(f"`{r['command']}`")
+    notes = [f"- {where}: {', '.join(commands)} (and seed=1)" for where, commands in places.items()]
+    return "\n".join([*lines, "", *notes])
 
 
 def inverse_table(records: dict[str, dict[str, Any]]) -> str:
