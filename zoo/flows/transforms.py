@@ -142,7 +142,7 @@ def mixture(
     """u = Phi^-1(F(z)), F the distribution function of sum_k pi_k N(m_k, s_k^2) (arXiv:2507.00425, 3.2.1).
 
     Both tails of F are summed as logarithms and the shorter is inverted: F itself is 1 in float32 from eight standard
-    deviations on, and off by 3e-3 in u before. With one component u = (z - m) / s.
+    deviations on, and off by 3e-3 in u before. With one component u = (z - m) / s. Derivatives are first ones only.
 
     Args:
         z: [...].
