@@ -19,22 +19,22 @@ from zoo.train.optim import AdamW
 stage1 = Run(
     task=TarFlowLM(
         vocab=27,
-        length=96,
+        length=64,
         dims=5,
         layers=(
-            Layer("mixd", depth=4, components=27),
+            Layer("mixd", depth=3, components=27),
             Layer("mix1", depth=1, components=2),
             Layer("mix1", depth=1, components=2),
         ),
         stage=1,
-        width=128,
+        width=96,
         head_dim=32,
         scan=False,
     ),
     data=Docstrings(),
     optim=AdamW(lr=2e-3, final_lr=1e-6, warmup=100, b2=0.99, weight_decay=0.0, clip=1.0),
     ema=0.999,
-    steps=1_000,
+    steps=800,
     batch=32,
     workdir="runs/tarflow_lm-stdlib",
     checkpoint=Checkpoint(every=250, keep=2),
@@ -63,7 +63,7 @@ patch2 = replace(
 )
 discrete = replace(
     stage1,
-    task=DiscreteLM(vocab=27, length=96, width=128, depth=4, head_dim=32, scan=False),
+    task=DiscreteLM(vocab=27, length=64, width=96, depth=3, head_dim=32, scan=False),
     workdir="runs/tarflow_lm-stdlib-discrete",
 )
 
