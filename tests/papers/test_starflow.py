@@ -478,7 +478,7 @@ def test_cached_equals_uncached(name):
         u
     )
     for chunk in (1, 5):
-        step, cache, start, _ = model.stepper(task, params, deep, 2, grid, y, None, Guidance())
+        step, cache, start, *_ = model.stepper(task, params, deep, 2, grid, y, None, Guidance())
         fed = jnp.concatenate([jnp.broadcast_to(start, u[:, :1].shape), u[:, :-1]], 1)
         step = jax.jit(step)
         for first in range(0, 16, chunk):
