@@ -14,8 +14,8 @@ from zoo.commands import flops
 from zoo.errors import UserError
 from zoo.flows.inverse import invert
 from zoo.flows.transforms import codebook_log_prob, normal_log_prob, rosenblatt_inverse
-from zoo.papers import tarflow_lm as lm
 from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
+from zoo.papers.tarflow_lm import model as lm
 
 # Left to right by tokens, right to left by channels, left to right affine; two tokens a step, so channels are mixed too.
 STACK = TarFlowLM(
@@ -125,8 +125,8 @@ def test_a_step_depends_on_those_before_it_alone():
         @jax.jit
         def numbers(h, task=task, params=params):
             """What the head of every step gets from the transformer, in the order of the text."""
-            inside = lm._order(task, 0, h)
-            features, _ = lm._apply(lm._context(task, 0), params["layer0"]["context"], lm.shift_right(inside))
+            inside = lm.ordered(task, 0, h)
+            features, _ = lm.apply(lm._context(task, 0), params["layer0"]["context"], lm.shift_right(inside))
             return features[:, ::-1] if task.is_reverse(0) else features
 
         before = numbers(z)
@@ -139,7 +139,7 @@ def test_a_step_depends_on_those_before_it_alone():
 def test_channels_of_a_step_follow_one_another():
     params = moved(STACK)
     head, f = lm._head(STACK, 1), jnp.ones((1, 1, STACK.width))
-    jacobian = jax.jit(jax.jacfwd(lambda v: lm._apply(head, params["layer1"]["head"], f, v)[0, 0]))(
+    jacobian = jax.jit(jax.jacfwd(lambda v: lm.apply(head, params["layer1"]["head"], f, v)[0, 0]))(
         jnp.linspace(-1, 1, STACK.channels)[None, None]
     )
     seen = np.abs(jacobian[:, :, 0, 0]).max(1) > 0
@@ -151,9 +151,9 @@ def test_channels_change_places_as_in_algorithm_2():
     np.testing.assert_array_equal(STACK.mixing(1), np.concatenate([x[0::2], x[1::2]]))
     h = jax.random.normal(jax.random.key(0), (2, STACK.steps, STACK.channels))
     for l in range(3):
-        np.testing.assert_array_equal(lm._back(STACK, l, lm._order(STACK, l, h)), h)
+        np.testing.assert_array_equal(lm.restored(STACK, l, lm.ordered(STACK, l, h)), h)
     plain = dataclasses.replace(STACK, mix=False)
-    np.testing.assert_array_equal(lm._order(plain, 2, h), h)
+    np.testing.assert_array_equal(lm.ordered(plain, 2, h), h)
 
 
 # --- the bound ------------------------------------------------------------------------------------
@@ -167,9 +167,9 @@ def test_a_tied_layer_alone_bounds_by_the_discrete_model():
     @jax.jit
     def both(params):
         z = lm.encode(ONE, params, x, eps)
-        features, _ = lm._apply(lm._context(ONE, 0), params["layer0"]["context"], lm.shift_right(z))
-        log_pi = jax.nn.log_softmax(lm._apply(lm._head(ONE, 0), params["layer0"]["head"], features)[:, :, 0])
-        posterior = jax.nn.log_softmax(codebook_log_prob(z, *lm._codebook(ONE, params)))
+        features, _ = lm.apply(lm._context(ONE, 0), params["layer0"]["context"], lm.shift_right(z))
+        log_pi = jax.nn.log_softmax(lm.apply(lm._head(ONE, 0), params["layer0"]["head"], features)[:, :, 0])
+        posterior = jax.nn.log_softmax(codebook_log_prob(z, *lm.codebook_of(ONE, params)))
         return lm.elbo(ONE, params, x, eps), jax.nn.logsumexp(log_pi + posterior, -1).sum(1), log_pi
 
     for log_sigma in (-0.5, -4.9):
@@ -318,16 +318,16 @@ def test_only_the_likeliest_components_are_kept():
     u = jax.random.normal(jax.random.key(0), (n, 1, ONE.channels))
     f = jax.random.normal(jax.random.key(1), (n, 1, ONE.width))
     solve = lambda top: jax.jit(lm._solver(ONE, params, 0, False, 1.0, top))(u, f)  # noqa: E731
-    logits = lm._apply(lm._head(ONE, 0), params["layer0"]["head"], f)[:, :, 0]
+    logits = lm.apply(lm._head(ONE, 0), params["layer0"]["head"], f)[:, :, 0]
     kept = logits >= jnp.sort(logits)[..., -3:-2]
     masked = jax.nn.log_softmax(jnp.where(kept, logits, -jnp.inf))
     np.testing.assert_allclose(
-        solve(3), jax.jit(rosenblatt_inverse)(u, masked, *lm._codebook(ONE, params)), atol=1e-3, rtol=1e-3
+        solve(3), jax.jit(rosenblatt_inverse)(u, masked, *lm.codebook_of(ONE, params)), atol=1e-3, rtol=1e-3
     )
     np.testing.assert_array_equal(solve(ONE.vocab), solve(None))
     # and where components are drawn, nothing but these is
     drawn = jax.jit(lm._solver(ONE, params, 0, True, 1.0, 1))(jnp.concatenate([0 * u, u], -1), f)
-    np.testing.assert_allclose(drawn[:, 0], lm._codebook(ONE, params)[0][logits[:, 0].argmax(-1)], rtol=1e-6)
+    np.testing.assert_allclose(drawn[:, 0], lm.codebook_of(ONE, params)[0][logits[:, 0].argmax(-1)], rtol=1e-6)
 
 
 def test_temperature_sharpens_the_choice_of_components():
@@ -350,21 +350,21 @@ def test_the_discrete_model_samples_what_it_scores():
     @jax.jit
     def uncached(params):
         x = params["embedding"]["table"][tokens]
-        features, _ = lm._apply(task._context(), params["context"], lm.shift_right(x))
-        return jax.nn.log_softmax(lm._apply(task._head(), params["head"], features)[:, :, 0])
+        features, _ = lm.apply(task._context(), params["context"], lm.shift_right(x))
+        return jax.nn.log_softmax(lm.apply(task._head(), params["head"], features)[:, :, 0])
 
     log_pi = uncached(params)
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(rng, i), (6, 1)))(jnp.arange(n))[..., 0]
-    np.testing.assert_array_equal(lm._pick(log_pi, noise), tokens)
+    np.testing.assert_array_equal(lm.pick(log_pi, noise), tokens)
     nll = jax.jit(task.nll)(params, {"tokens": tokens}, rng)
     np.testing.assert_allclose(nll, -jnp.take_along_axis(log_pi, tokens[..., None], -1)[..., 0].sum(1), rtol=1e-4)
 
 
 def test_picks_follow_their_weights():
     weights = jnp.array([0.5, 0.0, 0.2, 0.3])
-    picks = lm._pick(jnp.log(weights), jax.random.normal(jax.random.key(0), (20_000,)))
+    picks = lm.pick(jnp.log(weights), jax.random.normal(jax.random.key(0), (20_000,)))
     np.testing.assert_allclose(np.bincount(picks, minlength=4) / 20_000, weights, atol=0.015)
-    assert int(lm._pick(jnp.log(weights), jnp.array(9.0))) == 3
+    assert int(lm.pick(jnp.log(weights), jnp.array(9.0))) == 3
 
 
 def test_flops_are_those_of_the_traced_loss():

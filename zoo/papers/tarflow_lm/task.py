@@ -1,0 +1,435 @@
+"""TarFlowLM: what is trained and sampled, and the discrete language model beside it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.dist import constrain, whole
+from zoo.errors import UserError
+from zoo.flows.inverse import Jacobi, Stepper, invert, sequential, swept
+from zoo.flows.transforms import shift_right
+from zoo.nn.attention import check_backend
+from zoo.nn.layers import Table, normal, zeros
+from zoo.nn.transformer import cast_trunk, check_remat, init_trunk_cache
+from zoo.papers.tarflow_lm.model import (
+    HIDDEN,
+    Context,
+    Flat,
+    Layer,
+    apply,
+    cast_flat,
+    chain,
+    codebook_of,
+    couple,
+    decode,
+    elbo,
+    encode,
+    forward,
+    init_layer,
+    inverse,
+    ordered,
+    over_tokens,
+    pick,
+    restored,
+    take,
+    told_by,
+)
+from zoo.task import Batch, Params
+
+
+def _check_common(task: Any) -> None:
+    for name in ("vocab", "length", "width", "head_dim"):
+        if getattr(task, name) < 1:
+            raise UserError(f"task.{name}={getattr(task, name)} must be at least 1")
+    if task.width % task.head_dim or task.head_dim % 2:
+        fits = [k for k in range(2, min(task.head_dim, task.width) + 1, 2) if task.width % k == 0]
+        raise UserError(
+            f"task.head_dim={task.head_dim} must be even (positions turn pairs) and divide task.width={task.width}"
+            + (f"; choose e.g. task.head_dim={fits[-1]}" if fits else "; choose an even width")
+        )
+    if task.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"task.dtype={task.dtype!r}; choose 'float32' or 'bfloat16'")
+    check_remat(task.remat)
+    check_backend(task.attention, task.dtype)
+
+
+def _check_sampler(temperature: float, **others: Any) -> None:
+    """UserError for options of a sampler that are out of range; traced numbers pass."""
+    for name, value in {"temperature": temperature, **others}.items():
+        if isinstance(value, (int, float)) and not 0 < value < math.inf:
+            raise UserError(f"{name}={value} must be a positive number; 1 leaves the model as it is")
+
+
+def _keys(rng: jax.Array, n: int) -> jax.Array:
+    """One key per sample: sample i depends on (rng, i) alone."""
+    return rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
+
+
+@dataclass(frozen=True)
+class TarFlowLM:
+    """A Gaussian for every token, and flows over the vectors; trained on a lower bound of the likelihood."""
+
+    vocab: int = 27  # V
+    length: int = 256  # T, tokens of a text
+    dims: int = 5  # d, numbers per token
+    patch: int = 1  # P, tokens that a step models together
+    layers: tuple[Layer, ...] = (Layer("mixd", depth=8, components=27), Layer(components=2), Layer(components=2))
+    width: int = 768
+    head_dim: int = 64
+    stage: int = (
+        0  # k: the first k groups of layers, of which the last is trained and the others are held; 0: all at once
+    )
+    groups: tuple[int, ...] = ()  # layers of each stage; (): one each
+    mix: bool = (
+        True  # channels of a patch change places between layers (Algorithm 2); patches of one token have none to
+    )
+    sigma: float = 0.3  # standard deviation of the Gaussian of a token at the start; their means start from N(0, I)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; mixtures, log-dets and losses stay float32
+    scan: bool = True  # scan over transformer layers (compiles fast); False unrolls (small models on CPU step faster)
+    remat: str = "none"  # none, dots or full: what the backward pass recomputes
+    attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
+
+    unit = "sequences"
+    keyed = True  # `nll` takes one key for each text as well
+    bound = True  # and is an upper bound of -log p, from one draw of vectors
+    rewrites = True  # `sample` takes texts to change
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        for name in ("dims", "patch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
+        if self.length % self.patch:
+            fits = [p for p in range(1, self.length + 1) if self.length % p == 0]
+            best = min(fits, key=lambda p: abs(p - self.patch))
+            raise UserError(
+                f"task.patch={self.patch} does not divide task.length={self.length}; choose a divisor, e.g. task.patch={best}"
+            )
+        if not self.layers:
+            raise UserError("task.layers=() is no flow; give at least one Layer")
+        if self.groups and (min(self.groups) < 1 or sum(self.groups) != len(self.layers)):
+            raise UserError(
+                f"task.groups={self.groups} must share out the {len(self.layers)} layers of task.layers; leave it out for one each"
+            )
+        stages = len(self.groups or self.layers)
+        if not 0 <= self.stage <= stages:
+            raise UserError(
+                f"task.stage={self.stage} is no stage; there are {stages}, from 1, and 0 trains all at once"
+            )
+        if not self.sigma > 0:
+            raise UserError(f"task.sigma={self.sigma} must be positive, e.g. task.sigma=0.3")
+        if self.mix and self.patch > 1 and self.channels % 2:
+            raise UserError(
+                f"task.mix: halves of {self.channels} channels (task.patch={self.patch} times task.dims={self.dims}) change "
+                "places, which must be even; choose an even one of the two, or task.mix=false"
+            )
+        for l, layer in enumerate(self.layers):
+            name = f"task.layers.{l}"
+            if layer.coupling not in ("mix1", "mixd", "affine"):
+                raise UserError(f"{name}.coupling={layer.coupling!r}; choose mix1, mixd or affine")
+            if layer.depth < 1 or layer.components < 1:
+                raise UserError(f"{name}: depth={layer.depth} and components={layer.components} must be at least 1")
+            if self.is_tied(l) and layer.components != self.vocab:
+                raise UserError(
+                    f"{name}.components={layer.components}, but a tied codebook has one for each of task.vocab={self.vocab} tokens; "
+                    f"set {name}.components={self.vocab}, or {name}.tied=false"
+                )
+
+    @property
+    def depth(self) -> int:
+        """Flow layers that this stage has."""
+        return sum((self.groups or (1,) * len(self.layers))[: self.stage]) if self.stage else len(self.layers)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The tokens' Gaussians and the layers that earlier stages trained."""
+        if self.stage < 2:
+            return ()
+        done = sum((self.groups or (1,) * len(self.layers))[: self.stage - 1])
+        return ("codebook", *(f"layer{l}" for l in range(done)))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What is held must come from the run of the stage before."""
+        return self.held
+
+    @property
+    def steps(self) -> int:
+        """S, steps of a text."""
+        return self.length // self.patch
+
+    @property
+    def channels(self) -> int:
+        """C, numbers of a step."""
+        return self.patch * self.dims
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """What the likelihood is of."""
+        return (self.length,)
+
+    def flops(self) -> float:
+        """Floating-point operations of one training text: two per weight and step, six where a gradient is taken.
+
+        What a causal mask hides is no work, and the loops that invert nothing are left out.
+        """
+        width, held = self.width, self.held
+        total = 0.0 if self.is_tied(0) else self.length * self.vocab * self.dims * (2.0 if held else 6.0)
+        for l in range(self.depth):
+            layer, c = self.layers[l], self.channels
+            outputs = 2 if layer.coupling == "affine" else 3 * layer.components
+            if layer.coupling == "mixd":
+                head = self.patch * self.components(l) * (width + self.dims)
+            elif layer.maf:
+                half, e = HIDDEN // 2, told_by(c)
+                head = c * half * (width + outputs) + (c - 1) * e * (3 + c * half // 2)
+            else:
+                head = c * width * outputs
+            weights = self.steps * (c * width + layer.depth * 12 * width**2 + head)
+            total += (weights + layer.depth * self.steps**2 * width) * (2.0 if f"layer{l}" in held else 6.0)
+        return total
+
+    def is_reverse(self, l: int) -> bool:
+        """Whether layer l reads right to left."""
+        reverse = self.layers[l].reverse
+        return l % 2 == 1 if reverse is None else reverse
+
+    def is_tied(self, l: int) -> bool:
+        """Whether the components of layer l are the tokens' Gaussians."""
+        return l == 0 and self.layers[0].coupling == "mixd" and self.layers[0].tied
+
+    def components(self, l: int) -> int:
+        """K of layer l."""
+        return self.vocab if self.is_tied(l) else self.layers[l].components
+
+    def mixes(self, l: int) -> bool:
+        """Whether layer l sees channels in another order than the text's."""
+        return self.mix and self.patch > 1 and l > 0
+
+    def mixing(self, l: int) -> np.ndarray:
+        """Where each channel that layer l sees comes from: even ones first, then odd ones, once for each layer before it."""
+        places = np.arange(self.channels)
+        for _ in range(l):
+            places = np.concatenate([places[0::2], places[1::2]])
+        return places
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """`tokens` [B, T]."""
+        return {"tokens": jax.ShapeDtypeStruct((batch, self.length), jnp.int32)}
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters; every layer but the first starts as the identity."""
+        keys = jax.random.split(rng, self.depth + 1)
+        codebook = {
+            "means": jax.random.normal(keys[0], (self.vocab, self.dims)),
+            "log_scales": jnp.full((self.vocab,), math.log(self.sigma)),
+        }
+        return {"codebook": codebook, **{f"layer{l}": init_layer(self, l, keys[l + 1]) for l in range(self.depth)}}
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Minus the one-draw bound, nats per token."""
+        loss = self.nll(params, batch, rng).mean() / self.length
+        means, log_sigma = codebook_of(self, params)
+        # the scale of vectors is free: one that runs away breaks the limits of log-scales
+        scales = {"codebook_rms": jnp.sqrt(jnp.square(means).mean()), "sigma": jnp.exp(log_sigma.mean())}
+        return loss, {"bits": loss / math.log(2), **scales}
+
+    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        """An upper bound of -log p [B] of the whole text in nats, from one draw of its vectors; rng is one key, or B keys."""
+        tokens = batch["tokens"]
+        return -elbo(self, params, tokens, self._normal(rng, len(tokens)))
+
+    def _normal(self, rng: jax.Array, n: int) -> jax.Array:
+        """Standard normal numbers [n, T, d] of one key, or of n keys."""
+        shape = (self.length, self.dims)
+        if jnp.ndim(rng):
+            return jax.vmap(lambda key: jax.random.normal(key, shape))(rng)
+        return jax.random.normal(rng, (n, *shape))
+
+    def sample(
+        self,
+        params: Params,
+        rng: jax.Array,
+        n: int,
+        conditions: Batch | None = None,
+        *,
+        temperature: float = 1.0,
+        shrink: float = 1.0,
+        strength: float = 0.5,
+        top: int | None = None,
+        passes: bool = False,
+        method: str | Jacobi = "auto",
+    ) -> dict[str, jax.Array]:
+        """n texts; text i depends on (rng, i) alone, and on its condition.
+
+        The layer at the noise draws a component and then a Gaussian, which is the distribution of its inverse without the
+        search for roots; where its noise is shrunk, swept over or that of a text, it is inverted like all others.
+
+        Args:
+            rng: one key, or n keys.
+            conditions: `tokens` [n, T], texts to rewrite; None: texts out of nothing.
+            temperature: divides the logits of the weights of Mix-d layers; other layers have only `shrink`.
+            shrink: factor on the standard deviation of the noise.
+            strength: in [0, 1], how much of the noise of a given text is new: 0 gives it back, 1 forgets it.
+            top: Mix-d layers keep so many of their likeliest components only; None: all.
+            passes: also give what every layer makes of the text.
+            method: see `inverse`; "auto" is token by token.
+
+        Returns:
+            `tokens` int32 [n, T], -1 where the inverse overflowed. With `passes` also the text after each layer, that of
+            the noise first and the sample last, `passes` int32 [n, layers + 1, T], and its vectors `latents` [n, layers + 1,
+            T, d] (section 4). Where layers were swept over `sweeps` and `unconverged` (`zoo.flows.inverse.Inverted`).
+        """
+        _check_sampler(temperature, shrink=shrink)
+        if isinstance(strength, (int, float)) and not 0 <= strength <= 1:
+            raise UserError(f"strength={strength} must be between 0, the text as it is, and 1, another text")
+        if top is not None and top < 1:
+            raise UserError(f"top={top} leaves no component; give 1 or more, or none for all")
+        mixd = any(layer.coupling == "mixd" for layer in self.layers[: self.depth])
+        for name, value, plain in (("temperature", temperature, 1), ("top", top, None)):
+            if not mixd and isinstance(value, (int, float)) and value != plain:
+                raise UserError(
+                    f"{name}={value} chooses among the components of Mix-d layers, and this model has none; use shrink=, which "
+                    "scales the noise of all layers"
+                )
+        keys, text = _keys(rng, n), (conditions or {}).get("tokens")
+        shape, last = (self.steps, self.channels), self.depth - 1
+        u = constrain(jax.vmap(lambda key: jax.random.normal(key, shape))(keys), "batch")
+        plan = Jacobi.of(method).block(last, self.depth)
+        fresh = text is None and isinstance(shrink, (int, float)) and shrink == 1 and not swept(plan, self.steps)
+        if fresh:
+            picks = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), shape))(keys)
+            found = invert(
+                chain(self, params, n, fresh=True, temperature=temperature, top=top),
+                jnp.concatenate([u, constrain(picks, "batch")], -1),
+                method,
+            )
+        else:
+            if text is not None:
+                # vectors as in training, so that their noise is N(0, I); their means where the text is to come back
+                eps = self._normal(jax.vmap(jax.random.fold_in, (0, None))(keys, 2), n)
+                states, _ = forward(self, params, encode(self, params, text, jnp.where(strength > 0, eps, 0.0)))
+                u = jnp.sqrt(1 - jnp.square(strength)) * states[-1] + strength * u
+            found = inverse(self, params, shrink * u, method=method, temperature=temperature, top=top)
+        z = found.states[-1].reshape(n, self.length, self.dims)
+        drawn = {"tokens": decode(self, params, z), **found.report}
+        if not passes:
+            return drawn
+        states = found.states
+        if fresh:  # the noise that the layer would have been inverted from
+            noise, _ = couple(self, params, last, ordered(self, last, states[1]), temperature=temperature)
+            assert noise is not None
+            states = [restored(self, last, noise), *states[1:]]
+        latents = jnp.stack([h.reshape(n, self.length, self.dims) for h in states], 1)
+        texts = decode(self, params, latents.reshape(-1, self.length, self.dims)).reshape(n, -1, self.length)
+        return {**drawn, "passes": texts, "latents": latents}
+
+
+@dataclass(frozen=True)
+class DiscreteLM:
+    """The usual language model with the same transformer, by which the flows are measured: p(x_t | x_<t) as a softmax."""
+
+    vocab: int = 27
+    length: int = 256
+    width: int = 768
+    depth: int = 12
+    head_dim: int = 64
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scan: bool = True
+    remat: str = "none"
+    attention: str = "xla"
+
+    held = ()
+    unit = "sequences"
+    keyed = True
+    bound = False
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        if self.depth < 1:
+            raise UserError(f"task.depth={self.depth} must be at least 1")
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """What the likelihood is of."""
+        return (self.length,)
+
+    def flops(self) -> float:
+        """Floating-point operations of one training text, as of `TarFlowLM.flops`."""
+        weights = self.depth * 12 * self.width**2 + self.width * self.vocab
+        return 6.0 * (self.length * weights + self.depth * self.length**2 * self.width)
+
+    def _context(self) -> Context:
+        return Context(
+            steps=self.length,
+            width=self.width,
+            depth=self.depth,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            scan=self.scan,
+            remat=self.remat,
+            attention=self.attention,
+            project=False,
+        )
+
+    def _head(self) -> Flat:
+        return Flat(1, self.vocab, self.dtype, normal(0.02), zeros, "vocab")
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """`tokens` [B, T]."""
+        return {"tokens": jax.ShapeDtypeStruct((batch, self.length), jnp.int32)}
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters."""
+        keys = jax.random.split(rng, 3)
+        table: Any = Table(self.vocab, self.width, std=0.02).init(keys[0])
+        context: Any = self._context().init(keys[1], jnp.zeros((1, self.length, self.width)))
+        head: Any = self._head().init(keys[2], jnp.zeros((1, 1, self.width)))
+        return {"embedding": table["params"], "context": context["params"], "head": head["params"]}
+
+    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        """-log p [B] of the whole text in nats."""
+        tokens = batch["tokens"]
+        x = params["embedding"]["table"][tokens]
+        features, _ = apply(self._context(), params["context"], shift_right(x))
+
+        def cross_entropy(f: jax.Array, tokens: jax.Array) -> jax.Array:
+            logits = apply(self._head(), params["head"], f)[..., 0, :]
+            return jax.nn.logsumexp(logits, -1) - take(logits, tokens)
+
+        return over_tokens(cross_entropy, 1, self.vocab, features, tokens).sum(1)
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy, nats per token."""
+        loss = self.nll(params, batch, rng).mean() / self.length
+        return loss, {"bits": loss / math.log(2)}
+
+    def sample(
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, *, temperature: float = 1.0
+    ) -> dict[str, jax.Array]:
+        """n texts `tokens` int32 [n, T], token by token with a cache; text i depends on (rng, i) alone."""
+        _check_sampler(temperature)
+        picks = jax.vmap(lambda key: jax.random.normal(key, (self.length, 1)))(_keys(rng, n))
+        cache = init_trunk_cache(
+            self.depth, self.scan, n, self.length, self.width // self.head_dim, self.head_dim, self.dtype
+        )
+        context, head = cast_trunk(params["context"], self.dtype), cast_flat(params["head"], self.dtype)
+        mine = {**params, "context": context, "head": head}
+        mine = whole(mine, lambda: self.init(jax.random.key(0)))
+
+        def step(x: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, Any]:
+            embedded = mine["embedding"]["table"][x[..., 0].astype(jnp.int32)]
+            return apply(self._context(), mine["context"], embedded, cache, index)
+
+        def solve(v: jax.Array, features: jax.Array) -> jax.Array:
+            logits = apply(self._head(), mine["head"], features)[..., 0, :] / temperature
+            return pick(jax.nn.log_softmax(logits), v[..., 0])[..., None].astype(jnp.float32)
+
+        ids = sequential(Stepper(step, cache, jnp.zeros(1), solve=solve), constrain(picks, "batch"))
+        return {"tokens": ids[..., 0].astype(jnp.int32)}
