@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from zoo.errors import UserError, suggest
 
@@ -69,6 +70,11 @@ class Name:
     sizes: dict[str, int] = field(default_factory=dict)
     layer: int | None = None
     value: Callable[[], Any] | None = None
+
+
+def sample_keys(rng: jax.Array, n: int) -> jax.Array:
+    """n keys of one key, or those given: sample i depends on (rng, i) alone."""
+    return rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
 
 
 def check_options(task: Any, options: Mapping[str, Any], where: str) -> None:

@@ -26,7 +26,7 @@ from zoo.nn.attention import check_backend
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.layers import Dense, Table, zeros
 from zoo.nn.transformer import Block, Trunk, cast_trunk, check_remat, init_trunk_cache
-from zoo.task import Batch, Name, Params
+from zoo.task import Batch, Name, Params, sample_keys
 
 
 class FlowNet(nn.Module):
@@ -453,7 +453,7 @@ class TarFlow:
             `image` [n, S, S, C] clipped to [-1, 1] (NaN where the inverse overflowed), `label` [n] where given, and where
             blocks were swept over `sweeps` and `unconverged` [n, blocks] (`zoo.flows.inverse.Inverted`).
         """
-        keys = rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
+        keys = sample_keys(rng, n)
         z = temperature * jax.vmap(lambda k: jax.random.normal(k, (self.tokens, self.dims)))(keys)
         label = (conditions or {}).get("label") if self.classes else None
         found = _invert(self, params, constrain(z, "batch"), label, guidance, method)

@@ -21,7 +21,7 @@ from zoo.nn.attention import check_backend
 from zoo.nn.transformer import check_remat
 from zoo.papers.starflow import model
 from zoo.papers.starflow.model import TIME_PAIRS, Grid, LanguageModel
-from zoo.task import Batch, Name, Params
+from zoo.task import Batch, Name, Params, sample_keys
 
 _EMPTY = 1  # the token that ends a caption, which is all there is of an empty one
 
@@ -390,7 +390,7 @@ class StarFlow:
                 f"grid={rows},{columns} must be two sizes that task.patch={self.patch} divides, e.g. grid={self.latent[0]},"
                 f"{self.latent[1]}"
             )
-        keys = rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
+        keys = sample_keys(rng, n)
         if Guidance.of(guidance, "gaussian", annealed=False).active and not self._asked(conditions):
             warnings.warn(
                 "guidance without a class or caption compares a pass with itself: it changes nothing and costs twice; give "

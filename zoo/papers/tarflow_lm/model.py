@@ -232,6 +232,7 @@ def _head(task: TarFlowLM, l: int) -> Flat | ChannelHead:
 
 
 def apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
+    """What a module gives for these parameters."""
     return module.apply({"params": params}, *inputs)
 
 
@@ -439,6 +440,7 @@ def pick(log_weights: jax.Array, normal: jax.Array) -> jax.Array:
 
 
 def take(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Of values [..., K] the one at index [...]."""
     return jnp.take_along_axis(values, index[..., None], -1)[..., 0]
 
 

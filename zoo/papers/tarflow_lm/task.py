@@ -40,7 +40,7 @@ from zoo.papers.tarflow_lm.model import (
     take,
     told_by,
 )
-from zoo.task import Batch, Params
+from zoo.task import Batch, Params, sample_keys
 
 
 def _check_common(task: Any) -> None:
@@ -64,11 +64,6 @@ def _check_sampler(temperature: float, **others: Any) -> None:
     for name, value in {"temperature": temperature, **others}.items():
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise UserError(f"{name}={value} must be a positive number; 1 leaves the model as it is")
-
-
-def _keys(rng: jax.Array, n: int) -> jax.Array:
-    """One key per sample: sample i depends on (rng, i) alone."""
-    return rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
 
 
 @dataclass(frozen=True)
@@ -298,7 +293,7 @@ class TarFlowLM:
                     f"{name}={value} chooses among the components of Mix-d layers, and this model has none; use shrink=, which "
                     "scales the noise of all layers"
                 )
-        keys, text = _keys(rng, n), (conditions or {}).get("tokens")
+        keys, text = sample_keys(rng, n), (conditions or {}).get("tokens")
         shape, last = (self.steps, self.channels), self.depth - 1
         u = constrain(jax.vmap(lambda key: jax.random.normal(key, shape))(keys), "batch")
         plan = Jacobi.of(method).block(last, self.depth)
@@ -415,7 +410,7 @@ class DiscreteLM:
     ) -> dict[str, jax.Array]:
         """n texts `tokens` int32 [n, T], token by token with a cache; text i depends on (rng, i) alone."""
         _check_sampler(temperature)
-        picks = jax.vmap(lambda key: jax.random.normal(key, (self.length, 1)))(_keys(rng, n))
+        picks = jax.vmap(lambda key: jax.random.normal(key, (self.length, 1)))(sample_keys(rng, n))
         cache = init_trunk_cache(
             self.depth, self.scan, n, self.length, self.width // self.head_dim, self.head_dim, self.dtype
         )
