@@ -43,7 +43,15 @@ def check_backend(name: str, dtype: str) -> None:
         )
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, backend: str = "xla") -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool,
+    backend: str = "xla",
+    seen: jax.Array | None = None,
+) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v with the softmax in float32.
 
     Args:
@@ -52,15 +60,20 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, backend: s
         causal: token t attends to tokens up to and including t.
         backend: "xla" anywhere; "cudnn" on NVIDIA GPUs in bfloat16; "splash" on TPUs, which like cuDNN never holds the
             [T, T] logits; "auto" is whichever of these the device has.
+        seen: bool [B, T], the keys that every query may look at; None: all. The kernels take none: "auto" is then "xla".
 
     Returns:
         [B, T, H, K] in the dtype of q.
 
     Raises:
-        UserError: the device in use has no such kernel.
+        UserError: the device in use has no such kernel, or the kernel takes no `seen`.
     """
+    if seen is not None and backend in ("cudnn", "splash"):
+        raise UserError(f"task.attention={backend!r} cannot leave out keys (task.mask); set task.attention=auto or xla")
     device = dist.platform()
     k, v = (x if x.shape[2] == q.shape[2] else jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    if seen is not None:
+        backend = "xla"
     if backend == "auto":
         cudnn = q.dtype == jnp.bfloat16 and _has_cudnn(device) and _cudnn_takes(q)
         backend = "splash" if device == "tpu" else "cudnn" if cudnn else "xla"
@@ -77,7 +90,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, backend: s
         if device != "tpu":
             raise UserError(f"task.attention='splash' is a TPU kernel and this is a {device}; set task.attention=auto")
         return splash(q, k, v, causal=causal)
-    return _xla(q, k, v, causal)
+    return _xla(q, k, v, causal, seen)
 
 
 def _has_cudnn(device: str) -> bool:
@@ -92,12 +105,14 @@ def _cudnn_takes(q: jax.Array) -> bool:
     return q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and (where is None or where[1] is None)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, seen: jax.Array | None = None) -> jax.Array:
     tokens, head_dim = q.shape[1], q.shape[-1]
     q = q * jnp.asarray(head_dim**-0.5, q.dtype)
     logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
     if causal:
         logits = jnp.where(jnp.tril(jnp.ones((tokens, tokens), bool)), logits, -jnp.inf)
+    if seen is not None:
+        logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
 

@@ -26,6 +26,11 @@ def normal(std: float) -> Init:
     return nn.initializers.normal(std)
 
 
+def truncated_normal(std: float) -> Init:
+    """Gaussian of standard deviation `std` before it is cut at two of them, as vision transformers start."""
+    return nn.initializers.truncated_normal(std)
+
+
 def uniform_fan_in(fan_in: int) -> Init:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for kernels and biases alike."""
     bound = 1 / math.sqrt(fan_in)
@@ -185,10 +190,11 @@ class Table(nn.Module):
     width: int
     std: float = 0.01
     axis: str | None = "embed"  # logical axis of the width
+    start: Init | None = None  # what it starts as; None: a Gaussian of `std`
 
     @nn.compact
     def __call__(self) -> jax.Array:
         """The whole table [rows, width] in float32."""
-        init = nn.with_logical_partitioning(normal(self.std), (None, self.axis))
+        init = nn.with_logical_partitioning(self.start or normal(self.std), (None, self.axis))
         table: Any = self.param("table", init, (self.rows, self.width), jnp.float32)
         return table

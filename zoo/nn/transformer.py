@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -146,14 +147,25 @@ class Trunk(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, h: jax.Array, cache: Any = None, index: Any = None, **values: Any) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> [B, T, D]; with a cache, the T tokens from position `index` on. `values` go to every block as they are."""
+    def __call__(
+        self,
+        h: jax.Array,
+        cache: Any = None,
+        index: Any = None,
+        each: Mapping[str, jax.Array] | None = None,
+        **values: Any,
+    ) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> [B, T, D]; with a cache, the T tokens from position `index` on.
 
-        def body(block: nn.Module, carry: tuple[jax.Array, Any], layer: jax.Array | None) -> tuple[Any, None]:
-            h, cache = carry
-            h, cache = block(
-                constrain(h, "batch", "tokens" if cache is None else None, None), cache, index, layer, **values
-            )
+        `values` go to every block as they are; of the arrays [depth, ...] in `each` block l gets row l.
+        """
+
+        def body(
+            block: nn.Module, carry: tuple[jax.Array, Any], own: tuple[jax.Array | None, Mapping[str, Any]]
+        ) -> tuple[Any, None]:
+            (h, cache), (layer, rows) = carry, own
+            h = constrain(h, "batch", "tokens" if cache is None else None, None)
+            h, cache = block(h, cache, index, layer, **values, **rows)
             return (h, cache), None
 
         if self.remat != "none" and cache is None:
@@ -166,12 +178,13 @@ class Trunk(nn.Module):
                 length=self.depth,
                 metadata_params={nn.PARTITION_NAME: None},
             )
-            (h, cache), _ = layers(self.block, (h, cache), jnp.arange(self.depth))
+            (h, cache), _ = layers(self.block, (h, cache), (jnp.arange(self.depth), dict(each or {})))
             return h, cache
         caches = {}
         for i in range(self.depth):
             name = f"layer{i}"
-            (h, caches[name]), _ = body(self.block.copy(name=name), (h, cache[name] if cache else None), None)
+            own = (None, {key: array[i] for key, array in (each or {}).items()})
+            (h, caches[name]), _ = body(self.block.copy(name=name), (h, cache[name] if cache else None), own)
         return h, caches if cache else None
 
 

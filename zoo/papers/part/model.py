@@ -1,0 +1,384 @@
+"""The vision transformer that all tasks of this paper share, the heads on it, and what an input is.
+
+B examples, N patches of P pixels or samples a side, C channels, D width, R numbers of a relation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from zoo.dist import check_divides, constrain
+from zoo.errors import UserError
+from zoo.nn.attention import attend, check_backend
+from zoo.nn.embed import grid_positions, sincos
+from zoo.nn.layers import Dense, LayerNorm, Table, gelu, truncated_normal, zeros
+from zoo.nn.transformer import Trunk, check_remat
+from zoo.papers.part.sampling import crop, grid_patches, pad_crop, random_resized_crop, sample_boxes
+from zoo.task import Batch, Name, Params
+
+EPSILON = 1e-6  # of every LayerNorm
+_STD = 0.02  # of kernels and tokens at the start
+
+
+def dense(features: int | tuple[int, ...], axes: tuple[str | None, ...], dtype: str, name: str) -> Dense:
+    """A linear map that starts as those of vision transformers do: truncated normal of 0.02, bias 0."""
+    return Dense(features, axes, dtype=dtype, kernel_init=truncated_normal(_STD), bias_init=zeros, name=name)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP of a vision transformer; whole branches may be dropped, and keys left out."""
+
+    head_dim: int
+    dtype: str = "float32"
+    backend: str = "xla"
+
+    @nn.compact
+    def __call__(
+        self,
+        h: jax.Array,
+        cache: None = None,
+        index: None = None,
+        layer: Any = None,
+        seen: jax.Array | None = None,
+        keep: jax.Array | None = None,
+    ) -> tuple[jax.Array, None]:
+        """[B, T, D] -> [B, T, D].
+
+        `seen` bool [B, T]: the keys that count. `keep` [2, B]: factors on the two branches of each example.
+        """
+        width = h.shape[-1]
+        heads = width // self.head_dim
+        check_divides(heads, "heads", f"{'/'.join(self.path)}: the number of heads, task.width / task.head_dim,")
+
+        def add(h: jax.Array, y: jax.Array, branch: int) -> jax.Array:
+            return h + (y if keep is None else y * keep[branch][:, None, None].astype(y.dtype))
+
+        x = LayerNorm(EPSILON, name="attention_norm")(h)
+        qkv = dense((3, width), ("embed", None, "heads"), self.dtype, "qkv")(x)
+        q, k, v = (qkv[..., i, :].reshape(*h.shape[:-1], heads, self.head_dim) for i in range(3))
+        y = attend(q, k, v, causal=False, backend=self.backend, seen=seen).reshape(h.shape)
+        h = add(h, dense(width, ("heads", "embed"), self.dtype, "out")(y), 0)
+        x = LayerNorm(EPSILON, name="mlp_norm")(h)
+        x = gelu(dense(4 * width, ("embed", "mlp"), self.dtype, "up")(x))
+        return add(h, dense(width, ("mlp", "embed"), self.dtype, "down")(x), 1), None
+
+
+class Encoder(nn.Module):
+    """A plain vision transformer. It knows of positions only what it is given."""
+
+    width: int
+    depth: int
+    head_dim: int
+    dtype: str
+    scan: bool
+    remat: str
+    attention: str
+
+    @nn.compact
+    def __call__(
+        self,
+        patches: jax.Array,
+        positions: jax.Array | None = None,
+        seen: jax.Array | None = None,
+        keep: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Patches [B, N, P P C] -> tokens [B, N, D] and class token [B, D], float32.
+
+        Args:
+            positions: added to the tokens, [1 + N, D] or [B, 1 + N, D], that of the class token first; None: none at all.
+            seen: bool [B, N], the patches that serve as keys and values (the class token always does).
+            keep: [depth, 2, B], factors on the branches (stochastic depth).
+        """
+        h = dense(self.width, (None, "embed"), self.dtype, "patch")(patches)
+        first = Table(1, self.width, start=truncated_normal(_STD), name="class")()
+        if positions is not None:
+            h = h + positions[..., 1:, :].astype(h.dtype)
+            first = first + positions[..., :1, :]
+        first = jnp.broadcast_to(first.astype(h.dtype), (len(h), 1, self.width))
+        h = constrain(jnp.concatenate([h, first], 1), "batch")
+        if seen is not None:
+            seen = jnp.concatenate([seen, jnp.ones((len(h), 1), bool)], 1)
+        block = Layer(self.head_dim, self.dtype, self.attention, parent=None)
+        trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
+        h, _ = trunk(h, each=None if keep is None else {"keep": keep}, seen=seen)
+        h = LayerNorm(EPSILON, name="norm")(h).astype(jnp.float32)
+        return h[:, :-1], h[:, -1]
+
+
+class CrossAttentionHead(nn.Module):
+    """The relation of patches i and j, asked of all patches by one attention layer: no residual, no norm, no MLP.
+
+    What follows the softmax is affine, and so is what makes the query of a pair from its two patches. Both are therefore
+    computed per patch, N times and not once for each of many pairs, and the values are R numbers each.
+    """
+
+    outputs: int
+    heads: int
+    query: str
+    residual: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, z: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+        """Tokens z [B, N, D], references i [n], targets j [n] -> relations [B, n, R] in float32."""
+        width, patches = z.shape[-1], z.shape[1]
+        each = width // self.heads
+        zero = jnp.zeros((1, width))
+        into = Dense(width, ("embed", "heads"), dtype=self.dtype, name="query")
+        last = Dense(self.outputs, ("embed", None), name="relation")
+
+        def pairs(f: Callable[[jax.Array], jax.Array], a: jax.Array, b: jax.Array) -> jax.Array:
+            """f(a_i + b_j) of an affine f."""
+            return f(a)[:, i] + f(b)[:, j] - f(zero)
+
+        if self.query == "patch_cat":  # one linear map of [z_i; z_j], in two halves
+            a = Dense(width, ("embed", None), dtype=self.dtype, name="reference")(z)
+            b = Dense(width, ("embed", None), dtype=self.dtype, bias=False, name="target")(z)
+            keys = z
+        else:  # numbers of the slots: labels, by which attention may look the two up
+            slots = np.arange(patches, dtype=np.float64)[:, None]
+            halves = jnp.asarray(sincos(slots, width // 2))
+            b = jnp.concatenate([halves, jnp.zeros_like(halves)], -1)[None]
+            a = jnp.concatenate([jnp.zeros_like(halves), halves], -1)[None]
+            keys = z + jnp.asarray(sincos(slots, width))
+        q = pairs(into, a, b).reshape(-1, len(i), self.heads, each)
+        # A bias would add the same to the logits of all keys.
+        k = Dense(width, ("embed", "heads"), dtype=self.dtype, bias=False, name="key")(keys)
+        k = k.reshape(*k.shape[:-1], self.heads, each)
+        v = Dense(width, ("embed", "heads"), name="value")(keys)
+        out = Dense(width, ("heads", "embed"), name="out")
+        apart = jnp.repeat(jnp.eye(self.heads), each, 1)  # the numbers of each head alone [heads, D]
+        u = last(out(v[:, :, None] * apart)) - last(out(zero))
+
+        q = jnp.broadcast_to(q, (len(z), *q.shape[1:])) * each**-0.5
+        logits = jnp.einsum("bnhk,bshk->bhns", q, k, preferred_element_type=jnp.float32)
+        found = jnp.einsum("bhns,bshr->bnr", jax.nn.softmax(logits, axis=-1), u) + last(out(zero))
+        return (
+            found + pairs(last, a.astype(jnp.float32), b.astype(jnp.float32)) - last(zero) if self.residual else found
+        )
+
+
+class PairwiseHead(nn.Module):
+    """One linear map of [z_i; z_j], made per patch in two halves."""
+
+    outputs: int
+
+    @nn.compact
+    def __call__(self, z: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+        """Tokens z [B, N, D], references i [n], targets j [n] -> relations [B, n, R] in float32."""
+        a = Dense(self.outputs, ("embed", None), name="reference")(z)
+        b = Dense(self.outputs, ("embed", None), bias=False, name="target")(z)
+        return a[:, i] + b[:, j]
+
+
+@dataclass(frozen=True)
+class Vit:
+    """What all tasks of this paper share: an input, an encoder without positions, and features of it."""
+
+    image: int = 28  # pixels a side of images; 0 for series
+    length: int = 0  # samples of a series; 0 for images
+    channels: int = 1
+    patch: int = 7  # pixels or samples a side of what the encoder reads
+    width: int = 64
+    depth: int = 3
+    head_dim: int = 16
+    drop_path: float = 0.0  # share of branches dropped in the last layer; rises linearly from 0 in the first
+    augment: str = "none"  # of training images: "resized" (random resized crop), "pad" (shift by up to an eighth)
+    dtype: str = "float32"
+    scan: bool = False
+    remat: str = "none"
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "patch", "width", "depth", "head_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
+        if (self.image > 0) == (self.length > 0):
+            raise UserError(
+                f"task.image={self.image} and task.length={self.length}: give one of them, the pixels a side of images or the "
+                "samples of a series, and set the other to 0"
+            )
+        side, name = (self.length, "length") if self.length else (self.image, "image")
+        if side % self.patch:
+            fits = [p for p in range(1, side + 1) if side % p == 0]
+            nearest = min(fits, key=lambda p: abs(p - self.patch))
+            raise UserError(
+                f"task.patch={self.patch} does not divide task.{name}={side}; choose a divisor, e.g. task.patch={nearest}"
+            )
+        if self.width % self.head_dim:
+            fits = [k for k in range(1, self.width + 1) if self.width % k == 0]
+            nearest = min(fits, key=lambda k: abs(k - self.head_dim))
+            raise UserError(
+                f"task.head_dim={self.head_dim} does not divide task.width={self.width}; choose a divisor, e.g. "
+                f"task.head_dim={nearest}"
+            )
+        if not 0 <= self.drop_path < 1:
+            raise UserError(f"task.drop_path={self.drop_path} is no share of branches; choose 0 <= task.drop_path < 1")
+        if self.augment not in ("none", "pad", "resized"):
+            raise UserError(f"task.augment={self.augment!r} is unknown; choose none, pad or resized")
+        if self.length and self.augment != "none":
+            raise UserError(f"task.augment={self.augment!r} is for images; set task.augment=none for a series")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"task.dtype={self.dtype!r}; choose 'float32' or 'bfloat16'")
+        check_remat(self.remat)
+        check_backend(self.attention, self.dtype)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Nothing, but for a classifier on a frozen encoder."""
+        return ()
+
+    @property
+    def key(self) -> str:
+        """What a batch calls the input."""
+        return "series" if self.length else "image"
+
+    @property
+    def unit(self) -> str:
+        """What examples are called."""
+        return "series" if self.length else "images"
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """Pixels along (x, y), or (samples,)."""
+        return (self.length,) if self.length else (self.image, self.image)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Patches of the regular grid along each axis, rows first."""
+        return tuple(side // self.patch for side in reversed(self.extent))
+
+    @property
+    def tokens(self) -> int:
+        """Patches of the regular grid."""
+        return int(np.prod(self.grid))
+
+    @property
+    def dims(self) -> int:
+        """Numbers in a patch."""
+        return int(self.patch ** len(self.extent) * self.channels)
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """`image` [B, S, S, C] in [-1, 1], or `series` [B, L, C]."""
+        return {self.key: jax.ShapeDtypeStruct((batch, *reversed(self.extent), self.channels), jnp.float32)}
+
+    def encoder(self) -> Encoder:
+        """The network under the key `encoder` of the parameters."""
+        return Encoder(self.width, self.depth, self.head_dim, self.dtype, self.scan, self.remat, self.attention)
+
+    def init_encoder(self, rng: jax.Array) -> Params:
+        """Fresh parameters of the encoder."""
+        params: Params = self.encoder().init(rng, jnp.zeros((1, self.tokens, self.dims)))["params"]
+        return params
+
+    def encode(
+        self,
+        params: Params,
+        patches: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        seen: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Patches [B, N, P, P, C] -> tokens [B, N, D] and class token [B, D].
+
+        `positions` and `seen` as of `Encoder`; branches are dropped where there is a key `rng`.
+        """
+        patches = patches.reshape(*patches.shape[:2], self.dims)
+        keep = None
+        if rng is not None and self.drop_path:
+            rates = jnp.linspace(0, self.drop_path, self.depth)[:, None, None]
+            kept = jax.random.bernoulli(rng, 1 - rates, (self.depth, 2, len(patches)))
+            keep = kept / (1 - rates)
+        found: Any = self.encoder().apply({"params": params["encoder"]}, patches, positions, seen, keep)
+        return found
+
+    def augmented(self, rng: jax.Array, signal: jax.Array) -> jax.Array:
+        """Training images [B, S, S, C] after `augment`; a mirror image is the data's affair (`data.flip`)."""
+        if self.augment == "none":
+            return signal
+        return (pad_crop if self.augment == "pad" else random_resized_crop)(rng, signal)
+
+    def positions(self, params: Params) -> jax.Array | None:
+        """What is added to the tokens of the regular grid [1 + N, D], the class token's first; None: nothing."""
+        return None
+
+    def fixed_positions(self, width: int | None = None) -> np.ndarray:
+        """Sine and cosine codes [1 + N, width] of the regular grid, zeros for the class token; None: of the encoder's width."""
+        rows, columns = self.grid if len(self.grid) == 2 else (1, *self.grid)
+        places = grid_positions(rows, columns, (rows * columns) ** 0.5)
+        codes = sincos(places if len(self.grid) == 2 else places[:, 1:], width or self.width)
+        return np.concatenate([np.zeros_like(codes[:1]), codes])
+
+    def feature_map(self, params: Params, batch: Batch) -> jax.Array:
+        """Tokens of the regular grid as a map [B, S/P, S/P, D], of series [B, L/P, D]."""
+        z, _ = self.encode(params, grid_patches(batch[self.key], self.patch), self.positions(params))
+        return z.reshape(len(z), *self.grid, self.width)
+
+    def features(self, params: Params, batch: Batch) -> jax.Array:
+        """The mean of the tokens of the regular grid [B, D]."""
+        return self.feature_map(params, batch).mean(tuple(range(1, 1 + len(self.grid))))
+
+    def off_grid(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As many patches as the grid has, with sides from half a patch to two: tokens [B, N, D] and boxes [B, N, 2, A].
+
+        No task is told where they are, whatever it learned to expect.
+        """
+        signal = batch[self.key]
+        count = (len(signal), self.tokens)
+        boxes = sample_boxes(rng, count, self.extent, self.patch / 2, min(2 * self.patch, *self.extent))
+        return self.encode(params, crop(signal, boxes, self.patch))[0], boxes
+
+    def import_names(self) -> list[Name]:
+        """The layout of a plain vision transformer as timm has it (`VisionTransformer` with a class token and GELU).
+
+        UserError for series, which that layout cannot hold.
+        """
+        if self.length:
+            raise UserError(
+                f"task.length={self.length}: the plain vision transformer's layout is for images; use `zoo export` without "
+                "--format official"
+            )
+        ours, p = "encoder", {"p": self.patch, "q": self.patch}
+        names = [
+            Name("cls_token", f"{ours}/class/table", "1 1 d -> 1 d"),
+            Name("pos_embed", None, value=self._published_positions),
+            Name("patch_embed.proj.weight", f"{ours}/patch/kernel", "d c p q -> (p q c) d", p),
+            Name("patch_embed.proj.bias", f"{ours}/patch/bias"),
+            Name("norm.weight", f"{ours}/norm/scale"),
+            Name("norm.bias", f"{ours}/norm/bias"),
+        ]
+        for l in range(self.depth):
+            layer, block = f"blocks.{l}", f"{ours}/trunk/block"
+            for theirs, mine in (("norm1", "attention_norm"), ("norm2", "mlp_norm")):
+                names += [
+                    Name(f"{layer}.{theirs}.weight", f"{block}/{mine}/scale", layer=l),
+                    Name(f"{layer}.{theirs}.bias", f"{block}/{mine}/bias", layer=l),
+                ]
+            names += [
+                Name(f"{layer}.attn.qkv.weight", f"{block}/qkv/kernel", "(s h) w -> w s h", {"s": 3}, l),
+                Name(f"{layer}.attn.qkv.bias", f"{block}/qkv/bias", "(s h) -> s h", {"s": 3}, l),
+            ]
+            for theirs, mine in (("attn.proj", "out"), ("mlp.fc1", "up"), ("mlp.fc2", "down")):
+                names += [
+                    Name(f"{layer}.{theirs}.weight", f"{block}/{mine}/kernel", "o i -> i o", layer=l),
+                    Name(f"{layer}.{theirs}.bias", f"{block}/{mine}/bias", layer=l),
+                ]
+        return names
+
+    def _published_positions(self) -> np.ndarray:
+        """That layout always has positions: zeros are none."""
+        return np.zeros((1, 1 + self.tokens, self.width), np.float32)
+
+
+def check_shapes(signal: jax.Array, task: Vit) -> None:
+    """Traces fail here, and not somewhere below, on an input of another shape than the task's."""
+    chex.assert_shape(signal, (None, *reversed(task.extent), task.channels))
