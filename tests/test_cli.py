@@ -273,7 +273,7 @@ MISTAKES = {
     "no likelihood": ("eval mute bpd --allow mute", "bpd needs 'nll', which Mute has not; it can:"),
     "no data": ("eval undated bpd data.path=x", "undated does not say what data it was trained on"),
     "no published layout": ("export mute new.npz --format official --allow mute", "Mute knows no published layout"),
-    "no sampler to export": ("export mute new --format stablehlo --allow mute", "Mute has no sampler to export"),
+    "no sampler to export": ("export mute new --format stablehlo --allow mute", "Mute has neither a sampler nor features to export"),
     "nothing to bench": (f"bench {SMOKE} --rounds 0", "--rounds 0 leaves nothing to time"),
     "nothing to bench against": (f"bench {SMOKE} --against tarflow/digit", "did you mean 'tarflow/digits'?"),
     "data against": (f"bench {SMOKE} --against {SMOKE} --what data", "--against has no part in --what data; leave it"),

@@ -581,5 +581,5 @@ def test_stablehlo_sampler_equals_the_jitted_one(tmp_path):
     with pytest.raises(UserError, match="exported for tpu, not for cpu"):
         weights.load_stablehlo(tmp_path / "out")
     weights.save(tmp_path / "out", params, CONFIG, "")  # new weights take the earlier sampler with them
-    with pytest.raises(UserError, match="holds no readable sampler"):
+    with pytest.raises(UserError, match="holds no readable program"):
         weights.load_stablehlo(tmp_path / "out")

@@ -82,7 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     opens(sub)
     sub = verb("export", "Write the weights of a run for others.", "MODEL", "OUT")
     sub.add_argument("--format", choices=("zoo", "official", "stablehlo"), default="zoo")
-    sub.add_argument("--samples", type=int, default=16, help="batch size of a stablehlo sampler")
+    sub.add_argument(
+        "--samples",
+        type=int,
+        default=16,
+        help="batch size of a stablehlo program: its sampler, or its features where there is no sampler",
+    )
     opens(sub)
     verb(
         "import",
@@ -480,6 +485,10 @@ def _eval(args: argparse.Namespace) -> int:
         from zoo.commands import strategy
 
         strategy.save(model.folder, found)
+    if "pictures" in found:
+        from zoo.commands.sample import save_pictures
+
+        found = {**found, "pictures": save_pictures(model, found["pictures"])}
     line = {
         **found,
         "weights": model.kind,

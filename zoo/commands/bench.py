@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import importlib.util
 import inspect
 import os
 import platform
@@ -29,6 +28,7 @@ import zoo
 from zoo import config, dist, models, weights
 from zoo.commands import flops
 from zoo.commands.chips import chip_of, count_chips
+from zoo.commands.peer import load_peer, parity
 from zoo.data.pipeline import batches
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -144,12 +144,14 @@ def bench(
                 figures |= {"parameters, against": sum(int(x.size) for x in leaves)}
             host = _example_batch(run)
             if twin is not None:
-                figures["largest difference to the peer"] = _parity(run.task, state.params, twin, host)
+                figures["largest difference to the peer"] = parity(run.task, state.params, twin, host)
             if "train" in parts:
                 placed = jax.device_put(host, dist.batch_sharding(mesh))
                 program, compiled = compile_twice(jitted, abstract, placed)
                 step = _Stepper(program, state, placed)
                 figures |= compiled | time_step(run, mesh, step, twin, host, rounds, rival)
+                if hasattr(run.task, "crops"):
+                    figures |= time_crops(run, step, rounds)
                 state = step.state
             if "sample" in parts:
                 params = state.params
@@ -441,6 +443,23 @@ def time_step(
     return figures
 
 
+def time_crops(run: Run, step: _Stepper, rounds: int) -> Figures:
+    """What a step cuts out of its batch before its network, alone (`task.crops`), and how many times faster than the step."""
+    crops = jax.jit(run.task.crops).lower(step.placed, jax.random.key(0)).compile()
+
+    def cut(count: int) -> None:
+        for k in range(count):
+            jax.block_until_ready(crops(step.placed, jax.random.key(k)))
+
+    figures: Figures = {}
+    unit = _unit(run.task)
+    found = _rounds({"ours": cut}, rounds)
+    _compare(figures, "sampler and crops", found, run.batch, unit)
+    assert step.median is not None
+    figures[f"sampler and crops / train {unit}/s"] = step.median / statistics.median(found["ours"])
+    return figures
+
+
 # --- the sampler ----------------------------------------------------------------------------------
 
 
@@ -649,61 +668,4 @@ def _streamed(feed: Iterator[Any], rounds: int) -> list[float]:
             jax.block_until_ready(next(feed))
             count += 1
         found.append((time.perf_counter() - begin) / count)
-    return found
-
-
-# --- the peer -------------------------------------------------------------------------------------
-
-
-def load_peer(path: str, task: Any) -> Any:
-    """`build(task)` of a Python file, run; UserError when the file, the function or a package it needs is missing."""
-    if not Path(path).is_file():
-        raise UserError(f"--peer {path}: no such file; give a Python file with a function build(task)")
-    spec = importlib.util.spec_from_file_location("zoo_bench_peer", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        extra = "; install it with the `torch` extra: pip install -e '.[torch]'" if error.name == "torch" else ""
-        raise UserError(f"--peer {path} needs the package {error.name!r}, which is not installed{extra}") from None
-    if not hasattr(module, "build"):
-        raise UserError(f"--peer {path} defines no function build(task)")
-    return module.build(task)
-
-
-def _parity(task: Any, params: Any, twin: Any, host: dict[str, np.ndarray]) -> dict[str, float]:
-    """Largest differences between ours and a peer with our weights: the loss of one batch without noise, and, where both
-    sides have an `inverse`, the image of one z. UserError when one is too large: then the times compare nothing.
-    """
-    # Fresh output kernels are zero, which would hide any difference: move every weight a little first.
-    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
-    moved = jax.tree.map(
-        lambda x: x + 0.16 / max(*x.shape, 1) ** 0.5 * jax.random.normal(next(keys), x.shape, x.dtype), params
-    )
-    moved = {**moved, **{k: params[k] for k in task.held}}
-    twin.load(weights.to_official(task, jax.device_get(moved)))
-    half = getattr(task, "dtype", "float32") != "float32"
-    still = {"noise": 0.0, "noise_type": "gaussian", "drop": 0.0}
-    clean = dataclasses.replace(task, **{k: v for k, v in still.items() if hasattr(task, k)})
-    found = {}
-    with jax.default_matmul_precision("default" if half else "float32"):
-        ours = float(jax.jit(lambda p, b: clean.loss(p, b, jax.random.key(0))[0])(moved, host))
-        found["loss"] = abs(ours - float(twin.loss(host)))
-        paper = sys.modules[type(task).__module__]
-        if hasattr(paper, "inverse") and hasattr(paper, "forward") and hasattr(twin, "inverse"):
-            image, label = host["image"][:2], host["label"][:2] if "label" in host else None
-            shape = jax.eval_shape(lambda p: paper.forward(task, p, image, label)[0], moved).shape
-            z = jax.random.normal(jax.random.key(2), shape)
-            inverse = jax.jit(lambda p, z: paper.inverse(task, p, z, label))
-            difference = np.asarray(inverse(moved, z)) - twin.inverse(np.array(z), label)
-            found["inverse"] = float(np.abs(difference).max())
-    limit = 5e-2 if half else 1e-3
-    for name, difference in found.items():
-        if not difference <= limit:
-            raise UserError(
-                f"the peer's {name} differs from ours by {difference:.3g} on the same weights and inputs, more than "
-                f"{limit:g}: it is no twin, and comparing times would mean nothing; mend the peer first"
-            )
     return found

@@ -64,7 +64,14 @@ def listing() -> str:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """The comment behind each field of a dataclass, from its source."""
+    """The comment behind each field of a dataclass, from its source and that of the classes whose fields it inherits."""
+    found: dict[str, str] = {}
+    for base in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
+        found |= _own_comments(base)
+    return found
+
+
+def _own_comments(cls: type) -> dict[str, str]:
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
     """Write an export in one of the forms; returns what to tell the user.
 
     zoo: safetensors, config and card. official: the published key layout, to the file `out` (.safetensors, .npz or
-    .pth). stablehlo: a zoo export with a portable sampler (cpu, cuda, tpu) of `samples` samples a call beside it.
+    .pth). stablehlo: a zoo export and beside it a portable program (cpu, cuda, tpu): the sampler, or for a task that has
+    none its features, of `samples` examples a call.
     """
     which = {"ema": "the average of the weights", "raw": "the weights of the last step"}.get(
         model.kind, f"{model.kind} weights"
@@ -85,21 +86,45 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
         weights.write_state_dict(out, state)
         return f"{out}: {len(state)} tensors in the official layout ({which})"
     metrics = _last_eval(model) if model.run is not None else models.read_config(model.folder).get("metrics", {})
-    if form == "stablehlo" and not hasattr(model.task, "sample"):
-        raise UserError(f"{type(model.task).__name__} has no sampler to export; use --format zoo")
-    if form == "stablehlo" and getattr(model.task, "given", None):
-        raise UserError(
-            f"--format stablehlo: the sampler of this {type(model.task).__name__} takes captions, which a portable program "
-            "has no place for yet; use --format zoo"
-        )
+    program = _program(model.task, samples) if form == "stablehlo" else None
     beside = _tokenizer(homes(model.folder, model.run.weights if model.run is not None else None))
     if is_text(model.task) and (vocabulary := vocabulary_of(model)) is not None:
         beside |= files(vocabulary)
     _write(model, out, metrics, beside)
-    if form == "zoo":
+    if program is None:
         return f"{out}: model.safetensors, config.json, README.md ({which})"
-    classes = getattr(model.task, "classes", 0)
-    task, unit = model.task, getattr(model.task, "unit", "images")
+    with dist.portable():
+        weights.export_stablehlo(out, program.call, model.params, *program.arguments, name=program.name)
+    unit = getattr(model.task, "unit", "images")
+    what = {"sampler": "a sampler", "features": "a program for the features"}[program.name]
+    return f"{out}: as a zoo export, and stablehlo/ with {what} of {samples} {unit} a call ({which})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What a task does in a portable program, as `weights.export_stablehlo` takes it."""
+
+    name: str
+    call: Callable[..., dict[str, jax.Array]]
+    arguments: tuple[Any, ...]  # shapes of what follows the parameters
+
+
+def _program(task: Any, samples: int) -> _Program:
+    """The sampler, (params, key uint32 [2], labels [samples] where there are classes) -> what it draws; of a task that has
+    none the features, (params, batch) -> `features` [samples, D] and where the task has one a `feature_map`.
+
+    UserError where there is neither, for no samples, and for a sampler that needs captions.
+    """
+    kind = type(task).__name__
+    if samples < 1:
+        raise UserError(f"--samples {samples} leaves a portable program nothing to do; give 1 or more")
+    if not (hasattr(task, "sample") or hasattr(task, "features")):
+        raise UserError(f"{kind} has neither a sampler nor features to export; use --format zoo")
+    if hasattr(task, "sample") and getattr(task, "given", None):
+        raise UserError(
+            f"--format stablehlo: the sampler of this {kind} takes captions, which a portable program has no place for "
+            "yet; use --format zoo"
+        )
     if hasattr(task, "attention"):  # a kernel of this machine would not run on the others
         task = dataclasses.replace(task, attention="xla")
 
@@ -107,11 +132,14 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
         rng = jax.random.wrap_key_data(key)
         return task.sample(params, rng, samples, None if label is None else {"label": label})
 
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    label = (jax.ShapeDtypeStruct((samples,), jnp.int32),) if classes else ()
-    with dist.portable():
-        weights.export_stablehlo(out, sampler, model.params, key, *label)
-    return f"{out}: as a zoo export, and stablehlo/ with a sampler of {samples} {unit} a call ({which})"
+    def features(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: getattr(task, name)(params, batch) for name in ("features", "feature_map") if hasattr(task, name)}
+
+    if not hasattr(task, "sample"):
+        batch = {key: leaf for key, leaf in task.spec(samples).items() if key != "label"}
+        return _Program("features", features, (batch,))
+    label = (jax.ShapeDtypeStruct((samples,), jnp.int32),) if getattr(task, "classes", 0) else ()
+    return _Program("sampler", sampler, (jax.ShapeDtypeStruct((2,), jnp.uint32), *label))
 
 
 def import_checkpoint(config: Any, file: Path, out: Path) -> str:

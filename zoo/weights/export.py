@@ -1,4 +1,4 @@
-"""Exports on disk: safetensors with a checksum per tensor, config, card, and the sampler as StableHLO."""
+"""Exports on disk: safetensors with a checksum per tensor, config, card, and a sampler or features as StableHLO."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from zoo.weights.layout import few, flatten, matching, named_leaves, stacked, un
 
 FORMAT = 1  # of exports; a reader refuses any other
 
-_STABLEHLO = ("sampler.bin", "sampler.json")
+_PROGRAMS = ("sampler", "features")  # what a portable program gives; its files are named so
+_STABLEHLO = tuple(f"{name}.{end}" for name in _PROGRAMS for end in ("bin", "json"))
 _EXPORT = (
     "model.safetensors",
     "config.json",
@@ -46,7 +47,7 @@ def save(
     """Write an export: `model.safetensors` (stacked layout), `config.json`, `README.md` (the card) and further `files`.
 
     The safetensors metadata holds one sha256 per tensor and one of the config; the card gets the sha256 of the weights
-    file as its last line. The folder appears whole or not at all, and replaces an earlier export, its sampler included;
+    file as its last line. The folder appears whole or not at all, and replaces an earlier export, its portable program included;
     for the moment of the exchange the earlier one lies beside it as `.NAME.PID.old`. UserError when the folder holds
     anything that is not an export, or cannot be written.
     """
@@ -211,28 +212,32 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 def export_stablehlo(
     folder: str | Path,
-    sampler: Callable[..., Mapping[str, Any]],
+    function: Callable[..., Mapping[str, Any]],
     params: Params,
     *arguments: Any,
+    name: str = "sampler",
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> None:
-    """Write `sampler(params, *arguments)` as a portable program to `folder/stablehlo`, beside the weights.
+    """Write `function(params, *arguments)` as a portable program to `folder/stablehlo`, beside the weights.
 
-    `params` and `arguments` may be arrays or ShapeDtypeStructs. The program takes the parameters in stacked layout,
-    just as `model.safetensors` holds them, so no weights are baked into it. `sampler.json` says how to call it. The
-    program may stop loading with later versions of jax; weights and config are what lasts. UserError when `folder` is
-    no export yet.
+    `params` and `arguments` may be arrays or ShapeDtypeStructs, or trees of them. The program takes the parameters in
+    stacked layout, just as `model.safetensors` holds them, so no weights are baked into it. `NAME.json` says how to call
+    `NAME.bin`. The program may stop loading with later versions of jax; weights and config are what lasts. One program
+    takes the place of another. UserError when `folder` is no export yet.
+
+    Args:
+        name: "sampler" or "features".
     """
     from jax import export
 
     if not (Path(folder) / "model.safetensors").is_file():
         raise UserError(
-            f"{folder} has no model.safetensors for the sampler to lie beside; export the weights there first"
+            f"{folder} has no model.safetensors for the {name} to lie beside; export the weights there first"
         )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), (params, *arguments))
 
     def call(stacked_params: Params, *rest: Any) -> dict[str, Any]:
-        return dict(sampler(matching(stacked_params, shapes[0]), *rest))
+        return dict(function(matching(stacked_params, shapes[0]), *rest))
 
     inputs = (stacked(shapes[0]), *shapes[1:])
     program = export.export(jax.jit(call), platforms=tuple(platforms))(*inputs)
@@ -240,7 +245,7 @@ def export_stablehlo(
     outputs = jax.eval_shape(call, *inputs)
     about = {
         "format": FORMAT,
-        "program": "sampler.bin",
+        "program": f"{name}.bin",
         "sha256": hashlib.sha256(blob).hexdigest(),
         "jax": jax.__version__,
         "calling_convention": program.calling_convention_version,
@@ -250,26 +255,27 @@ def export_stablehlo(
         "arguments": [_describe(x) for x in inputs],
         "results": _describe(outputs),
     }
-    with _replacing(Path(folder) / "stablehlo", _STABLEHLO, needed=_STABLEHLO[1:]) as new:
-        (new / "sampler.bin").write_bytes(blob)
-        (new / "sampler.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    with _replacing(Path(folder) / "stablehlo", _STABLEHLO, needed=()) as new:
+        (new / f"{name}.bin").write_bytes(blob)
+        (new / f"{name}.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def load_stablehlo(folder: str | Path) -> Callable[..., dict[str, jax.Array]]:
-    """The sampler that `export_stablehlo` wrote: a function of the parameters of `load` and the other arguments."""
+    """The program that `export_stablehlo` wrote: a function of the parameters of `load` and the other arguments."""
     from jax import export
 
     folder = Path(folder) / "stablehlo"
+    name = next((name for name in _PROGRAMS if (folder / f"{name}.json").exists()), _PROGRAMS[0])
     try:
-        about = json.loads((folder / "sampler.json").read_text(encoding="utf-8"))
-        blob = (folder / "sampler.bin").read_bytes()
+        about = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        blob = (folder / f"{name}.bin").read_bytes()
         digest, platforms = about["sha256"], about["platforms"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder} holds no readable sampler ({error}); `zoo export RUN OUT --format stablehlo` makes one"
+            f"{folder} holds no readable program ({error}); `zoo export RUN OUT --format stablehlo` makes one"
         ) from None
     if hashlib.sha256(blob).hexdigest() != digest:
-        raise UserError(f"{folder / 'sampler.bin'} is damaged: its sha256 is not the one it was written with; {AGAIN}")
+        raise UserError(f"{folder / f'{name}.bin'} is damaged: its sha256 is not the one it was written with; {AGAIN}")
     here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if here not in platforms:
         raise UserError(
