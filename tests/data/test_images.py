@@ -200,7 +200,7 @@ def test_transparent_pixels_lie_on_white_and_photos_are_upright():
     assert not as_stored
 
 
-def test_the_size_of_a_picture_is_that_of_the_upright_one():
+def test_the_size_of_a_picture_is_that_of_the_upright_one(tmp_path):
     from PIL.PngImagePlugin import PngInfo
 
     wide, exif = colour(size=(4, 2)), Image.Exif()
@@ -220,6 +220,11 @@ def test_the_size_of_a_picture_is_that_of_the_upright_one():
     assert at < end
     moved = late.replace(chunk, b"").replace(late[-12:], chunk + late[-12:])
     assert upright_size(moved) == (2, 4)
+    for i, data in enumerate(
+        (encoded(wide, "JPEG", exif=exif), moved, encoded(wide, pnginfo=told), encoded(wide, "WEBP"))
+    ):
+        (tmp_path / str(i)).write_bytes(data)
+        assert upright_size(tmp_path / str(i)) == upright_size(data)
     with pytest.raises(BadImage, match="cannot be read"):
         upright_size(b"")
 
@@ -312,6 +317,40 @@ def test_bad_files_are_named(folder):
         list(epoch(Images(str(folder), size=6, test_fraction=0), 20, split="train"))
     ((b, _),) = epoch(Images(str(folder), size=6, test_fraction=0, convert=True), 20, split="train")
     assert (b["image"][3][..., 0] == b["image"][3][..., 1]).all()
+
+
+def test_a_folder_that_is_resized_says_so_once(folder, caplog):
+    caplog.set_level("INFO", "zoo")
+    Images(str(folder), size=6).source("train")
+    assert not caplog.records  # all are 6x6
+    for split in ("train", "test", "train"):
+        assert Images(str(folder), size=4).source(split)[0]["image"].shape == (4, 4, 3)
+    said = f"{folder}: images of 6x6: each is resized to 4 on its shorter side and cropped at the centre"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    caplog.clear()
+    (folder / "cat" / "2.png").write_bytes(b"rubbish")  # named when it is read, not here
+    (folder / "cat" / "3.png").unlink()
+    (folder / "cat" / "3.png").symlink_to("nowhere")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour(size=(9, 5)).save(folder / "dog" / "4.png", exif=exif)
+    for split in ("train", "test"):
+        Images(str(folder), size=8).source(split)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"{folder}: images of different sizes (e.g. 6x6, 5x9): each is resized to 8 on"
+    )
+
+
+def test_few_files_are_looked_at_for_their_size(folder, monkeypatch):
+    from zoo.data import images
+
+    looked = []
+    monkeypatch.setattr(images, "LOOKED_AT", 7)
+    monkeypatch.setattr(images, "upright_size", lambda path: looked.append(path) or (6, 6))
+    Images(str(folder), size=6).source("train")
+    assert 5 <= len(set(looked)) == len(looked) <= 7
+    assert {path.parent.name for path in looked} == {"cat", "dog"}
 
 
 # TFDS

@@ -16,10 +16,11 @@ import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ LEVELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 TESTS = ("test", "val", "validation", "valid")  # what a folder or a data set may call its held-out part
 SPLITS = ("train", "test")
+LOOKED_AT = 64  # files of a folder whose sizes are compared
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
 _log = logging.getLogger("zoo")
 
@@ -90,7 +92,7 @@ class Arrays:
         check_split(split)
         path = existing(self.path)
         part = None if "{split}" in self.images else [split, self.test_fraction]
-        return _hash([[_sha256(path, path.stat().st_mtime_ns), self.images.format(split=split), part]])
+        return digest([[file_digest(path, path.stat().st_mtime_ns), self.images.format(split=split), part]])
 
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split, read lazily from the file and kept in memory."""
@@ -102,7 +104,7 @@ class Arrays:
         if self.labels:
             labels = _array(path, self.labels.format(split=split), "data.labels", str(path.stat().st_mtime_ns))
         images, labels = checked_arrays(path, images, labels)
-        names = _class_names(self.classes, labels)
+        names = class_names(self.classes, labels)
         part = np.arange(len(images))
         if "{split}" not in self.images:
             part = np.asarray(divide(len(images), self.test_fraction)[split])
@@ -184,10 +186,10 @@ class Images:
         if root.suffix == ".npz" and root.is_file():
             return self._arrays(root).fingerprint(split)
         if is_prepared(root):
-            return _hash([shard.sha256, shard.count] for shard in read_info(root, Info).splits[split])
+            return digest([shard.sha256, shard.count] for shard in read_info(root, Info).splits[split])
         files = list_folder(root, self.test_fraction)[0][split]
         some = set(files.paths[:: max(1, len(files.paths) // 16)])
-        return _hash(
+        return digest(
             [path, file_size(root / path), sha256(root / path) if path in some else None] for path in files.paths
         )
 
@@ -283,8 +285,10 @@ def open_image(data: bytes, channels: int, convert: bool) -> tuple[Image.Image, 
         ) from None
 
 
-def upright_size(data: bytes | np.ndarray) -> tuple[int, int]:
+def upright_size(data: bytes | Path | np.ndarray) -> tuple[int, int]:
     """(width, height) of an encoded image as it is seen, without decoding it; or of an array [H, W, C].
+
+    Of a file no more is read than its header and the heads of its parts.
 
     Raises:
       BadImage: it is no image.
@@ -292,24 +296,29 @@ def upright_size(data: bytes | np.ndarray) -> tuple[int, int]:
     if isinstance(data, np.ndarray):
         return data.shape[1], data.shape[0]
     try:
-        with Image.open(io.BytesIO(data)) as raw:
+        with (
+            open(data, "rb", buffering=0) if isinstance(data, Path) else io.BytesIO(data) as file,
+            Image.open(file) as raw,
+        ):
             # to look for an orientation in a PNG file, Pillow decodes it; hardly one has any
-            turned = (raw.format != "PNG" or _tells(data)) and raw.getexif().get(0x0112, 1) in range(5, 9)
+            turned = (raw.format != "PNG" or _tells(file)) and raw.getexif().get(0x0112, 1) in range(5, 9)
             return (raw.height, raw.width) if turned else (raw.width, raw.height)
     except Exception as error:
         raise BadImage(f"cannot be read ({' '.join(str(error).split())})", "delete it") from None
 
 
-def _tells(png: bytes) -> bool:
-    """Whether a PNG file has a chunk that may hold an orientation."""
-    at = 8
-    while at + 8 <= len(png):
-        size, kind = int.from_bytes(png[at : at + 4]), png[at + 4 : at + 8]
+def _tells(png: BinaryIO | io.RawIOBase) -> bool:
+    """Whether a PNG file has a chunk that may hold an orientation; the position in the file is left as it was."""
+    before, at, found = png.tell(), 8, False
+    while not found and png.seek(at) == at and len(head := png.read(8) or b"") == 8:
+        size, kind = int.from_bytes(head[:4]), head[4:]
         texts = kind in (b"tEXt", b"zTXt", b"iTXt")
-        if kind == b"eXIf" or (texts and png.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp"), at + 8)):
-            return True
+        found = kind == b"eXIf" or (
+            texts and (png.read(21) or b"").startswith((b"Raw profile type exif", b"XML:com.adobe.xmp"))
+        )
         at += 12 + size
-    return False
+    png.seek(before)
+    return found
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
@@ -345,7 +354,8 @@ def from_array(array: np.ndarray) -> Image.Image:
 # Places
 
 
-def _hash(parts: Iterable[Any]) -> str:
+def digest(parts: Iterable[Any]) -> str:
+    """One digest of what JSON can hold."""
     found = hashlib.sha256()
     for part in parts:
         found.update(json.dumps(part).encode() + b"\n")
@@ -353,7 +363,7 @@ def _hash(parts: Iterable[Any]) -> str:
 
 
 @lru_cache(maxsize=4)
-def _sha256(path: Path, version: int) -> str:
+def file_digest(path: Path, version: int) -> str:
     """The digest of a file; `version` makes a file that was rewritten a new one."""
     return sha256(path) or ""
 
@@ -394,7 +404,7 @@ def existing(path: str) -> Path:
 def divide(count: int, test_fraction: float) -> dict[str, list[int]]:
     """Which of `count` examples are for training and which for testing: fixed, both in ascending order."""
     if not 0 <= test_fraction < 1:
-        raise UserError(f"test_fraction={test_fraction} is no share of the images; choose 0 <= test_fraction < 1")
+        raise UserError(f"test_fraction={test_fraction} is no share of the examples; choose 0 <= test_fraction < 1")
     held_out = min(count - 1, max(1, round(count * test_fraction))) if test_fraction and count else 0
     order = np.random.default_rng(0).permutation(count)
     return {"train": sorted(order[held_out:].tolist()), "test": sorted(order[:held_out].tolist())}
@@ -402,59 +412,73 @@ def divide(count: int, test_fraction: float) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class Files:
-    """The image files of one split, by path below the folder, in the order of (class, name)."""
+    """The files of one split, by path below the folder, in the order of (class, name)."""
 
     paths: list[str]
     labels: list[int] | None
 
+    def part(self, members: Sequence[int]) -> Files:
+        """These of them, in this order."""
+        labels = self.labels
+        return Files([self.paths[i] for i in members], None if labels is None else [labels[i] for i in members])
+
 
 def list_folder(root: Path, test_fraction: float) -> tuple[dict[str, Files], tuple[str, ...]]:
     """The files of both splits of a folder of images, and the class names."""
-    names, folders = _entries(root)
+    parts, names = find_files(root)
+    if "all" in parts:
+        shares = divide(len(parts["all"].paths), test_fraction)
+        parts = {split: parts["all"].part(members) for split, members in shares.items()}
+    return parts, names
+
+
+def find_files(
+    root: Path, suffixes: tuple[str, ...] = SUFFIXES, what: str = "image"
+) -> tuple[dict[str, Files], tuple[str, ...]]:
+    """The files of a folder by split ("train" and "test"; "all" where its folders name none), and the class names.
+
+    Args:
+      suffixes: of the files that count, in lower case.
+      what: what one of them is called, for errors.
+    """
+    names, folders = _entries(root, suffixes)
     tests = [name for name in TESTS if name in folders]
     if "train" in folders and not names and (tests or len(folders) == 1):
-        classes = _entries(root / "train")[1]
-        train = _list_classes(root, "train", classes)
+        classes = _entries(root / "train", suffixes)[1]
+        train = _list_classes(root, "train", classes, suffixes, what)
         if tests:
-            test = _list_classes(root, tests[0], classes)
+            test = _list_classes(root, tests[0], classes, suffixes, what)
             if (train.labels is None) != (test.labels is None):
                 raise UserError(
                     f"{root / 'train'} and {root / tests[0]} differ: one has class folders, the other has not; "
                     "give both the same layout"
                 )
-            _tell_left_out(root, tests[0], tuple(name for name in folders if name not in ("train", tests[0])))
+            others = tuple(name for name in folders if name not in ("train", tests[0]))
+            _tell_left_out(root, tests[0], others, suffixes, what)
             return {"train": train, "test": test}, () if train.labels is None else tuple(classes)
         everything = train
     else:
         classes = folders
-        everything = _list_classes(root, "", classes)
+        everything = _list_classes(root, "", classes, suffixes, what)
     if not everything.paths:
         raise UserError(
-            f"{root} holds no images; expected image files ({', '.join(SUFFIXES)}), folders of them by class, "
+            f"{root} holds no {what}s; expected {what} files ({', '.join(suffixes)}), folders of them by class, "
             "or train and test folders"
         )
-    parts = divide(len(everything.paths), test_fraction)
-    splits = {
-        split: Files(
-            [everything.paths[i] for i in part],
-            None if everything.labels is None else [everything.labels[i] for i in part],
-        )
-        for split, part in parts.items()
-    }
-    return splits, () if everything.labels is None else tuple(classes)
+    return {"all": everything}, () if everything.labels is None else tuple(classes)
 
 
 @lru_cache(maxsize=64)  # a folder is listed for every split
-def _tell_left_out(root: Path, test: str, others: tuple[str, ...]) -> None:
+def _tell_left_out(root: Path, test: str, others: tuple[str, ...], suffixes: tuple[str, ...], what: str) -> None:
     """Warns of folders of images that are neither trained nor tested on."""
     for other in others:
-        names, folders = _entries(root / other)
-        if names or any(_entries(root / other / folder)[0] for folder in folders):
-            _log.warning("%s: %s is the test split, and the images of %s are left out", root, test, other)
+        names, folders = _entries(root / other, suffixes)
+        if names or any(_entries(root / other / folder, suffixes)[0] for folder in folders):
+            _log.warning("%s: %s is the test split, and the %ss of %s are left out", root, test, what, other)
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the image files and of the folders in a folder; hidden ones are passed over."""
+def _entries(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Sorted names of the files that count and of the folders in a folder; hidden ones are passed over."""
     files, folders = [], []
     try:
         entries = list(os.scandir(folder))
@@ -465,20 +489,20 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
             continue
         if entry.is_dir():
             folders.append(entry.name)
-        elif entry.name.lower().endswith(SUFFIXES):
+        elif entry.name.lower().endswith(suffixes):
             files.append(entry.name)
     return sorted(files), sorted(folders)
 
 
-def _list_classes(root: Path, below: str, classes: list[str]) -> Files:
-    """The images in root/below or in its class folders, which must be among `classes`."""
+def _list_classes(root: Path, below: str, classes: list[str], suffixes: tuple[str, ...], what: str) -> Files:
+    """The files in root/below or in its class folders, which must be among `classes`."""
     here = root / below
-    names, folders = _entries(here)
-    inside = {folder: _entries(here / folder)[0] for folder in folders}
+    names, folders = _entries(here, suffixes)
+    inside = {folder: _entries(here / folder, suffixes)[0] for folder in folders}
     if names and any(inside.values()):
         full = next(folder for folder, files in inside.items() if files)
         raise UserError(
-            f"{here} holds images ({names[0]}, ...) beside folders of images ({full}, ...); "
+            f"{here} holds {what}s ({names[0]}, ...) beside folders of {what}s ({full}, ...); "
             "move all of them into class folders, or all of them out"
         )
     if names:
@@ -494,6 +518,8 @@ def _list_classes(root: Path, below: str, classes: list[str]) -> Files:
 def _folder(data: Images, root: Path, split: str) -> Encoded:
     splits, classes = list_folder(root, data.test_fraction)
     files = splits[split]
+    everything = [path for part in splits.values() for path in part.paths]
+    _tell_sizes(root, data.size, tuple(everything[:: -(-len(everything) // LOOKED_AT) or 1]))
 
     def read(i: int) -> tuple[bytes, int | None, str]:
         path = root / files.paths[i]
@@ -507,25 +533,32 @@ def _folder(data: Images, root: Path, split: str) -> Encoded:
     return Encoded(len(files.paths), read, classes)
 
 
+@lru_cache(maxsize=64)  # a folder is opened several times in a run
+def _tell_sizes(root: Path, size: int, some: tuple[str, ...]) -> None:
+    """Says that images are resized where some of them are not `size` x `size`; a broken file is reported when it is read."""
+    found = []
+    for path in some:
+        with suppress(BadImage):
+            found.append(upright_size(root / path))
+    sizes = list(dict.fromkeys(found))
+    if not sizes or sizes == [(size, size)]:
+        return
+    shown = ", ".join(f"{width}x{height}" for width, height in sizes[:2])
+    _log.info(
+        "%s: images of %s: each is resized to %d on its shorter side and cropped at the centre",
+        root,
+        f"different sizes (e.g. {shown})" if len(sizes) > 1 else shown,
+        size,
+    )
+
+
 # Arrays
 
 
 @lru_cache(maxsize=4)
 def _array(path: Path, key: str, field: str, version: str) -> np.ndarray:
     """One array of an .npz file, read-only; `version` makes a file that was rewritten a new one."""
-    with open_npz(path) as file:
-        if key not in file.files:
-            other = " (set data.labels='' for unlabelled images)" if field == "data.labels" else ""
-            raise UserError(
-                f"{path} has no array {key!r}, it has {', '.join(file.files) or 'none'}; "
-                f"set {field} to one of them{other}"
-            )
-        try:
-            array = file[key]
-        except Exception as error:  # a pickled object array, a damaged member
-            raise UserError(
-                f"{path}: array {key!r} cannot be read ({error}); save plain arrays with numpy.savez"
-            ) from None
+    array = read_array(path, key, field, "images")
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
         # written so that a NaN fails as well
@@ -538,6 +571,23 @@ def _array(path: Path, key: str, field: str, version: str) -> np.ndarray:
     return array
 
 
+def read_array(path: Path, key: str, field: str, what: str) -> np.ndarray:
+    """One array of an .npz file as it is stored; for errors the field that names it and what the examples are called."""
+    with open_npz(path) as file:
+        if key not in file.files:
+            other = f" (set data.labels='' for unlabelled {what})" if field == "data.labels" else ""
+            raise UserError(
+                f"{path} has no array {key!r}, it has {', '.join(file.files) or 'none'}; "
+                f"set {field} to one of them{other}"
+            )
+        try:
+            return file[key]
+        except Exception as error:  # a pickled object array, a damaged member
+            raise UserError(
+                f"{path}: array {key!r} cannot be read ({error}); save plain arrays with numpy.savez"
+            ) from None
+
+
 def open_npz(path: Path) -> Any:
     """An .npz file, open for reading; no pickle in it is ever loaded."""
     try:
@@ -545,7 +595,7 @@ def open_npz(path: Path) -> Any:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no .npz file ({error}); write one with numpy.savez") from None
     if not hasattr(file, "files"):
-        raise UserError(f"{path} is a single array; save images and labels together with numpy.savez")
+        raise UserError(f"{path} is a single array; save examples and labels together with numpy.savez")
     return file
 
 
@@ -560,17 +610,22 @@ def checked_arrays(path: Path, images: np.ndarray, labels: np.ndarray | None) ->
     if images.dtype not in (np.uint8, np.float32):
         raise UserError(f"{path}: images are {images.dtype}; store uint8, or floats in [-1, 1]")
     if labels is not None:
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise UserError(
-                f"{path}: labels are {labels.dtype}{list(labels.shape)}; "
-                f"expected one integer per image: [{len(images)}]"
-            )
-        if labels.size and labels.min() < 0:
-            raise UserError(f"{path}: labels go down to {labels.min()}; number classes from 0")
+        check_labels(path, labels, len(images), "image")
     return images, labels
 
 
-def _class_names(classes: Sequence[str], labels: np.ndarray | None) -> tuple[str, ...]:
+def check_labels(path: Path, labels: np.ndarray, count: int, what: str) -> None:
+    """Refuses labels that are not `count` integers from 0; `what` is what an example is called."""
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{path}: labels are {labels.dtype}{list(labels.shape)}; expected one integer per {what}: [{count}]"
+        )
+    if labels.size and labels.min() < 0:
+        raise UserError(f"{path}: labels go down to {labels.min()}; number classes from 0")
+
+
+def class_names(classes: Sequence[str], labels: np.ndarray | None) -> tuple[str, ...]:
+    """The names of the classes: those given, which must suffice, or "0", "1", ...; () without labels."""
     if labels is None or not len(labels):
         return ()
     highest = int(labels.max())
