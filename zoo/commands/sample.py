@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from zoo import config, dist, paths
 from zoo.commands import strategy
@@ -153,6 +154,31 @@ def draw(
     print(f"{n} samples in {out} ({shown}; {'average' if model.kind == 'ema' else model.kind} weights, seed {seed})")
 
 
+def save_pictures(model: Model, pictures: Mapping[str, Image.Image]) -> dict[str, str]:
+    """Write what a metric drew as `NAME-STEP.png` into `samples/` of the run folder; returns the path of each.
+
+    Of an export, or a run folder that cannot be written, into `samples/` here.
+
+    Raises:
+        UserError: neither can be written.
+    """
+    about = {"model": str(model.folder), "step": str(model.step), "weights": model.kind}
+    here = paths.where("samples")
+    out, saved = here if model.run is None else model.folder / "samples", {}
+    for name, picture in pictures.items():
+        file = f"{name}.png" if model.step is None else f"{name}-{model.step:07d}.png"
+        try:
+            save_png(out / file, picture, about)
+        except UserError as error:
+            if out == here:
+                raise
+            _log.warning("%s; the pictures go to %s", error, here)
+            out = here
+            save_png(out / file, picture, about)
+        saved[name] = str(out / file)
+    return saved
+
+
 def _rows(conditions: Mapping[str, np.ndarray] | None, rows: np.ndarray) -> dict[str, jax.Array] | None:
     return None if conditions is None else {key: jnp.asarray(array[rows]) for key, array in conditions.items()}
 
@@ -216,8 +242,6 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
 
 
 def _sheet(out: Folder, n: int, captions: Sequence[str] | None) -> None:
-    from PIL import Image
-
     count = min(n, _SHEET)
     images = []
     for i in range(count):

@@ -157,9 +157,18 @@ def _grouped(data: Data, groups: tuple[np.ndarray, ...], batch: int, seed: int) 
 
 
 def epoch(
-    data: Data, batch: int, *, split: str = "test", spec: Spec | None = None, limit: int | None = None
+    data: Data,
+    batch: int,
+    *,
+    split: str = "test",
+    spec: Spec | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
 ) -> Generator[tuple[Example, int], None, None]:
-    """One pass in order, neither shuffled nor augmented: (numpy batch of `batch` rows, how many of them are real).
+    """One pass, not augmented: (numpy batch of `batch` rows, how many of them are real).
+
+    In order; with a `seed` in the random order of that seed, so that `limit` is a fair choice of a split that lies in the
+    order of its classes.
 
     The last batch is filled up with copies of its last example, so that every batch has the one compiled shape. Of a
     source with groups of different shapes only the first group is gone through.
@@ -170,6 +179,8 @@ def epoch(
     keys = _keys(data, source, spec)
     groups = _groups(source)
     part: Sequence[int] | np.ndarray = range(len(source)) if groups is None else groups[0]
+    if seed is not None:
+        part = np.random.default_rng(seed).permutation(part)
     size = len(part) if limit is None else min(limit, len(part))
     count = -(-size // batch)
     host = _read(lambda i: source[int(part[min(i, size - 1)])], keys, batch, np.arange(batch), 0, count, threads=8)
@@ -212,6 +223,11 @@ def _keys(data: Data, source: Source, spec: Spec | None) -> tuple[str, ...]:
 
 
 def _advice(data: Data, key: str, got: tuple[int, ...], want: tuple[int, ...]) -> str:
+    if key == "series" and len(got) == len(want) == 2 and got != want:
+        ways = [f"task.channels={got[1]}"] if got[1] != want[1] else []
+        other = f" (or data.length={want[0]})" if hasattr(data, "length") else ""
+        ways += [f"task.length={got[0]}{other}"] if got[0] != want[0] else []
+        return "set " + ", and ".join(ways)
     if len(got) != 3 or len(want) != 3 or got == want:
         return "change the field of the task or of the data that sets it"
     ways = []

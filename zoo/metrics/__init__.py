@@ -1,4 +1,8 @@
-"""Metrics: frozen dataclasses, called as `(task, params, data, rng) -> dict`; each names the abilities it needs."""
+"""Metrics: frozen dataclasses, called as `(task, params, data, rng) -> dict`; each names the abilities it needs.
+
+The dict holds figures; under the key `pictures` it may hold PIL images by name. These are saved as `samples/NAME-STEP.png` of
+the run folder and shown where sheets of samples are; no record has them.
+"""
 
 from __future__ import annotations
 

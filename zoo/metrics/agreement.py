@@ -98,7 +98,7 @@ class Agreement:
         hits = int(np.concatenate(right).sum())
         return {
             "agreement": hits / self.samples,
-            "agreement_std_error": _std_error(hits, self.samples),
+            "agreement_std_error": share_error(hits, self.samples),
             "agreement_samples": self.samples,
             "agreement_not_finite": lost,
             "judge_accuracy": float(judge.score(*real)),
@@ -129,8 +129,8 @@ class Agreement:
         return np.concatenate(seen), known
 
 
-def _std_error(hits: int, count: int) -> float:
-    """Of a share hits / count, with two successes and two failures added."""
+def share_error(hits: int, count: int) -> float:
+    """Standard error of a share hits / count, with two successes and two failures added."""
     share = (hits + 2) / (count + 4)
     return math.sqrt(share * (1 - share) / (count + 4))
 

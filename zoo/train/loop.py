@@ -328,7 +328,10 @@ def _held_out(run: Run, n: int) -> dict[str, np.ndarray] | None:
 
 
 class _Watch:
-    """Looks at the model while it trains: sheets or texts, and metrics, from the average where there is one, and says which."""
+    """Looks at the model while it trains: sheets or texts, metrics and what they draw, and says which weights it saw.
+
+    These are the average's where there is one.
+    """
 
     def __init__(self, run: Run, report: Report, labels: tuple[str, ...]) -> None:
         self.run, self.report, self.labels = run, report, labels
@@ -348,6 +351,7 @@ class _Watch:
     def look(self, step: int, state: State) -> list[dict[str, Any]]:
         """Whatever is due at `step`; returns what each metric measured."""
         run, found = self.run, []
+        about = {"step": str(step), "weights": self.kind}
         sheet = self.draw is not None and self.due(step, run.samples.every)
         evals = [(i, m) for i, m in enumerate(run.evals) if self.due(step, m.every)]
         if not sheet and not evals:
@@ -358,14 +362,15 @@ class _Watch:
                 drawn = hosts.fetch(self.draw(params, jax.random.key(run.seed), self.conditions))
                 if "image" in drawn:
                     names = [class_name(self.labels, i) for i in drawn["label"]] if "label" in drawn else None
-                    self.report.sheet(
-                        "samples", drawn["image"], names, step=step, metadata={"step": str(step), "weights": self.kind}
-                    )
+                    self.report.sheet("samples", drawn["image"], names, step=step, metadata=about)
                 elif is_text(run.task):
                     texts = [spelled(ids, self.vocabulary) for ids in drawn["tokens"]]
                     self.report.texts("samples", texts, step=step)
             for i, metric in evals:
-                measured = metric(run.task, params, run.data, jax.random.key(run.seed), **self.loaded[i])
+                measured = dict(metric(run.task, params, run.data, jax.random.key(run.seed), **self.loaded[i]))
+                for name, picture in measured.pop("pictures", {}).items():
+                    told = f"{name}-{self.series[i]}" if self.series[i] else name
+                    self.report.picture(told, picture, step=step, metadata=about)
                 found.append(measured | self._place(i))
                 self.report.log(step, {**found[-1], "weights": self.kind}, self.series[i])
             self.report.curve()

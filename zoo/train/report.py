@@ -401,14 +401,21 @@ class Report:
         if not self.main:
             return
         captions = None if labels is None else [str(label) for label in labels]
-        sheet = grid(images, captions, columns)
+        self.picture(name, grid(images, captions, columns), step=step, metadata=metadata)
+
+    def picture(
+        self, name: str, image: Image.Image, *, step: int | None = None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Saves one picture as `samples/NAME-STEP.png` (`NAME.png` without a step), and shows it where sheets are shown."""
+        if not self.main:
+            return
         file = name if step is None else f"{name}-{step:07d}"
-        data = _png(sheet, metadata)
+        data = _png(image, metadata)
         _write(self.folder / "samples" / f"{file}.png", data)
         at = step if step is not None else self._start
-        self._event(at, {name: (data, sheet.size)})
+        self._event(at, {name: (data, image.size)})
         if self._tracker is not None:
-            self._tracker.image(at, name, sheet)
+            self._tracker.image(at, name, image)
 
     def texts(self, name: str, texts: Sequence[str], *, step: int, shown: int = 2) -> None:
         """Saves texts as `samples/NAME-STEP.txt`, each below a line with its number, and prints the first ones.

@@ -1,0 +1,207 @@
+"""Predicted relations: exact ones score one and give the layout back, noise does not; the picture reaches folder and line."""
+
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from zoo import cli, models
+from zoo.data.images import Digits
+from zoo.errors import UserError
+from zoo.metrics.relations import Relations, in_pixels, spearman
+from zoo.run import Run
+from zoo.train import loop
+from zoo.train.report import Report, read_metrics
+
+RNG = jax.random.key(0)
+SMALL = {"test": 40, "batch": 16, "images": 4}
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Boxes in images 8x8x1 (or series of 32), and relations that are the true ones, or at `noise` 1 nothing but noise.
+
+    So is the layout.
+    """
+
+    noise: float = 0.0
+    series: bool = False
+    patches: int = 9
+    blank: bool = False
+    held = ()
+
+    @property
+    def relation_names(self) -> tuple[str, ...]:
+        return ("dt", "dw") if self.series else ("dx", "dy", "dw", "dh")
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = {"series": (batch, 32, 2)} if self.series else {"image": (batch, 8, 8, 1)}
+        return {key: jax.ShapeDtypeStruct(s, jnp.float32) for key, s in shape.items()}
+
+    def init(self, rng: Any) -> Any:
+        return {}
+
+    def loss(self, params: Any, batch: Any, rng: Any) -> Any:
+        return jnp.zeros(()), {}
+
+    def relations(self, params: Any, batch: Any, rng: Any) -> dict[str, jax.Array]:
+        b, a, side = next(iter(batch.values())).shape[0], 1 if self.series else 2, 32.0 if self.series else 8.0
+        keys = jax.random.split(rng, 4)
+        size = jax.random.uniform(keys[0], (b, self.patches, a), minval=side / 8, maxval=side / 2)
+        start = jax.random.uniform(keys[1], size.shape) * (side - size)
+        centre = start + size / 2
+        reference, target = ((x[:, :, None], x[:, None]) for x in (size, centre))
+        reference, target = reference[0], (target[1] - target[0]) / reference[0]
+        true = jnp.concatenate([target, size[:, None] / reference], -1)
+        wrong = self.noise * jax.random.normal(keys[2], true.shape) * true.std((0, 1, 2))
+        # up to scale and shift, which nothing but the true boxes can give back
+        rebuilt = centre / 3 - 7 + self.noise * 1e3 * jax.random.normal(keys[3], centre.shape)
+        patches = jnp.linspace(-1, 1, 16).reshape(16, 1) if self.series else jnp.linspace(-1, 1, 16).reshape(4, 4, 1)
+        full = jnp.broadcast_to(patches, (b, self.patches, *patches.shape[: 2 - self.series], 2 if self.series else 1))
+        inked = jnp.arange(self.patches) < (2 if self.blank else self.patches - 2)
+        return {
+            "patches": full * inked.reshape(-1, *[1] * (full.ndim - 2)),
+            "boxes": jnp.stack([start, size], -2),
+            "predicted": (1 - self.noise) * true + wrong,
+            "true": true,
+            "layout": jnp.stack([rebuilt - size / 6, size / 3], -2),
+        }
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Noise [32, 2]."""
+
+    def source(self, split: str, spec: Any = None) -> Any:
+        rng = np.random.default_rng(0)
+        return [{"series": rng.normal(size=(32, 2)).astype(np.float32)} for _ in range(20)]
+
+
+def test_exact_relations_score_one_and_give_the_layout_back() -> None:
+    found = Relations(**SMALL)(Exact(), {}, Digits(), RNG)
+    for name in ("dx", "dy", "dw", "dh"):
+        assert found[f"r2_{name}"] == pytest.approx(1)
+        assert found[f"mae_{name}"] == pytest.approx(0, abs=1e-6)
+        assert found[f"mae_constant_{name}"] > 0.3
+        assert found[f"r2_shuffled_{name}"] < 0
+    assert found["layout_all"] == found["layout_ink"] == pytest.approx(1)
+    assert abs(found["layout_shuffled"]) < 0.1
+    assert (found["images"], found["layout_ink_images"]) == (40, 40)
+    picture = found["pictures"]["layout"]
+    assert isinstance(picture, Image.Image)
+    assert picture.width > 2 * 3 * 192  # two blocks of three panels
+    pixels = np.asarray(picture)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 30
+
+
+def test_noise_is_no_better_than_a_constant() -> None:
+    found = Relations(**SMALL, picture=False)(Exact(noise=1.0), {}, Digits(), RNG)
+    assert all(found[f"r2_{name}"] <= 0 for name in ("dx", "dy", "dw", "dh"))
+    assert found["mae_dx"] > 0.5 * found["mae_constant_dx"]
+    assert abs(found["layout_all"]) < 0.15
+    assert "pictures" not in found
+
+
+def test_series_have_their_own_axis_and_picture() -> None:
+    found = Relations(**SMALL, every=3)(Exact(series=True), {}, Curves(), RNG)
+    assert found["r2_dt"] == pytest.approx(1)
+    assert found["images"] == 20  # fewer than asked for
+    assert found["layout_all"] == pytest.approx(1)
+    assert found["pictures"]["layout"].width < 2 * 3 * 320  # series stand in one block
+
+
+def test_blank_patches_are_left_out_and_so_are_images_of_them_alone() -> None:
+    found = Relations(**SMALL, picture=False)(Exact(blank=True), {}, Digits(), RNG)
+    assert found["layout_ink_images"] == 0
+    assert "layout_ink" not in found
+    assert found["layout_all"] == pytest.approx(1)
+    assert Relations(**SMALL, ink=5.0, picture=False)(Exact(), {}, Digits(), RNG)["layout_ink_images"] == 0
+
+
+def test_ranks_and_the_place_of_a_rebuilt_layout() -> None:
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 5, (12, 2)), rng.integers(0, 5, (12, 2))
+    want = np.mean([spearmanr(a[:, k], b[:, k]).statistic for k in range(2)])
+    assert spearman(a, b) == pytest.approx(want)
+    assert spearman(a, np.zeros((12, 2))) == 0
+    boxes = np.stack([rng.uniform(0, 9, (3, 6, 2)), rng.uniform(1, 4, (3, 6, 2))], -2)
+    scale = np.exp(np.log(boxes[..., 1, :]).mean(1))[:, None, None]
+    shifted = boxes / scale
+    shifted[..., 0, :] -= 5
+    np.testing.assert_allclose(in_pixels(shifted, boxes), boxes, atol=1e-9)
+
+
+def test_mistakes_are_sentences() -> None:
+    for make, words in (
+        (lambda: Relations(test=1), "test=1 .* must be 2 or more"),
+        (lambda: Relations(images=0), "images=0"),
+        (lambda: Relations(ink=-1.0), "ink=-1.0"),
+        (lambda: Relations(**SMALL)(Exact(patches=1), {}, Digits(), RNG), "cuts 1 from an image"),
+        (
+            lambda: Relations(**SMALL)(Exact(noise=np.nan), {}, Digits(), RNG),
+            "Exact.relations gives numbers that are not",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            make()
+
+
+# --- pictures, from metric to folder --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A figure and a picture."""
+
+    split: str = "test"
+    every: int = 0
+
+    name = "draws"
+    needs = ()
+
+    def __call__(self, task: Any, params: Any, data: Any, rng: Any) -> dict[str, Any]:
+        return {"figure": 1.5, "split": self.split, "pictures": {"layout": Image.new("RGB", (5, 3), (255, 0, 0))}}
+
+
+def test_a_run_saves_pictures_and_keeps_them_out_of_its_records(tmp_path: Any) -> None:
+    run = Run(Exact(), Digits(), batch=8, steps=800, evals=(Draws(), Draws(split="train")))
+    with Report(tmp_path, start=0, total=800, batch=8, quiet=True) as report:
+        found = loop._Watch(run, report, ()).look(800, SimpleNamespace(params={}, ema={}))
+    assert found == [{"figure": 1.5, "split": "test"}, {"figure": 1.5, "split": "train"}]
+    assert [set(r) & {"figure", "pictures"} for r in read_metrics(tmp_path / "metrics.jsonl")] == [{"figure"}] * 2
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        "layout-test-0000800.png",
+        "layout-train-0000800.png",
+    ]
+    with Image.open(tmp_path / "samples/layout-test-0000800.png") as picture:
+        assert picture.size == (5, 3)
+        assert picture.text == {"step": "800", "weights": "raw"}  # type: ignore[attr-defined]
+    assert any(b"layout-test" in p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("home", ["run", "export", "read-only"])
+def test_eval_saves_pictures_and_prints_where(tmp_path: Any, monkeypatch: Any, capsys: Any, home: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if home == "read-only":
+        (folder / "samples").write_text("in the way")
+    run = None if home == "export" else Run(Exact(), Digits(), batch=8, steps=800)
+    model = models.Model(Exact(), {}, "raw", 800, Digits(), (), folder, run)
+    monkeypatch.setattr(models, "open_model", lambda *a, **k: model)
+    monkeypatch.setattr("zoo.metrics.named", lambda: {"draws": Draws})
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", "model", "draws"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    where = line["pictures"]["layout"]
+    assert where == (str(folder / "samples/layout-0000800.png") if home == "run" else "samples/layout-0000800.png")
+    with Image.open(where) as picture:
+        assert picture.size == (5, 3)
+    assert line["figure"] == 1.5

@@ -1,0 +1,386 @@
+"""What an encoder's features are good for: linear probe, nearest neighbours, where one patch lies from another; and the
+accuracy of a trained classifier.
+
+B examples, N patches, D width, A axes (x, y of images; t of series). "Images" below are series too.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo import dist, hosts
+from zoo.data.pipeline import epoch
+from zoo.errors import UserError
+from zoo.metrics.agreement import share_error
+from zoo.metrics.likelihood import at_least_one
+from zoo.task import Params
+
+AXES = {1: ("dt",), 2: ("dx", "dy")}  # names of the offsets along A axes
+
+
+@lru_cache(maxsize=8)
+def jitted(task: Any, ability: str) -> Any:
+    """An ability (params, batch, ...) of a task as one compiled function; on a mesh each device takes its share of the batch."""
+
+    def call(params: Params, batch: Any, *rest: Any) -> Any:
+        return getattr(task, ability)(params, jax.tree.map(lambda x: dist.constrain(x, "batch"), batch), *rest)
+
+    return jax.jit(call)
+
+
+def fresh(task: Any, params: Params, rng: jax.Array) -> Params:
+    """Untrained parameters, laid out as `params`; held networks are those of `params`."""
+    where = jax.tree.map(lambda x: getattr(x, "sharding", None), params)
+    made = jax.jit(lambda key: dist.unbox(task.init(key)), out_shardings=where)(rng)
+    return {**made, **{key: params[key] for key in getattr(task, "held", ())}}
+
+
+def finite(found: Any, ability: str, task: Any, metric: Any) -> Any:
+    """The arrays of a tree, here; UserError where a number is none."""
+    here = hosts.fetch(found)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(here)):
+        raise UserError(
+            f"the metric {metric.name}: {type(task).__name__}.{ability} gives numbers that are not finite; the weights have "
+            "diverged: evaluate an earlier step, or train with a lower optim.lr"
+        )
+    return here
+
+
+def _described(metric: Any, data: Any) -> tuple[Any, str]:
+    """The data description that a metric looks at, and what to call it."""
+    path = getattr(metric, "path", None)
+    if path is None:
+        return data, f"data={type(data).__name__}"
+    if not hasattr(path, "source"):
+        raise UserError(
+            f"path={path!r} of the metric {metric.name} is no data description; set path in a config file, e.g. "
+            'path=Images("data/mnist.npz", size=28, channels=1)'
+        )
+    return path, f"path={type(path).__name__}"
+
+
+def _check_labels(metric: Any, task: Any, data: Any, *splits: str) -> None:
+    """UserError for data without labels, or without examples."""
+    described, called = _described(metric, data)
+    spec = _spec(task, metric.batch, label=True)
+    for split in splits:
+        source = described.source(split, spec)
+        if not len(source):
+            raise UserError(f"the metric {metric.name}: {called} has no {split} examples; give data that have some")
+        if "label" not in (example := source[0]):
+            way = "data.path" if hasattr(described, "path") else "data"
+            raise UserError(
+                f"the metric {metric.name} needs labels, and {called} gives {', '.join(example)} alone in its {split} split; "
+                f"set {way} to labelled data, or leave the metric out"
+            )
+
+
+def _spec(task: Any, batch: int, *, label: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    spec = {key: leaf for key, leaf in task.spec(batch).items() if key != "label"}
+    return {**spec, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)} if label else spec
+
+
+# --- labels from features -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Accuracy on test images of a classifier that is fitted to the features of labelled training images.
+
+    Both are a fixed random choice from their split, since a split may lie in the order of its classes. Features are
+    standardised by the training ones. The encoder sees no label.
+    """
+
+    train: int = 3_000  # labelled images that the classifier is fitted to, at most
+    test: int = 2_000  # images that it is tested on, at most
+    batch: int = 256
+    path: Any = None  # a data description of labelled images; None: those of the run
+    baseline: bool = False  # True: also the figures of fresh parameters (`task.init`), the same images
+    every: int = 0  # steps between measurements while training; 0: at the end only
+
+    name: ClassVar[str]
+    needs = ("features",)
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "train", "test", "batch")
+
+    def check_data(self, task: Any, data: Any) -> None:
+        """UserError for data without labels; asked before a run's first step."""
+        _check_labels(self, task, data, "train", "test")
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """`NAME_accuracy` with its standard error (that of `agreement`), how many images of how many classes it is of.
+
+        With `baseline` the same with `_random` at the end, whose parameters follow from `rng`.
+
+        Raises:
+            UserError: no labels, training images of one class, features that are not finite.
+        """
+        self.check_data(task, data)
+        name, found = self.name, self._judge(task, params, data)
+        if self.baseline:
+            other = self._judge(task, fresh(task, params, rng), data)
+            found |= {f"{name}_{key}_random": other[f"{name}_{key}"] for key in ("accuracy", "std_error")}
+        return found
+
+    def _judge(self, task: Any, params: Params, data: Any) -> dict[str, Any]:
+        from sklearn.preprocessing import StandardScaler
+
+        name = self.name
+        seen, labels = self._features(task, params, data, "train")
+        scale = StandardScaler().fit(seen)
+        kinds = np.unique(labels)
+        if len(kinds) < 2:
+            raise UserError(
+                f"train={self.train} of the metric {name}: the {len(labels):,} training images are all of class {kinds[0]}; "
+                "set train to more, or give data of several classes"
+            )
+        judge, about = self._fitted(scale.transform(seen), labels)
+        tested, truth = self._features(task, params, data, "test")
+        hits = int((judge.predict(scale.transform(tested)) == truth).sum())
+        return {
+            f"{name}_accuracy": hits / len(truth),
+            f"{name}_std_error": share_error(hits, len(truth)),
+            f"{name}_train": len(labels),
+            f"{name}_test": len(truth),
+            f"{name}_classes": len(kinds),
+            **about,
+        }
+
+    def _fitted(self, seen: np.ndarray, labels: np.ndarray) -> tuple[Any, dict[str, Any]]:
+        """The classifier, an object with `predict`, of standardised features [N, D]; what else to report."""
+        raise NotImplementedError
+
+    def _features(self, task: Any, params: Params, data: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Features [N, D] float64 and labels [N] of the images chosen from a split."""
+        described, _ = _described(self, data)
+        spec, limit = _spec(task, self.batch, label=True), {"train": self.train, "test": self.test}[split]
+        seen, labels = [], []
+        for batch, count in epoch(described, self.batch, split=split, spec=spec, limit=limit, seed=0):
+            labels.append(batch.pop("label")[:count])
+            found = jitted(task, "features")(params, batch)
+            seen.append(finite(found, "features", task, self)[:count].reshape(count, -1))
+        return np.concatenate(seen).astype(np.float64), np.concatenate(labels)
+
+
+@dataclass(frozen=True)
+class Probe(_Judged):
+    """Accuracy on test images of a logistic regression on an encoder's features: the linear probe.
+
+    Fitted to standardised features of a fixed random choice of labelled training images, with an L2 penalty (scikit-learn's
+    C). `probe_converged` says whether the optimiser came to its end.
+    """
+
+    inverse_penalty: float = 1.0  # C: smaller holds the weights closer to 0
+    iterations: int = 5_000  # of the optimiser (L-BFGS), at most
+
+    name = "probe"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "iterations")
+        if not self.inverse_penalty > 0:
+            raise UserError(f"inverse_penalty={self.inverse_penalty} of the metric probe must be above 0")
+
+    def _fitted(self, seen: np.ndarray, labels: np.ndarray) -> tuple[Any, dict[str, Any]]:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        judge = LogisticRegression(C=self.inverse_penalty, max_iter=self.iterations)
+        with warnings.catch_warnings():  # it is a figure of the result
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            judge.fit(seen, labels)
+        return judge, {"probe_converged": bool(np.max(judge.n_iter_) < self.iterations)}
+
+
+@dataclass(frozen=True)
+class Neighbours(_Judged):
+    """Accuracy on test images of the majority of their k nearest training images.
+
+    Near is the Euclidean distance of standardised features; of classes with as many votes the smaller number wins.
+    """
+
+    k: int = 10
+
+    name = "knn"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "k")
+        if self.k > self.train:
+            raise UserError(
+                f"k={self.k} of the metric knn is more than train={self.train}; choose k={self.train} or less"
+            )
+
+    def _fitted(self, seen: np.ndarray, labels: np.ndarray) -> tuple[Any, dict[str, Any]]:
+        from sklearn.neighbors import KNeighborsClassifier
+
+        if self.k > len(labels):
+            raise UserError(
+                f"k={self.k} of the metric knn is more than the {len(labels):,} training images; choose k={len(labels)} or less"
+            )
+        return KNeighborsClassifier(self.k, algorithm="brute").fit(seen, labels), {"knn_k": self.k}
+
+
+# --- a trained classifier -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of held-out examples whose largest logit is that of their label, and the mean cross entropy."""
+
+    split: str = "test"
+    batch: int = 256
+    limit: int | None = None  # examples at most, a fixed random choice; None: all
+    every: int = 0  # steps between measurements while training; 0: at the end only
+
+    name = "accuracy"
+    needs = ("logits",)
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "batch", "limit")
+
+    def check_data(self, task: Any, data: Any) -> None:
+        """UserError for data without labels; asked before a run's first step."""
+        _check_labels(self, task, data, self.split)
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """`accuracy` and `nll` (nats) with their standard errors, and of how many examples.
+
+        Raises:
+            UserError: no labels, labels that the classifier has no logit for, logits that are not finite.
+        """
+        self.check_data(task, data)
+        spec, hits, nats = _spec(task, self.batch, label=True), 0, []
+        for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit, seed=0):
+            label = batch.pop("label")[:count]
+            logits = finite(jitted(task, "logits")(params, batch), "logits", task, self)[:count].astype(np.float64)
+            if not (label.min() >= 0 and label.max() < logits.shape[1]):
+                raise UserError(
+                    f"labels out of range: the {self.split} split of data={type(data).__name__} has {label.min()} to "
+                    f"{label.max()}, the classifier 0 to {logits.shape[1] - 1}; give data of the classes it was trained on"
+                )
+            hits += int((logits.argmax(1) == label).sum())
+            top = logits.max(1)
+            nats.append(top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(count), label])
+        values = np.concatenate(nats)
+        return {
+            "accuracy": hits / len(values),
+            "accuracy_std_error": share_error(hits, len(values)),
+            "nll": float(values.mean()),
+            "nll_std_error": float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0,
+            "examples": len(values),
+            "split": self.split,
+        }
+
+
+# --- where patches lie ----------------------------------------------------------------------------
+
+
+def offsets(boxes: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """From box i to box j: (c_j - c_i) / size_i along each axis [..., P, A]; centres c (PART, arXiv:2506.03682).
+
+    Args:
+        boxes: [..., N, 2, A], start and size.
+        i: references [P].
+        j: targets [P].
+    """
+    start, size = boxes[..., 0, :], boxes[..., 1, :]
+    centre = start + size / 2
+    return (centre[..., j, :] - centre[..., i, :]) / size[..., i, :]
+
+
+@dataclass(frozen=True)
+class Localise:
+    """How well two patches' features tell where one lies from the other, by a linear map: R^2 on held-out images.
+
+    The encoder is frozen. It sees random patches off the grid, rescaled; a ridge regression from [z_i ; z_j], standardised,
+    to (dx, dy) = (c_j - c_i) / size_i is fitted to pairs of training images. 0 is what the mean offset reaches.
+    """
+
+    train: int = 2_000  # images that the regression is fitted to, at most
+    test: int = 1_000  # held-out images, at most
+    pairs: int = 16  # of different patches, per image
+    ridge: float = 1.0  # penalty on the squared weights, beside a sum of squares over all pairs
+    batch: int = 256
+    baseline: bool = False  # True: also the figures of fresh parameters (`task.init`), the same patches
+    every: int = 0  # steps between measurements while training; 0: at the end only
+
+    name = "localise"
+    needs = ("off_grid",)
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "train", "test", "pairs", "batch")
+        if not self.ridge >= 0:
+            raise UserError(f"ridge={self.ridge} of the metric localise must be 0 or more")
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """`localise_r2` and that of each axis, `localise_r2_dx` ...; with `baseline` also with `_random` at the end.
+
+        Patches follow from rng and the place of their batch.
+
+        Raises:
+            UserError: a single patch per image, features that are not finite.
+        """
+        draw, init = jax.random.split(rng)
+        found = self._measure(task, params, data, draw)
+        if self.baseline:
+            other = self._measure(task, fresh(task, params, init), data, draw)
+            found |= {f"{key}_random": value for key, value in other.items() if "_r2" in key}
+        return found
+
+    def _measure(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        from sklearn.linear_model import Ridge
+        from sklearn.preprocessing import StandardScaler
+
+        counts, parts = {}, {}
+        for fold, split in enumerate(("train", "test")):
+            rows = list(self._pairs(task, params, data, split, jax.random.fold_in(rng, fold)))
+            counts[split] = len(rows)
+            parts[split] = [np.concatenate(x) for x in zip(*rows)]
+        scale = StandardScaler(copy=False).fit(parts["train"][0])
+        fit = Ridge(self.ridge).fit(scale.transform(parts["train"][0]), parts["train"][1])
+        guess, truth = fit.predict(scale.transform(parts["test"][0])), parts["test"][1]
+        r2 = explained(guess.reshape(truth.shape), truth)
+        return {
+            "localise_r2": float(r2.mean()),
+            **{f"localise_r2_{axis}": float(r) for axis, r in zip(AXES[truth.shape[1]], r2)},
+            **{f"localise_{split}": count for split, count in counts.items()},
+            "localise_pairs": self.pairs,
+        }
+
+    def _pairs(
+        self, task: Any, params: Params, data: Any, split: str, rng: jax.Array
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each image [z_i ; z_j] float64 [pairs, 2 D] and offsets float64 [pairs, A]."""
+        coin = np.random.default_rng(0)
+        spec, limit = _spec(task, self.batch, label=False), {"train": self.train, "test": self.test}[split]
+        for k, (batch, count) in enumerate(epoch(data, self.batch, split=split, spec=spec, limit=limit, seed=0)):
+            found = jitted(task, "off_grid")(params, batch, jax.random.fold_in(rng, k))
+            tokens, boxes = finite(found, "off_grid", task, self)
+            n = tokens.shape[1]
+            if n < 2:
+                raise UserError(
+                    f"the metric localise compares patches, and {type(task).__name__} cuts {n} from an image; give it a "
+                    "smaller task.patch"
+                )
+            for z, box in zip(tokens[:count].astype(np.float64), boxes[:count].astype(np.float64)):
+                i = coin.integers(n, size=self.pairs)
+                j = (i + coin.integers(1, n, size=self.pairs)) % n
+                yield np.concatenate([z[i], z[j]], 1), offsets(box, i, j)
+
+
+def explained(guess: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """R^2 of guesses [M, R] by column, against the mean of the true values; nan where these are all the same."""
+    guess, truth = guess.astype(np.float64), truth.astype(np.float64)
+    left, spread = ((guess - truth) ** 2).sum(0), ((truth - truth.mean(0)) ** 2).sum(0)
+    return 1 - left / np.where(spread > 0, spread, np.nan)

@@ -1,0 +1,189 @@
+"""How well relations between patches are predicted, and the layout that predictions alone give back.
+
+B images, N patches, A axes, R channels of a relation, M held-out images. "Images" below are series too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo import dist
+from zoo.data.pipeline import epoch
+from zoo.errors import UserError
+from zoo.metrics.drawing import layouts
+from zoo.metrics.likelihood import at_least_one
+from zoo.metrics.probe import explained, finite
+from zoo.task import Params
+
+_PAIRS = 4_096  # of an image that are compared at most, a fixed random choice
+_FEWEST = 3  # patches with ink that an image needs to be ranked by them
+
+
+@dataclass(frozen=True)
+class Relations:
+    """Predicted relations of the patches of held-out images against the true ones, and the layout rebuilt from them alone.
+
+    R^2 and the mean absolute error of each channel, over pairs of different patches, stand against a constant, the mean of
+    the held-out values; `r2_shuffled` has the true relations of another image, which nothing can predict.
+    `layout` is the Spearman correlation of true and rebuilt coordinates of an image's patches, a mean over axes and images
+    (a rebuilt coordinate that is all the same counts as 0); `layout_shuffled` has the true boxes shuffled among the patches.
+    Blank patches have no place, so `layout_ink` is of those with ink; an image with fewer than three is passed over.
+    """
+
+    test: int = 500  # held-out images at most, a fixed random choice
+    ink: float = (
+        0.1  # standard deviation of a patch's levels in [0, 1] above which it has ink; of series, of their own values
+    )
+    images: int = 6  # in the picture
+    picture: bool = True  # True: draw images, their boxes and both layouts
+    batch: int = 100
+    every: int = 0  # steps between measurements while training; 0: at the end only
+
+    name = "relations"
+    needs = ("relations",)
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "test", "images", "batch")
+        if self.test < 2:
+            raise UserError(
+                f"test={self.test} of the metric relations must be 2 or more: images are compared with others"
+            )
+        if not self.ink >= 0:
+            raise UserError(f"ink={self.ink} of the metric relations must be 0 or more")
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """By channel `r2_dx`, `mae_dx`, `mae_constant_dx`, `r2_shuffled_dx`; `layout_all`, `layout_ink`, `layout_shuffled`.
+
+        `pictures` has the PIL image `layout`. Patches follow from rng and the place of their batch.
+
+        Raises:
+            UserError: fewer than two examples or patches, predictions that are not finite.
+        """
+        spec = task.spec(self.batch)
+        parts: list[dict[str, np.ndarray]] = []
+        shown: dict[str, np.ndarray] = {}
+        for k, (batch, count) in enumerate(epoch(data, self.batch, spec=spec, limit=self.test, seed=0)):
+            measured, patches = _measured(task)(params, batch, jax.random.fold_in(rng, k))
+            parts.append({key: x[:count] for key, x in finite(measured, "relations", task, self).items()})
+            if self.picture and (missing := self.images - len(shown.get("patches", ()))) > 0:
+                some = {"example": batch["image" if "image" in batch else "series"], "patches": patches}
+                new = {key: x[: min(count, missing)] for key, x in finite(some, "relations", task, self).items()}
+                shown = {key: np.concatenate([shown[key], x]) if shown else x for key, x in new.items()}
+        whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        if len(whole["boxes"]) < 2:
+            raise UserError(
+                "the metric relations compares images with others, and the data have one test example; give more"
+            )
+        placed, scores = self._layout(whole["boxes"], whole["layout"], whole["ink"] > self.ink)
+        found = {**_channels(task.relation_names, whole["predicted"], whole["true"]), **placed}
+        found |= {"images": len(whole["boxes"])}
+        if self.picture:
+            n = len(shown["patches"])
+            found["pictures"] = {
+                "layout": layouts(
+                    shown["example"],
+                    shown["patches"],
+                    whole["boxes"][:n],
+                    in_pixels(whole["layout"][:n], whole["boxes"][:n]),
+                    [_caption(*score) for score in scores[:n]],
+                )
+            }
+        return found
+
+    def _layout(
+        self, boxes: np.ndarray, layout: np.ndarray, inked: np.ndarray
+    ) -> tuple[dict[str, Any], list[tuple[float, float | None]]]:
+        """The figures of the layouts [M, N, 2, A]; of each image its correlation over all patches and over those with ink."""
+        true, rebuilt = (x[..., 0, :] + x[..., 1, :] / 2 for x in (boxes.astype(np.float64), layout.astype(np.float64)))
+        coin = np.random.default_rng(0)
+        every, some, shuffled = [], [], []
+        for t, r, ink in zip(true, rebuilt, inked):
+            every.append(spearman(t, r))
+            some.append(spearman(t[ink], r[ink]) if ink.sum() >= _FEWEST else None)
+            shuffled.append(spearman(coin.permutation(t), r))
+        known = [score for score in some if score is not None]
+        found: dict[str, Any] = {"layout_all": float(np.mean(every)), "layout_all_std_error": _std_error(every)}
+        if known:
+            found |= {"layout_ink": float(np.mean(known)), "layout_ink_std_error": _std_error(known)}
+        found |= {"layout_ink_images": len(known), "layout_shuffled": float(np.mean(shuffled))}
+        return found, list(zip(every, some))
+
+
+@lru_cache(maxsize=8)
+def _measured(task: Any) -> Any:
+    """A jitted (params, batch, rng) -> relations of the pairs [B, P, R], boxes, layout, ink [B, N]; and the patches."""
+
+    def measure(params: Params, batch: Any, rng: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        out = task.relations(params, jax.tree.map(lambda x: dist.constrain(x, "batch"), batch), rng)
+        patches = out["patches"]
+        if patches.shape[1] < 2:
+            raise UserError(
+                f"the metric relations compares patches, and {type(task).__name__} cuts {patches.shape[1]} from an image; "
+                "give it a smaller task.patch"
+            )
+        i, j = _pairs(patches.shape[1])
+        within = tuple(range(2, patches.ndim - 1))
+        # over pixels and not over channels: a patch of one colour is blank. Pixels are in [-1, 1], levels in [0, 1]
+        ink = jnp.sqrt(jnp.var(patches.astype(jnp.float32), within).mean(-1)) / (2 if len(within) == 2 else 1)
+        pairs = {key: out[key][:, i, j].astype(jnp.float32) for key in ("predicted", "true")}
+        return {**pairs, "boxes": out["boxes"], "layout": out["layout"], "ink": ink}, patches
+
+    return jax.jit(measure)
+
+
+def _pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """References and targets of the ordered pairs of different patches that are compared."""
+    i, j = np.nonzero(~np.eye(n, dtype=bool))
+    if len(i) > _PAIRS:
+        chosen = np.sort(np.random.default_rng(0).permutation(len(i))[:_PAIRS])
+        i, j = i[chosen], j[chosen]
+    return i, j
+
+
+def _channels(names: tuple[str, ...], predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Figures of each channel of relations [M, P, R]."""
+    other = np.roll(true, 1, 0)
+    guess, truth, other = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (predicted, true, other))
+    columns = {
+        "r2": explained(guess, truth),
+        "mae": np.abs(guess - truth).mean(0),
+        "mae_constant": np.abs(truth.mean(0) - truth).mean(0),
+        "r2_shuffled": explained(guess, other),
+    }
+    return {f"{key}_{name}": float(x) for key, column in columns.items() for name, x in zip(names, column, strict=True)}
+
+
+def in_pixels(layout: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Rebuilt boxes [..., N, 2, A], which have neither scale nor place, put where the true ones can be compared with them.
+
+    They are multiplied by the geometric mean size of the true boxes and moved to the mean of their centres.
+    """
+    size = np.exp(np.log(boxes[..., 1, :]).mean(-2))  # [..., A]
+    centre = (boxes[..., 0, :] + boxes[..., 1, :] / 2).mean(-2)
+    out = layout.astype(np.float64) * size[..., None, None, :]
+    middle = (out[..., 0, :] + out[..., 1, :] / 2).mean(-2)
+    out[..., 0, :] += (centre - middle)[..., None, :]
+    return out
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of columns [n, A], the mean over columns; 0 for a column that is all the same."""
+    from scipy.stats import rankdata
+
+    a, b = (rankdata(x, axis=0) - (len(x) + 1) / 2 for x in (a, b))
+    return float(((a * b).sum(0) / np.sqrt(np.maximum((a * a).sum(0) * (b * b).sum(0), 1e-12))).mean())
+
+
+def _caption(every: float, some: float | None) -> str:
+    return f"Spearman {every:.2f}" + ("" if some is None or some == every else f", with ink {some:.2f}")
+
+
+def _std_error(values: list[float]) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
