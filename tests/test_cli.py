@@ -119,6 +119,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "task = DiscreteLM(length=8, width=8, depth=1, head_dim=8)\n"
         "config = Run(task, Text('story.txt'), steps=1, batch=8)\n"
     )
+    steps = [f"{i},{i % 5}" for i in range(64)]
+    (root / "waves.csv").write_text("left,right\n" + "\n".join(steps) + "\n")
+    (root / "gap.csv").write_text("left,right\n" + "\n".join([*steps[:5], "nan,0", *steps[6:]]) + "\n")
+    (root / "series.py").write_text(
+        "from zoo.data.series import Series\nfrom zoo.papers.part import Part\nfrom zoo.run import Run\n"
+        "task = Part(image=0, length=16, channels=2, patch=4, width=8, depth=1, head_dim=8, pairs=8)\n"
+        "config = Run(task, Series('waves.csv', length=16), steps=1, batch=8)\n"
+    )
     return root
 
 
@@ -169,6 +177,12 @@ MISTAKES = {
     "unreadable images": ("train folder.py data.path=broken", "png cannot be decoded"),
     "grey images": ("train folder.py data.path=grey", "png is grey, but channels=3; set channels=1, or convert"),
     "colour task": (f"train {SMOKE} task.channels=3 workdir=run", "task.channels: 1 -> 3"),
+    "a gap in a series": ("train series.py data.path=gap.csv", "gap.csv, line 7, column 1: 'nan' is no number that"),
+    "a series shorter than a window": (
+        "train series.py data.length=99",
+        "waves.csv has 64 time steps, fewer than data.length=99",
+    ),
+    "windows of another length": ("train series.py data.length=8", "set task.length=8 (or data.length=16)"),
     "other size": ("train folder.py data.size=8", "set task.image=8 or data.size=4"),
     "another run's folder": (f"train {SMOKE} workdir=run optim.lr=0.5", "another config: optim.lr: 0.001 -> 0.5"),
     "an export as run folder": (f"train {SMOKE} workdir=cond", "workdir=cond is an export, not a run"),
@@ -273,7 +287,10 @@ MISTAKES = {
     "no likelihood": ("eval mute bpd --allow mute", "bpd needs 'nll', which Mute has not; it can:"),
     "no data": ("eval undated bpd data.path=x", "undated does not say what data it was trained on"),
     "no published layout": ("export mute new.npz --format official --allow mute", "Mute knows no published layout"),
-    "no sampler to export": ("export mute new --format stablehlo --allow mute", "Mute has neither a sampler nor features to export"),
+    "no sampler to export": (
+        "export mute new --format stablehlo --allow mute",
+        "Mute has neither a sampler nor features to export",
+    ),
     "nothing to bench": (f"bench {SMOKE} --rounds 0", "--rounds 0 leaves nothing to time"),
     "nothing to bench against": (f"bench {SMOKE} --against tarflow/digit", "did you mean 'tarflow/digits'?"),
     "data against": (f"bench {SMOKE} --against {SMOKE} --what data", "--against has no part in --what data; leave it"),
