@@ -192,6 +192,7 @@ class Vit:
     head_dim: int = 16
     drop_path: float = 0.0  # share of branches dropped in the last layer; rises linearly from 0 in the first
     augment: str = "none"  # of training images: "resized" (random resized crop), "pad" (shift by up to an eighth)
+    least_area: float = 0.2  # share of an image that augment=resized keeps at least
     dtype: str = "float32"
     scan: bool = False
     remat: str = "none"
@@ -224,6 +225,8 @@ class Vit:
             raise UserError(f"task.drop_path={self.drop_path} is no share of branches; choose 0 <= task.drop_path < 1")
         if self.augment not in ("none", "pad", "resized"):
             raise UserError(f"task.augment={self.augment!r} is unknown; choose none, pad or resized")
+        if not 0 < self.least_area <= 1:
+            raise UserError(f"task.least_area={self.least_area} is no share of an image; choose 0 < task.least_area <= 1")
         if self.length and self.augment != "none":
             raise UserError(f"task.augment={self.augment!r} is for images; set task.augment=none for a series")
         if self.dtype not in ("float32", "bfloat16"):
@@ -305,7 +308,7 @@ class Vit:
         """Training images [B, S, S, C] after `augment`; a mirror image is the data's affair (`data.flip`)."""
         if self.augment == "none":
             return signal
-        return (pad_crop if self.augment == "pad" else random_resized_crop)(rng, signal)
+        return pad_crop(rng, signal) if self.augment == "pad" else random_resized_crop(rng, signal, self.least_area)
 
     def positions(self, params: Params) -> jax.Array | None:
         """What is added to the tokens of the regular grid [1 + N, D], the class token's first; None: nothing."""

@@ -104,7 +104,7 @@ def rebuild(relations: jax.Array, axes: int, *, centred: bool = True) -> jax.Arr
     return jnp.stack([centre - 0.5 * size, size], -2)
 
 
-def random_resized_crop(rng: jax.Array, image: jax.Array, least: float = 0.2) -> jax.Array:
+def random_resized_crop(rng: jax.Array, image: jax.Array, least: float) -> jax.Array:
     """A part of each image [B, S, S, C], back at its size: a share uniform in [least, 1] of the area, sides 3:4 to 4:3."""
     one, two, three = jax.random.split(rng, 3)
     count, side = image.shape[:2]
