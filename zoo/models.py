@@ -30,7 +30,6 @@ _VAE = (
 HINTS = {
     "vae": _VAE,
     "text": "get it with `zoo import starflow/flan_t5_xl FOLDER OUT`",
-    "encoder": _VAE,
     "features": "train one with `zoo train`, with the task that task.network names",
 }
 
@@ -159,11 +158,28 @@ def export_config(model: Model, metrics: dict[str, Any] | None = None) -> dict[s
     }
 
 
-def given_weights(wanted: Mapping[str, str], allow: Sequence[str] = (), needs: Sequence[str] = ()) -> dict[str, Params]:
+def _hint(task: Any, key: str) -> tuple[str, str] | None:
+    """How to come by the network that a task takes from `Run.weights` under `key`, and the entry that names it; None: not known.
+
+    A task may know better, by its `hints`.
+    """
+    own = getattr(task, "hints", {}).get(key)
+    if own is not None:
+        return own
+    if key == "encoder":  # lies beside its decoder, and both come from one autoencoder
+        return _VAE, "weights={'': 'OUT'}"
+    return (HINTS[key], _entry(key)) if key in HINTS else None
+
+
+def _entry(key: str) -> str:
+    return f"weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
+
+
+def given_weights(wanted: Mapping[str, str], allow: Sequence[str] = (), task: Any = None) -> dict[str, Params]:
     """Parameter trees for `Run.weights`: {"vae": EXPORT} a whole one, {"flow0": "RUN:flow0"} one key of it.
 
     Args:
-        needs: what the task lets come from here (`zoo.task`); it tells what "" most likely is.
+        task: what it needs tells what "" most likely is, and its `hints` how to come by that.
 
     Raises:
         UserError: a model that is missing, with the way to get it where `HINTS` knows one, and what `open_model` raises.
@@ -173,20 +189,18 @@ def given_weights(wanted: Mapping[str, str], allow: Sequence[str] = (), needs: S
         try:
             locate(weights.parts_of(where)[0])
         except UserError as error:
-            hint = HINTS.get(key or ("encoder" if "encoder" in needs else ""))
+            name = key or ("encoder" if "encoder" in getattr(task, "needs", ()) else "")
+            hint, _ = _hint(task, name) or ("", "")
             field = f"weights.{key}" if key else "weights['']"
             raise UserError(f"{field}: {error}{f'; {hint}' if hint else ''}") from None
         found[key] = weights.resolve(where, lambda name: open_model(name, allow=allow).params)
     return found
 
 
-def must_add(key: str) -> str:
+def must_add(key: str, task: Any = None) -> str:
     """The end of a sentence on `weights.KEY` that is missing: how to come by such a network, and where a config names it."""
-    if key == "encoder":  # lies beside its decoder, and both come from one autoencoder
-        entry = "weights={'': 'OUT'}"
-    else:
-        entry = f"weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
-    return f"{HINTS[key]}; then add {entry}" if key in HINTS else f"add {entry}, OUT being a run or an export"
+    how, entry = _hint(task, key) or ("", _entry(key))
+    return f"{how}; then add {entry}" if how else f"add {entry}, OUT being a run or an export"
 
 
 def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder]:

@@ -254,7 +254,7 @@ def _check_needed(run: Run, filled: Params, given: Mapping[str, Params]) -> None
         if fresh and len(fresh) == len(leaves):
             raise UserError(
                 f"weights.{key} is missing: {name} holds this network frozen, and it would stay random; "
-                f"{models.must_add(key)}{without}"
+                f"{models.must_add(key, run.task)}{without}"
             )
         if fresh:
             entry = key if key in given else ""
@@ -557,8 +557,7 @@ def train(
             length = len(run.source("train"))
             hosts.same({"data": {"examples": length, "labels": list(labels)}}, config.differences)
         begun = folder is not None and hosts.told(lambda: bool(Checkpoints(folder, create=False).steps()))
-        needs = getattr(run.task, "needs", ())
-        given = {} if begun else models.given_weights(run.weights or {}, needs=needs)
+        given = {} if begun else models.given_weights(run.weights or {}, task=run.task)
         # before the folder is claimed: it would belong to the wrong weights
         filled, _ = weights.fill(abstract.params, given)
         if not begun:

@@ -226,7 +226,9 @@ class Vit:
         if self.augment not in ("none", "pad", "resized"):
             raise UserError(f"task.augment={self.augment!r} is unknown; choose none, pad or resized")
         if not 0 < self.least_area <= 1:
-            raise UserError(f"task.least_area={self.least_area} is no share of an image; choose 0 < task.least_area <= 1")
+            raise UserError(
+                f"task.least_area={self.least_area} is no share of an image; choose 0 < task.least_area <= 1"
+            )
         if self.length and self.augment != "none":
             raise UserError(f"task.augment={self.augment!r} is for images; set task.augment=none for a series")
         if self.dtype not in ("float32", "bfloat16"):
@@ -238,6 +240,11 @@ class Vit:
     def held(self) -> tuple[str, ...]:
         """Nothing, but for a classifier on a frozen encoder."""
         return ()
+
+    @property
+    def hints(self) -> dict[str, tuple[str, str]]:
+        """How to come by what `Run.weights` may name, and the entry for it."""
+        return {"encoder": ("train one with `zoo train`, e.g. part/digits", "weights.encoder=RUN:encoder")}
 
     @property
     def key(self) -> str:
