@@ -182,7 +182,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _caption(every: float, some: float | None) -> str:
-    return f"Spearman {every:.2f}" + ("" if some is None or some == every else f", with ink {some:.2f}")
+    shown = [f"{round(x, 2) + 0.0:.2f}" for x in (every, some) if x is not None]  # + 0.0: no "-0.00"
+    return "Spearman " + ", with ink ".join(shown)
 
 
 def _std_error(values: list[float]) -> float:
