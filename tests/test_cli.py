@@ -20,6 +20,7 @@ from zoo import cli, models, weights
 from zoo.data.synthetic import Synthetic
 from zoo.data.vocabulary import text8
 from zoo.encoders.text import T5
+from zoo.papers.part import Part
 from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
@@ -37,6 +38,7 @@ TEXT = dataclasses.replace(
 )
 LM = TarFlowLM(length=8, dims=2, layers=(Layer("mixd", depth=1, components=27),), width=8, head_dim=8)
 DISCRETE = DiscreteLM(length=8, width=8, depth=1, head_dim=8)
+PART = Part(image=8, channels=1, patch=4, width=8, depth=1, head_dim=8, pairs=4)
 
 
 class Payload:
@@ -82,6 +84,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text8().save(export_of(root / "lm", LM))
     export_of(root / "numbers_only", LM)
     export_of(root / "discrete", DISCRETE)
+    export_of(root / "part", PART)
     (root / "empty.txt").write_text("\n \n")
     export_of(root / "undated", TASK, data=None)
     export_of(root / "foreign", TASK, task={"class": "outsider.Task", "width": 2})
@@ -290,6 +293,39 @@ MISTAKES = {
     "no sampler to export": (
         "export mute new --format stablehlo --allow mute",
         "Mute has neither a sampler nor features to export",
+    ),
+    "nothing to export": (
+        "export part new --format stablehlo --samples 0",
+        "--samples 0 leaves a portable program nothing to do; give 1 or more",
+    ),
+    "boxes larger than the image": (
+        "train part/digits:smoke task.largest=99",
+        "task.largest=99 is larger than task.image=8: no such box fits; set task.largest=8 or less",
+    ),
+    "more pairs than there are": (
+        "train part/digits:smoke task.head=cross_attention task.pairs=1000",
+        "task.pairs=1000 is more than the 256 distinct pairs of 16 patches; choose 256 or fewer, or set task.pairing=",
+    ),
+    "no such head": (
+        "train part/digits:smoke task.head=pairwse",
+        "task.head='pairwse' is unknown; did you mean 'pairwise'?",
+    ),
+    "patches that do not fill the image": (
+        "train part/digits:smoke task.patch=3",
+        "task.patch=3 does not divide task.image=8; choose a divisor, e.g. task.patch=2",
+    ),
+    "samples of what draws none": ("sample part", "Part has no sampler; it can: features, feature_map, off_grid,"),
+    "a likelihood of what has none": ("eval part bpd", "bpd needs 'nll', which Part has not; it can: features,"),
+    "probe without features": ("eval discrete probe", "probe needs 'features', which DiscreteLM has not; it can:"),
+    "features without features": (
+        "eval discrete features out=x.npz",
+        "features needs 'features', which DiscreteLM has not; it can:",
+    ),
+    "relations of what has none": ("eval run relations", "relations needs 'relations', which TarFlow has not; it can:"),
+    "features and no file": ("eval part features", "the metric features has no file to write; add out=FILE.npz"),
+    "features in a file that exists": (
+        "eval part features out=unfit.npz",
+        "out=unfit.npz of the metric features exists; remove it first, or give another file",
     ),
     "nothing to bench": (f"bench {SMOKE} --rounds 0", "--rounds 0 leaves nothing to time"),
     "nothing to bench against": (f"bench {SMOKE} --against tarflow/digit", "did you mean 'tarflow/digits'?"),
