@@ -72,6 +72,55 @@ def test_attention_is_softmax_of_products(causal: bool) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+# keys that are left out
+
+
+SEEN = np.array([[1, 0, 1, 1, 0], [0, 0, 0, 1, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1]], bool)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_that_are_not_seen_are_as_if_they_were_not_there(causal: bool) -> None:
+    q, k, v, _ = inputs(5)
+    seen = SEEN | (np.arange(5) == 0) if causal else SEEN  # each query has one at least
+    found = attend(q, k, v, causal=causal, seen=jnp.asarray(seen))
+    for b, t, h in np.ndindex(4, 5, 2):
+        keys = np.flatnonzero(seen[b] & ((np.arange(5) <= t) | (not causal)))
+        weight = np.exp(np.asarray(k)[b, keys, h] @ np.asarray(q)[b, t, h] / np.sqrt(8))
+        expected = weight @ np.asarray(v)[b, keys, h] / weight.sum()
+        np.testing.assert_allclose(found[b, t, h], expected, atol=1e-5)
+
+
+def test_keys_that_are_not_seen_get_no_gradient_and_no_nan() -> None:
+    q, k, v, by = inputs(5)
+    y, dq, dk, dv = values_and_gradients(
+        lambda *x: attend(*x, causal=False, backend="auto", seen=jnp.asarray(SEEN)), q, k, v, by
+    )
+    assert all(np.isfinite(x).all() for x in (y, dq, dk, dv))
+    for gradient in (dk, dv):
+        assert not gradient[~SEEN].any()
+    assert np.abs(dv[SEEN]).max(-1).min() > 0
+    assert np.abs(dk[[0, 2, 3]][SEEN[[0, 2, 3]]]).max(-1).min() > 0  # a single key has a weight of 1, whatever it is
+
+
+def test_all_seen_changes_nothing_and_heads_may_share_keys() -> None:
+    q, k, v, _ = inputs(5)
+    k, v = k[:, :, :1], v[:, :, :1]
+    found = attend(q, k, v, causal=False, seen=jnp.ones((4, 5), bool))
+    np.testing.assert_allclose(found, attend(q, k, v, causal=False), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "splash"])
+def test_a_kernel_that_takes_no_seen_says_so_on_every_device(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = inputs(5)
+    for device in ("cpu", "tpu", "gpu"):
+        monkeypatch.setattr(dist, "platform", lambda device=device: device)
+        with pytest.raises(
+            UserError, match=rf"task\.attention='{backend}' cannot leave out keys .*; set task\.attention=auto"
+        ):
+            attend(q, k, v, causal=False, backend=backend, seen=jnp.asarray(SEEN))
+        attend(q, k, v, causal=False, backend="auto", seen=jnp.asarray(SEEN))  # the plain products everywhere
+
+
 # the TPU kernel, step by step on a CPU
 
 
