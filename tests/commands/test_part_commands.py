@@ -232,8 +232,13 @@ def test_inherited_fields_are_shown_with_their_comments() -> None:
     class Own(Base):
         two: int = 3  # its own
         three: int = 4
+        # fmt: off
+        four: int = (
+            5  # in brackets
+        )
+        # fmt: on
 
-    assert listing._comments(Own) == {"one": "of the base", "two": "its own"}
+    assert listing._comments(Own) == {"one": "of the base", "two": "its own", "four": "in brackets"}
     comments = listing._comments(Part)
     assert comments["patch"].startswith("pixels or samples a side")  # of what the tasks share
     assert comments["pairs"].startswith("in a step")

@@ -79,9 +79,11 @@ def _own_comments(cls: type) -> dict[str, str]:
     lines, found = source.splitlines(), {}
     for node in ast.walk(ast.parse(inspect.cleandoc(source) if source.startswith(" ") else source)):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
-            _, mark, text = lines[node.end_lineno - 1].partition("# ")
-            if mark:
-                found[node.target.id] = text.strip()
+            for line in reversed(lines[node.lineno - 1 : node.end_lineno]):  # a long one lies inside of brackets
+                _, mark, text = line.partition("# ")
+                if mark:
+                    found[node.target.id] = text.strip()
+                    break
     return found
 
 
