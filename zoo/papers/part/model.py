@@ -19,18 +19,12 @@ from zoo.dist import check_divides, constrain
 from zoo.errors import UserError
 from zoo.nn.attention import attend, check_backend
 from zoo.nn.embed import grid_positions, sincos
-from zoo.nn.layers import Dense, LayerNorm, Table, gelu, truncated_normal, zeros
+from zoo.nn.layers import Dense, LayerNorm, Table, gelu, truncated_normal
 from zoo.nn.transformer import Trunk, check_remat
 from zoo.papers.part.sampling import crop, grid_patches, pad_crop, random_resized_crop, sample_boxes
 from zoo.task import Batch, Name, Params
 
 EPSILON = 1e-6  # of every LayerNorm
-_STD = 0.02  # of kernels and tokens at the start
-
-
-def dense(features: int | tuple[int, ...], axes: tuple[str | None, ...], dtype: str, name: str) -> Dense:
-    """A linear map that starts as those of vision transformers do: truncated normal of 0.02, bias 0."""
-    return Dense(features, axes, dtype=dtype, kernel_init=truncated_normal(_STD), bias_init=zeros, name=name)
 
 
 class Layer(nn.Module):
@@ -62,13 +56,13 @@ class Layer(nn.Module):
             return h + (y if keep is None else y * keep[branch][:, None, None].astype(y.dtype))
 
         x = LayerNorm(EPSILON, name="attention_norm")(h)
-        qkv = dense((3, width), ("embed", None, "heads"), self.dtype, "qkv")(x)
+        qkv = Dense((3, width), ("embed", None, "heads"), dtype=self.dtype, name="qkv")(x)
         q, k, v = (qkv[..., i, :].reshape(*h.shape[:-1], heads, self.head_dim) for i in range(3))
         y = attend(q, k, v, causal=False, backend=self.backend, seen=seen).reshape(h.shape)
-        h = add(h, dense(width, ("heads", "embed"), self.dtype, "out")(y), 0)
+        h = add(h, Dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y), 0)
         x = LayerNorm(EPSILON, name="mlp_norm")(h)
-        x = gelu(dense(4 * width, ("embed", "mlp"), self.dtype, "up")(x))
-        return add(h, dense(width, ("mlp", "embed"), self.dtype, "down")(x), 1), None
+        x = gelu(Dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="up")(x))
+        return add(h, Dense(width, ("mlp", "embed"), dtype=self.dtype, name="down")(x), 1), None
 
 
 class Encoder(nn.Module):
@@ -97,8 +91,8 @@ class Encoder(nn.Module):
             seen: bool [B, N], the patches that serve as keys and values (the class token always does).
             keep: [depth, 2, B], factors on the branches (stochastic depth).
         """
-        h = dense(self.width, (None, "embed"), self.dtype, "patch")(patches)
-        first = Table(1, self.width, start=truncated_normal(_STD), name="class")()
+        h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="patch")(patches)
+        first = Table(1, self.width, start=truncated_normal(0.02), name="class")()
         if positions is not None:
             h = h + positions[..., 1:, :].astype(h.dtype)
             first = first + positions[..., :1, :]

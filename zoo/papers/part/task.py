@@ -26,7 +26,6 @@ from zoo.papers.part.model import (
     PairwiseHead,
     Vit,
     check_shapes,
-    dense,
 )
 from zoo.papers.part.sampling import crop, grid_boxes, grid_patches, rebuild, relation, sample_boxes
 from zoo.task import Batch, Name, Params
@@ -338,7 +337,7 @@ class Decoder(nn.Module):
 
         `order` int [B, N] begins with the numbers of the visible patches; `codes` [N, width] are those of the positions.
         """
-        h = dense(self.width, (None, "embed"), self.dtype, "in")(z)
+        h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(z)
         hidden = Table(1, self.width, start=truncated_normal(0.02), name="hidden")().astype(h.dtype)
         missing = jnp.broadcast_to(hidden, (len(h), order.shape[1] - h.shape[1], self.width))
         h = jnp.concatenate([h, missing], 1)
