@@ -156,7 +156,6 @@ def test_whole_boxes_have_every_size_and_start_alike() -> None:
 def test_boxes_as_large_as_the_signal_begin_at_its_edge() -> None:
     found = BOXES(jax.random.key(2), (50,), (5,), 5, 5, whole=True)
     np.testing.assert_array_equal(found, np.broadcast_to([[0.0], [5.0]], (50, 2, 1)))
-    np.testing.assert_array_equal(BOXES(jax.random.key(2), (50,), (5,), 5, 5), found)
 
 
 # what boxes show
@@ -667,7 +666,6 @@ class Knows(Part):
     [
         {},
         {"centred": False, "target_norm": "log_ratio", "dtype": "bfloat16"},
-        {"target_norm": "std"},
         {"sampling": "pixels", "sizes": False, "patches": 5, "target_norm": "std"},
         {"sampling": "grid", "head": "pairwise"},
         {**SERIES, "target_norm": "log_ratio"},
@@ -683,7 +681,8 @@ def test_a_task_that_knows_the_answers_has_no_loss(fields: dict[str, Any]) -> No
     @jax.jit
     def run(batch: Any, rng: jax.Array) -> Any:
         swapped = dataclasses.replace(task, swapped=True).loss({}, batch, rng)[0] if not fields else None
-        return task.loss({}, batch, rng), swapped, task.relations({}, batch, rng)
+        found = task.relations({}, batch, rng) if task.target_norm != "std" else None
+        return task.loss({}, batch, rng), swapped, found
 
     (loss, metrics), wrong, found = run(batch, jax.random.key(0))
     assert loss.dtype == jnp.float32
@@ -691,6 +690,8 @@ def test_a_task_that_knows_the_answers_has_no_loss(fields: dict[str, Any]) -> No
     assert wrong is None or wrong > 0.1
     assert set(metrics) == {"distance", *(f"mse_{name}" for name in task.relation_names)}
     assert max(metrics.values()) < 1e-5
+    if found is None:
+        return
     n = task.count
     assert found["true"].shape == (4, n, n, len(task.relation_names))
     np.testing.assert_allclose(found["predicted"], found["true"], rtol=1e-4, atol=1e-5)
@@ -735,16 +736,31 @@ def test_boxes_say_where_patches_were_taken(augment: str) -> None:
         assert np.abs(place - np.asarray(boxes[:, :, 0] + boxes[:, :, 1] / 2)).max() > 3
 
 
-@pytest.mark.parametrize(("sampling", "sizes"), [("off_grid", True), ("grid", False), ("pixels", False)])
-@pytest.mark.parametrize("norm", ["raw", "log_ratio", "std"])
+@pytest.mark.parametrize(
+    ("norm", "sampling", "sizes"),
+    [
+        ("raw", "grid", True),
+        ("log_ratio", "off_grid", True),
+        ("log_ratio", "pixels", False),
+        ("std", "off_grid", True),
+        ("std", "pixels", False),
+        ("std", "grid", False),
+    ],
+)
 def test_normalised_targets_have_a_way_back(norm: str, sampling: str, sizes: bool) -> None:
     task = Part(**SMALL, sampling=sampling, sizes=sizes, target_norm=norm, pairs=20)
-    boxes = np.asarray(task.boxes(jax.random.key(5), 3000, 9))[:, :2]
-    raw = task.compared(boxes[:, 0], boxes[:, 1])
-    normal = task.normalised(raw)
-    np.testing.assert_allclose(task.raw(normal), raw, rtol=1e-5, atol=1e-6)
+
+    @jax.jit
+    def run(rng: jax.Array) -> Any:
+        boxes = task.boxes(rng, 3000, 9)[:, :2]
+        raw = task.compared(boxes[:, 0], boxes[:, 1])
+        normal = task.normalised(raw)
+        return boxes, raw, normal, task.raw(normal)
+
+    boxes, raw, normal, back = run(jax.random.key(5))
+    np.testing.assert_allclose(back, raw, rtol=1e-5, atol=1e-6)
     if norm == "raw":
-        assert normal is raw
+        np.testing.assert_array_equal(normal, raw)
     if norm == "std" and sampling != "grid":
         np.testing.assert_allclose(np.asarray(normal).std(0), 1, atol=0.06)
     if norm == "std" and sampling == "grid":
@@ -925,41 +941,41 @@ def test_a_frozen_encoder_is_held_and_gets_no_gradient() -> None:
         assert np.abs(x).max() > 0, name
 
 
-def shown_to(task: PartClassifier, batch: Any, seed: int) -> tuple[float, Array, Array, dict[str, Any]]:
-    """Loss, the images that the network got, the logits it gave, metrics."""
+def shown_to(task: PartClassifier, batch: Any, logits: Array) -> Callable[[int], Any]:
+    """Of a seed: the loss with `logits` in the network's place, metrics, and the images that the network gets."""
     kept: list[Any] = []
-    logits = numbers(seed, len(batch["image"]), task.classes)
 
     @dataclasses.dataclass(frozen=True)
     class Fixed(PartClassifier):
         def _logits(self, params: Any, signal: jax.Array, rng: Any = None) -> jax.Array:
-            kept.append(np.asarray(signal))
+            kept.append(signal)
             return jnp.asarray(logits)
 
-    loss, metrics = Fixed(**dataclasses.asdict(task)).loss({}, batch, jax.random.key(seed))
-    return float(loss), kept[0], logits, metrics
+    fixed = Fixed(**dataclasses.asdict(task))
+    return jax.jit(lambda seed: (*fixed.loss({}, batch, jax.random.key(seed)), kept.pop()))
 
 
-@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_labels_are_shared_as_pixels_are(mixup: float, cutmix: float) -> None:
+def test_labels_are_shared_as_pixels_are() -> None:
     """Images of one colour for each class: the mean pixel of what is shown is the share of each label."""
     task = PartClassifier(
-        image=12, channels=4, patch=4, width=8, depth=1, head_dim=4, classes=4, mixup=mixup, cutmix=cutmix, smoothing=0.1
+        image=12, channels=4, patch=4, width=8, depth=1, head_dim=4, classes=4, mixup=0.8, cutmix=1.0, smoothing=0.1
     )  # fmt: skip
     label = np.array([0, 1, 2, 3, 1])
     image = np.broadcast_to(np.eye(4)[label][:, None, None], (5, 12, 12, 4))
     batch = {"image": jnp.asarray(image, jnp.float32), "label": jnp.asarray(label)}
-    kinds = set()
+    kinds, logits = set(), numbers(0, 5, 4)
+    run = shown_to(task, batch, logits)
     for seed in range(6):
-        loss, seen, logits, metrics = shown_to(task, batch, seed)
+        loss, metrics, seen = run(seed)
+        seen = np.asarray(seen)
         shares = seen.mean((1, 2))
         np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-5)
         wanted = 0.9 * shares + 0.1 / 4
-        assert loss == pytest.approx(-(wanted * log_softmax(logits, -1)).sum(-1).mean(), rel=1e-5)
+        assert float(loss) == pytest.approx(-(wanted * log_softmax(logits, -1)).sum(-1).mean(), rel=1e-5)
         assert metrics == {}  # accuracy of what label?
         np.testing.assert_allclose(shares[2], np.eye(4)[2], atol=1e-6)  # the middle one is its own other
         kinds.add(len(np.unique(np.round(seen[0, ..., 0], 6))) == 1 and 0 < seen[0, 0, 0, 0] < 1)
-    assert kinds == ({True} if not cutmix else {False} if not mixup else {True, False})
+    assert kinds == {True, False}  # of either, whole batches
 
 
 def test_shares_of_mixed_examples_follow_beta() -> None:
@@ -990,10 +1006,11 @@ def test_shares_of_mixed_examples_follow_beta() -> None:
 def test_smoothing_and_accuracy_where_nothing_is_mixed() -> None:
     task = PartClassifier(**SMALL, classes=4, smoothing=0.2)
     batch = signals(task)
-    loss, seen, logits, metrics = shown_to(task, batch, 1)
+    logits = numbers(1, 4, 4)
+    loss, metrics, seen = shown_to(task, batch, logits)(0)
     np.testing.assert_array_equal(seen, batch["image"])
     wanted = 0.8 * np.eye(4)[np.asarray(batch["label"])] + 0.2 / 4
-    assert loss == pytest.approx(-(wanted * log_softmax(logits, -1)).sum(-1).mean(), rel=1e-5)
+    assert float(loss) == pytest.approx(-(wanted * log_softmax(logits, -1)).sum(-1).mean(), rel=1e-5)
     assert float(metrics["accuracy"]) == (logits.argmax(-1) == np.asarray(batch["label"])).mean()
 
 
