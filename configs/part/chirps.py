@@ -20,7 +20,7 @@ _downstream = (Probe(train=2_000, baseline=True), Probe(train=100, baseline=True
 config = Run(
     task=part.Part(**_encoder, smallest=16, largest=48, pairs=64),
     data=Chirps(),
-    optim=AdamW(lr=2e-3, final_lr=1e-5, warmup=50, weight_decay=0.05),
+    optim=AdamW(lr=2e-3, final_lr=1e-5, warmup=100, weight_decay=0.05, clip=1.0),
     steps=600,
     batch=64,
     checkpoint=Checkpoint(every=300, keep=2),

@@ -19,7 +19,7 @@ _downstream = (Probe(baseline=True), Neighbours(baseline=True))
 config = Run(
     task=part.Part(image=8, channels=1, patch=2, width=64, depth=3, head_dim=16, head="pairwise", pairs=256),
     data=Digits(),
-    optim=AdamW(lr=2e-3, final_lr=1e-5, warmup=50, weight_decay=0.05),
+    optim=AdamW(lr=2e-3, final_lr=1e-5, warmup=100, weight_decay=0.05, clip=1.0),
     steps=1_500,
     batch=64,
     checkpoint=Checkpoint(every=500, keep=2),

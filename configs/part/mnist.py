@@ -20,7 +20,7 @@ _downstream = (Probe(train=3_000, baseline=True), Neighbours(train=3_000, baseli
 config = Run(
     task=part.Part(image=28, channels=1, patch=7, width=64, depth=3, head_dim=16, pairs=64),
     data=Images("data/mnist.npz", size=28, channels=1),
-    optim=AdamW(lr=2e-3, final_lr=1e-5, warmup=50, weight_decay=0.05),
+    optim=AdamW(lr=2e-3, final_lr=1e-5, warmup=100, weight_decay=0.05, clip=1.0),
     steps=800,
     batch=64,
     checkpoint=Checkpoint(every=400, keep=2),

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.errors import UserError
-
 _SLOWEST, _FASTEST = "b (h w) (c p q)", "b (h w) (p q c)"  # where the channel stands inside a token
 
 
@@ -46,11 +44,11 @@ def grid_positions(rows: int, columns: int, reach: float) -> np.ndarray:
 def sincos(positions: np.ndarray, width: int, base: float = 10_000.0) -> np.ndarray:
     """Fixed codes float32 [T, width] of positions [T, A]: each axis has width / A numbers, sines, then cosines.
 
-    UserError when the axes do not divide the width into even parts.
+    ValueError when the axes do not divide the width into even parts.
     """
     axes = positions.shape[-1]
     if width % (2 * axes):
-        raise UserError(f"task.width={width} is not divisible by {2 * axes}, as sine and cosine codes need; change it")
+        raise ValueError(f"codes of {width} numbers cannot be shared out among {axes} axes, sines and cosines")
     rates = base ** (-np.arange(width // (2 * axes)) / (width // (2 * axes)))
     parts = [f(np.outer(p, rates)) for p in positions.T for f in (np.sin, np.cos)]
     return np.concatenate(parts, -1).astype(np.float32)

@@ -31,6 +31,11 @@ def truncated_normal(std: float) -> Init:
     return nn.initializers.truncated_normal(std)
 
 
+def lecun_normal() -> Init:
+    """Gaussian of variance 1 / fan-in of a kernel [inputs, features]: a unit signal stays one."""
+    return nn.initializers.lecun_normal()
+
+
 def uniform_fan_in(fan_in: int) -> Init:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for kernels and biases alike."""
     bound = 1 / math.sqrt(fan_in)

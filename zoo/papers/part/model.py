@@ -19,7 +19,7 @@ from zoo.dist import check_divides, constrain
 from zoo.errors import UserError
 from zoo.nn.attention import attend, check_backend
 from zoo.nn.embed import grid_positions, sincos
-from zoo.nn.layers import Dense, LayerNorm, Table, gelu, truncated_normal
+from zoo.nn.layers import Dense, LayerNorm, Table, gelu, lecun_normal, truncated_normal
 from zoo.nn.transformer import Trunk, check_remat
 from zoo.papers.part.sampling import crop, grid_patches, pad_crop, random_resized_crop, sample_boxes
 from zoo.task import Batch, Name, Params
@@ -107,6 +107,11 @@ class Encoder(nn.Module):
         return h[:, :-1], h[:, -1]
 
 
+def _dense(features: int, axes: tuple[str | None, ...], **fields: Any) -> Dense:
+    """A linear map of a head. It keeps the size of a signal: with smaller kernels the head does not find the sizes for long."""
+    return Dense(features, axes, kernel_init=lecun_normal(), **fields)
+
+
 class CrossAttentionHead(nn.Module):
     """The relation of patches i and j, asked of all patches by one attention layer: no residual, no norm, no MLP.
 
@@ -126,16 +131,16 @@ class CrossAttentionHead(nn.Module):
         width, patches = z.shape[-1], z.shape[1]
         each = width // self.heads
         zero = jnp.zeros((1, width))
-        into = Dense(width, ("embed", "heads"), dtype=self.dtype, name="query")
-        last = Dense(self.outputs, ("embed", None), name="relation")
+        into = _dense(width, ("embed", "heads"), dtype=self.dtype, name="query")
+        last = _dense(self.outputs, ("embed", None), name="relation")
 
         def pairs(f: Callable[[jax.Array], jax.Array], a: jax.Array, b: jax.Array) -> jax.Array:
             """f(a_i + b_j) of an affine f."""
             return f(a)[:, i] + f(b)[:, j] - f(zero)
 
         if self.query == "patch_cat":  # one linear map of [z_i; z_j], in two halves
-            a = Dense(width, ("embed", None), dtype=self.dtype, name="reference")(z)
-            b = Dense(width, ("embed", None), dtype=self.dtype, bias=False, name="target")(z)
+            a = _dense(width, ("embed", None), dtype=self.dtype, name="reference")(z)
+            b = _dense(width, ("embed", None), dtype=self.dtype, bias=False, name="target")(z)
             keys = z
         else:  # numbers of the slots: labels, by which attention may look the two up
             slots = np.arange(patches, dtype=np.float64)[:, None]
@@ -145,10 +150,10 @@ class CrossAttentionHead(nn.Module):
             keys = z + jnp.asarray(sincos(slots, width))
         q = pairs(into, a, b).reshape(-1, len(i), self.heads, each)
         # A bias would add the same to the logits of all keys.
-        k = Dense(width, ("embed", "heads"), dtype=self.dtype, bias=False, name="key")(keys)
+        k = _dense(width, ("embed", "heads"), dtype=self.dtype, bias=False, name="key")(keys)
         k = k.reshape(*k.shape[:-1], self.heads, each)
-        v = Dense(width, ("embed", "heads"), name="value")(keys)
-        out = Dense(width, ("heads", "embed"), name="out")
+        v = _dense(width, ("embed", "heads"), name="value")(keys)
+        out = _dense(width, ("heads", "embed"), name="out")
         apart = jnp.repeat(jnp.eye(self.heads), each, 1)  # the numbers of each head alone [heads, D]
         u = last(out(v[:, :, None] * apart)) - last(out(zero))
 
@@ -168,8 +173,8 @@ class PairwiseHead(nn.Module):
     @nn.compact
     def __call__(self, z: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
         """Tokens z [B, N, D], references i [n], targets j [n] -> relations [B, n, R] in float32."""
-        a = Dense(self.outputs, ("embed", None), name="reference")(z)
-        b = Dense(self.outputs, ("embed", None), bias=False, name="target")(z)
+        a = _dense(self.outputs, ("embed", None), name="reference")(z)
+        b = _dense(self.outputs, ("embed", None), bias=False, name="target")(z)
         return a[:, i] + b[:, j]
 
 
@@ -315,11 +320,17 @@ class Vit:
         """What is added to the tokens of the regular grid [1 + N, D], the class token's first; None: nothing."""
         return None
 
-    def fixed_positions(self, width: int | None = None) -> np.ndarray:
-        """Sine and cosine codes [1 + N, width] of the regular grid, zeros for the class token; None: of the encoder's width."""
+    def fixed_positions(self, field: str = "width") -> np.ndarray:
+        """Sine and cosine codes [1 + N, width] of the regular grid, zeros for the class token; `field` says which width."""
         rows, columns = self.grid if len(self.grid) == 2 else (1, *self.grid)
         places = grid_positions(rows, columns, (rows * columns) ** 0.5)
-        codes = sincos(places if len(self.grid) == 2 else places[:, 1:], width or self.width)
+        width, axes = getattr(self, field), len(self.grid)
+        if width % (2 * axes):
+            raise UserError(
+                f"task.{field}={width} is not divisible by {2 * axes}, as sine and cosine codes of positions need; choose "
+                f"{-(-width // (2 * axes)) * 2 * axes}"
+            )
+        codes = sincos(places[:, -axes:], width)
         return np.concatenate([np.zeros_like(codes[:1]), codes])
 
     def feature_map(self, params: Params, batch: Batch) -> jax.Array:

@@ -84,17 +84,20 @@ def relation(reference: jax.Array, target: jax.Array, *, sizes: bool = True, cen
     return jnp.concatenate([shift, target[..., 1, :] / reference[..., 1, :]], -1) if sizes else shift
 
 
-def rebuild(relations: jax.Array, axes: int, *, centred: bool = True) -> jax.Array:
+def rebuild(relations: jax.Array, axes: int, most: float, *, centred: bool = True) -> jax.Array:
     """Boxes [..., N, 2, A] from all relations [..., N, N, R] between them, made consistent by least squares.
 
     Relations leave place and scale open: the mean centre is 0 and the geometric mean size 1. Every pair is counted both ways
     round; on the graph of all pairs the least squares solution is the mean over references.
+
+    Args:
+        most: the largest ratio of sizes that there may be; predicted ones are cut to it, and may even be negative.
     """
     shift, ratio = relations[..., :axes], relations[..., axes:]
     if not ratio.shape[-1]:
         size = jnp.ones((*relations.shape[:-2], axes))
     else:
-        log = jnp.log(jnp.clip(ratio, 1 / 16, 16))  # what a regression gives may be negative
+        log = jnp.log(jnp.clip(ratio, 1 / most, most))
         size = jnp.exp(0.5 * (log - log.swapaxes(-2, -3)).mean(-3))
         size = size / jnp.exp(jnp.log(size).mean(-2, keepdims=True))
     apart = shift * size[..., :, None, :]
@@ -105,7 +108,10 @@ def rebuild(relations: jax.Array, axes: int, *, centred: bool = True) -> jax.Arr
 
 
 def random_resized_crop(rng: jax.Array, image: jax.Array, least: float) -> jax.Array:
-    """A part of each image [B, S, S, C], back at its size: a share uniform in [least, 1] of the area, sides 3:4 to 4:3."""
+    """A part of each image [B, S, S, C], back at its size: a share uniform in [least, 1] of the area, sides 3:4 to 4:3.
+
+    Sides that would be longer than the image are cut to it, so that the largest parts are a little smaller.
+    """
     one, two, three = jax.random.split(rng, 3)
     count, side = image.shape[:2]
     area = jax.random.uniform(one, (count, 1), minval=least, maxval=1.0)

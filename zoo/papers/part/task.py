@@ -43,6 +43,22 @@ def _share(name: str, value: float) -> None:
         raise UserError(f"task.{name}={value} is no share of patches; choose 0 <= task.{name} < 1")
 
 
+def _left(patches: int, mask: float) -> int:
+    """How many patches a mask leaves, rounded down: of 25 at 0.8 these are 5, whatever 1 - 0.8 is in binary."""
+    return int(patches * (1 - mask) + 1e-6)
+
+
+def _check_mask(task: Vit, patches: int, mask: float) -> None:
+    """UserError for a mask that leaves no key, or for a kernel that takes no mask."""
+    _share("mask", mask)
+    if not _left(patches, mask):
+        raise UserError(f"task.mask={mask} leaves none of {patches} patches; choose {1 - 1 / patches:.2g} or less")
+    if mask and task.attention in ("cudnn", "splash"):
+        raise UserError(
+            f"task.attention={task.attention!r} cannot leave out keys (task.mask={mask}); set task.attention=auto or xla"
+        )
+
+
 def _some(rng: jax.Array, batch: int, patches: int, count: int) -> jax.Array:
     """bool [B, N]: a random choice of `count` patches of each example."""
     order = jnp.argsort(jax.random.uniform(rng, (batch, patches)), -1)
@@ -61,7 +77,8 @@ def _deviations(task: Part) -> np.ndarray:
         else:
             drawn = task.boxes(jax.random.key(0), 100_000, 2)
             pair = drawn[:, 0], drawn[:, 1]
-        return np.maximum(np.asarray(task.compared(*pair)).std(0), 1e-6)
+        deviation = np.asarray(task.compared(*pair)).std(0)
+        return np.where(deviation < 1e-6, 1.0, deviation)  # where all boxes have one size
 
 
 @dataclass(frozen=True)
@@ -97,8 +114,8 @@ class Part(Vit):
         _one_of("query", self.query, ("patch_cat", "positional"))
         if self.pairing is not None:
             _one_of("pairing", self.pairing, ("distinct", "independent", "matching"))
-        _share("mask", self.mask)
         self._check_boxes()
+        _check_mask(self, self.count, self.mask)
         self._check_pairs()
         if self.heads < 1 or self.width % self.heads:
             raise UserError(
@@ -110,6 +127,25 @@ class Part(Vit):
             )
 
     def _check_boxes(self) -> None:
+        if self.sampling == "grid":
+            if self.patches not in (None, self.tokens):
+                raise UserError(
+                    f"task.patches={self.patches}: the regular grid has {self.tokens}; leave task.patches out, or set "
+                    "task.sampling=off_grid"
+                )
+        else:
+            self._check_sizes()
+        if self.count < 2:
+            what = (
+                f"task.patches={self.patches}"
+                if self.patches is not None
+                else f"task.patch={self.patch} makes one patch"
+            )
+            raise UserError(
+                f"{what}: a relation is between two; set task.patches to 2 or more, or a smaller task.patch"
+            )
+
+    def _check_sizes(self) -> None:
         smallest, largest = self.between
         side, name = (self.length, "length") if self.length else (self.image, "image")
         if largest > side:
@@ -124,13 +160,6 @@ class Part(Vit):
         if self.sampling == "pixels" and (smallest % 1 or largest % 1):
             raise UserError(
                 f"task.smallest={smallest:g} and task.largest={largest:g} must be whole with task.sampling=pixels; round them"
-            )
-        if self.patches is not None and self.patches < 2:
-            raise UserError(f"task.patches={self.patches}: a relation is between two patches; choose 2 or more")
-        if self.sampling == "grid" and self.patches not in (None, self.tokens):
-            raise UserError(
-                f"task.patches={self.patches}: the regular grid has {self.tokens}; leave task.patches out, or set "
-                "task.sampling=off_grid"
             )
 
     def _check_pairs(self) -> None:
@@ -157,6 +186,12 @@ class Part(Vit):
             low * self.patch if self.smallest is None else self.smallest,
             high * self.patch if self.largest is None else self.largest,
         )
+
+    @property
+    def _most(self) -> float:
+        """The largest ratio of sizes."""
+        smallest, largest = self.between
+        return 1.0 if self.sampling == "grid" else largest / smallest
 
     @property
     def paired(self) -> str:
@@ -240,7 +275,7 @@ class Part(Vit):
         take, pick, hide, drop = jax.random.split(rng, 4)
         patches, boxes = self.crops(batch, take)
         i, j = self.draw_pairs(pick)
-        seen = _some(hide, len(patches), self.count, int(self.count * (1 - self.mask))) if self.mask else None
+        seen = _some(hide, len(patches), self.count, _left(self.count, self.mask)) if self.mask else None
         z, _ = self.encode(params, patches, seen=seen, rng=drop)
         predicted = self.predict(params, z, i, j)
         wanted = self.compared(boxes[:, i], boxes[:, j])
@@ -270,7 +305,7 @@ class Part(Vit):
             "boxes": boxes,
             "predicted": predicted,
             "true": self.compared(boxes[:, :, None], boxes[:, None]),
-            "layout": rebuild(predicted, len(self.extent), centred=self.centred),
+            "layout": rebuild(predicted, len(self.extent), self._most, centred=self.centred),
         }
 
 
@@ -283,10 +318,14 @@ class AbsolutePosition(Vit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _share("mask", self.mask)
+        _check_mask(self, self.tokens, self.mask)
         _share("known", self.known)
-        if self.tokens - round(self.known * self.tokens) < 1:
-            raise UserError(f"task.known={self.known} leaves no patch to ask for; choose less")
+        told = round(self.known * self.tokens)
+        if self.known and not 0 < told < self.tokens:
+            what = "tells no patch's place" if not told else "leaves no patch to ask for"
+            raise UserError(f"task.known={self.known} {what}: there are {self.tokens}; choose a share of whole patches")
+        if told:
+            self.fixed_positions()  # widths that sine and cosine codes do not fit
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: `encoder`, `head`."""
@@ -309,7 +348,7 @@ class AbsolutePosition(Vit):
         if told:
             codes = jnp.asarray(self.fixed_positions())
             positions = jnp.where(jnp.pad(asked, ((0, 0), (1, 0)), constant_values=True)[..., None], 0.0, codes)
-        seen = _some(hide, len(patches), self.tokens, int(self.tokens * (1 - self.mask))) if self.mask else None
+        seen = _some(hide, len(patches), self.tokens, _left(self.tokens, self.mask)) if self.mask else None
         z, _ = self.encode(params, patches, positions, seen=seen, rng=drop)
         logits: Any = self._head().apply({"params": params["head"]}, z)
         slots = jnp.arange(self.tokens)
@@ -360,26 +399,33 @@ class MaskedAutoencoder(Vit):
     def __post_init__(self) -> None:
         super().__post_init__()
         _share("mask", self.mask)
-        if not int(self.tokens * self.mask):
+        if not 0 < self.visible < self.tokens:
+            what = "shows" if not self.visible else "hides"
             raise UserError(
-                f"task.mask={self.mask} hides none of {self.tokens} patches; choose {1 / self.tokens:.2g} or more"
+                f"task.mask={self.mask} {what} none of {self.tokens} patches; choose a share in between, e.g. 0.75"
             )
+        for name in ("decoder_width", "decoder_depth", "decoder_head_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
         if self.decoder_width % self.decoder_head_dim:
             raise UserError(
                 f"task.decoder_head_dim={self.decoder_head_dim} does not divide task.decoder_width={self.decoder_width}; "
                 "choose a divisor"
             )
-        if self.decoder_depth < 1:
-            raise UserError(f"task.decoder_depth={self.decoder_depth} must be at least 1")
         self.fixed_positions()  # widths that sine and cosine codes do not fit
         self._codes()
+
+    @property
+    def visible(self) -> int:
+        """How many patches the encoder sees."""
+        return _left(self.tokens, self.mask)
 
     def positions(self, params: Params) -> jax.Array:
         """Fixed sine and cosine codes."""
         return jnp.asarray(self.fixed_positions())
 
     def _codes(self) -> np.ndarray:
-        return self.fixed_positions(self.decoder_width)[1:]
+        return self.fixed_positions("decoder_width")[1:]
 
     def _decoder(self) -> Decoder:
         return Decoder(
@@ -389,8 +435,8 @@ class MaskedAutoencoder(Vit):
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: `encoder`, `decoder`."""
         one, two = jax.random.split(rng)
-        order, visible = jnp.arange(self.tokens)[None], self.tokens - int(self.tokens * self.mask)
-        decoder = self._decoder().init(two, jnp.zeros((1, visible, self.width)), order, jnp.asarray(self._codes()))
+        order = jnp.arange(self.tokens)[None]
+        decoder = self._decoder().init(two, jnp.zeros((1, self.visible, self.width)), order, jnp.asarray(self._codes()))
         return {"encoder": self.init_encoder(one), "decoder": decoder["params"]}
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -401,8 +447,7 @@ class MaskedAutoencoder(Vit):
         patches = grid_patches(self.augmented(move, signal), self.patch)
         patches = patches.reshape(*patches.shape[:2], self.dims)
         order = jnp.argsort(jax.random.uniform(hide, patches.shape[:2]), -1)
-        visible = self.tokens - int(self.tokens * self.mask)
-        shown = order[:, :visible]
+        shown = order[:, : self.visible]
         codes = jnp.asarray(self.fixed_positions())
         positions = jnp.concatenate([jnp.broadcast_to(codes[:1], (len(patches), 1, self.width)), codes[1:][shown]], 1)
         z, _ = self.encode(params, jnp.take_along_axis(patches, shown[..., None], 1), positions, rng=drop)
@@ -410,7 +455,7 @@ class MaskedAutoencoder(Vit):
         if self.normalise:
             centre = patches.mean(-1, keepdims=True)
             patches = (patches - centre) / jnp.sqrt(patches.var(-1, keepdims=True) + 1e-6)
-        hidden = order[:, visible:, None]
+        hidden = order[:, self.visible :, None]
         off = jnp.take_along_axis(filled, hidden, 1) - jnp.take_along_axis(patches, hidden, 1)
         return jnp.square(off).mean(), {}
 
