@@ -1,6 +1,7 @@
 """Measured figures: kept in figures.json, shown in README.md.
 
     python tests/figures.py add NAME RUN_FOLDER_OR_JSON "COMMAND" ["HARDWARE"]
+    python tests/figures.py encoders NAME "COMMAND" RUN[+JSON...] RUN[+JSON...]    # the same run with seeds 0, 1, ...; JSON of `zoo eval`
     python tests/figures.py write        # builds the README's tables anew
 
 Each record carries the command, the hardware and the date. A test compares the README with what `write` would write.
@@ -33,6 +34,16 @@ HEADS = {
 
 FIGURES = {*HEADS, "bits_per_token"}  # that a metric is told by
 KINDS = {"compile": "topology", "agreement": "agreement", "texts": "bits_per_token"}  # kinds of JSON by a key of theirs
+# what the table of encoders shows: column, keys of one figure each
+ENCODERS = {
+    "R2 of dx, dy, dw, dh": ("r2_dx", "r2_dy", "r2_dt", "r2_dw", "r2_dh"),
+    "rebuilt layout: ink, all": ("layout_ink", "layout_all"),
+    "probe (labels)": ("probe_accuracy",),
+    "probe, fewer labels": ("few_accuracy",),
+    "10-NN": ("knn_accuracy",),
+    "localisation R2": ("localise_r2",),
+    "fine-tuned": ("accuracy",),
+}
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -74,6 +85,29 @@ def add(name: str, source: Path, command: str, machine: str | None = None) -> No
         "hardware": machine or hardware(figures),
         "date": str(figures["date"])[:10] if "date" in figures else datetime.date.today().isoformat(),
         "figures": figures,
+    }
+    FILE.write_text(json.dumps({**read(), name: record}, indent=1, sort_keys=True) + "\n")
+
+
+def add_encoders(name: str, command: str, sources: list[str]) -> None:
+    """Keep the figures of a run with several seeds; of two probes that with fewer labels has a name of its own."""
+    seeds = []
+    for source in sources:
+        folder, *others = map(Path, source.split("+"))
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        records = [r for r in map(json.loads, lines) if "loss" not in r]
+        records = [r for r in records if r["step"] == records[-1]["step"]] + [json.loads(o.read_text()) for o in others]
+        probes = sorted((r for r in records if "probe_train" in r), key=lambda r: -r["probe_train"])
+        for r in probes[1:]:
+            for key in [k for k in r if k.startswith("probe_")]:
+                r[key.replace("probe_", "few_")] = r.pop(key)
+        seeds.append({k: v for r in records for k, v in r.items() if isinstance(v, (int, float)) and k != "time"})
+    record = {
+        "kind": "encoders",
+        "command": command,
+        "hardware": "2 cores of AMD EPYC",
+        "date": datetime.date.today().isoformat(),
+        "figures": {"seeds": seeds},
     }
     FILE.write_text(json.dumps({**read(), name: record}, indent=1, sort_keys=True) + "\n")
 
@@ -140,6 +174,27 @@ def texts_table(records: dict[str, dict[str, Any]]) -> str:
         places.setdefault(f"{r['date']}, {r['hardware']}", []).append(f"`{r['command']}`")
     notes = [f"- {where}: {', '.join(commands)} (and seed=1)" for where, commands in places.items()]
     return "\n".join([*lines, "", *notes])
+
+
+def encoders_table(records: dict[str, dict[str, Any]]) -> str:
+    """Encoders trained without labels: what they predict, and what their features are good for; seeds side by side."""
+    chosen = {name: r for name, r in records.items() if r["kind"] == "encoders"}
+    heads = ["run", *ENCODERS, "steps", "seeds"]
+    lines = [_row(heads), _row(["---"] * len(heads))]
+    commands: dict[str, list[str]] = {}
+    for name, r in chosen.items():
+        seeds = r["figures"]["seeds"]
+        cells = [" / ".join(filter(None, (_figures(f, keys) for f in seeds))) for keys in ENCODERS.values()]
+        lines.append(_row([name, *cells, f"{seeds[0]['step']:,}", str(len(seeds))]))
+        commands.setdefault(f"{r['date']}, {r['hardware']}", []).append(f"`{r['command']}`")
+    return "\n".join([*lines, "", *(f"- {where}: {', '.join(found)}" for where, found in commands.items())])
+
+
+def _figures(figures: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """Figures of one seed in a cell; of a probe the figure of fresh parameters in brackets."""
+    found = [f"{figures[k]:.3f}" for k in keys if k in figures]
+    untrained = [f" ({figures[f'{k}_random']:.3f})" for k in keys if f"{k}_random" in figures]
+    return ", ".join(found) + "".join(untrained)
 
 
 def inverse_table(records: dict[str, dict[str, Any]]) -> str:
@@ -235,6 +290,7 @@ def rendered(text: str) -> str:
         "learned": learned_table(records),
         "agreement": agreement_table(records),
         "texts": texts_table(records),
+        "encoders": encoders_table(records),
         "bench": bench_table(records),
         "inverse": inverse_table(records),
         "compile": compile_table(records),
@@ -252,6 +308,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["add", name, source, command, *rest]:
             add(name, Path(source), command, *rest)
+        case ["encoders", name, command, *sources] if sources:
+            add_encoders(name, command, sources)
         case ["write"]:
             README.write_text(rendered(README.read_text()))
         case _:

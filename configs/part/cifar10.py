@@ -27,7 +27,7 @@ _encoder = {
     "dtype": "bfloat16",
     "scan": True,
 }
-_small = {**_encoder, "width": 96, "depth": 4, "head_dim": 32, "drop_path": 0.0, "dtype": "float32", "scan": False}
+_small = {**_encoder, "width": 64, "depth": 4, "head_dim": 32, "drop_path": 0.0, "dtype": "float32", "scan": False}
 _decoder = {"decoder_width": 192, "decoder_depth": 4, "decoder_head_dim": 32}
 
 config = Run(

@@ -2,7 +2,8 @@
 
 400 epochs with mixup, CutMix, erasing and label smoothing as the official recipe has them; its RandAugment, colour jitter and repeated
 augmentation are left out. `weights.encoder=RUN:encoder` takes another run's encoder. `:small` is for two CPU cores and takes that of
-`part/cifar10:small`; `:scratch` and `:small_scratch` take none; a masked autoencoder's wants `task.start=sincos`, the positions it knew.
+`part/cifar10:small`; `:small_absolute` and `:small_mae` take those of the other pretexts, the latter with the positions it knew
+(`task.start=sincos`); `:scratch` and `:small_scratch` take none.
 """
 
 from dataclasses import replace
@@ -49,14 +50,20 @@ scratch = replace(config, weights=None)
 small = replace(
     config,
     task=part.PartClassifier(
-        image=32, channels=3, patch=4, width=96, depth=4, head_dim=32, augment="pad", classes=10, smoothing=0.1
+        image=32, channels=3, patch=4, width=64, depth=4, head_dim=32, augment="pad", classes=10, smoothing=0.1
     ),
     weights={"encoder": "runs/part-cifar10-small:encoder"},
     optim=replace(config.optim, lr=1e-3, warmup=200),
-    steps=3_000,
+    steps=2_000,
     batch=64,
     mesh=Mesh(),
     evals=(Accuracy(),),
+)
+small_absolute = replace(small, weights={"encoder": "runs/part-cifar10-small_absolute:encoder"})
+small_mae = replace(
+    small,
+    task=replace(small.task, start="sincos"),
+    weights={"encoder": "runs/part-cifar10-small_mae:encoder"},
 )
 small_scratch = replace(small, weights=None)
 
