@@ -49,7 +49,7 @@ small = replace(
     config,
     task=part.Part(**_small, head="pairwise", pairs=1_024),
     optim=replace(config.optim, lr=1e-3, warmup=200),
-    steps=3_000,
+    steps=2_000,
     batch=64,
     mesh=Mesh(),
     evals=(Relations(), Probe(train=10_000, test=10_000, baseline=True)),

@@ -10,9 +10,8 @@ import pytest
 from flax import linen as nn
 
 from zoo import weights
-from zoo.errors import UserError
 from zoo.nn.embed import sincos
-from zoo.nn.layers import Table, truncated_normal
+from zoo.nn.layers import Table, lecun_normal, truncated_normal
 from zoo.nn.transformer import Trunk
 
 
@@ -60,9 +59,9 @@ def test_codes_are_sines_then_cosines_of_each_axis() -> None:
     np.testing.assert_array_equal(sincos(places[:, :1], 8, base=100.0), found[:, :8])
 
 
-@pytest.mark.parametrize(("axes", "width", "by"), [(2, 10, 4), (2, 6, 4), (1, 5, 2)])
-def test_a_width_that_codes_do_not_fit_is_a_sentence(axes: int, width: int, by: int) -> None:
-    with pytest.raises(UserError, match=rf"width={width} is not divisible by {by}, .*; change it"):
+@pytest.mark.parametrize(("axes", "width"), [(2, 10), (2, 6), (1, 5)])
+def test_codes_of_a_width_that_cannot_be_shared_out_are_refused(axes: int, width: int) -> None:
+    with pytest.raises(ValueError, match=f"codes of {width} numbers cannot be shared out among {axes} axes"):
         sincos(np.zeros((3, axes)), width)
 
 
@@ -72,6 +71,11 @@ def test_a_cut_gaussian_is_cut_at_two_deviations() -> None:
     assert 1.9 < np.abs(x).max() <= 2
     assert abs(x.mean()) < 0.03
     assert x.std() == pytest.approx(0.8796, abs=0.02)  # of a unit Gaussian between -2 and 2
+
+
+def test_kernels_that_keep_a_signal_have_the_variance_of_one_over_the_inputs() -> None:
+    kernel = np.asarray(lecun_normal()(jax.random.key(0), (400, 50), jnp.float32))
+    assert kernel.std() == pytest.approx(1 / 20, rel=0.02)
 
 
 def test_a_table_starts_as_before_where_nothing_is_said() -> None:

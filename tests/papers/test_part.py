@@ -313,7 +313,7 @@ def test_exact_relations_give_the_layout(axes: int, centred: bool, sizes: bool) 
     boxes = some_boxes(0, (3, 12), 32, axes, (2, 8) if sizes else (4, 4))
     for moved in (boxes, boxes * 2.5, boxes + np.array([[9.0], [0.0]], np.float32)):
         all_of = RELATION(moved[:, :, None], moved[:, None], sizes=sizes, centred=centred)
-        found = REBUILD(jnp.asarray(all_of), axes, centred=centred)
+        found = REBUILD(jnp.asarray(all_of), axes, 4.0, centred=centred)
         assert found.shape == (3, 12, 2, axes)
         np.testing.assert_allclose(found, about_zero(boxes), atol=2e-4)
 
@@ -322,7 +322,7 @@ def test_the_layout_averages_noise_and_survives_any_ratio() -> None:
     boxes = some_boxes(0, (1, 40), 16, 2, (4, 4))
     true = np.asarray(RELATION(boxes[:, :, None], boxes[:, None]))
     noise = 0.2 * numbers(1, *true.shape)
-    off = np.asarray(REBUILD(jnp.asarray(true + noise), 2)) - about_zero(boxes)
+    off = np.asarray(REBUILD(jnp.asarray(true + noise), 2, 16.0)) - about_zero(boxes)
     centre = off[0, :, 0] + off[0, :, 1] / 2
     # mean of 40 pairs, counted both ways round, and what the noisy sizes add
     assert centre.std() < 0.2 / np.sqrt(2 * 40) * 2
@@ -331,9 +331,17 @@ def test_the_layout_averages_noise_and_survives_any_ratio() -> None:
     bad[0, :3, 5, 2:] = -1.0
     bad[0, 7, 2, 2:] = 0.0
     bad[0, 1, 2, 3] = 1e9
-    found = np.asarray(REBUILD(jnp.asarray(bad), 2))
+    found = np.asarray(REBUILD(jnp.asarray(bad), 2, 16.0))
     assert np.isfinite(found).all()
     assert (found[:, :, 1] > 0).all()
+
+
+def test_sizes_are_rebuilt_up_to_the_ratio_that_is_named() -> None:
+    boxes = some_boxes(0, (3, 12), 64, 2, (1, 2))
+    boxes[:, :, 1] = np.where(np.random.default_rng(1).random((3, 12, 2)) < 0.5, 1, 32)
+    true = RELATION(boxes[:, :, None], boxes[:, None])
+    np.testing.assert_allclose(REBUILD(true, 2, 32.0), about_zero(boxes), rtol=1e-4, atol=1e-3)
+    assert np.abs(REBUILD(true, 2, 16.0) - about_zero(boxes)).max() > 0.1
 
 
 # the encoder
@@ -457,7 +465,7 @@ class Told:
     ("task", "kept"),
     [
         (Part(**SMALL, mask=0.5), 4),  # int(9 * 0.5)
-        (Part(**SMALL, mask=0.25, patches=16, head="pairwise"), 12),
+        (Part(**SMALL, mask=0.8, patches=25, head="pairwise"), 5),  # in binary 25 * (1 - 0.8) is less than 5
         (AbsolutePosition(**SMALL, mask=0.3), 6),
         (PART, None),
     ],
@@ -668,7 +676,7 @@ class Knows(Part):
         {"centred": False, "target_norm": "log_ratio", "dtype": "bfloat16"},
         {"sampling": "pixels", "sizes": False, "patches": 5, "target_norm": "std"},
         {"sampling": "grid", "head": "pairwise"},
-        {**SERIES, "target_norm": "log_ratio"},
+        {**SERIES, "target_norm": "log_ratio", "smallest": 0.5, "largest": 20},
         {**SERIES, "sizes": False},
     ],
     ids=lambda x: "-".join(str(v) for k, v in x.items() if k not in SERIES) or "paper",
@@ -703,6 +711,21 @@ def test_a_task_that_knows_the_answers_has_no_loss(fields: dict[str, Any]) -> No
         )
     if task.sizes:
         np.testing.assert_allclose(found["layout"], about_zero(boxes), atol=1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Silent(Knows):
+    """Answers nothing."""
+
+    def predict(self, params: Any, z: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+        return jnp.zeros((len(z), len(i), len(self.relation_names)))
+
+
+def test_what_never_differs_is_no_large_target() -> None:
+    task = Silent(**SMALL, sampling="pixels", target_norm="std", pairs=16)
+    loss, metrics = loss_of(task)({}, signals(task), jax.random.key(0))
+    assert 0.5 < loss < 2
+    assert metrics["mse_dw"] == metrics["mse_dh"] == 1
 
 
 def test_errors_are_means_over_examples_pairs_and_numbers() -> None:
@@ -743,8 +766,8 @@ def test_boxes_say_where_patches_were_taken(augment: str) -> None:
         ("log_ratio", "off_grid", True),
         ("log_ratio", "pixels", False),
         ("std", "off_grid", True),
-        ("std", "pixels", False),
-        ("std", "grid", False),
+        ("std", "pixels", True),  # all of one size
+        ("std", "grid", True),
     ],
 )
 def test_normalised_targets_have_a_way_back(norm: str, sampling: str, sizes: bool) -> None:
@@ -762,11 +785,14 @@ def test_normalised_targets_have_a_way_back(norm: str, sampling: str, sizes: boo
     if norm == "raw":
         np.testing.assert_array_equal(normal, raw)
     if norm == "std" and sampling != "grid":
-        np.testing.assert_allclose(np.asarray(normal).std(0), 1, atol=0.06)
+        np.testing.assert_allclose(np.asarray(normal)[:, : 4 if sampling == "off_grid" else 2].std(0), 1, atol=0.06)
     if norm == "std" and sampling == "grid":
         i, j = np.divmod(np.arange(81), 9)
         cells = grid_boxes((12, 12), 4)
-        np.testing.assert_allclose(np.asarray(task.normalised(task.compared(cells[i], cells[j]))).std(0), 1, rtol=1e-5)
+        spread = np.asarray(task.normalised(RELATION(cells[i], cells[j]))).std(0)
+        np.testing.assert_allclose(spread, [1, 1, 0, 0], rtol=1e-5)
+    if norm == "std" and sampling != "off_grid":
+        np.testing.assert_array_equal(normal[:, 2:], 1)  # what never differs stays as it is
     if norm == "log_ratio" and sizes:
         np.testing.assert_allclose(normal[:, 2:], np.log(boxes[:, 1, 1] / boxes[:, 0, 1]), atol=1e-5)
         np.testing.assert_array_equal(normal[:, :2], raw[:, :2])
@@ -827,7 +853,7 @@ def test_patches_whose_slot_is_told_are_not_asked(known: float, monkeypatch: pyt
     assert float(metrics["accuracy"]) == 0
 
 
-MAE = MaskedAutoencoder(**SMALL, mask=0.6, decoder_width=12, decoder_head_dim=4)  # hides 5 of 9
+MAE = MaskedAutoencoder(**SMALL, mask=0.5, decoder_width=12, decoder_head_dim=4)  # shows 4 of 9
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -861,7 +887,7 @@ def test_masked_patches_are_not_read_and_visible_ones_not_scored(
     monkeypatch.setattr(MaskedAutoencoder, "_decoder", lambda task: Told(fill))
     loss, told, (shown, positions) = run(True)
     assert float(loss) < 1e-6
-    np.testing.assert_array_equal(told, task.fixed_positions(12)[1:])
+    np.testing.assert_array_equal(told, task.fixed_positions("decoder_width")[1:])
     assert shown.shape == (4, 4, 32)
     places = np.array([[int(np.abs(codes[1:] - p).sum(-1).argmin()) for p in row[1:]] for row in positions])
     assert all(len(set(row)) == 4 for row in places.tolist())
@@ -874,7 +900,7 @@ def test_masked_patches_are_not_read_and_visible_ones_not_scored(
 
 def test_the_decoder_puts_tokens_in_their_places() -> None:
     params, decoder = away_from_start(MAE)["decoder"], MAE._decoder()
-    z, codes = numbers(0, 3, 4, 8), np.asarray(MAE.fixed_positions(12)[1:])
+    z, codes = numbers(0, 3, 4, 8), np.asarray(MAE.fixed_positions("decoder_width")[1:])
     order = np.stack([np.random.default_rng(b).permutation(9) for b in range(3)])
     found = jax.jit(decoder.apply)({"params": params}, z, order, codes)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -1141,7 +1167,12 @@ def test_series_train_and_have_maps(task: Any) -> None:
         (Part, {"smallest": 5, "largest": 3}, "task.smallest=5 and task.largest=3 leave no size; choose 0 < "),
         (Part, {"smallest": 0}, "task.smallest=0 and task.largest=8 leave no size; choose 0 < "),
         (Part, {"sampling": "pixels", "smallest": 2.5}, "task.smallest=2.5 and .* must be whole .*; round them"),
-        (Part, {"patches": 1}, "task.patches=1: a relation is between two patches; choose 2 or more"),
+        (Part, {"patches": 1}, "task.patches=1: a relation is between two; set task.patches to 2 or more"),
+        (Part, {"patch": 12, "largest": 12}, "task.patch=12 makes one patch: a relation is between two; set"),
+        (Part, {"patch": 12, "sampling": "pixels"}, "task.patch=12 makes one patch: a relation is between two; set"),
+        (Part, {"patch": 12, "sampling": "grid"}, "task.patch=12 makes one patch: a relation is between two; set"),
+        (Part, {"mask": 0.9}, "task.mask=0.9 leaves none of 9 patches; choose 0.8.* or less"),
+        (Part, {"mask": 0.5, "attention": "splash"}, "task.attention='splash' cannot leave out keys .task.mask=0.5.; set"),
         (Part, {"patches": 8, "sampling": "grid"}, "task.patches=8: the regular grid has 9; leave task.patches out"),
         (Part, {"pairs": 0}, "task.pairs=0 must be at least 1"),
         (Part, {"pairs": 82}, "task.pairs=82 is more than the 81 distinct pairs of 9 patches; choose 81 or fewer"),
@@ -1151,11 +1182,19 @@ def test_series_train_and_have_maps(task: Any) -> None:
         (Part, {"width": 6, "head_dim": 2, "query": "positional"}, "task.width=6 is not divisible by 4, .* change it"),
         (AbsolutePosition, {"mask": -0.1}, "task.mask=-0.1 is no share of patches"),
         (AbsolutePosition, {"known": 1.5}, "task.known=1.5 is no share of patches"),
-        (AbsolutePosition, {"known": 0.99}, "task.known=0.99 leaves no patch to ask for; choose less"),
-        (MaskedAutoencoder, {"mask": 0.1}, "task.mask=0.1 hides none of 9 patches; choose 0.1.* or more"),
+        (AbsolutePosition, {"known": 0.99}, "task.known=0.99 leaves no patch to ask for: there are 9; choose a share"),
+        (AbsolutePosition, {"known": 0.05}, "task.known=0.05 tells no patch's place: there are 9; choose a share"),
+        (AbsolutePosition, {"width": 6, "head_dim": 2, "known": 0.5}, "task.width=6 is not divisible by 4, .* choose 8"),
+        (AbsolutePosition, {"mask": 0.9}, "task.mask=0.9 leaves none of 9 patches; choose 0.8.* or less"),
+        (AbsolutePosition, {"mask": 0.5, "attention": "splash"}, "task.attention='splash' cannot leave out keys "),
+        (MaskedAutoencoder, {"mask": 0.0}, "task.mask=0.0 hides none of 9 patches; choose a share in between, e.g. 0.75"),
+        (MaskedAutoencoder, {"mask": 0.9}, "task.mask=0.9 shows none of 9 patches; choose a share in between, e.g. 0.75"),
+        (MaskedAutoencoder, {"decoder_head_dim": 0}, "task.decoder_head_dim=0 must be at least 1"),
+        (MaskedAutoencoder, {"decoder_width": 0}, "task.decoder_width=0 must be at least 1"),
+        (MaskedAutoencoder, {"decoder_width": 6, "decoder_head_dim": 3}, "task.decoder_width=6 is not divisible by 4, "),
         (MaskedAutoencoder, {"decoder_head_dim": 5}, "task.decoder_head_dim=5 does not divide task.decoder_width=32"),
         (MaskedAutoencoder, {"decoder_depth": 0}, "task.decoder_depth=0 must be at least 1"),
-        (MaskedAutoencoder, {"width": 6, "head_dim": 2}, "task.width=6 is not divisible by 4, .*; change it"),
+        (MaskedAutoencoder, {"width": 6, "head_dim": 2}, "task.width=6 is not divisible by 4, .* choose 8"),
         (PartClassifier, {"classes": 1}, "task.classes=1: a classifier tells two or more apart"),
         (PartClassifier, {"start": "random"}, "task.start='random' is unknown; .*fresh"),
         (PartClassifier, {"pool": "max"}, "task.pool='max' is unknown; .*mean"),
@@ -1173,6 +1212,34 @@ def test_what_cannot_be_is_a_sentence(kind: type, fields: dict[str, Any], messag
     kind(**{**SMALL, **pairs})  # the others are fine
     with pytest.raises(UserError, match=re.sub(r"(?<!\\)\.(?!\*)", r"\.", message)):
         kind(**{**SMALL, **pairs, **fields})
+
+
+def refusal(kind: type, **fields: Any) -> str:
+    with pytest.raises(UserError) as raised:
+        kind(**fields)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("patches", [2, 3, 4, 7, 9, 16, 200, 1000])
+def test_masks_that_are_advised_may_be_had(patches: int) -> None:
+    fields = {**SERIES, "length": patches, "patch": 1}
+    for kind, own in ((AbsolutePosition, {}), (Part, {"sampling": "grid", "pairs": 1})):
+        advised = re.search(r"choose (\S+) or less", refusal(kind, **fields, **own, mask=1 - 1e-5))
+        assert advised
+        assert tasks._left(patches, kind(**fields, **own, mask=float(advised[1])).mask) > 0
+    for mask in (0.0, 1 - 1e-5):
+        advised = re.search(r"e\.g\. (\S+)$", refusal(MaskedAutoencoder, **fields, mask=mask))
+        assert advised
+        assert 0 < MaskedAutoencoder(**fields, mask=float(advised[1])).visible < patches
+
+
+def test_what_does_not_matter_is_not_refused() -> None:
+    Part(**SMALL, sampling="grid", pairs=9, smallest=20, largest=40)  # the grid has its own sizes
+    Part(**{**SMALL, "patch": 12}, patches=2, pairs=4, largest=12)
+    Part(**SMALL, pairs=9, attention="splash")
+    AbsolutePosition(**{**SMALL, "width": 6, "head_dim": 2})  # no codes
+    task = MaskedAutoencoder(**{**SMALL, "image": 20}, mask=0.8, attention="splash")  # leaves patches out, not keys
+    assert task.visible == 5  # of 25
 
 
 def test_a_batch_of_another_shape_fails_while_tracing() -> None:
