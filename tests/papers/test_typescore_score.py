@@ -1,0 +1,382 @@
+"""TypeScore's metric against golden values, plain tables and RapidFuzz; alignments, error types, intervals."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+import unicodedata
+
+import numpy as np
+import pytest
+
+from zoo.errors import UserError
+from zoo.papers.typescore import score
+from zoo.papers.typescore.score import (
+    Normalisation,
+    Parts,
+    align,
+    assign,
+    batch,
+    bootstrap,
+    error_type,
+    mean,
+    parts,
+    typescore,
+)
+
+GOLDEN = [  # reference, read, NED, NLCS, SW, mean
+    ("open daily", "open daily", 1.0, 1.0, 1.0, 1.0),
+    ("open daily", "open dally", 0.9, 0.9, 0.85, 0.8833),
+    ("open daily", "opn daily", 0.9, 0.9, 0.85, 0.8833),
+    ("open daily", "daily open", 0.0, 0.5, 0.5, 0.3333),
+    ("open daily", "please open daily thanks", 0.4167, 0.4167, 1.0, 0.6111),
+    ("open daily", "open", 0.4, 0.4, 0.4, 0.4),
+    ("open daily", "", 0.0, 0.0, 0.0, 0.0),
+    ("jazz night", "jazz jazz night", 0.6667, 0.6667, 1.0, 0.7778),
+    ("", "", 1.0, 1.0, 1.0, 1.0),
+    ("", "open", 0.0, 0.0, 0.0, 0.0),
+]
+ALPHABETS = ("ab", "abcdefgh ", "aä漢字 ", "x😀𝔘\U0010ffff", "e\u0301\u200d\ud800\x00\xff")
+
+
+def naive(r: str, h: str) -> tuple[int, int, int]:
+    """Edit distance, longest common subsequence and best local score from the three tables of the definitions."""
+    edit = [[i + j for j in range(len(h) + 1)] for i in range(len(r) + 1)]
+    lcs = [[0] * (len(h) + 1) for _ in range(len(r) + 1)]
+    local = [[0] * (len(h) + 1) for _ in range(len(r) + 1)]
+    for i, j in itertools.product(range(1, len(r) + 1), range(1, len(h) + 1)):
+        equal = r[i - 1] == h[j - 1]
+        edit[i][j] = min(edit[i - 1][j - 1] + (not equal), edit[i - 1][j] + 1, edit[i][j - 1] + 1)
+        lcs[i][j] = lcs[i - 1][j - 1] + 1 if equal else max(lcs[i - 1][j], lcs[i][j - 1])
+        local[i][j] = max(0, local[i - 1][j - 1] + (2 if equal else -1), local[i - 1][j] - 1, local[i][j - 1] - 1)
+    return edit[-1][-1], lcs[-1][-1], max(map(max, local))
+
+
+def naive_parts(r: str, h: str) -> tuple[float, float, float]:
+    if not r or not h:
+        return (1.0, 1.0, 1.0) if r == h else (0.0, 0.0, 0.0)
+    edit, lcs, local = naive(r, h)
+    return 1 - edit / max(len(r), len(h)), lcs / max(len(r), len(h)), local / (2 * len(r))
+
+
+def random_pairs(count: int, longest: int, seed: int) -> list[tuple[str, str]]:
+    """Unrelated texts, and texts with their corruptions, of all lengths from 0."""
+    rng = random.Random(seed)
+    pairs = []
+    for _ in range(count):
+        alphabet = rng.choice(ALPHABETS)
+        left = "".join(rng.choices(alphabet, k=rng.randint(0, longest)))
+        right = "".join(rng.choices(alphabet, k=rng.randint(0, longest)))
+        if rng.random() < 0.6:
+            right = "".join(rng.choice(("", c, c, c, c, c + right[:2], rng.choice(alphabet))) for c in left)
+        pairs.append((left, right))
+    return pairs
+
+
+# The metric
+
+
+@pytest.mark.parametrize("reference, read, ned, nlcs, sw, average", GOLDEN)
+def test_golden_values(reference: str, read: str, ned: float, nlcs: float, sw: float, average: float) -> None:
+    found = parts(reference, read)
+    assert found == pytest.approx((ned, nlcs, sw), abs=5e-5)
+    assert typescore(found) == pytest.approx(100 * average, abs=5e-3)
+
+
+def test_golden_values_in_one_batch() -> None:
+    found = batch([row[0] for row in GOLDEN], [row[1] for row in GOLDEN])
+    assert found.dtype == np.float32
+    assert found.shape == (len(GOLDEN), 3)
+    np.testing.assert_allclose(found, [row[2:5] for row in GOLDEN], atol=5e-5)
+    np.testing.assert_allclose(typescore(found), [100 * row[5] for row in GOLDEN], atol=5e-3)
+
+
+def test_batch_is_the_plain_tables() -> None:
+    pairs = random_pairs(190, 40, 0) + random_pairs(8, 150, 1)
+    pairs += [("", ""), ("", "ab"), ("ab", ""), ("a" * 126, "a" * 126), ("a" * 127, "a" * 127), ("a" * 130, "ba" * 64)]
+    pairs += [("漢" * 70, "字" * 70), ("😀" * 65, "😀" * 64 + "x"), ("x", "😀" * 129)]
+    found = batch(*(list(texts) for texts in zip(*pairs)))
+    wanted = np.array([naive_parts(*pair) for pair in pairs])
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    for pair, row in list(zip(pairs, wanted))[::9]:
+        assert parts(*pair) == pytest.approx(row, abs=1e-12)
+
+
+def test_a_batch_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = random_pairs(60, 30, 2)
+    lefts, rights = ([pair[side] for pair in pairs] for side in (0, 1))
+    whole = batch(lefts, rights)
+    monkeypatch.setattr(score, "_CELLS", 70)
+    np.testing.assert_array_equal(batch(lefts, rights), whole)
+
+
+def test_scores_that_one_byte_does_not_hold() -> None:
+    text = "".join(random.Random(3).choices("abcdef ", k=600))
+    assert parts(text, text) == (1, 1, 1)
+    assert parts("a" * 600, "b" * 600) == (0, 0, 0)
+    assert parts(text, "x" * 600 + text) == pytest.approx((0.5, 0.5, 1))
+    assert parts(text, text[:40]) == pytest.approx((40 / 600, 40 / 600, 40 / 600))
+
+
+def test_rapidfuzz_agrees() -> None:
+    rapidfuzz = pytest.importorskip("rapidfuzz", reason="the peer of the edit distance and the subsequence")
+    pairs = random_pairs(9800, 80, 4) + random_pairs(200, 300, 5)
+    found = batch(*(list(texts) for texts in zip(*pairs)))
+    for pair, (ned, nlcs, _) in zip(pairs, found):
+        assert ned == pytest.approx(
+            rapidfuzz.distance.Levenshtein.normalized_similarity(*pair) if any(pair) else 1, abs=1e-6
+        )
+        assert nlcs == pytest.approx(
+            rapidfuzz.distance.LCSseq.normalized_similarity(*pair) if any(pair) else 1, abs=1e-6
+        )
+
+
+def test_many_pairs_take_little_time() -> None:
+    """A quarter of the promised 20,000 pairs of 60 characters a second of one core, as other work may run beside."""
+    rng = random.Random(10)
+    lefts, rights = (["".join(rng.choices("abcdefgh ", k=60)) for _ in range(4000)] for _ in "ab")
+    start = time.process_time()
+    batch(lefts, rights)
+    assert time.process_time() - start < 4000 / 5000
+
+
+def test_properties() -> None:
+    pairs = random_pairs(150, 30, 6)
+    lefts, rights = ([pair[side] for pair in pairs] for side in (0, 1))
+    there, back = batch(lefts, rights), batch(rights, lefts)
+    assert there.min() >= 0
+    assert there.max() <= 1
+    assert (batch(lefts, lefts) == 1).all()
+    np.testing.assert_array_equal(there[:, :2], back[:, :2])  # NED and NLCS are symmetric, SW is not
+    assert (there[:, 2] != back[:, 2]).any()
+    assert (there[:, 1] >= there[:, 0] - 1e-6).all()  # an alignment is a common subsequence
+    wanted = [left for left in lefts if left]
+    appended = batch(wanted, [left + " Q" + right for left, right in zip(wanted, rights)])
+    assert (appended[:, 2] == 1).all()  # SW asks whether the reference is there
+    assert (appended[:, 0] < 1).all()
+
+
+def test_the_local_score_is_normalised_by_the_reference() -> None:
+    assert parts("open daily", "open").sw == 0.4
+    assert parts("open", "open daily").sw == 1
+
+
+def test_weights_and_kinds() -> None:
+    found = Parts(0.5, 0.25, 1.0)
+    assert typescore(found) == pytest.approx(100 * 1.75 / 3)
+    assert typescore(found, weights=(2, 0, 2)) == pytest.approx(75)
+    assert typescore(found, kind="dissimilarity") == pytest.approx(100 - 100 * 1.75 / 3)
+    assert isinstance(typescore(found), float)
+    assert typescore(np.array([found, (1, 1, 1)]), weights=(0, 1, 0)).tolist() == [25, 100]
+    # weights that no float holds leave the range by rounding
+    assert all(typescore(Parts(1, 1, 1), weights=(w, 0.1, 0.7)) <= 100 for w in np.linspace(0, 1, 50))
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (0, 0, 0), (1, -1, 1), (1, float("nan"), 1)])
+def test_weights_that_make_no_score_are_refused(weights: tuple[float, ...]) -> None:
+    with pytest.raises(UserError, match=r"weights=.*\(1, 1, 1\)"):
+        typescore(Parts(1, 1, 1), weights=weights)
+
+
+def test_what_makes_no_pairs_is_refused() -> None:
+    with pytest.raises(UserError, match="did you mean 'similarity'"):
+        typescore(Parts(1, 1, 1), kind="similarty")  # type: ignore[call-overload]
+    with pytest.raises(UserError, match="2 references and 1 reads"):
+        batch(["a", "b"], ["a"])
+    with pytest.raises(UserError, match="sequences"):
+        batch("ab", "ab")
+    assert batch([], []).shape == (0, 3)
+
+
+# Normalisation
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("  Open\tDAILY\n", "open daily"),
+        ("open\u00a0\u3000\u2028daily", "open daily"),
+        ("ＯＰＥＮ　９", "open 9"),
+        ("“It’s” — ‘now’", "\"it's\" - 'now'"),
+        ("don´t", "don't"),  # NFKC alone makes a space and an accent of it
+        ("5″ x 3′", "5\" x 3'"),
+        ("a‑b﹘c−d", "a-b-c-d"),
+        ("Straße ﬁne", "strasse fine"),
+        ("cafe\u0301", "café"),
+        ("½…", "1⁄2..."),
+        ("", ""),
+        (" \n", ""),
+    ],
+)
+def test_normalisation(text: str, wanted: str) -> None:
+    assert Normalisation()(text) == wanted
+
+
+def test_options_of_normalisation() -> None:
+    assert Normalisation(case_sensitive=True)("  Open “DAILY” ") == 'Open "DAILY"'
+    assert Normalisation(ignore_punct=True)("Don’t stop — 50% off, $5!") == "dont stop 50 off $5"
+    assert Normalisation(ignore_punct=True)("e.\u0301") == "é"
+    assert Normalisation() == Normalisation(case_sensitive=False, ignore_punct=False)
+
+
+@pytest.mark.parametrize("rule", [Normalisation(*options) for options in itertools.product((False, True), repeat=2)])
+def test_normalising_twice_changes_nothing(rule: Normalisation) -> None:
+    rng = random.Random(7)
+    odd = [chr(c) for c in range(0x3400) if unicodedata.category(chr(c)) != "Cn"] + list("ﬀﷺ︱﹘＇𝔘😀\ud800")
+    texts = [c + "a" for c in odd] + ["".join(rng.choices(odd, k=8)) for _ in range(1500)]
+    for text in texts:
+        once = rule(text)
+        assert rule(once) == once, ascii(text)
+
+
+# Telling errors apart
+
+
+def test_alignments_give_both_texts_by_the_fewest_edits() -> None:
+    for reference, read in random_pairs(150, 40, 8):
+        segments = align(reference, read)
+        assert "".join(segment.reference for segment in segments) == reference
+        assert "".join(segment.read for segment in segments) == read
+        edits = sum(max(len(segment.reference), len(segment.read)) for segment in segments if segment.op != "equal")
+        assert edits == naive(reference, read)[0]
+        assert all(a.op != b.op for a, b in itertools.pairwise(segments))
+        for op, left, right in segments:
+            assert {
+                "equal": left == right != "",
+                "replace": len(left) == len(right) > 0 and all(a != b for a, b in zip(left, right)),
+                "delete": bool(left) and not right,
+                "insert": bool(right) and not left,
+            }[op]
+
+
+def test_alignments_to_look_at() -> None:
+    assert align("", "") == []
+    assert align("open", "open") == [("equal", "open", "open")]
+    assert align("open daily", "open dally") == [
+        ("equal", "open da", "open da"),
+        ("replace", "i", "l"),
+        ("equal", "ly", "ly"),
+    ]
+    assert align("open then", "open") == [("equal", "open", "open"), ("delete", " then", "")]
+    assert align("jazz night", "jazz jazz night") == [
+        ("equal", "jazz ", "jazz "),
+        ("insert", "", "jazz "),
+        ("equal", "night", "night"),
+    ]
+    assert align("ab", "😀") == [("replace", "a", "😀"), ("delete", "b", "")]
+
+
+@pytest.mark.parametrize(
+    "reference, read, kind",
+    [
+        ("open daily", "open daily", "none"),
+        ("", "", "none"),
+        ("open daily", "open dally", "spelling"),
+        ("open daily", "opn daily", "spelling"),
+        ("open daily", "open d", "missing"),
+        ("open daily", "open da", "spelling"),  # exactly 70 % are there
+        ("open daily", "", "missing"),
+        ("open daily", "oqen", "spelling"),  # short, and wrong as well
+        ("open daily", "please open daily thanks", "surplus"),
+        ("jazz night", "jazz jazz night", "surplus"),
+        ("open daily", "open daily ab", "surplus"),
+        ("abcdefgh", "abcdefghxy", "spelling"),  # SW - NED = 0.2 and no more
+        ("bbcdbabcccccaab", "xxyxzbbcxbabcccccaab", "spelling"),  # 0.9 - 0.7, more than 0.2 in floating point
+        ("the ferry leaves at noon from pier nine", "the ferry at noon pier", "missing"),
+        ("the ferry leaves at noon from pier nine", "thq fexry leives ad noon frxm piar nime", "spelling"),
+        ("", "open", "surplus"),
+    ],
+)
+def test_error_types(reference: str, read: str, kind: str) -> None:
+    assert error_type(reference, read) == kind
+
+
+def joined(pieces: list[str], lines: list[str]) -> str:
+    return " ".join(text for text in assign(pieces, lines) if text)
+
+
+def test_pieces_are_found_in_any_order() -> None:
+    pieces = ["open daily", "free entry", "no dogs"]
+    for order in itertools.permutations(["open dally", "free entry", "no dogs"]):
+        assert assign(pieces, list(order)) == ["open dally", "free entry", "no dogs"]
+
+
+def test_wrapped_pieces_are_put_together() -> None:
+    pieces = ["open daily", "free entry"]
+    assert assign(pieces, ["free", "open", "entry", "daily"]) == ["open daily", "free entry"]
+    assert assign(pieces, ["open", "zzzz", "daily", "free entry"]) == ["open daily", "free entry", "zzzz"]
+
+
+def test_what_fits_no_piece_comes_last() -> None:
+    assert assign(["open", "sale"], ["sale", "sale", "open"]) == ["open", "sale", "sale"]
+    assert assign(["open", "sale"], ["zz", "sale"]) == ["", "sale", "zz"]
+    assert assign(["sale", "sale"], ["sale", "", "sale"]) == ["sale", "sale"]
+    assert assign([], ["b", "a"]) == ["b", "a"]
+    assert assign(["a", "b"], []) == ["", ""]
+    assert joined(["open", "sale"], ["sale"]) == "sale"
+
+
+def test_assigning_loses_no_line() -> None:
+    rng = random.Random(9)
+    for _ in range(40):
+        pieces, lines = (
+            ["".join(rng.choices("abc ", k=rng.randint(1, 6))).strip() for _ in range(rng.randint(0, 4))] for _ in "ab"
+        )
+        found = joined(pieces, lines)
+        assert sorted(found.replace(" ", "")) == sorted("".join(lines).replace(" ", ""))
+
+
+# Over an instruction set
+
+
+def test_the_mean_is_over_instructions() -> None:
+    assert mean({"a": [0, 0, 0, 0], "b": [100]}) == 50
+
+
+def test_intervals_are_reproducible() -> None:
+    scores = {str(i): [float(v)] for i, v in enumerate(np.random.default_rng(0).normal(70, 10, 40))}
+    first = bootstrap(scores)
+    assert first == bootstrap(dict(reversed(scores.items())))
+    assert first != bootstrap(scores, seed=1)
+    assert first[0] < mean(scores) < first[1]
+    assert first[1] - first[0] == pytest.approx(2 * 1.96 * 10 / 40**0.5, rel=0.25)
+    narrow = bootstrap(scores, level=0.5)
+    assert first[0] < narrow[0] < narrow[1] < first[1]
+
+
+def test_images_of_one_instruction_are_no_independent_scores() -> None:
+    values = np.random.default_rng(1).normal(70, 10, 30)
+    once = {str(i): [v] for i, v in enumerate(values)}
+    many = {str(i): [v] * 9 for i, v in enumerate(values)}
+    np.testing.assert_allclose(bootstrap(many), bootstrap(once))
+
+
+def test_intervals_cover_what_they_say() -> None:
+    rng = np.random.default_rng(2)
+    inside = 0
+    for trial in range(200):
+        low, high = bootstrap({str(i): [v] for i, v in enumerate(rng.normal(50, 5, 60))}, resamples=200, seed=trial)
+        inside += low <= 50 <= high
+    assert (
+        0.90 <= inside / 200 <= 0.985
+    )  # 0.95 less what percentiles of 60 values lose, give or take three standard errors
+
+
+def test_one_instruction_has_an_interval_of_no_width() -> None:
+    assert bootstrap({"a": [40.0, 60.0]}) == (50, 50)
+
+
+@pytest.mark.parametrize(
+    "scores, options, said",
+    [
+        ({}, {}, "no scores"),
+        ({"a": []}, {}, "'a'"),
+        ({"a": [1.0], "b": [float("nan")]}, {}, "'b'"),
+        ({"a": [1.0]}, {"resamples": 0}, "resamples=0"),
+        ({"a": [1.0]}, {"level": 1.0}, "level=1.0"),
+    ],
+)
+def test_scores_without_an_interval(scores: dict, options: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        bootstrap(scores, **options)
