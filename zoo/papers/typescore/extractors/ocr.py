@@ -1,0 +1,232 @@
+"""Extractors without a language model: the renderer's own record, RapidOCR, Tesseract."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from zoo.errors import UserError
+from zoo.papers.typescore.extractors.base import (
+    REVISION,
+    TEXT_CHUNK,
+    Extraction,
+    Line,
+    aside,
+    box_of,
+    each,
+    failed,
+    join,
+    missing,
+    need,
+    text_of,
+)
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Reads what the renderer wrote beside the pixels, which tells faults of the strings' metric from faults of reading."""
+
+    name: ClassVar[str] = "oracle"
+
+    @property
+    def batch(self) -> int:
+        return 1
+
+    def version(self) -> str:
+        return str(REVISION)
+
+    def check(self) -> None:
+        """Needs nothing."""
+
+    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
+        """An image without the renderer's record is one with an error."""
+
+        def read(image: Image.Image) -> Extraction:
+            text = image.info.get(TEXT_CHUNK)
+            if not isinstance(text, str):
+                return failed(
+                    f"the image has no text chunk {TEXT_CHUNK!r}: the oracle reads only what zoo has rendered"
+                )
+            return Extraction(str(text))
+
+        return each(images, read)
+
+
+@dataclass(frozen=True)
+class RapidOcr:
+    """RapidOCR (the extra `typescore`), whose networks lie in its wheel: needs no network access and repairs no words."""
+
+    threads: int = aside(2)  # of one operation, on the CPU
+    least_score: float = 0.5  # lines with less confidence are left out; 0 to 1
+    upside_down: bool = True  # whether lines are turned by 180 degrees where a classifier says so
+
+    name: ClassVar[str] = "rapidocr"
+
+    def __post_init__(self) -> None:
+        need(self.threads >= 1, self.name, "threads", self.threads, "a number of at least 1")
+        need(0 <= self.least_score <= 1, self.name, "least_score", self.least_score, "a confidence from 0 to 1")
+
+    @property
+    def batch(self) -> int:
+        return 1
+
+    def version(self) -> str:
+        """The package's, since its networks come with it, and ours."""
+        self.check()
+        return f"{metadata.version('rapidocr')}+{REVISION}"
+
+    def check(self) -> None:
+        try:
+            import onnxruntime  # noqa: F401  no dependency of rapidocr's, which asks for it only when it reads
+        except ImportError:
+            raise missing(self.name, "onnxruntime", "typescore") from None
+        try:
+            import rapidocr  # noqa: F401
+        except ImportError:
+            raise missing(self.name, "rapidocr", "typescore") from None
+
+    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
+        self.check()
+        engine = _rapidocr(min(self.threads, os.cpu_count() or 1), self.least_score, self.upside_down)
+
+        def read(image: Image.Image) -> Extraction:
+            found = engine(np.ascontiguousarray(np.asarray(image)[:, :, ::-1]))  # it wants blue first
+            texts = getattr(found, "txts", None)  # nothing found: None in every field
+            if texts is None or found.boxes is None:
+                return Extraction("")
+            boxes = as_read(np.asarray(found.boxes, dtype=float), engine.upside_down())
+            lines = tuple(
+                Line(str(text), box_of(box), float(score)) for text, box, score in zip(texts, boxes, found.scores)
+            )
+            return Extraction(text_of(lines), lines)
+
+        return each(images, read)
+
+
+def as_read(boxes: np.ndarray, upside_down: bool) -> np.ndarray:
+    """Corners [N, 4, 2] as the text is read, of boxes whose corners begin at the image's top left.
+
+    RapidOCR turns tall boxes by 90 degrees against the clock and then those by 180 that its classifier finds upside down, but
+    tells neither. A tall box in a page of wide ones is a letter such as I and left alone.
+    """
+    wide, high = (np.linalg.norm(boxes[:, i] - boxes[:, 0], axis=-1) for i in (1, 3))
+    tall = high >= 1.5 * wide  # its own rule
+    if high[tall].sum() > wide[~tall].sum():
+        boxes = np.where(tall[:, None, None], np.roll(boxes, -1, axis=1), boxes)
+    return np.roll(boxes, 2, axis=1) if upside_down else boxes
+
+
+@functools.cache
+def _rapidocr(threads: int, least_score: float, upside_down: bool) -> Any:
+    from rapidocr import RapidOCR
+
+    class Engine(RapidOCR):
+        """Keeps what its classifier said of the lines' directions, which it does not hand back."""
+
+        _turned: Any = None
+
+        def run_ocr_steps(self, *args: Any, **kwargs: Any) -> Any:
+            steps = super().run_ocr_steps(*args, **kwargs)
+            self._turned = steps[1].cls_res
+            return steps
+
+        def upside_down(self) -> bool:
+            """Whether most lines of the last image were."""
+            turned = [str(label) == "180" for label, _ in self._turned or ()]
+            return sum(turned) * 2 > len(turned)
+
+    return Engine(
+        params={
+            "Global.log_level": "error",  # it tells of every file it opens and warns of every image without text
+            "Global.text_score": least_score,
+            "Global.use_cls": upside_down,
+            # numbers above the cores would be ignored, and OMP_NUM_THREADS is: left alone it takes all cores
+            "EngineConfig.onnxruntime.intra_op_num_threads": threads,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Tesseract:
+    """Tesseract (the program and the package pytesseract). For clean images only: it reads letters into noise."""
+
+    lang: str = "eng"  # of its trained data, several joined by +
+    psm: int = 6  # its page segmentation: 6 takes the image for one block of text
+    timeout_s: float = aside(60.0)  # for one image
+
+    name: ClassVar[str] = "tesseract"
+
+    def __post_init__(self) -> None:
+        need(bool(self.lang) and " " not in self.lang, self.name, "lang", self.lang, "languages such as eng or eng+deu")
+        need(0 <= self.psm <= 13, self.name, "psm", self.psm, "a page segmentation mode from 0 to 13")
+        need(self.timeout_s > 0, self.name, "timeout_s", self.timeout_s, "seconds above 0")
+
+    @property
+    def batch(self) -> int:
+        return 1
+
+    def version(self) -> str:
+        self.check()
+        import pytesseract
+
+        return f"{pytesseract.get_tesseract_version()}+{REVISION}"
+
+    def check(self) -> None:
+        try:
+            import pytesseract
+        except ImportError:
+            raise missing(self.name, "pytesseract", "typescore") from None
+        if shutil.which("tesseract") is None:
+            raise UserError(
+                "extractor tesseract needs the program `tesseract`, which is not on the PATH; install it (Debian: apt-get "
+                "install tesseract-ocr), or take the extractor rapidocr"
+            )
+        lacking = set(self.lang.split("+")) - set(pytesseract.get_languages())
+        if lacking:
+            raise UserError(
+                f"extractor tesseract: lang is {self.lang!r}, and its data for {', '.join(sorted(lacking))} are not installed; "
+                f"install them (Debian: tesseract-ocr-{min(lacking)}), or name another lang"
+            )
+
+    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
+        self.check()
+        import pytesseract
+
+        def read(image: Image.Image) -> Extraction:
+            found = pytesseract.image_to_data(
+                image,
+                lang=self.lang,
+                config=f"--psm {self.psm}",
+                timeout=self.timeout_s,
+                output_type=pytesseract.Output.DICT,
+            )
+            lines = _tesseract_lines(found)
+            return Extraction(join([line.text for line in lines]), tuple(lines))
+
+        return each(images, read)
+
+
+def _tesseract_lines(found: dict[str, list[Any]]) -> list[Line]:
+    """Its words as its own lines, in its own order: its boxes are never turned."""
+    rows: dict[tuple[int, int, int], list[int]] = {}
+    for i, word in enumerate(found["text"]):
+        if str(word).strip():
+            rows.setdefault((found["block_num"][i], found["par_num"][i], found["line_num"][i]), []).append(i)
+    lines = []
+    for row in rows.values():
+        left, top = (min(found[side][i] for i in row) for side in ("left", "top"))
+        right = max(found["left"][i] + found["width"][i] for i in row)
+        bottom = max(found["top"][i] + found["height"][i] for i in row)
+        score = sum(max(float(found["conf"][i]), 0.0) for i in row) / len(row) / 100
+        corners = ((left, top), (right, top), (right, bottom), (left, bottom))
+        lines.append(Line(" ".join(str(found["text"][i]).strip() for i in row), box_of(corners), score))
+    return lines
