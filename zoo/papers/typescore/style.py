@@ -1,0 +1,192 @@
+"""Whether a text is drawn in the style that was asked for, told apart from what it says.
+
+With boxes of the text that was found, colour, case and placement are measured. A model that sees is asked about the other
+attributes, one question each, without a word about what the text should be. What neither can tell is "not evaluated" and
+counts in no mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageColor
+
+from zoo.papers.typescore.extractors import Extraction, Line
+from zoo.papers.typescore.extractors.base import flat
+from zoo.papers.typescore.render import COLOURS
+
+NEAR = 25.0  # Delta E (CIE 1976) up to which an ink is of a named colour
+_CAPITALS, _LOWERCASE = ("capitals", "uppercase", "upper case"), ("lowercase", "lower case", "small letters")
+_SAME = "covwxszukpCOVWXSZUKP"  # letters whose capitals look like them: readers mix these up
+_SHORTEST, _LONGEST = 3, 640  # pixels of a box's sides that are looked at
+_SIDES = ("top", "bottom", "left", "right")
+_MIDDLES = ("centre", "center", "middle")
+
+_QUESTIONS = {
+    "font": "Is the text in this image drawn in a {value} typeface?",
+    "colour": "Are the letters of the text in this image {value}?",
+    "weight": "Is the text in this image drawn in {value} letters?",
+    "case": "Is all of the text in this image written in {value}?",
+    "placement": "Is the text placed in the {value} of this image?",
+    "material": "Is the text in this image drawn on {value}?",
+    "size": "Is the text in this image {value}?",
+}
+_OTHER = "Is this true of the text in this image: its {attribute} is {value}?"
+
+
+class Verdict(NamedTuple):
+    """Whether one attribute was followed, None where that was not evaluated; and what was seen, or why not."""
+
+    followed: bool | None
+    found: str
+
+
+def questions(style: Mapping[str, str]) -> dict[str, str]:
+    """Attribute -> the question that a model which sees is asked. The wanted text is never told."""
+    return {
+        attribute: _QUESTIONS.get(attribute, _OTHER).format(attribute=attribute, value=value)
+        + " Answer yes or no."
+        for attribute, value in style.items()
+    }
+
+
+def answered(answer: Extraction) -> Verdict:
+    """The verdict in an answer: it begins with yes or no. A failed call evaluates nothing."""
+    if answer.error is not None:
+        return Verdict(None, f"not evaluated: {answer.error}")
+    found = re.match(r"\W*(yes|no)\b", answer.text, re.IGNORECASE)
+    said = " ".join(answer.text.split())[:60]
+    return Verdict(None, f"not evaluated: answered {said!r}") if found is None else Verdict(found[1].lower() == "yes", said)
+
+
+def measured(style: Mapping[str, str], picture: Image.Image, lines: Sequence[Line]) -> dict[str, Verdict]:
+    """A verdict for each attribute of `style`, from the boxes of what was read in the picture.
+
+    Colour: the median ink inside the boxes within `NEAR` of the named colour, one of `render.COLOURS` or of CSS. Case: of the
+    letters that tell. Placement: in which third of the picture the centre of the box around all lines lies, of "centre" both ways.
+    """
+    lines = [line for line in lines if line.text.strip()]
+    if not lines:
+        return {attribute: Verdict(None, "not evaluated: no box of text") for attribute in style}
+    found = {}
+    for attribute, value in style.items():
+        value = value.strip().lower()
+        if attribute in ("colour", "color"):
+            found[attribute] = _colour(value, picture, lines)
+        elif attribute == "case":
+            found[attribute] = _case(value, " ".join(line.text for line in lines))
+        elif attribute == "placement":
+            found[attribute] = _placement(value, picture.size, lines)
+        else:
+            found[attribute] = Verdict(None, "not evaluated: boxes do not tell")
+    return found
+
+
+def evaluate(
+    style: Mapping[str, str], picture: Image.Image, extraction: Extraction, extractor: Any = None
+) -> dict[str, Verdict]:
+    """A verdict for each attribute: measured where boxes tell, otherwise asked for where `extractor` answers questions.
+
+    The extractor may be behind a cache. Errors of single questions are verdicts that evaluate nothing.
+    """
+    found = measured(style, picture, extraction.lines)
+    open_ = {attribute: style[attribute] for attribute, verdict in found.items() if verdict.followed is None}
+    if open_ and hasattr(getattr(extractor, "inner", extractor), "ask"):
+        asked = questions(open_)
+        answers = extractor.ask([picture] * len(asked), list(asked.values()))
+        found |= {attribute: answered(answer) for attribute, answer in zip(asked, answers, strict=True)}
+    return found
+
+
+def share(verdicts: Mapping[str, Verdict]) -> float | None:
+    """Of the attributes that were evaluated, how many were followed, in 0..100; None where none was."""
+    known = [verdict.followed for verdict in verdicts.values() if verdict.followed is not None]
+    return 100 * sum(known) / len(known) if known else None
+
+
+# --- measures -------------------------------------------------------------------------------------
+
+
+def lab(colours: Any) -> np.ndarray:
+    """CIE Lab [..., 3] (white as of D65) of red, green, blue in 0..255."""
+    c = np.asarray(colours, np.float64) / 255
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
+    t = xyz / [0.9505, 1.0, 1.089]
+    f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+
+
+def ink(picture: Image.Image, lines: Sequence[Line]) -> np.ndarray | None:
+    """The median colour of letters, red, green, blue in 0..255 [3]; None where no box shows anything but its ground.
+
+    The ground of a box is the median of its rim. Ink is what is furthest from it: the rims of letters are mixtures.
+    """
+    seen = flat(picture)
+    inks = []
+    for line in lines:
+        corners = np.asarray(line.box, float)
+        wide, high = (
+            int(np.clip(np.linalg.norm(corners[i] - corners[0]), _SHORTEST, _LONGEST)) for i in (1, 3)
+        )
+        top_left, top_right, bottom_right, bottom_left = corners
+        quad = (*top_left, *bottom_left, *bottom_right, *top_right)
+        pixels = np.asarray(
+            seen.transform((wide, high), Image.Transform.QUAD, tuple(map(float, quad)), Image.Resampling.BILINEAR)
+        )
+        rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        apart = np.linalg.norm(lab(pixels) - lab(np.median(rim, axis=0)), axis=-1)
+        far = np.quantile(apart, 0.98)
+        if far > 10:  # less than that is noise of the ground
+            inks.append(pixels[apart >= 0.75 * far])
+    return np.median(np.concatenate(inks), axis=0) if inks else None
+
+
+def _named(value: str) -> list[tuple[int, int, int]]:
+    """What a colour's name stands for: our ink, CSS's colour, or both; none for an unknown name."""
+    known = [COLOURS[value]] if value in COLOURS else []
+    try:
+        known.append(ImageColor.getrgb(value.replace(" ", ""))[:3])
+    except ValueError:
+        pass
+    return known
+
+
+def _colour(value: str, picture: Image.Image, lines: Sequence[Line]) -> Verdict:
+    named = _named(value)
+    if not named:
+        return Verdict(None, f"not evaluated: no known colour {value!r}")
+    seen = ink(picture, lines)
+    if seen is None:
+        return Verdict(None, "not evaluated: no ink found in the boxes")
+    apart = min(float(np.linalg.norm(lab(seen) - lab(colour))) for colour in named)
+    return Verdict(apart < NEAR, f"#{''.join(f'{round(c):02x}' for c in seen)}, Delta E {apart:.0f}")
+
+
+def _case(value: str, text: str) -> Verdict:
+    cased = [c for c in text if c.isupper() or c.islower()]
+    telling = [c for c in cased if c not in _SAME] or cased
+    if value not in (*_CAPITALS, *_LOWERCASE):
+        return Verdict(None, f"not evaluated: no known case {value!r}")
+    if not cased:
+        return Verdict(None, "not evaluated: no letters")
+    capitals = sum(c.isupper() for c in telling) / len(telling)
+    # a sentence has one capital among its letters, and a reader may err once
+    followed = capitals >= 0.9 if value in _CAPITALS else capitals <= 0.03
+    return Verdict(followed, f"{capitals:.0%} capitals")
+
+
+def _placement(value: str, size: tuple[int, int], lines: Sequence[Line]) -> Verdict:
+    corners = np.array([line.box for line in lines], float).reshape(-1, 2)
+    x, y = (corners.min(axis=0) + corners.max(axis=0)) / 2 / size
+    across, down = (("first", "middle", "last")[int(np.clip(3 * part, 0, 2))] for part in (x, y))
+    if value in _MIDDLES:
+        followed = across == down == "middle"
+    elif value in _SIDES:
+        followed = (down if value in ("top", "bottom") else across) == ("first" if value in ("top", "left") else "last")
+    else:
+        return Verdict(None, f"not evaluated: no known place {value!r}")
+    return Verdict(followed, f"centre at {x:.0%}, {y:.0%}")
