@@ -7,6 +7,7 @@ counts in no mean.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -47,8 +48,7 @@ class Verdict(NamedTuple):
 def questions(style: Mapping[str, str]) -> dict[str, str]:
     """Attribute -> the question that a model which sees is asked. The wanted text is never told."""
     return {
-        attribute: _QUESTIONS.get(attribute, _OTHER).format(attribute=attribute, value=value)
-        + " Answer yes or no."
+        attribute: _QUESTIONS.get(attribute, _OTHER).format(attribute=attribute, value=value) + " Answer yes or no."
         for attribute, value in style.items()
     }
 
@@ -59,7 +59,11 @@ def answered(answer: Extraction) -> Verdict:
         return Verdict(None, f"not evaluated: {answer.error}")
     found = re.match(r"\W*(yes|no)\b", answer.text, re.IGNORECASE)
     said = " ".join(answer.text.split())[:60]
-    return Verdict(None, f"not evaluated: answered {said!r}") if found is None else Verdict(found[1].lower() == "yes", said)
+    return (
+        Verdict(None, f"not evaluated: answered {said!r}")
+        if found is None
+        else Verdict(found[1].lower() == "yes", said)
+    )
 
 
 def measured(style: Mapping[str, str], picture: Image.Image, lines: Sequence[Line]) -> dict[str, Verdict]:
@@ -129,9 +133,7 @@ def ink(picture: Image.Image, lines: Sequence[Line]) -> np.ndarray | None:
     inks = []
     for line in lines:
         corners = np.asarray(line.box, float)
-        wide, high = (
-            int(np.clip(np.linalg.norm(corners[i] - corners[0]), _SHORTEST, _LONGEST)) for i in (1, 3)
-        )
+        wide, high = (int(np.clip(np.linalg.norm(corners[i] - corners[0]), _SHORTEST, _LONGEST)) for i in (1, 3))
         top_left, top_right, bottom_right, bottom_left = corners
         quad = (*top_left, *bottom_left, *bottom_right, *top_right)
         pixels = np.asarray(
@@ -148,10 +150,8 @@ def ink(picture: Image.Image, lines: Sequence[Line]) -> np.ndarray | None:
 def _named(value: str) -> list[tuple[int, int, int]]:
     """What a colour's name stands for: our ink, CSS's colour, or both; none for an unknown name."""
     known = [COLOURS[value]] if value in COLOURS else []
-    try:
+    with contextlib.suppress(ValueError):
         known.append(ImageColor.getrgb(value.replace(" ", ""))[:3])
-    except ValueError:
-        pass
     return known
 
 
