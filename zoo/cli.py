@@ -74,9 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     opens(sub)
     sub = verb(
         "eval",
-        "Measure a run or an export.",
+        "Measure a run or an export; or CONFIG alone, which says what it measures, such as configs/typescore/rapidocr.py.",
         "MODEL",
-        "METRIC",
+        "METRIC?",
         fields="fields of the metric, e.g. draws=16; data.path=... for other data",
     )
     opens(sub)
@@ -222,6 +222,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments with fields and flags in any order; argparse alone takes no field behind a flag."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
+    if (
+        args.verb == "eval"
+    ):  # METRIC may be left out: a field in its place is a field, and behind a flag it is METRIC still
+        if args.metric is not None and "=" in args.metric:
+            args.metric, args.fields = None, [args.metric, *args.fields]
+        names = [a for a in rest if "=" not in a and not a.startswith("-")]
+        if args.metric is None and names:
+            args.metric = names[0]
+            rest.remove(names[0])
     late = [a for a in rest if "=" in a and not a.startswith("-")] if hasattr(args, "fields") else []
     if unknown := [a for a in rest if a not in late]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -460,6 +469,12 @@ def _no_strength(fields: Sequence[str]) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if args.metric is None:
+        from zoo.commands import alone
+
+        found = alone.run(args.model, args.fields)
+        print(json.dumps(found))
+        return 1 if found.get("failed") else 0
     import jax
 
     from zoo import config, dist, metrics, models

@@ -1,0 +1,13 @@
+"""Whether an extractor reads what is drawn, or repairs misspelt words: pictures with known faults, read and scored.
+
+zoo eval configs/typescore/calibrate.py
+zoo eval configs/typescore/calibrate.py:http extractor.base_url=http://127.0.0.1:8000/v1 extractor.model=NAME
+"""
+
+from zoo.papers.typescore.calibrate import Calibrate
+from zoo.papers.typescore.extractors import Http, RapidOcr, Tesseract, Transformers
+
+config = Calibrate(extractor=RapidOcr())
+tesseract = Calibrate(extractor=Tesseract())
+http = Calibrate(extractor=Http())
+transformers = Calibrate(extractor=Transformers())

@@ -1,0 +1,32 @@
+"""`zoo eval CONFIG`: what a config measures without a model of the zoo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from zoo import config
+from zoo.errors import UserError, suggest
+
+
+def run(name: str, fields: Sequence[str]) -> dict[str, Any]:
+    """The figures of a config whose value is `standalone` and has a `run`. UserError where `name` is no such config."""
+    try:
+        config.locate(name)
+    except UserError:
+        if not name.partition(":")[0].endswith(".py"):
+            from zoo import metrics
+
+            raise UserError(
+                f"what of {name} shall be measured? Write zoo eval {name} METRIC; {suggest('', metrics.named())}; a config that "
+                "measures by itself needs none, such as configs/typescore/rapidocr.py"
+            ) from None
+        raise
+    value = config.load(name)
+    if not getattr(value, "standalone", False):
+        raise UserError(
+            f"{name} holds a {type(value).__name__}, which measures nothing by itself; write zoo eval MODEL METRIC, or name a "
+            "config such as configs/typescore/rapidocr.py"
+        )
+    found: dict[str, Any] = config.override(value, fields).run()
+    return found

@@ -1,0 +1,643 @@
+"""Models compared by their results: ranking, paired intervals, win rates, and how many pairs a metric tells apart.
+
+Scores of two metrics have different ranges and spreads, so metrics are compared by z = mean(d) / (std(d) / sqrt(n)), d the differences
+of two models by instruction: the resolution of a metric is the share of pairs of models with |z| > 1.96.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from PIL import Image
+
+from zoo.errors import UserError, suggest
+from zoo.papers.typescore.evaluate import (
+    NOTE,
+    RECORDS,
+    SETTING,
+    Record,
+    _on_disk,
+    _write,
+    _writing,
+    by_instruction,
+    differences,
+)
+from zoo.papers.typescore.extractors.base import flat
+from zoo.papers.typescore.instructions import Instruction
+from zoo.papers.typescore.render import render
+
+_SURE = 1.96  # |z| of two models that are told apart
+_SEED = 1_000_003  # of the right pictures: none of a model's own seeds
+_log = logging.getLogger("zoo")
+
+Scores = Mapping[str, float]  # by instruction
+
+
+# --- results ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model's records, under the name that tells it from others."""
+
+    label: str
+    folder: Path
+    setting: dict[str, Any]
+    records: list[Record]
+
+    @property
+    def read(self) -> list[Record]:
+        return [record for record in self.records if record["error"] is None]
+
+    def scores(self, key: str = "score") -> dict[str, float]:
+        """The mean over the pictures of each instruction."""
+        return {name: float(np.mean(values)) for name, values in by_instruction(self.read, key).items()}
+
+    def images(self) -> Path:
+        """The folder of the pictures, as seen from the results."""
+        return self.folder / self.setting["images"]
+
+
+def load(name: str) -> Result:
+    """The results in a folder that `TypeScore` wrote, named by it or by a file in it. UserError where there are none."""
+    folder = Path(name)
+    if folder.suffix in (".json", ".jsonl"):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"results: {name} does not exist; name the folder that `zoo eval configs/typescore/...` wrote")
+    try:
+        setting = json.loads((folder / SETTING).read_bytes())
+        setting["extractor"]["name"], setting["normalisation"], setting["images"]
+    except OSError:
+        raise UserError(
+            f"results: {folder} holds no {SETTING}, so it is no folder of results; name the one that "
+            "`zoo eval configs/typescore/...` wrote"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"results: {folder / SETTING} is damaged; evaluate these pictures again") from None
+    records = list(_on_disk(folder / RECORDS).values())
+    label = folder.resolve().name.removesuffix("-typescore")
+    result = Result(label, folder, setting, records)
+    if not result.read:
+        raise UserError(f"results: {folder} holds no picture that was read; evaluate these pictures again")
+    return result
+
+
+def load_all(names: Sequence[str]) -> list[Result]:
+    """Several results that compare, with names of their own. UserError where a setting differs, and in what."""
+    if not names:
+        raise UserError("results is empty; name folders of results, results=a-typescore,b-typescore")
+    found = [load(name) for name in names]
+    folders = [one.folder.resolve() for one in found]
+    if len(set(folders)) < len(folders):
+        twice = next(one.folder for one in found if folders.count(one.folder.resolve()) > 1)
+        raise UserError(f"results: {twice} is named twice; name each result once")
+    labels = [one.label for one in found]
+    if len(set(labels)) < len(labels):  # a/out and b/out
+        found = [Result(str(Path(name)), one.folder, one.setting, one.records) for name, one in zip(names, found)]
+    apart = ("images", "wanted_sha256", "style")  # of a result's own; texts are compared one by one below
+    first = found[0]
+    mine = {k: v for k, v in first.setting.items() if k not in apart}
+    for other in found[1:]:
+        unlike = differences(mine, {k: v for k, v in other.setting.items() if k not in apart})
+        if unlike:
+            raise UserError(
+                f"results of {first.label} and {other.label} do not compare, since they differ in {'; '.join(unlike[:3])}; "
+                "evaluate both in one way"
+            )
+        wanted = {record["id"]: record["wanted"] for record in first.records}
+        for record in other.records:
+            if wanted.get(record["id"], record["wanted"]) != record["wanted"]:
+                raise UserError(
+                    f"results of {first.label} and {other.label} do not compare: instruction {record['id']!r} wants "
+                    f"{wanted[record['id']]!r} in one and {record['wanted']!r} in the other; evaluate both with one list"
+                )
+    return found
+
+
+# --- pairs ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models on the instructions that both have scores of. `difference` is a's mean less b's."""
+
+    a: str
+    b: str
+    instructions: int
+    difference: float
+    low: float
+    high: float
+    win_rate: float  # of a, in 0..1; a tie is half a win
+    ties: int
+    z: float  # infinite where all differences are the same and not 0
+
+    @property
+    def told_apart(self) -> bool:
+        return abs(self.z) > _SURE
+
+
+def z_of(differences: np.ndarray) -> float:
+    """mean / (std / sqrt(n)) of paired differences [N], N at least 2; 0 where all are 0, infinite where all are one number."""
+    middle, spread = float(differences.mean()), float(differences.std(ddof=1))
+    if spread <= 1e-12 * max(1.0, abs(middle)):
+        return 0.0 if abs(middle) <= 1e-12 else math.copysign(math.inf, middle)
+    return middle / (spread / math.sqrt(len(differences)))
+
+
+def pair(
+    a: str, b: str, one: Scores, other: Scores, resamples: int = 1000, seed: int = 0, lower_is_better: bool = False
+) -> Pair:
+    """Two models compared by instruction, with the interval of the difference by a paired bootstrap.
+
+    UserError where they share fewer than two instructions.
+    """
+    common = sorted(set(one) & set(other))
+    if len(common) < 2:
+        raise UserError(
+            f"results of {a} and {b} have {len(common)} instructions in common, and comparing needs two at least; evaluate both "
+            "with one list"
+        )
+    apart = np.array([one[name] - other[name] for name in common])
+    low, high = _interval(lambda pick: float(apart[pick].mean()), len(apart), resamples, seed)
+    ties = np.abs(apart) < 1e-9
+    better = apart < 0 if lower_is_better else apart > 0
+    wins = float((better & ~ties).mean() + 0.5 * ties.mean())
+    return Pair(a, b, len(common), float(apart.mean()), low, high, wins, int(ties.sum()), z_of(apart))
+
+
+def pairs(
+    scores: Mapping[str, Scores], resamples: int = 1000, seed: int = 0, lower_is_better: bool = False
+) -> list[Pair]:
+    """All pairs of models."""
+    return [
+        pair(a, b, scores[a], scores[b], resamples, seed, lower_is_better) for a, b in itertools.combinations(scores, 2)
+    ]
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Of the pairs of models, the share that a metric tells apart; `right` of those in the true order, None if none is known."""
+
+    pairs: int
+    told_apart: float
+    median_z: float
+    right: float | None = None
+
+
+def resolution(found: Sequence[Pair], truth: Sequence[str] | None = None) -> Resolution:
+    """How finely a metric tells models apart; `truth` names them from best to worst."""
+    if not found:
+        raise UserError("resolution needs a pair of models; name two results at least")
+    right = None
+    if truth is not None:
+        place = {label: i for i, label in enumerate(truth)}
+        right = float(np.mean([one.told_apart and (one.z > 0) == (place[one.a] < place[one.b]) for one in found]))
+    return Resolution(
+        len(found),
+        float(np.mean([one.told_apart for one in found])),
+        float(np.median([abs(one.z) for one in found])),
+        right,
+    )
+
+
+# --- coarse metrics ---------------------------------------------------------------------------------
+
+
+class ImageTextScorer(Protocol):
+    """How well pictures fit their instructions, by one number a picture: what a fine metric is compared with."""
+
+    name: ClassVar[str]
+
+    def check(self) -> None:
+        """UserError where something that it needs is missing."""
+        ...
+
+    def score(self, pictures: Sequence[Image.Image], instructions: Sequence[Instruction]) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """The cosine of a picture and of the right one, each shrunk to 16x16: a stand-in for a coarse metric, and not CLIPScore."""
+
+    name: ClassVar[str] = "coarse surrogate"
+
+    def check(self) -> None:
+        """Needs nothing."""
+
+    def score(self, pictures: Sequence[Image.Image], instructions: Sequence[Instruction]) -> list[float]:
+        found = []
+        right: dict[str, np.ndarray] = {}
+        for picture, one in zip(pictures, instructions, strict=True):
+            if one.id not in right:
+                right[one.id] = _shrunk(render(one, seed=_SEED))
+            found.append(float(_shrunk(picture) @ right[one.id]))
+        return found
+
+
+def _shrunk(picture: Image.Image) -> np.ndarray:
+    small = np.asarray(flat(picture).resize((16, 16), Image.Resampling.BOX), np.float64).ravel()
+    return small / max(float(np.linalg.norm(small)), 1e-9)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """max(0, 2.5 cos) of CLIP's embeddings, by transformers (the extra `vlm`), with weights of your own in a folder.
+
+    CLIP reads 77 tokens at most, so the end of long instructions is not seen.
+    """
+
+    model: str = ""  # a folder of a CLIP model, or its name on a hub that can be reached
+
+    name: ClassVar[str] = "CLIPScore"
+
+    def check(self) -> None:
+        for package in ("transformers", "torch"):
+            try:
+                __import__(package)
+            except ImportError:
+                raise UserError(
+                    f"clip={self.model} needs the package {package}, which is not installed; install the extra `vlm`, or leave "
+                    "clip out"
+                ) from None
+
+    def score(self, pictures: Sequence[Image.Image], instructions: Sequence[Instruction]) -> list[float]:
+        self.check()
+        import torch
+        import transformers
+
+        try:
+            model = transformers.CLIPModel.from_pretrained(self.model).eval()
+            processor = transformers.CLIPProcessor.from_pretrained(self.model)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"clip={self.model} could not be opened as a CLIP model ({str(error).strip().partition(chr(10))[0]})"
+            ) from None
+        found = []
+        with torch.no_grad():
+            for picture, one in zip(pictures, instructions, strict=True):
+                inputs = processor(
+                    text=[one.instruction or one.text],
+                    images=flat(picture),
+                    return_tensors="pt",
+                    truncation=True,
+                    padding=True,
+                )
+                out = model(**inputs)
+                cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
+                found.append(max(0.0, 2.5 * float(cosine[0])))
+        return found
+
+
+def scored(result: Result, scorer: ImageTextScorer, instructions: Mapping[str, Instruction]) -> dict[str, float]:
+    """Another metric's mean by instruction, on the pictures of a result that were read."""
+    values: dict[str, list[float]] = {}
+    for record in result.read:
+        one = instructions.get(record["id"])
+        if one is None:
+            raise UserError(
+                f"wanted has no instruction {record['id']!r}, which {result.label} has; name the list it was evaluated with"
+            )
+        path = result.images() / record["image"]
+        try:
+            with Image.open(path) as picture:
+                values.setdefault(record["id"], []).extend(scorer.score([picture], [one]))
+        except OSError:
+            raise UserError(
+                f"results: {path} is no longer there, and {scorer.name} needs the pictures; bring it back, or set "
+                "surrogate=false and leave clip out"
+            ) from None
+    return {name: float(np.mean(some)) for name, some in values.items()}
+
+
+# --- people -----------------------------------------------------------------------------------------
+
+
+def agreement(path: str | Path, results: Sequence[Result], resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """How far scores agree with what people said, each figure as [value, low, high] of a bootstrap.
+
+    The file is CSV with the columns image and rating (a number, more is better), or image_a, image_b and preferred (a, b or
+    tie); several lines of one picture are of several people. A picture is named as its file, of several results
+    LABEL/FILE. Ratings give Spearman's rho, Kendall's tau-b and the accuracy on pairs (of one instruction where it has two pictures, else
+    any), and those of models where there are three; preferences the accuracy: a tied score is half right, a tie of
+    people's is left out.
+    """
+    rows, fields = _csv(path)
+    scores: dict[str, float] = {}
+    of: dict[str, str] = {}
+    worse = results[0].setting["kind"] == "dissimilarity"
+    for result in results:
+        for record in result.read:
+            name = record["image"] if len(results) == 1 else f"{result.label}/{record['image']}"
+            scores[name] = -record["score"] if worse else record["score"]
+            of[name] = record["id"]
+
+    def score(name: str, line: int) -> float:
+        if name not in scores:
+            raise UserError(
+                f"human={path}, line {line}: no picture {name!r} was read; {suggest(name, scores)}"
+                + (" (of several results: LABEL/FILE)" if len(results) > 1 else "")
+            )
+        return scores[name]
+
+    if {"image", "rating"} <= fields:
+        return _ratings(path, rows, score, of, results, resamples, seed)
+    if {"image_a", "image_b", "preferred"} <= fields:
+        right = []
+        for line, row in rows:
+            choice = row["preferred"].strip().lower()
+            if choice not in ("a", "b", "tie"):
+                raise UserError(f"human={path}, line {line}: preferred is {row['preferred']!r}; write a, b or tie")
+            apart = score(row["image_a"], line) - score(row["image_b"], line)
+            if choice != "tie":
+                right.append(0.5 if apart == 0 else float((apart > 0) == (choice == "a")))
+        if not right:
+            raise UserError(f"human={path} holds no preference but ties; accuracy needs one at least")
+        values = np.array(right)
+        return {
+            "preferences": len(values),
+            "ties": len(rows) - len(values),
+            "pair_accuracy": _with_interval(lambda pick: float(values[pick].mean()), len(values), resamples, seed),
+        }
+    raise UserError(
+        f"human={path} has the columns {', '.join(sorted(fields))}; give image and rating, or image_a, image_b and preferred"
+    )
+
+
+def _csv(path: str | Path) -> tuple[list[tuple[int, dict[str, str]]], set[str]]:
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"human={path} cannot be read ({why}); name a CSV file") from None
+    reader = csv.DictReader(io.StringIO(text))
+    rows = [(reader.line_num, {str(k): v or "" for k, v in row.items()}) for row in reader]
+    if not rows:
+        raise UserError(f"human={path} has no lines; give a header such as image,rating and a line for each judgement")
+    return rows, set(reader.fieldnames or ())
+
+
+def _ratings(
+    path: str | Path,
+    rows: Sequence[tuple[int, dict[str, str]]],
+    score: Callable[[str, int], float],
+    of: Mapping[str, str],
+    results: Sequence[Result],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    from scipy import stats
+
+    said: dict[str, list[float]] = {}
+    ours: dict[str, float] = {}
+    for line, row in rows:
+        ours[row["image"]] = score(row["image"], line)
+        try:
+            value = float(row["rating"])
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"human={path}, line {line}: rating is {row['rating']!r}; write a number")
+        said.setdefault(row["image"], []).append(value)
+    names = sorted(said)
+    if len(names) < 3:
+        raise UserError(f"human={path} rates {len(names)} pictures; agreement needs three at least")
+    x, y = np.array([ours[name] for name in names]), np.array([np.mean(said[name]) for name in names])
+    groups = [of[name] for name in names]
+    within = len(set(groups)) < len(groups)
+
+    code = np.unique(groups, return_inverse=True)[1]
+    a, b = np.triu_indices(len(names), 1)
+    keep = (y[a] != y[b]) & ((code[a] == code[b]) | (not within))
+    a, b = a[keep], b[keep]
+    right = (np.sign(x[a] - x[b]) * np.sign(y[a] - y[b]) + 1) / 2
+
+    def accuracy(pick: np.ndarray) -> float:
+        times = np.bincount(pick, minlength=len(names))  # so that no picture meets itself in a resample
+        weights = times[a] * times[b]
+        return float(weights @ right / weights.sum()) if weights.any() else math.nan
+
+    found = {
+        "pictures": len(names),
+        "ratings": len(rows),
+        "spearman": _with_interval(lambda p: float(stats.spearmanr(x[p], y[p])[0]), len(names), resamples, seed),
+        "kendall_tau_b": _with_interval(lambda p: float(stats.kendalltau(x[p], y[p])[0]), len(names), resamples, seed),
+        "pair_accuracy": _with_interval(accuracy, len(names), resamples, seed),
+        "pairs_within_instructions": within,
+    }
+    models = sorted({name.partition("/")[0] for name in names}) if len(results) > 1 else []
+    if len(models) >= 3:
+        of_model = [[i for i, name in enumerate(names) if name.partition("/")[0] == model] for model in models]
+        means = [(float(x[some].mean()), float(y[some].mean())) for some in of_model]
+        found["models"] = {
+            "spearman": float(stats.spearmanr(*zip(*means))[0]),
+            "kendall_tau_b": float(stats.kendalltau(*zip(*means))[0]),
+        }
+    return found
+
+
+def _with_interval(value: Callable[[np.ndarray], float], n: int, resamples: int, seed: int) -> list[float | None]:
+    """[value, low, high]; None for what is undefined, such as a correlation with ratings that are all one."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy's on constant input
+        whole = value(np.arange(n))
+        low, high = _interval(value, n, resamples, seed)
+    return [None if not math.isfinite(v) else round(v, 6) for v in (whole, low, high)]
+
+
+def _interval(
+    value: Callable[[np.ndarray], float], n: int, resamples: int, seed: int, level: float = 0.95
+) -> tuple[float, float]:
+    rng = np.random.default_rng(seed)
+    drawn = np.array([value(rng.integers(n, size=n)) for _ in range(resamples)])
+    drawn = drawn[np.isfinite(drawn)]
+    if not drawn.size:
+        return math.nan, math.nan
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Several models' results on one list: who is better, and how surely."""
+
+    results: tuple[str, ...] = ()  # folders that TypeScore wrote
+    out: str = "typescore-comparison"  # a folder for the comparison
+    surrogate: bool = False  # whether the coarse surrogate's resolution is given beside; needs the pictures
+    clip: str = ""  # a CLIP model whose resolution is given beside; needs the pictures and the extra vlm
+    wanted: str = "typeinst_synth"  # the list of instructions, for these two
+    human: str = ""  # a CSV file of ratings or preferences
+    resamples: int = 1000  # of the bootstrap
+    seed: int = 0  # of the bootstrap
+
+    standalone: ClassVar[bool] = True  # `zoo eval` runs it without a model
+
+    def __post_init__(self) -> None:
+        if self.resamples < 1:
+            raise UserError(f"resamples={self.resamples} must be at least 1, such as 1000")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must be at least 0")
+        if not self.out:
+            raise UserError("out is empty; name a folder for the comparison")
+
+    def run(self) -> dict[str, Any]:
+        """Writes comparison.json, comparison.png and comparison.md into `out`, in place of older ones; returns the first.
+
+        UserError for fewer than two results, and for results that do not compare.
+        """
+        if len(self.results) < 2:
+            raise UserError(
+                f"results={','.join(self.results)} is no two results; name them as results=a-typescore,b-typescore"
+            )
+        results = load_all(self.results)
+        scorers: list[ImageTextScorer] = [Coarse()] if self.surrogate else []
+        scorers += [Clip(self.clip)] if self.clip else []
+        for scorer in scorers:
+            scorer.check()
+        scores: dict[str, dict[str, float]] = {result.label: result.scores() for result in results}
+        common = set.intersection(*(set(one) for one in scores.values()))
+        if len(common) < 2:
+            raise UserError(
+                f"these {len(results)} results have {len(common)} instructions in common, and comparing needs two at least; "
+                "evaluate all with one list"
+            )
+        lost = {result.label: len(scores[result.label]) - len(common) for result in results}
+        for label, n in lost.items():
+            if n:
+                _log.warning("typescore: %d instructions of %s are not in all results and left out", n, label)
+        scores = {label: {name: one[name] for name in sorted(common)} for label, one in scores.items()}
+        worse = results[0].setting["kind"] == "dissimilarity"
+        means = {label: float(np.mean(list(one.values()))) for label, one in scores.items()}
+        order = sorted(scores, key=lambda label: (means[label] if worse else -means[label], label))
+        scores = {label: scores[label] for label in order}
+        found = pairs(scores, self.resamples, self.seed, worse)
+        between = {(one.a, one.b): one for one in found}
+        by_label = {result.label: result for result in results}
+        ranking = []
+        for place, label in enumerate(order):
+            values = np.array(list(scores[label].values()))
+            low, high = _interval(lambda pick, v=values: float(v[pick].mean()), len(values), self.resamples, self.seed)  # type: ignore[misc]
+            behind = between.get((label, order[place + 1])) if place + 1 < len(order) else None
+            ranking.append(
+                {
+                    "place": place + 1,
+                    "label": label,
+                    "score": round(means[label], 4),
+                    "low": round(low, 4),
+                    "high": round(high, 4),
+                    "failed": len(by_label[label].records) - len(by_label[label].read),
+                    "left_out": lost[label],
+                    "told_apart_from_next": None if behind is None else behind.told_apart,
+                }
+            )
+        figures: dict[str, Any] = {
+            "metric": "typescore comparison",
+            "note": NOTE,
+            **{k: v for k, v in results[0].setting.items() if k not in ("images", "wanted_sha256", "style")},
+            "instructions": len(common),
+            "ranking": ranking,
+            "pairs": [_figures(one) for one in found],
+            "resolution": {"TypeScore": _figures(resolution(found))},
+        }
+        if scorers:
+            from zoo.papers.typescore.evaluate import TypeScore
+
+            known = {one.id: one for one in TypeScore(wanted=self.wanted).instructions()}
+            for scorer in scorers:
+                other = {label: scored(by_label[label], scorer, known) for label in order}
+                other = {label: {name: one[name] for name in sorted(common)} for label, one in other.items()}
+                figures["resolution"][scorer.name] = _figures(resolution(pairs(other, 1, self.seed)))
+        if self.human:
+            figures["human"] = agreement(self.human, results, self.resamples, self.seed)
+        out = Path(self.out)
+        with _writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            _write(out / "comparison.json", (json.dumps(figures, indent=1, ensure_ascii=False) + "\n").encode())
+            _write(out / "comparison.md", table(figures).encode())
+            _write(out / "comparison.png", plot(figures, scores))
+        return {**figures, "out": str(out)}
+
+
+def _figures(one: Pair | Resolution) -> dict[str, Any]:
+    """JSON values: an infinite z is None beside `told_apart`."""
+    found = {
+        k: (None if not math.isfinite(v) else round(v, 6)) if isinstance(v, float) else v
+        for k, v in asdict(one).items()
+    }
+    return {**found, "told_apart": one.told_apart} if isinstance(one, Pair) else found
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The comparison as Markdown."""
+
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    lines = [
+        f"TypeScore of {len(figures['ranking'])} models on {figures['instructions']} instructions, read by "
+        f"{figures['extractor']['name']} {figures['extractor']['version']}. Scores are {figures['note']}.",
+        "",
+        "| | model | TypeScore (95 %) | told apart from the next | failed |",
+        "|---|---|---|---|---|",
+    ]
+    words = {True: "yes", False: "no", None: ""}
+    lines += [
+        f"| {one['place']} | {cell(one['label'])} | {one['score']:.1f} ({one['low']:.1f} to {one['high']:.1f}) | "
+        f"{words[one['told_apart_from_next']]} | {one['failed']} |"
+        for one in figures["ranking"]
+    ]
+    lines += ["", "| pair | difference (95 %) | win rate | z |", "|---|---|---|---|"]
+    lines += [
+        f"| {cell(one['a'])} over {cell(one['b'])} | {one['difference']:.2f} ({one['low']:.2f} to {one['high']:.2f}) | "
+        f"{one['win_rate']:.0%} | {'∞' if one['z'] is None else format(one['z'], '.1f')} |"
+        for one in figures["pairs"]
+    ]
+    lines += ["", "| metric | pairs told apart | median of z |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {one['told_apart']:.0%} of {one['pairs']} | {'∞' if one['median_z'] is None else format(one['median_z'], '.1f')} |"
+        for name, one in figures["resolution"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(figures: Mapping[str, Any], scores: Mapping[str, Scores]) -> bytes:
+    """A PNG: the models' means with their intervals, best on top, over the scores by instruction."""
+    from matplotlib.figure import Figure
+
+    ranking = figures["ranking"]
+    figure = Figure(figsize=(8, 1.4 + 0.5 * len(ranking)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for row, one in enumerate(ranking):
+        values = list(scores[one["label"]].values())
+        axes.plot(values, [row] * len(values), "|", color="#9ec5e8", ms=12)
+        axes.errorbar(
+            one["score"],
+            row,
+            xerr=[[max(one["score"] - one["low"], 0)], [max(one["high"] - one["score"], 0)]],
+            fmt="o",
+            color="#1f6fb4",
+            capsize=4,
+        )
+    names = [one["label"] if len(one["label"]) < 40 else "..." + one["label"][-37:] for one in ranking]
+    axes.set_yticks(range(len(ranking)), [name.replace("$", r"\$") for name in names])
+    axes.set(xlabel="TypeScore: mean with its interval, and every instruction", ylim=(len(ranking) - 0.5, -0.5))
+    axes.grid(color="#e4e4e4", axis="x")
+    axes.set_axisbelow(True)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
