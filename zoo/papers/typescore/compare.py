@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -439,17 +440,15 @@ def _ratings(
     if len(models) >= 3:
         of_model = [[i for i, name in enumerate(names) if name.partition("/")[0] == model] for model in models]
         means = [(float(x[some].mean()), float(y[some].mean())) for some in of_model]
-        found["models"] = {
-            "spearman": float(stats.spearmanr(*zip(*means))[0]),
-            "kendall_tau_b": float(stats.kendalltau(*zip(*means))[0]),
-        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scipy's on constant input
+            both = {"spearman": stats.spearmanr(*zip(*means))[0], "kendall_tau_b": stats.kendalltau(*zip(*means))[0]}
+        found["models"] = {k: round(float(v), 6) if math.isfinite(v) else None for k, v in both.items()}
     return found
 
 
 def _with_interval(value: Callable[[np.ndarray], float], n: int, resamples: int, seed: int) -> list[float | None]:
     """[value, low, high]; None for what is undefined, such as a correlation with ratings that are all one."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy's on constant input
         whole = value(np.arange(n))

@@ -333,21 +333,21 @@ class TypeScore:
         setting = json.loads(json.dumps({**setting, "style": self.style}))
         file = out / SETTING
         try:
-            if not file.exists():
-                if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                    raise UserError(
-                        f"out={out} is no folder of this evaluation's results; name a new or an empty one with out=FOLDER"
-                    )
+            taken = not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir()))
+            if not taken and not file.exists():
                 out.mkdir(parents=True, exist_ok=True)
                 _write(file, (json.dumps(setting, indent=1) + "\n").encode())
-                return
-            old = json.loads(file.read_bytes())
-            if not isinstance(old, dict):
-                raise ValueError
+            old = {} if taken else json.loads(file.read_bytes())
         except OSError as error:
             raise UserError(f"out={out} cannot be written ({error.strerror}); name another with out=FOLDER") from None
         except ValueError:
-            raise UserError(f"{file} is damaged; name another folder with out=FOLDER, or remove this one") from None
+            old = None
+        if taken:
+            raise UserError(
+                f"out={out} is no folder of this evaluation's results; name a new or an empty one with out=FOLDER"
+            )
+        if not isinstance(old, dict):
+            raise UserError(f"{file} is damaged; name another folder with out=FOLDER, or remove this one")
         apart = differences(old, setting)
         if apart:
             raise UserError(

@@ -1,0 +1,697 @@
+"""Folders of pictures scored, compared and calibrated: means, resuming, refusals, the page, the command line."""
+
+import contextlib
+import csv
+import dataclasses
+import html.parser
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zoo import cli, config
+from zoo.errors import UserError
+from zoo.papers.typescore import instructions as lists
+from zoo.papers.typescore import render as drawing
+from zoo.papers.typescore import report, style
+from zoo.papers.typescore.calibrate import Calibrate
+from zoo.papers.typescore.compare import Coarse, Compare, agreement, load_all, pair, pairs, resolution, scored, z_of
+from zoo.papers.typescore.evaluate import TypeScore, find
+from zoo.papers.typescore.extractors import Extraction, Line, Oracle
+from zoo.papers.typescore.instructions import Instruction
+from zoo.papers.typescore.render import Corruption, plain, save, save_all
+from zoo.papers.typescore.score import parts, typescore
+
+TEXTS = (
+    "Open daily",
+    "Jazz night at nine",
+    "Mind the step",
+    "Fresh bread & butter",
+    "No entry after 8 pm",
+    "Lost? Ask us",
+)
+LIST = [
+    Instruction(
+        f"t-{i}",
+        f'A sign says "{text}".',
+        text,
+        (text,),
+        {"colour": "red", "font": "serif"},
+        lists.length_bin(text),
+        "shop",
+    )
+    for i, text in enumerate(TEXTS)
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A list `wanted.jsonl`, and `a`: two pictures of each instruction, of which some have faults."""
+    lists.write(tmp_path / "wanted.jsonl", LIST)
+    (tmp_path / "a").mkdir()
+    for one in LIST:
+        for k, text in enumerate((one.text, one.text.replace("e", "a"))):
+            save(plain(text, size=64, points=8), tmp_path / "a" / f"{one.id}_{k}.png")
+    return tmp_path
+
+
+def score(folder: Path, images: str = "a", **fields: Any) -> TypeScore:
+    fields = {"extractor": Oracle(), "resamples": 50, **fields}
+    return TypeScore(wanted=str(folder / "wanted.jsonl"), images=str(folder / images), **fields)
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+
+
+def line(text: str, box: Sequence[float]) -> Line:
+    left, top, right, bottom = map(float, box)
+    return Line(text, ((left, top), (right, top), (right, bottom), (left, bottom)), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake:
+    """Reads what the renderer drew, with a box around the ink; answers every question with `answer`; notes its calls."""
+
+    answer: str = "Yes."
+    fails: tuple[str, ...] = ()
+    stops_after: int = 0
+    calls: list[Any] = dataclasses.field(default_factory=list, compare=False)
+
+    name: ClassVar[str] = "fake"
+    batch: ClassVar[int] = 2
+
+    def __deepcopy__(self, memo: Any) -> "Fake":
+        return self
+
+    def version(self) -> str:
+        return "1"
+
+    def check(self) -> None: ...
+
+    @property
+    def described(self) -> dict[str, Any]:
+        return {"name": "fake", "version": "1", "config": {}}
+
+    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
+        if self.stops_after and len(self.calls) >= self.stops_after:
+            raise KeyboardInterrupt
+        self.calls.append(len(images))
+        found = []
+        for image in images:
+            text = image.info[drawing.TEXT]
+            pixels = np.asarray(image.convert("RGB"), float)
+            far = np.linalg.norm(pixels - np.median(pixels, (0, 1)), axis=-1)
+            y, x = np.nonzero(far > 0.5 * far.max())
+            box = (x.min() - 3, y.min() - 3, x.max() + 4, y.max() + 4)
+            failed = any(word in text for word in self.fails)
+            found.append(Extraction("", error="no answer") if failed else Extraction(text, (line(text, box),)))
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked(Fake):
+    """One that answers questions as well."""
+
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Extraction]:
+        self.calls.append(list(questions))
+        return [Extraction(self.answer) for _ in questions]
+
+
+# --- one folder -----------------------------------------------------------------------------------
+
+
+def test_the_mean_is_over_pictures_then_instructions_and_every_record_says_how_it_was_made(folder: Path) -> None:
+    (folder / "a" / "t-0_1.png").unlink()  # so that the two kinds of mean differ
+    found = score(folder).run()
+    expected = []
+    for i, one in enumerate(LIST):
+        own = [
+            typescore(parts(one.text.lower(), t.lower()))
+            for t in (one.text, one.text.replace("e", "a"))[: 1 if i == 0 else 2]
+        ]
+        expected.append(np.mean(own))
+    assert found["score"] == pytest.approx(np.mean(expected), abs=1e-3)
+    assert found["low"] <= found["score"] <= found["high"]
+    assert (found["read"], found["failed"], found["instructions"], found["of"]) == (11, 0, 6, 6)
+    assert found["missing"] == {"count": 0, "ids": []}
+    assert sum(found["error_types"].values()) == 11
+    assert set(found["by"]["length_bin"]) == {"1-3", "4-8"}
+    assert set(found["by"]["content"]) == {"words", "digits", "punctuation"}
+    out = folder / "a-typescore"
+    assert json.loads((out / "summary.json").read_text())["score"] == found["score"]
+    assert [record["image"] for record in records(out)][:3] == ["t-0_0.png", "t-1_0.png", "t-1_1.png"]
+    for record in records(out):
+        assert record["extractor"] == {"name": "oracle", "version": "1", "config": {}}
+        assert record["spec_version"] == "1"
+        assert record["normalisation"] == {"case_sensitive": False, "ignore_punct": False}
+        assert set(record["parts"]) == {"ned", "nlcs", "sw"}
+        assert record["style"]["font"]["followed"] is None
+    with Image.open(out / "plot.png") as plotted:
+        assert plotted.width > 600
+
+
+def test_a_failed_extraction_is_counted_and_in_no_mean_and_no_text_scores_0(folder: Path) -> None:
+    (folder / "a" / "t-2_0.png").write_bytes(b"no picture")
+    Image.new("RGB", (8, 8)).save(folder / "a" / "t-3_0.png")  # without the renderer's note
+    blank = Image.new("RGB", (8, 8))
+    blank.info[drawing.TEXT] = ""
+    save(blank, folder / "a" / "t-4_0.png")
+    found = score(folder).run()
+    assert (found["read"], found["failed"]) == (10, 2)
+    rows = {record["image"]: record for record in records(folder / "a-typescore")}
+    assert "t-2_0.png cannot be opened" in rows["t-2_0.png"]["error"]
+    assert rows["t-2_0.png"]["score"] is None
+    assert "no text chunk" in rows["t-3_0.png"]["error"]
+    assert rows["t-4_0.png"]["score"] == 0
+    assert rows["t-4_0.png"]["error_type"] == "missing"
+    by = {"t-2": [rows["t-2_1.png"]["score"]]}
+    assert by["t-2"][0] > 0
+    means = [
+        np.mean([r["score"] for r in rows.values() if r["id"] == one.id and r["score"] is not None]) for one in LIST
+    ]
+    assert found["score"] == pytest.approx(np.mean(means), abs=1e-3)
+
+
+def test_where_nothing_is_read_there_is_no_score(folder: Path) -> None:
+    for path in (folder / "a").iterdir():
+        path.write_bytes(b"no picture")
+    found = score(folder).run()
+    assert found["score"] is None
+    assert found["failed"] == 12
+    assert "12 not read" in (folder / "a-typescore" / "report.html").read_text()
+
+
+def test_a_stopped_run_goes_on_where_it_stopped_and_failed_pictures_are_tried_again(folder: Path) -> None:
+    stopped = dataclasses.replace(score(folder), extractor=Fake(stops_after=2))  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    out = folder / "a-typescore"
+    assert len(records(out)) == 4
+    with open(out / "records.jsonl", "a") as file:
+        file.write('{"image": "t-2_0.png", "id": "t-')  # killed within a line
+    once = Fake(fails=("entry",))
+    found = dataclasses.replace(stopped, extractor=once).run()  # type: ignore[arg-type]
+    assert sum(once.calls) == 8
+    assert (found["read"], found["failed"]) == (11, 1)
+    assert len(records(out)) == 12
+    again = Fake()
+    whole = dataclasses.replace(stopped, extractor=again).run()  # type: ignore[arg-type]
+    assert again.calls == [1]
+    assert whole["failed"] == 0
+    save(plain("Something else", size=64, points=8), folder / "a" / "t-0_0.png")
+    changed = Fake()
+    assert dataclasses.replace(stopped, extractor=changed).run()["score"] < whole["score"]  # type: ignore[arg-type]
+    assert changed.calls == [1]
+    assert len(records(out)) == 12
+
+
+def test_results_of_another_setting_are_never_overwritten(folder: Path) -> None:
+    score(folder).run()
+    out = str(folder / "a-typescore")
+    before = (folder / "a-typescore" / "records.jsonl").read_bytes()
+    for fields, what in (
+        ({"case_sensitive": True}, "normalisation.case_sensitive: false -> true"),
+        ({"piece_mode": "set"}, "piece_mode"),
+        ({"weights": (1.0, 0.0, 0.0)}, "weights"),
+        ({"limit": 3, "out": out}, "wanted_sha256"),
+    ):
+        with pytest.raises(UserError, match=f"another setting .*{what}.*out=FOLDER"):
+            score(folder, **fields).run()
+    (folder / "b").mkdir()
+    save_all(LIST[:2], folder / "b", size=64)
+    with pytest.raises(UserError, match=r'images: "\.\./a" -> "\.\./b"'):
+        score(folder, "b", out=out).run()
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.txt").write_text("dear to me")
+    with pytest.raises(UserError, match="no folder of this evaluation's results"):
+        score(folder, out=str(folder / "mine")).run()
+    assert (folder / "a-typescore" / "records.jsonl").read_bytes() == before
+    os.rename(folder, folder.with_name("moved"))  # pictures and results together
+    moved = folder.with_name("moved")
+    assert score(moved).run()["read"] == 12
+    os.rename(moved, folder)
+
+
+@pytest.mark.parametrize(
+    "break_, message",
+    [
+        (lambda f: {"images": str(f / "nowhere")}, "images=.*nowhere does not exist"),
+        (lambda f: {"images": str(f / "wanted.jsonl")}, "is no folder"),
+        (lambda f: {"images": ""}, "images is empty"),
+        (lambda f: {"images": str(f)}, r"no picture of the 6 instructions; .* t-0_0.png"),
+        (lambda f: {"wanted": ""}, "wanted is empty"),
+        (lambda f: {"wanted": str(f / "lost.jsonl")}, "cannot be read"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_read(folder: Path, break_: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(score(folder, extractor=Fake(stops_after=-1)), **break_(folder)).run()
+    assert not (folder / "a-typescore").exists()
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([{"id": "t-0", "instruction": "a sign"}], "quotes no text"),
+        ([{"id": "t-0", "text": "x"}, {"id": "t-0", "text": "y"}], "line 1 too"),
+        ([{"id": "t-0", "text": "?!"}], "nothing without its punctuation"),
+    ],
+)
+def test_mistakes_of_the_list_are_told(folder: Path, lines: list[Any], message: str) -> None:
+    (folder / "wanted.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    with pytest.raises(UserError, match=message):
+        score(folder, ignore_punct=True).run()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"resamples": 0}, {"limit": -1}, {"seed": -1}, {"weights": (0.0, 0.0, 0.0)}, {"kind": "other"}]
+)
+def test_values_that_make_no_evaluation_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(fields))):
+        TypeScore(**fields)
+
+
+def test_pictures_are_found_by_id_and_number(tmp_path: Path) -> None:
+    some = [dataclasses.replace(LIST[0], id=name) for name in ("b", "a", "a_x")]
+    for name in ("a_10.png", "a_2.JPG", "a.webp", "a_x_0.jpeg", "b.png", "c_1.png", "a_1.txt", ".a_3.png", "a_y.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "a_7.png").mkdir()
+    found = find(tmp_path, some)
+    assert [(one.path.name, one.instruction.id, one.k) for one in found] == [
+        ("b.png", "b", None),
+        ("a.webp", "a", None),
+        ("a_2.JPG", "a", 2),
+        ("a_10.png", "a", 10),
+        ("a_x_0.jpeg", "a_x", 0),
+    ]
+    (tmp_path / "a_02.png").touch()
+    with pytest.raises(UserError, match="one picture of 'a'"):
+        find(tmp_path, some)
+    (tmp_path / "a_02.png").unlink()
+    with pytest.raises(UserError, match=r"a_2\.JPG is a picture of 'a_2' and number 2 of 'a'"):
+        find(tmp_path, [*some, dataclasses.replace(LIST[0], id="a_2")])
+
+
+def test_instructions_without_a_picture_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for k in (0, 1):
+        (folder / "a" / f"t-1_{k}.png").unlink()
+    found = score(folder).run()
+    assert found["missing"] == {"count": 1, "ids": ["t-1"]}
+    assert found["instructions"] == 5
+    assert "1 of 6 instructions have no picture" in caplog.text
+
+
+def test_case_punctuation_order_and_direction_are_as_set(tmp_path: Path) -> None:
+    one = Instruction("x", 'Two signs, "Open" and "Mind the step".', "Open Mind the step", ("Open", "Mind the step"))
+
+    def of(text: str, lines: tuple[Line, ...] = (), **fields: Any) -> float:
+        made = TypeScore(extractor=Oracle(), **fields).judge(one, None, Extraction(text, lines, {"content": text}))
+        return float(made["score"])
+
+    assert of("OPEN MIND THE STEP") == 100
+    assert of("OPEN MIND THE STEP", case_sensitive=True) < 60
+    assert of("Open! Mind the step") < 100
+    assert of("Open! Mind the step", ignore_punct=True) == 100
+    boxes = (line("Mind the step", (0, 0, 50, 10)), line("Open", (0, 40, 20, 50)))
+    assert of("Mind the step Open", boxes) < 80
+    assert of("Mind the step Open", boxes, piece_mode="set") == 100
+    assert of("Mind the step\nOpen", piece_mode="set") == 100  # rows of a model's answer
+    assert of("OPEN MIND THE STEP", kind="dissimilarity") == 0
+    assert of("x" * 18, weights=(0.0, 0.0, 1.0)) == 0
+
+
+def test_pictures_in_memory_are_measured_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures = {one.id: [plain(one.text, size=64, points=8)] for one in LIST[:3]}
+    summary, made = TypeScore(extractor=Oracle(), resamples=20).measure(LIST, pictures)
+    assert summary["score"] == 100
+    assert [record["image"] for record in made] == ["t-0_0", "t-1_0", "t-2_0"]
+    assert not list(tmp_path.iterdir())
+
+
+# --- style ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("colour", drawing.COLOURS)
+def test_the_colour_of_the_ink_is_seen_in_the_box(colour: str) -> None:
+    ground = "cloth" if colour in ("red", "purple") else "stone"
+    picture = plain(
+        "Open daily", colour=colour, size=256, points=28, rotation=4, noise=8, texture=True, material=ground
+    )
+    found = Fake().extract([picture])[0]
+    for other in drawing.COLOURS:
+        verdict = style.measured({"colour": other}, picture, found.lines)["colour"]
+        assert verdict.followed is (other == colour), (other, verdict)
+
+
+def test_case_and_place_are_seen_and_what_boxes_do_not_tell_is_not_evaluated() -> None:
+    picture = Image.new("RGB", (300, 300), "white")
+
+    def followed(attribute: str, value: str, text: str = "OPEN DAILY", box: Sequence[float] = (10, 10, 90, 30)) -> Any:
+        return style.measured({attribute: value}, picture, [line(text, box)])[attribute].followed
+
+    assert followed("case", "capitals")
+    assert not followed("case", "lowercase")
+    assert followed("case", "lowercase", "sSsing it daily")  # S and s look alike
+    assert not followed("case", "lowercase", "The bread is here")
+    assert followed("case", "capitals", "12") is None
+    assert followed("case", "sarcastic") is None
+    assert followed("placement", "top")
+    assert followed("placement", "left")
+    assert not followed("placement", "centre")
+    assert not followed("placement", "bottom")
+    assert followed("placement", "centre", box=(110, 110, 190, 190))
+    assert followed("placement", "right", box=(210, 110, 290, 190))
+    assert followed("placement", "nowhere") is None
+    assert followed("font", "serif") is None
+    assert followed("colour", "mauvish") is None
+    assert followed("colour", "red") is None  # no ink on plain white
+    assert style.measured({"case": "capitals"}, picture, [])["case"].followed is None
+
+
+def test_a_model_that_sees_is_asked_for_the_rest_without_a_word_of_the_text(folder: Path) -> None:
+    for answer, followed in (("Yes.", True), ("no", False), ("**No**, it is not", False), ("It may be", None)):
+        asked = Asked(answer=answer)
+        made = dataclasses.replace(score(folder, out=str(folder / f"out{followed}{len(answer)}")), extractor=asked)  # type: ignore[arg-type]
+        found = made.run()
+        questions = [call for call in asked.calls if isinstance(call, list)]
+        assert len(questions) == 12
+        assert questions[0] == ["Is the text in this image drawn in a serif typeface? Answer yes or no."]
+        by = found["style"]["by"]
+        assert by["colour"]["followed"] == 0  # measured: they are drawn in black
+        assert (by["font"]["evaluated"], by["font"]["not_evaluated"]) == ((12, 0) if followed is not None else (0, 12))
+        assert found["style"]["score"] == (50 if followed else 0)
+        assert found["score"] > 80  # of another matter
+    without = Asked()
+    found = dataclasses.replace(score(folder, out=str(folder / "bare"), style=False), extractor=without).run()  # type: ignore[arg-type]
+    assert found["style"] is None
+    assert not [call for call in without.calls if isinstance(call, list)]
+    assert style.answered(Extraction("", error="HTTP 500")).followed is None
+
+
+def test_style_shares() -> None:
+    yes, no, open_ = (style.Verdict(value, "") for value in (True, False, None))
+    assert style.share({"a": yes, "b": no, "c": open_}) == 50
+    assert style.share({"c": open_}) is None
+    np.testing.assert_allclose(style.lab([255, 255, 255]), [100, 0, 0], atol=0.02)
+    np.testing.assert_allclose(style.lab([255, 0, 0]), [53.24, 80.09, 67.2], atol=0.05)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    """Tags that are open and ids, sources and links of a page; fails on tags that do not close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, key, value) for key, value in attrs]
+        if tag not in ("meta", "img", "input", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.text += data
+
+
+def test_the_page_stands_alone_and_lets_nothing_through(folder: Path) -> None:
+    evil = "<script>alert(1)</script> \"&'\u202e"
+    lists.write(folder / "wanted.jsonl", [dataclasses.replace(one, domain=evil) for one in LIST])
+    picture = Image.new("RGB", (30, 20))
+    picture.info[drawing.TEXT] = evil
+    save(picture, folder / "a" / "t-0_0.png")
+    (folder / "a" / "t-1_0.png").write_bytes(b"")
+    score(folder).run()
+    text = (folder / "a-typescore" / "report.html").read_text()
+    page = Page(text)
+    assert text.count("<script") == 1
+    assert "\u202e" not in text
+    assert "<script>alert(1)" in page.text  # escaped, it is shown
+    sources = [value or "" for _, key, value in page.attributes if key in ("src", "href", "action")]
+    assert len(sources) == 11  # one is no picture
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert "http" not in text.replace("http-equiv", "")
+    assert not [key for _, key, _ in page.attributes if key.startswith("on") or key == "style"]
+    assert "default-src 'none'" in text
+    kinds = [value for tag, key, value in page.attributes if tag == "article" and key == "data-kind"]
+    assert len(kinds) == 12
+    assert kinds.count("failed") == 1
+    assert "Not read: t-1_0.png cannot be opened" in page.text
+    assert ("div", "class", "controls") in page.attributes
+    assert ("div", "hidden", None) in page.attributes  # controls are of use only with JavaScript
+
+
+def test_wanted_and_read_are_aligned() -> None:
+    assert report.aligned("open daily", "opn daily <b>") == ("op<del>e</del>n daily", "opn daily<ins> &lt;b&gt;</ins>")
+    assert report.aligned("open", "oven") == ("o<mark>p</mark>en", "o<mark>v</mark>en")
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results `good`, `fair` and `poor` on twelve instructions, with the pictures."""
+    root = tmp_path_factory.mktemp("models")
+    some = [
+        Instruction(f"t-{i}", f'"{text}"', text, (text,), {"colour": "blue"}, lists.length_bin(text), "shop")
+        for i, text in enumerate(f"{a} {b}" for a in TEXTS for b in ("for all who sail", "and a warm stove"))
+    ]
+    lists.write(root / "wanted.jsonl", some)
+    for seed, (name, p) in enumerate((("good", 0.0), ("fair", 0.1), ("poor", 0.3))):
+        save_all(some, root / name, Corruption(p_char=p), seed=seed, size=96)
+        score(root, name).run()
+    return root
+
+
+@pytest.fixture
+def models(made: Path, tmp_path: Path) -> Path:
+    """A copy of these, to be spoilt; `folder` lies beside."""
+    return Path(shutil.copytree(made, tmp_path / "models"))
+
+
+def test_models_are_ranked_with_paired_significance(models: Path) -> None:
+    names = tuple(str(models / f"{name}-typescore") for name in ("poor", "good", "fair"))
+    out = models / "compared"
+    found = Compare(names, str(out), surrogate=True, wanted=str(models / "wanted.jsonl"), resamples=100).run()
+    assert [one["label"] for one in found["ranking"]] == ["good", "fair", "poor"]
+    assert [one["told_apart_from_next"] for one in found["ranking"]] == [True, True, None]
+    assert found["instructions"] == 12
+    first = found["pairs"][0]
+    assert (first["a"], first["b"]) == ("good", "fair")
+    assert first["low"] <= first["difference"] <= first["high"]
+    assert first["win_rate"] > 0.9
+    assert found["resolution"]["TypeScore"]["told_apart"] == 1
+    assert found["resolution"]["coarse surrogate"]["pairs"] == 3
+    assert json.loads((out / "comparison.json").read_text())["pairs"] == found["pairs"]
+    assert "| 1 | good |" in (out / "comparison.md").read_text()
+    assert Image.open(out / "comparison.png").width > 400
+    assert "CLIPScore" not in json.dumps(found)
+
+
+def test_the_surrogate_is_1_for_the_right_picture(models: Path) -> None:
+    one = lists.read(models / "wanted.jsonl")[0]
+    from zoo.papers.typescore import compare
+
+    right = drawing.render(one, seed=compare._SEED)
+    assert Coarse().score([right, drawing.render(one, seed=1)], [one, one]) == [
+        pytest.approx(1),
+        pytest.approx(0.9, abs=0.1),
+    ]
+    result = load_all([str(models / "good-typescore")])[0]
+    assert len(scored(result, Coarse(), {i.id: i for i in lists.read(models / "wanted.jsonl")})) == 12
+    with pytest.raises(UserError, match="wanted has no instruction 't-0'"):
+        scored(result, Coarse(), {})
+
+
+def test_results_that_do_not_compare_are_refused(models: Path, folder: Path) -> None:
+    good = str(models / "good-typescore")
+    for fields, what in (
+        ({"case_sensitive": True}, "normalisation.case_sensitive"),
+        ({"weights": (1.0, 1.0, 0.0)}, "weights"),
+        ({"extractor": Fake()}, "extractor.name"),
+    ):
+        out = models / f"other-{what}"
+        score(models, "fair", out=str(out), **fields).run()
+        with pytest.raises(UserError, match=f"do not compare, since they differ in {what}"):
+            Compare((good, str(out)), str(models / "x")).run()
+    setting = models / "fair-typescore" / "setting.json"
+    setting.write_text(setting.read_text().replace('"spec_version": "1"', '"spec_version": "0"'))
+    with pytest.raises(UserError, match="differ in spec_version"):
+        Compare((good, str(models / "fair-typescore")), str(models / "x")).run()
+    score(folder).run()
+    with pytest.raises(UserError, match="instruction 't-0' wants"):
+        Compare((str(folder / "a-typescore"), good), str(models / "x")).run()
+    for names, message in (
+        ((good,), "no two results"),
+        ((good, good), "named twice"),
+        ((good, str(models / "nowhere")), "nowhere does not exist"),
+        ((good, str(models / "good")), "holds no setting.json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Compare(names, str(models / "x")).run()
+    assert not (models / "x").exists()
+
+
+def test_z_and_wins() -> None:
+    rng = np.random.default_rng(0)
+    apart = rng.normal(1, 2, 50)
+    assert z_of(apart) == pytest.approx(apart.mean() / (apart.std(ddof=1) / math.sqrt(50)))
+    assert z_of(np.zeros(5)) == 0
+    assert z_of(np.full(5, -0.25)) == -math.inf
+    one = {"a": 3.0, "b": 2.0, "c": 1.0, "d": 9.0}
+    other = {"a": 1.0, "b": 2.0, "c": 2.0, "e": 9.0}
+    found = pair("x", "y", one, other)
+    assert (found.instructions, found.ties, found.win_rate) == (3, 1, 0.5)
+    assert found.difference == pytest.approx(1 / 3)
+    assert pair("x", "y", {"a": 3.0, "b": 2.0}, {"a": 1.0, "b": 1.0}, lower_is_better=True).win_rate == 0
+    with pytest.raises(UserError, match="1 instructions in common"):
+        pair("x", "y", one, {"a": 1.0})
+    scores = {"x": {str(i): 10.0 + 0.1 * (i % 3) for i in range(9)}, "y": {str(i): 5.0 for i in range(9)}}
+    assert resolution(pairs(scores), ["x", "y"]).right == 1
+    assert resolution(pairs(scores), ["y", "x"]).right == 0
+
+
+def test_people_agree_or_not(models: Path) -> None:
+    results = load_all([str(models / f"{name}-typescore") for name in ("good", "fair", "poor")])
+    rows = [(f"{r.label}/{record['image']}", record["score"]) for r in results for record in r.records]
+    path = models / "human.csv"
+
+    def write(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([head, *lines])
+
+    write(("image", "rating"), [(name, 2 * value) for name, value in rows])
+    found = agreement(path, results, resamples=50)
+    assert found["spearman"][0] == pytest.approx(1)
+    assert found["kendall_tau_b"] == [pytest.approx(1)] * 3
+    assert found["pair_accuracy"] == [1, 1, 1]
+    assert found["pairs_within_instructions"]
+    assert found["models"] == {"spearman": pytest.approx(1), "kendall_tau_b": pytest.approx(1)}
+    write(("image", "rating"), [(name, -value) for name, value in rows])
+    assert agreement(path, results, resamples=20)["pair_accuracy"][0] == 0
+    write(("image", "rating"), [(name, 5) for name, _ in rows])
+    found = agreement(path, results, resamples=20)
+    assert found["spearman"] == [None, None, None]
+    assert found["models"] == {"spearman": None, "kendall_tau_b": None}
+    write(
+        ("image_a", "image_b", "preferred"),
+        [(f"good/t-{i}_0.png", f"poor/t-{i}_0.png", "a" if i else "tie") for i in range(6)]
+        + [("good/t-0_0.png", "good/t-1_0.png", "b")],  # both 100
+    )
+    found = agreement(path, results, resamples=50)
+    assert (found["preferences"], found["ties"]) == (6, 1)
+    assert found["pair_accuracy"][0] == pytest.approx(5.5 / 6)
+    for head, lines, message in (
+        (("image", "rating"), [("good/t-0_9.png", 1)], "line 2: no picture 'good/t-0_9.png'"),
+        (("image", "rating"), [("good/t-0_0.png", "great")], "line 2: rating is 'great'"),
+        (("image", "rating"), [("good/t-0_0.png", "1")], "needs three"),
+        (("image_a", "image_b", "preferred"), [("good/t-0_0.png", "poor/t-0_0.png", "c")], "write a, b or tie"),
+        (("picture", "stars"), [("x", 1)], "columns picture, stars"),
+        (("image", "rating"), [], "no lines"),
+    ):
+        write(head, lines)
+        with pytest.raises(UserError, match=message):
+            agreement(path, results)
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Repairs(Fake):
+    """Gives back the whole list's text whose letters are most like those drawn: what a language model does to misspelt words."""
+
+    texts: tuple[str, ...] = ()
+
+    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
+        drawn = [image.info[drawing.TEXT] for image in images]
+        return [Extraction(max(self.texts, key=lambda text, d=d: parts(text, d).ned)) for d in drawn]  # type: ignore[misc]
+
+
+def test_an_extractor_that_repairs_is_told_from_one_that_reads(tmp_path: Path) -> None:
+    few = Calibrate(Oracle(), TEXTS[1:5], levels=(0.0, 0.2, 0.5), size=128, out=str(tmp_path / "oracle"))
+    found = few.run()
+    assert found["verdict"] == "faithful"
+    assert found["largest_difference"] == 0
+    assert len(found["levels"]) == 6
+    clean = [one["score"] for one in found["levels"] if one["style"] == "clean"]
+    assert clean[0] == 100 > clean[1] > clean[2]
+    assert found["spearman"]["styled"] < -0.9
+    assert "| clean | 20% |" in (tmp_path / "oracle" / "calibration.md").read_text()
+    assert Image.open(tmp_path / "oracle" / "calibration.png").width > 400
+    assert len(json.loads((tmp_path / "oracle" / "calibration.json").read_text())["pictures"]) == 24
+    mends = dataclasses.replace(few, extractor=Repairs(texts=few.texts), out=str(tmp_path / "mends")).run()  # type: ignore[arg-type]
+    assert mends["verdict"] == "repairs"
+    assert mends["largest_difference"] > 20
+    part = dataclasses.replace(few, extractor=Fake(fails=("bread",)), out=str(tmp_path / "part")).run()  # type: ignore[arg-type]
+    assert part["failed"] == 2
+    assert part["verdict"] == "faithful"
+    with pytest.raises(UserError, match="read none of 24 pictures; the first: no answer"):
+        dataclasses.replace(few, extractor=Fake(fails=("",)), out=str(tmp_path / "none")).run()  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="levels"):
+        Calibrate(levels=())
+    with pytest.raises(UserError, match="p_char=2"):
+        Calibrate(levels=(2.0,))
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_eval_runs_a_config_without_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = [f"wanted={folder / 'wanted.jsonl'}", f"images={folder / 'a'}", "resamples=20"]
+    assert cli.main(["eval", "configs/typescore/oracle.py", *fields]) == 0
+    assert json.loads(capsys.readouterr().out)["read"] == 12
+    (folder / "a" / "t-0_0.png").write_bytes(b"")
+    assert cli.main(["eval", "typescore/oracle", *fields]) == 1  # done, with losses
+    assert json.loads(capsys.readouterr().out)["failed"] == 1
+    with contextlib.suppress(SystemExit):
+        assert cli.main(["eval", "typescore/oracle", "images=nowhere"]) == 2
+    assert "images=nowhere does not exist" in capsys.readouterr().err
+    for words, message in (
+        (["tarflow/digits"], "holds a Run, which measures nothing by itself"),
+        (["runs/none"], "zoo eval runs/none METRIC"),
+        (["runs/none", "draws=3"], "zoo eval runs/none METRIC"),
+        (["lost.py"], "no config file 'lost.py'"),
+        (["runs/none", "bpdd"], "no metric 'bpdd'; did you mean 'bpd'"),
+        (["runs/none", "--raw", "bpdd"], "no metric 'bpdd'"),  # a metric behind a flag is one still
+    ):
+        assert cli.main(["eval", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_every_config_of_typescore_opens_and_stands_alone() -> None:
+    names = [name for name in config.shipped() if name.startswith("typescore/")]
+    assert names == [
+        f"typescore/{name}" for name in ("calibrate", "compare", "http", "oracle", "rapidocr", "tesseract")
+    ]
+    for name in names:
+        value = config.load(name)
+        assert value.standalone
+        assert config.describe(name)
+        if name not in ("typescore/compare",):
+            assert config.undump(config.dump(value)) == value
+    changed = config.load(
+        "typescore/http", ["extractor.base_url=http://127.0.0.1:1/v1", "extractor.model=m", "piece_mode=set"]
+    )
+    assert (changed.extractor.model, changed.piece_mode) == ("m", "set")
