@@ -4,6 +4,7 @@ Minutes on two cores. `pytest -m slow -s tests/papers/test_typescore_acceptance.
 """
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -88,7 +89,7 @@ def test_a2_scores_fall_with_faults_as_those_of_the_texts_do(root: Path) -> None
     for kind in ("clean", "styled"):
         levels = [one for one in found["levels"] if one["style"] == kind]
         scores = [one["score"] for one in levels]
-        assert all(low < high for high, low in zip(scores, scores[1:])), scores
+        assert all(low < high for high, low in itertools.pairwise(scores)), scores
         assert all(abs(one["difference"]) <= 3 for one in levels)
         assert found["spearman"][kind] <= -0.95
     assert found["verdict"] == "faithful"

@@ -195,6 +195,7 @@ def thumbnail(path: Path) -> str:
 def plot(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bytes:
     """A PNG: scores of the pictures, score by length of the text, and kinds of errors."""
     from matplotlib.figure import Figure  # without pyplot: no window system is asked for, no state is left behind
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 3.8), dpi=110, layout="constrained")
     scores, lengths, kinds = figure.subplots(1, 3)
@@ -217,6 +218,8 @@ def plot(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> by
     counts = {**summary["error_types"], "failed": summary["failed"]}
     kinds.bar(list(counts), list(counts.values()), color=[_COLOURS[kind] for kind in counts])
     kinds.set(ylabel="pictures", title="main error")
+    for axes in (scores, kinds):
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (scores, lengths, kinds):
         axes.grid(color="#e4e4e4")
         axes.set_axisbelow(True)
