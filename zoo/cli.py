@@ -222,15 +222,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments with fields and flags in any order; argparse alone takes no field behind a flag."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if (
-        args.verb == "eval"
-    ):  # METRIC may be left out: a field in its place is a field, and behind a flag it is METRIC still
-        if args.metric is not None and "=" in args.metric:
-            args.metric, args.fields = None, [args.metric, *args.fields]
-        names = [a for a in rest if "=" not in a and not a.startswith("-")]
-        if args.metric is None and names:
-            args.metric = names[0]
-            rest.remove(names[0])
+    if args.verb == "eval":  # METRIC may be left out: it is the first word that is no field, wherever it stands
+        words = [w for w in (args.metric, *args.fields, *rest) if w is not None and not w.startswith("-")]
+        args.metric = next((w for w in words if "=" not in w), None)
+        args.fields = [w for w in words if w is not args.metric]
+        rest = [w for w in rest if w.startswith("-")]
     late = [a for a in rest if "=" in a and not a.startswith("-")] if hasattr(args, "fields") else []
     if unknown := [a for a in rest if a not in late]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -397,6 +397,9 @@ def test_a_model_that_sees_is_asked_for_the_rest_without_a_word_of_the_text(fold
     assert found["style"] is None
     assert not [call for call in without.calls if isinstance(call, list)]
     assert style.answered(Extraction("", error="HTTP 500")).followed is None
+    silent = Asked()
+    assert style.evaluate({"font": "serif"}, Image.new("RGB", (9, 9)), Extraction(""), silent)["font"].followed is None
+    assert not silent.calls
 
 
 def test_style_shares() -> None:
@@ -535,6 +538,10 @@ def test_results_that_do_not_compare_are_refused(models: Path, folder: Path) -> 
         score(models, "fair", out=str(out), **fields).run()
         with pytest.raises(UserError, match=f"do not compare, since they differ in {what}"):
             Compare((good, str(out)), str(models / "x")).run()
+    shutil.copytree(models / "fair-typescore", models / "half")
+    (models / "half" / "summary.json").unlink()
+    with pytest.raises(UserError, match="half has not come to its end"):
+        Compare((good, str(models / "half")), str(models / "x")).run()
     setting = models / "fair-typescore" / "setting.json"
     setting.write_text(setting.read_text().replace('"spec_version": "1"', '"spec_version": "0"'))
     with pytest.raises(UserError, match="differ in spec_version"):
@@ -675,6 +682,8 @@ def test_eval_runs_a_config_without_a_model(folder: Path, capsys: pytest.Capture
         (["lost.py"], "no config file 'lost.py'"),
         (["runs/none", "bpdd"], "no metric 'bpdd'; did you mean 'bpd'"),
         (["runs/none", "--raw", "bpdd"], "no metric 'bpdd'"),  # a metric behind a flag is one still
+        (["runs/none", "draws=3", "bpdd"], "no metric 'bpdd'"),
+        (["typescore/oracle", "image=x"], "no field image in TypeScore; did you mean 'images'?"),
     ):
         assert cli.main(["eval", *words]) == 2
         assert message in capsys.readouterr().err

@@ -26,6 +26,7 @@ from zoo.papers.typescore.evaluate import (
     NOTE,
     RECORDS,
     SETTING,
+    SUMMARY,
     Record,
     _on_disk,
     _write,
@@ -86,6 +87,8 @@ def load(name: str) -> Result:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"results: {folder / SETTING} is damaged; evaluate these pictures again") from None
+    if not (folder / SUMMARY).exists():
+        raise UserError(f"results: the evaluation of {folder} has not come to its end; start it again, it goes on")
     records = list(_on_disk(folder / RECORDS).values())
     label = folder.resolve().name.removesuffix("-typescore")
     result = Result(label, folder, setting, records)

@@ -94,11 +94,11 @@ def evaluate(
 ) -> dict[str, Verdict]:
     """A verdict for each attribute: measured where boxes tell, otherwise asked for where `extractor` answers questions.
 
-    The extractor may be behind a cache. Errors of single questions are verdicts that evaluate nothing.
+    The extractor may be behind a cache. Where no text was read, nothing is asked. Errors of single questions are verdicts that evaluate nothing.
     """
     found = measured(style, picture, extraction.lines)
     open_ = {attribute: style[attribute] for attribute, verdict in found.items() if verdict.followed is None}
-    if open_ and hasattr(getattr(extractor, "inner", extractor), "ask"):
+    if open_ and extraction.text.strip() and hasattr(getattr(extractor, "inner", extractor), "ask"):
         asked = questions(open_)
         answers = extractor.ask([picture] * len(asked), list(asked.values()))
         found |= {attribute: answered(answer) for attribute, answer in zip(asked, answers, strict=True)}
