@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -525,6 +526,13 @@ def test_the_surrogate_is_1_for_the_right_picture(models: Path) -> None:
     assert len(scored(result, Coarse(), {i.id: i for i in lists.read(models / "wanted.jsonl")})) == 12
     with pytest.raises(UserError, match="wanted has no instruction 't-0'"):
         scored(result, Coarse(), {})
+
+
+def test_clip_needs_its_packages_before_anything_is_read(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    names = tuple(str(models / f"{name}-typescore") for name in ("good", "fair"))
+    with pytest.raises(UserError, match=r"clip=weights needs the package transformers.*extra `vlm`"):
+        Compare(names, str(models / "x"), clip="weights").run()
 
 
 def test_results_that_do_not_compare_are_refused(models: Path, folder: Path) -> None:

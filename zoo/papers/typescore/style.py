@@ -94,7 +94,8 @@ def evaluate(
 ) -> dict[str, Verdict]:
     """A verdict for each attribute: measured where boxes tell, otherwise asked for where `extractor` answers questions.
 
-    The extractor may be behind a cache. Where no text was read, nothing is asked. Errors of single questions are verdicts that evaluate nothing.
+    The extractor may be behind a cache. Where no text was read, nothing is asked.
+    Errors of single questions are verdicts that evaluate nothing.
     """
     found = measured(style, picture, extraction.lines)
     open_ = {attribute: style[attribute] for attribute, verdict in found.items() if verdict.followed is None}
