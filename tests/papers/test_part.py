@@ -1227,9 +1227,6 @@ def refusal(kind: type, **fields: Any) -> str:
     return str(raised.value)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UserError, reason="rounded up, 1 - 1/N is refused; 0.75 shows none of 3 or fewer"
-)
 def test_masks_that_are_advised_may_be_had() -> None:
     grid: dict[str, Any] = {"sampling": "grid", "pairs": 1}
     for patches in (2, 3, 4, 9, 16, 25, 64, 196, 1000):

@@ -6,6 +6,7 @@ B examples, N patches of P pixels or samples a side, C channels, D width, A axes
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +49,19 @@ def _left(patches: int, mask: float) -> int:
     return int(patches * (1 - mask) + 1e-6)
 
 
+def _check_several(task: Vit) -> None:
+    """UserError for a grid of one patch, of which nothing can be asked."""
+    if task.tokens < 2:
+        raise UserError(f"task.patch={task.patch} makes one patch of the whole input; choose a smaller task.patch")
+
+
 def _check_mask(task: Vit, patches: int, mask: float) -> None:
     """UserError for a mask that leaves no key, or for a kernel that takes no mask."""
     _share("mask", mask)
     if not _left(patches, mask):
-        raise UserError(f"task.mask={mask} leaves none of {patches} patches; choose {1 - 1 / patches:.2g} or less")
+        digits = 10 ** max(2, len(str(patches)))
+        most = math.floor((1 - 1 / patches) * digits) / digits  # rounded up it would be refused again
+        raise UserError(f"task.mask={mask} leaves none of {patches} patches; choose {most:g} or less")
     if mask and task.attention in ("cudnn", "splash"):
         raise UserError(
             f"task.attention={task.attention!r} cannot leave out keys (task.mask={mask}); set task.attention=auto or xla"
@@ -69,15 +78,18 @@ def _some(rng: jax.Array, batch: int, patches: int, count: int) -> jax.Array:
 @functools.lru_cache(maxsize=32)
 def _deviations(task: Part) -> np.ndarray:
     """Standard deviations [R] of the relations that the sampler of a task makes, from 100,000 pairs of it."""
-    with jax.ensure_compile_time_eval():  # constants, also where a trace asks for them first
+    n = task.tokens
+
+    def drawn() -> jax.Array:
         if task.sampling == "grid":
-            boxes = grid_boxes(task.extent, task.patch)
-            i, j = np.divmod(np.arange(len(boxes) ** 2), len(boxes))
-            pair = jnp.asarray(boxes)[i], jnp.asarray(boxes)[j]
-        else:
-            drawn = task.boxes(jax.random.key(0), 100_000, 2)
-            pair = drawn[:, 0], drawn[:, 1]
-        deviation = np.asarray(task.compared(*pair)).std(0)
+            boxes = jnp.asarray(grid_boxes(task.extent, task.patch))
+            i, j = np.divmod(np.arange(n * n), n)
+            return task.compared(boxes[i], boxes[j]).std(0)
+        boxes = task.boxes(jax.random.key(0), 100_000, 2)
+        return task.compared(boxes[:, 0], boxes[:, 1]).std(0)
+
+    with jax.ensure_compile_time_eval():  # constants, also where a trace asks for them first
+        deviation = np.asarray(jax.jit(drawn)())
         return np.where(deviation < 1e-6, 1.0, deviation)  # where all boxes have one size
 
 
@@ -318,6 +330,7 @@ class AbsolutePosition(Vit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_several(self)
         _check_mask(self, self.tokens, self.mask)
         _share("known", self.known)
         told = round(self.known * self.tokens)
@@ -398,11 +411,12 @@ class MaskedAutoencoder(Vit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_several(self)
         _share("mask", self.mask)
         if not 0 < self.visible < self.tokens:
             what = "shows" if not self.visible else "hides"
             raise UserError(
-                f"task.mask={self.mask} {what} none of {self.tokens} patches; choose a share in between, e.g. 0.75"
+                f"task.mask={self.mask} {what} none of {self.tokens} patches; choose a share in between, e.g. 0.5"
             )
         for name in ("decoder_width", "decoder_depth", "decoder_head_dim"):
             if getattr(self, name) < 1:
