@@ -124,6 +124,12 @@ class Part(Vit):
         _one_of("error", self.error, ("squared", "absolute", "huber"))
         _one_of("head", self.head, ("cross_attention", "pairwise"))
         _one_of("query", self.query, ("patch_cat", "positional"))
+        for name, unset in (("query", "patch_cat"), ("heads", 1), ("residual", False)):
+            if self.head == "pairwise" and getattr(self, name) != unset:
+                raise UserError(
+                    f"task.{name}={getattr(self, name)} belongs to task.head=cross_attention, and task.head=pairwise has no such "
+                    f"thing; leave it at {unset}"
+                )
         if self.pairing is not None:
             _one_of("pairing", self.pairing, ("distinct", "independent", "matching"))
         self._check_boxes()
