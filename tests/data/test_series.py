@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 
 import jax
@@ -195,6 +196,14 @@ def test_bad_arrays_are_named(tmp_path, arrays, text):
     path = save(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=text):
         Series(path, length=4, series="series", labels="labels" if "labels" in arrays else "").source("train")
+
+
+@pytest.mark.parametrize("name", ["{splt}_series", "{}", "{split", "{split}_{n}"])
+@pytest.mark.parametrize("field", ["series", "labels"])
+def test_other_braces_in_the_name_of_an_array_are_refused(tmp_path, field, name):
+    path = save(tmp_path / "a.npz", train_series=np.zeros((4, 9)), train_labels=np.zeros(4, int))
+    with pytest.raises(UserError, match=re.escape(f"data.{field}={name!r}: of braces only {{split}} is known")):
+        Series(path, length=4, **{field: name}).source("train")
 
 
 def test_missing_labels_say_how_to_do_without(tmp_path):

@@ -20,6 +20,7 @@ import numpy as np
 from zoo.data.images import (
     SPLITS,
     Files,
+    array_name,
     check_labels,
     check_split,
     class_names,
@@ -197,7 +198,7 @@ class Series:
 
     def _from_npz(self, root: Path, split: str) -> Part:
         stamp = _stamp(root)
-        name = self.series.format(split=split)
+        name = array_name(self.series, split, "data.series")
         series = _series(stamp, name)
         count, steps = series.shape[:2]
         if count and steps < self.length:
@@ -207,7 +208,7 @@ class Series:
             )
         labels = None
         if self.labels:
-            labels = _labels(stamp, self.labels.format(split=split))
+            labels = _labels(stamp, array_name(self.labels, split, "data.labels"))
             check_labels(root, labels, count, "series")
         names = class_names(self.classes, labels)
         if "{split}" in self.series:
