@@ -110,6 +110,14 @@ def test_the_published_layout_and_back(tmp_path: Path, task: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
+def test_the_card_names_the_paper_of_a_package(tmp_path: Path, model: str) -> None:
+    assert cli.main(["export", model, str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    title = "PART: Self-supervised learning of the relative composition of images (arXiv:2506.03682)"
+    assert f"| Paper | {title} |" in card
+    assert title in [paper["title"] for paper in listing.papers()]
+
+
 # --- files of features ----------------------------------------------------------------------------
 
 

@@ -22,10 +22,13 @@ from zoo.train.report import read_metrics
 
 
 def _paper(task: Any) -> str:
-    """Title line of the paper's file."""
+    """Title line of the paper's file, or of its package."""
     import importlib
 
-    return (importlib.import_module(type(task).__module__).__doc__ or "").partition("\n")[0]
+    module = type(task).__module__
+    if module.startswith("zoo.papers."):
+        module = ".".join(module.split(".")[:3])
+    return (importlib.import_module(module).__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def _last_eval(model: Model) -> dict[str, Any]:
