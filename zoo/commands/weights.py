@@ -87,7 +87,8 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
             raise UserError(f"{out} exists; remove it first, or give another file")
         state = weights.to_official(model.task, model.params)
         weights.write_state_dict(out, state)
-        return f"{out}: {len(state)} tensors in the official layout ({which})"
+        note = f"\n{model.task.import_note()}" if hasattr(model.task, "import_note") else ""
+        return f"{out}: {len(state)} tensors in the official layout ({which}){note}"
     metrics = _last_eval(model) if model.run is not None else models.read_config(model.folder).get("metrics", {})
     program = _program(model.task, samples) if form == "stablehlo" else None
     beside = _tokenizer(homes(model.folder, model.run.weights if model.run is not None else None))

@@ -389,6 +389,25 @@ class Vit:
                 ]
         return names
 
+    def import_note(self) -> str:
+        """How timm reads that layout, and what there is the same as `features` here."""
+        return (
+            f"{self._published_model(num_classes=0)}; features here are the mean of its patch tokens, "
+            "forward_features(x)[:, 1:].mean(1), of images x [B, C, H, W] in [-1, 1]"
+        )
+
+    def _published_model(self, **more: Any) -> str:
+        arguments = {
+            "img_size": self.image,
+            "patch_size": self.patch,
+            "in_chans": self.channels,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.width // self.head_dim,
+            **more,
+        }
+        return f"timm: VisionTransformer({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+
     def _published_positions(self) -> np.ndarray:
         """That layout always has positions: zeros are none."""
         return np.zeros((1, 1 + self.tokens, self.width), np.float32)

@@ -583,6 +583,14 @@ class PartClassifier(Vit):
             Name("head.bias", "classifier/bias"),
         ]
 
+    def import_note(self) -> str:
+        """How timm reads that layout, where the class token is classified unless it is told otherwise."""
+        pooled: dict[str, Any] = (
+            {"global_pool": "avg", "fc_norm": False} if self.pool == "mean" else {"global_pool": "token"}
+        )
+        model = self._published_model(num_classes=self.classes, **pooled)
+        return f"{model}; it gives the logits of images [B, C, H, W] in [-1, 1]"
+
 
 def _rectangles(rng: jax.Array, image: jax.Array, area: jax.Array) -> jax.Array:
     """bool [B, H, W, 1]: inside a rectangle of a share `area` [B] of each image around a uniform centre, cut at the border."""
