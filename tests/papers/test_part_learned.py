@@ -36,8 +36,8 @@ def test_chirps(variant, seed, tmp_path):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_digits(seed, tmp_path):
     run, params, found = reached("part/digits", tmp_path, seed)
-    assert found["r2_dx"] > 0.25
-    assert found["r2_dy"] > 0.25
+    assert found["r2_dx"] > 0.4
+    assert found["r2_dy"] > 0.1  # 1,500 images are few: it knows those by heart
     assert max(found["r2_shuffled_dx"], found["r2_shuffled_dy"]) < 0
     assert found["layout_ink"] > 0.5
     assert abs(found["layout_shuffled"]) < 0.1
