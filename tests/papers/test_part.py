@@ -914,11 +914,13 @@ def test_the_decoder_puts_tokens_in_their_places() -> None:
         h[b, order[b, n]] = token + codes[order[b, n]]
     layer = p["trunk"]["layer0"]
     x = norm(h, **layer["attention_norm"])
-    q, k, v = ((x @ layer["qkv"]["kernel"][:, s] + layer["qkv"]["bias"][s]).reshape(3, 9, 3, 4) for s in range(3))
+    into, last = layer["attention"]["qkv"], layer["attention"]["out"]
+    q, k, v = ((x @ into["kernel"][:, s] + into["bias"][s]).reshape(3, 9, 3, 4) for s in range(3))
     y = np.einsum("bhts,bshk->bthk", softmax(np.einsum("bthk,bshk->bhts", q, k) / 2, -1), v).reshape(3, 9, 12)
-    h += y @ layer["out"]["kernel"] + layer["out"]["bias"]
-    x = norm(h, **layer["mlp_norm"]) @ layer["up"]["kernel"] + layer["up"]["bias"]
-    h += (x * (1 + erf(x / np.sqrt(2))) / 2) @ layer["down"]["kernel"] + layer["down"]["bias"]
+    h += y @ last["kernel"] + last["bias"]
+    up, down = layer["mlp"]["up"], layer["mlp"]["down"]
+    x = norm(h, **layer["mlp_norm"]) @ up["kernel"] + up["bias"]
+    h += (x * (1 + erf(x / np.sqrt(2))) / 2) @ down["kernel"] + down["bias"]
     out = norm(h, **p["norm"]) @ p["out"]["kernel"] + p["out"]["bias"]
     np.testing.assert_allclose(found, out, atol=2e-4)
 

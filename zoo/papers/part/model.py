@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from zoo.dist import check_divides, constrain
+from zoo.dist import constrain
 from zoo.errors import UserError
-from zoo.nn.attention import attend, check_backend
+from zoo.nn.attention import check_backend
 from zoo.nn.embed import grid_positions, sincos
-from zoo.nn.layers import Dense, LayerNorm, Table, gelu, lecun_normal, truncated_normal
-from zoo.nn.transformer import Trunk, check_remat
+from zoo.nn.layers import Dense, LayerNorm, Table, lecun_normal, truncated_normal
+from zoo.nn.transformer import MLP, Attention, Trunk, check_remat
 from zoo.papers.part.sampling import crop, grid_patches, pad_crop, random_resized_crop, sample_boxes
 from zoo.task import Batch, Name, Params
 
@@ -48,21 +48,14 @@ class Layer(nn.Module):
 
         `seen` bool [B, T]: the keys that count. `keep` [2, B]: factors on the two branches of each example.
         """
-        width = h.shape[-1]
-        heads = width // self.head_dim
-        check_divides(heads, "heads", f"{'/'.join(self.path)}: the number of heads, task.width / task.head_dim,")
 
-        def add(h: jax.Array, y: jax.Array, branch: int) -> jax.Array:
-            return h + (y if keep is None else y * keep[branch][:, None, None].astype(y.dtype))
+        def kept(y: jax.Array, branch: int) -> jax.Array:
+            return y if keep is None else y * keep[branch][:, None, None].astype(y.dtype)
 
-        x = LayerNorm(EPSILON, name="attention_norm")(h)
-        qkv = Dense((3, width), ("embed", None, "heads"), dtype=self.dtype, name="qkv")(x)
-        q, k, v = (qkv[..., i, :].reshape(*h.shape[:-1], heads, self.head_dim) for i in range(3))
-        y = attend(q, k, v, causal=False, backend=self.backend, seen=seen).reshape(h.shape)
-        h = add(h, Dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y), 0)
-        x = LayerNorm(EPSILON, name="mlp_norm")(h)
-        x = gelu(Dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="up")(x))
-        return add(h, Dense(width, ("mlp", "embed"), dtype=self.dtype, name="down")(x), 1), None
+        attention = Attention(self.head_dim, False, self.dtype, self.backend, name="attention")
+        y, _ = attention(LayerNorm(EPSILON, name="attention_norm")(h), seen=seen)
+        h = h + kept(y, 0)
+        return h + kept(MLP(dtype=self.dtype, name="mlp")(LayerNorm(EPSILON, name="mlp_norm")(h)), 1), None
 
 
 class Encoder(nn.Module):
@@ -379,10 +372,10 @@ class Vit:
                     Name(f"{layer}.{theirs}.bias", f"{block}/{mine}/bias", layer=l),
                 ]
             names += [
-                Name(f"{layer}.attn.qkv.weight", f"{block}/qkv/kernel", "(s h) w -> w s h", {"s": 3}, l),
-                Name(f"{layer}.attn.qkv.bias", f"{block}/qkv/bias", "(s h) -> s h", {"s": 3}, l),
+                Name(f"{layer}.attn.qkv.weight", f"{block}/attention/qkv/kernel", "(s h) w -> w s h", {"s": 3}, l),
+                Name(f"{layer}.attn.qkv.bias", f"{block}/attention/qkv/bias", "(s h) -> s h", {"s": 3}, l),
             ]
-            for theirs, mine in (("attn.proj", "out"), ("mlp.fc1", "up"), ("mlp.fc2", "down")):
+            for theirs, mine in (("attn.proj", "attention/out"), ("mlp.fc1", "mlp/up"), ("mlp.fc2", "mlp/down")):
                 names += [
                     Name(f"{layer}.{theirs}.weight", f"{block}/{mine}/kernel", "o i -> i o", layer=l),
                     Name(f"{layer}.{theirs}.bias", f"{block}/{mine}/bias", layer=l),
