@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -150,7 +151,7 @@ def _spec(task: Any, batch: int, *, label: bool) -> dict[str, jax.ShapeDtypeStru
 
 
 @dataclass(frozen=True)
-class _Judged:
+class _Judged(ABC):
     """Accuracy on test images of a classifier that is fitted to the features of labelled training images.
 
     Both are a fixed random choice from their split, since a split may lie in the order of its classes. Features are
@@ -213,9 +214,9 @@ class _Judged:
             **about,
         }
 
+    @abstractmethod
     def _fitted(self, seen: np.ndarray, labels: np.ndarray) -> tuple[Any, dict[str, Any]]:
         """The classifier, an object with `predict`, of standardised features [N, D]; what else to report."""
-        raise NotImplementedError
 
     def _features(self, task: Any, params: Params, data: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Features [N, D] float64 and labels [N] of the images chosen from a split."""

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from zoo.dist import constrain
-from zoo.errors import UserError
+from zoo.errors import UserError, check_divisor
 from zoo.nn.attention import check_backend
 from zoo.nn.embed import grid_positions, sincos
 from zoo.nn.layers import Dense, LayerNorm, Table, lecun_normal, truncated_normal
@@ -199,20 +199,9 @@ class Vit:
                 f"task.image={self.image} and task.length={self.length}: give one of them, the pixels a side of images or the "
                 "samples of a series, and set the other to 0"
             )
-        side, name = (self.length, "length") if self.length else (self.image, "image")
-        if side % self.patch:
-            fits = [p for p in range(1, side + 1) if side % p == 0]
-            nearest = min(fits, key=lambda p: abs(p - self.patch))
-            raise UserError(
-                f"task.patch={self.patch} does not divide task.{name}={side}; choose a divisor, e.g. task.patch={nearest}"
-            )
-        if self.width % self.head_dim:
-            fits = [k for k in range(1, self.width + 1) if self.width % k == 0]
-            nearest = min(fits, key=lambda k: abs(k - self.head_dim))
-            raise UserError(
-                f"task.head_dim={self.head_dim} does not divide task.width={self.width}; choose a divisor, e.g. "
-                f"task.head_dim={nearest}"
-            )
+        name, side = self.side
+        check_divisor("patch", self.patch, name, side)
+        check_divisor("head_dim", self.head_dim, "width", self.width)
         if not 0 <= self.drop_path < 1:
             raise UserError(f"task.drop_path={self.drop_path} is no share of branches; choose 0 <= task.drop_path < 1")
         if self.augment not in ("none", "pad", "resized"):
@@ -237,6 +226,11 @@ class Vit:
     def hints(self) -> dict[str, tuple[str, str]]:
         """How to come by what `Run.weights` may name, and the entry for it."""
         return {"encoder": ("train one with `zoo train`, e.g. part/digits", "weights.encoder=RUN:encoder")}
+
+    @property
+    def side(self) -> tuple[str, int]:
+        """The field that says how long an axis of the input is, and its value."""
+        return ("length", self.length) if self.length else ("image", self.image)
 
     @property
     def key(self) -> str:
@@ -271,6 +265,12 @@ class Vit:
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1], or `series` [B, L, C]."""
         return {self.key: jax.ShapeDtypeStruct((batch, *reversed(self.extent), self.channels), jnp.float32)}
+
+    def signal(self, batch: Batch) -> jax.Array:
+        """The input of a batch. Traces fail here, and not somewhere below, on one of another shape than the task's."""
+        found = batch[self.key]
+        chex.assert_shape(found, (None, *reversed(self.extent), self.channels))
+        return found
 
     def encoder(self) -> Encoder:
         """The network under the key `encoder` of the parameters."""
@@ -328,7 +328,7 @@ class Vit:
 
     def feature_map(self, params: Params, batch: Batch) -> jax.Array:
         """Tokens of the regular grid as a map [B, S/P, S/P, D], of series [B, L/P, D]."""
-        z, _ = self.encode(params, grid_patches(batch[self.key], self.patch), self.positions(params))
+        z, _ = self.encode(params, grid_patches(self.signal(batch), self.patch), self.positions(params))
         return z.reshape(len(z), *self.grid, self.width)
 
     def features(self, params: Params, batch: Batch) -> jax.Array:
@@ -340,7 +340,7 @@ class Vit:
 
         No task is told where they are, whatever it learned to expect.
         """
-        signal = batch[self.key]
+        signal = self.signal(batch)
         count = (len(signal), self.tokens)
         boxes = sample_boxes(rng, count, self.extent, self.patch / 2, min(2 * self.patch, *self.extent))
         return self.encode(params, crop(signal, boxes, self.patch))[0], boxes
@@ -404,8 +404,3 @@ class Vit:
     def _published_positions(self) -> np.ndarray:
         """That layout always has positions: zeros are none."""
         return np.zeros((1, 1 + self.tokens, self.width), np.float32)
-
-
-def check_shapes(signal: jax.Array, task: Vit) -> None:
-    """Traces fail here, and not somewhere below, on an input of another shape than the task's."""
-    chex.assert_shape(signal, (None, *reversed(task.extent), task.channels))

@@ -26,7 +26,6 @@ from zoo.papers.part.model import (
     Layer,
     PairwiseHead,
     Vit,
-    check_shapes,
 )
 from zoo.papers.part.sampling import crop, grid_boxes, grid_patches, rebuild, relation, sample_boxes
 from zoo.task import Batch, Name, Params
@@ -165,7 +164,7 @@ class Part(Vit):
 
     def _check_sizes(self) -> None:
         smallest, largest = self.between
-        side, name = (self.length, "length") if self.length else (self.image, "image")
+        name, side = self.side
         if largest > side:
             what = f"task.largest={largest:g}" if self.largest is not None else f"two patches, {largest:g},"
             raise UserError(
@@ -232,8 +231,7 @@ class Part(Vit):
     def crops(self, batch: Batch, rng: jax.Array, *, augment: bool = True) -> tuple[jax.Array, jax.Array]:
         """A set of patches [B, N, P, P, C] of each example, and their boxes [B, N, 2, A]."""
         one, two = jax.random.split(rng)
-        signal = batch[self.key]
-        check_shapes(signal, self)
+        signal = self.signal(batch)
         signal = self.augmented(one, signal) if augment else signal
         boxes = self.boxes(two, len(signal), self.count)
         patches = grid_patches(signal, self.patch) if self.sampling == "grid" else crop(signal, boxes, self.patch)
@@ -358,8 +356,7 @@ class AbsolutePosition(Vit):
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         """Mean cross entropy (nats) of the slots among N, over the patches without a code; `accuracy` of the largest logit."""
         move, hide, tell, drop = jax.random.split(rng, 4)
-        signal = batch[self.key]
-        check_shapes(signal, self)
+        signal = self.signal(batch)
         patches = grid_patches(self.augmented(move, signal), self.patch)
         told = round(self.known * self.tokens)
         asked = ~_some(tell, len(patches), self.tokens, told)
@@ -462,8 +459,7 @@ class MaskedAutoencoder(Vit):
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         """Mean squared error of the masked patches' pixels."""
         move, hide, drop = jax.random.split(rng, 3)
-        signal = batch[self.key]
-        check_shapes(signal, self)
+        signal = self.signal(batch)
         patches = grid_patches(self.augmented(move, signal), self.patch)
         patches = patches.reshape(*patches.shape[:2], self.dims)
         order = jnp.argsort(jax.random.uniform(hide, patches.shape[:2]), -1)
@@ -549,7 +545,6 @@ class PartClassifier(Vit):
         return table
 
     def _logits(self, params: Params, signal: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        check_shapes(signal, self)
         z, first = self.encode(params, grid_patches(signal, self.patch), self.positions(params), rng=rng)
         pooled = z.mean(1) if self.pool == "mean" else first
         found: Any = self._classifier().apply({"params": params["classifier"]}, pooled)
@@ -557,12 +552,12 @@ class PartClassifier(Vit):
 
     def logits(self, params: Params, batch: Batch) -> jax.Array:
         """[B, classes]."""
-        return self._logits(params, batch[self.key])
+        return self._logits(params, self.signal(batch))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         """Mean cross entropy (nats) of augmented and mixed examples; `accuracy` of the largest logit, where none are mixed."""
         move, rub, mix, drop = jax.random.split(rng, 4)
-        signal, label = self.augmented(move, batch[self.key]), batch["label"]
+        signal, label = self.augmented(move, self.signal(batch)), batch["label"]
         wanted = optax.smooth_labels(jax.nn.one_hot(label, self.classes), self.smoothing)
         if self.erase:
             signal = _erased(rub, signal, self.erase)
