@@ -264,7 +264,7 @@ MISTAKES = {
     "a folder of other images": ("sample run n=1 --out numbers", "numbers holds images that zoo did not draw"),
     "no such metric": ("eval run bdp", "no metric 'bdp'; did you mean 'bpd'?"),
     "no such field of a metric": ("eval run bpd drws=1", "no field drws in Bits; did you mean 'draws'?"),
-    "no such field of the data": ("eval run bpd data.example=1", "no field example in Synthetic"),
+    "no such field of the data": ("eval run bpd data.example=1", "no field data.example in Synthetic"),
     "bits per dimension of texts": ("eval lm bpd", "TarFlowLM models texts; use text"),
     "bits per token of images": ("eval run text", "the metric text is of texts, and TarFlow models image"),
     "statistics of the texts of images": ("eval run generation", "is of texts, and TarFlow models image"),

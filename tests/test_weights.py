@@ -488,10 +488,8 @@ def test_fill_puts_trees_where_they_belong_and_reports(scan):
     assert report == [f"filled: net ({count} tensors)", "left fresh: prior (2 tensors)"]
 
     base["head"] = {"w": np.zeros(1)}
-    filled, report = weights.fill(params, {"": base, "prior": {"var": np.full(2, 5.0)}})
-    assert report == [
-        f"filled: net ({count} tensors), prior (1 tensor)", "left fresh: prior (1 tensor)", "not used: head (1 tensor)"
-    ]  # fmt: skip
+    filled, report = weights.fill(params, {"": base, "prior": {"var": np.full(2, 5.0), "count": np.zeros((), int)}})
+    assert report == [f"filled: net ({count} tensors), prior (2 tensors)", "not used: head (1 tensor)"]
     np.testing.assert_array_equal(filled["prior"]["var"], [5, 5])  # the explicit key wins
     assert filled["prior"]["var"].dtype == jnp.float32
 
@@ -508,11 +506,87 @@ def test_fill_refuses_what_does_not_fit():
     with pytest.raises(UserError, match=r"net/embed is 5x6 \(expected 5x4\)"):
         weights.fill(params, {"": fresh(width=6)})
     with pytest.raises(UserError, match=r"qkv/kernel is 2x4x3x2x2 \(expected 3x4x3x2x2\)"):
-        weights.fill(params, {"net": fresh(depth=2, scan=False)["net"]})
+        weights.fill(params, {"": {"net": fresh(depth=2, scan=False)["net"]}})
     with pytest.raises(UserError, match=r"net/trunk/block has 2 layers, but 3 are expected"):
-        weights.fill(fresh(scan=False), {"net": fresh(depth=2)["net"]})
+        weights.fill(fresh(scan=False), {"": {"net": fresh(depth=2)["net"]}})
     with pytest.raises(UserError, match=r"nothing given for 'net' has a place: it holds net/w"):
         weights.fill(params, {"net": {"w": np.zeros(1)}})
+    with pytest.raises(UserError, match=r"nothing given for 'net' has a place: it holds net, the task has net/"):
+        weights.fill(params, {"net": np.zeros(1)})
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("depth", [2, 4])
+def test_a_part_of_another_depth_is_refused(depth, ours, theirs):
+    params, tree = fresh(scan=ours), fresh(scan=theirs, depth=depth)["net"]
+    said = (
+        rf"^weights\.net=RUN:net has {depth} layers, this task has 3 \(task\.depth\): set task\.depth={depth}, or give"
+    )
+    with pytest.raises(UserError, match=said):
+        weights.fill(params, {"net": tree}, {"net": "RUN:net"}, Fake())
+    with pytest.raises(
+        UserError, match=rf"weights\.net has {depth} layers, this task has 3; use a task of the same size"
+    ):
+        weights.fill(params, {"net": tree})
+
+
+def test_the_field_for_the_depth_is_that_of_the_network():
+    @dataclass(frozen=True)
+    class Holder:
+        net: Any = Fake()
+        depth: int = 3
+        head_depth: int = 3
+
+        def head(self) -> None:
+            """No description of a network."""
+
+    params, tree = {"net": fresh()["net"]}, fresh(depth=2)["net"]
+    with pytest.raises(UserError, match=r"this task has 3 \(task\.net\.depth\): set task\.net\.depth=2"):
+        weights.fill(params, {"net": tree}, task=Holder())
+    with pytest.raises(UserError, match=r"this task has 3; use a task of the same size"):
+        weights.fill(params, {"net": tree}, task=Holder(net=Fake(depth=9)))
+    for key, field in (("head", "head_depth"), ("body", "depth")):
+        with pytest.raises(UserError, match=rf"this task has 3 \(task\.{field}\): set task\.{field}=2"):
+            weights.fill({key: params["net"]}, {key: tree}, task=Holder())
+
+
+def test_what_is_given_by_name_is_whole_and_nothing_is_left_over():
+    params = fresh()
+    net = jax.device_get(fresh(1)["net"])
+    for tree, said in (
+        ({"trunk": net["trunk"]}, r"does not fit: missing \(1\): net/embed; use a task of the same size"),
+        ({"embed": net["embed"]}, r"missing \(2\): net/trunk/block/qkv/bias, net/trunk/block/qkv/kernel;"),
+        ({**net, "trunk": {**net["trunk"], "norm": np.zeros(2)}}, r"does not fit: left over \(1\): net/trunk/norm;"),
+        ({"trunk": net["trunk"], "embed": np.zeros(3)}, r"wrong shape \(1\): net/embed is 3 \(expected 5x4\)"),
+    ):
+        for reference in ("RUN:net", "RUN"):
+            with pytest.raises(UserError, match=rf"^weights\.net={reference} .*{said}"):
+                weights.fill(params, {"net": tree}, {"net": reference})
+    more = {**net, "discriminator": {"w": np.zeros(2)}}
+    filled, report = weights.fill(
+        params, {"net": more}, {"net": "RUN"}
+    )  # a model that holds the part and something beside it
+    same(filled["net"], jax.tree.map(jnp.asarray, net))
+    assert report[-1] == "not used: net (1 tensor)"
+    with pytest.raises(
+        UserError, match=r"weights\.net=RUN:net does not fit: left over \(1\): net/discriminator/w; use"
+    ):
+        weights.fill(params, {"net": more}, {"net": "RUN:net"})
+
+
+def test_a_model_in_the_place_of_its_part_is_told_how_to_be_written():
+    params = fresh()
+    said = (
+        r"^weights\.net=runs/a is a whole model \(net, prior\), and .* part 'net' here; give weights\.net=runs/a:net$"
+    )
+    for tree in (fresh(1), {**fresh(1, depth=2), "embed": np.zeros((5, 4))}):  # nothing fits, or little does
+        with pytest.raises(UserError, match=said.replace("net, prior", r"[\w, ]+")):
+            weights.fill(params, {"net": tree}, {"net": "runs/a"})
+    with pytest.raises(UserError, match=said):
+        weights.fill(params, {"net": fresh(1)}, {"net": "runs/a"})
+    tree = {**fresh(1)["net"], "net": {"w": np.zeros(1)}}  # its own part of that name is another thing
+    assert weights.fill(params, {"net": tree}, {"net": "runs/a"})[1][-1] == "not used: net (1 tensor)"
 
 
 def test_fill_keeps_the_placement():

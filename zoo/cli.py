@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "Measure a run or an export; or CONFIG alone, which says what it measures, such as configs/typescore/rapidocr.py.",
         "MODEL",
         "METRIC?",
-        fields="fields of the metric, e.g. draws=16; data.path=... for other data",
+        fields="fields of the metric, e.g. draws=16; data=PATH for other data, data.FIELD=value for fields of the run's data",
     )
     opens(sub)
     sub = verb("export", "Write the weights of a run for others.", "MODEL", "OUT")
@@ -483,14 +483,12 @@ def _eval(args: argparse.Namespace) -> int:
         metric = config.load(args.metric)
     else:
         raise UserError(f"no metric {args.metric!r}; {suggest(args.metric, known)}, or a config file that defines one")
-    own = [f for f in args.fields if not f.startswith("data.")]
+    own = [f for f in args.fields if not f.startswith(("data.", "data="))]
     metric = config.override(metric, own)
     dist.start(batch=getattr(metric, "shares", None))
     model = models.open_model(args.model, raw=args.raw, allow=args.allow)
     check_needs(model.task, metric.needs, args.metric)
-    if model.data is None:
-        raise UserError(f"{args.model} does not say what data it was trained on; import it with a config that does")
-    data = config.override(model.data, [f.removeprefix("data.") for f in args.fields if f.startswith("data.")])
+    data = _measured(model, args.model, [f for f in args.fields if f not in own])
     found = metric(model.task, model.params, data, jax.random.key(0), **models.loaded_for(metric, args.allow))
     if hasattr(metric, "saves"):
         from zoo.commands import strategy
@@ -509,6 +507,53 @@ def _eval(args: argparse.Namespace) -> int:
     }
     print(json.dumps(line))
     return 0
+
+
+def _measured(model: Any, name: str, fields: Sequence[str]) -> Any:
+    """The data to measure on: those of the model with `data.FIELD=value`, or others by `data=PATH`.
+
+    Where the model's own data have a path, PATH stands in its place. Elsewhere they are a description of what the task reads,
+    images or series.
+    """
+    from zoo import config
+    from zoo.data.images import Arrays
+
+    data, parts = model.data, [f for f in fields if f.startswith("data.")]
+    whole = [f.removeprefix("data=") for f in fields if f.startswith("data=")]
+    if not whole:
+        if data is None:
+            raise UserError(
+                f"{name} does not say what data it was trained on; give data=PATH, or import it with a config that does"
+            )
+        return config.override({"data": data}, parts)["data"]
+    path = whole[0]
+    if len(whole) > 1:
+        raise UserError(f"data is set twice, to {path} and {whole[1]}; keep one of them")
+    own = [f"data.{f.name}" for f in dataclasses.fields(data)] if data is not None else []
+    way = f"set fields of the model's own data ({type(data).__name__}): {', '.join(own)}" if own else ""
+    if not path or not (path.startswith("tfds:") or Path(path).expanduser().exists()):
+        raise UserError(
+            f"data={path} is no path of a file or folder that exists; give one, or tfds:NAME{', or ' if way else ''}{way}"
+        )
+    if "data.path" not in own or (isinstance(data, Arrays) and not path.endswith(".npz")):
+        return config.override({"data": _described(model.task, path, way)}, parts)["data"]
+    return config.override({"data": data}, [f"data.path={path}", *parts])["data"]
+
+
+def _described(task: Any, path: str, way: str) -> Any:
+    """Images or series by path, as a task reads them; `way` is what else can be done where it reads neither."""
+    from zoo.data.images import Images
+    from zoo.data.series import Series
+
+    spec = task.spec(1)
+    if "image" in spec:
+        return Images(path, size=spec["image"].shape[1], channels=spec["image"].shape[-1])
+    if "series" in spec:
+        return Series(path, length=spec["series"].shape[1])
+    raise UserError(
+        f"data={path}: {type(task).__name__} reads {', '.join(spec)}, and a path is for images or series; "
+        + (way or "import the model with a config that describes its data")
+    )
 
 
 # --- weights --------------------------------------------------------------------------------------

@@ -21,3 +21,12 @@ def suggest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return "known: " + ", ".join(known) if known else "there is nothing to choose from"
+
+
+def check_divisor(name: str, value: int, whole: str, size: int) -> None:
+    """UserError where task.NAME=value does not divide task.WHOLE=size, with the nearest number that does."""
+    if size % value:
+        nearest = min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - value))
+        raise UserError(
+            f"task.{name}={value} does not divide task.{whole}={size}; choose a divisor, e.g. task.{name}={nearest}"
+        )

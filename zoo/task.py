@@ -50,7 +50,8 @@ ABILITIES: dict[str, str] = {
     "features": "features(params, batch) -> [B, D]",
     "feature_map": "feature_map(params, batch) -> [B, H, W, D], of a series [B, T, D]",
     "off_grid": "off_grid(params, batch, rng) -> tokens [B, N, D] of random patches, and their boxes [B, N, 2, A]",
-    "relations": "relations(params, batch, rng) -> relations of random patches, predicted and true, and the rebuilt layout",
+    "relations": "relations(params, batch, rng) -> relations of random patches, predicted and true, and the rebuilt layout; "
+    "the property `relation_names` says what their numbers are",
     "logits": "logits(params, batch) -> [B, classes]",
     "crops": "crops(batch, rng) -> patches [B, N, ...] and boxes, what a step makes of a batch before its network",
     "denoise": "denoise(params, ...) -> the noise-free estimate",

@@ -54,7 +54,7 @@ small = replace(
     ),
     weights={"encoder": "runs/part-cifar10-small:encoder"},
     optim=replace(config.optim, lr=1e-3, warmup=200),
-    steps=1_500,
+    steps=1_000,
     batch=64,
     mesh=Mesh(),
     evals=(Accuracy(),),

@@ -29,7 +29,7 @@ scratch = replace(config, weights=None)
 
 smoke = replace(
     config,
-    task=part.PartClassifier(image=8, channels=1, patch=2, width=8, depth=1, head_dim=8, classes=2),
+    task=part.PartClassifier(image=0, length=16, channels=1, patch=4, width=8, depth=1, head_dim=8, classes=2),
     data=Synthetic(),
     weights=None,
     steps=4,

@@ -38,7 +38,7 @@ config = Run(
     batch=1_024,
     mesh=Mesh(data=1, fsdp=-1),
     checkpoint=Checkpoint(every=2_500, keep=3),
-    evals=(Relations(every=25_000, test=256, batch=32), Probe(train=50_000, test=10_000)),
+    evals=(Relations(every=25_000, test=256, batch=32), Probe(train=20_000, test=10_000, iterations=200)),
     log_every=100,
 )
 cross_attention = replace(config, task=part.Part(**_encoder, pairs=4_802))

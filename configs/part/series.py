@@ -1,8 +1,8 @@
 """PART on series of your own (EEG, ECG, sensors): windows of half a second to two of 128 Hz in pieces of 16 seconds, say.
 
-`data.path` is an .npz file with train_series [N, T, C] (and train_labels), a CSV file with a row per time step and a column per channel,
-or a folder of such files, by class or not. Set `task.channels` to theirs. The series must change over the length of a window: where
-every piece looks like every other, nothing can be learned. `part/finetune_series` goes on from it.
+`data.path` is an .npz file with train_series [N, T, C] and train_labels (`data.labels=` without), a CSV file with a row per time step
+and a column per channel, or a folder of such files, by class or not. Set `task.channels` to theirs. The series must change over the
+length of a window: where every piece looks like every other, nothing can be learned. `part/finetune_series` goes on from it.
 """
 
 from dataclasses import replace

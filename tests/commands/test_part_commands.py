@@ -98,16 +98,25 @@ def test_a_program_of_features_is_the_tasks_own(
 
 
 @pytest.mark.parametrize("task", [TASK, CLASSIFIER], ids=lambda task: type(task).__name__)
-def test_the_published_layout_and_back(tmp_path: Path, task: Any) -> None:
+def test_the_published_layout_and_back(tmp_path: Path, task: Any, capsys: pytest.CaptureFixture[str]) -> None:
     params = params_of(task)
     file = tmp_path / "vit.safetensors"
     name = str(export_of(tmp_path / "model", task, params))
     assert cli.main(["export", name, str(file), "--format", "official"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [task.import_note()]
     state = weights.read_state_dict(file)
     assert state["pos_embed"].shape == (1, 5, 8)
     head = {"head": params["head"]} if "head" in params else {}  # no part of that layout
     back = {**weights.from_official(task, state, head), **head}
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_the_card_names_the_paper_of_a_package(tmp_path: Path, model: str) -> None:
+    assert cli.main(["export", model, str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    title = "PART: Self-supervised learning of the relative composition of images (arXiv:2506.03682)"
+    assert f"| Paper | {title} |" in card
+    assert title in [paper["title"] for paper in listing.papers()]
 
 
 # --- files of features ----------------------------------------------------------------------------

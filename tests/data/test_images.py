@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 
 import jax
 import numpy as np
@@ -106,6 +107,19 @@ def test_arrays_by_split(tmp_path):
         Arrays(path, classes=("a", "b")).source("train")
     with pytest.raises(UserError, match=r"'nothing', it has train_images, .*set data\.images"):
         Arrays(path, images="nothing").source("train")
+
+
+@pytest.mark.parametrize("name", ["{splt}_images", "{}", "{split", "{{split}}", "{0}", "{split!r}", "{split:>9}"])
+@pytest.mark.parametrize("field", ["images", "labels"])
+def test_other_braces_in_the_name_of_an_array_are_refused(tmp_path, field, name):
+    path = save(tmp_path / "a.npz", train_images=np.zeros((2, 2, 2), np.uint8), train_labels=np.uint8([0, 1]))
+    data = Arrays(path, **{field: name})
+    said = re.escape(f"data.{field}={name!r}: of braces only {{split}} is known")
+    with pytest.raises(UserError, match=said):
+        data.source("train")
+    if field == "images":
+        with pytest.raises(UserError, match=said):
+            data.fingerprint("train")
 
 
 def test_arrays_that_are_rewritten_are_read_again(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 
 import jax
@@ -137,6 +138,16 @@ def test_a_single_recording_gives_its_end_to_the_test_split(tmp_path):
     small, large = (Series(path, length=30, series="all", labels="", test_fraction=f) for f in (0.01, 0.99))
     assert [len(small.source(split)) for split in ("train", "test")] == [2, 1]  # at least one window each
     assert [len(large.source(split)) for split in ("train", "test")] == [1, 2]
+    # two to test on where there are four windows, however few time steps the share is
+    for length, hop, counts in (
+        (25, None, [2, 2]),
+        (26, None, [2, 1]),
+        (25, 10, [5, 2]),
+        (40, 10, [2, 2]),
+        (48, 5, [1, 1]),
+    ):
+        few = Series(path, length, hop, series="all", labels="", test_fraction=0.01)
+        assert [len(few.source(split)) for split in ("train", "test")] == counts
     short = Series(path, length=51, series="all", labels="")
     assert len(short.source("train")) == 1
     with pytest.raises(UserError, match="in its test split"):
@@ -195,6 +206,14 @@ def test_bad_arrays_are_named(tmp_path, arrays, text):
     path = save(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=text):
         Series(path, length=4, series="series", labels="labels" if "labels" in arrays else "").source("train")
+
+
+@pytest.mark.parametrize("name", ["{splt}_series", "{}", "{split", "{split}_{n}"])
+@pytest.mark.parametrize("field", ["series", "labels"])
+def test_other_braces_in_the_name_of_an_array_are_refused(tmp_path, field, name):
+    path = save(tmp_path / "a.npz", train_series=np.zeros((4, 9)), train_labels=np.zeros(4, int))
+    with pytest.raises(UserError, match=re.escape(f"data.{field}={name!r}: of braces only {{split}} is known")):
+        Series(path, length=4, **{field: name}).source("train")
 
 
 def test_missing_labels_say_how_to_do_without(tmp_path):
@@ -299,12 +318,12 @@ def test_folders_by_class_hold_out_some_of_every_class(tmp_path):
     data = Series(str(tmp_path), length=4, standardise=False)
     train, test = data.source("train"), data.source("test")
     assert train.labels == test.labels == ("blink", "move", "rest")
-    assert [labels(train).count(c) for c in range(3)] == [5, 4, 20]
-    assert [labels(test).count(c) for c in range(3)] == [5, 1, 5]
+    assert [labels(train).count(c) for c in range(3)] == [5, 3, 20]
+    assert [labels(test).count(c) for c in range(3)] == [5, 2, 5]
     both = [(int(e["label"]), e["series"].tobytes()) for s in (train, test) for e in (s[i] for i in range(len(s)))]
     assert len(set(both)) == len(both) == 40  # nothing is in both splits
     end = [test[i]["series"][0, 0] for i in range(len(test)) if test[i]["label"] == 1]
-    assert end == [16]  # the only file of its class gives its end
+    assert end == [12, 16]  # the only file of its class gives its end
     with pytest.raises(UserError, match=r"data\.classes names the labels of an \.npz"):
         Series(str(tmp_path), length=4, classes=("a", "b", "c")).source("train")
 

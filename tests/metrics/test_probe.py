@@ -1,5 +1,7 @@
 """Probes of features: of features that hold the answer, of noise, and of fresh parameters; mistakes are sentences."""
 
+import json
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo.data.images import Digits
+from zoo import cli, models
+from zoo.data.images import Arrays, Digits, Images
+from zoo.data.series import Series
 from zoo.errors import UserError
 from zoo.metrics import named
 from zoo.metrics.probe import Accuracy, Localise, Neighbours, Probe, explained, offsets
@@ -115,7 +119,9 @@ def test_pixels_of_digits_are_told_apart() -> None:
 def test_other_data_by_path() -> None:
     found = Probe(**SMALL, path=Rows())(Toy(), PARAMS, Rows(label=False), RNG)
     assert found["probe_accuracy"] == 1
-    with pytest.raises(UserError, match=r"path='digits' .* no data description"):
+    with pytest.raises(
+        UserError, match=r"path='digits' .* no data description; on the command line write data=digits,"
+    ):
         Probe(path="digits").check_data(Toy(), Rows())
 
 
@@ -129,7 +135,7 @@ def test_labels_that_are_missing_or_all_the_same_are_sentences() -> None:
         Probe(**SMALL)(Toy(), PARAMS, Rows(kinds=1), RNG)
     with pytest.raises(UserError, match="no test examples"):
         Probe().check_data(Toy(), Rows(test=0))
-    with pytest.raises(UserError, match=r"k=91 .* more than the 90 training images"):
+    with pytest.raises(UserError, match=r"k=91 .* more than the 90 training examples"):
         Neighbours(k=91)(Toy(), PARAMS, Rows(), RNG)
 
 
@@ -140,11 +146,43 @@ def test_fields_out_of_range_are_sentences() -> None:
         (lambda: Neighbours(k=0), "k=0 of the metric knn"),
         (lambda: Neighbours(k=11, train=10), "k=11 .* more than train=10"),
         (lambda: Localise(pairs=0), "pairs=0 of the metric localise"),
-        (lambda: Localise(ridge=-1.0), "ridge=-1.0"),
+        (lambda: Localise(ridge=-1.0), "ridge=-1.0 of the metric localise must be a finite number, 0 or more"),
+        (lambda: Localise(ridge=math.inf), "ridge=inf"),
+        (lambda: Localise(ridge=math.nan), "ridge=nan"),
+        (lambda: Probe(inverse_penalty=math.inf), "inverse_penalty=inf"),
+        (lambda: Probe(every=-1), "every=-1 of the metric probe must be 0 or more steps; 0 measures at the end only"),
+        (lambda: Neighbours(every=-1), "every=-1 of the metric knn"),
+        (lambda: Accuracy(every=-1), "every=-1 of the metric accuracy"),
+        (lambda: Localise(every=-1), "every=-1 of the metric localise"),
         (lambda: Accuracy(limit=0), "limit=0 of the metric accuracy"),
     ):
         with pytest.raises(UserError, match=words):
             make()
+
+
+def test_what_is_looked_at_is_opened_before_a_run(monkeypatch: Any) -> None:
+    """Every split, its first example against the task, and how many patches there are; nothing is computed."""
+    monkeypatch.setattr(Toy, "features", None)
+    for metric in (Probe(), Localise(), Neighbours()):
+        metric.check_data(Toy(), Rows())
+        for split in ("train", "test"):
+            with pytest.raises(UserError, match=f"the metric {metric.name}: data=Rows has no {split} examples"):
+                metric.check_data(Toy(), Rows(**{split: 0}))
+    with pytest.raises(UserError, match=r"data=Wide does not fit the task: 'image'"):
+        Localise().check_data(Toy(), Wide())
+    with pytest.raises(UserError, match=r"data=Wide does not fit the task: 'image'"):
+        Probe(path=Wide()).check_data(Toy(), Rows())
+    with pytest.raises(UserError, match=r"localise compares patches, and Toy cuts 1 from an image; .* task\.patch"):
+        Localise().check_data(Toy(patches=1), Rows())
+
+
+@dataclass(frozen=True)
+class Wide(Rows):
+    """Its test images are of another size than its training images."""
+
+    def source(self, split: str, spec: Any = None) -> Any:
+        rows = super().source(split, spec)
+        return rows if split == "train" else [{**row, "image": np.zeros((8, 9, 1), np.float32)} for row in rows]
 
 
 def test_weights_that_diverged_are_told() -> None:
@@ -191,3 +229,94 @@ def test_series_have_one_axis_and_a_single_patch_has_no_pairs() -> None:
 
 def test_they_are_found_by_name() -> None:
     assert {"probe", "knn", "accuracy", "localise", "relations"} <= set(named())
+
+
+# --- other data by `zoo eval` ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How many test examples there are."""
+
+    name = "counted"
+    needs = ()
+
+    def __call__(self, task: Any, params: Any, data: Any, rng: Any) -> dict[str, Any]:
+        return {"count": len(data.source("test", task.spec(1)))}
+
+
+@dataclass(frozen=True)
+class Reads:
+    """A task that reads one key."""
+
+    key: str
+    shape: tuple[int, ...]
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {self.key: jax.ShapeDtypeStruct((batch, *self.shape), jnp.float32)}
+
+
+@pytest.fixture
+def measured(tmp_path: Any, monkeypatch: Any, capsys: Any) -> Any:
+    """`zoo eval` with these fields on a model of this task and data: the data it names and the count, or the error."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 255, (6, 8, 8), np.uint8), np.arange(6) % 2
+    np.savez(tmp_path / "part.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    np.savetxt(tmp_path / "wave.csv", rng.normal(size=(80, 1)), delimiter=",")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("zoo.metrics.named", lambda: {"counted": Counted, "probe": Probe, "localise": Localise})
+
+    def run(task: Any, data: Any, *fields: str, metric: str = "counted") -> Any:
+        model = models.Model(task, PARAMS, "raw", 8, data, (), tmp_path)
+        monkeypatch.setattr(models, "open_model", lambda *a, **k: model)
+        code = cli.main(["eval", "model", metric, *fields])
+        out, err = capsys.readouterr()
+        assert code == (2 if err else 0), err
+        return err.strip() or json.loads(out)
+
+    return run
+
+
+IMAGE, SERIES = Reads("image", (8, 8, 1)), Reads("series", (16, 1))
+
+
+def test_a_path_stands_for_images_or_series_that_fit_the_task(measured: Any) -> None:
+    """Digits have no path: a description is made. Data with one keep their other fields."""
+    found = measured(IMAGE, Digits(), "data=part.npz")
+    assert (found["count"], found["data"]["path"], found["data"]["size"], found["data"]["channels"]) == (
+        6,
+        "part.npz",
+        8,
+        1,
+    )
+    assert found["data"]["class"] == "zoo.data.images.Images"
+    assert measured(IMAGE, None, "data=part.npz", "data.flip=true")["data"]["flip"] is True
+    found = measured(SERIES, Digits(), "data=wave.csv", "data.test_fraction=0.4", "data.hop=8")
+    assert (found["count"], found["data"]["length"]) == (3, 16)  # 32 time steps
+    found = measured(SERIES, Series("gone.csv", length=16, hop=4), "data=wave.csv")
+    assert (found["data"]["path"], found["data"]["hop"]) == ("wave.csv", 4)
+    found = measured(IMAGE, Images("gone", 8, channels=1, flip=True), "data=part.npz")
+    assert (found["data"]["path"], found["data"]["flip"]) == ("part.npz", True)
+    assert measured(IMAGE, Arrays("gone.npz", flip=True), "data=part.npz")["data"]["flip"] is True
+
+
+def test_the_probe_and_localise_take_other_data_by_path(measured: Any) -> None:
+    found = measured(Toy("noise"), Digits(), "data=part.npz", "batch=8", metric="probe")
+    assert (found["probe_train"], found["probe_test"], found["probe_classes"]) == (6, 6, 2)
+    found = measured(Toy(), Digits(), "data=part.npz", "batch=8", metric="localise")
+    assert (found["localise_train"], found["localise_test"]) == (6, 6)
+
+
+def test_other_data_that_cannot_be_are_sentences(measured: Any) -> None:
+    gone = "data=gone.npz is no path of a file or folder that exists; give one, or tfds:NAME"
+    assert gone in measured(IMAGE, Digits(), "data=gone.npz")
+    shown = measured(SERIES, Series("wave.csv", length=16), "data=16")
+    assert "or set fields of the model's own data (Series): data.path, data.length, data.hop" in shown
+    assert "data is set twice" in measured(IMAGE, Digits(), "data=part.npz", "data=wave.csv")
+    assert "data.path is set twice" in measured(SERIES, Series("wave.csv", 16), "data=wave.csv", "data.path=wave.csv")
+    assert "no field data.hop in Images" in measured(IMAGE, Digits(), "data=part.npz", "data.hop=2")
+    assert "Reads reads tokens, and a path is for images" in measured(Reads("tokens", (4,)), Digits(), "data=part.npz")
+    assert "tfds:nothing is not on disk" in measured(IMAGE, Digits(), "data=tfds:nothing", "data.data_dir=here")
+    assert "does not say what data it was trained on; give data=PATH" in measured(IMAGE, None)
+    shown = measured(Toy(), Digits(), "path=part.npz", metric="probe")
+    assert "on the command line write data=part.npz" in shown

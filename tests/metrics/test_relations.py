@@ -1,7 +1,7 @@
 """Predicted relations: exact ones score one and give the layout back, noise does not; the picture reaches folder and line."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from zoo import cli, models
+from zoo.commands.sample import save_pictures
 from zoo.data.images import Digits
 from zoo.errors import UserError
 from zoo.metrics.relations import Relations, in_pixels, spearman
@@ -132,6 +133,7 @@ def test_ranks_and_the_place_of_a_rebuilt_layout() -> None:
     want = np.mean([spearmanr(a[:, k], b[:, k]).statistic for k in range(2)])
     assert spearman(a, b) == pytest.approx(want)
     assert spearman(a, np.zeros((12, 2))) == 0
+    assert "-" not in str(Relations()._layout(-boxes_of(a), boxes_of(np.zeros((12, 2))), np.ones((1, 12), bool))[0])
     boxes = np.stack([rng.uniform(0, 9, (3, 6, 2)), rng.uniform(1, 4, (3, 6, 2))], -2)
     scale = np.exp(np.log(boxes[..., 1, :]).mean(1))[:, None, None]
     shifted = boxes / scale
@@ -139,11 +141,74 @@ def test_ranks_and_the_place_of_a_rebuilt_layout() -> None:
     np.testing.assert_allclose(in_pixels(shifted, boxes), boxes, atol=1e-9)
 
 
+def boxes_of(starts: np.ndarray) -> np.ndarray:
+    """Boxes [1, N, 2, A] of size 1."""
+    return np.stack([starts, np.ones_like(starts)], -2)[None].astype(float)
+
+
+SERIES_RUN = """
+from zoo.data.series import Series
+from zoo.metrics.probe import Localise
+from zoo.metrics.relations import Relations
+from zoo.papers.part import AbsolutePosition, Part
+from zoo.run import Run
+
+_encoder = dict(image=0, length=16, channels=1, patch=4, width=8, depth=1, head_dim=8)
+config = Run(
+    task=Part(**_encoder, pairs=4),
+    data=Series("wave.csv", length=16),
+    steps=2, batch=8, workdir="run", evals=(Relations(batch=8), Localise(batch=8)),
+)
+arrays = Run(
+    task=AbsolutePosition(**_encoder),
+    data=Series("series.npz", length=16, labels="", standardise=False),
+    steps=2, batch=8, workdir="run", evals=(Localise(batch=8),),
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            "run.py",
+            "the metric relations compares series with others, and data=Series has 1 of them in its test split; set "
+            "data.test_fraction to more, data.hop or data.length to less, or give data that have more",
+        ),
+        ("run.py:arrays", "array 'test_series' has nan in row 1 (time step 3, channel 0)"),
+        ("run.py:patches", "relations compares patches, and Part cuts 1 from a series"),
+    ],
+)
+def test_no_step_is_taken_where_the_last_look_would_fail(
+    tmp_path: Any, monkeypatch: Any, capsys: Any, config: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.py").write_text(SERIES_RUN)
+    rng = np.random.default_rng(0)
+    np.savetxt("wave.csv", rng.normal(size=(48, 1)))  # three windows
+    train, test = rng.normal(size=(2, 4, 16, 1))
+    test[1, 3] = np.nan
+    np.savez("series.npz", train_series=train, test_series=test)
+    if config == "run.py:patches":
+        monkeypatch.setattr(
+            "zoo.papers.part.Part.relations", lambda *a: Exact(series=True, patches=1).relations(*a[1:])
+        )
+        np.savetxt("wave.csv", rng.normal(size=(64, 1)))
+        config = "run.py"
+    assert cli.main(["train", config]) == 2
+    out, err = capsys.readouterr()
+    assert words in err
+    assert "step" not in out
+    assert not (tmp_path / "run").exists()
+
+
 def test_mistakes_are_sentences() -> None:
     for make, words in (
         (lambda: Relations(test=1), "test=1 .* must be 2 or more"),
         (lambda: Relations(images=0), "images=0"),
         (lambda: Relations(ink=-1.0), "ink=-1.0"),
+        (lambda: Relations(ink=np.inf), "ink=inf"),
+        (lambda: Relations(every=-1), "every=-1 of the metric relations must be 0 or more steps"),
         (lambda: Relations(**SMALL)(Exact(patches=1), {}, Digits(), RNG), "cuts 1 from an image"),
         (
             lambda: Relations(**SMALL)(Exact(noise=np.nan), {}, Digits(), RNG),
@@ -205,3 +270,18 @@ def test_eval_saves_pictures_and_prints_where(tmp_path: Any, monkeypatch: Any, c
     with Image.open(where) as picture:
         assert picture.size == (5, 3)
     assert line["figure"] == 1.5
+
+
+def test_eval_overwrites_no_picture(tmp_path: Any, monkeypatch: Any) -> None:
+    """That of training stays, and so does each of evaluations: in the run's folder and, of an export, here."""
+    monkeypatch.chdir(tmp_path)
+    first = {"layout": Image.new("RGB", (5, 3), (255, 0, 0))}
+    other = {"layout": Image.new("RGB", (7, 3)), "second": Image.new("RGB", (7, 3))}
+    model = models.Model(Exact(), {}, "raw", 800, Digits(), (), tmp_path / "run", Run(Exact(), Digits(), 8, 800))
+    for opened, stem in ((model, "run/samples/"), (replace(model, run=None, step=None), "samples/")):
+        step = "-0000800" if opened.run else ""
+        found = [save_pictures(opened, pictures) for pictures in (first, other, other)]
+        names = [str((tmp_path / saved["layout"]).relative_to(tmp_path)) for saved in found]
+        assert names == [f"{stem}layout{step}{count}.png" for count in ("", "-2", "-3")]
+        assert [Image.open(tmp_path / name).width for name in names] == [5, 7, 7]
+        assert found[2]["second"].endswith(f"second{step}-2.png")

@@ -3,7 +3,9 @@
 `python tests/papers/test_part_timm.py` makes the golden file anew, of random weights.
 """
 
+import ast
 import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,28 +16,29 @@ import numpy as np
 import pytest
 
 from zoo import weights
-from zoo.papers.part import Part, PartClassifier
+from zoo.papers.part import AbsolutePosition, MaskedAutoencoder, Part, PartClassifier
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "part" / "timm.npz"
-PART = Part(image=8, channels=3, patch=4, width=16, depth=2, head_dim=8, pairs=4)
-CLASSIFIER = PartClassifier(
-    image=8, channels=3, patch=4, width=16, depth=2, head_dim=8, classes=5, pool="class", scan=True
-)
+SHAPE: dict[str, Any] = {"image": 8, "channels": 3, "patch": 4, "width": 16, "depth": 2, "head_dim": 8}
+PART = Part(**SHAPE, pairs=4)
+ABSOLUTE, MASKED = AbsolutePosition(**SHAPE), MaskedAutoencoder(**SHAPE)
+CLASSIFIER = PartClassifier(**SHAPE, classes=5, pool="class", scan=True)
+MEAN = dataclasses.replace(CLASSIFIER, pool="mean")
 
 
-def build(task: Any, **given: Any) -> Any:
-    """timm's model of the same shape."""
+def arguments(task: Any) -> dict[str, Any]:
+    """What a task says that timm's model is made with."""
+    found = re.match(r"timm: (VisionTransformer\(.*?\));", task.import_note())
+    assert found
+    call = ast.parse(found[1], mode="eval").body
+    assert isinstance(call, ast.Call)
+    return {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+
+
+def build(task: Any) -> Any:
+    """timm's model, made as the task says."""
     timm = pytest.importorskip("timm", reason="needs the extra `torch`")
-    model = timm.models.vision_transformer.VisionTransformer(
-        img_size=task.image,
-        patch_size=task.patch,
-        in_chans=task.channels,
-        embed_dim=task.width,
-        depth=task.depth,
-        num_heads=task.width // task.head_dim,
-        **{"num_classes": getattr(task, "classes", 0), **given},
-    )
-    return model.eval()
+    return timm.models.vision_transformer.VisionTransformer(**arguments(task)).eval()
 
 
 def numbers(model: Any, image: np.ndarray, *, mean: bool = False) -> dict[str, np.ndarray]:
@@ -97,7 +100,19 @@ def test_weights_that_timm_had_give_what_timm_gave(golden: SimpleNamespace, scan
         np.testing.assert_array_equal(again[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("task", [PART, CLASSIFIER], ids=lambda task: type(task).__name__)
+def test_what_timm_is_to_be_made_with() -> None:
+    shape = {"img_size": 8, "patch_size": 4, "in_chans": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    assert arguments(PART) == arguments(ABSOLUTE) == arguments(MASKED) == {**shape, "num_classes": 0}
+    assert arguments(CLASSIFIER) == {**shape, "num_classes": 5, "global_pool": "token"}
+    assert arguments(MEAN) == {**shape, "num_classes": 5, "global_pool": "avg", "fc_norm": False}
+    assert PART.import_note().endswith(
+        "; features here are the mean of its patch tokens, forward_features(x)[:, 1:].mean(1), of images x [B, C, H, W] in [-1, 1]"
+    )
+
+
+@pytest.mark.parametrize(
+    "task", [PART, ABSOLUTE, MASKED, CLASSIFIER, MEAN], ids=["part", "absolute", "masked", "class", "mean"]
+)
 def test_timm_reads_what_is_exported_and_computes_the_same(tmp_path: Path, task: Any) -> None:
     model = build(task)
     from safetensors.torch import load_file
@@ -111,8 +126,10 @@ def test_timm_reads_what_is_exported_and_computes_the_same(tmp_path: Path, task:
     theirs, found = numbers(model, image), ours(task, params, image)
     near(found["tokens"], theirs["tokens"])
     near(found["features"], theirs["tokens"][:, 1:].mean(1))
-    if task is CLASSIFIER:
+    if hasattr(task, "logits"):
         near(found["logits"], theirs["logits"])
+        other = dataclasses.replace(task, pool="class" if task.pool == "mean" else "mean")
+        assert np.abs(np.asarray(ours(other, params, image)["logits"]) - theirs["logits"]).max() > 0.01  # pools differ
 
 
 def test_the_golden_file_is_what_timm_gives(golden: SimpleNamespace) -> None:

@@ -381,10 +381,22 @@ def test_fewer_bad_steps_are_lived_through_and_counted() -> None:
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
+FLOW = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=1, head_dim=8)
+
+
+@dataclass(frozen=True)
+class Taught(Wide):
+    """Holds a block of a TarFlow."""
+
+    def init(self, rng: jax.Array) -> Params:
+        block = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), weights.abstract(FLOW)["block0"])
+        return {**super().init(rng), "teacher": block}
+
+
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
     """An export of a TarFlow whose first layer has the shapes of `Wide`."""
-    task = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=1, head_dim=8)
+    task = FLOW
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), weights.abstract(task))
     folder = tmp_path_factory.mktemp("export") / "model"
@@ -393,15 +405,17 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
 
 
 def test_weights_of_another_model_fill_what_fits_and_are_reported(
-    export: tuple[Path, Params], caplog: pytest.LogCaptureFixture, tmp_path: Path
+    export: tuple[Path, Params], caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, given = export
+    _, given = export
+    monkeypatch.setattr(models, "given_weights", lambda *_, **__: {"": {"net": given["block0"]}})
     frozen = AdamW(lr=1e-30, final_lr=1e-30, weight_decay=0.0, schedule="constant")
-    fields = {"weights": {"net": f"{folder}:block0"}, "optim": frozen, "steps": 1}
+    fields = {"weights": {"": "x"}, "optim": frozen, "steps": 1}
     with caplog.at_level(logging.INFO, "zoo"):
         state = go(tmp_path / "run", **fields)
     for tree in (state.params, state.ema):
         chex.assert_trees_all_equal(jax.device_get(tree["net"]["in"]), given["block0"]["in"])
+    monkeypatch.setattr(models, "given_weights", lambda *_, **__: {})
     fresh = go(None, **{**fields, "weights": None})
     chex.assert_trees_all_equal(state.params["net"]["last"], fresh.params["net"]["last"])
     words = said(caplog)
@@ -414,7 +428,7 @@ def test_weights_are_read_at_the_start_only(export: tuple[Path, Params], tmp_pat
     folder, _ = export
     gone = tmp_path / "moved"
     os.symlink(folder, gone)
-    fields = {"weights": {"net": f"{gone}:block0"}}
+    fields = {"task": Taught(), "weights": {"teacher": f"{gone}:block0"}}
     go(tmp_path / "run", steps=3, **fields)
     gone.unlink()
     assert int(go(tmp_path / "run", steps=6, **fields).step) == 6
@@ -446,24 +460,41 @@ def test_frozen_networks_that_would_stay_random_are_refused(tmp_path: Path, monk
 
 
 def test_frozen_networks_that_are_filled_in_part_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "given_weights", lambda *_, **__: {"net": {"last": {"kernel": np.ones((8, 1))}}})
+    monkeypatch.setattr(models, "given_weights", lambda *_, **__: {"": {"net": {"last": {"kernel": np.ones((8, 1))}}}})
     monkeypatch.setattr(Pupil, "needs", ("net",))
     with pytest.raises(
-        UserError, match=r"weights\['net'\]=x leaves 2 of the 3 tensors of the frozen net random \(net/in/b"
+        UserError, match=r"weights\[''\]=x leaves 2 of the 3 tensors of the frozen net random \(net/in/b"
     ):
-        go(None, task=Pupil(), data=Bad(since=10**6), weights={"net": "x"})
+        go(None, task=Pupil(), data=Bad(since=10**6), weights={"": "x"})
 
 
 @pytest.mark.parametrize(
-    ("reference", "words"), [("nowhere", "neither a folder nor a shipped model"), (":block9", "no parameters named")]
+    ("reference", "words"),
+    [
+        ("nowhere", "neither a folder nor a shipped model"),
+        (":block9", "no parameters named"),
+        (":prior", r"weights: nothing given for 'teacher' has a place: it holds teacher"),
+    ],
 )
 def test_wrong_weights_leave_the_folder_to_the_right_ones(
     export: tuple[Path, Params], tmp_path: Path, reference: str, words: str
 ) -> None:
     folder, _ = export
     with pytest.raises(UserError, match=words):
-        go(tmp_path / "run", weights={"net": f"{folder}{reference}"})
-    assert int(go(tmp_path / "run", weights={"net": f"{folder}:block0"}, steps=1).step) == 1
+        go(tmp_path / "run", task=Taught(), weights={"teacher": f"{folder}{reference}"})
+    state = go(tmp_path / "run", task=Taught(), weights={"teacher": f"{folder}:block0"}, steps=1)
+    chex.assert_trees_all_equal(jax.device_get(state.params["teacher"]["in"]), export[1]["block0"]["in"])
+
+
+def test_parts_that_would_be_filled_by_half_leave_the_folder_to_the_right_ones(
+    export: tuple[Path, Params], tmp_path: Path
+) -> None:
+    folder, _ = export
+    with pytest.raises(
+        UserError, match=rf"weights\.net={folder}:block0 does not fit: missing \(1\): net/last/kernel; left"
+    ):
+        go(tmp_path / "run", weights={"net": f"{folder}:block0"})
+    assert not (tmp_path / "run").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -157,7 +158,8 @@ def draw(
 def save_pictures(model: Model, pictures: Mapping[str, Image.Image]) -> dict[str, str]:
     """Write what a metric drew as `NAME-STEP.png` into `samples/` of the run folder; returns the path of each.
 
-    Of an export, or a run folder that cannot be written, into `samples/` here.
+    Of an export, or a run folder that cannot be written, into `samples/` here. Nothing is overwritten: where that name is
+    taken, as it is by the picture of training, it is `NAME-STEP-2.png`, and so on.
 
     Raises:
         UserError: neither can be written.
@@ -168,15 +170,28 @@ def save_pictures(model: Model, pictures: Mapping[str, Image.Image]) -> dict[str
     for name, picture in pictures.items():
         file = f"{name}.png" if model.step is None else f"{name}-{model.step:07d}.png"
         try:
-            save_png(out / file, picture, about)
+            path = _free(out, file)
+            save_png(path, picture, about)
         except UserError as error:
             if out == here:
                 raise
             _log.warning("%s; the pictures go to %s", error, here)
             out = here
-            save_png(out / file, picture, about)
-        saved[name] = str(out / file)
+            path = _free(out, file)
+            save_png(path, picture, about)
+        saved[name] = str(path)
     return saved
+
+
+def _free(folder: Folder, file: str) -> Folder:
+    """The path of a file that is not there yet: FILE, or its name with the first free number from 2 behind."""
+    try:
+        taken = set(paths.names(folder))
+    except OSError as error:
+        raise UserError(f"cannot write pictures to {folder} ({error.strerror or error})") from None
+    stem, dot, suffix = file.rpartition(".")
+    names = itertools.chain([file], (f"{stem}-{k}{dot}{suffix}" for k in itertools.count(2)))
+    return folder / next(name for name in names if name not in taken)
 
 
 def _rows(conditions: Mapping[str, np.ndarray] | None, rows: np.ndarray) -> dict[str, jax.Array] | None:

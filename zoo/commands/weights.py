@@ -22,10 +22,13 @@ from zoo.train.report import read_metrics
 
 
 def _paper(task: Any) -> str:
-    """Title line of the paper's file."""
+    """Title line of the paper's file, or of its package."""
     import importlib
 
-    return (importlib.import_module(type(task).__module__).__doc__ or "").partition("\n")[0]
+    module = type(task).__module__
+    if module.startswith("zoo.papers."):
+        module = ".".join(module.split(".")[:3])
+    return (importlib.import_module(module).__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def _last_eval(model: Model) -> dict[str, Any]:
@@ -84,7 +87,8 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
             raise UserError(f"{out} exists; remove it first, or give another file")
         state = weights.to_official(model.task, model.params)
         weights.write_state_dict(out, state)
-        return f"{out}: {len(state)} tensors in the official layout ({which})"
+        note = f"\n{model.task.import_note()}" if hasattr(model.task, "import_note") else ""
+        return f"{out}: {len(state)} tensors in the official layout ({which}){note}"
     metrics = _last_eval(model) if model.run is not None else models.read_config(model.folder).get("metrics", {})
     program = _program(model.task, samples) if form == "stablehlo" else None
     beside = _tokenizer(homes(model.folder, model.run.weights if model.run is not None else None))

@@ -92,17 +92,20 @@ class Arrays:
         check_split(split)
         path = existing(self.path)
         part = None if "{split}" in self.images else [split, self.test_fraction]
-        return digest([[file_digest(path, path.stat().st_mtime_ns), self.images.format(split=split), part]])
+        return digest(
+            [[file_digest(path, path.stat().st_mtime_ns), array_name(self.images, split, "data.images"), part]]
+        )
 
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split, read lazily from the file and kept in memory."""
         check_split(split)
         check_channels(self.channels)
         path = existing(self.path)
-        images = _array(path, self.images.format(split=split), "data.images", str(path.stat().st_mtime_ns))
+        version = str(path.stat().st_mtime_ns)
+        images = _array(path, array_name(self.images, split, "data.images"), "data.images", version)
         labels = None
         if self.labels:
-            labels = _array(path, self.labels.format(split=split), "data.labels", str(path.stat().st_mtime_ns))
+            labels = _array(path, array_name(self.labels, split, "data.labels"), "data.labels", version)
         images, labels = checked_arrays(path, images, labels)
         names = class_names(self.classes, labels)
         part = np.arange(len(images))
@@ -586,6 +589,16 @@ def read_array(path: Path, key: str, field: str, what: str) -> np.ndarray:
             raise UserError(
                 f"{path}: array {key!r} cannot be read ({error}); save plain arrays with numpy.savez"
             ) from None
+
+
+def array_name(name: str, split: str, field: str) -> str:
+    """The array of a split, `{split}` in its name being "train" or "test"; UserError where other braces stand in it."""
+    if set("{}") & set(name.replace("{split}", "")):
+        raise UserError(
+            f"{field}={name!r}: of braces only {{split}} is known, which becomes 'train' or 'test'; write that, or the name of an "
+            "array as it stands in the file"
+        )
+    return name.replace("{split}", split)
 
 
 def open_npz(path: Path) -> Any:

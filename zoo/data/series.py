@@ -20,6 +20,7 @@ import numpy as np
 from zoo.data.images import (
     SPLITS,
     Files,
+    array_name,
     check_labels,
     check_split,
     class_names,
@@ -116,7 +117,8 @@ class Series:
     class at least one.
 
     Where there is only one recording to hold out from (one file, one file of a class, an .npz of one series), its END is the
-    test split: `test_fraction` of its time steps and at least one window. No window reaches from one split into the other.
+    test split: `test_fraction` of its time steps and at least one window, two where it has four, as far as the training split
+    keeps one. No window reaches from one split into the other.
     """
 
     path: str
@@ -197,7 +199,7 @@ class Series:
 
     def _from_npz(self, root: Path, split: str) -> Part:
         stamp = _stamp(root)
-        name = self.series.format(split=split)
+        name = array_name(self.series, split, "data.series")
         series = _series(stamp, name)
         count, steps = series.shape[:2]
         if count and steps < self.length:
@@ -207,13 +209,13 @@ class Series:
             )
         labels = None
         if self.labels:
-            labels = _labels(stamp, self.labels.format(split=split))
+            labels = _labels(stamp, array_name(self.labels, split, "data.labels"))
             check_labels(root, labels, count, "series")
         names = class_names(self.classes, labels)
         if "{split}" in self.series:
             members, first, last = np.arange(count), 0, steps
         elif count == 1:
-            members, (first, last) = np.arange(1), _cut(steps, self.length, self.test_fraction)[split]
+            members, (first, last) = np.arange(1), self._cut(steps)[split]
         else:
             members, first, last = np.asarray(divide(count, self.test_fraction)[split], np.int64), 0, steps
         spans = np.full(len(members), first), np.full(len(members), last)
@@ -251,11 +253,21 @@ class Series:
         for kind in np.unique(kinds):
             group = np.flatnonzero(kinds == kind).tolist()
             if len(group) == 1:
-                first, last = _cut(lengths[group[0]], self.length, self.test_fraction)[split]
+                first, last = self._cut(lengths[group[0]])[split]
                 spans += [(group[0], first, last)] if first < last else []
             else:
                 spans += [(group[j], 0, lengths[group[j]]) for j in divide(len(group), self.test_fraction)[split]]
         return sorted(spans)
+
+    def _cut(self, steps: int) -> dict[str, tuple[int, int]]:
+        """The time steps of both splits in one recording; where both cannot have a window, the training split has all."""
+        hop = self.length if self.hop is None else self.hop
+        held_out = 0
+        if self.test_fraction and steps >= 2 * self.length:
+            several = (steps - self.length) // hop + 1 >= 4  # two to test on: some metrics compare examples
+            held_out = max(self.length + hop * several, round(steps * self.test_fraction))
+        cut = max(self.length, steps - held_out) if held_out else steps
+        return {"train": (0, cut), "test": (cut, steps)}
 
 
 @dataclass(frozen=True)
@@ -308,13 +320,6 @@ class WindowSource:
             window = (window.astype(np.float64) - self._mean) / self._scale
         example = {"series": window.astype(np.float32)}
         return example if part.labels is None else {**example, "label": np.asarray(part.labels[i], np.int32)}
-
-
-def _cut(steps: int, length: int, test_fraction: float) -> dict[str, tuple[int, int]]:
-    """The time steps of both splits in one recording; the training split keeps a window, and where both cannot have one, all."""
-    held_out = max(length, round(steps * test_fraction)) if test_fraction and steps >= 2 * length else 0
-    cut = max(length, steps - held_out) if held_out else steps
-    return {"train": (0, cut), "test": (cut, steps)}
 
 
 @lru_cache(maxsize=8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,26 +63,83 @@ def _described(metric: Any, data: Any) -> tuple[Any, str]:
         return data, f"data={type(data).__name__}"
     if not hasattr(path, "source"):
         raise UserError(
-            f"path={path!r} of the metric {metric.name} is no data description; set path in a config file, e.g. "
-            'path=Images("data/mnist.npz", size=28, channels=1)'
+            f"path={path!r} of the metric {metric.name} is no data description; on the command line write data={path}, in a "
+            'config file a description, e.g. path=Images("data/mnist.npz", size=28, channels=1)'
         )
     return path, f"path={type(path).__name__}"
 
 
-def _check_labels(metric: Any, task: Any, data: Any, *splits: str) -> None:
-    """UserError for data without labels, or without examples."""
+def check_splits(metric: Any, task: Any, data: Any, *splits: str, label: bool = False, fewest: int = 1) -> None:
+    """Open what a metric goes through and read an example of each split.
+
+    Raises:
+        UserError: a split that cannot be read, that does not fit the task, or that has fewer than `fewest` examples (two are
+            asked for by a metric that compares them) or, asked for, no labels.
+    """
     described, called = _described(metric, data)
-    spec = _spec(task, metric.batch, label=True)
+    spec = _spec(task, metric.batch, label=label)
     for split in splits:
         source = described.source(split, spec)
-        if not len(source):
+        groups = getattr(source, "groups", None)
+        count = len(groups[0] if groups else source)  # what `epoch` goes through
+        if not count:
             raise UserError(f"the metric {metric.name}: {called} has no {split} examples; give data that have some")
-        if "label" not in (example := source[0]):
+        if count < fewest:
+            raise UserError(
+                f"the metric {metric.name} compares {unit(task)} with others, and {called} has {count} of them in its {split} "
+                f"split; {_for_more(described)}give data that have more"
+            )
+        example = source[int(groups[0][0]) if groups else 0]
+        if label and "label" not in example:
             way = "data.path" if hasattr(described, "path") else "data"
             raise UserError(
                 f"the metric {metric.name} needs labels, and {called} gives {', '.join(example)} alone in its {split} split; "
                 f"set {way} to labelled data, or leave the metric out"
             )
+        # compares its first example with the task; nothing is read ahead yet
+        epoch(described, 1, split=split, spec=_spec(task, 1, label=False), limit=1).close()
+
+
+def _for_more(data: Any) -> str:
+    """How a description of data can be made to hold out more."""
+    fewer = [f"data.{name}" for name in ("hop", "length") if hasattr(data, "hop")]
+    ways = ["data.test_fraction to more"] if hasattr(data, "test_fraction") else []
+    ways += [f"{' or '.join(fewer)} to less"] if fewer else []
+    return f"set {', '.join(ways)}, or " if ways else ""
+
+
+def unit(task: Any) -> str:
+    """What the examples of a task are called."""
+    return getattr(task, "unit", "images")
+
+
+def check_patches(metric: Any, task: Any, patches: int) -> None:
+    """UserError for a single patch, which cannot be compared with another."""
+    if patches < 2:
+        one = {"images": "an image", "series": "a series"}.get(unit(task), "an example")
+        raise UserError(
+            f"the metric {metric.name} compares patches, and {type(task).__name__} cuts {patches} from {one}; give it a "
+            "smaller task.patch"
+        )
+
+
+def shapes(task: Any, metric: Any, call: Any) -> Any:
+    """The shapes that `call(params, batch, rng)` gives for a batch of the metric."""
+    params = dist.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    return jax.eval_shape(call, params, _spec(task, metric.batch, label=False), jax.random.key(0))
+
+
+def check_fields(metric: Any, *counts: str, **least: float) -> None:
+    """UserError for fields of a metric out of range: `counts` below 1, `every` below 0, and those below `least` or infinite."""
+    at_least_one(metric, *counts)
+    if metric.every < 0:
+        raise UserError(
+            f"every={metric.every} of the metric {metric.name} must be 0 or more steps; 0 measures at the end only"
+        )
+    for name, low in least.items():
+        value = getattr(metric, name)
+        if not (low <= value and math.isfinite(value)):
+            raise UserError(f"{name}={value} of the metric {metric.name} must be a finite number, {low:g} or more")
 
 
 def _spec(task: Any, batch: int, *, label: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -93,7 +151,7 @@ def _spec(task: Any, batch: int, *, label: bool) -> dict[str, jax.ShapeDtypeStru
 
 
 @dataclass(frozen=True)
-class _Judged:
+class _Judged(ABC):
     """Accuracy on test images of a classifier that is fitted to the features of labelled training images.
 
     Both are a fixed random choice from their split, since a split may lie in the order of its classes. Features are
@@ -111,11 +169,11 @@ class _Judged:
     needs = ("features",)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "train", "test", "batch")
+        check_fields(self, "train", "test", "batch")
 
     def check_data(self, task: Any, data: Any) -> None:
-        """UserError for data without labels; asked before a run's first step."""
-        _check_labels(self, task, data, "train", "test")
+        """UserError for data without labels, or that do not fit the task; asked before a run's first step."""
+        check_splits(self, task, data, "train", "test", label=True)
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """`NAME_accuracy` with its standard error (that of `agreement`), how many images of how many classes it is of.
@@ -141,8 +199,8 @@ class _Judged:
         kinds = np.unique(labels)
         if len(kinds) < 2:
             raise UserError(
-                f"train={self.train} of the metric {name}: the {len(labels):,} training images are all of class {kinds[0]}; "
-                "set train to more, or give data of several classes"
+                f"train={self.train} of the metric {name}: the {len(labels):,} training {unit(task)} are all of class "
+                f"{kinds[0]}; set train to more, or give data of several classes"
             )
         judge, about = self._fitted(scale.transform(seen), labels)
         tested, truth = self._features(task, params, data, "test")
@@ -156,9 +214,9 @@ class _Judged:
             **about,
         }
 
+    @abstractmethod
     def _fitted(self, seen: np.ndarray, labels: np.ndarray) -> tuple[Any, dict[str, Any]]:
         """The classifier, an object with `predict`, of standardised features [N, D]; what else to report."""
-        raise NotImplementedError
 
     def _features(self, task: Any, params: Params, data: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Features [N, D] float64 and labels [N] of the images chosen from a split."""
@@ -177,19 +235,21 @@ class Probe(_Judged):
     """Accuracy on test images of a logistic regression on an encoder's features: the linear probe.
 
     Fitted to standardised features of a fixed random choice of labelled training images, with an L2 penalty (scikit-learn's
-    C). `probe_converged` says whether the optimiser came to its end.
+    C). `probe_converged` says whether the optimiser came to its end: time goes with iterations, images, classes and D.
     """
 
     inverse_penalty: float = 1.0  # C: smaller holds the weights closer to 0
-    iterations: int = 5_000  # of the optimiser (L-BFGS), at most
+    iterations: int = 1_000  # of the optimiser (L-BFGS), at most
 
     name = "probe"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_one(self, "iterations")
-        if not self.inverse_penalty > 0:
-            raise UserError(f"inverse_penalty={self.inverse_penalty} of the metric probe must be above 0")
+        if not 0 < self.inverse_penalty < math.inf:
+            raise UserError(
+                f"inverse_penalty={self.inverse_penalty} of the metric probe must be a finite number above 0"
+            )
 
     def _fitted(self, seen: np.ndarray, labels: np.ndarray) -> tuple[Any, dict[str, Any]]:
         from sklearn.exceptions import ConvergenceWarning
@@ -226,7 +286,8 @@ class Neighbours(_Judged):
 
         if self.k > len(labels):
             raise UserError(
-                f"k={self.k} of the metric knn is more than the {len(labels):,} training images; choose k={len(labels)} or less"
+                f"k={self.k} of the metric knn is more than the {len(labels):,} training examples; choose k={len(labels)} or "
+                "less"
             )
         return KNeighborsClassifier(self.k, algorithm="brute").fit(seen, labels), {"knn_k": self.k}
 
@@ -247,11 +308,11 @@ class Accuracy:
     needs = ("logits",)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "batch", "limit")
+        check_fields(self, "batch", "limit")
 
     def check_data(self, task: Any, data: Any) -> None:
-        """UserError for data without labels; asked before a run's first step."""
-        _check_labels(self, task, data, self.split)
+        """UserError for data without labels, or that do not fit the task; asked before a run's first step."""
+        check_splits(self, task, data, self.split, label=True)
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """`accuracy` and `nll` (nats) with their standard errors, and of how many examples.
@@ -319,9 +380,13 @@ class Localise:
     needs = ("off_grid",)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "train", "test", "pairs", "batch")
-        if not self.ridge >= 0:
-            raise UserError(f"ridge={self.ridge} of the metric localise must be 0 or more")
+        check_fields(self, "train", "test", "pairs", "batch", ridge=0)
+
+    def check_data(self, task: Any, data: Any) -> None:
+        """UserError for data that cannot be read or do not fit the task, and for a single patch; asked before a run's first step."""
+        check_splits(self, task, data, "train", "test")
+        tokens, _ = shapes(task, self, jitted(task, "off_grid"))
+        check_patches(self, task, tokens.shape[1])
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """`localise_r2` and that of each axis, `localise_r2_dx` ...; with `baseline` also with `_random` at the end.
@@ -329,8 +394,9 @@ class Localise:
         Patches follow from rng and the place of their batch.
 
         Raises:
-            UserError: a single patch per image, features that are not finite.
+            UserError: what `check_data` refuses, features that are not finite.
         """
+        self.check_data(task, data)
         draw, init = jax.random.split(rng)
         found = self._measure(task, params, data, draw)
         if self.baseline:
@@ -352,8 +418,8 @@ class Localise:
         guess, truth = fit.predict(scale.transform(parts["test"][0])), parts["test"][1]
         r2 = explained(guess.reshape(truth.shape), truth)
         return {
-            "localise_r2": float(r2.mean()),
-            **{f"localise_r2_{axis}": float(r) for axis, r in zip(AXES[truth.shape[1]], r2)},
+            "localise_r2": float(r2.mean()) + 0.0,  # no -0.0
+            **{f"localise_r2_{axis}": float(r) + 0.0 for axis, r in zip(AXES[truth.shape[1]], r2)},
             **{f"localise_{split}": count for split, count in counts.items()},
             "localise_pairs": self.pairs,
         }
@@ -368,11 +434,6 @@ class Localise:
             found = jitted(task, "off_grid")(params, batch, jax.random.fold_in(rng, k))
             tokens, boxes = finite(found, "off_grid", task, self)
             n = tokens.shape[1]
-            if n < 2:
-                raise UserError(
-                    f"the metric localise compares patches, and {type(task).__name__} cuts {n} from an image; give it a "
-                    "smaller task.patch"
-                )
             for z, box in zip(tokens[:count].astype(np.float64), boxes[:count].astype(np.float64)):
                 i = coin.integers(n, size=self.pairs)
                 j = (i + coin.integers(1, n, size=self.pairs)) % n

@@ -18,8 +18,7 @@ from zoo import dist
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 from zoo.metrics.drawing import layouts
-from zoo.metrics.likelihood import at_least_one
-from zoo.metrics.probe import explained, finite
+from zoo.metrics.probe import check_fields, check_patches, check_splits, explained, finite, shapes
 from zoo.task import Params
 
 _PAIRS = 4_096  # of an image that are compared at most, a fixed random choice
@@ -50,13 +49,20 @@ class Relations:
     needs = ("relations",)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "test", "images", "batch")
+        check_fields(self, "test", "images", "batch", ink=0)
         if self.test < 2:
             raise UserError(
-                f"test={self.test} of the metric relations must be 2 or more: images are compared with others"
+                f"test={self.test} of the metric relations must be 2 or more: examples are compared with others"
             )
-        if not self.ink >= 0:
-            raise UserError(f"ink={self.ink} of the metric relations must be 0 or more")
+
+    def check_data(self, task: Any, data: Any) -> None:
+        """UserError for data that cannot be read or do not fit the task, and for fewer than two test examples or patches.
+
+        Asked before a run's first step.
+        """
+        check_splits(self, task, data, "test", fewest=2)
+        measured, _ = shapes(task, self, _measured(task))
+        check_patches(self, task, measured["boxes"].shape[1])
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """By channel `r2_dx`, `mae_dx`, `mae_constant_dx`, `r2_shuffled_dx`; `layout_all`, `layout_ink`, `layout_shuffled`.
@@ -64,8 +70,9 @@ class Relations:
         `pictures` has the PIL image `layout`. Patches follow from rng and the place of their batch.
 
         Raises:
-            UserError: fewer than two examples or patches, predictions that are not finite.
+            UserError: what `check_data` refuses, predictions that are not finite.
         """
+        self.check_data(task, data)
         spec = task.spec(self.batch)
         parts: list[dict[str, np.ndarray]] = []
         shown: dict[str, np.ndarray] = {}
@@ -77,10 +84,6 @@ class Relations:
                 new = {key: x[: min(count, missing)] for key, x in finite(some, "relations", task, self).items()}
                 shown = {key: np.concatenate([shown[key], x]) if shown else x for key, x in new.items()}
         whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        if len(whole["boxes"]) < 2:
-            raise UserError(
-                "the metric relations compares images with others, and the data have one test example; give more"
-            )
         placed, scores = self._layout(whole["boxes"], whole["layout"], whole["ink"] > self.ink)
         found = {**_channels(task.relation_names, whole["predicted"], whole["true"]), **placed}
         found |= {"images": len(whole["boxes"])}
@@ -109,10 +112,10 @@ class Relations:
             some.append(spearman(t[ink], r[ink]) if ink.sum() >= _FEWEST else None)
             shuffled.append(spearman(coin.permutation(t), r))
         known = [score for score in some if score is not None]
-        found: dict[str, Any] = {"layout_all": float(np.mean(every)), "layout_all_std_error": _std_error(every)}
+        found: dict[str, Any] = {"layout_all": _mean(every), "layout_all_std_error": _std_error(every)}
         if known:
-            found |= {"layout_ink": float(np.mean(known)), "layout_ink_std_error": _std_error(known)}
-        found |= {"layout_ink_images": len(known), "layout_shuffled": float(np.mean(shuffled))}
+            found |= {"layout_ink": _mean(known), "layout_ink_std_error": _std_error(known)}
+        found |= {"layout_ink_images": len(known), "layout_shuffled": _mean(shuffled)}
         return found, list(zip(every, some))
 
 
@@ -123,11 +126,6 @@ def _measured(task: Any) -> Any:
     def measure(params: Params, batch: Any, rng: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         out = task.relations(params, jax.tree.map(lambda x: dist.constrain(x, "batch"), batch), rng)
         patches = out["patches"]
-        if patches.shape[1] < 2:
-            raise UserError(
-                f"the metric relations compares patches, and {type(task).__name__} cuts {patches.shape[1]} from an image; "
-                "give it a smaller task.patch"
-            )
         i, j = _pairs(patches.shape[1])
         within = tuple(range(2, patches.ndim - 1))
         # over pixels and not over channels: a patch of one colour is blank. Pixels are in [-1, 1], levels in [0, 1]
@@ -157,7 +155,11 @@ def _channels(names: tuple[str, ...], predicted: np.ndarray, true: np.ndarray) -
         "mae_constant": np.abs(truth.mean(0) - truth).mean(0),
         "r2_shuffled": explained(guess, other),
     }
-    return {f"{key}_{name}": float(x) for key, column in columns.items() for name, x in zip(names, column, strict=True)}
+    return {
+        f"{key}_{name}": float(x) + 0.0  # no -0.0
+        for key, column in columns.items()
+        for name, x in zip(names, column, strict=True)
+    }
 
 
 def in_pixels(layout: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -184,6 +186,10 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 def _caption(every: float, some: float | None) -> str:
     shown = [f"{round(x, 2) + 0.0:.2f}" for x in (every, some) if x is not None]  # + 0.0: no "-0.00"
     return "Spearman " + ", with ink ".join(shown)
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) + 0.0  # no -0.0
 
 
 def _std_error(values: list[float]) -> float:

@@ -40,6 +40,7 @@ def attend_layer(
     *,
     causal: bool,
     backend: str,
+    seen: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """What a layer does with its queries [B, T, H, K], keys and values: turn, temper, and attend with a cache or without.
 
@@ -50,7 +51,7 @@ def attend_layer(
     if temperature is not None:
         q = q / temperature[:, None, None, None].astype(q.dtype)
     if cache is None:
-        return attend(q, k, v, causal=causal, backend=backend), None
+        return attend(q, k, v, causal=causal, backend=backend, seen=seen), None
     cache = write_cache(cache, k, v, index, layer)
     return attend_cached(q, cache, index, layer), cache
 
@@ -72,11 +73,12 @@ class Attention(nn.Module):
         layer: jax.Array | None = None,
         temperature: jax.Array | None = None,
         rope: jax.Array | None = None,
+        seen: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """[B, T, D] -> [B, T, D].
 
         `temperature` [B] divides the attention logits of each example; `rope` [T, K/2] are the angles by which queries
-        and keys are turned (`zoo.nn.embed.rotate`).
+        and keys are turned (`zoo.nn.embed.rotate`); `seen` bool [B, T], the keys that count where there is no cache.
 
         Kernels keep all numbers of all heads in one axis: TPUs store the last axis in rows of 128, so that an axis of 64
         (one head) would take twice its memory.
@@ -87,7 +89,7 @@ class Attention(nn.Module):
         qkv = Dense((3, width), ("embed", None, "heads"), dtype=self.dtype, name="qkv")(x)
         q, k, v = (qkv[..., i, :].reshape(*qkv.shape[:-2], heads, self.head_dim) for i in range(3))
         y, cache = attend_layer(
-            q, k, v, cache, index, layer, temperature, rope, causal=self.causal, backend=self.backend
+            q, k, v, cache, index, layer, temperature, rope, causal=self.causal, backend=self.backend, seen=seen
         )
         y = y.reshape(*y.shape[:-2], width)
         return Dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y), cache

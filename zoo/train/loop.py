@@ -239,11 +239,11 @@ def _check_tokenizer(run: Run, made: str) -> None:
         )
 
 
-def _check_needed(run: Run, filled: Params, given: Mapping[str, Params]) -> None:
+def _check_needed(run: Run, filled: Params) -> None:
     """UserError when a frozen network that must come from `Run.weights` would stay random.
 
     Args:
-        filled: abstract parameters with the trees `given` put in, so that what stays fresh has no numbers.
+        filled: abstract parameters with the trees of `Run.weights` put in, so that what stays fresh has no numbers.
     """
     if getattr(run.data, "made_up", False):
         return
@@ -257,9 +257,8 @@ def _check_needed(run: Run, filled: Params, given: Mapping[str, Params]) -> None
                 f"{models.must_add(key, run.task)}{without}"
             )
         if fresh:
-            entry = key if key in given else ""
             raise UserError(
-                f"weights[{entry!r}]={(run.weights or {})[entry]} leaves {len(fresh)} of the {len(leaves)} tensors of the "
+                f"weights['']={(run.weights or {})['']} leaves {len(fresh)} of the {len(leaves)} tensors of the "
                 f"frozen {key} random ({fresh[0]} ...); give the task the sizes of that network, or another one{without}"
             )
 
@@ -559,9 +558,9 @@ def train(
         begun = folder is not None and hosts.told(lambda: bool(Checkpoints(folder, create=False).steps()))
         given = {} if begun else models.given_weights(run.weights or {}, task=run.task)
         # before the folder is claimed: it would belong to the wrong weights
-        filled, _ = weights.fill(abstract.params, given)
+        filled, _ = weights.fill(abstract.params, given, run.weights, run.task)
         if not begun:
-            _check_needed(run, filled, given)
+            _check_needed(run, filled)
             _check_encoders(run, given)
         del filled
         checkpoints = state = about = None

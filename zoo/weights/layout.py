@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -232,12 +233,25 @@ def resolve(reference: str, read: Callable[[str], Params]) -> Params:
     return tree[key]
 
 
-def fill(params: Params, given: Mapping[str, Any]) -> tuple[Params, list[str]]:
+def fill(
+    params: Params, given: Mapping[str, Any], named: Mapping[str, str] | None = None, task: Any = None
+) -> tuple[Params, list[str]]:
     """`params` with the trees of `given` put in, and a report: what was filled, left fresh and not used.
 
     A key of `given` is a top-level key of `params`, or "" for a tree whose own top-level keys are placed by name (an
     explicit key wins over it). Layers may be stacked or unrolled on either side. Values take the dtype and sharding
-    of what they replace. Raises UserError for an unknown key, a tree that fits nowhere, and any shape that differs.
+    of what they replace.
+
+    What is given by "" fills what fits. What is given by name fills its key whole; a model may hold more parts than the key
+    (a discriminator beside a decoder), which are not used, and a part of a model may not.
+
+    Args:
+        named: `Run.weights`, where the trees come from: for errors, and to tell a model ("PATH") from its part ("PATH:KEY").
+        task: whose field may say how many layers there are, for errors.
+
+    Raises:
+        UserError: an unknown key, a tree that fits nowhere, any shape that differs, and of what is given by name a tensor that
+            is missing or left over.
     """
     flat = flatten(params)
     filled: set[str] = set()
@@ -245,8 +259,9 @@ def fill(params: Params, given: Mapping[str, Any]) -> tuple[Params, list[str]]:
     for key, tree in given.items():
         if key and key not in params:
             raise UserError(f"weights: {key!r} is no part of this task's parameters; {suggest(key, params)}")
+        reference = (named or {}).get(key, "")
         if key:
-            new = flatten({key: _relayout(tree, params[key], key)})
+            new = _placed(key, tree, params[key], reference, task)
         else:
             new = flatten(_relayout({k: v for k, v in tree.items() if k not in given}, params, ""))
         fits = [name for name in new if name in flat]
@@ -255,11 +270,10 @@ def fill(params: Params, given: Mapping[str, Any]) -> tuple[Params, list[str]]:
                 f"weights: nothing given for {key!r} has a place: it holds {few(new)}, "
                 f"the task has {few(n for n in flat if not key or n.split('/')[0] == key)}; check the reference"
             )
-        shapes = [differs(name, new[name], flat[name]) for name in fits if np.shape(new[name]) != np.shape(flat[name])]
         refuse(
-            f"weights[{key!r}] does not fit",
+            f"{_entry(key, reference)} does not fit",
             "use a task of the same size, or name only the keys that fit",
-            {"wrong shape": shapes},
+            {"wrong shape": _wrong_shapes(new, flat)},
         )
         flat |= {name: _like(new[name], flat[name]) for name in fits}
         filled |= set(fits)
@@ -269,6 +283,89 @@ def fill(params: Params, given: Mapping[str, Any]) -> tuple[Params, list[str]]:
     report += [f"left fresh: {_parts(fresh)}"] if fresh else []
     report += [f"not used: {_parts(unused)}"] if unused else []
     return {**params, **unflatten(flat)}, report
+
+
+def _placed(key: str, tree: Any, want: Any, reference: str, task: Any) -> dict[str, Any]:
+    """Leaves by name of a tree that is given for a top-level key; UserError where it does not fill that key whole."""
+    entry, whole = _entry(key, reference), not parts_of(reference)[1]
+    wanted = flatten({key: want})
+    deep, expected = _depths(tree), _depths(want)
+    differ = [path for path in expected if deep.get(path, expected[path]) != expected[path]]
+    if not differ:
+        tree = _relayout(tree, want, key)
+    new = flatten({key: tree})
+    more = [name for name in new if name not in wanted]
+    if whole and isinstance(want, Mapping):
+        more = [name for name in more if name.partition("/")[2].split("/")[0] in want]
+    faults = {
+        "missing": [name for name in wanted if name not in new],
+        "left over": more,
+        "wrong shape": _wrong_shapes(new, wanted),
+    }
+    if reference and whole and isinstance(tree, Mapping) and key in tree and (differ or any(faults.values())):
+        raise UserError(
+            f"{entry} is a whole model ({few(sorted(tree))}), and the task takes its part {key!r} here; give "
+            f"weights.{key}={reference}:{key}"
+        )
+    if differ:
+        has, needs = deep[differ[0]], expected[differ[0]]
+        field = _depth_field(task, key, needs)
+        raise UserError(
+            f"{entry} has {has} layers, this task has {needs}"
+            + (
+                f" ({field}): set {field}={has}, or give weights of {needs} layers"
+                if field
+                else "; use a task of the same size"
+            )
+        )
+    if any(name in wanted for name in new):  # else all of it is wrong, and `fill` says so
+        refuse(f"{entry} does not fit", "use a task of the same size", faults)
+    return new
+
+
+def _entry(key: str, reference: str) -> str:
+    """An entry of `Run.weights`, as it is written."""
+    return (f"weights.{key}" if key else "weights['']") + (f"={reference}" if reference else "")
+
+
+def _wrong_shapes(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
+    return [
+        differs(name, leaf, want[name])
+        for name, leaf in have.items()
+        if name in want and np.shape(leaf) != np.shape(want[name])
+    ]
+
+
+def _depths(tree: Any, path: str = "") -> dict[str, int]:
+    """How many layers each stack of a tree has, in either layout, by where it lies; stacks within stacks are left out."""
+    if not isinstance(tree, Mapping):
+        return {}
+    names, block = _layers(tree), tree.get("block")
+    rest = {key: node for key, node in tree.items() if key not in ("block", *names)}
+    found = {path: len(names)} if names else {}
+    if isinstance(block, Mapping):
+        sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(block)}
+        if len(sizes) == 1 and () not in sizes:
+            found[path] = sizes.pop()[0]
+    for key, node in rest.items():
+        found |= _depths(node, f"{path}/{key}")
+    return found
+
+
+def _depth_field(task: Any, key: str, layers: int) -> str:
+    """The field of a task that gives the network under a key so many layers; "" where that is not known."""
+    own = getattr(task, key, None)  # a network that is described in a field of its own
+    described = dataclasses.is_dataclass(own)
+    places = (
+        [(own, "depth", f"task.{key}.depth")]
+        if described
+        else [(task, n, f"task.{n}") for n in (f"{key}_depth", "depth")]
+    )
+    for holder, name, written in places:
+        known = {field.name for field in dataclasses.fields(holder)} if dataclasses.is_dataclass(holder) else set()
+        if name in known and getattr(holder, name) == layers:
+            return written
+    return ""
 
 
 def _like(value: Any, old: Any) -> Any:

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from zoo.dist import check_divides, constrain
-from zoo.errors import UserError
-from zoo.nn.attention import attend, check_backend
+from zoo.dist import constrain
+from zoo.errors import UserError, check_divisor
+from zoo.nn.attention import check_backend
 from zoo.nn.embed import grid_positions, sincos
-from zoo.nn.layers import Dense, LayerNorm, Table, gelu, lecun_normal, truncated_normal
-from zoo.nn.transformer import Trunk, check_remat
+from zoo.nn.layers import Dense, LayerNorm, Table, lecun_normal, truncated_normal
+from zoo.nn.transformer import MLP, Attention, Trunk, check_remat
 from zoo.papers.part.sampling import crop, grid_patches, pad_crop, random_resized_crop, sample_boxes
 from zoo.task import Batch, Name, Params
 
@@ -48,21 +48,14 @@ class Layer(nn.Module):
 
         `seen` bool [B, T]: the keys that count. `keep` [2, B]: factors on the two branches of each example.
         """
-        width = h.shape[-1]
-        heads = width // self.head_dim
-        check_divides(heads, "heads", f"{'/'.join(self.path)}: the number of heads, task.width / task.head_dim,")
 
-        def add(h: jax.Array, y: jax.Array, branch: int) -> jax.Array:
-            return h + (y if keep is None else y * keep[branch][:, None, None].astype(y.dtype))
+        def kept(y: jax.Array, branch: int) -> jax.Array:
+            return y if keep is None else y * keep[branch][:, None, None].astype(y.dtype)
 
-        x = LayerNorm(EPSILON, name="attention_norm")(h)
-        qkv = Dense((3, width), ("embed", None, "heads"), dtype=self.dtype, name="qkv")(x)
-        q, k, v = (qkv[..., i, :].reshape(*h.shape[:-1], heads, self.head_dim) for i in range(3))
-        y = attend(q, k, v, causal=False, backend=self.backend, seen=seen).reshape(h.shape)
-        h = add(h, Dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y), 0)
-        x = LayerNorm(EPSILON, name="mlp_norm")(h)
-        x = gelu(Dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="up")(x))
-        return add(h, Dense(width, ("mlp", "embed"), dtype=self.dtype, name="down")(x), 1), None
+        attention = Attention(self.head_dim, False, self.dtype, self.backend, name="attention")
+        y, _ = attention(LayerNorm(EPSILON, name="attention_norm")(h), seen=seen)
+        h = h + kept(y, 0)
+        return h + kept(MLP(dtype=self.dtype, name="mlp")(LayerNorm(EPSILON, name="mlp_norm")(h)), 1), None
 
 
 class Encoder(nn.Module):
@@ -206,20 +199,9 @@ class Vit:
                 f"task.image={self.image} and task.length={self.length}: give one of them, the pixels a side of images or the "
                 "samples of a series, and set the other to 0"
             )
-        side, name = (self.length, "length") if self.length else (self.image, "image")
-        if side % self.patch:
-            fits = [p for p in range(1, side + 1) if side % p == 0]
-            nearest = min(fits, key=lambda p: abs(p - self.patch))
-            raise UserError(
-                f"task.patch={self.patch} does not divide task.{name}={side}; choose a divisor, e.g. task.patch={nearest}"
-            )
-        if self.width % self.head_dim:
-            fits = [k for k in range(1, self.width + 1) if self.width % k == 0]
-            nearest = min(fits, key=lambda k: abs(k - self.head_dim))
-            raise UserError(
-                f"task.head_dim={self.head_dim} does not divide task.width={self.width}; choose a divisor, e.g. "
-                f"task.head_dim={nearest}"
-            )
+        name, side = self.side
+        check_divisor("patch", self.patch, name, side)
+        check_divisor("head_dim", self.head_dim, "width", self.width)
         if not 0 <= self.drop_path < 1:
             raise UserError(f"task.drop_path={self.drop_path} is no share of branches; choose 0 <= task.drop_path < 1")
         if self.augment not in ("none", "pad", "resized"):
@@ -244,6 +226,11 @@ class Vit:
     def hints(self) -> dict[str, tuple[str, str]]:
         """How to come by what `Run.weights` may name, and the entry for it."""
         return {"encoder": ("train one with `zoo train`, e.g. part/digits", "weights.encoder=RUN:encoder")}
+
+    @property
+    def side(self) -> tuple[str, int]:
+        """The field that says how long an axis of the input is, and its value."""
+        return ("length", self.length) if self.length else ("image", self.image)
 
     @property
     def key(self) -> str:
@@ -278,6 +265,12 @@ class Vit:
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1], or `series` [B, L, C]."""
         return {self.key: jax.ShapeDtypeStruct((batch, *reversed(self.extent), self.channels), jnp.float32)}
+
+    def signal(self, batch: Batch) -> jax.Array:
+        """The input of a batch. Traces fail here, and not somewhere below, on one of another shape than the task's."""
+        found = batch[self.key]
+        chex.assert_shape(found, (None, *reversed(self.extent), self.channels))
+        return found
 
     def encoder(self) -> Encoder:
         """The network under the key `encoder` of the parameters."""
@@ -335,7 +328,7 @@ class Vit:
 
     def feature_map(self, params: Params, batch: Batch) -> jax.Array:
         """Tokens of the regular grid as a map [B, S/P, S/P, D], of series [B, L/P, D]."""
-        z, _ = self.encode(params, grid_patches(batch[self.key], self.patch), self.positions(params))
+        z, _ = self.encode(params, grid_patches(self.signal(batch), self.patch), self.positions(params))
         return z.reshape(len(z), *self.grid, self.width)
 
     def features(self, params: Params, batch: Batch) -> jax.Array:
@@ -347,7 +340,7 @@ class Vit:
 
         No task is told where they are, whatever it learned to expect.
         """
-        signal = batch[self.key]
+        signal = self.signal(batch)
         count = (len(signal), self.tokens)
         boxes = sample_boxes(rng, count, self.extent, self.patch / 2, min(2 * self.patch, *self.extent))
         return self.encode(params, crop(signal, boxes, self.patch))[0], boxes
@@ -379,21 +372,35 @@ class Vit:
                     Name(f"{layer}.{theirs}.bias", f"{block}/{mine}/bias", layer=l),
                 ]
             names += [
-                Name(f"{layer}.attn.qkv.weight", f"{block}/qkv/kernel", "(s h) w -> w s h", {"s": 3}, l),
-                Name(f"{layer}.attn.qkv.bias", f"{block}/qkv/bias", "(s h) -> s h", {"s": 3}, l),
+                Name(f"{layer}.attn.qkv.weight", f"{block}/attention/qkv/kernel", "(s h) w -> w s h", {"s": 3}, l),
+                Name(f"{layer}.attn.qkv.bias", f"{block}/attention/qkv/bias", "(s h) -> s h", {"s": 3}, l),
             ]
-            for theirs, mine in (("attn.proj", "out"), ("mlp.fc1", "up"), ("mlp.fc2", "down")):
+            for theirs, mine in (("attn.proj", "attention/out"), ("mlp.fc1", "mlp/up"), ("mlp.fc2", "mlp/down")):
                 names += [
                     Name(f"{layer}.{theirs}.weight", f"{block}/{mine}/kernel", "o i -> i o", layer=l),
                     Name(f"{layer}.{theirs}.bias", f"{block}/{mine}/bias", layer=l),
                 ]
         return names
 
+    def import_note(self) -> str:
+        """How timm reads that layout, and what there is the same as `features` here."""
+        return (
+            f"{self._published_model(num_classes=0)}; features here are the mean of its patch tokens, "
+            "forward_features(x)[:, 1:].mean(1), of images x [B, C, H, W] in [-1, 1]"
+        )
+
+    def _published_model(self, **more: Any) -> str:
+        arguments = {
+            "img_size": self.image,
+            "patch_size": self.patch,
+            "in_chans": self.channels,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.width // self.head_dim,
+            **more,
+        }
+        return f"timm: VisionTransformer({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+
     def _published_positions(self) -> np.ndarray:
         """That layout always has positions: zeros are none."""
         return np.zeros((1, 1 + self.tokens, self.width), np.float32)
-
-
-def check_shapes(signal: jax.Array, task: Vit) -> None:
-    """Traces fail here, and not somewhere below, on an input of another shape than the task's."""
-    chex.assert_shape(signal, (None, *reversed(task.extent), task.channels))

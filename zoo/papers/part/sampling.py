@@ -127,7 +127,4 @@ def pad_crop(rng: jax.Array, image: jax.Array) -> jax.Array:
     padded = jnp.pad(image, ((0, 0), (edge, edge), (edge, edge), (0, 0)), constant_values=-1)
     start = jax.random.randint(rng, (len(image), 2), 0, 2 * edge + 1)
 
-    def one(image: jax.Array, at: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jax.lax.dynamic_slice(image, (at[0], at[1], 0), shape)
-
-    return jax.vmap(one, (0, 0, None))(padded, start, image.shape[1:])
+    return jax.vmap(lambda whole, at: jax.lax.dynamic_slice(whole, (at[0], at[1], 0), image.shape[1:]))(padded, start)

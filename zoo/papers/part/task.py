@@ -6,6 +6,7 @@ B examples, N patches of P pixels or samples a side, C channels, D width, A axes
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,6 @@ from zoo.papers.part.model import (
     Layer,
     PairwiseHead,
     Vit,
-    check_shapes,
 )
 from zoo.papers.part.sampling import crop, grid_boxes, grid_patches, rebuild, relation, sample_boxes
 from zoo.task import Batch, Name, Params
@@ -48,11 +48,19 @@ def _left(patches: int, mask: float) -> int:
     return int(patches * (1 - mask) + 1e-6)
 
 
+def _check_several(task: Vit) -> None:
+    """UserError for a grid of one patch, of which nothing can be asked."""
+    if task.tokens < 2:
+        raise UserError(f"task.patch={task.patch} makes one patch of the whole input; choose a smaller task.patch")
+
+
 def _check_mask(task: Vit, patches: int, mask: float) -> None:
     """UserError for a mask that leaves no key, or for a kernel that takes no mask."""
     _share("mask", mask)
     if not _left(patches, mask):
-        raise UserError(f"task.mask={mask} leaves none of {patches} patches; choose {1 - 1 / patches:.2g} or less")
+        digits = 10 ** max(2, len(str(patches)))
+        most = math.floor((1 - 1 / patches) * digits) / digits  # rounded up it would be refused again
+        raise UserError(f"task.mask={mask} leaves none of {patches} patches; choose {most:g} or less")
     if mask and task.attention in ("cudnn", "splash"):
         raise UserError(
             f"task.attention={task.attention!r} cannot leave out keys (task.mask={mask}); set task.attention=auto or xla"
@@ -69,15 +77,18 @@ def _some(rng: jax.Array, batch: int, patches: int, count: int) -> jax.Array:
 @functools.lru_cache(maxsize=32)
 def _deviations(task: Part) -> np.ndarray:
     """Standard deviations [R] of the relations that the sampler of a task makes, from 100,000 pairs of it."""
-    with jax.ensure_compile_time_eval():  # constants, also where a trace asks for them first
+    n = task.tokens
+
+    def drawn() -> jax.Array:
         if task.sampling == "grid":
-            boxes = grid_boxes(task.extent, task.patch)
-            i, j = np.divmod(np.arange(len(boxes) ** 2), len(boxes))
-            pair = jnp.asarray(boxes)[i], jnp.asarray(boxes)[j]
-        else:
-            drawn = task.boxes(jax.random.key(0), 100_000, 2)
-            pair = drawn[:, 0], drawn[:, 1]
-        deviation = np.asarray(task.compared(*pair)).std(0)
+            boxes = jnp.asarray(grid_boxes(task.extent, task.patch))
+            i, j = np.divmod(np.arange(n * n), n)
+            return task.compared(boxes[i], boxes[j]).std(0)
+        boxes = task.boxes(jax.random.key(0), 100_000, 2)
+        return task.compared(boxes[:, 0], boxes[:, 1]).std(0)
+
+    with jax.ensure_compile_time_eval():  # constants, also where a trace asks for them first
+        deviation = np.asarray(jax.jit(drawn)())
         return np.where(deviation < 1e-6, 1.0, deviation)  # where all boxes have one size
 
 
@@ -112,6 +123,12 @@ class Part(Vit):
         _one_of("error", self.error, ("squared", "absolute", "huber"))
         _one_of("head", self.head, ("cross_attention", "pairwise"))
         _one_of("query", self.query, ("patch_cat", "positional"))
+        for name, unset in (("query", "patch_cat"), ("heads", 1), ("residual", False)):
+            if self.head == "pairwise" and getattr(self, name) != unset:
+                raise UserError(
+                    f"task.{name}={getattr(self, name)} belongs to task.head=cross_attention, and task.head=pairwise has no such "
+                    f"thing; leave it at {unset}"
+                )
         if self.pairing is not None:
             _one_of("pairing", self.pairing, ("distinct", "independent", "matching"))
         self._check_boxes()
@@ -147,7 +164,7 @@ class Part(Vit):
 
     def _check_sizes(self) -> None:
         smallest, largest = self.between
-        side, name = (self.length, "length") if self.length else (self.image, "image")
+        name, side = self.side
         if largest > side:
             what = f"task.largest={largest:g}" if self.largest is not None else f"two patches, {largest:g},"
             raise UserError(
@@ -214,8 +231,7 @@ class Part(Vit):
     def crops(self, batch: Batch, rng: jax.Array, *, augment: bool = True) -> tuple[jax.Array, jax.Array]:
         """A set of patches [B, N, P, P, C] of each example, and their boxes [B, N, 2, A]."""
         one, two = jax.random.split(rng)
-        signal = batch[self.key]
-        check_shapes(signal, self)
+        signal = self.signal(batch)
         signal = self.augmented(one, signal) if augment else signal
         boxes = self.boxes(two, len(signal), self.count)
         patches = grid_patches(signal, self.patch) if self.sampling == "grid" else crop(signal, boxes, self.patch)
@@ -318,6 +334,7 @@ class AbsolutePosition(Vit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_several(self)
         _check_mask(self, self.tokens, self.mask)
         _share("known", self.known)
         told = round(self.known * self.tokens)
@@ -339,8 +356,7 @@ class AbsolutePosition(Vit):
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         """Mean cross entropy (nats) of the slots among N, over the patches without a code; `accuracy` of the largest logit."""
         move, hide, tell, drop = jax.random.split(rng, 4)
-        signal = batch[self.key]
-        check_shapes(signal, self)
+        signal = self.signal(batch)
         patches = grid_patches(self.augmented(move, signal), self.patch)
         told = round(self.known * self.tokens)
         asked = ~_some(tell, len(patches), self.tokens, told)
@@ -398,11 +414,12 @@ class MaskedAutoencoder(Vit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_several(self)
         _share("mask", self.mask)
         if not 0 < self.visible < self.tokens:
             what = "shows" if not self.visible else "hides"
             raise UserError(
-                f"task.mask={self.mask} {what} none of {self.tokens} patches; choose a share in between, e.g. 0.75"
+                f"task.mask={self.mask} {what} none of {self.tokens} patches; choose a share in between, e.g. 0.5"
             )
         for name in ("decoder_width", "decoder_depth", "decoder_head_dim"):
             if getattr(self, name) < 1:
@@ -442,8 +459,7 @@ class MaskedAutoencoder(Vit):
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         """Mean squared error of the masked patches' pixels."""
         move, hide, drop = jax.random.split(rng, 3)
-        signal = batch[self.key]
-        check_shapes(signal, self)
+        signal = self.signal(batch)
         patches = grid_patches(self.augmented(move, signal), self.patch)
         patches = patches.reshape(*patches.shape[:2], self.dims)
         order = jnp.argsort(jax.random.uniform(hide, patches.shape[:2]), -1)
@@ -529,7 +545,6 @@ class PartClassifier(Vit):
         return table
 
     def _logits(self, params: Params, signal: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        check_shapes(signal, self)
         z, first = self.encode(params, grid_patches(signal, self.patch), self.positions(params), rng=rng)
         pooled = z.mean(1) if self.pool == "mean" else first
         found: Any = self._classifier().apply({"params": params["classifier"]}, pooled)
@@ -537,12 +552,12 @@ class PartClassifier(Vit):
 
     def logits(self, params: Params, batch: Batch) -> jax.Array:
         """[B, classes]."""
-        return self._logits(params, batch[self.key])
+        return self._logits(params, self.signal(batch))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         """Mean cross entropy (nats) of augmented and mixed examples; `accuracy` of the largest logit, where none are mixed."""
         move, rub, mix, drop = jax.random.split(rng, 4)
-        signal, label = self.augmented(move, batch[self.key]), batch["label"]
+        signal, label = self.augmented(move, self.signal(batch)), batch["label"]
         wanted = optax.smooth_labels(jax.nn.one_hot(label, self.classes), self.smoothing)
         if self.erase:
             signal = _erased(rub, signal, self.erase)
@@ -562,6 +577,14 @@ class PartClassifier(Vit):
             Name("head.weight", "classifier/kernel", "c d -> d c"),
             Name("head.bias", "classifier/bias"),
         ]
+
+    def import_note(self) -> str:
+        """How timm reads that layout, where the class token is classified unless it is told otherwise."""
+        pooled: dict[str, Any] = (
+            {"global_pool": "avg", "fc_norm": False} if self.pool == "mean" else {"global_pool": "token"}
+        )
+        model = self._published_model(num_classes=self.classes, **pooled)
+        return f"{model}; it gives the logits of images [B, C, H, W] in [-1, 1]"
 
 
 def _rectangles(rng: jax.Array, image: jax.Array, area: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.dist import constrain, whole
-from zoo.errors import UserError
+from zoo.errors import UserError, check_divisor
 from zoo.flows.inverse import Jacobi, Stepper, invert, sequential, swept
 from zoo.flows.transforms import shift_right
 from zoo.nn.attention import check_backend
@@ -100,12 +100,7 @@ class TarFlowLM:
         for name in ("dims", "patch"):
             if getattr(self, name) < 1:
                 raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
-        if self.length % self.patch:
-            fits = [p for p in range(1, self.length + 1) if self.length % p == 0]
-            best = min(fits, key=lambda p: abs(p - self.patch))
-            raise UserError(
-                f"task.patch={self.patch} does not divide task.length={self.length}; choose a divisor, e.g. task.patch={best}"
-            )
+        check_divisor("patch", self.patch, "length", self.length)
         if not self.layers:
             raise UserError("task.layers=() is no flow; give at least one Layer")
         if self.groups and (min(self.groups) < 1 or sum(self.groups) != len(self.layers)):
