@@ -258,19 +258,30 @@ def rapid(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A package in place of rapidocr that finds what `found` says and notes what it is given."""
     from zoo.papers.typescore.extractors import ocr
 
-    seen: dict[str, Any] = {"found": None, "labels": []}
+    # of lines: what the classifier says, and how surely they are read as they stand and turned by 180 degrees
+    seen: dict[str, Any] = {"found": None, "labels": [], "sure": {}}
 
     class RapidOCR:
         def __init__(self, params: dict[str, Any]) -> None:
             seen["params"] = params
 
-        def run_ocr_steps(self) -> tuple[Any, Any]:
-            return None, types.SimpleNamespace(cls_res=seen["labels"])
+        def cls_and_rotate(self, crops: list[np.ndarray]) -> tuple[list[np.ndarray], Any]:
+            flipped = [c[::-1, ::-1] if "180" in label else c for c, (label, _) in zip(crops, seen["labels"])]
+            return flipped, types.SimpleNamespace(cls_res=seen["labels"])
+
+        def recognize_txt(self, crops: list[np.ndarray]) -> Any:
+            way = {1: "upright", 2: "turned"}[int(crops[0][0, 0])]  # the corners of a crop tell which way it stands
+            assert all(crop[0, 0] == crops[0][0, 0] for crop in crops)
+            seen["read"] = [*seen.get("read", ()), way]
+            return types.SimpleNamespace(scores=seen["sure"].get(way, (0.9,) * len(crops)), way=way)
 
         def __call__(self, image: np.ndarray) -> Any:
             seen["image"] = image
-            self.run_ocr_steps()
             boxes, txts, scores = seen["found"] or (None, None, None)
+            if boxes is not None:
+                crops = [np.array([[1, 0], [0, 2]]) for _ in boxes]
+                crops, _ = self.cls_and_rotate(crops)
+                seen["way"] = self.recognize_txt(crops).way
             return types.SimpleNamespace(boxes=boxes, txts=txts, scores=scores)
 
     module = types.ModuleType("rapidocr")
@@ -295,12 +306,22 @@ def test_rapidocr_is_set_up_as_it_must_be(rapid: dict[str, Any]) -> None:
 def test_rapidocr_lines_become_text_in_reading_order(rapid: dict[str, Any]) -> None:
     low, high = ([[0, y], [50, y], [50, y + 10], [0, y + 10]] for y in (40, 0))
     rapid["found"] = np.array([low, high], np.float32), ("second", "first"), (0.9, np.float32(0.8))
+    rapid["labels"] = [("0", 1.0), ("0", 0.9)]
     found = RapidOcr().extract([Image.new("RGB", (64, 64))])[0]
     assert found.text == "first second"
     assert [line.text for line in found.lines] == ["second", "first"]
     assert Extraction.of(json.loads(json.dumps(found.record()))) == found
-    rapid["labels"] = [("180", 1.0), ("180", 0.9)]
-    assert RapidOcr().extract([Image.new("RGB", (64, 64))])[0].text == "second first"
+    assert rapid["read"] == ["upright"]  # once
+
+
+def test_rapidocr_turns_all_lines_or_none(rapid: dict[str, Any]) -> None:
+    low, high = ([[0, y], [50, y], [50, y + 10], [0, y + 10]] for y in (40, 0))
+    rapid["found"] = np.array([low, high], np.float32), ("second", "first"), (0.9, 0.8)
+    rapid["labels"] = [("0", 1.0), ("180", 0.99)]
+    for turned, way, text in ((0.3, "upright", "first second"), (0.95, "turned", "second first")):
+        rapid["sure"], rapid["read"] = {"turned": (turned, turned)}, []
+        assert RapidOcr().extract([Image.new("RGB", (64, 64))])[0].text == text
+        assert (rapid["way"], rapid["read"]) == (way, ["upright", "turned"])
 
 
 @pytest.mark.parametrize("mode, colour", [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0)), ("1", 1), ("L", 255), ("P", 255)])

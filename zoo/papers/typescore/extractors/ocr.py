@@ -66,7 +66,7 @@ class RapidOcr:
 
     threads: int = aside(2)  # of one operation, on the CPU
     least_score: float = 0.5  # lines with less confidence are left out; 0 to 1
-    upside_down: bool = True  # whether lines are turned by 180 degrees where a classifier says so
+    upside_down: bool = True  # whether text that is upside down is turned
 
     name: ClassVar[str] = "rapidocr"
 
@@ -102,7 +102,7 @@ class RapidOcr:
             texts = getattr(found, "txts", None)  # nothing found: None in every field
             if texts is None or found.boxes is None:
                 return Extraction("")
-            boxes = as_read(np.asarray(found.boxes, dtype=float), engine.upside_down())
+            boxes = as_read(np.asarray(found.boxes, dtype=float), engine.upside_down)
             lines = tuple(
                 Line(str(text), box_of(box), float(score)) for text, box, score in zip(texts, boxes, found.scores)
             )
@@ -114,8 +114,7 @@ class RapidOcr:
 def as_read(boxes: np.ndarray, upside_down: bool) -> np.ndarray:
     """Corners [N, 4, 2] as the text is read, of boxes whose corners begin at the image's top left.
 
-    RapidOCR turns tall boxes by 90 degrees against the clock and then those by 180 that its classifier finds upside down, but
-    tells neither. A tall box in a page of wide ones is a letter such as I and left alone.
+    RapidOCR turns tall boxes by 90 degrees against the clock, which it does not tell. A tall box in a page of wide ones is a letter such as I and left alone.
     """
     wide, high = (np.linalg.norm(boxes[:, i] - boxes[:, 0], axis=-1) for i in (1, 3))
     tall = high >= 1.5 * wide  # its own rule
@@ -129,19 +128,28 @@ def _rapidocr(threads: int, least_score: float, upside_down: bool) -> Any:
     from rapidocr import RapidOCR
 
     class Engine(RapidOCR):
-        """Keeps what its classifier said of the lines' directions, which it does not hand back."""
+        """Turns all lines of an image or none: its classifier takes a short upright line for one upside down now and then.
 
-        _turned: Any = None
+        Where the classifier finds one, all are read both ways, and the way that is read with more confidence is right.
+        """
 
-        def run_ocr_steps(self, *args: Any, **kwargs: Any) -> Any:
-            steps = super().run_ocr_steps(*args, **kwargs)
-            self._turned = steps[1].cls_res
-            return steps
+        _doubtful = False
+        upside_down = False  # whether the lines of the last image were
 
-        def upside_down(self) -> bool:
-            """Whether most lines of the last image were."""
-            turned = [str(label) == "180" for label, _ in self._turned or ()]
-            return sum(turned) * 2 > len(turned)
+        def cls_and_rotate(self, crops: list[np.ndarray]) -> tuple[list[np.ndarray], Any]:
+            _, said = super().cls_and_rotate(crops)
+            self._doubtful = any("180" in str(label) for label, _ in said.cls_res)
+            return crops, said
+
+        def recognize_txt(self, crops: list[np.ndarray]) -> Any:
+            read, self.upside_down = super().recognize_txt(crops), False
+            if self._doubtful:
+                turned = super().recognize_txt([np.ascontiguousarray(crop[::-1, ::-1]) for crop in crops])
+                widths = [crop.shape[1] for crop in crops]
+                if np.dot(turned.scores, widths) > np.dot(read.scores, widths):
+                    read, self.upside_down = turned, True
+            self._doubtful = False
+            return read
 
     return Engine(
         params={
