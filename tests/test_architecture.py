@@ -31,7 +31,7 @@ MAY = {
     "train.tracking": set(),
     "train.checkpoint": {"hosts", "paths", "weights", "train.step"},
     "run": {"dist", "data", "train.optim"},
-    "models": {"config", "dist", "paths", "weights", "train.optim", "train.step", "train.checkpoint"},
+    "models": {"config", "dist", "encoders", "paths", "weights", "train.optim", "train.step", "train.checkpoint"},
     "train.loop": {
         "config", "dist", "data", "hosts", "models", "paths", "run", "weights",
         "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",

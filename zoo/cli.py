@@ -488,8 +488,10 @@ def _eval(args: argparse.Namespace) -> int:
     dist.start(batch=getattr(metric, "shares", None))
     model = models.open_model(args.model, raw=args.raw, allow=args.allow)
     check_needs(model.task, metric.needs, args.metric)
-    data = _measured(model, args.model, [f for f in args.fields if f not in own])
-    found = metric(model.task, model.params, data, jax.random.key(0), **models.loaded_for(metric, args.allow))
+    others = [f for f in args.fields if f not in own]
+    data = _measured(model, args.model, others) if others or getattr(metric, "uses_data", True) else model.data
+    loaded = models.loaded_for(metric, args.allow, model.task, model.homes)
+    found = metric(model.task, model.params, data, jax.random.key(0), **loaded)
     if hasattr(metric, "saves"):
         from zoo.commands import strategy
 

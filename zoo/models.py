@@ -13,6 +13,8 @@ from typing import Any
 import jax
 
 from zoo import config, dist, paths, weights
+from zoo.encoders.tokenizer import NAME as TOKENIZER
+from zoo.encoders.tokenizer import Tokenizer
 from zoo.errors import UserError, suggest
 from zoo.paths import Folder
 from zoo.task import Params
@@ -20,7 +22,6 @@ from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.step import abstract_state
 
-TOKENIZER = "spiece.model"  # the file of a tokeniser, beside the text encoder
 _PRETRAINED = Path(__file__).parent / "pretrained"
 _VAE = (
     "get the published one with `zoo import starflow/sd_vae FILE OUT`, or train a small one with "
@@ -46,6 +47,11 @@ class Model:
     labels: tuple[str, ...]  # class names
     folder: Folder
     run: Any = None  # the whole Run, where the folder is one
+
+    @property
+    def homes(self) -> list[Folder]:
+        """Where its tokeniser may lie."""
+        return homes(self.folder, self.run.weights if self.run is not None else None)
 
 
 def shipped() -> dict[str, Path]:
@@ -229,7 +235,46 @@ def tokenizer_digest(file: Folder) -> str:
         return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def loaded_for(metric: Any, allow: Sequence[str] = ()) -> dict[str, Model]:
-    """The feature network that a metric names in its `network()`, opened; {} where it needs none."""
+def open_tokenizer(
+    task: Any, places: Sequence[Folder], file: str | None = None, way: str = "with --tokenizer FILE"
+) -> tuple[Tokenizer, str]:
+    """The tokeniser of a task's captions, and the digest of its file.
+
+    Args:
+        places: folders in which it may lie, as of `homes`.
+        file: where it lies; None: in the first of `places` that has one.
+        way: how the user says where it lies.
+
+    Raises:
+        UserError: there is none, or it has more pieces than the task's text encoder knows.
+    """
+    if file is not None:
+        found, digest = Tokenizer(file), tokenizer_digest(Path(file))
+    else:
+        folder = next((place for place in places if has_tokenizer(place)), None)
+        if folder is None:
+            where = f"there is none in {' or '.join(map(str, places))}" if places else "none is known"
+            raise UserError(
+                f"captions need the tokeniser {TOKENIZER}, and {where}; copy it there from "
+                f"where the text encoder is published, or give it {way}"
+            )
+        with paths.here(folder, (TOKENIZER,)) as near:
+            found, digest = Tokenizer(near), tokenizer_digest(near)
+    text = getattr(task, "text", None)
+    if text is not None:
+        found.check(text.vocab)
+    return found, digest
+
+
+def loaded_for(
+    metric: Any, allow: Sequence[str] = (), task: Any = None, places: Sequence[Folder] = ()
+) -> dict[str, Any]:
+    """What a metric asks for besides the task: the network that its `network()` names, opened, and for one with
+    `captions` the tokeniser of `task`, looked for in `places` unless its field `tokenizer` names a file."""
     name = metric.network() if hasattr(metric, "network") else None
-    return {"network": open_model(name, allow=allow)} if name else {}
+    found: dict[str, Any] = {"network": open_model(name, allow=allow)} if name else {}
+    if getattr(metric, "captions", False):
+        found["encode"], _ = open_tokenizer(
+            task, places, metric.tokenizer or None, f"in the field tokenizer of the metric {metric.name}"
+        )
+    return found

@@ -8,6 +8,7 @@
 Or bring in the published weights, which are for research only: `zoo import starflow/t2i_256 FILE exports/starflow`. Batch, learning
 rates, penalty, noise and dropping are the released config's, warm-up its default (one "epoch" of 50,000 examples), 400 million
 images the paper's. `attention` needs bfloat16 on GPUs; for a single GPU set `mesh.fsdp=1 batch=...`.
+`zoo train starflow/t2i_256:typescore` also measures now and then whether texts are drawn as captions ask for them (extra `typescore`).
 """
 
 from dataclasses import replace
@@ -17,7 +18,9 @@ from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.encoders.text import T5, xl
 from zoo.encoders.vae import AutoEncoder, sd
+from zoo.metrics.prompted import Prompted
 from zoo.papers import starflow
+from zoo.papers.typescore import TypeScore
 from zoo.run import Checkpoint, Run, Samples
 from zoo.train.optim import AdamW
 
@@ -33,6 +36,8 @@ config = Run(
     samples=Samples(every=10_000, n=64, options={"guidance": 2.5}),
     log_every=50,
 )
+
+typescore = replace(config, evals=(Prompted(TypeScore(limit=32), options={"guidance": 2.5}, every=20_000),))
 
 smoke = replace(
     config,

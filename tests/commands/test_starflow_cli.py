@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from zoo import cli, models, weights
-from zoo.commands import conditions
 from zoo.commands.weights import _licence, export
 from zoo.data.captions import template
 from zoo.data.synthetic import Synthetic
@@ -21,6 +20,7 @@ from zoo.encoders.tokenizer import NAME, Tokenizer
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
 from zoo.papers.starflow import StarFlow
+from zoo.papers.typescore.extractors import Extraction, Oracle
 from zoo.run import Run, Samples
 from zoo.train import loop
 from zoo.weights.export import _EXPORT
@@ -279,7 +279,7 @@ def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):
     for given in ({"text": "exports/t5"}, {"": "exports/flow"}, {"vae": "lost", "text": "exports/t5"}):
         run = Run(TASK, Synthetic(), steps=1, batch=8, weights=given)
         asked = dataclasses.replace(opened, folder=tmp_path, run=run)
-        assert conditions._open(asked, None)[0](["a red cat"], 24)[0].any()
+        assert models.open_tokenizer(asked.task, asked.homes)[0](["a red cat"], 24)[0].any()
     export(asked, tmp_path / "out", "zoo", 1)
     assert (tmp_path / "out" / "spiece.model").read_bytes() == (root / "t5" / "spiece.model").read_bytes()
     with pytest.raises(UserError, match=r"--format stablehlo: .* takes captions, .*; use --format zoo"):
@@ -287,10 +287,61 @@ def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):
     assert not (tmp_path / "program").exists()
     lost = dataclasses.replace(asked, run=dataclasses.replace(run, weights={"text": "lost"}))
     with pytest.raises(UserError, match=rf"there is none in {tmp_path} or lost; copy it there .* --tokenizer FILE"):
-        conditions._open(lost, None)
+        models.open_tokenizer(lost.task, lost.homes)
     small = dataclasses.replace(asked, task=dataclasses.replace(TASK, text=dataclasses.replace(TEXT, vocab=9)))
     with pytest.raises(UserError, match=r"pieces, and the text encoder knows 9 \(task.text.vocab\)"):
-        conditions._open(small, None)
+        models.open_tokenizer(small.task, small.homes)
+
+
+PROMPTED = """
+from dataclasses import replace
+from config import *
+from zoo.metrics.prompted import Prompted
+from zoo.papers.typescore import TypeScore
+from zoo.papers.typescore.extractors import Oracle
+
+metric = Prompted(TypeScore(extractor=Oracle(), wanted="wanted.jsonl"), images=2, batch=4, every=1)
+run = replace(config, weights={"vae": "exports/vae", "text": "exports/t5"}, workdir="typed", evals=(metric,))
+"""
+
+
+def test_a_run_is_measured_by_typescore_while_it_trains_and_after(capsys, root, model, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(str(root))
+    (root / "prompted.py").write_text(PROMPTED)
+    (root / "wanted.jsonl").write_text(
+        "".join(
+            json.dumps({"id": f"{i}", "instruction": f'a {c} cat "says {i}"'}) + "\n"
+            for i, c in enumerate(("red", "blue"))
+        )
+    )
+    read = []
+
+    def extract(self, pictures):  # the second image of each prompt is read well, the first one not at all
+        read.append(pictures)
+        return [Extraction("says 0"), Extraction(""), Extraction("says 1"), Extraction("", error="no answer")]
+
+    monkeypatch.setattr(Oracle, "extract", extract)
+    ran(capsys, "train", "prompted.py:run")
+    records = [json.loads(line) for line in (root / "typed" / "metrics.jsonl").read_text().splitlines()]
+    (found,) = [record for record in records if "typescore" in record]
+    assert found["typescore"] == pytest.approx(75)
+    assert found["step"] == 1
+    assert (found["typescore_read"], found["typescore_failed"], found["prompted_images"]) == (3, 1, 4)
+    assert found["typescore_failure"] == "no answer"
+    assert found["typescore_extractor"].startswith("oracle ")
+    assert (root / "typed" / "samples" / "typescore-0000001.png").is_file()
+    # an imported model, of whose data nothing is known
+    said = json.loads(ran(capsys, "eval", str(model), "prompted.py:metric"))
+    assert (said["typescore"], said["prompted_left_out"]) == (found["typescore"], 0)
+    for some in read:
+        first = np.stack([np.asarray(picture, int) for picture in some])
+        assert first.shape == (4, 8, 8, 3)
+        assert (first[0] != first[1]).any()
+        assert (first[0] != first[2]).any()
+    said = refused(capsys, "eval", str(model), "prompted.py:metric", "tokenizer=no.model")
+    assert "no.model is missing: it comes with the published text encoder" in said
+    (root / "wanted.jsonl").unlink()
+    assert "wanted.jsonl" in refused(capsys, "train", "prompted.py:run", "workdir=other")
 
 
 def test_show_tells_the_memory_of_the_caches(capsys):

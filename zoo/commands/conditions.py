@@ -1,4 +1,4 @@
-"""What samples are conditioned on: captions as tokens, the shape of an aspect ratio, and where tokenisers lie."""
+"""What samples are conditioned on: captions as tokens, and the shape of an aspect ratio."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from zoo import paths
-from zoo.data.captions import bucket, nearest, template
-from zoo.encoders.tokenizer import NAME, Tokenizer
+from zoo import models
+from zoo.data.captions import as_tokens, bucket, framed
 from zoo.errors import UserError
-from zoo.models import Model, has_tokenizer, homes, tokenizer_digest
+from zoo.models import Model
 from zoo.task import is_text
 from zoo.train.report import class_name
 
@@ -124,40 +123,11 @@ def given(
         )
     if "tokens" not in wanted:
         return None, None, {}
-    around = None
-    if getattr(task, "template", "plain") == "aspect":
-        rows, columns = options.get("grid") or task.latent
-        around = aspect or nearest(columns, rows)
+    around = framed(task, options.get("grid"), aspect)
     if texts is None:
         _log.info("no prompt=: samples are drawn without a caption")
         if around is None:
             return None, None, {}
-    length = task.spec(1)["tokens"].shape[1]
-    encode, digest = _open(model, tokenizer)
-    null, _ = encode([template("", aspect=around)], length)
-    arrays = {"null_tokens": np.repeat(null, n, 0)}
-    if texts is None:
-        return arrays, None, {"tokenizer": digest}
-    ids, _ = encode([template(text, aspect=around) for text in texts], length)
-    turn = np.arange(n) % len(texts)
-    return {"tokens": ids[turn], **arrays}, [texts[i] for i in turn.tolist()], {"tokenizer": digest}
-
-
-def _open(model: Model, tokenizer: str | None) -> tuple[Tokenizer, str]:
-    """The tokeniser, and the digest of its file."""
-    if tokenizer is not None:
-        found, digest = Tokenizer(tokenizer), tokenizer_digest(Path(tokenizer))
-    else:
-        places = homes(model.folder, model.run.weights if model.run is not None else None)
-        folder = next((place for place in places if has_tokenizer(place)), None)
-        if folder is None:
-            raise UserError(
-                f"captions need the tokeniser {NAME}, and there is none in {' or '.join(map(str, places))}; copy it there from "
-                "where the text encoder is published, or give it with --tokenizer FILE"
-            )
-        with paths.here(folder, (NAME,)) as near:
-            found, digest = Tokenizer(near), tokenizer_digest(near)
-    text = getattr(model.task, "text", None)
-    if text is not None:
-        found.check(text.vocab)
-    return found, digest
+    encode, digest = models.open_tokenizer(task, model.homes, tokenizer)
+    words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
+    return as_tokens(task, encode, texts, n, around), words, {"tokenizer": digest}

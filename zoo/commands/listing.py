@@ -25,7 +25,7 @@ from zoo.train.step import abstract_state
 
 
 def papers() -> list[dict[str, Any]]:
-    """Each paper file: module, title, arXiv number, and its tasks with their abilities."""
+    """Each paper file: module, title, arXiv number, and its tasks with their abilities, or what measures without a model."""
     import importlib
 
     found = []
@@ -36,14 +36,13 @@ def papers() -> list[dict[str, Any]]:
         module = importlib.import_module(f"zoo.papers.{path.stem}")
         title = (module.__doc__ or "").partition("\n")[0].rstrip(".")
         number = re.search(r"arXiv:(\d{4}\.\d{4,5})", title)
-        tasks = {
-            name: abilities(cls)
+        own = {
+            name: cls
             for name, cls in vars(module).items()
-            if inspect.isclass(cls)
-            and cls.__module__.startswith(module.__name__)
-            and hasattr(cls, "spec")
-            and hasattr(cls, "loss")
+            if inspect.isclass(cls) and cls.__module__.startswith(module.__name__)
         }
+        tasks = {name: abilities(cls) for name, cls in own.items() if hasattr(cls, "spec") and hasattr(cls, "loss")}
+        tasks |= {name: ["zoo eval CONFIG"] for name, cls in own.items() if getattr(cls, "standalone", False)}
         found.append({"module": path.stem, "title": title, "arxiv": number.group(1) if number else "", "tasks": tasks})
     return found
 
@@ -54,7 +53,7 @@ def listing() -> str:
     for paper in papers():
         lines.append(f"  {paper['title']}")
         lines += [f"    {name}: {', '.join(can)}" for name, can in paper["tasks"].items()]
-    lines += ["", "Configs (zoo train NAME; NAME:smoke for a tiny one)"]
+    lines += ["", "Configs (zoo train NAME; NAME:smoke for a tiny one; those of typescore: zoo eval NAME)"]
     known = config.shipped()
     width = max(map(len, known), default=0)
     lines += [f"  {name:<{width}}  {config.describe(name)}" for name in known]

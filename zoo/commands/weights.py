@@ -91,7 +91,7 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
         return f"{out}: {len(state)} tensors in the official layout ({which}){note}"
     metrics = _last_eval(model) if model.run is not None else models.read_config(model.folder).get("metrics", {})
     program = _program(model.task, samples) if form == "stablehlo" else None
-    beside = _tokenizer(homes(model.folder, model.run.weights if model.run is not None else None))
+    beside = _tokenizer(model.homes)
     if is_text(model.task) and (vocabulary := vocabulary_of(model)) is not None:
         beside |= files(vocabulary)
     _write(model, out, metrics, beside)

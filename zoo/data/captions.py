@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from zoo.errors import UserError, suggest
 
@@ -60,3 +64,40 @@ def template(caption: str, *, aspect: str | None = None, noise: float | None = N
 def chat(caption: str) -> str:
     """A caption as the question that a chat model gets."""
     return f"<start_of_turn>user\nPlease generate an image about: {caption}<end_of_turn>\n<start_of_turn>model\n"
+
+
+def framed(task: Any, grid: tuple[int, int] | None, aspect: str | None = None) -> str | None:
+    """The aspect ratio that a task's captions must name; None where they name none.
+
+    Args:
+        grid: rows and columns of the latents that are drawn; None: those of the task.
+        aspect: that of the images, where it is known.
+    """
+    if getattr(task, "template", "plain") != "aspect":
+        return None
+    rows, columns = grid or task.latent
+    return aspect or nearest(columns, rows)
+
+
+def as_tokens(
+    task: Any,
+    encode: Callable[[Sequence[str], int], tuple[np.ndarray, Any]],
+    texts: Sequence[str] | None,
+    n: int,
+    aspect: str | None,
+) -> dict[str, np.ndarray]:
+    """What a sampler is given for n captions: `tokens` and `null_tokens` [n, S] int32; without texts `null_tokens` alone.
+
+    Sample i has text i modulo their number.
+
+    Args:
+        encode: the tokeniser, (texts, S) -> ids [N, S] and what did not fit.
+        aspect: as of `framed`.
+    """
+    length = task.spec(1)["tokens"].shape[1]
+    null, _ = encode([template("", aspect=aspect)], length)
+    found = {"null_tokens": np.repeat(null, n, 0)}
+    if texts is not None:
+        ids, _ = encode([template(text, aspect=aspect) for text in texts], length)
+        found = {"tokens": ids[np.arange(n) % len(texts)], **found}
+    return found

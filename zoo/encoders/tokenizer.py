@@ -60,7 +60,7 @@ class Tokenizer:
         if len(self) > vocab:
             raise UserError(
                 f"the tokeniser has {len(self)} pieces, and the text encoder knows {vocab} (task.text.vocab); give the {NAME} "
-                "that comes with this text encoder, with --tokenizer FILE"
+                "that comes with this text encoder"
             )
 
     def __call__(

@@ -1,7 +1,8 @@
 """Metrics: frozen dataclasses, called as `(task, params, data, rng) -> dict`; each names the abilities it needs.
 
 The dict holds figures; under the key `pictures` it may hold PIL images by name. These are saved as `samples/NAME-STEP.png` of
-the run folder and shown where sheets of samples are; no record has them.
+the run folder and shown where sheets of samples are; no record has them. One with `captions` is also given `encode`, the
+tokeniser of the model's captions; one with `uses_data = False` measures models whose data are not known.
 """
 
 from __future__ import annotations

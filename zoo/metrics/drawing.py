@@ -84,8 +84,8 @@ def _colours(n: int) -> list[Colour]:
 # --- images ---------------------------------------------------------------------------------------
 
 
-def _rgb(pixels: np.ndarray) -> Image.Image:
-    """[H, W, C] in [-1, 1]; other channels than three are shown as their mean."""
+def rgb(pixels: np.ndarray) -> Image.Image:
+    """[H, W, C] in [-1, 1] as 8 bits; other channels than three are shown as their mean."""
     grey = pixels if pixels.shape[-1] == 3 else np.repeat(pixels.mean(-1, keepdims=True), 3, -1)
     return Image.fromarray(np.rint((np.clip(grey, -1, 1) + 1) * 127.5).astype(np.uint8))
 
@@ -116,7 +116,7 @@ def _tiles(image: np.ndarray, patches: np.ndarray, boxes: np.ndarray, rebuilt: n
             draw.rectangle((x, y, max(right - 1, x), max(bottom - 1, y)), outline=colours[k], width=thick)
 
     whole = canvas()
-    whole.paste(_rgb(image).resize((side * scale,) * 2, Image.Resampling.NEAREST), (border, border))
+    whole.paste(rgb(image).resize((side * scale,) * 2, Image.Resampling.NEAREST), (border, border))
     outline(whole, boxes, 2)
     weight = 0.02 + contrast / max(contrast.max(), 1e-9)
     pasted = []
@@ -126,7 +126,7 @@ def _tiles(image: np.ndarray, patches: np.ndarray, boxes: np.ndarray, rebuilt: n
         for k in order:
             x, y, right, bottom = corners(places[k])
             width, height = (min(max(n, 1), panel.width) for n in (right - x, bottom - y))
-            tile = np.asarray(_rgb(patches[k]).resize((width, height), Image.Resampling.NEAREST), np.float64)
+            tile = np.asarray(rgb(patches[k]).resize((width, height), Image.Resampling.NEAREST), np.float64)
             top, left = max(y, 0), max(x, 0)
             part = tile[top - y :, left - x :][: max(panel.height - top, 0), : max(panel.width - left, 0)]
             here = np.s_[top : top + part.shape[0], left : left + part.shape[1]]

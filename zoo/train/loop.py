@@ -335,7 +335,8 @@ class _Watch:
     def __init__(self, run: Run, report: Report, labels: tuple[str, ...]) -> None:
         self.run, self.report, self.labels = run, report, labels
         self.kind = "ema" if run.ema else "raw"
-        self.loaded = [models.loaded_for(metric) for metric in run.evals]
+        homes = models.homes(None, run.weights)
+        self.loaded = [models.loaded_for(metric, task=run.task, places=homes) for metric in run.evals]
         self.series = _told_apart(run.evals)
         self.vocabulary = _vocabulary(run)
         n = run.samples.n

@@ -1,8 +1,12 @@
 """TypeScore: A Text Fidelity Metric for Text-to-Image Generative Models (arXiv:2411.02437).
 
-`score.py`: the pinned metric. `instructions.py`: what an image was asked to show.
+`score.py`: the pinned metric. `instructions.py`: what an image was asked to show; `synth.py` the list that comes with zoo, and
+`render.py` pictures of it. `extractors`: what reads an image. `evaluate.py`, `compare.py`, `calibrate.py`: what `zoo eval` runs.
 """
 
+from zoo.papers.typescore.calibrate import Calibrate
+from zoo.papers.typescore.compare import Compare
+from zoo.papers.typescore.evaluate import TypeScore
 from zoo.papers.typescore.instructions import Instruction, quoted
 from zoo.papers.typescore.score import (
     SPEC_VERSION,
@@ -20,10 +24,13 @@ from zoo.papers.typescore.score import (
 
 __all__ = [
     "SPEC_VERSION",
+    "Calibrate",
+    "Compare",
     "Instruction",
     "Normalisation",
     "Parts",
     "Segment",
+    "TypeScore",
     "align",
     "assign",
     "batch",

@@ -172,6 +172,41 @@ class TypeScore:
         ]
         return self.summarise(records, instructions, describe(reader)), records
 
+    # --- as the scorer of the metric `prompted` -----------------------------------------------------
+
+    def check(self) -> None:
+        """UserError for a list with mistakes, or where something that the extractor needs is missing."""
+        self.instructions()
+        self.reader()
+
+    def prompts(self) -> dict[str, str]:
+        """The instructions by their ids."""
+        return {one.id: one.instruction for one in self.instructions()}
+
+    def score(self, images: Mapping[str, Sequence[Image.Image]]) -> dict[str, Any]:
+        """The summary's figures, NaN where nothing could be read, and some of the images with what was wanted and read."""
+        found, records = self.measure(self.instructions(), images)
+        nan = float("nan")
+        figures = {"": found, "_style": found["style"]} if found["style"] else {"": found}
+        values = {
+            f"typescore{part}{suffix}": nan if told[key] is None else told[key]
+            for part, told in figures.items()
+            for key, suffix in (("score", ""), ("low", "_low"), ("high", "_high"))
+        }
+        values |= {f"typescore_{name}": nan if v is None else v for name, v in found["parts"].items()}
+        extractor = found["extractor"]
+        from zoo.papers.typescore import report
+
+        return {
+            **values,
+            "typescore_exact": nan if found["exact"] is None else found["exact"],
+            "typescore_read": found["read"],
+            "typescore_failed": found["failed"],
+            "typescore_extractor": f"{extractor['name']} {extractor['version']}",
+            **({"typescore_failure": found["failures"][0]["error"]} if found["failures"] else {}),
+            "pictures": {"typescore": report.sheet(records, [one for some in images.values() for one in some])},
+        }
+
     def reader(self) -> Any:
         """The extractor, behind the cache if there is one; UserError where something that it needs is missing."""
         self.extractor.check()

@@ -373,7 +373,7 @@ def _mask(
         font = find(round(points * _FINE))
         # of a block w wide and h high the turned box is w cos + h sin wide; blocks are tried from the widest down
         for part in (1.0, 0.85, 0.7, 0.5):
-            lines = _wrap(text, font, longest * _FINE * part)
+            lines = wrap(text, font, longest * _FINE * part)
             width, height = max(font.getlength(line) for line in lines), len(lines) * _LEAD * points * _FINE
             fits = width * cos + height * sin <= room[0] * _FINE and width * sin + height * cos <= room[1] * _FINE
             if fits:
@@ -388,7 +388,7 @@ def _mask(
     raise UserError(f"a text of {len(text)} characters finds no room in a picture of {size} pixels; give a larger size")
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

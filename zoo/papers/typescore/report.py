@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from zoo.papers.typescore.extractors.base import flat
+from zoo.papers.typescore.render import wrap
 from zoo.papers.typescore.score import align
 
 _THUMB, _QUALITY = 288, 72  # pixels of the longer side; of a JPEG
@@ -190,6 +191,30 @@ def thumbnail(path: Path) -> str:
     except Exception:  # its record says what is wrong with it
         return ""
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def sheet(records: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> Image.Image:
+    """The first 16 images, each with its score, what was wanted and what was read below it."""
+    font, side, line, lines = ImageFont.load_default(13), 224, 16, 6
+    some = list(zip(records, images))[:16]
+    columns = min(len(some), 4) or 1
+    high = side + line * (lines + 1)
+    page = Image.new("RGB", ((side + 12) * columns + 12, high * (-(-len(some) // columns)) + 12), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (record, image) in enumerate(some):
+        x, y = 12 + (side + 12) * (i % columns), 12 + high * (i // columns)
+        small = image.convert("RGB")
+        scale = side / max(small.size)
+        small = small.resize([max(round(n * scale), 1) for n in small.size], Image.Resampling.LANCZOS)
+        page.paste(small, (x, y))
+        read = f"not read: {record['error']}" if record["error"] is not None else f"read: {record['read']}"
+        told = [f"{_number(record['score'])}, wanted: {record['wanted']}", read]
+        for half, text in enumerate(told):
+            rows = wrap("".join(c if c.isprintable() else " " for c in text), font, side)
+            for row, part in enumerate(rows[: lines // 2]):
+                place = (x, y + side + line * (half * lines // 2 + row))
+                draw.text(place, part, "#2d3036" if half else "#606670", font)
+    return page
 
 
 def plot(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bytes:

@@ -114,7 +114,11 @@ class RapidOcr:
 def as_read(boxes: np.ndarray, upside_down: bool) -> np.ndarray:
     """Corners [N, 4, 2] as the text is read, of boxes whose corners begin at the image's top left.
 
-    RapidOCR turns tall boxes by 90 degrees against the clock, which it does not tell. A tall box in a page of wide ones is a letter such as I and left alone.
+    RapidOCR turns tall boxes by 90 degrees against the clock, which it does not tell. A tall box in a page of wide ones is a
+    letter such as I and left alone.
+
+    Args:
+        upside_down: whether the lines were turned by 180 degrees after that.
     """
     wide, high = (np.linalg.norm(boxes[:, i] - boxes[:, 0], axis=-1) for i in (1, 3))
     tall = high >= 1.5 * wide  # its own rule

@@ -1,0 +1,131 @@
+"""Images drawn from a list of prompts and scored: how well a text-to-image model does what it is asked for.
+
+What is asked for and how images are scored is a scorer's own matter; TypeScore is one. While a run trains it is looked at
+every so many steps, so the list and the scorer are those of the finished model from the first look on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from PIL import Image
+
+from zoo import hosts
+from zoo.data.captions import as_tokens, framed
+from zoo.errors import UserError
+from zoo.metrics.drawing import rgb
+from zoo.metrics.samples import drawer, image_shape
+from zoo.task import Params, check_options
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """What knows the prompts and judges the images."""
+
+    def check(self) -> None:
+        """UserError when it could score nothing: a package, a file, a key is missing."""
+        ...
+
+    def prompts(self) -> dict[str, str]:
+        """Texts by id; never empty."""
+        ...
+
+    def score(self, images: Mapping[str, Sequence[Image.Image]]) -> dict[str, Any]:
+        """Figures, and PIL images under `pictures`, of the images drawn from each prompt, by its id."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """The figures that a scorer gives images of its prompts; for tasks whose captions are tokens."""
+
+    scorer: Any = None  # such as zoo.papers.typescore.TypeScore; a config sets it
+    images: int = 1  # of each prompt
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the task's `sample`
+    tokenizer: str = ""  # file of the tokeniser; empty: the one beside the model or its text encoder
+    batch: int = 16  # images drawn at once
+    every: int = 0  # steps between measurements while training; 0: at the end only
+
+    name = "prompted"
+    needs = ("sample",)
+    captions = True  # asks for a tokeniser
+    uses_data = False
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} of the metric prompted must be at least 1")
+
+    def check(self, task: Any) -> None:
+        """UserError where nothing could be drawn or scored; asked before a run's first step."""
+        if not isinstance(self.scorer, Scorer):
+            raise UserError(
+                "the metric prompted has no scorer, which knows the prompts and judges the images; name one in a config "
+                "file, as configs/typescore/model.py does"
+            )
+        kind, given = type(task).__name__, getattr(task, "given", ())
+        if "text" in given:
+            raise UserError(
+                f"the metric prompted writes captions, and this {kind} takes stored features of them "
+                "(task.captions='features'); give it a text encoder, task.text and captions='tokens'"
+            )
+        if "tokens" not in given:
+            raise UserError(f"the metric prompted needs a task that takes captions, and this {kind} takes none")
+        check_options(task, self.options, "options of the metric prompted")
+        shape = image_shape(task, self.options, self.batch, self._shapes(task))
+        if shape is None:
+            raise UserError(
+                f"the metric prompted scores images, and {kind} draws none; give a task that holds an autoencoder, task.vae"
+            )
+        self.scorer.check()
+
+    def __call__(
+        self,
+        task: Any,
+        params: Params,
+        data: Any,
+        rng: jax.Array,
+        encode: Callable[[Sequence[str], int], tuple[np.ndarray, Any]],
+    ) -> dict[str, Any]:
+        """What the scorer measures. Sample i depends on (rng, i) and its prompt alone; those not finite are left out.
+
+        Among several processes all draw and process 0 scores.
+
+        Args:
+            encode: the tokeniser, (texts, S) -> ids [N, S] and what did not fit.
+        """
+        self.check(task)
+        prompts = self.scorer.prompts()
+        ids = [one for one in prompts for _ in range(self.images)]
+        texts = [prompts[one] for one in ids]
+        conditions = as_tokens(task, encode, texts, len(texts), framed(task, self.options.get("grid")))
+        draw, drawn = drawer(task, self.options), []
+        for first in range(0, len(texts), self.batch):
+            rows = np.arange(first, first + self.batch, dtype=np.int32)  # one shape: the last batch begins again
+            given = {key: array[rows % len(texts)] for key, array in conditions.items()}
+            drawn.append(np.asarray(hosts.fetch(draw(params, rng, rows, given))))
+        pixels = np.concatenate(drawn)[: len(texts)]
+        good = np.isfinite(pixels).all((1, 2, 3))
+        images: dict[str, list[Image.Image]] = {one: [] for one in prompts}
+        for one, image, fine in zip(ids, pixels, good):
+            if fine:
+                images[one].append(rgb(image))
+        pictures: dict[str, Any] = {}
+
+        def score() -> dict[str, Any]:
+            found = dict(self.scorer.score({one: some for one, some in images.items() if some}))
+            pictures.update(found.pop("pictures", {}))
+            return found
+
+        scored = hosts.first(score)
+        figures: dict[str, Any] = hosts.told(lambda: scored)
+        figures |= {"prompted_images": len(pixels), "prompted_left_out": int((~good).sum())}
+        return {**figures, "pictures": pictures} if pictures else figures
+
+    def _shapes(self, task: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of what a batch of images is conditioned on."""
+        return {key: leaf for key, leaf in task.spec(self.batch).items() if key in task.given}
