@@ -7,7 +7,9 @@ import html.parser
 import json
 import math
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -465,6 +467,47 @@ def test_the_page_stands_alone_and_lets_nothing_through(folder: Path) -> None:
     assert ("div", "hidden", None) in page.attributes  # controls are of use only with JavaScript
 
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="the page is opened in a headless Chromium where there is one")
+def test_the_page_works_in_a_browser(folder: Path, tmp_path: Path) -> None:
+    (folder / "a" / "t-1_0.png").write_bytes(b"")  # the first of the list, never to be read
+    score(folder).run()
+    page = folder / "a-typescore" / "report.html"
+    assert BROWSER is not None
+    run = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    run += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,1400"]
+
+    def opened(*flags: str) -> str:
+        done = subprocess.run([*run, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in done.stderr, done.stderr  # no script fails, nothing is kept back by the page's policy
+        return done.stdout
+
+    def rows(text: str) -> list[dict[str, str | None]]:
+        tags = re.findall(r"<article [^>]*>", text)
+        return [dict(re.findall(r'([\w-]+)="([^"]*)"', tag)) | {"hidden": " hidden" in tag or None} for tag in tags]
+
+    text = opened("--dump-dom")
+    assert '<div class="controls">' in text  # shown by the script
+    assert "12 of 12 pictures" in text
+    assert [row["data-place"] for row in rows(text)] == [str(i) for i in range(12)]
+    opened(f"--screenshot={tmp_path / 'seen.png'}")
+    with Image.open(tmp_path / "seen.png") as seen:
+        assert seen.size == (900, 1400)
+        assert len(seen.convert("RGB").getcolors(1 << 20) or ()) > 100  # of pictures, not of text alone
+
+    # what a reader chooses is what the script reads when the page opens
+    whole = page.read_text()
+    page.write_text(whole.replace('value="score"', 'value="score" selected').replace('"failed">', '"failed" selected>'))
+    found = rows(opened("--dump-dom"))
+    assert [row["data-kind"] for row in found if not row["hidden"]] == ["failed"]
+    page.write_text(whole.replace('value="score down"', 'value="score down" selected'))
+    values = [float(row["data-score"] or -1) for row in rows(opened("--dump-dom"))]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > values[-2] > values[-1] == -1
+
+
 def test_wanted_and_read_are_aligned() -> None:
     assert report.aligned("open daily", "opn daily <b>") == ("op<del>e</del>n daily", "opn daily<ins> &lt;b&gt;</ins>")
     assert report.aligned("open", "oven") == ("o<mark>p</mark>en", "o<mark>v</mark>en")
@@ -700,7 +743,8 @@ def test_eval_runs_a_config_without_a_model(folder: Path, capsys: pytest.Capture
 def test_every_config_of_typescore_opens_and_stands_alone() -> None:
     names = [name for name in config.shipped() if name.startswith("typescore/")]
     assert names == [
-        f"typescore/{name}" for name in ("calibrate", "compare", "http", "model", "oracle", "rapidocr", "tesseract")
+        f"typescore/{name}"
+        for name in ("calibrate", "compare", "http", "model", "oracle", "rapidocr", "render", "tesseract")
     ]
     for name in names:
         value = config.load(name)
@@ -712,3 +756,24 @@ def test_every_config_of_typescore_opens_and_stands_alone() -> None:
         "typescore/http", ["extractor.base_url=http://127.0.0.1:1/v1", "extractor.model=m", "piece_mode=set"]
     )
     assert (changed.extractor.model, changed.piece_mode) == ("m", "set")
+
+
+def test_pictures_with_known_faults_are_rendered_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "made")
+    argv = ["eval", "typescore/render", f"out={out}", "limit=2", "each=2", "size=128", "corruption.p_char=0.5"]
+    assert cli.main(argv) == 0
+    assert json.loads(capsys.readouterr().out) == {"pictures": 4, "instructions": 2, "out": out}
+    assert len(list((tmp_path / "made").glob("*_[01].png"))) == 4
+    assert cli.main(["eval", "typescore/oracle", f"images={out}", "limit=2"]) == 0
+    assert 20 < json.loads(capsys.readouterr().out)["score"] < 80
+    for fields, message in (
+        ([f"out={out}"], "is there and not empty; name a new folder"),
+        ([f"out={out}2", "each=0"], "each=0 must be at least 1"),
+        ([f"out={out}2", "style_skill=2"], "style_skill=2"),
+        ([f"out={out}2", "limit=-1"], "limit=-1 must be a number"),
+        ([f"out={out}2", "wanted=none.jsonl"], "none.jsonl"),
+    ):
+        assert cli.main(["eval", "typescore/render", *fields]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1

@@ -8,6 +8,7 @@ from zoo.papers.typescore.calibrate import Calibrate
 from zoo.papers.typescore.compare import Compare
 from zoo.papers.typescore.evaluate import TypeScore
 from zoo.papers.typescore.instructions import Instruction, quoted
+from zoo.papers.typescore.pictures import Render
 from zoo.papers.typescore.score import (
     SPEC_VERSION,
     Normalisation,
@@ -29,6 +30,7 @@ __all__ = [
     "Instruction",
     "Normalisation",
     "Parts",
+    "Render",
     "Segment",
     "TypeScore",
     "align",

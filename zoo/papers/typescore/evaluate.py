@@ -23,7 +23,6 @@ from typing import Any, ClassVar, Literal
 from PIL import Image
 
 from zoo.errors import UserError
-from zoo.papers.typescore import instructions as lists
 from zoo.papers.typescore import style as styles
 from zoo.papers.typescore import synth
 from zoo.papers.typescore.extractors import (
@@ -56,7 +55,6 @@ from zoo.papers.typescore.score import (
 Record = dict[str, Any]
 AnyExtractor = RapidOcr | Tesseract | Http | Transformers | Oracle
 
-SHIPPED = "typeinst_synth"  # the name of the list that comes with this package
 RECORDS, SUMMARY, SETTING, PLOT, REPORT = "records.jsonl", "summary.json", "setting.json", "plot.png", "report.html"
 NOTE = (
     "not comparable with the scores of arXiv:2411.02437, nor with those of another extractor, normalisation, list of "
@@ -71,7 +69,7 @@ _log = logging.getLogger("zoo")
 class TypeScore:
     """The text fidelity of a model's pictures, and how well they follow the style that was asked for."""
 
-    wanted: str = SHIPPED  # a file of JSON lines with id, instruction and perhaps text, style; or typeinst_synth
+    wanted: str = synth.SHIPPED  # a file of JSON lines with id, instruction and perhaps text, style; or typeinst_synth
     images: str = ""  # a folder with {id}_{k}.png, or {id}.png; also .jpg and .webp
     extractor: AnyExtractor = RapidOcr()
     case_sensitive: bool = False  # whether "Open" for "open" is an error
@@ -266,11 +264,7 @@ class TypeScore:
 
     def instructions(self) -> list[Instruction]:
         """The first `limit` of the list, in its order."""
-        shipped = self.wanted in (SHIPPED, f"{SHIPPED}.jsonl") and not Path(self.wanted).exists()
-        if not self.wanted:
-            raise UserError(f"wanted is empty; name a file of JSON lines, or {SHIPPED}")
-        found = lists.read(synth.FILE if shipped else self.wanted)
-        found = found[: self.limit] if self.limit else found
+        found = synth.listed(self.wanted, self.limit)
         self._check(found)
         return found
 

@@ -11,10 +11,30 @@ import re
 from pathlib import Path
 from random import Random
 
+from zoo.errors import UserError
+from zoo.papers.typescore import instructions as lists
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import STYLES
 
-FILE = Path(__file__).with_name("typeinst_synth.jsonl")
+SHIPPED = "typeinst_synth"  # the name of the list that comes with this package
+FILE = Path(__file__).with_name(f"{SHIPPED}.jsonl")
+
+
+def listed(wanted: str, limit: int = 0) -> list[Instruction]:
+    """The instructions of a file, or of the list that comes with this package; the first `limit` of them, or all for 0.
+
+    Raises:
+        UserError: no such file, or one with mistakes.
+    """
+    if not wanted:
+        raise UserError(f"wanted is empty; name a file of JSON lines, or {SHIPPED}")
+    if limit < 0:
+        raise UserError(f"limit={limit} must be a number of instructions, or 0 for all")
+    ours = wanted in (SHIPPED, FILE.name) and not Path(wanted).exists()
+    found = lists.read(FILE if ours else wanted)
+    return found[:limit] if limit else found
+
+
 RECORDS = 118
 LENGTH_BINS = {
     "1-3": 20,

@@ -1,0 +1,48 @@
+"""A folder of pictures with known faults, as a model of that skill would leave it: `zoo eval configs/typescore/render.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from zoo.errors import UserError
+from zoo.papers.typescore import synth
+from zoo.papers.typescore.render import Corruption, save_all
+
+
+@dataclass(frozen=True)
+class Render:
+    """Pictures of a list by zoo's own renderer, to try extractors, metrics and comparisons on."""
+
+    out: str = "typescore-pictures"  # a folder for {id}_{k}.png
+    wanted: str = synth.SHIPPED  # a file of JSON lines, or typeinst_synth
+    limit: int = 0  # the first so many instructions of the list; 0 for all
+    corruption: Corruption = Corruption()
+    style_skill: float = 1.0  # probability that an attribute of the style is as wanted
+    each: int = 1  # pictures of every instruction
+    size: int = 512  # pixels of a side
+    seed: int = 0
+
+    standalone: ClassVar[bool] = True  # `zoo eval` runs it without a model
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.style_skill <= 1:
+            raise UserError(f"style_skill={self.style_skill} must be a probability from 0 to 1")
+        for name, least in (("each", 1), ("size", 64), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+
+    def run(self) -> dict[str, Any]:
+        """Draws them. UserError for a list with mistakes, or a folder that holds anything already."""
+        instructions = synth.listed(self.wanted, self.limit)
+        out = Path(self.out)
+        try:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise UserError(f"out={out} is there and not empty; name a new folder, and nothing is overwritten")
+            paths = save_all(
+                instructions, out, self.corruption, self.style_skill, self.seed, each=self.each, size=self.size
+            )
+        except OSError as error:
+            raise UserError(f"out={out} cannot be written ({error.strerror}); name another folder") from None
+        return {"pictures": len(paths), "instructions": len(instructions), "out": str(out)}
