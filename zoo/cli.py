@@ -598,7 +598,14 @@ def _bench(args: argparse.Namespace) -> int:
             "zoo bench measures one process, but the environment names several (JAX_NUM_PROCESSES, Slurm or a TPU pod); run "
             "it on one host, outside of the others"
         )
-    run = _run(config.load(args.config, args.fields), args.config)
+    run = config.load(args.config, args.fields)
+    if hasattr(run, "bench"):
+        _check_json(args.json)
+        figures = run.bench(max(args.rounds, 1))
+        print(json.dumps(figures))
+        _write_json(args.json, figures)
+        return 0
+    run = _run(run, args.config)
     against = None if args.against is None else _run(config.load(args.against), args.against)
     _check_json(args.json)
     if not re.fullmatch(r"-?[0-9]+(,-?[0-9]+)*", args.samples):

@@ -758,6 +758,16 @@ def test_every_config_of_typescore_opens_and_stands_alone() -> None:
     assert (changed.extractor.model, changed.piece_mode) == ("m", "set")
 
 
+def test_bench_times_the_metric_and_the_extractor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "typescore/oracle", "--rounds", "1", "--json", str(tmp_path / "bench.json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "bench.json").read_text()) == found
+    assert found["extractor"]["name"] == "oracle"
+    assert found["pairs_per_second"] > 0
+    assert found["images_per_second"] > 0
+    assert found["seconds_per_image"] > 0
+
+
 def test_pictures_with_known_faults_are_rendered_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "made")
     argv = ["eval", "typescore/render", f"out={out}", "limit=2", "each=2", "size=128", "corruption.p_char=0.5"]

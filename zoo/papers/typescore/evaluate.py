@@ -14,12 +14,14 @@ import logging
 import os
 import re
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from PIL import Image
 
 from zoo.errors import UserError
@@ -39,12 +41,14 @@ from zoo.papers.typescore.extractors import (
 )
 from zoo.papers.typescore.extractors.base import failed
 from zoo.papers.typescore.instructions import Instruction
+from zoo.papers.typescore.render import render
 from zoo.papers.typescore.score import (
     SPEC_VERSION,
     Kind,
     Normalisation,
     Parts,
     assign,
+    batch,
     bootstrap,
     error_type,
     mean,
@@ -203,6 +207,36 @@ class TypeScore:
             "typescore_extractor": f"{extractor['name']} {extractor['version']}",
             **({"typescore_failure": found["failures"][0]["error"]} if found["failures"] else {}),
             "pictures": {"typescore": report.sheet(records, [one for some in images.values() for one in some])},
+        }
+
+    def bench(self, rounds: int = 5) -> dict[str, Any]:
+        """Pairs of texts of 60 characters that the metric alone compares in a second, in one thread, and pictures that are read.
+
+        The pictures are twelve of the list, drawn by zoo's renderer. Medians over rounds; the first, untimed, opens networks.
+        """
+        listed = self.instructions()
+        some = [listed[i * len(listed) // 12] for i in range(12)]
+        pictures = [render(one, seed=i) for i, one in enumerate(some)]
+        self.extractor.check()
+        rng = np.random.default_rng(0)
+        left, right = (["".join(row) for row in rng.choice(list("abcdefgh "), (20_000, 60))] for _ in range(2))
+
+        def seconds(action: Callable[[], Any]) -> float:
+            action()
+            taken = []
+            for _ in range(rounds):
+                start = time.perf_counter()
+                action()
+                taken.append(time.perf_counter() - start)
+            return float(np.median(taken))
+
+        one = seconds(lambda: self.extractor.extract(pictures)) / len(pictures)
+        return {
+            "extractor": describe(self.extractor),
+            "seconds_per_image": round(one, 6),
+            "images_per_second": round(1 / one, 2),
+            "pairs_per_second": round(len(left) / seconds(lambda: batch(left, right))),
+            "rounds": rounds,
         }
 
     def reader(self) -> Any:

@@ -195,7 +195,8 @@ def thumbnail(path: Path) -> str:
 
 def sheet(records: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> Image.Image:
     """The first 16 images, each with its score, what was wanted and what was read below it."""
-    font, side, line, lines = ImageFont.load_default(13), 224, 16, 6
+    font: Any = ImageFont.load_default(13)
+    side, line, lines = 224, 16, 6
     some = list(zip(records, images))[:16]
     columns = min(len(some), 4) or 1
     high = side + line * (lines + 1)
