@@ -216,6 +216,26 @@ def test_a_stopped_run_goes_on_where_it_stopped_and_failed_pictures_are_tried_ag
     assert len(records(out)) == 12
 
 
+def test_a_second_run_that_is_stopped_leaves_nothing_that_looks_finished(folder: Path) -> None:
+    first = dataclasses.replace(score(folder), extractor=Fake())  # type: ignore[arg-type]
+    first.run()
+    out = folder / "a-typescore"
+    made = ("summary.json", "plot.png", "report.html")
+    before = {name: (out / name).stat().st_mtime_ns for name in made}
+    first.run()  # nothing is left to read
+    assert all((out / name).exists() for name in made)
+    for one in LIST:
+        save(plain("Something else", size=64, points=8), folder / "a" / f"{one.id}_0.png")
+    with pytest.raises(KeyboardInterrupt):
+        dataclasses.replace(first, extractor=Fake(stops_after=1)).run()  # type: ignore[arg-type]
+    assert not any((out / name).exists() for name in made)
+    with pytest.raises(UserError, match="has not come to its end"):
+        load_all([str(out)])
+    first.run()
+    assert all((out / name).stat().st_mtime_ns > before[name] for name in made)
+    assert load_all([str(out)])[0].scores()["t-0"] < 100
+
+
 def test_results_of_another_setting_are_never_overwritten(folder: Path) -> None:
     score(folder).run()
     out = str(folder / "a-typescore")

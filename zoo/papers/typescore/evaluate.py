@@ -439,6 +439,10 @@ class TypeScore:
                 todo.append((one, sha))
         if done and todo:
             _log.info("typescore: %d pictures have been read before, %d are left", len(done), len(todo))
+        if todo:  # a run that is stopped must not leave a summary of other pictures, by which it would pass for finished
+            with _writing(path):
+                for name in (SUMMARY, PLOT, REPORT):
+                    path.with_name(name).unlink(missing_ok=True)
         size = max(int(reader.batch), 1)
         common = {
             "extractor": dict(described),
