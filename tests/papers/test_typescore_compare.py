@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -17,7 +18,18 @@ from PIL import Image
 from zoo.errors import UserError
 from zoo.papers.typescore import instructions as lists
 from zoo.papers.typescore import render as drawing
-from zoo.papers.typescore.compare import Coarse, Compare, agreement, load_all, pair, pairs, resolution, scored, z_of
+from zoo.papers.typescore.compare import (
+    Coarse,
+    Compare,
+    Result,
+    agreement,
+    load_all,
+    pair,
+    pairs,
+    resolution,
+    scored,
+    z_of,
+)
 from zoo.papers.typescore.evaluate import TypeScore
 from zoo.papers.typescore.extractors import Extraction, Oracle
 from zoo.papers.typescore.instructions import Instruction
@@ -197,44 +209,181 @@ def test_z_and_wins() -> None:
     assert resolution(pairs(scores), ["y", "x"]).right == 0
 
 
+def made_up(label: str, scores: dict[str, float | None], kind: str = "similarity") -> Result:
+    """A result in memory: a score for each picture ID_K.png, None where the extraction failed."""
+    records = [
+        {"image": name, "id": name.rpartition("_")[0], "score": value, "error": "no answer" if value is None else None}
+        for name, value in scores.items()
+    ]
+    return Result(label, Path(label), {"kind": kind}, records)
+
+
+def judged(path: Path, head: str, lines: Sequence[Sequence[Any]]) -> Path:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([head.split(","), *lines])
+    return path
+
+
+RATED, PREFERRED = "image,rating", "image_a,image_b,preferred"
+
+
 def test_people_agree_or_not(models: Path) -> None:
     results = load_all([str(models / f"{name}-typescore") for name in ("good", "fair", "poor")])
     rows = [(f"{r.label}/{record['image']}", record["score"]) for r in results for record in r.records]
-    path = models / "human.csv"
-
-    def write(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
-        with open(path, "w", newline="") as file:
-            csv.writer(file).writerows([head, *lines])
-
-    write(("image", "rating"), [(name, 2 * value) for name, value in rows])
+    path = judged(models / "human.csv", RATED, [(name, 2 * value) for name, value in rows])
     found = agreement(path, results, resamples=50)
     assert found["spearman"][0] == pytest.approx(1)
     assert found["kendall_tau_b"] == [pytest.approx(1)] * 3
-    assert found["pair_accuracy"] == [1, 1, 1]
-    assert found["pairs_within_instructions"]
-    assert found["models"] == {"spearman": pytest.approx(1), "kendall_tau_b": pytest.approx(1)}
-    write(("image", "rating"), [(name, -value) for name, value in rows])
+    assert found["pair_accuracy"] == found["pair_accuracy_within_instructions"] == [1, 1, 1]
+    assert (found["pictures"], found["ratings"], found["left_out"], found["instructions"]) == (36, 36, 0, 12)
+    scores = [value for _, value in rows]
+    assert found["pairs"] == sum(a != b for a, b in itertools.combinations(scores, 2))
+    assert 0 < found["pairs_within_instructions"] <= 36
+    of = found["models"].pop("of")
+    assert [one["label"] for one in of] == ["fair", "good", "poor"]
+    assert [one["rating"] for one in of] == [pytest.approx(2 * one["score"], abs=1e-3) for one in of]
+    one = [pytest.approx(1)] * 3
+    assert found["models"] == {"spearman": one, "kendall_tau_b": one, "pair_accuracy": [1, 1, 1], "pairs": 3}
+    judged(path, RATED, [(name, -value) for name, value in rows])
     assert agreement(path, results, resamples=20)["pair_accuracy"][0] == 0
-    write(("image", "rating"), [(name, 5) for name, _ in rows])
+    judged(path, RATED, [(name, 5) for name, _ in rows])
     found = agreement(path, results, resamples=20)
-    assert found["spearman"] == [None, None, None]
-    assert found["models"] == {"spearman": None, "kendall_tau_b": None}
-    write(
-        ("image_a", "image_b", "preferred"),
+    assert found["spearman"] == found["models"]["spearman"] == [None, None, None]
+    assert found["models"]["pairs"] == 0
+    judged(
+        path,
+        PREFERRED,
         [(f"good/t-{i}_0.png", f"poor/t-{i}_0.png", "a" if i else "tie") for i in range(6)]
         + [("good/t-0_0.png", "good/t-1_0.png", "b")],  # both 100
     )
     found = agreement(path, results, resamples=50)
     assert (found["preferences"], found["ties"]) == (6, 1)
     assert found["pair_accuracy"][0] == pytest.approx(5.5 / 6)
+    assert found["models"]["of"] == [
+        {"label": "good", "won_by_score": 1, "won_by_people": pytest.approx(5.5 / 6, abs=1e-4)},
+        {"label": "poor", "won_by_score": 0, "won_by_people": pytest.approx(0.5 / 6, abs=1e-4)},
+    ]
+    assert found["models"]["pair_accuracy"] == [1, 1, 1]
     for head, lines, message in (
-        (("image", "rating"), [("good/t-0_9.png", 1)], "line 2: no picture 'good/t-0_9.png'"),
-        (("image", "rating"), [("good/t-0_0.png", "great")], "line 2: rating is 'great'"),
-        (("image", "rating"), [("good/t-0_0.png", "1")], "needs three"),
-        (("image_a", "image_b", "preferred"), [("good/t-0_0.png", "poor/t-0_0.png", "c")], "write a, b or tie"),
-        (("picture", "stars"), [("x", 1)], "columns picture, stars"),
-        (("image", "rating"), [], "no lines"),
+        (RATED, [("good/t-0_9.png", 1)], "line 2: the results have no picture 'good/t-0_9.png'; did you mean"),
+        (RATED, [("good/t-0_0.png", "great")], "line 2: rating is 'great'"),
+        (RATED, [("good/t-0_0.png", "1")], "agreement needs three"),
+        (RATED, [("good/t-0_0.png", "3", "5")], "line 2: more fields than the header"),
+        (PREFERRED, [("good/t-0_0.png", "poor/t-0_0.png", "c")], "write a, b or tie"),
+        (PREFERRED, [("good/t-0_0.png", "good/t-0_0.png", "a")], "are one picture"),
+        (PREFERRED, [("good/t-0_0.png", "poor/t-0_0.png", "tie")], "no preference but ties"),
+        ("picture,stars", [("x", 1)], "columns picture, stars"),
+        (RATED, [], "no lines"),
     ):
-        write(head, lines)
         with pytest.raises(UserError, match=message):
-            agreement(path, results)
+            agreement(judged(path, head, lines), results)
+
+
+def test_people_of_one_text_are_no_independent_witnesses(tmp_path: Path) -> None:
+    """Half the instructions have people agree with the scores, half the contrary, with many lines each."""
+    a = made_up("a", {f"t{i}_0.png": 10.0 + i for i in range(4)})
+    b = made_up("b", {f"t{i}_0.png": 5.0 + i for i in range(4)})
+    lines = [(f"a/t{i}_0.png", f"b/t{i}_0.png", "ab"[i % 2]) for i in range(4) for _ in range(100)]
+    found = agreement(judged(tmp_path / "people.csv", PREFERRED, lines), [a, b], resamples=400)
+    assert found["pair_accuracy"] == [0.5, 0, 1]  # 400 independent lines would say 0.45 to 0.55
+    assert found["models"]["pair_accuracy"][1:] == [0, 1]
+    lines = [(f"a/t{i}_{k}.png", k + 10 * i) for i in range(4) for k in range(25)]
+    scores: dict[str, float | None] = {
+        f"t{i}_{k}.png": 10.0 * i + (k if i % 2 else -k) for i in range(4) for k in range(25)
+    }
+    path = judged(tmp_path / "ratings.csv", RATED, [(name.removeprefix("a/"), value) for name, value in lines])
+    found = agreement(path, [made_up("a", scores)], resamples=400)
+    assert found["pair_accuracy_within_instructions"] == [0.5, 0, 1]
+    assert found["pairs_within_instructions"] == 4 * 25 * 24 / 2
+    one = {name: value for name, value in scores.items() if name.startswith("t1")}
+    path = judged(tmp_path / "one.csv", RATED, list(one.items()))
+    assert agreement(path, [made_up("a", one)])["spearman"] == [pytest.approx(1), None, None]  # no interval of one text
+
+
+def test_one_text_with_two_pictures_does_not_cost_the_pairs_of_the_others(tmp_path: Path) -> None:
+    scores: dict[str, float | None] = {f"t{i}_0.png": float(i) for i in range(99)} | {"t0_1.png": 0.5}
+    path = judged(tmp_path / "ratings.csv", RATED, list(scores.items()))
+    found = agreement(path, [made_up("a", scores)], resamples=20)
+    assert (found["pairs"], found["pairs_within_instructions"]) == (100 * 99 / 2, 1)
+    assert found["pair_accuracy"] == [1, 1, 1]
+
+
+def test_pair_accuracy_is_that_of_all_pairs_one_by_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    scores: dict[str, float | None] = {f"t{i}_{k}.png": float(rng.integers(4)) for i in range(5) for k in range(3)}
+    ratings = {name: int(rng.integers(4)) for name in scores}
+    found = agreement(judged(tmp_path / "r.csv", RATED, list(ratings.items())), [made_up("a", scores)], resamples=5)
+    told = {"pair_accuracy": [], "pair_accuracy_within_instructions": []}  # type: dict[str, list[float]]
+    for a, b in itertools.combinations(scores, 2):
+        if ratings[a] != ratings[b]:
+            right = 0.5 + 0.5 * float(np.sign(scores[a] - scores[b]) * np.sign(ratings[a] - ratings[b]))  # type: ignore[operator]
+            told["pair_accuracy"].append(right)
+            if a[:2] == b[:2]:
+                told["pair_accuracy_within_instructions"].append(right)
+    for name, rights in told.items():
+        assert found[name][0] == pytest.approx(np.mean(rights), abs=1e-6)
+    assert (found["pairs"], found["pairs_within_instructions"]) == tuple(map(len, told.values()))
+
+
+def test_models_whose_folders_share_a_name_are_told_apart(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for to, name in (("runs/a", "good"), ("runs/b", "fair"), ("runs/c", "poor")):
+        shutil.copytree(models / f"{name}-typescore", models / to / "out-typescore")
+    monkeypatch.chdir(models)
+    results = load_all([f"runs/{one}/out-typescore" for one in "ab"] + ["runs/c/out-typescore/summary.json"])
+    assert [one.label for one in results] == ["runs/a/out", "runs/b/out", "runs/c/out"]
+    rows = [(f"{r.label}/{record['image']}", record["score"]) for r in results for record in r.records]
+    found = agreement(judged(models / "human.csv", RATED, rows), results, resamples=20)
+    assert [one["label"] for one in found["models"]["of"]] == ["runs/a/out", "runs/b/out", "runs/c/out"]
+    assert found["models"]["spearman"][0] == pytest.approx(1)
+    shutil.copytree("runs/a/out-typescore", "runs/a/out")
+    assert [one.label for one in load_all(["runs/a/out", "runs/a/out-typescore"])] == [
+        "runs/a/out",
+        "runs/a/out-typescore",
+    ]
+
+
+def test_judgements_of_pictures_that_were_not_read_are_counted_and_left_out(tmp_path: Path) -> None:
+    scores: dict[str, float | None] = {f"t{i}_0.png": float(i) for i in range(200)} | {"t7_0.png": None}
+    one = made_up("a", scores)
+    path = judged(tmp_path / "ratings.csv", RATED, [(f"t{i}_0.png", i) for i in (1, 7, 3, 4, 7)])
+    found = agreement(path, [one], resamples=20)
+    assert (found["left_out"], found["ratings"], found["pictures"]) == (2, 3, 3)
+    path = judged(tmp_path / "pairs.csv", PREFERRED, [("t1_0.png", "t7_0.png", "a"), ("t1_0.png", "t3_0.png", "b")])
+    found = agreement(path, [one], resamples=20)
+    assert (found["left_out"], found["preferences"], found["pair_accuracy"][0]) == (1, 1, 1)
+    assert "models" not in found
+    with pytest.raises(UserError, match=r"rates 0 pictures that were read \(1 lines are of others\)"):
+        agreement(judged(path, RATED, [("t7_0.png", 1)]), [one])
+    with pytest.raises(
+        UserError, match=r"line 2: the results have no picture 'zzz'; known: t0_0\.png, .* and 195 more"
+    ) as told:
+        agreement(judged(path, RATED, [("zzz", 1)]), [one])
+    assert len(str(told.value)) < 300
+
+
+def test_scores_where_less_is_better_are_turned_round(tmp_path: Path) -> None:
+    scores: dict[str, float | None] = {f"t{i}_0.png": float(i) for i in range(5)}
+    results = [made_up("a", scores, "dissimilarity"), made_up("b", dict.fromkeys(scores, 9.0), "dissimilarity")]
+    path = judged(
+        tmp_path / "r.csv", RATED, [(f"{m}/t{i}_0.png", 9 - i if m == "a" else 0) for m in "ab" for i in range(5)]
+    )
+    found = agreement(path, results, resamples=20)
+    assert found["pair_accuracy"][0] == 1
+    assert [one["score"] for one in found["models"]["of"]] == [2, 9]
+    assert found["models"]["pair_accuracy"] == [1, 1, 1]
+
+
+def test_tables_are_read_whatever_ends_their_lines(tmp_path: Path) -> None:
+    one = made_up("a", {f"t{i}_0.png": float(i) for i in range(3)})
+    path = tmp_path / "r.csv"
+    for end in ("\n", "\r\n", "\r"):
+        path.write_bytes(end.join(["image,rating", "t0_0.png,1", "t1_0.png,2", "t2_0.png,3", ""]).encode())
+        assert agreement(path, [one], resamples=5)["pair_accuracy"][0] == 1
+    for text, message in (
+        ("image,rating\nt0_0.png," + "1" * 200_000 + "\n", "r.csv, line 2: not CSV"),
+        ("x" * 200_000 + "\n1\n", "r.csv, line 1: not CSV"),
+        ('image,rating\nt0_0.png,1\n"t1_0.png,2\n', "r.csv, line 3: not CSV"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            agreement(path, [one])

@@ -7,6 +7,7 @@ of two models by instruction: the resolution of a metric is the share of pairs o
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import itertools
 import json
@@ -14,9 +15,9 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -40,6 +41,8 @@ from zoo.papers.typescore.render import render
 
 _SURE = 1.96  # |z| of two models that are told apart
 _SEED = 1_000_003  # of the right pictures: none of a model's own seeds
+_NAMED = 5  # of a long list, how many are named
+_TIED = 1e-9  # scores and ratings that differ by less are tied
 _log = logging.getLogger("zoo")
 
 Scores = Mapping[str, float]  # by instruction
@@ -106,9 +109,12 @@ def load_all(names: Sequence[str]) -> list[Result]:
     if len(set(folders)) < len(folders):
         twice = next(one.folder for one in found if folders.count(one.folder.resolve()) > 1)
         raise UserError(f"results: {twice} is named twice; name each result once")
-    labels = [one.label for one in found]
-    if len(set(labels)) < len(labels):  # a/out and b/out
-        found = [Result(str(Path(name)), one.folder, one.setting, one.records) for name, one in zip(names, found)]
+    for full in (
+        lambda one: one.folder.as_posix().removesuffix("-typescore"),  # a/out and b/out
+        lambda one: one.folder.as_posix(),  # out and out-typescore
+    ):
+        if len({one.label for one in found}) < len(found):
+            found = [replace(one, label=full(one)) for one in found]
     apart = ("images", "wanted_sha256", "style")  # of a result's own; texts are compared one by one below
     first = found[0]
     mine = {k: v for k, v in first.setting.items() if k not in apart}
@@ -174,7 +180,7 @@ def pair(
         )
     apart = np.array([one[name] - other[name] for name in common])
     low, high = _interval(lambda pick: float(apart[pick].mean()), len(apart), resamples, seed)
-    ties = np.abs(apart) < 1e-9
+    ties = np.abs(apart) < _TIED
     better = apart < 0 if lower_is_better else apart > 0
     wins = float((better & ~ties).mean() + 0.5 * ties.mean())
     return Pair(a, b, len(common), float(apart.mean()), low, high, wins, int(ties.sum()), z_of(apart))
@@ -327,135 +333,297 @@ def scored(result: Result, scorer: ImageTextScorer, instructions: Mapping[str, I
 # --- people -----------------------------------------------------------------------------------------
 
 
+class Judged(NamedTuple):
+    """A picture that people may have judged: whose it is, what it was asked for, its score (more is better, None if not read)."""
+
+    label: str
+    id: str
+    score: float | None
+
+
 def agreement(path: str | Path, results: Sequence[Result], resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """How far scores agree with what people said, each figure as [value, low, high] of a bootstrap.
+    """How far scores agree with what people said, by picture and, under "models", by model; figures are [value, low, high].
 
     The file is CSV with the columns image and rating (a number, more is better), or image_a, image_b and preferred (a, b or
-    tie); several lines of one picture are of several people. A picture is named as its file, of several results
-    LABEL/FILE. Ratings give Spearman's rho, Kendall's tau-b and the accuracy on pairs (of one instruction where it has two pictures, else
-    any), and those of models where there are three; preferences the accuracy: a tied score is half right, a tie of
-    people's is left out.
+    tie); several lines of one picture are of several people. A picture is named as its file, of several results LABEL/FILE.
+    Ratings give Spearman's rho, Kendall's tau-b and the accuracy on pairs that people rate differently: on all pairs, and on
+    those of one instruction alone, which are free of how hard instructions are. Preferences give the accuracy. A tied score
+    is half right, a tie of people's is left out. Models are compared by their mean score and rating, or by the shares of
+    comparisons that they win by score and by people, where a tie is half a win.
+
+    Intervals are of a bootstrap over instructions, each drawn with all its lines: those of one picture, and of pictures of
+    one text, are not independent. A pair across two instructions counts as often as both are drawn together. Lines of
+    pictures that were not read are counted as `left_out`. UserError names the line and what is wrong with it.
     """
     rows, fields = _csv(path)
-    scores: dict[str, float] = {}
-    of: dict[str, str] = {}
-    worse = results[0].setting["kind"] == "dissimilarity"
+    sign = -1 if results[0].setting["kind"] == "dissimilarity" else 1
+    known: dict[str, Judged] = {}
     for result in results:
-        for record in result.read:
+        for record in result.records:
             name = record["image"] if len(results) == 1 else f"{result.label}/{record['image']}"
-            scores[name] = -record["score"] if worse else record["score"]
-            of[name] = record["id"]
+            score = None if record["error"] is not None else sign * float(record["score"])
+            known[name] = Judged(result.label, record["id"], score)
 
-    def score(name: str, line: int) -> float:
-        if name not in scores:
-            raise UserError(
-                f"human={path}, line {line}: no picture {name!r} was read; {suggest(name, scores)}"
-                + (" (of several results: LABEL/FILE)" if len(results) > 1 else "")
-            )
-        return scores[name]
+    def find(name: str, line: int) -> Judged:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            said = suggest(name, near or sorted(known)[:_NAMED])
+            more = "" if near or len(known) <= _NAMED else f" and {len(known) - _NAMED} more"
+            how = " (of several results: LABEL/FILE)" if len(results) > 1 else ""
+            raise UserError(f"human={path}, line {line}: the results have no picture {name!r:.120}; {said}{more}{how}")
+        return known[name]
 
     if {"image", "rating"} <= fields:
-        return _ratings(path, rows, score, of, results, resamples, seed)
+        return _ratings(path, rows, find, sign, resamples, seed)
     if {"image_a", "image_b", "preferred"} <= fields:
-        right = []
-        for line, row in rows:
-            choice = row["preferred"].strip().lower()
-            if choice not in ("a", "b", "tie"):
-                raise UserError(f"human={path}, line {line}: preferred is {row['preferred']!r}; write a, b or tie")
-            apart = score(row["image_a"], line) - score(row["image_b"], line)
-            if choice != "tie":
-                right.append(0.5 if apart == 0 else float((apart > 0) == (choice == "a")))
-        if not right:
-            raise UserError(f"human={path} holds no preference but ties; accuracy needs one at least")
-        values = np.array(right)
-        return {
-            "preferences": len(values),
-            "ties": len(rows) - len(values),
-            "pair_accuracy": _with_interval(lambda pick: float(values[pick].mean()), len(values), resamples, seed),
-        }
+        return _preferences(path, rows, find, resamples, seed)
     raise UserError(
         f"human={path} has the columns {', '.join(sorted(fields))}; give image and rating, or image_a, image_b and preferred"
     )
 
 
 def _csv(path: str | Path) -> tuple[list[tuple[int, dict[str, str]]], set[str]]:
+    """The lines of a CSV file with their numbers, and the names of its columns."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"human={path} cannot be read ({why}); name a CSV file") from None
-    reader = csv.DictReader(io.StringIO(text))
-    rows = [(reader.line_num, {str(k): v or "" for k, v in row.items()}) for row in reader]
+    reader = csv.DictReader(io.StringIO(text, newline=None), strict=True)  # lines may end in CR alone
+    rows = []
+    try:
+        for row in reader:
+            if None in row:  # a rating of 3,5 would be taken for 3
+                raise UserError(
+                    f"human={path}, line {reader.line_num}: more fields than the header has; quote those with a comma in them"
+                )
+            rows.append((reader.line_num, {name: value or "" for name, value in row.items()}))
+        fields = set(reader.fieldnames or ())
+    except csv.Error as error:
+        at = reader.reader.line_num
+        raise UserError(
+            f"human={path}, line {at}: not CSV ({error}); write fields between commas, and close every quote"
+        ) from None
     if not rows:
         raise UserError(f"human={path} has no lines; give a header such as image,rating and a line for each judgement")
-    return rows, set(reader.fieldnames or ())
+    return rows, fields
 
 
-def _ratings(
-    path: str | Path,
-    rows: Sequence[tuple[int, dict[str, str]]],
-    score: Callable[[str, int], float],
-    of: Mapping[str, str],
-    results: Sequence[Result],
-    resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    from scipy import stats
+_Rows = Sequence[tuple[int, dict[str, str]]]
+_Find = Callable[[str, int], Judged]
 
+
+def _ratings(path: str | Path, rows: _Rows, find: _Find, sign: int, resamples: int, seed: int) -> dict[str, Any]:
     said: dict[str, list[float]] = {}
-    ours: dict[str, float] = {}
+    pictures: dict[str, Judged] = {}
+    left_out = 0
     for line, row in rows:
-        ours[row["image"]] = score(row["image"], line)
+        name = row["image"]
+        one = find(name, line)
         try:
             value = float(row["rating"])
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise UserError(f"human={path}, line {line}: rating is {row['rating']!r}; write a number")
-        said.setdefault(row["image"], []).append(value)
+            raise UserError(f"human={path}, line {line}: rating is {row['rating']!r:.120}; write a number")
+        if one.score is None:
+            left_out += 1
+        else:
+            pictures[name] = one
+            said.setdefault(name, []).append(value)
     names = sorted(said)
     if len(names) < 3:
-        raise UserError(f"human={path} rates {len(names)} pictures; agreement needs three at least")
-    x, y = np.array([ours[name] for name in names]), np.array([np.mean(said[name]) for name in names])
-    groups = [of[name] for name in names]
-    within = len(set(groups)) < len(groups)
+        raise UserError(
+            f"human={path} rates {len(names)} pictures that were read ({left_out} lines are of others); agreement needs three"
+        )
+    x = np.array([pictures[name].score for name in names], np.float64)
+    y = np.array([np.mean(said[name]) for name in names])
+    ids, of = np.unique([pictures[name].id for name in names], return_inverse=True)
+    right, counted = _matched(x, y, of, len(ids))
 
-    code = np.unique(groups, return_inverse=True)[1]
-    a, b = np.triu_indices(len(names), 1)
-    keep = (y[a] != y[b]) & ((code[a] == code[b]) | (not within))
-    a, b = a[keep], b[keep]
-    right = (np.sign(x[a] - x[b]) * np.sign(y[a] - y[b]) + 1) / 2
+    def accuracy(times: np.ndarray, among: np.ndarray) -> float:
+        taken = np.outer(times, times)
+        np.fill_diagonal(taken, times)  # pairs of one instruction come with it, and no picture meets its own copy
+        taken = taken * among
+        whole = float((taken * counted).sum())
+        return float((taken * right).sum()) / whole if whole else math.nan
 
-    def accuracy(pick: np.ndarray) -> float:
-        times = np.bincount(pick, minlength=len(names))  # so that no picture meets itself in a resample
-        weights = times[a] * times[b]
-        return float(weights @ right / weights.sum()) if weights.any() else math.nan
+    def interval(value: Callable[[np.ndarray], float]) -> list[float | None]:
+        return _with_interval(value, len(ids), resamples, seed)
 
-    found = {
+    every, within = np.ones((len(ids), len(ids))), np.eye(len(ids))
+    found: dict[str, Any] = {
+        "ratings": sum(map(len, said.values())),
+        "left_out": left_out,
         "pictures": len(names),
-        "ratings": len(rows),
-        "spearman": _with_interval(lambda p: float(stats.spearmanr(x[p], y[p])[0]), len(names), resamples, seed),
-        "kendall_tau_b": _with_interval(lambda p: float(stats.kendalltau(x[p], y[p])[0]), len(names), resamples, seed),
-        "pair_accuracy": _with_interval(accuracy, len(names), resamples, seed),
-        "pairs_within_instructions": within,
+        "instructions": len(ids),
     }
-    models = sorted({name.partition("/")[0] for name in names}) if len(results) > 1 else []
-    if len(models) >= 3:
-        of_model = [[i for i, name in enumerate(names) if name.partition("/")[0] == model] for model in models]
-        means = [(float(x[some].mean()), float(y[some].mean())) for some in of_model]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scipy's on constant input
-            both = {"spearman": stats.spearmanr(*zip(*means))[0], "kendall_tau_b": stats.kendalltau(*zip(*means))[0]}
-        found["models"] = {k: round(float(v), 6) if math.isfinite(v) else None for k, v in both.items()}
-    return found
+    for name, correlation in _CORRELATIONS.items():
+        found[name] = interval(lambda t, c=correlation: c(np.repeat(x, t[of]), np.repeat(y, t[of])))  # type: ignore[misc]
+    found |= {
+        "pair_accuracy": interval(lambda t: accuracy(t, every)),
+        "pairs": int(counted.sum()) // 2,  # each stands there both ways
+        "pair_accuracy_within_instructions": interval(lambda t: accuracy(t, within)),
+        "pairs_within_instructions": int(np.trace(counted)) // 2,
+    }
+    labels, model = np.unique([pictures[name].label for name in names], return_inverse=True)
+    if len(labels) < 2:
+        return found
+    cell = model * len(ids) + of
+    shape = (len(labels), len(ids))
+    number = np.bincount(cell, minlength=len(labels) * len(ids)).reshape(shape)
+    by_score, by_people = (
+        np.bincount(cell, values, len(labels) * len(ids)).reshape(shape) / np.maximum(number, 1) for values in (x, y)
+    )
+
+    def means(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        weights = (number > 0) * times  # means by instruction weigh the same, however many pictures they are of
+        whole = weights.sum(1)
+        return (by_score * weights).sum(1) / whole, (by_people * weights).sum(1) / whole
+
+    scores, ratings = means(np.ones(len(ids), int))
+    rows_of = [
+        {"label": str(label), "score": round(sign * float(score), 4), "rating": round(float(rating), 4)}
+        for label, score, rating in zip(labels, scores, ratings, strict=True)
+    ]
+    return {**found, "models": {"of": rows_of, **_of_models(means, len(ids), resamples, seed)}}
+
+
+def _preferences(path: str | Path, rows: _Rows, find: _Find, resamples: int, seed: int) -> dict[str, Any]:
+    sides: list[tuple[Judged, Judged]] = []
+    apart: list[float] = []
+    won: list[float] = []  # by a: 1, by b: 0, a tie 0.5
+    left_out = 0
+    for line, row in rows:
+        choice = row["preferred"].strip().lower()
+        if choice not in ("a", "b", "tie"):
+            raise UserError(f"human={path}, line {line}: preferred is {row['preferred']!r:.120}; write a, b or tie")
+        a, b = find(row["image_a"], line), find(row["image_b"], line)
+        if row["image_a"] == row["image_b"]:
+            raise UserError(f"human={path}, line {line}: image_a and image_b are one picture; name two")
+        if a.score is None or b.score is None:
+            left_out += 1
+            continue
+        sides.append((a, b))
+        apart.append(a.score - b.score)
+        won.append({"a": 1.0, "b": 0.0, "tie": 0.5}[choice])
+    people, score = np.array(won), (_sign(np.array(apart)) + 1) / 2
+    decided = people != 0.5
+    if not decided.any():
+        raise UserError(
+            f"human={path} holds no preference but ties ({left_out} lines are of pictures that were not read); accuracy needs "
+            "one at least"
+        )
+    ids, of = np.unique([one.id for both in sides for one in both], return_inverse=True)
+    of = of.reshape(-1, 2)
+    same = of[:, 0] == of[:, 1]
+    right = 1 - np.abs(score - people)
+
+    def weights(times: np.ndarray) -> np.ndarray:
+        return np.where(same, times[of[:, 0]], times[of[:, 0]] * times[of[:, 1]])
+
+    def accuracy(times: np.ndarray) -> float:
+        taken = weights(times) * decided
+        return float(taken @ right / taken.sum()) if taken.any() else math.nan
+
+    found: dict[str, Any] = {
+        "preferences": int(decided.sum()),
+        "ties": int((~decided).sum()),
+        "left_out": left_out,
+        "instructions": len(ids),
+        "pair_accuracy": _with_interval(accuracy, len(ids), resamples, seed),
+    }
+    labels, model = np.unique([one.label for both in sides for one in both], return_inverse=True)
+    is_a, is_b = (np.arange(len(labels))[:, None] == model.reshape(-1, 2)[:, side] for side in (0, 1))
+    is_a, is_b = is_a & ~is_b, is_b & ~is_a  # two pictures of one model say nothing of models
+    met = (is_a | is_b).any(1)
+    if met.sum() < 2:
+        return found
+    labels, is_a, is_b = labels[met], is_a[met].astype(float), is_b[met].astype(float)
+
+    def shares(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        taken = weights(times)
+        whole = (is_a + is_b) @ taken
+        by_score, by_people = ((is_a @ (taken * w) + is_b @ (taken * (1 - w))) / whole for w in (score, people))
+        return by_score, by_people
+
+    by_score, by_people = shares(np.ones(len(ids), int))
+    rows_of = [
+        {"label": str(label), "won_by_score": round(float(ours), 4), "won_by_people": round(float(theirs), 4)}
+        for label, ours, theirs in zip(labels, by_score, by_people, strict=True)
+    ]
+    return {**found, "models": {"of": rows_of, **_of_models(shares, len(ids), resamples, seed)}}
+
+
+def _of_models(
+    values: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], n: int, resamples: int, seed: int
+) -> dict[str, Any]:
+    """The agreement of two values of each model, which follow from how often each of n instructions is drawn."""
+
+    def accuracy(x: np.ndarray, y: np.ndarray) -> float:
+        right, counted = _matched(x, y, np.zeros(len(x), int), 1)
+        return float(right[0, 0] / counted[0, 0]) if counted[0, 0] else math.nan
+
+    _, people = values(np.ones(n, int))
+    return {
+        **{
+            name: _with_interval(lambda times, c=correlation: c(*values(times)), n, resamples, seed)  # type: ignore[misc]
+            for name, correlation in _CORRELATIONS.items()
+        },
+        "pair_accuracy": _with_interval(lambda times: accuracy(*values(times)), n, resamples, seed),
+        "pairs": int(_matched(people, people, np.zeros(len(people), int), 1)[1][0, 0]) // 2,
+    }
+
+
+def _matched(x: np.ndarray, y: np.ndarray, of: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many ordered pairs with different y have x in the same order, a tie being half, and how many pairs there are.
+
+    Both [n, n], by the groups `of` [N] of the two; kept by groups, since pairs of thousands of pictures are millions.
+    """
+    right, counted = np.zeros((n, n)), np.zeros((n, n))
+    for i, group in enumerate(of):
+        order = _sign(y[i] - y)
+        keep = order != 0
+        agree = (_sign(x[i] - x) * order + 1) / 2
+        right[group] += np.bincount(of[keep], agree[keep], n)
+        counted[group] += np.bincount(of[keep], minlength=n)
+    return right, counted
+
+
+def _sign(differences: np.ndarray) -> np.ndarray:
+    """As np.sign, and 0 for what only rounding has made of 0: means of the same numbers in another order are tied."""
+    return np.where(np.abs(differences) < _TIED, 0.0, np.sign(differences))
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    from scipy import stats
+
+    return float(stats.spearmanr(x, y)[0]) if len(x) > 1 else math.nan
+
+
+def _kendall(x: np.ndarray, y: np.ndarray) -> float:
+    from scipy import stats
+
+    return float(stats.kendalltau(x, y)[0]) if len(x) > 1 else math.nan
+
+
+_CORRELATIONS = {"spearman": _spearman, "kendall_tau_b": _kendall}
 
 
 def _with_interval(value: Callable[[np.ndarray], float], n: int, resamples: int, seed: int) -> list[float | None]:
-    """[value, low, high]; None for what is undefined, such as a correlation with ratings that are all one."""
-    with warnings.catch_warnings():
+    """[value, low, high] of what follows from how often each of n instructions is drawn [n].
+
+    None for what is undefined, such as a correlation with ratings that are all one, or the interval of one instruction.
+    """
+    with (
+        warnings.catch_warnings(),
+        np.errstate(invalid="ignore", divide="ignore"),
+    ):  # a model none of whose pictures is drawn
         warnings.simplefilter("ignore")  # scipy's on constant input
-        whole = value(np.arange(n))
-        low, high = _interval(value, n, resamples, seed)
+        whole = value(np.ones(n, int))
+        low, high = math.nan, math.nan
+        if n > 1:
+            low, high = _interval(lambda pick: value(np.bincount(pick, minlength=n)), n, resamples, seed)
     return [None if not math.isfinite(v) else round(v, 6) for v in (whole, low, high)]
 
 
