@@ -7,8 +7,9 @@ import json
 import os
 import re
 import shutil
+import string
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from zoo import cli, config
 from zoo.errors import UserError
 from zoo.papers.typescore import instructions as lists
 from zoo.papers.typescore import render as drawing
-from zoo.papers.typescore import report, style
+from zoo.papers.typescore import report, style, synth
 from zoo.papers.typescore.calibrate import Calibrate
 from zoo.papers.typescore.compare import load_all
 from zoo.papers.typescore.evaluate import TypeScore, find
@@ -397,6 +398,66 @@ def test_case_and_place_are_seen_and_what_boxes_do_not_tell_is_not_evaluated() -
     assert followed("colour", "mauvish") is None
     assert followed("colour", "red") is None  # no ink on plain white
     assert style.measured({"case": "capitals"}, picture, [])["case"].followed is None
+
+
+@pytest.mark.parametrize(
+    "text, capitals, lowercase",
+    [
+        ("Stay Curious", False, False),
+        ("Open Special Week", False, False),
+        ("stay curious and open every week for all that come by", False, True),
+        ("Come early and bring a blanket for the show", False, False),  # one capital among 34 letters
+        ("the Plover sails", False, False),
+        ("LP", True, False),
+        ("Lp", False, False),
+        ("Dj", False, False),
+        ("So", False, False),
+        ("C", True, False),
+        # as readers err
+        ("oPen Xylophone cOncerts", False, False),
+        ("all yOu Vegans knoW", False, False),
+        ("all yOu kNow of Bread", False, False),
+        ("all yOu kNow of the bread", False, True),  # N once
+        ("all yOu kNow of thE bread", False, False),
+        ("send an sOs, aII of you, 2O times", False, True),
+        ("vitamin C for all", False, True),  # the letter alone does not tell
+        ("all that I know", False, False),
+        ("for 5O crowns or O5", False, True),
+        ("cOME EARLY", True, False),
+        ("MlND THE sTEP AT 1o", True, False),
+        ("don't go past Nora's", False, False),
+        ("cafe\u0301s open daily", False, True),
+        ("DON’T GO", True, False),
+    ],
+)
+def test_case_is_told_by_the_letters_that_tell(text: str, capitals: bool, lowercase: bool) -> None:
+    assert style._case("capitals", text).followed is capitals
+    assert style._case("lowercase", text).followed is lowercase
+
+
+@pytest.mark.parametrize("drawn", [str, str.upper, str.lower, str.title, string.capwords, str.capitalize])
+def test_the_case_of_all_shipped_texts_is_told_however_they_are_drawn(drawn: Callable[[str], str]) -> None:
+    for one in synth.generate():
+        text = drawn(one.text)
+        cased = text.upper() != text.lower()
+        for value, right in (("capitals", text.upper()), ("lowercase", text.lower())):
+            assert style._case(value, text).followed is ((text == right) if cased else None), (value, text)
+
+
+def test_boxes_and_ink_are_of_the_picture_as_it_is_seen(tmp_path: Path) -> None:
+    seen = plain("Open", colour="red", placement="top", size=240).crop((0, 0, 240, 150))
+    exif = Image.Exif()
+    exif[0x0112] = 8  # to be turned by a quarter
+    seen.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as turned:
+        turned.load()
+    assert turned.size == (150, 240)
+    x, y = 120, 40  # of the ink's middle, by the renderer
+    lines = [line("Open", (x - 60, y - 25, x + 60, y + 25))]
+    for picture in (seen, turned):
+        found = style.measured({"placement": "top", "colour": "red"}, picture, lines)
+        assert found["placement"] == (True, "centre at 50%, 27%")
+        assert found["colour"].followed
 
 
 def test_a_model_that_sees_is_asked_for_the_rest_without_a_word_of_the_text(folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from zoo.papers.typescore.render import COLOURS
 
 NEAR = 25.0  # Delta E (CIE 1976) up to which an ink is of a named colour
 _CAPITALS, _LOWERCASE = ("capitals", "uppercase", "upper case"), ("lowercase", "lower case", "small letters")
-_SAME = "covwxszukpCOVWXSZUKP"  # letters whose capitals look like them: readers mix these up
+_SAME = "covwxszukpCOVWXSZUKPIl"  # letters that look like one of the other case: readers mix these up
 _SHORTEST, _LONGEST = 3, 640  # pixels of a box's sides that are looked at
 _SIDES = ("top", "bottom", "left", "right")
 _MIDDLES = ("centre", "center", "middle")
@@ -83,7 +84,7 @@ def measured(style: Mapping[str, str], picture: Image.Image, lines: Sequence[Lin
         elif attribute == "case":
             found[attribute] = _case(value, " ".join(line.text for line in lines))
         elif attribute == "placement":
-            found[attribute] = _placement(value, picture.size, lines)
+            found[attribute] = _placement(value, flat(picture).size, lines)
         else:
             found[attribute] = Verdict(None, "not evaluated: boxes do not tell")
     return found
@@ -168,16 +169,43 @@ def _colour(value: str, picture: Image.Image, lines: Sequence[Line]) -> Verdict:
 
 
 def _case(value: str, text: str) -> Verdict:
-    cased = [c for c in text if c.isupper() or c.islower()]
-    telling = [c for c in cased if c not in _SAME] or cased
     if value not in (*_CAPITALS, *_LOWERCASE):
         return Verdict(None, f"not evaluated: no known case {value!r}")
-    if not cased:
+    starts, inside = _telling(text)
+    letters = [*starts, *inside]
+    if not letters:
         return Verdict(None, "not evaluated: no letters")
-    capitals = sum(c.isupper() for c in telling) / len(telling)
-    # a sentence has one capital among its letters, and a reader may err once
-    followed = capitals >= 0.9 if value in _CAPITALS else capitals <= 0.03
-    return Verdict(followed, f"{capitals:.0%} capitals")
+    capitals = sum(c.isupper() for c in letters)
+    share = capitals / len(letters)
+    if value in _CAPITALS:
+        followed = share >= 0.9
+    else:  # one capital at a word's start makes a sentence or a name; within words it is a letter that was misread
+        followed = not any(c.isupper() for c in starts) and capitals <= 1 and share <= 0.1
+    return Verdict(followed, f"{capitals} of {len(letters)} letters that tell are capitals")
+
+
+def _telling(text: str) -> tuple[list[str], list[str]]:
+    """The letters of a reading that tell its case: those that begin words, and others.
+
+    Readers go by the size of neighbours where a capital looks like its small letter. They are right at the start of a word,
+    where capitals belong, unless that letter stands alone or beside digits, and mix such letters up within words. Where
+    nothing else tells, letters are taken as they were read.
+    """
+    starts: list[str] = []
+    rest: list[str] = []
+    for word in re.findall(r"[^\W_]+(?:['’][^\W_]+)*", unicodedata.normalize("NFC", text)):
+        letters = [c for c in word if c.isupper() or c.islower()]
+        if word[0] in letters:
+            first, *letters = letters
+            odd = first in _SAME and first.islower() and any(c.isupper() for c in letters)  # "cOME": nobody writes so
+            beside = bool(letters) or first == "I"  # a word by itself, the only one of these
+            if first not in _SAME or (beside and not odd and not any(c.isdigit() for c in word)):
+                starts.append(first)
+            elif not odd:
+                rest.append(first)
+        rest += letters
+    inside = [c for c in rest if c not in _SAME]
+    return starts, inside or rest
 
 
 def _placement(value: str, size: tuple[int, int], lines: Sequence[Line]) -> Verdict:
