@@ -1,5 +1,6 @@
 """Results of models compared: ranking, refusals, coarse metrics, what people said."""
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -7,6 +8,7 @@ import json
 import math
 import shutil
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +21,7 @@ from zoo.errors import UserError
 from zoo.papers.typescore import instructions as lists
 from zoo.papers.typescore import render as drawing
 from zoo.papers.typescore.compare import (
+    Clip,
     Coarse,
     Compare,
     Result,
@@ -155,6 +158,105 @@ def test_clip_needs_its_packages_before_anything_is_read(models: Path, monkeypat
     names = tuple(str(models / f"{name}-typescore") for name in ("good", "fair"))
     with pytest.raises(UserError, match=r"clip=weights needs the package transformers.*extra `vlm`"):
         Compare(names, str(models / "x"), clip="weights").run()
+
+
+def test_pictures_are_scored_for_the_texts_that_they_were_evaluated_for(models: Path) -> None:
+    result = load_all([str(models / "good-typescore")])[0]
+    known = {i.id: i for i in lists.read(models / "wanted.jsonl")}
+    known["t-1"] = dataclasses.replace(known["t-1"], text="Another text")
+    with pytest.raises(
+        UserError, match="wanted says 'Another text' of instruction 't-1', and good was evaluated for 'Open"
+    ):
+        scored(result, Coarse(), known)
+    known = {i.id: i for i in lists.read(models / "wanted.jsonl")}
+    (models / "good" / "t-1_0.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"t-1_0.png cannot be opened .* needs the pictures"):
+        scored(result, Coarse(), known)
+    (models / "good" / "t-1_0.png").unlink()
+    with pytest.raises(UserError, match="is no longer there"):
+        scored(result, Coarse(), known)
+
+
+def test_the_right_pictures_are_drawn_once_for_all_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zoo.papers.typescore import compare
+
+    drawn = []
+    monkeypatch.setattr(compare, "render", lambda one, seed: drawn.append(one.id) or drawing.render(one, seed=seed))
+    known = {i.id: i for i in lists.read(models / "wanted.jsonl")}
+    coarse = Coarse()
+    for result in load_all([str(models / f"{name}-typescore") for name in ("good", "fair")]):
+        scored(result, coarse, known)
+    assert sorted(drawn) == sorted(known)
+
+
+class Torch(types.ModuleType):
+    """What `Clip` takes of torch, by NumPy."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.no_grad = contextlib.nullcontext
+        self.nn = types.SimpleNamespace(functional=types.SimpleNamespace(cosine_similarity=self.cosine))
+
+    @staticmethod
+    def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+class Transformers(types.ModuleType):
+    """A CLIP model that embeds a picture by its first pixel and a text by its letters r, g and b; notes its calls."""
+
+    def __init__(self) -> None:
+        super().__init__("transformers")
+        self.opened: list[str] = []
+        self.batches: list[int] = []
+        self.CLIPModel = self.CLIPProcessor = types.SimpleNamespace(from_pretrained=self.open)
+
+    def open(self, name: str) -> "Transformers":
+        self.opened.append(name)
+        if name == "broken":
+            raise OSError("broken holds no config.json\nand more")
+        return self
+
+    def eval(self) -> "Transformers":
+        return self
+
+    def __call__(self, text: Any = None, images: Any = None, image: Any = None, **how: Any) -> Any:
+        if image is not None:
+            return types.SimpleNamespace(image_embeds=image, text_embeds=how["words"])
+        assert how == {"return_tensors": "pt", "truncation": True, "padding": True}
+        assert all(one.mode == "RGB" for one in images)
+        self.batches.append(len(images))
+        words = np.array([[line.count(letter) for letter in "rgb"] for line in text], float)
+        return {"image": np.array([one.getpixel((0, 0)) for one in images], float), "words": words}
+
+
+def test_clip_is_opened_once_and_scores_in_chunks(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zoo.papers.typescore import compare
+
+    monkeypatch.setattr(compare, "_CHUNK", 5)
+    fake = Transformers()
+    monkeypatch.setitem(sys.modules, "torch", Torch())
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    red, green = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("L", (4, 4), 0).convert("RGBA")
+    green.paste((0, 255, 0, 255), (0, 0, 4, 4))
+    some = [Instruction("a", "rr", "x"), Instruction("b", "", "rg")]
+    clip = Clip("weights")
+    assert clip.score([red, green], some) == [pytest.approx(2.5), pytest.approx(2.5 / math.sqrt(2))]
+    assert clip.score([green], some[:1]) == [0]
+    assert fake.opened == ["weights", "weights"]  # the model and its processor
+    with pytest.raises(ValueError, match="1 pictures of 2"):
+        clip.score([red], some)
+    fake.opened.clear()
+    fake.batches.clear()
+    names = tuple(str(models / f"{name}-typescore") for name in ("good", "fair", "poor"))
+    wanted = str(models / "wanted.jsonl")
+    found = Compare(names, str(models / "x"), clip="weights", wanted=wanted, resamples=5).run()
+    assert found["resolution"]["CLIPScore"]["pairs"] == 3
+    assert fake.opened == ["weights", "weights"]
+    assert fake.batches == [5, 5, 2] * 3
+    with pytest.raises(UserError, match=r"clip=broken could not be opened .*config.json\); name a folder"):
+        Compare(names, str(models / "y"), clip="broken").run()
+    assert not (models / "y").exists()
 
 
 def test_results_that_do_not_compare_are_refused(models: Path, folder: Path) -> None:
