@@ -545,6 +545,17 @@ def test_the_page_stands_alone_and_lets_nothing_through(folder: Path) -> None:
     assert ("div", "hidden", None) in page.attributes  # controls are of use only with JavaScript
 
 
+def test_bins_with_names_of_ones_own_are_plotted_and_weights_are_told(folder: Path) -> None:
+    names = ("$5", "$\\frac$", "a $b$ c", r"\$", "5$ and more", "")
+    lists.write(folder / "wanted.jsonl", [dataclasses.replace(one, length_bin=name) for one, name in zip(LIST, names)])
+    found = score(folder, weights=(2.0, 0.5, 0.0)).run()
+    assert set(names) - {""} <= set(found["by"]["length_bin"])
+    page = Page((folder / "a-typescore" / "report.html").read_text())
+    assert "similarity, weights NED 2, NLCS 0.5, SW 0." in page.text
+    with Image.open(folder / "a-typescore" / "plot.png") as plotted:
+        assert plotted.width > 600
+
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 
 

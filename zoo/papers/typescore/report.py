@@ -239,7 +239,7 @@ def plot(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> by
     ]
     if by:
         lengths.errorbar(range(len(by)), middle, yerr=apart, fmt="o-", color="#1f6fb4", capsize=4)
-    lengths.set_xticks(range(len(by)), list(by))
+    lengths.set_xticks(range(len(by)), [name.replace("$", r"\$") for name in by])  # or matplotlib sets it as a formula
     lengths.set(xlabel="words wanted", ylabel="TypeScore", ylim=(0, 105))
     counts = {**summary["error_types"], "failed": summary["failed"]}
     kinds.bar(list(counts), list(counts.values()), color=[_COLOURS[kind] for kind in counts])
@@ -291,7 +291,8 @@ def _setting(summary: Mapping[str, Any]) -> str:
     case = "case counts" if rules["case_sensitive"] else "case does not count"
     punctuation = "punctuation does not" if rules["ignore_punct"] else "punctuation counts"
     order = "quoted texts in any order" if summary["piece_mode"] == "set" else "quoted texts in their order"
-    return f"{case}, {punctuation}, {order}, {_text(summary['kind'])}"
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in zip(("NED", "NLCS", "SW"), summary["weights"]))
+    return f"{case}, {punctuation}, {order}, {_text(summary['kind'])}, weights {weights}"
 
 
 def _number(value: float | None) -> str:
