@@ -58,6 +58,13 @@ from zoo.papers.typescore.instructions import Instruction, length_bin, quoted, r
         # inches
         ('a 12" disc with "HITS of 66" on it', ["HITS of 66"]),
         ('a 12" by 9" frame, "HI"', ["HI"]),
+        ('a 24"x36" poster that reads "SALE"', ["SALE"]),
+        ('a 6"x4" card, "HI"', ["HI"]),
+        ('a 6"x4", "HI"', ["HI"]),
+        ('24" x 36", "HI"', ["HI"]),
+        ('24"X 36" or 24"×36" or 24" × 36" or 2"x4"x8", "HI"', ["HI"]),
+        ('bus 24"x-ray ward"', ["x-ray ward"]),
+        ('a 24"x36" poster', []),
         # one in another
         ("\"she said 'go' and 'stop'\"", ["she said 'go' and 'stop'"]),
         ("'a \"b\" c'", ['a "b" c']),
@@ -127,6 +134,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
             "length_bin": "short",
             "style": None,
         },
+        {"id": "f", "text": "a b  a", "pieces": ["", "a\na", "b"]},
         {"id": "e", "instruction": '"a"  "b"', "text": "a  b"},
     )
     assert read(path) == [
@@ -142,6 +150,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         Instruction("7", 'A sign "x"', "Given wins", ("Given wins",), {}, "1-3", ""),
         Instruction("c", "", "No  instruction", ("No  instruction",), {}, "1-3", ""),
         Instruction("d", '"a" "b"', "a b", ("b", "a"), {}, "short", ""),
+        Instruction("f", "", "a b  a", ("", "a\na", "b"), {}, "1-3", ""),
         Instruction("e", '"a"  "b"', "a  b", ("a", "b"), {}, "1-3", ""),
     ]
     assert read(str(path)) == read(path)
@@ -204,6 +213,12 @@ GOOD = {"id": "a", "text": "x"}
         ({"id": "b", "text": "x", "domain": 1}, "domain 1 must be a text"),
         ({"id": "b", "text": "x", "pieces": "x"}, "pieces 'x' must be a list"),
         ({"id": "b", "text": "x", "pieces": [1]}, r"pieces \[1\] must be a list"),
+        ({"id": "b", "text": "x", "pieces": []}, r"pieces \[\] do not hold the words of the text 'x'"),
+        ({"id": "b", "text": "x", "pieces": ["", " "]}, "do not hold the words"),
+        ({"id": "b", "text": "x y", "pieces": ["x"]}, "do not hold the words"),
+        ({"id": "b", "text": "x y", "pieces": ["y", "x x"]}, "do not hold the words"),
+        ({"id": "b", "instruction": 'says "x y"', "pieces": ["z"]}, "do not hold the words of the text 'x y'"),
+        ({"id": "b", "text": "x " * 999, "pieces": ["y"] * 999}, "do not hold the words"),
         ({"id": "b", "text": "x", "style": "red"}, "style 'red' must be an object"),
         ({"id": "b", "text": "x", "style": {"bold": True}}, "style {'bold': True} must be an object"),
         ({"id": "b", "text": "x\ud800"}, "half a character"),

@@ -18,6 +18,7 @@ BINS = ((1, 3), (4, 8), (9, 16), (17, 30))  # words of the text; what is longer 
 
 _CLOSING = {'"': '"', "“": "”", "„": "“”", "«": "»", "'": "'", "‘": "’", "‚": "‘’", "‹": "›"}
 _NESTING = "“„«"
+_BY = re.compile(r"\s*[xX×]\s*\d")  # between the two sides of a size: 24"x36"
 # within a word; the '90s, give 'em; rock 'n' roll
 _APOSTROPHES = re.compile(r"(?<=\w)['’‘](?=\w)|(?<!\w)['’‘](?=\d0s\b|em\b)|(?<!\w)['’‘]n['’](?!\w)", re.IGNORECASE)
 
@@ -27,7 +28,7 @@ def quoted(text: str) -> list[str]:
 
     Quotes are "...", “...”, „...“, «...», and '...', ‘...’, ‚...‘, ‹...› where the single mark is no apostrophe: it
     opens after the start, a space or punctuation, and closes before the end, a space or punctuation. A mark whose
-    partner is missing is no quote, nor is an inch sign (12").
+    partner is missing is no quote, nor is an inch sign (12", 24"x36").
     """
     marks = _APOSTROPHES.sub(lambda found: "_" * len(found[0]), text)  # places in it are places in the text
     pieces = []
@@ -48,7 +49,7 @@ def _end(marks: str, start: int) -> int | None:
     before, after = marks[start - 1 : start], marks[start + 1 : start + 2]
     if mark not in _CLOSING:
         return None
-    if mark == '"' and before.isdigit() and not after.isalnum():
+    if mark == '"' and before.isdigit() and (not after.isalnum() or _BY.match(marks, start + 1)):
         return None  # inches
     if mark in "'‘" and (before.isalnum() or not after.strip()):
         return None
@@ -91,7 +92,7 @@ def read(path: str | os.PathLike[str]) -> list[Instruction]:
     """The instructions of a file of JSON lines.
 
     An object has "id" and "instruction", and may have "text", "pieces", "style", "length_bin" and "domain". A given
-    "text" wins over what is quoted in the instruction, and needs no instruction. Empty lines and other keys are passed
+    "text" wins over what is quoted in the instruction, and needs no instruction; "pieces" hold its words. Empty lines and other keys are passed
     over. UserError names the file, the line and what is wrong with it.
     """
     path = Path(path)
@@ -204,6 +205,11 @@ def _instruction(record: dict[str, Any], where: str) -> Instruction:
         pieces = tuple(given)
         for piece in pieces:
             _whole(piece, "pieces", where)
+        if sorted(" ".join(pieces).split()) != sorted(text.split()):
+            raise UserError(
+                f"{where}: pieces {given!r:.80} do not hold the words of the text {text!r:.80}; cut the text into pieces, in "
+                "any order, or leave them out"
+            )
     else:
         raise UserError(f"{where}: pieces {given!r:.80} must be a list of texts")
     style = record.get("style")
