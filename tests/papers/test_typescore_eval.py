@@ -642,6 +642,46 @@ def test_an_extractor_that_repairs_is_told_from_one_that_reads(tmp_path: Path) -
         Calibrate(levels=(2.0,))
 
 
+def test_a_calibration_of_another_setting_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = Calibrate(Oracle(), TEXTS[:2], levels=(0.0, 0.5), size=64)
+    first.run()
+    file = tmp_path / "typescore-calibration" / "calibration.json"
+    before = file.read_bytes()
+    unread = Fake(stops_after=-1)
+    for fields, what in (
+        ({"extractor": unread}, 'extractor.name: "oracle" -> "fake"'),
+        ({"texts": TEXTS[:3]}, "texts: "),
+        ({"levels": (0.0, 0.25)}, "levels: "),
+        ({"case_sensitive": True}, "normalisation.case_sensitive: false -> true"),
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"size": 128}, "size: 64 -> 128"),
+        ({"texts": tuple("many words " * 9 + str(i) for i in range(99))}, "texts: "),
+    ):
+        with pytest.raises(UserError, match=r"the calibration of another setting .*out=FOLDER") as caught:
+            dataclasses.replace(first, **fields).run()  # type: ignore[arg-type]
+        assert what in str(caught.value)
+        assert len(str(caught.value)) < 1200
+    assert file.read_bytes() == before
+    dataclasses.replace(first, cache="kept").run()  # of the same setting, made anew
+    assert json.loads(file.read_bytes())["setting"] == json.loads(before)["setting"]
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"calibration\.json is damaged; name another folder with out=FOLDER"):
+        first.run()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "calibration.md").write_text("dear to me")
+    with pytest.raises(UserError, match="out=mine is no folder of a calibration"):
+        dataclasses.replace(first, extractor=unread, out="mine").run()  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"out=mine/calibration\.md cannot be written"):
+        dataclasses.replace(first, extractor=unread, out="mine/calibration.md").run()  # type: ignore[arg-type]
+
+
+def test_a_text_of_punctuation_alone_calibrates_nothing_where_it_is_ignored() -> None:
+    with pytest.raises(UserError, match=r"texts: '\?!' is nothing without its punctuation; leave ignore_punct out"):
+        Calibrate(texts=("Open daily", "?!"), ignore_punct=True)
+    assert Calibrate(texts=("Open daily", "?!")).texts[1] == "?!"
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 

@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zoo.errors import UserError
-from zoo.papers.typescore.evaluate import AnyExtractor, _seen, _write, _writing
+from zoo.papers.typescore.evaluate import AnyExtractor, _seen, _write, _writing, differences
 from zoo.papers.typescore.extractors import Cached, RapidOcr, describe
+from zoo.papers.typescore.extractors.base import shorten
 from zoo.papers.typescore.render import TEXT, Corruption, corrupt, plain
 from zoo.papers.typescore.score import SPEC_VERSION, Normalisation, Parts, batch, typescore
 
@@ -38,6 +39,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "clean": {"points": 32},
     "styled": {"font": "handwritten", "points": 30, "rotation": 8, "noise": 20, "texture": True},
 }
+_RESULT = "calibration.json"
 _log = logging.getLogger("zoo")
 
 
@@ -60,6 +62,11 @@ class Calibrate:
     def __post_init__(self) -> None:
         if not self.texts or not all(text.strip() for text in self.texts):
             raise UserError("texts holds none, or a blank one; give texts of four words or more")
+        for text in self.texts:
+            if not Normalisation(self.case_sensitive, self.ignore_punct)(text):
+                raise UserError(
+                    f"texts: {text!r} is nothing without its punctuation; leave ignore_punct out, or give another text"
+                )
         if not self.levels or len(set(self.levels)) < len(self.levels):
             raise UserError(f"levels={self.levels} must be shares from 0 to 1, each once")
         for level in self.levels:
@@ -70,20 +77,33 @@ class Calibrate:
             raise UserError("out is empty; name a folder for the results")
 
     def run(self) -> dict[str, Any]:
-        """Writes calibration.json, calibration.md and calibration.png into `out`, in place of older ones; returns the first.
+        """Writes calibration.json, calibration.md and calibration.png into `out`, in place of older ones of the same setting;
+        returns the first.
 
         "verdict" is "faithful", "repairs" where a level scores more than 3 points above its text, "misreads" where one scores
         more than 3 below, "repairs and misreads" for both. Failed readings are counted and left out of both sides.
-        UserError where nothing was read.
+        UserError where nothing was read, and before anything is for an `out` of another setting.
         """
         from tqdm import tqdm
 
         self.extractor.check()
         reader: Any = Cached(self.extractor, self.cache) if self.cache else self.extractor
         out = Path(self.out)
-        with _writing(out):
-            out.mkdir(parents=True, exist_ok=True)
         normalise = Normalisation(self.case_sensitive, self.ignore_punct)
+        about = {
+            "spec_version": SPEC_VERSION,
+            "extractor": describe(reader),
+            "normalisation": dataclasses.asdict(normalise),
+        }
+        setting = {
+            **about,
+            "texts": list(self.texts),
+            "levels": list(self.levels),
+            "styles": _STYLES,
+            "seed": self.seed,
+            "size": self.size,
+        }
+        self._claim(out, setting)
         jobs = [(style, level, i) for style in _STYLES for level in self.levels for i in range(len(self.texts))]
         rows = []
         size = max(int(reader.batch), 1)
@@ -115,9 +135,7 @@ class Calibrate:
         levels = [one for one in levels if one["read"]]
         figures = {
             "metric": "typescore calibration",
-            "spec_version": SPEC_VERSION,
-            "extractor": describe(reader),
-            "normalisation": dataclasses.asdict(normalise),
+            **about,
             "verdict": verdict(levels),
             "largest_difference": max((one["difference"] for one in levels), key=abs),
             "spearman": {style: _spearman([row for row in good if row["style"] == style]) for style in _STYLES},
@@ -127,9 +145,9 @@ class Calibrate:
             "seconds": round(sum(row["seconds"] for row in rows), 2),
         }
         with _writing(out):
-            whole = {**figures, "pictures": rows}
+            whole = {**figures, "setting": setting, "pictures": rows}
             _write(
-                out / "calibration.json",
+                out / _RESULT,
                 (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"),
             )
             _write(out / "calibration.md", table(figures).encode())
@@ -137,6 +155,32 @@ class Calibrate:
         if figures["failed"]:
             _log.warning("typescore: %d of %d pictures were not read and are left out", figures["failed"], len(rows))
         return {**figures, "out": str(out)}
+
+    def _claim(self, out: Path, setting: Mapping[str, Any]) -> None:
+        """Makes the folder `out`. UserError where it holds another setting's calibration, or what is none."""
+        file = out / _RESULT
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            data = file.read_bytes() if file.exists() else None
+            taken = data is None and any(out.iterdir())
+        except OSError as error:
+            raise UserError(
+                f"out={out} cannot be written ({error.strerror}); name another folder with out=FOLDER"
+            ) from None
+        if taken:
+            raise UserError(f"out={out} is no folder of a calibration; name a new or an empty one with out=FOLDER")
+        if data is None:
+            return
+        try:
+            old = json.loads(data)["setting"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file} is damaged; name another folder with out=FOLDER, or remove this one") from None
+        apart = differences(old, json.loads(json.dumps(setting)))
+        if apart:
+            raise UserError(
+                f"out={out} holds the calibration of another setting ({'; '.join(map(shorten, apart[:3]))}); name another "
+                "folder with out=FOLDER, or remove this one"
+            )
 
     def picture(self, style: str, level: float, i: int) -> Any:
         """The i-th text in one of the two styles, with a share of its letters replaced; higher levels hold lower ones' faults."""
