@@ -27,6 +27,7 @@ from zoo.papers.typescore.compare import load_all
 from zoo.papers.typescore.evaluate import TypeScore, find
 from zoo.papers.typescore.extractors import Extraction, Line, Oracle
 from zoo.papers.typescore.instructions import Instruction
+from zoo.papers.typescore.pictures import Render
 from zoo.papers.typescore.render import plain, save, save_all
 from zoo.papers.typescore.score import parts, typescore
 
@@ -747,6 +748,7 @@ def test_pictures_with_known_faults_are_rendered_and_scored(tmp_path: Path, caps
     assert 20 < json.loads(capsys.readouterr().out)["score"] < 80
     for fields, message in (
         ([f"out={out}"], "is there and not empty; name a new folder"),
+        (["out="], "out is empty; name a new folder for the pictures"),
         ([f"out={out}2", "each=0"], "each=0 must be at least 1"),
         ([f"out={out}2", "style_skill=2"], "style_skill=2"),
         ([f"out={out}2", "limit=-1"], "limit=-1 must be a number"),
@@ -756,3 +758,28 @@ def test_pictures_with_known_faults_are_rendered_and_scored(tmp_path: Path, caps
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_render_that_fails_leaves_nothing_and_may_be_corrected(
+    tmp_path: Path, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "deep" / "made"
+    if there:
+        out.mkdir(parents=True)
+    bad = dataclasses.replace(LIST[1], text="茶", pieces=("茶",))
+    lists.write(tmp_path / "wanted.jsonl", [LIST[0], bad])
+    made = Render(str(out), str(tmp_path / "wanted.jsonl"), size=64)
+    with pytest.raises(UserError, match="no font at hand shows '茶'"):
+        made.run()
+    assert out.exists() is there
+    assert not [path for path in (tmp_path / "deep").rglob("*") if path != out]
+    lists.write(tmp_path / "wanted.jsonl", LIST[:2])
+    assert made.run()["pictures"] == 2
+    assert sorted(path.name for path in out.iterdir()) == ["t-0_0.png", "t-1_0.png"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["made"]
+    empty = tmp_path / "here"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    assert dataclasses.replace(made, out=".").run()["pictures"] == 2
+    assert len(list(empty.iterdir())) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +29,8 @@ class Render:
     standalone: ClassVar[bool] = True  # `zoo eval` runs it without a model
 
     def __post_init__(self) -> None:
+        if not self.out:
+            raise UserError("out is empty; name a new folder for the pictures, out=FOLDER")
         if not 0 <= self.style_skill <= 1:
             raise UserError(f"style_skill={self.style_skill} must be a probability from 0 to 1")
         for name, least in (("each", 1), ("size", 64), ("seed", 0)):
@@ -34,15 +38,31 @@ class Render:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
 
     def run(self) -> dict[str, Any]:
-        """Draws them. UserError for a list with mistakes, or a folder that holds anything already."""
+        """Draws them, all or none. UserError for a list with mistakes, a folder that holds anything already, a text that
+        cannot be drawn.
+        """
         instructions = synth.listed(self.wanted, self.limit)
         out = Path(self.out)
+        whole = out.resolve()  # "." has no name
+        there = whole.exists()
+        # within a folder that is there: the one above it may be closed to us
+        part = whole / f".part{os.getpid()}" if there else whole.with_name(f".{whole.name}.part{os.getpid()}")
         try:
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if there and (not whole.is_dir() or any(whole.iterdir())):
                 raise UserError(f"out={out} is there and not empty; name a new folder, and nothing is overwritten")
-            paths = save_all(
-                instructions, out, self.corruption, self.style_skill, self.seed, each=self.each, size=self.size
-            )
+            try:
+                paths = save_all(
+                    instructions, part, self.corruption, self.style_skill, self.seed, each=self.each, size=self.size
+                )
+                if there:
+                    for path in paths:
+                        path.rename(whole / path.name)
+                else:
+                    part.rename(whole)
+            finally:  # so that the corrected command finds the folder as this one did
+                shutil.rmtree(part, ignore_errors=True)
         except OSError as error:
-            raise UserError(f"out={out} cannot be written ({error.strerror}); name another folder") from None
+            raise UserError(
+                f"out={out} cannot be written ({error.strerror or error}); name another folder with out=FOLDER"
+            ) from None
         return {"pictures": len(paths), "instructions": len(instructions), "out": str(out)}
