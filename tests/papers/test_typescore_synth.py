@@ -5,6 +5,7 @@
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,16 @@ def words(text: str) -> int:
 
 def test_the_generator_reproduces_the_shipped_file(made: list[Instruction]) -> None:
     assert list(instructions.read(synth.FILE)) == made
+
+
+def test_the_shipped_list_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (synth.SHIPPED, synth.FILE.name):
+        (tmp_path / name).mkdir()  # such as one with pictures of the list
+        assert len(synth.listed(name)) == synth.RECORDS
+        (tmp_path / name).rmdir()
+        (tmp_path / name).write_text('{"id": "a", "text": "Open"}')
+        assert [one.id for one in synth.listed(name)] == ["a"]  # a file of one's own goes first
 
 
 def test_another_seed_gives_another_list(made: list[Instruction]) -> None:

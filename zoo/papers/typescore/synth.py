@@ -30,7 +30,7 @@ def listed(wanted: str, limit: int = 0) -> list[Instruction]:
         raise UserError(f"wanted is empty; name a file of JSON lines, or {SHIPPED}")
     if limit < 0:
         raise UserError(f"limit={limit} must be a number of instructions, or 0 for all")
-    ours = wanted in (SHIPPED, FILE.name) and not Path(wanted).exists()
+    ours = wanted in (SHIPPED, FILE.name) and not Path(wanted).is_file()
     found = lists.read(FILE if ours else wanted)
     return found[:limit] if limit else found
 
