@@ -91,9 +91,9 @@ def length_bin(text: str) -> str:
 def read(path: str | os.PathLike[str]) -> list[Instruction]:
     """The instructions of a file of JSON lines.
 
-    An object has "id" and "instruction", and may have "text", "pieces", "style", "length_bin" and "domain". A given
-    "text" wins over what is quoted in the instruction, and needs no instruction; "pieces" hold its words. Empty lines and other keys are passed
-    over. UserError names the file, the line and what is wrong with it.
+    An object has "id" and "instruction", and may have "text", "pieces" (of the text, in any order), "style", "length_bin"
+    and "domain". A given "text" wins over what is quoted in the instruction, and needs no instruction. Empty lines and
+    other keys are passed over. UserError names the file, the line and what is wrong with it.
     """
     path = Path(path)
     try:
