@@ -1,6 +1,9 @@
 """TypeScore results of several models: ranking, paired differences, win rates, and how many pairs are told apart.
 
 zoo eval configs/typescore/compare.py results=a-typescore,b-typescore out=FOLDER
+    human=FILE.csv           agreement with people; then one result is enough
+    truth=a,b                the models, best first, where that is known
+    extractors=true          how far extractors agree on the same models
 """
 
 from zoo.papers.typescore.compare import Compare

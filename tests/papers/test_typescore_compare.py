@@ -92,7 +92,7 @@ class Fake:
 
     @property
     def described(self) -> dict[str, Any]:
-        return {"name": "fake", "version": "1", "config": {}}
+        return {"name": "fake", "version": "1", "config": {"e_as": self.e_as}}
 
     def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
         return [Extraction(image.info[drawing.TEXT].replace("e", self.e_as)) for image in images]
@@ -290,6 +290,181 @@ def test_results_that_do_not_compare_are_refused(models: Path, folder: Path) -> 
         with pytest.raises(UserError, match=message):
             Compare(names, str(models / "x")).run()
     assert not (models / "x").exists()
+
+
+def test_the_right_order_is_known_or_not(models: Path) -> None:
+    names = tuple(str(models / f"{name}-typescore") for name in ("good", "fair", "poor"))
+    fields = {"surrogate": True, "wanted": str(models / "wanted.jsonl"), "resamples": 5}
+    compared = Compare(names, str(models / "x"), **fields).run()
+    assert compared["truth"] is None
+    assert compared["resolution"]["TypeScore"]["right"] is None
+    assert "rightly" not in (models / "x" / "comparison.md").read_text()
+    found = Compare(names, str(models / "x"), truth=("good", "fair", "poor"), **fields).run()
+    assert found["resolution"]["TypeScore"]["right"] == 1
+    assert found["resolution"]["coarse surrogate"]["right"] is not None
+    assert "| TypeScore | 100% of 3 | 100% | " in (models / "x" / "comparison.md").read_text()
+    found = Compare(names, str(models / "x"), truth=("good", "poor", "fair"), **fields).run()
+    assert found["resolution"]["TypeScore"]["right"] == pytest.approx(2 / 3, abs=1e-5)
+    for truth, message in (
+        (("good", "fair"), "truth=good,fair does not name poor; name every result once, best first"),
+        (("good", "fair", "pooor"), "truth names 'pooor', which is none of the results; did you mean 'poor'"),
+        (("good", "fair", "poor", "fair"), "names a model twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Compare(names, str(models / "y"), truth=truth).run()
+    assert not (models / "y").exists()
+    scores = {"x": {str(i): 5.0 for i in range(9)}, "y": {str(i): 10.0 + i % 3 for i in range(9)}}
+    with pytest.raises(UserError, match="does not name x, y"):
+        resolution(pairs(scores), [])
+
+
+def test_where_less_is_better_the_right_order_and_infinite_z_keep_their_sign(models: Path) -> None:
+    out = []
+    for name in ("good", "fair", "poor"):
+        out.append(str(models / f"{name}-apart"))
+        score(models, name, kind="dissimilarity", weights=(2.0, 1.0, 0.0), out=out[-1]).run()
+    truth = ("good-apart", "fair-apart", "poor-apart")
+    found = Compare(tuple(out), str(models / "x"), truth=truth, resamples=5).run()
+    assert [one["label"] for one in found["ranking"]] == list(truth)
+    assert found["resolution"]["TypeScore"]["right"] == 1
+    assert all(one["z"] < -1.96 for one in found["pairs"])
+    assert (
+        Compare(tuple(out), str(models / "x"), truth=truth[::-1], resamples=5).run()["resolution"]["TypeScore"]["right"]
+        == 0
+    )
+    text = (models / "x" / "comparison.md").read_text()
+    assert "kind=dissimilarity, weights NED 2, NLCS 1, SW 0" in text
+    assert "case_sensitive=false, ignore_punct=false, piece_mode=join" in text
+    for name, value in (("good", 0.0), ("fair", 5.0), ("poor", 5.0)):
+        path = models / f"{name}-apart" / "records.jsonl"
+        rows = [json.loads(line) | {"score": value} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = Compare(tuple(out), str(models / "x"), truth=truth, resamples=5).run()
+    assert [one["z"] for one in found["pairs"]] == ["-inf", "-inf", 0]
+    assert float(found["pairs"][0]["z"]) == -math.inf
+    assert found["resolution"]["TypeScore"]["median_z"] == "inf"
+    text = (models / "x" / "comparison.md").read_text()
+    assert "| good-apart over fair-apart | -5.00 (-5.00 to -5.00) | 100% | -∞ |" in text
+    assert "| TypeScore | 67% of 3 | 67% | ∞ |" in text
+    json.loads((models / "x" / "comparison.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_one_result_is_enough_to_compare_it_with_people(models: Path) -> None:
+    good = str(models / "good-typescore")
+    path = judged(models / "human.csv", RATED, [(f"t-{i}_0.png", i) for i in range(8)])
+    found = Compare((good,), str(models / "x"), human=str(path), resamples=5).run()
+    assert found["human"]["pictures"] == 8
+    assert (len(found["ranking"]), found["pairs"], found["resolution"]) == (1, [], {})
+    text = (models / "x" / "comparison.md").read_text()
+    assert text.startswith("TypeScore of 1 model on 12 instructions")
+    assert "Agreement with people: 8 ratings on 8 instructions; 0 lines" in text
+    assert "| by picture: accuracy on pairs | 0.50" in text  # all score 100, and a tie is half right
+    assert "| 28 |" in text
+    for field in ({"surrogate": True}, {"clip": "weights"}):
+        with pytest.raises(UserError, match="one model; name two results, or leave"):
+            Compare((good,), human=str(path), **field)  # type: ignore[arg-type]
+
+
+def test_a_comparison_is_never_put_in_place_of_that_of_other_results(models: Path) -> None:
+    good, fair, poor = (str(models / f"{name}-typescore") for name in ("good", "fair", "poor"))
+    out = models / "x"
+    Compare((good, fair), str(out), resamples=5).run()
+    before = (out / "comparison.json").read_bytes()
+    with pytest.raises(
+        UserError, match=r"x holds a comparison of other results \(\.\./fair-typescore, .*name another .*out=FOLDER"
+    ):
+        Compare((good, poor), str(out), resamples=5).run()
+    assert (out / "comparison.json").read_bytes() == before
+    Compare((fair, good), str(out), resamples=9, seed=3).run()  # the same results
+    moved = models.with_name("moved")
+    models.rename(moved)
+    Compare((str(moved / "fair-typescore"), str(moved / "good-typescore")), str(moved / "x"), resamples=5).run()
+    moved.rename(models)
+    for name, text in (("json", "{}"), ("json", "no json"), ("md", "my own")):
+        other = models / f"other-{text}"
+        other.mkdir()
+        (other / f"comparison.{name}").write_text(text)
+        with pytest.raises(UserError, match="that does not say of which results"):
+            Compare((good, poor), str(other), resamples=5).run()
+        assert (other / f"comparison.{name}").read_text() == text
+    with pytest.raises(UserError, match="is no folder"):
+        Compare((good, poor), str(models / "wanted.jsonl")).run()
+
+
+def test_extractors_are_compared_on_the_same_pictures(models: Path) -> None:
+    read = {}
+    for key, extractor in (("a", Fake()), ("b", Fake("a"))):
+        for name in ("good", "fair", "poor"):
+            read[name, key] = str(models / f"{name}-by-{key}")
+            score(models, name, out=read[name, key], extractor=extractor).run()
+    oracle = {name: str(models / f"{name}-typescore") for name in ("good", "fair", "poor")}
+    names = (*oracle.values(), *read.values())
+    out = models / "x"
+    with pytest.raises(UserError, match=r"differ in extractor.name.*or compare extractors with extractors=true"):
+        Compare(names, str(out)).run()
+    found = Compare(names, str(out), extractors=True, resamples=20).run()
+    labels = ["oracle 1", "fake 1 (e_as=e)", "fake 1 (e_as=a)"]
+    assert [one["label"] for one in found["extractors"]] == labels
+    assert [[m["label"] for m in one["order"]] for one in found["extractors"]] == [["good", "fair", "poor"]] * 3
+    assert (found["models"], found["instructions"], found["pictures"], found["left_out"]) == (3, 12, 36, 0)
+    same, other, _ = found["agreement"]
+    assert (same["a"], same["b"], same["spearman"], same["kendall_tau_b"]) == (*labels[:2], 1, pytest.approx(1))
+    assert (same["pearson_by_picture"], same["difference"], same["low"]) == (pytest.approx(1), 0, 0)
+    assert 0 < other["low"] <= other["difference"] <= other["high"]
+    means = [np.mean([m["score"] for m in one["order"]]) for one in found["extractors"]]
+    assert other["difference"] == pytest.approx(means[0] - means[2], abs=1e-3)
+    assert other["pearson_by_picture"] < 0.999
+    assert "extractor" not in found
+    saved = json.loads((out / "comparison.json").read_text())
+    assert saved["agreement"] == found["agreement"]
+    assert saved["extractors"][0]["extractor"]["name"] == "oracle"
+    text = (out / "comparison.md").read_text()
+    assert "| oracle 1 and fake 1 (e_as=e) | 1.000 | 1.000 | 1.000 | +0.00 (+0.00 to +0.00) |" in text
+    assert "| oracle 1 | good 100.0 (100.0 to 100.0); fair " in text
+    assert Image.open(out / "comparison.png").width > 400
+    good, mine = oracle["good"], read["good", "a"]
+    for some, message in (
+        (tuple(oracle.values()), "all results are of oracle 1; name results of another"),
+        ((*oracle.values(), mine), "hold nothing of fair, poor read by fake 1, and extractors"),
+        ((good, mine, str(shutil.copytree(mine, models / "again"))), "are both of good read by fake 1; name one"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Compare(some, str(models / "y"), extractors=True).run()
+    score(models, "good", out=str(models / "strict"), extractor=Fake(), case_sensitive=True).run()
+    with pytest.raises(
+        UserError, match=r"differ in normalisation\.case_sensitive: false -> true; evaluate both in one way$"
+    ):
+        Compare((good, str(models / "strict")), str(models / "y"), extractors=True).run()
+    for field in ("truth", "human", "surrogate"):
+        with pytest.raises(UserError, match=f"compares extractors, and {field} is for models"):
+            Compare(names, extractors=True, **{field: ("good",)})  # type: ignore[arg-type]
+    path = Path(mine) / "records.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lost = [rows[0] | {"error": "no answer", "score": None}, *rows[1:]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lost))
+    found = Compare((good, mine), str(models / "y"), extractors=True, resamples=5).run()
+    assert (found["instructions"], found["pictures"], found["left_out"]) == (11, 11, 1)
+    assert found["agreement"][0]["spearman"] is None  # of one model
+    assert [one["failed"] for one in found["extractors"]] == [0, 1]
+    path.write_text("".join(json.dumps(row | {"sha256": "0"}) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"t-0_0\.png of good was another picture when fake 1 read it"):
+        Compare((good, mine), str(models / "y"), extractors=True).run()
+
+
+def test_models_of_one_name_are_told_apart_by_their_paths_when_extractors_are_compared(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models)
+    out = []
+    for name in ("good", "poor"):
+        images = shutil.copytree(name, Path("runs", name, "images"))
+        for key, extractor in (("oracle", Oracle()), ("fake", Fake())):
+            out.append(f"{name}-{key}")
+            score(models, str(images), out=out[-1], extractor=extractor).run()
+    results = load_all(out, extractors=True)
+    assert [one.label for one in results] == ["runs/good/images"] * 2 + ["runs/poor/images"] * 2
+    found = Compare(tuple(out), "x", extractors=True, resamples=5).run()
+    assert found["agreement"][0]["spearman"] == pytest.approx(1)
 
 
 def test_z_and_wins() -> None:

@@ -1,7 +1,9 @@
 """Models compared by their results: ranking, paired intervals, win rates, and how many pairs a metric tells apart.
 
 Scores of two metrics have different ranges and spreads, so metrics are compared by z = mean(d) / (std(d) / sqrt(n)), d the differences
-of two models by instruction: the resolution of a metric is the share of pairs of models with |z| > 1.96.
+of two models by instruction: the resolution of a metric is the share of pairs of models with |z| > 1.96,
+and, where the true order of the models is known, of pairs told apart in the right direction. Judgements of people are compared with
+scores by picture and by model, and extractors by the order in which they put the same models.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +33,7 @@ from zoo.papers.typescore.evaluate import (
     SETTING,
     SUMMARY,
     Record,
+    _from,
     _on_disk,
     _write,
     _writing,
@@ -40,6 +44,8 @@ from zoo.papers.typescore.extractors.base import flat
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import render
 
+COMPARISON, TABLE, PLOT = "comparison.json", "comparison.md", "comparison.png"
+_OWN = ("images", "wanted_sha256", "style")  # of a setting: a result's own; texts are compared one by one
 _SURE = 1.96  # |z| of two models that are told apart
 _SEED = 1_000_003  # of the right pictures: none of a model's own seeds
 _CHUNK = 16  # pictures that another metric is given at a time
@@ -102,8 +108,12 @@ def load(name: str) -> Result:
     return result
 
 
-def load_all(names: Sequence[str]) -> list[Result]:
-    """Several results that compare, with names of their own. UserError where a setting differs, and in what."""
+def load_all(names: Sequence[str], extractors: bool = False) -> list[Result]:
+    """Several results that compare, with names of their own. UserError where a setting differs, and in what.
+
+    A result is named as its folder without -typescore, or as the path to it where two are named alike. With `extractors` the
+    extractor may differ, and a result is named as the folder of its pictures, which are a model's.
+    """
     if not names:
         raise UserError("results is empty; name folders of results, results=a-typescore,b-typescore")
     found = [load(name) for name in names]
@@ -111,13 +121,21 @@ def load_all(names: Sequence[str]) -> list[Result]:
     if len(set(folders)) < len(folders):
         twice = next(one.folder for one in found if folders.count(one.folder.resolve()) > 1)
         raise UserError(f"results: {twice} is named twice; name each result once")
-    for full in (
-        lambda one: one.folder.as_posix().removesuffix("-typescore"),  # a/out and b/out
-        lambda one: one.folder.as_posix(),  # out and out-typescore
-    ):
-        if len({one.label for one in found}) < len(found):
-            found = [replace(one, label=full(one)) for one in found]
-    apart = ("images", "wanted_sha256", "style")  # of a result's own; texts are compared one by one below
+    if extractors:
+        models = [one.images().resolve() for one in found]
+        alike = len({model.name for model in models}) < len(set(models))
+        found = [
+            replace(one, label=Path(os.path.relpath(model)).as_posix() if alike else model.name)
+            for one, model in zip(found, models, strict=True)
+        ]
+    else:
+        for full in (
+            lambda one: one.folder.as_posix().removesuffix("-typescore"),  # a/out and b/out
+            lambda one: one.folder.as_posix(),  # out and out-typescore
+        ):
+            if len({one.label for one in found}) < len(found):
+                found = [replace(one, label=full(one)) for one in found]
+    apart = (*_OWN, "extractor") if extractors else _OWN
     first = found[0]
     mine = {k: v for k, v in first.setting.items() if k not in apart}
     for other in found[1:]:
@@ -126,6 +144,7 @@ def load_all(names: Sequence[str]) -> list[Result]:
             raise UserError(
                 f"results of {first.label} and {other.label} do not compare, since they differ in {'; '.join(unlike[:3])}; "
                 "evaluate both in one way"
+                + (", or compare extractors with extractors=true" if _only_extractors(unlike) else "")
             )
         wanted = {record["id"]: record["wanted"] for record in first.records}
         for record in other.records:
@@ -135,6 +154,10 @@ def load_all(names: Sequence[str]) -> list[Result]:
                     f"{wanted[record['id']]!r} in one and {record['wanted']!r} in the other; evaluate both with one list"
                 )
     return found
+
+
+def _only_extractors(unlike: Sequence[str]) -> bool:
+    return all(one.startswith("extractor.") for one in unlike)
 
 
 # --- pairs ------------------------------------------------------------------------------------------
@@ -207,20 +230,41 @@ class Resolution:
     right: float | None = None
 
 
-def resolution(found: Sequence[Pair], truth: Sequence[str] | None = None) -> Resolution:
-    """How finely a metric tells models apart; `truth` names them from best to worst."""
+def resolution(found: Sequence[Pair], truth: Sequence[str] | None = None, lower_is_better: bool = False) -> Resolution:
+    """How finely a metric tells models apart; `truth` names them from best to worst.
+
+    UserError where there is no pair, or `truth` does not name all models of the pairs, or another.
+    """
     if not found:
         raise UserError("resolution needs a pair of models; name two results at least")
     right = None
     if truth is not None:
+        _check_truth(truth, list(dict.fromkeys(label for one in found for label in (one.a, one.b))))
         place = {label: i for i, label in enumerate(truth)}
-        right = float(np.mean([one.told_apart and (one.z > 0) == (place[one.a] < place[one.b]) for one in found]))
+        right = float(
+            np.mean(
+                [
+                    one.told_apart and (one.z < 0 if lower_is_better else one.z > 0) == (place[one.a] < place[one.b])
+                    for one in found
+                ]
+            )
+        )
     return Resolution(
         len(found),
         float(np.mean([one.told_apart for one in found])),
         float(np.median([abs(one.z) for one in found])),
         right,
     )
+
+
+def _check_truth(truth: Sequence[str], labels: Sequence[str]) -> None:
+    for label in truth:
+        if label not in labels:
+            raise UserError(f"truth names {label!r}, which is none of the results; {suggest(label, labels)}")
+    lacking = [label for label in labels if label not in truth]
+    if lacking or len(set(truth)) < len(truth):
+        what = f"does not name {', '.join(lacking)}" if lacking else "names a model twice"
+        raise UserError(f"truth={','.join(truth)} {what}; name every result once, best first")
 
 
 # --- coarse metrics ---------------------------------------------------------------------------------
@@ -635,6 +679,12 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(stats.spearmanr(x, y)[0]) if len(x) > 1 else math.nan
 
 
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    from scipy import stats
+
+    return float(stats.pearsonr(x, y)[0]) if len(x) > 1 else math.nan
+
+
 def _kendall(x: np.ndarray, y: np.ndarray) -> float:
     from scipy import stats
 
@@ -673,19 +723,152 @@ def _interval(
     return float(low), float(high)
 
 
+# --- extractors -------------------------------------------------------------------------------------
+
+
+def of_extractors(results: Sequence[Result], resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """How far extractors agree on models: the order that each gives, and for each pair of extractors the agreement.
+
+    `results` are those of `load_all(..., extractors=True)`. Means are over the pictures that all extractors read of the
+    instructions that all models have; the rest is counted as `left_out`. For each pair: Spearman's rho and Kendall's tau-b of the
+    models' means, Pearson's r by picture (None where undefined), and the first's mean less the second's with its interval, in
+    points. UserError where an extractor lacks a model, the pictures are not the same, or fewer than two instructions are left.
+    """
+    by = _by_extractor(results)
+    labels = sorted({one.label for one in results})
+    read: dict[str, list[tuple[str, str]]] = {}  # by model, what all extractors read: (picture, instruction)
+    seen = 0
+    for label in labels:
+        names: dict[str, Record] = {}
+        for name, of in by.items():
+            for record in of[label].records:
+                if names.setdefault(record["image"], record)["sha256"] != record["sha256"]:
+                    raise UserError(
+                        f"results: {record['image']} of {label} was another picture when {name} read it; evaluate {label} again "
+                        "with every extractor"
+                    )
+        seen += len(names)
+        every = set.intersection(*({record["image"] for record in of[label].read} for of in by.values()))
+        read[label] = [(image, names[image]["id"]) for image in sorted(every)]
+    common = sorted(set.intersection(*({name for _, name in some} for some in read.values())))
+    if len(common) < 2:
+        raise UserError(
+            f"{len(common)} instructions have pictures of all models that all extractors read, and comparing needs two at least; "
+            "evaluate all with one list"
+        )
+    read = {label: [(image, name) for image, name in some if name in set(common)] for label, some in read.items()}
+    worse = results[0].setting["kind"] == "dissimilarity"
+    by_picture: dict[str, list[float]] = {}
+    scores: dict[str, dict[str, np.ndarray]] = {}  # by extractor and model, in the order of `common`
+    extractors = []
+    for name, of in by.items():
+        by_picture[name], scores[name] = [], {}
+        for label in labels:
+            values = {record["image"]: float(record["score"]) for record in of[label].read}
+            by_picture[name] += [values[image] for image, _ in read[label]]
+            means = by_instruction([{"id": i, "score": values[image]} for image, i in read[label]])
+            scores[name][label] = np.array([np.mean(means[i]) for i in common])
+        order: list[dict[str, Any]] = [
+            {"label": label, **_mean(values, resamples, seed)} for label, values in scores[name].items()
+        ]  # by label, so that equal means stand in its order
+        order.sort(key=lambda one: one["score"] if worse else -one["score"])
+        failed = sum(len(one.records) - len(one.read) for one in of.values())
+        described = of[labels[0]].setting["extractor"]
+        extractors.append({"label": name, "extractor": described, "failed": failed, "order": order})
+    agreeing = []
+    for a, b in itertools.combinations(by, 2):
+        x, y = (
+            np.round([scores[one][label].mean() for label in labels], 9) for one in (a, b)
+        )  # rounding parts no ties
+        apart = np.mean([scores[a][label] - scores[b][label] for label in labels], axis=0)
+        low, high = _interval(lambda pick, d=apart: float(d[pick].mean()), len(apart), resamples, seed)  # type: ignore[misc]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scipy's on constant input
+            found = {name: correlation(x, y) for name, correlation in _CORRELATIONS.items()}
+            found["pearson_by_picture"] = _pearson(np.array(by_picture[a]), np.array(by_picture[b]))
+        found |= {"difference": float(apart.mean()), "low": low, "high": high}
+        agreeing.append({"a": a, "b": b, **{k: round(v, 6) if math.isfinite(v) else None for k, v in found.items()}})
+    pictures = sum(map(len, read.values()))
+    return {
+        "models": len(labels),
+        "instructions": len(common),
+        "pictures": pictures,
+        "left_out": seen - pictures,
+        "extractors": extractors,
+        "agreement": agreeing,
+    }
+
+
+def _by_extractor(results: Sequence[Result]) -> dict[str, dict[str, Result]]:
+    """Results by the name of their extractor and the label of their model. UserError where they are no full table."""
+    groups: dict[str, list[Result]] = {}
+    for one in results:
+        groups.setdefault(json.dumps(one.setting["extractor"], sort_keys=True), []).append(one)
+    described = [json.loads(key) for key in groups]
+    names = _names(described)
+    if len(names) < 2:
+        raise UserError(
+            f"extractors=true compares extractors, and all results are of {names[0]}; name results of another too, or leave "
+            "extractors out"
+        )
+    labels = list(dict.fromkeys(one.label for one in results))
+    found: dict[str, dict[str, Result]] = {}
+    for name, some in zip(names, groups.values(), strict=True):
+        found[name] = {}
+        for one in some:
+            if one.label in found[name]:
+                raise UserError(
+                    f"results: {found[name][one.label].folder} and {one.folder} are both of {one.label} read by {name}; name one "
+                    "of them"
+                )
+            found[name][one.label] = one
+        lacking = [label for label in labels if label not in found[name]]
+        if lacking:
+            raise UserError(
+                f"results hold nothing of {', '.join(lacking[:_NAMED])} read by {name}, and extractors are compared on the same "
+                "models; evaluate these with it too, or leave them out"
+            )
+    return found
+
+
+def _names(described: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names that tell extractors apart: name and version, where that is not enough with the fields in which they differ."""
+    plain = [f"{one['name']} {one['version']}" for one in described]
+    names = []
+    for name, one in zip(plain, described, strict=True):
+        alike = [_flat(other) for other, its in zip(described, plain, strict=True) if its == name]
+        differ = [k for k, v in _flat(one).items() if any(other.get(k) != v for other in alike)]
+        names.append(name + (f" ({', '.join(f'{k}={_flat(one)[k]!s:.40}' for k in differ)})" if differ else ""))
+    return [name if names.count(name) == 1 else f"{name} #{names[:i].count(name) + 1}" for i, name in enumerate(names)]
+
+
+def _flat(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {**described.get("config", {}), "prompt": described.get("prompt")}
+
+
+def _mean(values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+    """The mean over instructions with its interval, in points."""
+    low, high = _interval(lambda pick: float(values[pick].mean()), len(values), resamples, seed)
+    return {"score": round(float(values.mean()), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
 # --- the command ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Several models' results on one list: who is better, and how surely."""
+    """Several models' results on one list: who is better, and how surely; or several extractors' on the same models."""
 
-    results: tuple[str, ...] = ()  # folders that TypeScore wrote
+    results: tuple[str, ...] = ()  # folders that TypeScore wrote; one is enough with `human`
     out: str = "typescore-comparison"  # a folder for the comparison
+    truth: tuple[str, ...] = ()  # the models, best first, where that is known: which pairs are told apart rightly
     surrogate: bool = False  # whether the coarse surrogate's resolution is given beside; needs the pictures
     clip: str = ""  # a CLIP model whose resolution is given beside; needs the pictures and the extra vlm
     wanted: str = "typeinst_synth"  # the list of instructions, for these two
     human: str = ""  # a CSV file of ratings or preferences
+    extractors: bool = (
+        False  # whether extractors are compared, each on the same models; models are then named by their pictures
+    )
     resamples: int = 1000  # of the bootstrap
     seed: int = 0  # of the bootstrap
 
@@ -698,136 +881,302 @@ class Compare:
             raise UserError(f"seed={self.seed} must be at least 0")
         if not self.out:
             raise UserError("out is empty; name a folder for the comparison")
+        for name in ("truth", "surrogate", "clip", "human"):
+            if self.extractors and getattr(self, name):
+                raise UserError(
+                    f"extractors=true compares extractors, and {name} is for models; leave one of the two out"
+                )
+        if len(self.results) == 1 and (self.surrogate or self.clip):
+            name = "surrogate" if self.surrogate else "clip"
+            raise UserError(
+                f"{name} is compared by the pairs of models that it tells apart, and results={self.results[0]} is one model; "
+                f"name two results, or leave {name} out"
+            )
 
     def run(self) -> dict[str, Any]:
         """Writes comparison.json, comparison.png and comparison.md into `out`, in place of older ones; returns the first.
 
-        UserError for fewer than two results, and for results that do not compare.
+        UserError for results that do not compare or are too few, and where `out` holds a comparison of other results.
         """
-        if len(self.results) < 2:
+        if len(self.results) < 2 and not (self.results and self.human):
             raise UserError(
-                f"results={','.join(self.results)} is no two results; name them as results=a-typescore,b-typescore"
+                f"results={','.join(self.results)} is no two results; name them as results=a-typescore,b-typescore (one is enough "
+                "with human=FILE, to be compared with people)"
             )
-        results = load_all(self.results)
+        results = load_all(self.results, self.extractors)
+        out = Path(self.out)
+        _claim(out, results)
+        head = {
+            "metric": "typescore comparison" + (" of extractors" if self.extractors else ""),
+            "note": NOTE,
+            "results": [{"label": one.label, "folder": _from(one.folder, out)} for one in results],
+            **{k: v for k, v in results[0].setting.items() if k not in _OWN},
+        }
+        if self.extractors:
+            del head["extractor"]
+            figures = {**head, **of_extractors(results, self.resamples, self.seed)}
+            text = extractor_table(figures)
+            rows = [
+                {**one, "label": f"{one['label']}, by {extractor['label']}"}
+                for extractor in figures["extractors"]
+                for one in extractor["order"]
+            ]
+            drawn = plot(rows, {})
+        else:
+            found, scores = self._of_models(results)
+            figures = {**head, **found}
+            text, drawn = table(figures), plot(figures["ranking"], scores)
+        with _writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            _write(out / COMPARISON, (json.dumps(figures, indent=1, ensure_ascii=False) + "\n").encode())
+            _write(out / TABLE, text.encode())
+            _write(out / PLOT, drawn)
+        return {**figures, "out": str(out)}
+
+    def _of_models(self, results: Sequence[Result]) -> tuple[dict[str, Any], dict[str, Scores]]:
+        """The figures of models, and their scores by instruction, best model first."""
+        if self.truth:
+            _check_truth(self.truth, [result.label for result in results])
         scorers: list[ImageTextScorer] = [Coarse()] if self.surrogate else []
         scorers += [Clip(self.clip)] if self.clip else []
         for scorer in scorers:
             scorer.check()
-        scores: dict[str, dict[str, float]] = {result.label: result.scores() for result in results}
-        common = set.intersection(*(set(one) for one in scores.values()))
+        every = {result.label: result.scores() for result in results}
+        common = sorted(set.intersection(*(set(one) for one in every.values())))
         if len(common) < 2:
             raise UserError(
-                f"these {len(results)} results have {len(common)} instructions in common, and comparing needs two at least; "
+                f"results: {len(common)} instructions are in all {len(results)} of them, and comparing needs two at least; "
                 "evaluate all with one list"
             )
-        lost = {result.label: len(scores[result.label]) - len(common) for result in results}
+        lost = {label: len(one) - len(common) for label, one in every.items()}
         for label, n in lost.items():
             if n:
                 _log.warning("typescore: %d instructions of %s are not in all results and left out", n, label)
-        scores = {label: {name: one[name] for name in sorted(common)} for label, one in scores.items()}
         worse = results[0].setting["kind"] == "dissimilarity"
-        means = {label: float(np.mean(list(one.values()))) for label, one in scores.items()}
-        order = sorted(scores, key=lambda label: (means[label] if worse else -means[label], label))
-        scores = {label: scores[label] for label in order}
+        means = {label: float(np.mean([one[name] for name in common])) for label, one in every.items()}
+        order = sorted(means, key=lambda label: (means[label] if worse else -means[label], label))
+        scores: dict[str, Scores] = {label: {name: every[label][name] for name in common} for label in order}
         found = pairs(scores, self.resamples, self.seed, worse)
         between = {(one.a, one.b): one for one in found}
         by_label = {result.label: result for result in results}
         ranking = []
         for place, label in enumerate(order):
-            values = np.array(list(scores[label].values()))
-            low, high = _interval(lambda pick, v=values: float(v[pick].mean()), len(values), self.resamples, self.seed)  # type: ignore[misc]
             behind = between.get((label, order[place + 1])) if place + 1 < len(order) else None
             ranking.append(
                 {
                     "place": place + 1,
                     "label": label,
-                    "score": round(means[label], 4),
-                    "low": round(low, 4),
-                    "high": round(high, 4),
+                    **_mean(np.array(list(scores[label].values())), self.resamples, self.seed),
                     "failed": len(by_label[label].records) - len(by_label[label].read),
                     "left_out": lost[label],
                     "told_apart_from_next": None if behind is None else behind.told_apart,
                 }
             )
         figures: dict[str, Any] = {
-            "metric": "typescore comparison",
-            "note": NOTE,
-            **{k: v for k, v in results[0].setting.items() if k not in ("images", "wanted_sha256", "style")},
             "instructions": len(common),
             "ranking": ranking,
             "pairs": [_figures(one) for one in found],
-            "resolution": {"TypeScore": _figures(resolution(found))},
+            "truth": list(self.truth) or None,
+            "resolution": {},
         }
+        truth = self.truth or None
+        if found:
+            figures["resolution"]["TypeScore"] = _figures(resolution(found, truth, worse))
         if scorers:
             from zoo.papers.typescore.evaluate import TypeScore
 
             known = {one.id: one for one in TypeScore(wanted=self.wanted).instructions()}
             for scorer in scorers:
                 other = {label: scored(by_label[label], scorer, known) for label in order}
-                other = {label: {name: one[name] for name in sorted(common)} for label, one in other.items()}
-                figures["resolution"][scorer.name] = _figures(resolution(pairs(other, 1, self.seed)))
+                other = {label: {name: one[name] for name in common} for label, one in other.items()}
+                figures["resolution"][scorer.name] = _figures(resolution(pairs(other, 1, self.seed), truth))
         if self.human:
             figures["human"] = agreement(self.human, results, self.resamples, self.seed)
-        out = Path(self.out)
-        with _writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            _write(out / "comparison.json", (json.dumps(figures, indent=1, ensure_ascii=False) + "\n").encode())
-            _write(out / "comparison.md", table(figures).encode())
-            _write(out / "comparison.png", plot(figures, scores))
-        return {**figures, "out": str(out)}
+        return figures, scores
+
+
+def _claim(out: Path, results: Sequence[Result]) -> None:
+    """UserError where `out` holds a comparison of other results than these, or is no folder. The same ones may be replaced."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is no folder; name another with out=FOLDER")
+    try:
+        theirs = {one["folder"] for one in json.loads((out / COMPARISON).read_bytes())["results"]}
+    except FileNotFoundError:
+        if not any((out / name).exists() for name in (TABLE, PLOT)):
+            return
+        theirs = set()
+    except OSError as error:
+        raise UserError(
+            f"{out / COMPARISON} cannot be read ({error.strerror}); name another folder with out=FOLDER"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        theirs = set()
+    if theirs != {_from(one.folder, out) for one in results}:
+        of = (
+            f"of other results ({', '.join(sorted(theirs)[:_NAMED])})"
+            if theirs
+            else "that does not say of which results"
+        )
+        raise UserError(
+            f"out={out} holds a comparison {of}, which is not overwritten; name another folder with out=FOLDER, or remove this one"
+        )
 
 
 def _figures(one: Pair | Resolution) -> dict[str, Any]:
-    """JSON values: an infinite z is None beside `told_apart`."""
+    """JSON values: an infinite z is "inf" or "-inf", which float() reads, and what is undefined None."""
     found = {
-        k: (None if not math.isfinite(v) else round(v, 6)) if isinstance(v, float) else v
+        k: v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None if math.isnan(v) else str(v)
         for k, v in asdict(one).items()
     }
     return {**found, "told_apart": one.told_apart} if isinstance(one, Pair) else found
 
 
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _z(value: float | str | None) -> str:
+    return "" if value is None else f"{float(value):.1f}".replace("inf", "∞")
+
+
+def _share(right: float | None) -> str:
+    return "" if right is None else f"{right:.0%} | "
+
+
+def _setting(figures: Mapping[str, Any]) -> str:
+    """What the scores were made with: without it they say nothing."""
+    normalisation = ", ".join(f"{name}={json.dumps(value)}" for name, value in figures["normalisation"].items())
+    weights = ", ".join(
+        f"{name} {value:g}" for name, value in zip(("NED", "NLCS", "SW"), figures["weights"], strict=True)
+    )
+    return (
+        f"Setting: {normalisation}, piece_mode={figures['piece_mode']}, kind={figures['kind']}, weights {weights}, "
+        f"spec_version {figures['spec_version']}. Scores are {figures['note']}."
+    )
+
+
 def table(figures: Mapping[str, Any]) -> str:
-    """The comparison as Markdown."""
-
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", " ")
-
+    """The comparison of models as Markdown."""
+    ranking, extractor = figures["ranking"], figures["extractor"]
     lines = [
-        f"TypeScore of {len(figures['ranking'])} models on {figures['instructions']} instructions, read by "
-        f"{figures['extractor']['name']} {figures['extractor']['version']}. Scores are {figures['note']}.",
+        f"TypeScore of {len(ranking)} model{'s' * (len(ranking) > 1)} on {figures['instructions']} instructions, read by "
+        f"{extractor['name']} {extractor['version']}.",
+        "",
+        _setting(figures),
         "",
         "| | model | TypeScore (95 %) | told apart from the next | failed |",
         "|---|---|---|---|---|",
     ]
     words = {True: "yes", False: "no", None: ""}
     lines += [
-        f"| {one['place']} | {cell(one['label'])} | {one['score']:.1f} ({one['low']:.1f} to {one['high']:.1f}) | "
+        f"| {one['place']} | {_cell(one['label'])} | {one['score']:.1f} ({one['low']:.1f} to {one['high']:.1f}) | "
         f"{words[one['told_apart_from_next']]} | {one['failed']} |"
-        for one in figures["ranking"]
+        for one in ranking
     ]
-    lines += ["", "| pair | difference (95 %) | win rate | z |", "|---|---|---|---|"]
+    if figures["pairs"]:
+        lines += ["", "| pair | difference (95 %) | win rate | z |", "|---|---|---|---|"]
     lines += [
-        f"| {cell(one['a'])} over {cell(one['b'])} | {one['difference']:.2f} ({one['low']:.2f} to {one['high']:.2f}) | "
-        f"{one['win_rate']:.0%} | {'∞' if one['z'] is None else format(one['z'], '.1f')} |"
+        f"| {_cell(one['a'])} over {_cell(one['b'])} | {one['difference']:.2f} ({one['low']:.2f} to {one['high']:.2f}) | "
+        f"{one['win_rate']:.0%} | {_z(one['z'])} |"
         for one in figures["pairs"]
     ]
-    lines += ["", "| metric | pairs told apart | median of z |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {one['told_apart']:.0%} of {one['pairs']} | {'∞' if one['median_z'] is None else format(one['median_z'], '.1f')} |"
-        for name, one in figures["resolution"].items()
-    ]
+    if figures["resolution"]:
+        known = figures["truth"] is not None
+        lines += ["", f"| metric | pairs told apart |{' rightly |' if known else ''} median of \\|z\\| |"]
+        lines += ["|---|---|---|" + "---|" * known]
+        lines += [
+            f"| {name} | {one['told_apart']:.0%} of {one['pairs']} | {_share(one['right'])}{_z(one['median_z'])} |"
+            for name, one in figures["resolution"].items()
+        ]
+        if known:
+            lines += ["", f"True order, best first: {', '.join(map(_cell, figures['truth']))}."]
+    if "human" in figures:
+        lines += ["", *_human_table(figures["human"])]
     return "\n".join(lines) + "\n"
 
 
-def plot(figures: Mapping[str, Any], scores: Mapping[str, Scores]) -> bytes:
-    """A PNG: the models' means with their intervals, best on top, over the scores by instruction."""
+def _human_table(found: Mapping[str, Any]) -> list[str]:
+    said = (
+        f"{found['ratings']} ratings"
+        if "ratings" in found
+        else f"{found['preferences']} preferences and {found['ties']} ties"
+    )
+    names = {
+        "spearman": "Spearman's rho",
+        "kendall_tau_b": "Kendall's tau-b",
+        "pair_accuracy": "accuracy on pairs",
+        "pair_accuracy_within_instructions": "accuracy on pairs of one instruction",
+    }
+    pairs_of = {
+        "pair_accuracy": found.get("pairs", found.get("preferences")),
+        "pair_accuracy_within_instructions": found.get("pairs_within_instructions"),
+    }
+    models = found.get("models", {})
+    lines = [
+        f"Agreement with people: {said} on {found['instructions']} instructions; {found['left_out']} lines of pictures that were "
+        "not read are left out. Intervals resample instructions.",
+        "",
+        "| agreement | value (95 %) | pairs |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| by picture: {words} | {_with_range(found[name])} | {pairs_of.get(name, '')} |"
+        for name, words in names.items()
+        if name in found
+    ]
+    lines += [
+        f"| by model ({len(models['of'])}): {words} | {_with_range(models[name])} | "
+        f"{models['pairs'] if name == 'pair_accuracy' else ''} |"
+        for name, words in names.items()
+        if name in models
+    ]
+    return lines
+
+
+def _with_range(values: Sequence[float | None]) -> str:
+    value, low, high = ("undefined" if v is None else f"{v:.2f}" for v in values)
+    return value if values[1] is None else f"{value} ({low} to {high})"
+
+
+def extractor_table(figures: Mapping[str, Any]) -> str:
+    """The comparison of extractors as Markdown."""
+    lines = [
+        f"{len(figures['extractors'])} extractors on {figures['models']} models: {figures['pictures']} pictures of "
+        f"{figures['instructions']} instructions that all of them read; {figures['left_out']} are left out.",
+        "",
+        _setting(figures),
+        "",
+        "| extractor | models, best first: TypeScore (95 %) | failed |",
+        "|---|---|---|",
+    ]
+    for one in figures["extractors"]:
+        order = "; ".join(
+            f"{_cell(m['label'])} {m['score']:.1f} ({m['low']:.1f} to {m['high']:.1f})" for m in one["order"]
+        )
+        lines.append(f"| {_cell(one['label'])} | {order} | {one['failed']} |")
+    lines += [
+        "",
+        "| extractors | Spearman of models | Kendall's tau-b of models | Pearson of pictures | difference (95 %) |",
+        "|---|---|---|---|---|",
+    ]
+    for one in figures["agreement"]:
+        values = (one[name] for name in ("spearman", "kendall_tau_b", "pearson_by_picture"))
+        cells = " | ".join("undefined" if v is None else f"{v:.3f}" for v in values)
+        lines.append(
+            f"| {_cell(one['a'])} and {_cell(one['b'])} | {cells} | {one['difference']:+.2f} "
+            f"({one['low']:+.2f} to {one['high']:+.2f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(ranking: Sequence[Mapping[str, Any]], scores: Mapping[str, Scores]) -> bytes:
+    """A PNG: means with their intervals in the order given, over the scores by instruction where there are some."""
     from matplotlib.figure import Figure
 
-    ranking = figures["ranking"]
     figure = Figure(figsize=(8, 1.4 + 0.5 * len(ranking)), dpi=110, layout="constrained")
     axes = figure.subplots()
     for row, one in enumerate(ranking):
-        values = list(scores[one["label"]].values())
+        values = list(scores.get(one["label"], {}).values())
         axes.plot(values, [row] * len(values), "|", color="#9ec5e8", ms=12)
         axes.errorbar(
             one["score"],
@@ -839,7 +1188,10 @@ def plot(figures: Mapping[str, Any], scores: Mapping[str, Scores]) -> bytes:
         )
     names = [one["label"] if len(one["label"]) < 40 else "..." + one["label"][-37:] for one in ranking]
     axes.set_yticks(range(len(ranking)), [name.replace("$", r"\$") for name in names])
-    axes.set(xlabel="TypeScore: mean with its interval, and every instruction", ylim=(len(ranking) - 0.5, -0.5))
+    axes.set(
+        xlabel="TypeScore: mean with its interval" + (", and every instruction" if scores else ""),
+        ylim=(len(ranking) - 0.5, -0.5),
+    )
     axes.grid(color="#e4e4e4", axis="x")
     axes.set_axisbelow(True)
     data = io.BytesIO()
