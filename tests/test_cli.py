@@ -263,6 +263,21 @@ MISTAKES = {
     "unwritable samples": ("sample run n=1 --out file/samples", "cannot write samples to file/samples"),
     "a folder of other images": ("sample run n=1 --out numbers", "numbers holds images that zoo did not draw"),
     "no such metric": ("eval run bdp", "no metric 'bdp'; did you mean 'bpd'?"),
+    "what measures by itself": (
+        "eval run typescore/rapidocr",
+        "holds a TypeScore, which is no metric of models; write zoo eval typescore/rapidocr",
+    ),
+    "metric of no model": (
+        "eval typescore/model",
+        "holds the metric prompted, which measures models; write zoo eval MODEL",
+    ),
+    "flag of models": ("eval typescore/oracle --raw images=x", "--raw is for models"),
+    "prompts for a model without captions": (
+        "eval run typescore/model options.a=1",
+        "takes captions, and this TarFlow takes none",
+    ),
+    "no scorer": ("eval run prompted", "the metric prompted has no scorer"),
+    "long name of a folder": (f"eval typescore/oracle images={'x' * 300}", "cannot be read (File name too long)"),
     "no such field of a metric": ("eval run bpd drws=1", "no field drws in Bits; did you mean 'draws'?"),
     "no such field of the data": ("eval run bpd data.example=1", "no field data.example in Synthetic"),
     "bits per dimension of texts": ("eval lm bpd", "TarFlowLM models texts; use text"),

@@ -112,6 +112,9 @@ def test_a_config_file_of_ones_own(tmp_path: Path):
         ("parts.1.rate=0.25", {"parts": (Inner(), Inner(2, 0.25))}),
         ("by_key.head.size=4", {"by_key": {"net": Inner(), "head": Inner(4)}}),
         ("options.steps=8", {"options": {"steps": 8}}),
+        ("options.guidance=2.5", {"options": {"steps": 5, "guidance": 2.5}}),
+        ("options.method=jacobi", {"options": {"steps": 5, "method": "jacobi"}}),
+        ("options.top=none", {"options": {"steps": 5, "top": None}}),
         ("options={'guidance': 2.0}", {"options": {"guidance": 2.0}}),
     ],
 )

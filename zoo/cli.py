@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -15,7 +16,7 @@ import sys
 import traceback
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -468,8 +469,13 @@ def _eval(args: argparse.Namespace) -> int:
     if args.metric is None:
         from zoo.commands import alone
 
+        for flag in ("raw", "allow"):
+            if getattr(args, flag):
+                raise UserError(
+                    f"--{flag} is for models, and a config that measures by itself opens none; leave it out"
+                )
         found = alone.run(args.model, args.fields)
-        print(json.dumps(found))
+        print(_json(found))
         return 1 if found.get("failed") else 0
     import jax
 
@@ -479,8 +485,11 @@ def _eval(args: argparse.Namespace) -> int:
     known = metrics.named()
     if args.metric in known:
         metric: Any = known[args.metric]()
-    elif args.metric.partition(":")[0].endswith(".py"):
+    elif args.metric.partition(":")[0].endswith(".py") or args.metric.partition(":")[0] in config.shipped():
         metric = config.load(args.metric)
+        if not callable(metric) or not hasattr(metric, "needs"):
+            alone = f"; write zoo eval {args.metric}" if hasattr(metric, "standalone") else ""
+            raise UserError(f"{args.metric} holds a {type(metric).__name__}, which is no metric of models{alone}")
     else:
         raise UserError(f"no metric {args.metric!r}; {suggest(args.metric, known)}, or a config file that defines one")
     own = [f for f in args.fields if not f.startswith(("data.", "data="))]
@@ -488,6 +497,8 @@ def _eval(args: argparse.Namespace) -> int:
     dist.start(batch=getattr(metric, "shares", None))
     model = models.open_model(args.model, raw=args.raw, allow=args.allow)
     check_needs(model.task, metric.needs, args.metric)
+    if getattr(metric, "captions", False):
+        metric.check(model.task)  # what is wrong with it is told before a tokeniser is asked for
     others = [f for f in args.fields if f not in own]
     data = _measured(model, args.model, others) if others or getattr(metric, "uses_data", True) else model.data
     loaded = models.loaded_for(metric, args.allow, model.task, model.homes)
@@ -507,8 +518,14 @@ def _eval(args: argparse.Namespace) -> int:
         "metric": config.dump(metric),
         "data": config.dump(data),
     }
-    print(json.dumps(line))
-    return 0
+    print(_json(line))
+    return 1 if found.get("failed") else 0
+
+
+def _json(found: Mapping[str, Any]) -> str:
+    """Figures as one line of JSON, which has no word for what is not finite: null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
+    return json.dumps(finite)
 
 
 def _measured(model: Any, name: str, fields: Sequence[str]) -> Any:

@@ -122,12 +122,14 @@ def override(config: Any, assignments: Iterable[str]) -> Any:
     return _replace(config, tree, "")
 
 
-def _replace(node: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = None) -> Any:
     if isinstance(node, dict):
-        unknown = [k for k in changes if k not in node]
+        free = kind == Mapping[str, Any]  # options of a sampler: who takes them says which there are
+        unknown = [k for k, v in changes.items() if k not in node and (not free or isinstance(v, dict))]
         if unknown:
             raise UserError(f"no key {prefix}{unknown[0]}; {suggest(unknown[0], node)}")
-        return {**node, **{k: _change(node[k], None, v, f"{prefix}{k}") for k, v in changes.items()}}
+        inner = {k: _change(node[k], None, v, f"{prefix}{k}") for k, v in changes.items() if k in node}
+        return {**node, **inner, **{k: _literal(v) for k, v in changes.items() if k not in node}}
     if isinstance(node, tuple):
         items = list(node)
         for k, v in changes.items():
@@ -151,7 +153,7 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str) -> Any:
 
 def _change(old: Any, kind: Any, new: Any, name: str) -> Any:
     if isinstance(new, dict):
-        return _replace(old, new, f"{name}.")
+        return _replace(old, new, f"{name}.", kind)
     return parse(new, kind if kind is not None else type(old), name, old)
 
 
@@ -187,6 +189,14 @@ def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
             raise UserError(f"{name}={text} is not finite; give a finite number")
         return value
     raise UserError(f"{name}={text!r} is no {_type_name(kind)} (it is {old!r} now)")
+
+
+def _literal(text: str) -> Any:
+    """What Python reads in it, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None if text == "none" else text
 
 
 def _inside(value: Any) -> list[str]:

@@ -326,18 +326,22 @@ def test_a_run_is_measured_by_typescore_while_it_trains_and_after(capsys, root, 
     (found,) = [record for record in records if "typescore" in record]
     assert found["typescore"] == pytest.approx(75)
     assert found["step"] == 1
-    assert (found["typescore_read"], found["typescore_failed"], found["prompted_images"]) == (3, 1, 4)
+    assert (found["typescore_read"], found["failed"], found["prompted_images"]) == (3, 1, 4)
     assert found["typescore_failure"] == "no answer"
     assert found["typescore_extractor"].startswith("oracle ")
     assert (root / "typed" / "samples" / "typescore-0000001.png").is_file()
     # an imported model, of whose data nothing is known
-    said = json.loads(ran(capsys, "eval", str(model), "prompted.py:metric"))
-    assert (said["typescore"], said["prompted_left_out"]) == (found["typescore"], 0)
+    assert cli.main(["eval", str(model), "prompted.py:metric", "options.guidance=0.5"]) == 1  # an image was not read
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (said["typescore"], said["prompted_left_out"], said["typescore_style"]) == (found["typescore"], 0, None)
+    assert said["metric"]["options"] == {"guidance": 0.5}
     for some in read:
         first = np.stack([np.asarray(picture, int) for picture in some])
         assert first.shape == (4, 8, 8, 3)
         assert (first[0] != first[1]).any()
         assert (first[0] != first[2]).any()
+    said = refused(capsys, "eval", str(model), "prompted.py:metric", "scorer.out=here")
+    assert "out=here is for a folder of pictures" in said
     said = refused(capsys, "eval", str(model), "prompted.py:metric", "tokenizer=no.model")
     assert "no.model is missing: it comes with the published text encoder" in said
     (root / "wanted.jsonl").unlink()

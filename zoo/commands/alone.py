@@ -23,6 +23,8 @@ def run(name: str, fields: Sequence[str]) -> dict[str, Any]:
             ) from None
         raise
     value = config.load(name)
+    if callable(value) and hasattr(value, "needs"):
+        raise UserError(f"{name} holds the metric {value.name}, which measures models; write zoo eval MODEL {name}")
     if not getattr(value, "standalone", False):
         raise UserError(
             f"{name} holds a {type(value).__name__}, which measures nothing by itself; write zoo eval MODEL METRIC, or name a "

@@ -53,7 +53,7 @@ def listing() -> str:
     for paper in papers():
         lines.append(f"  {paper['title']}")
         lines += [f"    {name}: {', '.join(can)}" for name, can in paper["tasks"].items()]
-    lines += ["", "Configs (zoo train NAME; NAME:smoke for a tiny one; those of typescore: zoo eval NAME)"]
+    lines += ["", "Configs (zoo train NAME; NAME:smoke for a tiny one; typescore/...: see `zoo show NAME`)"]
     known = config.shipped()
     width = max(map(len, known), default=0)
     lines += [f"  {name:<{width}}  {config.describe(name)}" for name in known]

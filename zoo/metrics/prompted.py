@@ -35,7 +35,10 @@ class Scorer(Protocol):
         ...
 
     def score(self, images: Mapping[str, Sequence[Image.Image]]) -> dict[str, Any]:
-        """Figures, and PIL images under `pictures`, of the images drawn from each prompt, by its id."""
+        """Figures of the images drawn from each prompt, by its id: always of the same names, NaN where there is none.
+
+        Under `failed` the number of images that could not be judged, under `pictures` PIL images.
+        """
         ...
 
 

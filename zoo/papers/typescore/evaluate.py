@@ -39,7 +39,8 @@ from zoo.papers.typescore.extractors import (
     describe,
     reading_order,
 )
-from zoo.papers.typescore.extractors.base import failed
+from zoo.papers.typescore.extractors.base import failed, keeping
+from zoo.papers.typescore.extractors.cache import Journal
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import render
 from zoo.papers.typescore.score import (
@@ -177,7 +178,12 @@ class TypeScore:
     # --- as the scorer of the metric `prompted` -----------------------------------------------------
 
     def check(self) -> None:
-        """UserError for a list with mistakes, or where something that the extractor needs is missing."""
+        """UserError for a list with mistakes, fields that are for folders, or where the extractor lacks something."""
+        for name in ("images", "out"):
+            if getattr(self, name):
+                raise UserError(
+                    f"{name}={getattr(self, name)} is for a folder of pictures, and a model draws its own; leave it out"
+                )
         self.instructions()
         self.reader()
 
@@ -188,24 +194,22 @@ class TypeScore:
     def score(self, images: Mapping[str, Sequence[Image.Image]]) -> dict[str, Any]:
         """The summary's figures, NaN where nothing could be read, and some of the images with what was wanted and read."""
         found, records = self.measure(self.instructions(), images)
-        nan = float("nan")
-        figures = {"": found, "_style": found["style"]} if found["style"] else {"": found}
-        values = {
-            f"typescore{part}{suffix}": nan if told[key] is None else told[key]
-            for part, told in figures.items()
-            for key, suffix in (("score", ""), ("low", "_low"), ("high", "_high"))
+        told = {"typescore": found, **({} if found["style"] is None else {"typescore_style": found["style"]})}
+        figures = {
+            name + end: one[key]
+            for name, one in told.items()
+            for key, end in (("score", ""), ("low", "_low"), ("high", "_high"))
         }
-        values |= {f"typescore_{name}": nan if v is None else v for name, v in found["parts"].items()}
-        extractor = found["extractor"]
+        figures |= {f"typescore_{name}": value for name, value in found["parts"].items()}
+        figures["typescore_exact"] = found["exact"]
         from zoo.papers.typescore import report
 
         return {
-            **values,
-            "typescore_exact": nan if found["exact"] is None else found["exact"],
+            **{name: float("nan") if value is None else value for name, value in figures.items()},
             "typescore_read": found["read"],
-            "typescore_failed": found["failed"],
-            "typescore_extractor": f"{extractor['name']} {extractor['version']}",
-            **({"typescore_failure": found["failures"][0]["error"]} if found["failures"] else {}),
+            "typescore_failure": found["failures"][0]["error"] if found["failures"] else "",
+            "typescore_extractor": f"{found['extractor']['name']} {found['extractor']['version']}",
+            "failed": found["failed"],
             "pictures": {"typescore": report.sheet(records, [one for some in images.values() for one in some])},
         }
 
@@ -386,9 +390,15 @@ class TypeScore:
         if not self.images:
             raise UserError("images is empty; name the folder of the pictures, images=DIR")
         folder = Path(self.images)
-        if not folder.is_dir():
-            what = "is no folder" if folder.exists() else "does not exist"
-            raise UserError(f"images={self.images} {what}; name the folder that holds {{id}}_{{k}}.png")
+        try:
+            if not folder.is_dir():
+                what = "is no folder" if folder.exists() else "does not exist"
+                raise UserError(f"images={self.images} {what}; name the folder that holds {{id}}_{{k}}.png")
+            os.listdir(folder)
+        except OSError as error:
+            raise UserError(
+                f"images={self.images} cannot be read ({error.strerror}); name the folder that holds {{id}}_{{k}}.png"
+            ) from None
         return folder
 
     def _claim(self, out: Path, setting: dict[str, Any]) -> None:
@@ -419,10 +429,15 @@ class TypeScore:
             )
 
     def _records(self, files: Sequence[File], path: Path, reader: Any, described: Mapping[str, Any]) -> list[Record]:
-        """The records of all pictures in the order of `files`: those on disk, and new ones, added as pictures are read."""
+        """The records of all pictures in the order of `files`: those on disk, and new ones, added as pictures are read.
+
+        A reading comes into the journal beside them as soon as it is made, and is no longer needed once it is judged: judging
+        may ask more questions, and a run that is stopped then must not pay for the reading again.
+        """
         from tqdm import tqdm
 
         old = _on_disk(path)
+        journal = Journal(path.with_name("readings.jsonl"))
         done: dict[str, Record] = {}
         todo: list[tuple[File, str]] = []
         for one in files:
@@ -439,7 +454,9 @@ class TypeScore:
                 todo.append((one, sha))
         if done and todo:
             _log.info("typescore: %d pictures have been read before, %d are left", len(done), len(todo))
-        if todo:  # a run that is stopped must not leave a summary of other pictures, by which it would pass for finished
+        if (
+            todo
+        ):  # a run that is stopped must not leave a summary of other pictures, by which it would pass for finished
             with _writing(path):
                 for name in (SUMMARY, PLOT, REPORT):
                     path.with_name(name).unlink(missing_ok=True)
@@ -457,7 +474,7 @@ class TypeScore:
             if file.tell() and not path.read_bytes().endswith(b"\n"):  # the last run was killed within a line
                 file.write(b"\n")
             for start in range(0, len(todo), size):
-                for record in self._read(todo[start : start + size], reader):
+                for record in self._read(todo[start : start + size], reader, journal):
                     record |= common
                     file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
                     done[record["image"]] = record
@@ -468,17 +485,28 @@ class TypeScore:
             _write(
                 path, b"".join((json.dumps(r, ensure_ascii=False) + "\n").encode("utf-8", "replace") for r in ordered)
             )
+            journal.remove()
         return ordered
 
-    def _read(self, some: Sequence[tuple[File, str]], reader: Any) -> Iterator[Record]:
+    def _read(self, some: Sequence[tuple[File, str]], reader: Any, journal: Journal) -> Iterator[Record]:
         pictures = [_open(one.path) for one, _ in some]
-        good = [picture for picture in pictures if isinstance(picture, Image.Image)]
-        read = iter(reader.extract(good) if good else [])
-        for (one, sha), picture in zip(some, pictures):
+        read = {i: old for i, (one, sha) in enumerate(some) if (old := journal.get(one.path.name, sha)) is not None}
+        good = [(i, p) for i, p in enumerate(pictures) if isinstance(p, Image.Image) and i not in read]
+
+        def keep(j: int, extraction: Extraction) -> None:
+            i = good[j][0]
+            read[i] = extraction
+            if extraction.error is None:
+                one, sha = some[i]
+                journal.put(one.path.name, sha, extraction)
+
+        if good:
+            keeping(reader.extract, keep, [picture for _, picture in good])
+        for i, ((one, sha), picture) in enumerate(zip(some, pictures)):
             if isinstance(picture, Extraction):
                 record, size = self.judge(one.instruction, None, picture), None
             else:
-                record, size = self.judge(one.instruction, picture, next(read), reader), list(picture.size)
+                record, size = self.judge(one.instruction, picture, read[i], reader), list(picture.size)
             yield {"image": one.path.name, "sha256": sha, "k": one.k, "size": size, **record}
 
 
