@@ -19,11 +19,12 @@ from scipy import stats
 from zoo.papers.typescore import instructions as lists
 from zoo.papers.typescore import style, synth
 from zoo.papers.typescore.calibrate import Calibrate
-from zoo.papers.typescore.compare import Coarse, load_all, pairs, resolution, scored
+from zoo.papers.typescore.coarse import Coarse, scored
 from zoo.papers.typescore.evaluate import TypeScore
 from zoo.papers.typescore.extractors import Cached, Extraction, Oracle, RapidOcr
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import TEXT, Corruption, plain, render, save_all
+from zoo.papers.typescore.results import load_all, pairs, resolution
 from zoo.papers.typescore.score import Normalisation, error_type, parts
 
 pytestmark = pytest.mark.slow

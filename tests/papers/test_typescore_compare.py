@@ -20,23 +20,14 @@ from PIL import Image
 from zoo.errors import UserError
 from zoo.papers.typescore import instructions as lists
 from zoo.papers.typescore import render as drawing
-from zoo.papers.typescore.compare import (
-    Clip,
-    Coarse,
-    Compare,
-    Result,
-    agreement,
-    load_all,
-    pair,
-    pairs,
-    resolution,
-    scored,
-    z_of,
-)
+from zoo.papers.typescore.agreement import agreement
+from zoo.papers.typescore.coarse import Clip, Coarse, scored
+from zoo.papers.typescore.compare import Compare
 from zoo.papers.typescore.evaluate import TypeScore
 from zoo.papers.typescore.extractors import Extraction, Oracle
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import Corruption, plain, save, save_all
+from zoo.papers.typescore.results import Result, load_all, pair, pairs, resolution, z_of
 
 TEXTS = (
     "Open daily",
@@ -140,9 +131,9 @@ def test_models_are_ranked_with_paired_significance(models: Path) -> None:
 
 def test_the_surrogate_is_1_for_the_right_picture(models: Path) -> None:
     one = lists.read(models / "wanted.jsonl")[0]
-    from zoo.papers.typescore import compare
+    from zoo.papers.typescore import coarse
 
-    right = drawing.render(one, seed=compare._SEED)
+    right = drawing.render(one, seed=coarse._SEED)
     assert Coarse().score([right, drawing.render(one, seed=1)], [one, one]) == [
         pytest.approx(1),
         pytest.approx(0.9, abs=0.1),
@@ -178,10 +169,10 @@ def test_pictures_are_scored_for_the_texts_that_they_were_evaluated_for(models: 
 
 
 def test_the_right_pictures_are_drawn_once_for_all_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zoo.papers.typescore import compare
+    from zoo.papers.typescore import coarse
 
     drawn = []
-    monkeypatch.setattr(compare, "render", lambda one, seed: drawn.append(one.id) or drawing.render(one, seed=seed))
+    monkeypatch.setattr(coarse, "render", lambda one, seed: drawn.append(one.id) or drawing.render(one, seed=seed))
     known = {i.id: i for i in lists.read(models / "wanted.jsonl")}
     coarse = Coarse()
     for result in load_all([str(models / f"{name}-typescore") for name in ("good", "fair")]):
@@ -231,9 +222,9 @@ class Transformers(types.ModuleType):
 
 
 def test_clip_is_opened_once_and_scores_in_chunks(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zoo.papers.typescore import compare
+    from zoo.papers.typescore import coarse
 
-    monkeypatch.setattr(compare, "_CHUNK", 5)
+    monkeypatch.setattr(coarse, "_CHUNK", 5)
     fake = Transformers()
     monkeypatch.setitem(sys.modules, "torch", Torch())
     monkeypatch.setitem(sys.modules, "transformers", fake)

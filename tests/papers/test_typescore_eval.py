@@ -23,12 +23,12 @@ from zoo.papers.typescore import instructions as lists
 from zoo.papers.typescore import render as drawing
 from zoo.papers.typescore import report, style, synth
 from zoo.papers.typescore.calibrate import Calibrate
-from zoo.papers.typescore.compare import load_all
 from zoo.papers.typescore.evaluate import TypeScore, find
 from zoo.papers.typescore.extractors import Extraction, Line, Oracle
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.pictures import Render
 from zoo.papers.typescore.render import plain, save, save_all
+from zoo.papers.typescore.results import load_all
 from zoo.papers.typescore.score import parts, typescore
 
 TEXTS = (
