@@ -476,7 +476,7 @@ def _eval(args: argparse.Namespace) -> int:
                 )
         found = alone.run(args.model, args.fields)
         print(_json(found))
-        return 1 if found.get("failed") else 0
+        return 1 if found.get("failed") or found.get("unanswered") else 0
     import jax
 
     from zoo import config, dist, metrics, models

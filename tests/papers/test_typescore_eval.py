@@ -484,6 +484,23 @@ def test_a_model_that_sees_is_asked_for_the_rest_without_a_word_of_the_text(fold
     assert not silent.calls
 
 
+def test_questions_that_were_not_answered_are_counted_and_asked_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = Asked()
+    made = dataclasses.replace(score(folder), extractor=asked)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(Asked, "ask", lambda self, images, questions: [Extraction("", error="HTTP 500")] * len(questions))
+        found = made.run()
+    assert (found["failed"], found["unanswered"], found["style"]["by"]["font"]["evaluated"]) == (0, 12, 0)
+    assert "12 questions of style were not answered" in caplog.text
+    found = made.run()
+    assert (found["unanswered"], found["style"]["by"]["font"]["evaluated"]) == (0, 12)
+    asked.calls.clear()
+    made.run()
+    assert not asked.calls
+
+
 def test_style_shares() -> None:
     yes, no, open_ = (style.Verdict(value, "") for value in (True, False, None))
     assert style.share({"a": yes, "b": no, "c": open_}) == 50

@@ -287,6 +287,11 @@ class TypeScore:
                 summary["failed"],
                 len(records),
             )
+        if summary["unanswered"]:
+            _log.warning(
+                "typescore: %d questions of style were not answered and are in no mean; the same command asks them again",
+                summary["unanswered"],
+            )
         return summary
 
     def about(self, described: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,6 +329,7 @@ class TypeScore:
             "of": len(instructions),
             "read": len(read),
             "failed": len(lost),
+            "unanswered": sum(map(_unanswered, read)),
             "failures": [{"image": record["image"], "error": record["error"]} for record in lost[:_NAMED]],
             "error_types": {name: counts.get(name, 0) for name in ("none", "spelling", "missing", "surplus")},
             "by": {name: self._by(read, name) for name in ("length_bin", "domain", "content")},
@@ -448,6 +454,7 @@ class TypeScore:
                 and record["sha256"] == sha
                 and record["error"] is None
                 and record["id"] == one.instruction.id
+                and not _unanswered(record)
             ):
                 done[one.path.name] = record
             else:
@@ -594,7 +601,12 @@ def _counted(name: str) -> tuple[float, str]:
 
 
 def _verdicts(record: Record) -> dict[str, styles.Verdict]:
-    return {name: styles.Verdict(v["followed"], v["found"]) for name, v in record["style"].items()}
+    return {name: styles.Verdict(v["followed"], v["found"], v["failed"]) for name, v in record["style"].items()}
+
+
+def _unanswered(record: Record) -> int:
+    """Questions of style that were asked in vain."""
+    return sum(verdict["failed"] for verdict in record["style"].values())
 
 
 def _lacking(instructions: Sequence[Instruction], files: Sequence[File], folder: Path) -> list[str]:

@@ -44,6 +44,7 @@ class Verdict(NamedTuple):
 
     followed: bool | None
     found: str
+    failed: bool = False  # whether a question was asked and the call failed: asking again may tell
 
 
 def questions(style: Mapping[str, str]) -> dict[str, str]:
@@ -57,7 +58,7 @@ def questions(style: Mapping[str, str]) -> dict[str, str]:
 def answered(answer: Extraction) -> Verdict:
     """The verdict in an answer: it begins with yes or no. A failed call evaluates nothing."""
     if answer.error is not None:
-        return Verdict(None, f"not evaluated: {answer.error}")
+        return Verdict(None, f"not evaluated: {answer.error}", failed=True)
     found = re.match(r"\W*(yes|no)\b", answer.text, re.IGNORECASE)
     said = " ".join(answer.text.split())[:60]
     return (
