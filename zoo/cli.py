@@ -488,8 +488,8 @@ def _eval(args: argparse.Namespace) -> int:
     elif args.metric.partition(":")[0].endswith(".py") or args.metric.partition(":")[0] in config.shipped():
         metric = config.load(args.metric)
         if not callable(metric) or not hasattr(metric, "needs"):
-            alone = f"; write zoo eval {args.metric}" if hasattr(metric, "standalone") else ""
-            raise UserError(f"{args.metric} holds a {type(metric).__name__}, which is no metric of models{alone}")
+            way = f"; write zoo eval {args.metric}" if hasattr(metric, "standalone") else ""
+            raise UserError(f"{args.metric} holds a {type(metric).__name__}, which is no metric of models{way}")
     else:
         raise UserError(f"no metric {args.metric!r}; {suggest(args.metric, known)}, or a config file that defines one")
     own = [f for f in args.fields if not f.startswith(("data.", "data="))]

@@ -457,7 +457,7 @@ def test_boxes_and_ink_are_of_the_picture_as_it_is_seen(tmp_path: Path) -> None:
     lines = [line("Open", (x - 60, y - 25, x + 60, y + 25))]
     for picture in (seen, turned):
         found = style.measured({"placement": "top", "colour": "red"}, picture, lines)
-        assert found["placement"] == (True, "centre at 50%, 27%")
+        assert found["placement"] == style.Verdict(True, "centre at 50%, 27%")
         assert found["colour"].followed
 
 

@@ -19,9 +19,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zoo.errors import UserError
-from zoo.papers.typescore.evaluate import AnyExtractor, _seen, _write, _writing, differences
+from zoo.papers.typescore.evaluate import AnyExtractor
 from zoo.papers.typescore.extractors import Cached, RapidOcr, describe
 from zoo.papers.typescore.extractors.base import shorten
+from zoo.papers.typescore.files import differences, seen, write, writing
 from zoo.papers.typescore.render import TEXT, Corruption, corrupt, plain
 from zoo.papers.typescore.score import SPEC_VERSION, Normalisation, Parts, batch, typescore
 
@@ -107,7 +108,7 @@ class Calibrate:
         jobs = [(style, level, i) for style in _STYLES for level in self.levels for i in range(len(self.texts))]
         rows = []
         size = max(int(reader.batch), 1)
-        with tqdm(total=len(jobs), unit=" images", disable=not _seen(), file=sys.stderr) as bar:
+        with tqdm(total=len(jobs), unit=" images", disable=not seen(), file=sys.stderr) as bar:
             for start in range(0, len(jobs), size):
                 some = jobs[start : start + size]
                 pictures = [self.picture(*job) for job in some]
@@ -144,14 +145,14 @@ class Calibrate:
             "failed": len(rows) - len(good),
             "seconds": round(sum(row["seconds"] for row in rows), 2),
         }
-        with _writing(out):
+        with writing(out):
             whole = {**figures, "setting": setting, "pictures": rows}
-            _write(
+            write(
                 out / _RESULT,
                 (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"),
             )
-            _write(out / "calibration.md", table(figures).encode())
-            _write(out / "calibration.png", plot(levels))
+            write(out / "calibration.md", table(figures).encode())
+            write(out / "calibration.png", plot(levels))
         if figures["failed"]:
             _log.warning("typescore: %d of %d pictures were not read and are left out", figures["failed"], len(rows))
         return {**figures, "out": str(out)}

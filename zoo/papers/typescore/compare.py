@@ -19,12 +19,8 @@ import numpy as np
 from zoo.errors import UserError
 from zoo.papers.typescore.agreement import agreement, mean_of, of_extractors
 from zoo.papers.typescore.coarse import Clip, Coarse, ImageTextScorer, scored
-from zoo.papers.typescore.evaluate import (
-    NOTE,
-    _from,
-    _write,
-    _writing,
-)
+from zoo.papers.typescore.evaluate import NOTE
+from zoo.papers.typescore.files import relative, write, writing
 from zoo.papers.typescore.results import (
     NAMED,
     OWN,
@@ -96,7 +92,7 @@ class Compare:
         head = {
             "metric": "typescore comparison" + (" of extractors" if self.extractors else ""),
             "note": NOTE,
-            "results": [{"label": one.label, "folder": _from(one.folder, out)} for one in results],
+            "results": [{"label": one.label, "folder": relative(one.folder, out)} for one in results],
             **{k: v for k, v in results[0].setting.items() if k not in OWN},
         }
         if self.extractors:
@@ -113,11 +109,11 @@ class Compare:
             found, scores = self._of_models(results)
             figures = {**head, **found}
             text, drawn = table(figures), plot(figures["ranking"], scores)
-        with _writing(out):
+        with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            _write(out / COMPARISON, (json.dumps(figures, indent=1, ensure_ascii=False) + "\n").encode())
-            _write(out / TABLE, text.encode())
-            _write(out / PLOT, drawn)
+            write(out / COMPARISON, (json.dumps(figures, indent=1, ensure_ascii=False) + "\n").encode())
+            write(out / TABLE, text.encode())
+            write(out / PLOT, drawn)
         return {**figures, "out": str(out)}
 
     def _of_models(self, results: Sequence[Result]) -> tuple[dict[str, Any], dict[str, Scores]]:
@@ -198,7 +194,7 @@ def _claim(out: Path, results: Sequence[Result]) -> None:
         ) from None
     except (ValueError, KeyError, TypeError):
         theirs = set()
-    if theirs != {_from(one.folder, out) for one in results}:
+    if theirs != {relative(one.folder, out) for one in results}:
         of = (
             f"of other results ({', '.join(sorted(theirs)[:NAMED])})"
             if theirs

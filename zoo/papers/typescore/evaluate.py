@@ -41,6 +41,7 @@ from zoo.papers.typescore.extractors import (
 )
 from zoo.papers.typescore.extractors.base import failed, keeping
 from zoo.papers.typescore.extractors.cache import Journal
+from zoo.papers.typescore.files import differences, relative, seen, write, writing
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import render
 from zoo.papers.typescore.score import (
@@ -264,7 +265,7 @@ class TypeScore:
         described = describe(reader)
         out = Path(self.out) if self.out else self._beside(folder)
         self._claim(
-            out, {**self.about(described), "wanted_sha256": _digest(instructions), "images": _from(folder, out)}
+            out, {**self.about(described), "wanted_sha256": _digest(instructions), "images": relative(folder, out)}
         )
         records = self._records(files, out / RECORDS, reader, described)
         summary = self.summarise(records, instructions, described) | {
@@ -275,9 +276,9 @@ class TypeScore:
         }
         from zoo.papers.typescore import report
 
-        with _writing(out):
-            _write(out / SUMMARY, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
-            _write(out / PLOT, report.plot(summary, records))
+        with writing(out):
+            write(out / SUMMARY, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+            write(out / PLOT, report.plot(summary, records))
             report.write(out / REPORT, summary, records, folder)
         for one in summary["failures"]:
             _log.warning("typescore: %s was not read: %s", one["image"], one["error"])
@@ -415,7 +416,7 @@ class TypeScore:
             taken = not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir()))
             if not taken and not file.exists():
                 out.mkdir(parents=True, exist_ok=True)
-                _write(file, (json.dumps(setting, indent=1) + "\n").encode())
+                write(file, (json.dumps(setting, indent=1) + "\n").encode())
             old = {} if taken else json.loads(file.read_bytes())
         except OSError as error:
             raise UserError(f"out={out} cannot be written ({error.strerror}); name another with out=FOLDER") from None
@@ -442,7 +443,7 @@ class TypeScore:
         """
         from tqdm import tqdm
 
-        old = _on_disk(path)
+        old = on_disk(path)
         journal = Journal(path.with_name("readings.jsonl"))
         done: dict[str, Record] = {}
         todo: list[tuple[File, str]] = []
@@ -464,7 +465,7 @@ class TypeScore:
         if (
             todo
         ):  # a run that is stopped must not leave a summary of other pictures, by which it would pass for finished
-            with _writing(path):
+            with writing(path):
                 for name in (SUMMARY, PLOT, REPORT):
                     path.with_name(name).unlink(missing_ok=True)
         size = max(int(reader.batch), 1)
@@ -474,9 +475,9 @@ class TypeScore:
             "normalisation": dataclasses.asdict(self.normalisation),
         }
         with (
-            _writing(path),
+            writing(path),
             open(path, "ab") as file,
-            tqdm(total=len(files), initial=len(done), unit=" images", disable=not _seen(), file=sys.stderr) as bar,
+            tqdm(total=len(files), initial=len(done), unit=" images", disable=not seen(), file=sys.stderr) as bar,
         ):
             if file.tell() and not path.read_bytes().endswith(b"\n"):  # the last run was killed within a line
                 file.write(b"\n")
@@ -488,8 +489,8 @@ class TypeScore:
                     bar.update()
                 file.flush()
         ordered = [done[one.path.name] for one in files]
-        with _writing(path):  # without those of pictures that were read twice
-            _write(
+        with writing(path):  # without those of pictures that were read twice
+            write(
                 path, b"".join((json.dumps(r, ensure_ascii=False) + "\n").encode("utf-8", "replace") for r in ordered)
             )
             journal.remove()
@@ -574,14 +575,6 @@ def _of(records: Iterable[Record], key: str) -> float | None:
     return round(mean(scores), 6) if scores else None
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Fields in which two settings differ, as `extractor.version: "1" -> "2"`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
-    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
-
-
 def _lines(extraction: Extraction) -> list[str]:
     """What was read, line by line: boxes in the order of reading, or the rows of an answer."""
     if extraction.lines:
@@ -657,15 +650,7 @@ def _digest(instructions: Sequence[Instruction]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _from(folder: Path, out: Path) -> str:
-    """Where the pictures are, as seen from the results: both may be moved together."""
-    try:
-        return Path(os.path.relpath(folder.resolve(), out.resolve())).as_posix()
-    except ValueError:  # another drive
-        return folder.resolve().as_posix()
-
-
-def _on_disk(path: Path) -> dict[str, Record]:
+def on_disk(path: Path) -> dict[str, Record]:
     """Records by the name of their picture; of two the later one. A damaged line is passed over: its picture is read anew."""
     found: dict[str, Record] = {}
     try:
@@ -681,29 +666,3 @@ def _on_disk(path: Path) -> dict[str, Record]:
             if not missing:
                 found[record["image"]] = record
     return found
-
-
-def _seen() -> bool:
-    """Whether a bar on stderr can be seen."""
-    return bool(sys.stderr and sys.stderr.isatty())
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or path} ({error.strerror or error}); free some space, or name another folder with "
-            "out=FOLDER"
-        ) from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Puts a file in place whole or not at all."""
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

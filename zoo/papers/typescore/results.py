@@ -24,10 +24,10 @@ from zoo.papers.typescore.evaluate import (
     SETTING,
     SUMMARY,
     Record,
-    _on_disk,
     by_instruction,
-    differences,
+    on_disk,
 )
+from zoo.papers.typescore.files import differences
 
 OWN = ("images", "wanted_sha256", "style")  # of a setting: a result's own; texts are compared one by one
 _SURE = 1.96  # |z| of two models that are told apart
@@ -79,7 +79,7 @@ def load(name: str) -> Result:
         raise UserError(f"results: {folder / SETTING} is damaged; evaluate these pictures again") from None
     if not (folder / SUMMARY).exists():
         raise UserError(f"results: the evaluation of {folder} has not come to its end; start it again, it goes on")
-    records = list(_on_disk(folder / RECORDS).values())
+    records = list(on_disk(folder / RECORDS).values())
     label = folder.resolve().name.removesuffix("-typescore")
     result = Result(label, folder, setting, records)
     if not result.read:

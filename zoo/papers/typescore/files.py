@@ -1,0 +1,55 @@
+"""What the commands of TypeScore share of files: whole or not at all, told apart, and where they lie."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import UserError
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Fields in which two settings differ, as `extractor.version: "1" -> "2"`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
+    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def relative(folder: Path, out: Path) -> str:
+    """Where the pictures are, as seen from the results: both may be moved together."""
+    try:
+        return Path(os.path.relpath(folder.resolve(), out.resolve())).as_posix()
+    except ValueError:  # another drive
+        return folder.resolve().as_posix()
+
+
+def seen() -> bool:
+    """Whether a bar on stderr can be seen."""
+    return bool(sys.stderr and sys.stderr.isatty())
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename or path} ({error.strerror or error}); free some space, or name another folder with "
+            "out=FOLDER"
+        ) from error
+
+
+def write(path: Path, data: bytes) -> None:
+    """Puts a file in place whole or not at all."""
+    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
