@@ -7,16 +7,21 @@ import contextlib
 import dataclasses
 import email.utils
 import hashlib
+import html
 import http.server
 import io
 import json
 import logging
+import pickle
+import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import types
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +48,8 @@ from zoo.papers.typescore.extractors import (
     reading_order,
     text_of,
 )
+from zoo.papers.typescore.extractors.base import flat
+from zoo.papers.typescore.extractors.cache import Journal
 from zoo.papers.typescore.extractors.endpoint import Secret
 from zoo.papers.typescore.extractors.ocr import as_read
 
@@ -179,6 +186,7 @@ def test_extractors_come_by_name_with_typed_fields() -> None:
         ("http", {"threads": 0}, "threads is 0"),
         ("http", {"timeout_s": 0}, "timeout_s is 0"),
         ("http", {"retries": -1}, "retries is -1"),
+        ("http", {"give_up": -1}, "give_up is -1"),
         ("http", {"token_field": "tokens"}, "max_completion_tokens"),
         ("http", {"base_url": "localhost:8000"}, "base_url is 'localhost:8000'"),
         ("http", {"base_url": "file:///etc/passwd"}, "give http:// or https://"),
@@ -331,6 +339,71 @@ def test_transparency_is_white_and_every_mode_becomes_rgb(mode: str, colour: Any
         image.putpalette([255, 255, 255] * 256)
     RapidOcr().extract([image])
     assert rapid["image"].tolist() == [[[255] * 3] * 2] * 2
+
+
+def grey(shades: Any, dtype: Any, file: str = "") -> Image.Image:
+    """A grey image of these shades, through a file of the kind `file`."""
+    image = Image.fromarray(np.asarray(shades, dtype))
+    if not file:
+        return image
+    data = io.BytesIO()
+    image.save(data, file)
+    return Image.open(io.BytesIO(data.getvalue()))
+
+
+@pytest.mark.parametrize("file", ["", "png", "tiff"])
+def test_grey_of_16_bits_keeps_its_shades(file: str) -> None:
+    """White lettering on light grey must not become white on white, which would be read as no text and score 0."""
+    seen = flat(grey([[0, 128, 129, 60395, 65535]], np.uint16, file))
+    assert (seen.mode, np.asarray(seen)[0, :, 1].tolist()) == ("RGB", [0, 0, 1, 235, 255])
+
+
+@pytest.mark.parametrize(
+    "dtype, shades, want",
+    [
+        (np.int32, [0, 100, 255], [0, 100, 255]),
+        (np.int32, [0, 25700, 65535], [0, 100, 255]),
+        (np.float32, [0, 99.6, 255], [0, 100, 255]),
+        (np.float32, [0, 25700, 65535], [0, 100, 255]),
+    ],
+)
+def test_grey_of_32_bits_is_scaled_where_its_range_is_clear(dtype: Any, shades: list[float], want: list[int]) -> None:
+    assert np.asarray(flat(grey([shades], dtype)))[0, :, 0].tolist() == want
+
+
+@pytest.mark.parametrize(
+    "dtype, shades",
+    [
+        (np.float32, [0, 0.5, 1]),
+        (np.int32, [0, 1, 1]),
+        (np.int32, [0, 100, 4095]),
+        (np.int32, [-5, 0, 200]),
+        (np.int32, [0, 1, 70000]),
+        (np.float32, [0, np.nan, 200]),
+    ],
+)
+def test_grey_of_an_unknown_range_is_an_error(dtype: Any, shades: list[float], tmp_path: Path) -> None:
+    image = grey([shades], dtype)
+    for extractor in (get_extractor("oracle"), Cached(get_extractor("oracle"), tmp_path)):
+        found = extractor.extract([image])[0]
+        assert f"has mode {image.mode} with shades from" in (found.error or "")
+        assert "as RGB or as L" in (found.error or "")
+
+
+def test_a_png_of_mode_i_has_16_bits_however_dark() -> None:
+    """Older versions of Pillow open 16-bit PNG files so."""
+    image = grey([[0, 257, 2570]], np.int32)
+    image.format = "PNG"
+    assert np.asarray(flat(image))[0, :, 0].tolist() == [0, 1, 10]
+
+
+def test_grey_of_16_bits_keeps_its_info_and_its_transparency() -> None:
+    image = grey([[0, 30000, 30001]], np.uint16)
+    image.info |= {"transparency": 30000, TEXT_CHUNK: "kept"}
+    seen = flat(image)
+    assert np.asarray(seen)[0, :, 0].tolist() == [0, 255, 117]
+    assert seen.info == {TEXT_CHUNK: "kept"}
+    assert flat(Image.new("I;16", (0, 0))).size == (0, 0)
 
 
 def test_tesseract_words_become_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -685,7 +758,10 @@ def test_good_answers(act: Callable[[Handler], None], text: str, stub: Stub) -> 
         (status(503, b"busy"), "HTTP 503 Service Unavailable: busy (5 tries)", 5),
         (status(429), "HTTP 429 Too Many Requests: not now (5 tries)", 5),
         (status(400), "HTTP 400 Bad Request: not now", 1),
-        (status(401, b'{"error": "no such key"}'), 'HTTP 401 Unauthorized: {"error": "no such key"}', 1),
+        (status(401, b'{"error": "no such key"}'), "HTTP 401 Unauthorized: no such key", 1),
+        (status(422, b'{"detail": "\\u00fcber"}'), "HTTP 422 Unprocessable Entity: \u00fcber", 1),
+        (status(400, b'{"error": {"message": "\\ud800"}}'), "HTTP 400 Bad Request: ?", 1),
+        (status(400, b'{"error": {"code": "a\\/b"}}'), 'HTTP 400 Bad Request: {"code": "a/b"}', 1),
         (status(404, b""), "HTTP 404 Not Found", 1),
         (status(302, b"", Location="/v1/elsewhere"), "the endpoint lies elsewhere", 1),
         (status(307, b"", Location="http://127.0.0.1:9/"), "the endpoint lies elsewhere", 1),
@@ -781,6 +857,132 @@ def test_a_server_that_takes_bytes_a_few_at_a_time_is_left_in_time() -> None:
     assert time.monotonic() - start < 8  # most of it the making of the PNG
 
 
+@contextlib.contextmanager
+def deaf() -> Iterator[int]:
+    """A port at which connections are neither taken nor refused: its queue is full."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(server.getsockname())
+        yield server.getsockname()[1]
+
+
+def lead_to(monkeypatch: pytest.MonkeyPatch, *ports: int, after: float = 0.0) -> None:
+    """Makes every host's addresses these ports here, told after so many seconds."""
+
+    def getaddrinfo(*_: Any, **__: Any) -> list[Any]:
+        time.sleep(after)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def test_several_addresses_that_do_not_answer_share_the_time(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with deaf() as port:
+        lead_to(monkeypatch, *[port] * 5)
+        start = time.monotonic()
+        found = client(stub, timeout_s=0.4, retries=0).extract([picture("x")])[0]
+        assert "no whole answer within 0.4 s" in (found.error or "")
+        assert time.monotonic() - start < 1.2
+        lead_to(monkeypatch, port, stub.server_address[1])  # and the last still gets its turn
+        assert client(stub, timeout_s=0.6, retries=0).extract([picture("x")])[0].text == "x"
+
+
+def test_a_slow_resolver_is_left_in_time(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    lead_to(monkeypatch, stub.server_address[1], after=2.0)
+    start = time.monotonic()
+    found = client(stub, timeout_s=0.2, retries=0).extract([picture("x")])[0]
+    assert "no whole answer within 0.2 s" in (found.error or "")
+    assert time.monotonic() - start < 1
+
+
+def test_hosts_that_are_not_found_are_said_at_once(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def getaddrinfo(*_: Any, **__: Any) -> list[Any]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    found = client(stub).extract([picture("x")])[0]
+    assert found.error == "the host of base_url is not found (Name or service not known)"
+    assert found.raw == {"tries": 1}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [])
+    assert "no address" in (client(stub, retries=0).extract([picture("x")])[0].error or "")
+
+
+# ------------------------------------------------------------------------------------------------------------------ giving up
+
+
+@pytest.mark.parametrize(
+    "act, said",
+    [
+        (hang, "no whole answer within 0.0"),
+        (reset, "the connection broke"),
+        (status(500), "HTTP 500"),
+        (status(401), "HTTP 401"),
+        (status(429), "HTTP 429"),
+    ],
+)
+def test_an_endpoint_out_of_order_is_not_asked_on_and_on(act: Callable[[Handler], None], said: str, stub: Stub) -> None:
+    stub.script = [act]
+    extractor = client(stub, give_up=3, threads=2, retries=1, timeout_s=0.05)
+    kept: list[int] = []
+    found = extractor.extract([picture(str(i)) for i in range(30)], lambda i, _: kept.append(i))
+    asked = [one for one in found if one.raw["tries"]]
+    assert 3 <= len(asked) <= 4  # one may have been under way
+    assert sorted(kept) == list(range(30))
+    left = [one.error for one in found if not one.raw["tries"]]
+    assert len(set(left)) == 1
+    assert left[0].startswith("not asked: the endpoint failed 3 times in a row; the last: ")
+    assert said in left[0]
+    sent = len(stub.seen)
+    again = extractor.extract([picture(str(i)) for i in range(9)])  # one image, one try
+    assert len(stub.seen) == sent + 1
+    assert [one.raw["tries"] for one in again] == [1] + [0] * 8
+    assert "failed 4 times" in again[-1].error or "failed 5 times" in again[-1].error
+    stub.script = [oracle]
+    assert [one.text for one in extractor.extract([picture("a"), picture("b"), picture("c")])] == ["a", "b", "c"]
+
+
+def test_an_endpoint_that_is_given_up_has_its_waits_ended(stub: Stub) -> None:
+    stub.script = [status(503, Retry_After="30"), status(401)]
+    start = time.monotonic()
+    found = client(stub, give_up=2, threads=2, total_s=60).extract([picture(str(i)) for i in range(9)])
+    assert time.monotonic() - start < 2
+    assert all(one.error for one in found)
+    assert len(stub.seen) <= 4
+
+
+@pytest.mark.parametrize("act", [status(400), status(404), says(None), body(b"no JSON")])
+def test_answers_that_are_about_the_image_give_nothing_up(act: Callable[[Handler], None], stub: Stub) -> None:
+    stub.script = [act]
+    client(stub, give_up=1).extract([picture(str(i)) for i in range(9)])
+    assert len(stub.seen) == 9
+
+
+def test_a_reading_in_between_clears_the_count_and_0_gives_nothing_up(stub: Stub) -> None:
+    broken, good = status(500), oracle
+    stub.script = [broken, broken, good, broken, broken, good]
+    extractor = client(stub, give_up=3, threads=1, retries=0)
+    found = extractor.extract([picture(str(i)) for i in range(8)])
+    assert [one.error is None for one in found] == [False, False, True, False, False, True, True, True]
+    stub.script = [broken]
+    client(stub, give_up=0, threads=1, retries=0).extract([picture("x")] * 12)
+    assert len(stub.seen) == 8 + 12
+
+
+def test_what_is_remembered_of_an_endpoint_is_no_part_of_the_extractor(stub: Stub) -> None:
+    stub.script = [status(401)]
+    used = client(stub, give_up=1)
+    used.extract([picture("x")])
+    assert used == client(stub, give_up=1)
+    assert pickle.loads(pickle.dumps(used)) == used
+    assert dataclasses.asdict(used) == dataclasses.asdict(client(stub, give_up=1))
+    assert describe(used) == describe(client(stub))
+
+
 def test_refused_connections_and_unknown_hosts_are_said_at_once() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: refuses
@@ -806,14 +1008,24 @@ def test_waits_grow(stub: Stub) -> None:
     assert waits[2] >= 0.15
 
 
-@pytest.mark.parametrize("as_date", [False, True])
-def test_retry_after_is_kept_to_and_capped(as_date: bool, stub: Stub) -> None:
-    """The server asks for an hour; the cap makes it a tenth of a second, and without the header it would be nothing."""
-    value = email.utils.formatdate(time.time() + 3600, usegmt=True) if as_date else "3600"
-    stub.script = [status(429, Retry_After=value), oracle]
-    found = client(stub, backoff_s=0.0, longest_wait_s=0.1).extract([picture("x")])[0]
+def test_retry_after_is_kept_to_whatever_the_longest_wait_of_ours(stub: Stub) -> None:
+    """Without the header, or with the cap on our own waits, there would be no wait to speak of."""
+    stub.script = [status(429, Retry_After="0.3"), oracle]
+    found = client(stub, backoff_s=0.0, longest_wait_s=0.01).extract([picture("x")])[0]
     assert found.text == "x"
-    assert 0.1 <= stub.times[1] - stub.times[0] < 1
+    assert 0.29 <= stub.times[1] - stub.times[0] < 1
+
+
+def test_retry_after_may_be_a_date(stub: Stub) -> None:
+    stub.script = [status(429, Retry_After=email.utils.formatdate(time.time() + 3600, usegmt=True))]
+    found = client(stub).extract([picture("x")])[0]
+    assert re.search(r"it asks for a wait of 3[56]\d\d s, more than is left of total_s=10$", found.error or "")
+
+
+def test_our_own_waits_are_capped(stub: Stub) -> None:
+    stub.script = [status(429), status(429, Retry_After="0"), oracle]
+    assert client(stub, backoff_s=30.0, longest_wait_s=0.05, total_s=60).extract([picture("x")])[0].text == "x"
+    assert 0.1 <= stub.times[2] - stub.times[0] < 2
 
 
 @pytest.mark.parametrize(
@@ -832,7 +1044,11 @@ def test_a_wait_beyond_the_time_of_an_image_is_not_begun(stub: Stub) -> None:
     found = client(stub, total_s=5, longest_wait_s=60).extract([picture("x")])[0]
     assert time.monotonic() - start < 2
     assert len(stub.seen) == 1
-    assert found.error == "HTTP 429 Too Many Requests: not now; 5 s for this image are over"
+    asks = "it asks for a wait of 30 s, more than is left of total_s=5"
+    assert found.error == f"HTTP 429 Too Many Requests: not now; {asks}"
+    stub.script = [status(500)]
+    found = client(stub, total_s=5, backoff_s=60, longest_wait_s=60).extract([picture("x")])[0]
+    assert found.error == "HTTP 500 Internal Server Error: not now; 5 s for this image are over"
 
 
 def test_fields_of_the_request_follow_the_config(stub: Stub) -> None:
@@ -882,6 +1098,36 @@ def echo_escaped(handler: Handler) -> None:
     handler.send(400, ("oops " + "".join(f"\\u{ord(c):04x}" for c in key)).encode(), "text/plain")
 
 
+def echo_as(form: Callable[[str], str], kind: str = "text/html") -> Callable[[Handler], None]:
+    """Repeats the key as pages and other servers write it."""
+
+    def act(handler: Handler) -> None:
+        key = handler.headers["Authorization"].removeprefix("Bearer ")
+        handler.send(401, f'{{"error": "wrong key {form(key)} given"}}'.encode(), kind)
+
+    return act
+
+
+def slashed(key: str) -> str:
+    return key.replace("/", "\\/")
+
+
+def entities(key: str) -> str:
+    return key.replace("/", "&#x2F;").replace("=", "&#x3D;").replace("+", "&plus;")
+
+
+def numbered(key: str) -> str:
+    return "".join(f"&#{ord(c)};" for c in key)
+
+
+def percented(key: str) -> str:
+    return "".join(f"%{ord(c):02x}" for c in key)
+
+
+def in_unicode(key: str) -> str:
+    return "".join(f"\\u{ord(c):04X}" for c in key)
+
+
 def echo_status_line(handler: Handler) -> None:
     handler.wfile.write(f"{handler.headers['Authorization']} is no status\r\n\r\n".encode())
 
@@ -894,7 +1140,19 @@ def echo_status_line(handler: Handler) -> None:
         echo(200),
         echo(401, str.upper),
         echo(401, lambda key: base64.b64encode(key.encode()).decode()),
-        echo(401, lambda key: __import__("urllib.parse").parse.quote(key, safe="")),
+        echo(401, lambda key: urllib.parse.quote(key, safe="")),
+        echo(401, lambda key: urllib.parse.quote(urllib.parse.quote(key, safe=""), safe="")),
+        echo(401, entities),
+        echo(401, lambda key: html.escape(entities(key))),
+        echo(401, in_unicode),
+        echo_as(slashed, "application/json"),
+        echo_as(slashed),
+        echo_as(lambda key: json.dumps(slashed(key))[1:-1]),
+        echo_as(entities),
+        echo_as(numbered),
+        echo_as(percented),
+        echo_as(in_unicode),
+        echo_as(lambda key: "".join(f"\\x{ord(c):x}" for c in key)),
         echo_plain,
         echo_kind,
         echo_reading,
@@ -924,7 +1182,11 @@ def test_the_key_is_nowhere_but_in_its_header(
         json.dumps(found.record()) + str(found) + repr(extractor) + str(describe(extractor)) + caplog.text + files + out
     )
     forms = [KEY, KEY[:7], base64.b64encode(KEY.encode()).decode()[:16], "sk-Very%2B", json.dumps(KEY)[1:-1]]
-    assert not [form for form in forms if form.lower() in everything.lower()], everything
+    forms += ["Secret/Key", "Key=0", "0123456789", "Key\\", "Key&", "Key%"]
+    for text in (everything, html.unescape(html.unescape(everything)), urllib.parse.unquote(everything)):
+        assert not [form for form in forms if form.lower() in text.lower()], text
+    plain = re.sub(r"\\+(?:u00|x)([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), everything)
+    assert not [form for form in forms if form.lower() in plain.lower()], plain
 
 
 def test_a_text_that_was_cut_does_not_end_in_a_piece_of_the_key() -> None:
@@ -938,6 +1200,30 @@ def test_a_key_that_is_a_word_does_not_spoil_readings(stub: Stub, monkeypatch: p
     """Local servers are given keys such as EMPTY, and EMPTY may be what a sign says."""
     monkeypatch.setenv("SEER_KEY", "EMPTY")
     assert client(stub, api_key_env="SEER_KEY").extract([picture("empty shop")])[0].text == "empty shop"
+
+
+def test_a_key_changes_nothing_else_in_a_reading(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEER_KEY", KEY)
+    said = r"C:\u0041 &amp; %41 &#47; \/ sk-Very"
+    stub.script = [says(said)]
+    assert client(stub, api_key_env="SEER_KEY").extract([picture("x")])[0].text == said
+
+
+@pytest.mark.parametrize("piece", ["\\", "&amp;", "&#0", "%25", "\\u", "s", KEY[:-1]])
+def test_an_answer_of_many_pieces_is_searched_in_no_time(piece: str) -> None:
+    start = time.monotonic()
+    Secret(KEY).out_of(piece * (60_000 // len(piece)))
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("value", ["AKIA1234SECRET", "AKIA_SECRET_1", "SECRETKEY", "SECRETTOKEN"])
+def test_a_key_in_place_of_its_name_is_not_shown(value: str, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(value, raising=False)
+    with pytest.raises(
+        UserError, match=r"api_key_env is a name not shown here, .* give the NAME of a variable"
+    ) as caught:
+        client(stub, api_key_env=value).check()
+    assert "SECRET" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, "", "  "])
@@ -979,9 +1265,9 @@ def test_nothing_is_sent_without_address_and_model() -> None:
             Http(**fields).extract([picture("x")])
 
 
-def test_stopping_ends_waits(stub: Stub) -> None:
-    """Ctrl-C while every image waits for its next try: done at once, not after the waits."""
-    stub.script = [status(500)]
+def test_stopping_ends_waits_and_requests(stub: Stub) -> None:
+    """Ctrl-C while one image waits for its answer and another for its next try: the program ends at once."""
+    stub.script = [hang, status(500)]
     code = (
         "import os, signal, threading; from PIL import Image\n"
         "from zoo.papers.typescore.extractors import Http\n"
@@ -991,7 +1277,81 @@ def test_stopping_ends_waits(stub: Stub) -> None:
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert "KeyboardInterrupt" in done.stderr
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 8  # most of it the start of Python; the answer would take 20 s
+
+
+@pytest.fixture
+def interrupted() -> Iterator[Callable[[Handler], None]]:
+    """An answer that never comes: instead, the main thread gets Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever runs the tests may have changed it
+    main = threading.get_ident()
+
+    def act(handler: Handler) -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        hang(handler)
+
+    yield act
+    signal.signal(signal.SIGINT, before)
+
+
+def test_readings_that_are_done_are_kept_when_the_batch_is_stopped(
+    stub: Stub, tmp_path: Path, interrupted: Callable[[Handler], None]
+) -> None:
+    stub.script = [hang, oracle, oracle, oracle, status(400), interrupted]
+    texts = list("abcdefgh")
+    kept: dict[int, str] = {}
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Cached(client(stub, threads=2), tmp_path).extract(
+            [picture(text) for text in texts], lambda i, one: kept.update({i: one.error or one.text})
+        )
+    assert time.monotonic() - start < 2
+    assert len(list(tmp_path.rglob("*.json"))) == 3
+    assert sorted(kept) in ([0, 2, 3, 4], [1, 2, 3, 4])  # whichever of the first two came first hangs
+    assert all("HTTP 400" in kept[i] if i == 4 else kept[i] == texts[i] for i in kept)
+    deadline = time.monotonic() + 2
+    while any(thread.name == "typescore" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "a request goes on"
+        time.sleep(0.01)
+    stub.script = [oracle]
+    sent = len(stub.seen)
+    assert [one.text for one in Cached(client(stub), tmp_path).extract([picture(text) for text in texts])] == texts
+    assert len(stub.seen) == sent + 5
+
+
+def test_a_reading_whose_keeping_is_stopped_is_kept_all_the_same(stub: Stub) -> None:
+    kept: list[int] = []
+
+    def keep(i: int, one: Extraction) -> None:
+        kept.append(i)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client(stub, threads=1).extract([picture(text) for text in "abc"], keep)
+    assert kept[:3] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("end", ["refused", "deaf", "slow names"])
+def test_stopping_ends_what_has_no_connection_yet(
+    end: str, stub: Stub, monkeypatch: pytest.MonkeyPatch, interrupted: Callable[[Handler], None]
+) -> None:
+    main = threading.get_ident()
+    with deaf() as port:
+        lead_to(monkeypatch, port, after=2.0 if end == "slow names" else 0.0)
+        fields = {"backoff_s": 30.0, "longest_wait_s": 30.0} if end == "refused" else {}
+        if end == "refused":
+            stub.script = [status(500)]
+            lead_to(monkeypatch, stub.server_address[1])
+        start = time.monotonic()
+        timer = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            client(stub, timeout_s=20, total_s=60, **fields).extract([picture("x")] * 3)
+        assert time.monotonic() - start < 1
+        while any(thread.name == "typescore" for thread in threading.enumerate()):
+            assert time.monotonic() - start < 1.5, "a request goes on"
+            time.sleep(0.01)
 
 
 # -------------------------------------------------------------------------------------------------------------------- cache
@@ -1095,6 +1455,47 @@ def test_readings_are_kept_as_they_come(tmp_path: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         Cached(Stopped(), tmp_path).extract([picture(text) for text in "abc"])
     assert len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def test_readings_come_one_by_one_through_the_cache(stub: Stub, tmp_path: Path) -> None:
+    """Those that are there, those that are read, one image twice, and one that is broken."""
+    Cached(client(stub), tmp_path).extract([picture("old")])
+    broken = grey([[0.0, 0.5]], np.float32)
+    told: list[tuple[int, str]] = []
+    found = Cached(client(stub, threads=1), tmp_path).extract(
+        [picture("new"), picture("old"), broken, picture("new"), picture("last")],
+        lambda i, one: told.append((i, one.text)),
+    )
+    assert told == [(1, "old"), (2, ""), (0, "new"), (3, "new"), (4, "last")]
+    assert [one.text for one in found] == ["new", "old", "", "new", "last"]
+    told.clear()
+    Cached(client(stub), tmp_path).ask([picture("old")], ["Is it?"], lambda i, one: told.append((i, one.text)))
+    assert told == [(0, "old")]
+
+
+def test_every_extractor_tells_of_readings_as_they_come(rapid: dict[str, Any]) -> None:
+    for extractor in (get_extractor("oracle"), RapidOcr()):
+        told: list[int] = []
+        extractor.extract([picture("a"), picture("b")], lambda i, _, told=told: told.append(i))
+        assert told == [0, 1]
+
+
+def test_a_journal_gives_back_whole_lines_of_the_same_picture(tmp_path: Path) -> None:
+    path = tmp_path / "readings.jsonl"
+    one = Extraction("open \u2013 daily", (Line("open", ((0.0, 0.0),) * 4, 0.5),), {"content": "open"}, 1.5)
+    journal = Journal(path)
+    assert journal.get("a.png", "1") is None
+    journal.put("a.png", "1", Extraction("older"))
+    with open(path, "ab") as file:
+        file.write(b'\n{"image": "b.png", "sha')  # killed within a line
+    journal.put("a.png", "1", one)
+    again = Journal(path)
+    assert again.get("a.png", "1") == one
+    assert again.get("a.png", "2") is None
+    assert again.get("b.png", "1") is None
+    again.remove()
+    again.remove()
+    assert not path.exists()
 
 
 def test_the_digest_is_of_what_is_seen(tmp_path: Path) -> None:

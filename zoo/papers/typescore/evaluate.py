@@ -462,9 +462,8 @@ class TypeScore:
                 todo.append((one, sha))
         if done and todo:
             _log.info("typescore: %d pictures have been read before, %d are left", len(done), len(todo))
-        if (
-            todo
-        ):  # a run that is stopped must not leave a summary of other pictures, by which it would pass for finished
+        # a run that is stopped must not leave a summary of other pictures, by which it would pass for finished
+        if todo:
             with writing(path):
                 for name in (SUMMARY, PLOT, REPORT):
                     path.with_name(name).unlink(missing_ok=True)
@@ -493,7 +492,8 @@ class TypeScore:
             write(
                 path, b"".join((json.dumps(r, ensure_ascii=False) + "\n").encode("utf-8", "replace") for r in ordered)
             )
-            journal.remove()
+            if not any(_unanswered(record) for record in ordered):  # the next run asks, and need not read again
+                journal.remove()
         return ordered
 
     def _read(self, some: Sequence[tuple[File, str]], reader: Any, journal: Journal) -> Iterator[Record]:

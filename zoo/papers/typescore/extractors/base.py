@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -62,6 +63,11 @@ class Extraction:
         return cls(text, tuple(lines), record["raw"], float(record["seconds"]), error)
 
 
+Keep = Callable[
+    [int, Extraction], object
+]  # is told of the i-th image's reading; of one whose telling was broken off twice
+
+
 class TextExtractor(Protocol):
     """Reads the text in images. Implementations are frozen dataclasses of plain values, so that configs may name them."""
 
@@ -80,8 +86,11 @@ class TextExtractor(Protocol):
         """UserError when something that reading needs is missing: a package, a program, a key."""
         ...
 
-    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
-        """One extraction per image, in order. An image that cannot be read is one with an error."""
+    def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
+        """One extraction per image, in order. An image that cannot be read is one with an error.
+
+        `keep` is called in this thread with each as it is done, in any order, so that a call that is stopped loses none.
+        """
         ...
 
 
@@ -119,12 +128,30 @@ def need(good: bool, name: str, field: str, value: object, expected: str) -> Non
         raise UserError(f"extractor {name}: {field} is {value!r}; give {expected}")
 
 
+def keeping(read: Callable[..., list[Extraction]], keep: Keep, *given: Any) -> list[Extraction]:
+    """`read(*given)`, an extractor's `extract` or `ask`, and `keep` told; in the end, where that takes no `keep`."""
+    if takes_keep(read):
+        return read(*given, keep=keep)
+    found = read(*given)
+    for i, one in enumerate(found):
+        keep(i, one)
+    return found
+
+
+def takes_keep(read: Callable[..., list[Extraction]]) -> bool:
+    """Whether an `extract` or `ask` takes `keep`."""
+    return "keep" in inspect.signature(read).parameters
+
+
 def flat(image: Image.Image) -> Image.Image:
     """`image` as RGB the way it is seen: turned as its EXIF data say, transparency on white. Its `info` is kept.
 
-    Raises OSError or the like when the file behind it is broken.
+    Raises OSError or the like when the file behind it is broken, ValueError for shades of unknown range.
     """
+    png = image.format == "PNG"  # which the next line forgets
     image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image, png)
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
@@ -132,6 +159,31 @@ def flat(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     over = image.convert("RGBA")
     seen = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    seen.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    return seen
+
+
+def _eight_bits(image: Image.Image, png: bool) -> Image.Image:
+    """A grey image of 16 or 32 bits as one of 8, mode L or LA. Pillow's own conversion would make white of all above 255.
+
+    Shades of 32 bits are taken for 0 to 65535 in a PNG file, which holds no other, and where the largest is above 32767, and
+    for 0 to 255 where it is from 2 to 255. ValueError where they may be of another range, such as 0 to 1 or 12 bits.
+    """
+    shades = np.asarray(image)
+    low, high = (float(shades.min()), float(shades.max())) if shades.size else (0.0, 0.0)
+    if image.mode.startswith("I;16") or png or (low >= 0 and 32767 < high <= 65535):
+        scaled = np.rint(shades / 257.0)
+    elif low >= 0 and 1 < high <= 255:
+        scaled = np.rint(shades)
+    else:
+        raise ValueError(
+            f"the image has mode {image.mode} with shades from {low:g} to {high:g}, of which black and white are not known; "
+            "hand it over as RGB or as L with 0 to 255"
+        )
+    seen = Image.fromarray(scaled.astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):  # the shade that is transparent, on the scale of the file
+        seen = Image.merge("LA", (seen, Image.fromarray(np.where(shades == clear, 0, 255).astype(np.uint8))))
     seen.info = {key: value for key, value in image.info.items() if key != "transparency"}
     return seen
 
@@ -149,16 +201,20 @@ def failed(error: BaseException | str, seconds: float = 0.0, raw: Any = None) ->
     return Extraction("", (), raw, seconds, shorten(error))
 
 
-def each(images: Sequence[Image.Image], read: Callable[[Image.Image], Extraction]) -> list[Extraction]:
+def each(
+    images: Sequence[Image.Image], read: Callable[[Image.Image], Extraction], keep: Keep | None = None
+) -> list[Extraction]:
     """`read` on one image after another, timed; what it raises becomes that image's error."""
     found = []
-    for image in images:
+    for i, image in enumerate(images):
         start = time.perf_counter()
         try:
             one = read(flat(image))
         except Exception as error:
             one = failed(error)
         found.append(dataclasses.replace(one, seconds=round(time.perf_counter() - start, 4)))
+        if keep is not None:
+            keep(i, found[-1])
     return found
 
 

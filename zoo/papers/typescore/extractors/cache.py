@@ -1,12 +1,14 @@
-"""Readings kept on disk, so that no image is read twice in the same way."""
+"""Readings kept on disk: for good, so that no image is read twice in the same way, and until a run has judged them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,16 @@ from typing import Any
 from PIL import Image
 
 from zoo.errors import UserError
-from zoo.papers.typescore.extractors.base import TEXT_CHUNK, Extraction, describe, failed, flat
+from zoo.papers.typescore.extractors.base import (
+    TEXT_CHUNK,
+    Extraction,
+    Keep,
+    describe,
+    failed,
+    flat,
+    keeping,
+    takes_keep,
+)
 
 _log = logging.getLogger("zoo")
 
@@ -67,22 +78,43 @@ class Cached:
     def check(self) -> None:
         self.inner.check()
 
-    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
-        return self._through(images, [None] * len(images), lambda some, _: self.inner.extract(some))
+    def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
+        def read(some: list[Image.Image], _: list[Any], told: Keep) -> list[Extraction]:
+            return keeping(self.inner.extract, told, some)
 
-    def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Extraction]:
+        return self._through(images, [None] * len(images), read, self._at_once(self.inner.extract), keep)
+
+    def ask(
+        self, images: Sequence[Image.Image], questions: Sequence[str], keep: Keep | None = None
+    ) -> list[Extraction]:
         """As the extractor's `ask`, each answer kept. UserError when it answers no questions."""
         if not hasattr(self.inner, "ask"):
             raise UserError(f"extractor {self.name} reads text and answers no questions; take http or transformers")
-        return self._through(images, questions, self.inner.ask)
+
+        def read(some: list[Image.Image], asked: list[Any], told: Keep) -> list[Extraction]:
+            return keeping(self.inner.ask, told, some, asked)
+
+        return self._through(images, questions, read, self._at_once(self.inner.ask), keep)
+
+    def _at_once(self, read: Callable[..., list[Extraction]]) -> int:
+        """How many images are handed over in one call: few where readings come only at its end, and a stop would lose them."""
+        return sys.maxsize if takes_keep(read) else max(self.batch, 1)
 
     def _through(
         self,
         images: Sequence[Image.Image],
         questions: Sequence[Any],
-        read: Callable[[list[Image.Image], list[Any]], list[Extraction]],
+        read: Callable[[list[Image.Image], list[Any], Keep], list[Extraction]],
+        at_once: int,
+        keep: Keep | None,
     ) -> list[Extraction]:
         found: list[Extraction | None] = [None] * len(images)
+
+        def note(i: int, one: Extraction) -> None:
+            found[i] = one
+            if keep is not None:
+                keep(i, one)
+
         wanted: dict[Path, list[int]] = {}  # the same image twice is read once
         for i, (image, question) in enumerate(zip(images, questions, strict=True)):
             try:
@@ -90,26 +122,29 @@ class Cached:
             except UserError:
                 raise
             except Exception as error:  # a broken image
-                found[i] = failed(error)
+                note(i, failed(error))
                 continue
             file = self.path(hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest())
             if (one := self._get(file)) is not None:
-                found[i] = one
+                note(i, one)
                 self.hits += 1
             else:
                 wanted.setdefault(file, []).append(i)
         todo = list(wanted.items())
-        for start in range(0, len(todo), max(self.batch, 1)):  # kept as they come: a stopped run has lost little
-            some = todo[start : start + max(self.batch, 1)]
+        for start in range(0, len(todo), at_once):
+            some = todo[start : start + at_once]
             first = [indices[0] for _, indices in some]
-            fresh = read([images[i] for i in first], [questions[i] for i in first])
-            for (file, indices), one in zip(some, fresh, strict=True):
+
+            def fresh(k: int, one: Extraction, some: list[tuple[Path, list[int]]] = some) -> None:
+                file, indices = some[k]
                 self.reads += 1
                 self.hits += len(indices) - 1
-                for i in indices:
-                    found[i] = one
                 if one.error is None:
                     self._put(file, one)
+                for i in indices:
+                    note(i, one)
+
+            read([images[i] for i in first], [questions[i] for i in first], fresh)
         return [one if one is not None else failed("not read") for one in found]
 
     def path(self, key: str) -> Path:
@@ -143,6 +178,33 @@ class Cached:
             _log.warning("cache: %s could not be written (%s)", file, error.strerror)
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
+
+
+class Journal:
+    """A file of readings that a run has made and not yet judged, by name and sha256 of their pictures; a line each.
+
+    A reading is there as soon as `put` returns. Damaged lines are passed over. Raises OSError where the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read: dict[tuple[str, str], Extraction] = {}
+        with contextlib.suppress(OSError):
+            for line in path.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                    entry = json.loads(line)
+                    self._read[entry["image"], entry["sha256"]] = Extraction.of(entry["extraction"])
+
+    def get(self, image: str, sha256: str) -> Extraction | None:
+        return self._read.get((image, sha256))
+
+    def put(self, image: str, sha256: str, one: Extraction) -> None:
+        entry = json.dumps({"image": image, "sha256": sha256, "extraction": one.record()})
+        with open(self.path, "ab", buffering=0) as file:  # in one piece, behind what may be half a line
+            file.write(b"\n" + entry.encode())
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 def _checksum(record: Any) -> str:

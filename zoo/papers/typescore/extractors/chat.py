@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from zoo.errors import UserError
-from zoo.papers.typescore.extractors.base import REVISION, Extraction, aside, each, join, missing, need
+from zoo.papers.typescore.extractors.base import REVISION, Extraction, Keep, aside, each, join, missing, need
 
 # A model that is not told so repairs misspelt words, which would raise the score; the text that is wanted is never told.
 PROMPT = (
@@ -74,17 +74,20 @@ class Transformers:
             except ImportError:
                 raise missing(self.name, package, "vlm") from None
 
-    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
-        return self._answer(images, [PROMPT] * len(images), cleaned=True)
+    def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
+        return self._answer(images, [PROMPT] * len(images), True, keep)
 
-    def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Extraction]:
+    def ask(
+        self, images: Sequence[Image.Image], questions: Sequence[str], keep: Keep | None = None
+    ) -> list[Extraction]:
         """A question on each image; the answers as they come."""
-        return self._answer(images, questions, cleaned=False)
+        return self._answer(images, questions, False, keep)
 
-    def _answer(self, images: Sequence[Image.Image], questions: Sequence[str], cleaned: bool) -> list[Extraction]:
+    def _answer(
+        self, images: Sequence[Image.Image], questions: Sequence[str], cleaned: bool, keep: Keep | None
+    ) -> list[Extraction]:
         self.check()
         pipeline = _pipeline(self.model, self.revision, self.device, self.dtype)
-        prompts = iter(questions)
 
         def read(image: Image.Image, prompt: str) -> Extraction:
             content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
@@ -101,8 +104,10 @@ class Transformers:
             return Extraction(clean(answer) if cleaned else answer.strip(), (), {"content": answer})
 
         found: list[Extraction] = []
-        for image, prompt in zip(images, prompts, strict=True):
+        for i, (image, prompt) in enumerate(zip(images, questions, strict=True)):
             found += each([image], functools.partial(read, prompt=prompt))
+            if keep is not None:
+                keep(i, found[-1])
         return found
 
 

@@ -1,20 +1,23 @@
 """Any OpenAI-compatible endpoint that sees images, over HTTP. What it may do wrong ends as that image's error, in time.
 
 The key is taken from the environment for each call and put into one header. Whatever comes back is cleared of it, since some
-servers repeat it in their answers.
+servers repeat it in their answers, escaped or not.
 """
 
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
 import email.utils
 import functools
+import html.entities
 import http.client
 import io
 import json
 import logging
 import os
+import queue
 import random
 import re
 import socket
@@ -24,21 +27,21 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from PIL import Image
 
 from zoo.errors import UserError
-from zoo.papers.typescore.extractors.base import REVISION, Extraction, aside, failed, flat, need, shorten
+from zoo.papers.typescore.extractors.base import REVISION, Extraction, Keep, aside, failed, flat, need, shorten
 from zoo.papers.typescore.extractors.chat import PROMPT, clean
 
 _log = logging.getLogger("zoo")
 _PIECE = 1 << 16  # bytes sent or read between two looks at the clock
 _ERROR_BYTES, _ERROR_S = 1 << 16, 5.0  # what is read of an answer that tells of an error, and for how long
 _AGAIN = {408, 425, 429}  # and 5xx
+_SHUT = {401, 403}  # no other image will be let in either
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,12 @@ class Http:
     """POST {base_url}/chat/completions with the image and `PROMPT`, several images at a time.
 
     Tried again after HTTP 408, 425, 429 and 5xx, time limits and broken connections; waits grow twofold, and a Retry-After of
-    the server's is kept to, both up to `longest_wait_s`. Redirects are not followed: they would carry the key elsewhere.
+    the server's is kept to as far as `total_s` allows. Redirects are not followed: they would carry the key elsewhere.
+
+    Images that fail by what is tried again, a refused connection, an unknown host or HTTP 401 and 403 count as failures of the
+    endpoint; after `give_up` of them, with nothing read since the first, the images of a call that are left are errors at
+    once. Later calls ask for one image at a time, each with one try, until one is read, or fails by the endpoint: then the
+    others of that call are errors too.
     """
 
     base_url: str = ""  # up to /chat/completions, such as http://127.0.0.1:8000/v1
@@ -61,7 +69,8 @@ class Http:
     total_s: float = aside(300.0)  # for one image: all tries and waits
     retries: int = aside(4)  # tries after the first
     backoff_s: float = aside(1.0)  # the first wait
-    longest_wait_s: float = aside(30.0)  # of one wait
+    longest_wait_s: float = aside(30.0)  # of one wait that the server has not asked for
+    give_up: int = aside(8)  # images in a row by whose failure the endpoint counts as out of order; 0: never
     threads: int = aside(4)  # images under way at once
     max_bytes: int = aside(4_000_000)  # of an answer
 
@@ -83,7 +92,7 @@ class Http:
         for field in ("timeout_s", "total_s"):
             value = getattr(self, field)
             say(0 < value <= 86400, field=field, value=value, expected="seconds above 0, at most a day")
-        for field in ("retries", "backoff_s", "longest_wait_s"):
+        for field in ("retries", "backoff_s", "longest_wait_s", "give_up"):
             value = getattr(self, field)
             say(0 <= value <= 86400, field=field, value=value, expected="a number of at least 0")
         known = ("max_tokens", "max_completion_tokens")
@@ -102,30 +111,84 @@ class Http:
         need(bool(self.model), self.name, "model", self.model, "the model's name at the endpoint")
         _key(self.api_key_env)
 
-    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
-        return self._all(images, [PROMPT] * len(images), cleaned=True)
+    def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
+        return self._all(images, [PROMPT] * len(images), True, keep)
 
-    def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Extraction]:
+    def ask(
+        self, images: Sequence[Image.Image], questions: Sequence[str], keep: Keep | None = None
+    ) -> list[Extraction]:
         """A question on each image; the answers as they come."""
-        return self._all(images, questions, cleaned=False)
+        return self._all(images, questions, False, keep)
 
-    def _all(self, images: Sequence[Image.Image], questions: Sequence[str], cleaned: bool) -> list[Extraction]:
+    @functools.cached_property
+    def _trouble(self) -> _Trouble:
+        """What this extractor's calls remember of the endpoint: no field, since it is no part of what is asked."""
+        return _Trouble()
+
+    def _all(
+        self, images: Sequence[Image.Image], questions: Sequence[str], cleaned: bool, keep: Keep | None
+    ) -> list[Extraction]:
         self.check()
+        if len(images) != len(questions):
+            raise ValueError(f"{len(images)} images and {len(questions)} questions")
         secret = Secret(_key(self.api_key_env))
-        for (
-            image
-        ) in images:  # here, since Pillow's reading of a file is not made for threads, and an image may come twice
+        # here, since Pillow's reading of a file is not made for threads, and an image may come twice
+        for image in images:
             with contextlib.suppress(Exception):  # `_one` tells of it
                 image.load()
-        stop = threading.Event()
+        stop = _Stop()
         context = ssl.create_default_context() if self.base_url.lower().startswith("https:") else None
-        pool = ThreadPoolExecutor(max(1, min(self.threads, len(images))), "typescore")
         one = functools.partial(self._one, secret=secret, context=context, cleaned=cleaned, stop=stop)
+        found: dict[int, Extraction] = {}
+        todo = collections.deque(range(len(images)))
+        jobs: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        done: collections.deque[tuple[int, Extraction, bool]] = collections.deque()
+        ready: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+        def work() -> None:
+            while (i := jobs.get()) is not None:
+                done.append((i, *one(images[i], questions[i])))
+                ready.put(None)
+
+        def note(i: int, extraction: Extraction) -> None:
+            found[i] = extraction
+            if keep is not None:
+                keep(i, extraction)
+
+        # No pool of concurrent.futures: at its end Python would wait for requests that have been given up.
+        threads = min(self.threads, len(images))
+        busy = 0
         try:
-            return list(pool.map(one, images, questions))
-        finally:  # also on Ctrl-C, when waits must end and images that have not begun must not
+            for _ in range(threads):
+                threading.Thread(target=work, name="typescore", daemon=True).start()
+            while todo or busy:
+                while todo and busy < (1 if self._trouble.over(self.give_up) else threads):
+                    jobs.put(todo.popleft())
+                    busy += 1
+                ready.get()
+                while done:
+                    i, extraction, theirs = done[0]
+                    note(i, extraction)
+                    done.popleft()  # after `note`: what stops that must not lose the reading
+                    busy -= 1
+                    self._trouble.count(extraction, theirs)
+                    if theirs and self._trouble.over(self.give_up):
+                        stop.end_waits()
+                        while todo:
+                            note(todo[0], failed(self._trouble.said(), raw={"tries": 0}))
+                            todo.popleft()
+        except BaseException:  # Ctrl-C above all: requests end now, and what has come is kept
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            with contextlib.suppress(Exception):
+                for i, extraction, _ in tuple(done):
+                    if extraction.error is None:
+                        note(i, extraction)
+            raise
+        finally:
+            stop.set()
+            for _ in range(threads):
+                jobs.put(None)
+        return [found[i] for i in range(len(images))]
 
     def _one(
         self,
@@ -135,20 +198,22 @@ class Http:
         secret: Secret,
         context: ssl.SSLContext | None,
         cleaned: bool,
-        stop: threading.Event,
-    ) -> Extraction:
+        stop: _Stop,
+    ) -> tuple[Extraction, bool]:
+        """The reading, and whether that it failed is about the endpoint."""
         start = time.monotonic()
         raw: dict[str, Any] = {"tries": 0}
+        theirs = False
         try:
             body = self._body(image, question)
             answer = self._tries(body, secret, context, start + self.total_s, raw, stop)
             text = clean(answer) if cleaned else answer.strip()
-            return Extraction(text, (), raw, round(time.monotonic() - start, 4))
+            return Extraction(text, (), raw, round(time.monotonic() - start, 4)), False
         except _Fault as fault:
-            said = fault.said
+            said, theirs = fault.said, fault.theirs
         except Exception as error:  # a broken image, or a fault nobody thought of: no image may stop the others
             said = f"{type(error).__name__}: {error}"
-        return failed(secret.out_of(said), round(time.monotonic() - start, 4), raw)
+        return failed(secret.out_of(said), round(time.monotonic() - start, 4), raw), theirs
 
     def _body(self, image: Image.Image, question: str) -> bytes:
         png = io.BytesIO()
@@ -167,31 +232,92 @@ class Http:
         context: ssl.SSLContext | None,
         until: float,
         raw: dict[str, Any],
-        stop: threading.Event,
+        stop: _Stop,
     ) -> str:
         """The answer's text. What the tries were goes into `raw`."""
+        url = f"{self.base_url.rstrip('/')}/chat/completions"
         while True:
             raw["tries"] += 1
             try:
                 clock = Clock(min(time.monotonic() + self.timeout_s, until))
-                data = _post(
-                    f"{self.base_url.rstrip('/')}/chat/completions", body, secret, context, clock, self.max_bytes
-                )
-                return _content(data, secret, raw)
+                return _content(_post(url, body, secret, context, clock, stop, self.max_bytes), secret, raw)
             except _Fault as fault:
                 said = secret.out_of(fault.said)
                 if fault.status:
                     raw["status"] = fault.status
                 tries = "" if raw["tries"] == 1 else f" ({raw['tries']} tries)"
-                if not fault.again or raw["tries"] > self.retries or stop.is_set():
-                    raise _Fault(said + tries) from None
+                last = _Fault(said + tries, theirs=fault.theirs)
+                no_more = raw["tries"] > self.retries or self._trouble.over(self.give_up) or stop.wait(0)
+                if no_more or not fault.again:
+                    raise last from None
                 wait = self.backoff_s * 2 ** min(raw["tries"] - 1, 30) * random.uniform(0.75, 1.25)
-                wait = min(max(wait, fault.after), self.longest_wait_s)
+                wait = max(min(wait, self.longest_wait_s), fault.after)
                 if time.monotonic() + wait >= until:
-                    raise _Fault(f"{said}{tries}; {self.total_s:g} s for this image are over") from None
+                    why = f"{self.total_s:g} s for this image are over"
+                    if wait == fault.after:
+                        why = f"it asks for a wait of {wait:.0f} s, more than is left of total_s={self.total_s:g}"
+                    raise _Fault(f"{said}{tries}; {why}", theirs=fault.theirs) from None
                 _log.info("http: %s; try %d of %d in %.1f s", said, raw["tries"] + 1, self.retries + 1, wait)
                 if stop.wait(wait):
-                    raise _Fault(said + tries) from None
+                    raise last from None
+
+
+@dataclass
+class _Trouble:
+    """How many images in a row have failed by the endpoint, and how the last did."""
+
+    row: int = 0
+    last: str = ""
+
+    def count(self, one: Extraction, theirs: bool) -> None:
+        """Failures of other kinds, such as a broken image, tell nothing of the endpoint and leave the count as it is."""
+        if one.error is None:
+            self.row = 0
+        elif theirs:
+            self.row, self.last = self.row + 1, one.error
+
+    def over(self, limit: int) -> bool:
+        return 0 < limit <= self.row
+
+    def said(self) -> str:
+        return f"not asked: the endpoint failed {self.row} times in a row; the last: {self.last}"
+
+
+class _Stop:
+    """Ends waits and requests under way, in whatever threads they are, at once."""
+
+    def __init__(self) -> None:
+        self._waits = threading.Event()
+        self._lock = threading.Lock()
+        self._over = False
+        self._ends: dict[int, Callable[[], object]] = {}
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the wait was ended."""
+        return self._waits.wait(seconds)
+
+    def end_waits(self) -> None:
+        self._waits.set()
+
+    def set(self) -> None:
+        self._waits.set()
+        with self._lock:
+            self._over = True
+            for end in self._ends.values():
+                end()
+
+    @contextlib.contextmanager
+    def ending(self, end: Callable[[], object]) -> Iterator[None]:
+        """While it is open, `set` calls `end`. Raises _Fault when `set` has been called."""
+        with self._lock:
+            if self._over:
+                raise _Fault("stopped")
+            self._ends[id(end)] = end
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._ends[id(end)]
 
 
 class Secret:
@@ -199,9 +325,8 @@ class Secret:
 
     def __init__(self, key: str) -> None:
         self._key = key
-        forms = {key, urllib.parse.quote(key, safe=""), json.dumps(key)[1:-1], base64.b64encode(key.encode()).decode()}
-        words = sorted((re.escape(form) for form in forms if form), key=len, reverse=True)
-        self._seen = re.compile("|".join(words), re.IGNORECASE) if key else None
+        coded = re.escape(base64.b64encode(key.encode()).decode())
+        self._seen = re.compile(f"{''.join(map(_escaped, key))}|{coded}", re.IGNORECASE) if key else None
 
     def __repr__(self) -> str:
         return "Secret()"
@@ -213,13 +338,25 @@ class Secret:
         """`text` without the key. `cut`: it may end within one."""
         if self._seen is None:
             return text
-        text = re.sub(r"\\u00([0-9a-fA-F]{2})", lambda found: chr(int(found.group(1), 16)), text)
         text = self._seen.sub("[key]", text)
-        return text[: -4 * len(self._key)] if cut else text
+        return text[: -16 * len(self._key)] if cut else text  # of a character &amp;#x2F; and longer may stand there
 
     def out_of_reading(self, text: str) -> str:
         """`text` without the key, unless that is as short as a word: local servers are given keys such as EMPTY."""
         return self.out_of(text) if len(self._key) >= 8 else text
+
+
+def _escaped(c: str) -> str:
+    """A pattern for an ASCII character as it stands, and as JSON, HTML and addresses write it, escaped up to some times over.
+
+    \\/ \\u002f \\x2f &#47; &#x2F; &sol; &amp;#47; %2F %252F are all a slash. Bounds, since a hostile answer may repeat a piece.
+    """
+    n, x = ord(c), f"{ord(c):x}"
+    names = "".join(f"|{name[:-1]}" for name, text in html.entities.html5.items() if text == c and name.endswith(";"))
+    return (
+        rf"(?:\\{{0,8}}(?:{re.escape(c)}|u0{{2,6}}{x}|u\{{0{{0,4}}{x}\}}|x{x})"
+        rf"|&(?:amp;){{0,4}}(?:#0{{0,6}}{n}|#x0{{0,6}}{x}{names});?|%(?:25){{0,4}}{x})"
+    )
 
 
 class Clock:
@@ -237,11 +374,17 @@ class Clock:
 
 
 class _Fault(Exception):
-    """Why there is no reading; whether another try may help, and after how many seconds at the earliest."""
+    """Why there is no reading; whether another try may help, and after how many seconds at the earliest.
 
-    def __init__(self, said: str, again: bool = False, after: float = 0.0, status: int = 0) -> None:
+    Args:
+        theirs: whether it is about the endpoint, so that other images will fare no better. What may help later is.
+    """
+
+    def __init__(
+        self, said: str, again: bool = False, after: float = 0.0, status: int = 0, theirs: bool = False
+    ) -> None:
         super().__init__(said)
-        self.said, self.again, self.after, self.status = said, again, after, status
+        self.said, self.again, self.after, self.status, self.theirs = said, again, after, status, theirs or again
 
 
 # A socket's timeout is for one read. Against an endpoint that sends a byte now and then only a clock for the whole helps.
@@ -281,10 +424,64 @@ class _Socket:
         self._sock.close()
 
 
+def _addresses(host: str, port: int, clock: Clock, stop: _Stop) -> list[Any]:
+    """`getaddrinfo`, which knows no limit of time, in a thread that is left alone when it takes too long."""
+    answer: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer.put(socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+        except Exception as error:
+            answer.put(error)
+
+    with stop.ending(lambda: answer.put(_Fault("stopped"))):
+        threading.Thread(target=ask, name="typescore-name", daemon=True).start()
+        try:
+            found = answer.get(timeout=clock.left())
+        except queue.Empty:
+            raise TimeoutError("the host's addresses were not told in time") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _connect(where: tuple[str, int], *_: Any, clock: Clock, stop: _Stop, during: contextlib.ExitStack) -> socket.socket:
+    """In place of `socket.create_connection`, which gives every address the whole time: here they share what is left.
+
+    Args:
+        during: is open as long as the request; until then `stop` ends it.
+    """
+    found = _addresses(*where, clock, stop)
+    errors: list[OSError] = []
+    for i, (family, kind, protocol, _, address) in enumerate(found):
+        with contextlib.ExitStack() as own:
+            try:
+                sock = socket.socket(family, kind, protocol)
+                own.callback(sock.close)
+                # one more handle on it: TLS takes the socket over, and only what is ours can be shut down from another thread
+                handle = own.enter_context(sock.dup())
+                own.enter_context(stop.ending(functools.partial(_shut, handle)))
+                sock.settimeout(clock.left() / (len(found) - i))
+                sock.connect(address)
+                sock.settimeout(clock.left())  # of TLS and of a proxy's answer
+            except OSError as error:
+                errors.append(error)
+                continue
+            during.push(own.pop_all())
+            return sock
+    late = [error for error in errors if isinstance(error, TimeoutError)]
+    raise (late or errors or [OSError("the host has no address")])[0]
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, *args: Any, clock: Clock, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, clock: Clock, connect: Callable[..., socket.socket], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._clock = clock
+        self._clock, self._create_connection = clock, connect
 
     def connect(self) -> None:
         super().connect()
@@ -292,9 +489,9 @@ class _Connection(http.client.HTTPConnection):
 
 
 class _TlsConnection(http.client.HTTPSConnection):
-    def __init__(self, *args: Any, clock: Clock, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, clock: Clock, connect: Callable[..., socket.socket], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._clock = clock
+        self._clock, self._create_connection = clock, connect
 
     def connect(self) -> None:
         super().connect()
@@ -302,21 +499,21 @@ class _TlsConnection(http.client.HTTPSConnection):
 
 
 class _Plain(urllib.request.HTTPHandler):
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, **own: Any) -> None:
         super().__init__()
-        self._clock = clock
+        self._own = own
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(_Connection, clock=self._clock), request)
+        return self.do_open(functools.partial(_Connection, **self._own), request)
 
 
 class _Tls(urllib.request.HTTPSHandler):
-    def __init__(self, clock: Clock, context: ssl.SSLContext) -> None:
+    def __init__(self, **own: Any) -> None:
         super().__init__()
-        self._clock, self._own = clock, context
+        self._own = own
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(_TlsConnection, clock=self._clock, context=self._own), request)
+        return self.do_open(functools.partial(_TlsConnection, **self._own), request)
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -324,27 +521,32 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _post(url: str, body: bytes, secret: Secret, context: ssl.SSLContext | None, clock: Clock, largest: int) -> bytes:
+def _post(
+    url: str, body: bytes, secret: Secret, context: ssl.SSLContext | None, clock: Clock, stop: _Stop, largest: int
+) -> bytes:
     """The body of an answer that is JSON by its own word. Raises _Fault."""
-    handlers: list[Any] = [_Stay, _Plain(clock), *([_Tls(clock, context)] if context else [])]
     headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
     request = urllib.request.Request(url, body, {**headers, "User-Agent": "zoo-typescore"}, method="POST")
     for name, value in secret.header().items():
         request.add_unredirected_header(name, value)
     allowed = clock.at - time.monotonic()
-    try:
-        with urllib.request.build_opener(*handlers).open(request, timeout=clock.left()) as answer:
-            return _body(answer, clock, largest)
-    except urllib.error.HTTPError as error:
-        raise _refusal(error, secret, clock) from None
-    except urllib.error.URLError as error:
-        cause = error.reason if isinstance(error.reason, Exception) else error
-        raise _broken(cause, allowed, secret) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise _broken(error, allowed, secret) from None
+    with contextlib.ExitStack() as during:
+        connect = functools.partial(_connect, clock=clock, stop=stop, during=during)
+        tls = [_Tls(clock=clock, connect=connect, context=context)] if context else []
+        opener = urllib.request.build_opener(_Stay, _Plain(clock=clock, connect=connect), *tls)
+        try:
+            with opener.open(request, timeout=clock.left()) as answer:
+                return _body(answer, largest)
+        except urllib.error.HTTPError as error:
+            raise _refusal(error, secret, clock) from None
+        except urllib.error.URLError as error:
+            cause = error.reason if isinstance(error.reason, Exception) else error
+            raise _broken(cause, allowed, secret) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise _broken(error, allowed, secret) from None
 
 
-def _body(answer: http.client.HTTPResponse, clock: Clock, largest: int) -> bytes:
+def _body(answer: http.client.HTTPResponse, largest: int) -> bytes:
     said = answer.headers.get("Content-Type")
     kind = answer.headers.get_content_type()
     if said is not None and kind != "application/json" and not kind.endswith("+json"):
@@ -371,10 +573,12 @@ def _refusal(error: urllib.error.HTTPError, secret: Secret, clock: Clock) -> _Fa
         text = data.decode("utf-8", "replace")
         try:
             found = json.loads(text)
-            found = found.get("error", found) if isinstance(found, dict) else found
-            text = str(found["message"]) if isinstance(found, dict) and "message" in found else text
+            for name in ("error", "message", "detail"):  # a text as it is meant, and not as JSON writes it
+                found = found.get(name, found) if isinstance(found, dict) else found
+            text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
         except (ValueError, RecursionError):
             pass
+        text = text.encode("utf-8", "replace").decode()  # as in `_content`
         said = shorten(secret.out_of(text, cut=len(data) == _ERROR_BYTES))
     except (OSError, http.client.HTTPException):
         pass  # the status says enough
@@ -384,7 +588,8 @@ def _refusal(error: urllib.error.HTTPError, secret: Secret, clock: Clock) -> _Fa
     words = f"HTTP {status} {http.client.responses.get(status, '')}".strip() + (f": {said}" if said else "")
     if 300 <= status < 400:
         words = f"HTTP {status}: the endpoint lies elsewhere, and a key is not carried along; give the new address as base_url"
-    return _Fault(words, status in _AGAIN or status >= 500, _retry_after(error.headers.get("Retry-After")), status)
+    after = _retry_after(error.headers.get("Retry-After"))
+    return _Fault(words, status in _AGAIN or status >= 500, after, status, theirs=status in _SHUT)
 
 
 def _retry_after(value: str | None) -> float:
@@ -403,11 +608,11 @@ def _broken(error: BaseException, allowed: float, secret: Secret) -> _Fault:
     if isinstance(error, TimeoutError):
         return _Fault(f"no whole answer within {allowed:.3g} s", again=True)
     if isinstance(error, ConnectionRefusedError):
-        return _Fault("the connection was refused: is the endpoint of base_url running?")
+        return _Fault("the connection was refused: is the endpoint of base_url running?", theirs=True)
     if isinstance(error, socket.gaierror):
-        return _Fault(f"the host of base_url is not found ({error.strerror})")
+        return _Fault(f"the host of base_url is not found ({error.strerror})", theirs=True)
     if isinstance(error, ssl.SSLCertVerificationError):
-        return _Fault(f"the endpoint's certificate does not hold ({error.verify_message})")
+        return _Fault(f"the endpoint's certificate does not hold ({error.verify_message})", theirs=True)
     said = secret.out_of(str(error)) or type(error).__name__
     if isinstance(error, OSError | http.client.IncompleteRead):
         return _Fault(f"the connection broke ({shorten(said)})", again=True)
@@ -450,14 +655,18 @@ def _content(data: bytes, secret: Secret, raw: dict[str, Any]) -> str:
 
 
 def _key(name: str) -> str:
-    """The key in the environment variable `name`; "" where no name is given. Errors never show it."""
+    """The key in the environment variable `name`; "" where no name is given. Errors never show it.
+
+    Nor do they show a name that may be the key: some keys are capitals and digits only.
+    """
     if not name:
         return ""
     key = os.environ.get(name, "").strip()
     if not key:
+        shown = repr(name) if re.fullmatch(r"[A-Z0-9_]*_[A-Z0-9_]*(KEY|TOKEN)", name) else "a name not shown here"
         raise UserError(
-            f"extractor http: api_key_env is {name!r}, and no such environment variable is set; export it with the key, or "
-            'give api_key_env="" where the endpoint asks for none'
+            f"extractor http: api_key_env is {shown}, and no such environment variable is set; give the NAME of a variable, "
+            'export it with the key, or give api_key_env="" where the endpoint asks for none'
         )
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         raise UserError(

@@ -18,6 +18,7 @@ from zoo.papers.typescore.extractors.base import (
     REVISION,
     TEXT_CHUNK,
     Extraction,
+    Keep,
     Line,
     aside,
     box_of,
@@ -46,7 +47,7 @@ class Oracle:
     def check(self) -> None:
         """Needs nothing."""
 
-    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
+    def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
         """An image without the renderer's record is one with an error."""
 
         def read(image: Image.Image) -> Extraction:
@@ -57,7 +58,7 @@ class Oracle:
                 )
             return Extraction(str(text))
 
-        return each(images, read)
+        return each(images, read, keep)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class RapidOcr:
         except ImportError:
             raise missing(self.name, "rapidocr", "typescore") from None
 
-    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
+    def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
         self.check()
         engine = _rapidocr(min(self.threads, os.cpu_count() or 1), self.least_score, self.upside_down)
 
@@ -108,7 +109,7 @@ class RapidOcr:
             )
             return Extraction(text_of(lines), lines)
 
-        return each(images, read)
+        return each(images, read, keep)
 
 
 def as_read(boxes: np.ndarray, upside_down: bool) -> np.ndarray:
@@ -209,7 +210,7 @@ class Tesseract:
                 f"install them (Debian: tesseract-ocr-{min(lacking)}), or name another lang"
             )
 
-    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
+    def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
         self.check()
         import pytesseract
 
@@ -224,7 +225,7 @@ class Tesseract:
             lines = _tesseract_lines(found)
             return Extraction(join([line.text for line in lines]), tuple(lines))
 
-        return each(images, read)
+        return each(images, read, keep)
 
 
 def _tesseract_lines(found: dict[str, list[Any]]) -> list[Line]:
