@@ -340,12 +340,8 @@ def test_a_run_is_measured_by_typescore_while_it_trains_and_after(capsys, root, 
         assert first.shape == (4, 8, 8, 3)
         assert (first[0] != first[1]).any()
         assert (first[0] != first[2]).any()
-    said = refused(capsys, "eval", str(model), "prompted.py:metric", "scorer.out=here")
-    assert "out=here is for a folder of pictures" in said
     said = refused(capsys, "eval", str(model), "prompted.py:metric", "tokenizer=no.model")
     assert "no.model is missing: it comes with the published text encoder" in said
-    (root / "wanted.jsonl").unlink()
-    assert "wanted.jsonl" in refused(capsys, "train", "prompted.py:run", "workdir=other")
 
 
 def test_show_tells_the_memory_of_the_caches(capsys):

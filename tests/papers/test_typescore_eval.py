@@ -501,6 +501,23 @@ def test_questions_that_were_not_answered_are_counted_and_asked_again(
     assert not asked.calls
 
 
+def test_a_scorer_of_a_run_is_checked_before_the_first_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = str(folder / "wanted.jsonl")
+    made = TypeScore(wanted, extractor=Oracle(), limit=2)
+    made.check()
+    assert made.prompts() == {one.id: one.instruction for one in LIST[:2]}
+    for fields, message in (
+        ({"images": "somewhere"}, "images=somewhere is for a folder of pictures"),
+        ({"out": "here"}, "out=here is for a folder of pictures"),
+        ({"wanted": "none.jsonl"}, "none.jsonl"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(made, **fields).check()  # type: ignore[arg-type]
+    monkeypatch.setattr(Oracle, "check", lambda self: (_ for _ in ()).throw(UserError("no package")))
+    with pytest.raises(UserError, match="no package"):
+        made.check()
+
+
 def test_style_shares() -> None:
     yes, no, open_ = (style.Verdict(value, "") for value in (True, False, None))
     assert style.share({"a": yes, "b": no, "c": open_}) == 50

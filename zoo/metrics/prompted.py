@@ -65,6 +65,16 @@ class Prompted:
 
     def check(self, task: Any) -> None:
         """UserError where nothing could be drawn or scored; asked before a run's first step."""
+        self._check(task)
+        given = {key: leaf for key, leaf in task.spec(self.batch).items() if key in task.given}
+        if image_shape(task, self.options, self.batch, given) is None:
+            raise UserError(
+                f"the metric prompted scores images, and {type(task).__name__} draws none; give a task that holds an "
+                "autoencoder, task.vae"
+            )
+        self.scorer.check()
+
+    def _check(self, task: Any) -> None:
         if not isinstance(self.scorer, Scorer):
             raise UserError(
                 "the metric prompted has no scorer, which knows the prompts and judges the images; name one in a config "
@@ -79,12 +89,6 @@ class Prompted:
         if "tokens" not in given:
             raise UserError(f"the metric prompted needs a task that takes captions, and this {kind} takes none")
         check_options(task, self.options, "options of the metric prompted")
-        shape = image_shape(task, self.options, self.batch, self._shapes(task))
-        if shape is None:
-            raise UserError(
-                f"the metric prompted scores images, and {kind} draws none; give a task that holds an autoencoder, task.vae"
-            )
-        self.scorer.check()
 
     def __call__(
         self,
@@ -101,7 +105,7 @@ class Prompted:
         Args:
             encode: the tokeniser, (texts, S) -> ids [N, S] and what did not fit.
         """
-        self.check(task)
+        self._check(task)
         prompts = self.scorer.prompts()
         ids = [one for one in prompts for _ in range(self.images)]
         texts = [prompts[one] for one in ids]
@@ -128,7 +132,3 @@ class Prompted:
         figures: dict[str, Any] = hosts.told(lambda: scored)
         figures |= {"prompted_images": len(pixels), "prompted_left_out": int((~good).sum())}
         return {**figures, "pictures": pictures} if pictures else figures
-
-    def _shapes(self, task: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of what a batch of images is conditioned on."""
-        return {key: leaf for key, leaf in task.spec(self.batch).items() if key in task.given}
