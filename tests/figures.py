@@ -1,6 +1,6 @@
 """Measured figures: kept in figures.json, shown in README.md.
 
-    python tests/figures.py add NAME RUN_FOLDER_OR_JSON "COMMAND" ["HARDWARE"]
+    python tests/figures.py add NAME RUN_FOLDER_OR_JSON "COMMAND" ["HARDWARE"]    # JSON: of bench, compile, eval; or {"rows": {WHAT: FIGURES}}
     python tests/figures.py encoders NAME "COMMAND" RUN[+JSON...] RUN[+JSON...]    # the same run with seeds 0, 1, ...; JSON of `zoo eval`
     python tests/figures.py write        # builds the README's tables anew
 
@@ -33,7 +33,7 @@ HEADS = {
 }
 
 FIGURES = {*HEADS, "bits_per_token"}  # that a metric is told by
-KINDS = {"compile": "topology", "agreement": "agreement", "texts": "bits_per_token"}  # kinds of JSON by a key of theirs
+KINDS = {"compile": "topology", "agreement": "agreement", "texts": "bits_per_token", "rows": "rows"}  # kinds of JSON by a key of theirs
 # what the table of encoders shows: column, keys of one figure each
 ENCODERS = {
     "R2 of dx, dy, dw, dh": ("r2_dx", "r2_dy", "r2_dt", "r2_dw", "r2_dh"),
@@ -283,6 +283,18 @@ def agreement_table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rows_table(records: dict[str, dict[str, Any]]) -> str:
+    """What was measured, in words, and where from."""
+    chosen = [r for r in records.values() if r["kind"] == "rows"]
+    lines = [_row(["measured", "figures", "date, hardware, command"]), _row(["---"] * 3)]
+    for r in chosen:
+        source = f"{r['date']}, {r['hardware']}: `{r['command']}`"
+        for what, value in r["figures"]["rows"].items():
+            lines.append(_row([what, value, source]))
+            source = ""
+    return "\n".join(lines)
+
+
 def rendered(text: str) -> str:
     """README text with its tables made anew."""
     records = read()
@@ -291,6 +303,7 @@ def rendered(text: str) -> str:
         "agreement": agreement_table(records),
         "texts": texts_table(records),
         "encoders": encoders_table(records),
+        "rows": rows_table(records),
         "bench": bench_table(records),
         "inverse": inverse_table(records),
         "compile": compile_table(records),

@@ -115,6 +115,8 @@ def test_a_config_file_of_ones_own(tmp_path: Path):
         ("options.guidance=2.5", {"options": {"steps": 5, "guidance": 2.5}}),
         ("options.method=jacobi", {"options": {"steps": 5, "method": "jacobi"}}),
         ("options.top=none", {"options": {"steps": 5, "top": None}}),
+        ("options.passes=false", {"options": {"steps": 5, "passes": False}}),
+        ("options.grid=(2,4)", {"options": {"steps": 5, "grid": (2, 4)}}),
         ("options={'guidance': 2.0}", {"options": {"guidance": 2.0}}),
     ],
 )
@@ -138,6 +140,9 @@ def test_values_take_the_type_of_their_field(text: str, expected: dict[str, Any]
         (["count=True"], r"count='True' is no int"),
         (["inner.rate=fast"], r"inner.rate='fast' is no float \(it is 0.5 now\)"),
         (["rate=nan"], r"rate=nan is not finite"),
+        (["options.rate=nan"], r"options.rate=nan is not finite"),
+        (["options.rate=1e999"], r"options.rate=1e999 is not finite"),
+        (["options.other.rate=1"], r"no key options.other"),
         (["on=maybe"], r"on='maybe' is no bool"),
         (["kind=three"], r"kind='three' is no choice of one, two"),
         (["shape=1,b"], r"shape='1,b' is no tuple\[int, \.\.\.\]"),

@@ -8,6 +8,7 @@ dataclass by its import path; since such files travel between strangers, only fr
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -129,7 +130,7 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
         if unknown:
             raise UserError(f"no key {prefix}{unknown[0]}; {suggest(unknown[0], node)}")
         inner = {k: _change(node[k], None, v, f"{prefix}{k}") for k, v in changes.items() if k in node}
-        return {**node, **inner, **{k: _literal(v) for k, v in changes.items() if k not in node}}
+        return {**node, **inner, **{k: _literal(v, f"{prefix}{k}") for k, v in changes.items() if k not in node}}
     if isinstance(node, tuple):
         items = list(node)
         for k, v in changes.items():
@@ -191,12 +192,17 @@ def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
     raise UserError(f"{name}={text!r} is no {_type_name(kind)} (it is {old!r} now)")
 
 
-def _literal(text: str) -> Any:
-    """What Python reads in it, or else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return None if text == "none" else text
+def _literal(text: str, name: str) -> Any:
+    """A value whose type no field tells: true, false, none, what Python reads in it, or else the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    value: Any = text
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+    if text.lower().lstrip("+-") in ("nan", "inf") or (isinstance(value, float) and not math.isfinite(value)):
+        raise UserError(f"{name}={text} is not finite; give a finite number")
+    return value
 
 
 def _inside(value: Any) -> list[str]:

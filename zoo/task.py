@@ -9,6 +9,7 @@ take from `Run.weights` unless its data are made up, and `template`, how caption
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -84,13 +85,22 @@ def sample_keys(rng: jax.Array, n: int) -> jax.Array:
 
 
 def check_options(task: Any, options: Mapping[str, Any], where: str) -> None:
-    """UserError when `options` has a key that the task's sampler does not take; `where` names the field that holds them."""
+    """UserError when `options` has a key that the task's sampler does not take, or words where it takes none.
+
+    `where` names the field that holds them.
+    """
     known = [p.name for p in inspect.signature(task.sample).parameters.values() if p.kind is p.KEYWORD_ONLY]
     unknown = [option for option in options if option not in known]
     if unknown:
         raise UserError(
             f"{where}: the sampler of {type(task).__name__} has no option {unknown[0]!r}; {suggest(unknown[0], known)}"
         )
+    kinds = typing.get_type_hints(type(task).sample)
+    for option, value in options.items():
+        kind = kinds.get(option, Any)
+        parts = {kind, typing.get_origin(kind), *typing.get_args(kind), *map(typing.get_origin, typing.get_args(kind))}
+        if isinstance(value, str) and not parts & {str, Any, typing.Literal}:
+            raise UserError(f"{where}: {option}={value!r} is no {getattr(kind, '__name__', kind)}")
 
 
 def check_needs(task: Any, needs: Iterable[str], what: str) -> None:

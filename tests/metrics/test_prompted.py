@@ -28,7 +28,7 @@ class Draws:
     def init(self, rng):
         return {"shift": jnp.zeros(())}
 
-    def sample(self, params, rng, n, conditions=None, *, grid=None):
+    def sample(self, params, rng, n, conditions=None, *, grid: tuple[int, int] | None = None):
         tokens = conditions["tokens"]
         noise = jax.vmap(lambda key: jax.random.uniform(key, (4, 4, self.channels)))(rng)
         first = tokens[:, 0, None] / 100.0 + params["shift"]
@@ -117,6 +117,7 @@ def test_captions_name_the_aspect_ratio_where_they_did_in_training():
         (Draws(given=()), {}, "takes captions, and this Draws takes none"),
         (Draws(image=False), {}, "scores images, and Draws draws none"),
         (Draws(), {"options": {"gird": (1, 1)}}, "no option 'gird'; did you mean 'grid'"),
+        (Draws(), {"options": {"grid": "wide"}}, "grid='wide' is no"),
         (Draws(), {"scorer": Notes({"a": "1"}, missing="no reader here")}, "no reader here"),
     ],
 )

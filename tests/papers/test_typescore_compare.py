@@ -568,6 +568,15 @@ def test_people_of_one_text_are_no_independent_witnesses(tmp_path: Path) -> None
     assert agreement(path, [made_up("a", one)])["spearman"] == [pytest.approx(1), None, None]  # no interval of one text
 
 
+def test_means_of_the_same_ratings_in_another_order_are_tied(tmp_path: Path) -> None:
+    scores: dict[str, float | None] = {"t0_0.png": 3.0, "t1_0.png": 2.0, "t2_0.png": 1.0}
+    ratings = [("t0_0.png", r) for r in (0.1, 0.2, 0.3)] + [("t1_0.png", r) for r in (0.3, 0.2, 0.1)] + [("t2_0.png", 0.1)]
+    found = agreement(judged(tmp_path / "r.csv", RATED, ratings), [made_up("a", scores)], resamples=5)
+    assert found["pairs"] == 2
+    assert found["spearman"][0] == pytest.approx(3**0.5 / 2, abs=1e-6)
+    assert found["kendall_tau_b"][0] == pytest.approx((2 / 3) ** 0.5, abs=1e-6)
+
+
 def test_one_text_with_two_pictures_does_not_cost_the_pairs_of_the_others(tmp_path: Path) -> None:
     scores: dict[str, float | None] = {f"t{i}_0.png": float(i) for i in range(99)} | {"t0_1.png": 0.5}
     path = judged(tmp_path / "ratings.csv", RATED, list(scores.items()))

@@ -253,7 +253,7 @@ def test_results_of_another_setting_are_never_overwritten(folder: Path) -> None:
         score(folder, "b", out=out).run()
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.txt").write_text("dear to me")
-    with pytest.raises(UserError, match="no folder of this evaluation's results"):
+    with pytest.raises(UserError, match="no folder of results"):
         score(folder, out=str(folder / "mine")).run()
     assert (folder / "a-typescore" / "records.jsonl").read_bytes() == before
     os.rename(folder, folder.with_name("moved"))  # pictures and results together
@@ -518,6 +518,18 @@ def test_a_scorer_of_a_run_is_checked_before_the_first_step(folder: Path, monkey
         made.check()
 
 
+def test_records_that_do_not_know_of_questions_are_whole(folder: Path) -> None:
+    fake = Fake()
+    made = dataclasses.replace(score(folder, cache=str(folder / "a-typescore" / "cache")), extractor=fake)  # type: ignore[arg-type]
+    made.run()
+    file = folder / "a-typescore" / "records.jsonl"
+    file.write_text(file.read_text().replace(', "failed": false', ""))
+    assert '"failed"' not in file.read_text()
+    fake.calls.clear()
+    assert made.run()["unanswered"] == 0
+    assert not fake.calls
+
+
 def test_style_shares() -> None:
     yes, no, open_ = (style.Verdict(value, "") for value in (True, False, None))
     assert style.share({"a": yes, "b": no, "c": open_}) == 50
@@ -693,21 +705,23 @@ def test_a_calibration_of_another_setting_is_never_overwritten(tmp_path: Path, m
         ({"size": 128}, "size: 64 -> 128"),
         ({"texts": tuple("many words " * 9 + str(i) for i in range(99))}, "texts: "),
     ):
-        with pytest.raises(UserError, match=r"the calibration of another setting .*out=FOLDER") as caught:
+        with pytest.raises(UserError, match=r"a calibration of another setting .*out=FOLDER") as caught:
             dataclasses.replace(first, **fields).run()  # type: ignore[arg-type]
         assert what in str(caught.value)
         assert len(str(caught.value)) < 1200
     assert file.read_bytes() == before
     dataclasses.replace(first, cache="kept").run()  # of the same setting, made anew
     assert json.loads(file.read_bytes())["setting"] == json.loads(before)["setting"]
-    file.write_text("{}")
-    with pytest.raises(UserError, match=r"calibration\.json is damaged; name another folder with out=FOLDER"):
+    (file.parent / "setting.json").write_text("[]")
+    with pytest.raises(UserError, match=r"setting\.json is damaged; name another folder with out=FOLDER"):
         first.run()
+    for _ in range(2):  # a cache within it is no stranger
+        dataclasses.replace(first, out="cal", cache="cal/cache").run()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "calibration.md").write_text("dear to me")
     with pytest.raises(UserError, match="out=mine is no folder of a calibration"):
         dataclasses.replace(first, extractor=unread, out="mine").run()  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"out=mine/calibration\.md cannot be written"):
+    with pytest.raises(UserError, match=r"out=mine/calibration\.md is no folder of a calibration"):
         dataclasses.replace(first, extractor=unread, out="mine/calibration.md").run()  # type: ignore[arg-type]
 
 

@@ -7,7 +7,6 @@ import difflib
 import io
 import itertools
 import json
-import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +20,9 @@ from zoo.papers.typescore.evaluate import (
     Record,
     by_instruction,
 )
-from zoo.papers.typescore.results import (
-    NAMED,
-    TIED,
-    Result,
-    interval,
-)
-
-_log = logging.getLogger("zoo")
-
+from zoo.papers.typescore.files import NAMED
+from zoo.papers.typescore.results import TIED, Result
+from zoo.papers.typescore.score import interval
 
 # --- people -----------------------------------------------------------------------------------------
 
@@ -149,7 +142,7 @@ def _ratings(path: str | Path, rows: _Rows, find: _Find, sign: int, resamples: i
         whole = float((taken * counted).sum())
         return float((taken * right).sum()) / whole if whole else math.nan
 
-    def interval(value: Callable[[np.ndarray], float]) -> list[float | None]:
+    def ranged(value: Callable[[np.ndarray], float]) -> list[float | None]:
         return _with_interval(value, len(ids), resamples, seed)
 
     every, within = np.ones((len(ids), len(ids))), np.eye(len(ids))
@@ -160,11 +153,11 @@ def _ratings(path: str | Path, rows: _Rows, find: _Find, sign: int, resamples: i
         "instructions": len(ids),
     }
     for name, correlation in _CORRELATIONS.items():
-        found[name] = interval(lambda t, c=correlation: c(np.repeat(x, t[of]), np.repeat(y, t[of])))  # type: ignore[misc]
+        found[name] = ranged(lambda t, c=correlation: c(np.repeat(x, t[of]), np.repeat(y, t[of])))  # type: ignore[misc]
     found |= {
-        "pair_accuracy": interval(lambda t: accuracy(t, every)),
+        "pair_accuracy": ranged(lambda t: accuracy(t, every)),
         "pairs": int(counted.sum()) // 2,  # each stands there both ways
-        "pair_accuracy_within_instructions": interval(lambda t: accuracy(t, within)),
+        "pair_accuracy_within_instructions": ranged(lambda t: accuracy(t, within)),
         "pairs_within_instructions": int(np.trace(counted)) // 2,
     }
     labels, model = np.unique([pictures[name].label for name in names], return_inverse=True)
@@ -296,10 +289,15 @@ def _sign(differences: np.ndarray) -> np.ndarray:
     return np.where(np.abs(differences) < TIED, 0.0, np.sign(differences))
 
 
+def _tied(*values: np.ndarray) -> list[np.ndarray]:
+    """Means, with those equal that only rounding sets apart, as `_sign` has it."""
+    return [np.round(one, 9) for one in values]
+
+
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:
     from scipy import stats
 
-    return float(stats.spearmanr(x, y)[0]) if len(x) > 1 else math.nan
+    return float(stats.spearmanr(*_tied(x, y))[0]) if len(x) > 1 else math.nan
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
@@ -311,7 +309,7 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 def _kendall(x: np.ndarray, y: np.ndarray) -> float:
     from scipy import stats
 
-    return float(stats.kendalltau(x, y)[0]) if len(x) > 1 else math.nan
+    return float(stats.kendalltau(*_tied(x, y))[0]) if len(x) > 1 else math.nan
 
 
 _CORRELATIONS = {"spearman": _spearman, "kendall_tau_b": _kendall}
@@ -367,7 +365,8 @@ def of_extractors(results: Sequence[Result], resamples: int = 1000, seed: int = 
             f"{len(common)} instructions have pictures of all models that all extractors read, and comparing needs two at least; "
             "evaluate all with one list"
         )
-    read = {label: [(image, name) for image, name in some if name in set(common)] for label, some in read.items()}
+    kept = set(common)
+    read = {label: [(image, name) for image, name in some if name in kept] for label, some in read.items()}
     worse = results[0].setting["kind"] == "dissimilarity"
     by_picture: dict[str, list[float]] = {}
     scores: dict[str, dict[str, np.ndarray]] = {}  # by extractor and model, in the order of `common`
@@ -388,9 +387,7 @@ def of_extractors(results: Sequence[Result], resamples: int = 1000, seed: int = 
         extractors.append({"label": name, "extractor": described, "failed": failed, "order": order})
     agreeing = []
     for a, b in itertools.combinations(by, 2):
-        x, y = (
-            np.round([scores[one][label].mean() for label in labels], 9) for one in (a, b)
-        )  # rounding parts no ties
+        x, y = (np.array([scores[one][label].mean() for label in labels]) for one in (a, b))
         apart = np.mean([scores[a][label] - scores[b][label] for label in labels], axis=0)
         low, high = interval(lambda pick, d=apart: float(d[pick].mean()), len(apart), resamples, seed)  # type: ignore[misc]
         with warnings.catch_warnings():

@@ -21,8 +21,7 @@ import numpy as np
 from zoo.errors import UserError
 from zoo.papers.typescore.evaluate import AnyExtractor
 from zoo.papers.typescore.extractors import Cached, RapidOcr, describe
-from zoo.papers.typescore.extractors.base import shorten
-from zoo.papers.typescore.files import differences, seen, write, writing
+from zoo.papers.typescore.files import claim, seen, write, writing
 from zoo.papers.typescore.render import TEXT, Corruption, corrupt, plain
 from zoo.papers.typescore.score import SPEC_VERSION, Normalisation, Parts, batch, typescore
 
@@ -88,12 +87,11 @@ class Calibrate:
         from tqdm import tqdm
 
         self.extractor.check()
-        reader: Any = Cached(self.extractor, self.cache) if self.cache else self.extractor
         out = Path(self.out)
         normalise = Normalisation(self.case_sensitive, self.ignore_punct)
         about = {
             "spec_version": SPEC_VERSION,
-            "extractor": describe(reader),
+            "extractor": describe(self.extractor),
             "normalisation": dataclasses.asdict(normalise),
         }
         setting = {
@@ -104,7 +102,8 @@ class Calibrate:
             "seed": self.seed,
             "size": self.size,
         }
-        self._claim(out, setting)
+        claim(out, setting, "a calibration")
+        reader: Any = Cached(self.extractor, self.cache) if self.cache else self.extractor
         jobs = [(style, level, i) for style in _STYLES for level in self.levels for i in range(len(self.texts))]
         rows = []
         size = max(int(reader.batch), 1)
@@ -156,32 +155,6 @@ class Calibrate:
         if figures["failed"]:
             _log.warning("typescore: %d of %d pictures were not read and are left out", figures["failed"], len(rows))
         return {**figures, "out": str(out)}
-
-    def _claim(self, out: Path, setting: Mapping[str, Any]) -> None:
-        """Makes the folder `out`. UserError where it holds another setting's calibration, or what is none."""
-        file = out / _RESULT
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            data = file.read_bytes() if file.exists() else None
-            taken = data is None and any(out.iterdir())
-        except OSError as error:
-            raise UserError(
-                f"out={out} cannot be written ({error.strerror}); name another folder with out=FOLDER"
-            ) from None
-        if taken:
-            raise UserError(f"out={out} is no folder of a calibration; name a new or an empty one with out=FOLDER")
-        if data is None:
-            return
-        try:
-            old = json.loads(data)["setting"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{file} is damaged; name another folder with out=FOLDER, or remove this one") from None
-        apart = differences(old, json.loads(json.dumps(setting)))
-        if apart:
-            raise UserError(
-                f"out={out} holds the calibration of another setting ({'; '.join(map(shorten, apart[:3]))}); name another "
-                "folder with out=FOLDER, or remove this one"
-            )
 
     def picture(self, style: str, level: float, i: int) -> Any:
         """The i-th text in one of the two styles, with a share of its letters replaced; higher levels hold lower ones' faults."""

@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zoo.errors import UserError
+from zoo.papers.typescore import synth
 from zoo.papers.typescore.agreement import agreement, mean_of, of_extractors
 from zoo.papers.typescore.coarse import Clip, Coarse, ImageTextScorer, scored
 from zoo.papers.typescore.evaluate import NOTE
-from zoo.papers.typescore.files import relative, write, writing
+from zoo.papers.typescore.files import NAMED, relative, write, writing
 from zoo.papers.typescore.results import (
-    NAMED,
     OWN,
     Pair,
     Resolution,
@@ -166,9 +166,7 @@ class Compare:
         if found:
             figures["resolution"]["TypeScore"] = _figures(resolution(found, truth, worse))
         if scorers:
-            from zoo.papers.typescore.evaluate import TypeScore
-
-            known = {one.id: one for one in TypeScore(wanted=self.wanted).instructions()}
+            known = {one.id: one for one in synth.listed(self.wanted)}
             for scorer in scorers:
                 other = {label: scored(by_label[label], scorer, known) for label in order}
                 other = {label: {name: one[name] for name in common} for label, one in other.items()}
@@ -180,10 +178,12 @@ class Compare:
 
 def _claim(out: Path, results: Sequence[Result]) -> None:
     """UserError where `out` holds a comparison of other results than these, or is no folder. The same ones may be replaced."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={out} is no folder; name another with out=FOLDER")
     try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"out={out} is no folder; name another with out=FOLDER")
         theirs = {one["folder"] for one in json.loads((out / COMPARISON).read_bytes())["results"]}
+    except UserError:
+        raise
     except FileNotFoundError:
         if not any((out / name).exists() for name in (TABLE, PLOT)):
             return

@@ -41,7 +41,7 @@ from zoo.papers.typescore.extractors import (
 )
 from zoo.papers.typescore.extractors.base import failed, keeping
 from zoo.papers.typescore.extractors.cache import Journal
-from zoo.papers.typescore.files import differences, relative, seen, write, writing
+from zoo.papers.typescore.files import NAMED, claim, relative, seen, write, writing
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import render
 from zoo.papers.typescore.score import (
@@ -61,13 +61,13 @@ from zoo.papers.typescore.score import (
 Record = dict[str, Any]
 AnyExtractor = RapidOcr | Tesseract | Http | Transformers | Oracle
 
-RECORDS, SUMMARY, SETTING, PLOT, REPORT = "records.jsonl", "summary.json", "setting.json", "plot.png", "report.html"
+RECORDS, SUMMARY, PLOT, REPORT = "records.jsonl", "summary.json", "plot.png", "report.html"
+READINGS = "readings.jsonl"  # those of a stopped run that are not judged yet
 NOTE = (
     "not comparable with the scores of arXiv:2411.02437, nor with those of another extractor, normalisation, list of "
     "instructions or spec_version"
 )
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-_NAMED = 5  # of a long list, how many are named
 _log = logging.getLogger("zoo")
 
 
@@ -261,12 +261,12 @@ class TypeScore:
         folder = self._folder()
         files = find(folder, instructions)
         lacking = _lacking(instructions, files, folder)
-        reader = self.reader()
-        described = describe(reader)
+        self.extractor.check()
+        described = describe(self.extractor)
         out = Path(self.out) if self.out else self._beside(folder)
-        self._claim(
-            out, {**self.about(described), "wanted_sha256": _digest(instructions), "images": relative(folder, out)}
-        )
+        own = {"wanted_sha256": _digest(instructions), "images": relative(folder, out), "style": self.style}
+        claim(out, {**self.about(described), **own}, "results")
+        reader = self.reader()
         records = self._records(files, out / RECORDS, reader, described)
         summary = self.summarise(records, instructions, described) | {
             "wanted": self.wanted,
@@ -331,7 +331,7 @@ class TypeScore:
             "read": len(read),
             "failed": len(lost),
             "unanswered": sum(map(_unanswered, read)),
-            "failures": [{"image": record["image"], "error": record["error"]} for record in lost[:_NAMED]],
+            "failures": [{"image": record["image"], "error": record["error"]} for record in lost[:NAMED]],
             "error_types": {name: counts.get(name, 0) for name in ("none", "spelling", "missing", "surplus")},
             "by": {name: self._by(read, name) for name in ("length_bin", "domain", "content")},
             "style": self._style(read),
@@ -408,33 +408,6 @@ class TypeScore:
             ) from None
         return folder
 
-    def _claim(self, out: Path, setting: dict[str, Any]) -> None:
-        """Makes `out` the folder of this setting. UserError where it is another's."""
-        setting = json.loads(json.dumps({**setting, "style": self.style}))
-        file = out / SETTING
-        try:
-            taken = not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir()))
-            if not taken and not file.exists():
-                out.mkdir(parents=True, exist_ok=True)
-                write(file, (json.dumps(setting, indent=1) + "\n").encode())
-            old = {} if taken else json.loads(file.read_bytes())
-        except OSError as error:
-            raise UserError(f"out={out} cannot be written ({error.strerror}); name another with out=FOLDER") from None
-        except ValueError:
-            old = None
-        if taken:
-            raise UserError(
-                f"out={out} is no folder of this evaluation's results; name a new or an empty one with out=FOLDER"
-            )
-        if not isinstance(old, dict):
-            raise UserError(f"{file} is damaged; name another folder with out=FOLDER, or remove this one")
-        apart = differences(old, setting)
-        if apart:
-            raise UserError(
-                f"out={out} holds results of another setting ({'; '.join(apart[:3])}); name another folder with out=FOLDER, or "
-                "remove this one"
-            )
-
     def _records(self, files: Sequence[File], path: Path, reader: Any, described: Mapping[str, Any]) -> list[Record]:
         """The records of all pictures in the order of `files`: those on disk, and new ones, added as pictures are read.
 
@@ -444,7 +417,7 @@ class TypeScore:
         from tqdm import tqdm
 
         old = on_disk(path)
-        journal = Journal(path.with_name("readings.jsonl"))
+        journal = Journal(path.with_name(READINGS))
         done: dict[str, Record] = {}
         todo: list[tuple[File, str]] = []
         for one in files:
@@ -594,19 +567,21 @@ def _counted(name: str) -> tuple[float, str]:
 
 
 def _verdicts(record: Record) -> dict[str, styles.Verdict]:
-    return {name: styles.Verdict(v["followed"], v["found"], v["failed"]) for name, v in record["style"].items()}
+    return {
+        name: styles.Verdict(v["followed"], v["found"], v.get("failed", False)) for name, v in record["style"].items()
+    }
 
 
 def _unanswered(record: Record) -> int:
     """Questions of style that were asked in vain."""
-    return sum(verdict["failed"] for verdict in record["style"].values())
+    return sum(verdict.get("failed", False) for verdict in record["style"].values())
 
 
 def _lacking(instructions: Sequence[Instruction], files: Sequence[File], folder: Path) -> list[str]:
     """Ids without a picture. UserError where that is all of them."""
     there = {one.instruction.id for one in files}
     lacking = [one.id for one in instructions if one.id not in there]
-    named = ", ".join(lacking[:_NAMED]) + (", ..." if len(lacking) > _NAMED else "")
+    named = ", ".join(lacking[:NAMED]) + (", ..." if len(lacking) > NAMED else "")
     if not there:
         raise UserError(
             f"images={folder} holds no picture of the {len(instructions)} instructions; name the pictures by their ids, "

@@ -6,11 +6,15 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from zoo.errors import UserError
+from zoo.papers.typescore.extractors.base import shorten
+
+SETTING = "setting.json"  # of a folder of results: what they were made with
+NAMED = 5  # of a long list, how many are named
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -53,3 +57,29 @@ def write(path: Path, data: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def claim(out: Path, setting: Mapping[str, Any], what: str) -> None:
+    """Makes `out` the folder of `what` with this setting, which it remembers. UserError where it is another's."""
+    setting = json.loads(json.dumps(setting))
+    file = out / SETTING
+    try:
+        taken = not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if not taken and not file.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            write(file, (json.dumps(setting, indent=1) + "\n").encode())
+        old = {} if taken else json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written ({error.strerror}); name another with out=FOLDER") from None
+    except ValueError:
+        old = None
+    if taken:
+        raise UserError(f"out={out} is no folder of {what}; name a new or an empty one with out=FOLDER")
+    if not isinstance(old, dict):
+        raise UserError(f"{file} is damaged; name another folder with out=FOLDER, or remove this one")
+    apart = differences(old, setting)
+    if apart:
+        raise UserError(
+            f"out={out} holds {what} of another setting ({'; '.join(map(shorten, apart[:3]))}); name another folder with "
+            "out=FOLDER, or remove this one"
+        )

@@ -44,12 +44,12 @@ class Render:
         instructions = synth.listed(self.wanted, self.limit)
         out = Path(self.out)
         whole = out.resolve()  # "." has no name
-        there = whole.exists()
-        # within a folder that is there: the one above it may be closed to us
-        part = whole / f".part{os.getpid()}" if there else whole.with_name(f".{whole.name}.part{os.getpid()}")
         try:
+            there = whole.exists()
             if there and (not whole.is_dir() or any(whole.iterdir())):
                 raise UserError(f"out={out} is there and not empty; name a new folder, and nothing is overwritten")
+            # within a folder that is there: the one above it may be closed to us
+            part = whole / f".part{os.getpid()}" if there else whole.with_name(f".{whole.name}.part{os.getpid()}")
             try:
                 paths = save_all(
                     instructions, part, self.corruption, self.style_skill, self.seed, each=self.each, size=self.size

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,17 @@ import numpy as np
 from zoo.errors import UserError, suggest
 from zoo.papers.typescore.evaluate import (
     RECORDS,
-    SETTING,
     SUMMARY,
     Record,
     by_instruction,
     on_disk,
 )
-from zoo.papers.typescore.files import differences
+from zoo.papers.typescore.files import SETTING, differences
+from zoo.papers.typescore.score import interval
 
 OWN = ("images", "wanted_sha256", "style")  # of a setting: a result's own; texts are compared one by one
 _SURE = 1.96  # |z| of two models that are told apart
 TIED = 1e-9  # scores and ratings that differ by less are tied
-NAMED = 5  # of a long list, how many are named
-_log = logging.getLogger("zoo")
 
 Scores = Mapping[str, float]  # by instruction
 
@@ -65,11 +62,17 @@ def load(name: str) -> Result:
     folder = Path(name)
     if folder.suffix in (".json", ".jsonl"):
         folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"results: {name} does not exist; name the folder that `zoo eval configs/typescore/...` wrote")
     try:
+        if not folder.is_dir():
+            raise UserError(
+                f"results: {name} does not exist; name the folder that `zoo eval configs/typescore/...` wrote"
+            )
         setting = json.loads((folder / SETTING).read_bytes())
         setting["extractor"]["name"], setting["normalisation"], setting["images"]
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"results: {folder} cannot be read ({error.strerror}); name another folder") from None
     except OSError:
         raise UserError(
             f"results: {folder} holds no {SETTING}, so it is no folder of results; name the one that "
@@ -244,16 +247,3 @@ def check_truth(truth: Sequence[str], labels: Sequence[str]) -> None:
     if lacking or len(set(truth)) < len(truth):
         what = f"does not name {', '.join(lacking)}" if lacking else "names a model twice"
         raise UserError(f"truth={','.join(truth)} {what}; name every result once, best first")
-
-
-def interval(
-    value: Callable[[np.ndarray], float], n: int, resamples: int, seed: int, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentiles of a value over resamples of n things, given as indices [n]; NaN where it is never finite."""
-    rng = np.random.default_rng(seed)
-    drawn = np.array([value(rng.integers(n, size=n)) for _ in range(resamples)])
-    drawn = drawn[np.isfinite(drawn)]
-    if not drawn.size:
-        return math.nan, math.nan
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, NamedTuple, TypeAlias, get_args, overload
@@ -361,9 +361,19 @@ def bootstrap(
     if not 0 < level < 1:
         raise UserError(f"level={level} must lie between 0 and 1, such as 0.95")
     values = _by_instruction(scores)
+    return interval(lambda pick: float(values[pick].mean()), len(values), resamples, seed, level)
+
+
+def interval(
+    value: Callable[[np.ndarray], float], n: int, resamples: int, seed: int, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentiles of a value over resamples of n things, given as indices [n]; NaN where it is never finite."""
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    drawn = np.array([value(rng.integers(n, size=n)) for _ in range(resamples)])
+    drawn = drawn[np.isfinite(drawn)]
+    if not drawn.size:
+        return math.nan, math.nan
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
