@@ -1,7 +1,7 @@
 """Any OpenAI-compatible endpoint that sees images, over HTTP. What it may do wrong ends as that image's error, in time.
 
-The key is taken from the environment for each call and put into one header. Whatever comes back is cleared of it, since some
-servers repeat it in their answers, escaped or not.
+The key is taken from the environment for each call and put into one header. Some servers repeat it in their answers, escaped or
+not: what is told of errors is cleared of it, and a reading that holds it is an error.
 """
 
 from __future__ import annotations
@@ -48,13 +48,19 @@ _SHUT = {401, 403}  # no other image will be let in either
 class Http:
     """POST {base_url}/chat/completions with the image and `PROMPT`, several images at a time.
 
-    Tried again after HTTP 408, 425, 429 and 5xx, time limits and broken connections; waits grow twofold, and a Retry-After of
-    the server's is kept to as far as `total_s` allows. Redirects are not followed: they would carry the key elsewhere.
+    Tried again after HTTP 408, 425, 429 and 5xx, time limits, refused and broken connections and a name service that is out of
+    order; waits grow twofold, and a Retry-After of the server's is kept to as far as `total_s` allows. Redirects are not
+    followed: they would carry the key elsewhere.
 
-    Images that fail by what is tried again, a refused connection, an unknown host or HTTP 401 and 403 count as failures of the
-    endpoint; after `give_up` of them, with nothing read since the first, the images of a call that are left are errors at
-    once. Later calls ask for one image at a time, each with one try, until one is read, or fails by the endpoint: then the
-    others of that call are errors too.
+    Images that fail by what is tried again, an unknown host, a bad certificate or HTTP 401 and 403 count as failures of the
+    endpoint. After `give_up` of them, with nothing read since the first, the last image of the call is asked for, with one try.
+    If it is read, the endpoint is well: the count begins anew, and the other images go on. If it too fails by the endpoint, the
+    images of the call that are left are errors at once. Later calls ask for one image at a time, each with one try, until one
+    is read; after a failure by the endpoint the last of the call is asked for, as above.
+
+    An answer that repeats the key is an error, and never altered: what a picture says decides its score. Keys under 16
+    characters, or of letters only, may be a picture's own words ("EMPTY", "password") and are let stand in readings; errors and
+    logs are cleared of every key.
     """
 
     base_url: str = ""  # up to /chat/completions, such as http://127.0.0.1:8000/v1
@@ -158,12 +164,17 @@ class Http:
         # No pool of concurrent.futures: at its end Python would wait for requests that have been given up.
         threads = min(self.threads, len(images))
         busy = 0
+        # Pictures that an endpoint fails at may stand side by side, and the same ones would stand first in every rerun. So before
+        # the rest is left unasked, one from the end decides whether it is the endpoint.
+        from_end, probe = False, -1
         try:
             for _ in range(threads):
                 threading.Thread(target=work, name="typescore", daemon=True).start()
             while todo or busy:
                 while todo and busy < (1 if self._trouble.over(self.give_up) else threads):
-                    jobs.put(todo.popleft())
+                    i = todo.pop() if from_end else todo.popleft()
+                    probe = i if from_end else -1
+                    jobs.put(i)
                     busy += 1
                 ready.get()
                 while done:
@@ -172,8 +183,14 @@ class Http:
                     done.popleft()  # after `note`: what stops that must not lose the reading
                     busy -= 1
                     self._trouble.count(extraction, theirs)
-                    if theirs and self._trouble.over(self.give_up):
+                    if not self._trouble.over(self.give_up):
+                        if from_end:  # something was read: retries wait again
+                            from_end = False
+                            stop.allow_waits()
+                    elif theirs and i != probe:
+                        from_end = True  # once those under way are done, whose waits end now
                         stop.end_waits()
+                    elif theirs:
                         while todo:
                             note(todo[0], failed(self._trouble.said(), raw={"tries": 0}))
                             todo.popleft()
@@ -299,10 +316,16 @@ class _Stop:
     def end_waits(self) -> None:
         self._waits.set()
 
+    def allow_waits(self) -> None:
+        """Takes `end_waits` back for waits to come, and `set` never."""
+        with self._lock:
+            if not self._over:
+                self._waits.clear()
+
     def set(self) -> None:
-        self._waits.set()
         with self._lock:
             self._over = True
+            self._waits.set()
             for end in self._ends.values():
                 end()
 
@@ -321,7 +344,7 @@ class _Stop:
 
 
 class Secret:
-    """A key that shows itself nowhere. `header` gives it to the one header, `out_of` clears texts of it."""
+    """A key that shows itself nowhere. `header` gives it to the one header, `out_of` clears texts of it, `within` looks for it."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -341,9 +364,13 @@ class Secret:
         text = self._seen.sub("[key]", text)
         return text[: -16 * len(self._key)] if cut else text  # of a character &amp;#x2F; and longer may stand there
 
-    def out_of_reading(self, text: str) -> str:
-        """`text` without the key, unless that is as short as a word: local servers are given keys such as EMPTY."""
-        return self.out_of(text) if len(self._key) >= 8 else text
+    def within(self, reading: str) -> bool:
+        """Whether a reading holds the key, letter for letter: escaped or in other letters it may be what the picture says.
+
+        Never for a key under 16 characters or of letters only, which pictures may hold as well: local servers are given keys
+        such as EMPTY. Keys that are worth hiding are longer, and have digits or signs.
+        """
+        return len(self._key) >= 16 and not self._key.isalpha() and self._key in reading
 
 
 def _escaped(c: str) -> str:
@@ -604,13 +631,14 @@ def _retry_after(value: str | None) -> float:
 
 
 def _broken(error: BaseException, allowed: float, secret: Secret) -> _Fault:
-    """What went wrong below HTTP, and whether it may pass. An address that nobody answers at is no such thing."""
+    """What went wrong below HTTP, and whether it may pass: a server that is started anew refuses connections for a while."""
     if isinstance(error, TimeoutError):
         return _Fault(f"no whole answer within {allowed:.3g} s", again=True)
     if isinstance(error, ConnectionRefusedError):
-        return _Fault("the connection was refused: is the endpoint of base_url running?", theirs=True)
-    if isinstance(error, socket.gaierror):
-        return _Fault(f"the host of base_url is not found ({error.strerror})", theirs=True)
+        return _Fault("the connection was refused: is the endpoint of base_url running?", again=True)
+    if isinstance(error, socket.gaierror):  # EAI_AGAIN: the name service did not answer; else it knows no such host
+        passing = error.errno == socket.EAI_AGAIN
+        return _Fault(f"the host of base_url is not found ({error.strerror})", again=passing, theirs=True)
     if isinstance(error, ssl.SSLCertVerificationError):
         return _Fault(f"the endpoint's certificate does not hold ({error.verify_message})", theirs=True)
     said = secret.out_of(str(error)) or type(error).__name__
@@ -650,8 +678,13 @@ def _content(data: bytes, secret: Secret, raw: dict[str, Any]) -> str:
     if not content.strip() and ended == "length":
         raise _Fault("the answer ended before its first word; raise max_tokens")
     content = content.encode("utf-8", "replace").decode()  # JSON can hold halves of characters, files cannot
-    raw["content"] = secret.out_of_reading(content)
-    return str(raw["content"])
+    if secret.within(content):  # not cut out of it: another text would be scored than was read
+        raise _Fault(
+            "the answer repeats the key of api_key_env; no answer is kept that holds the key: ask an endpoint that does not repeat "
+            "it, or take another key where the picture itself shows this one"
+        )
+    raw["content"] = content
+    return content
 
 
 def _key(name: str) -> str:
