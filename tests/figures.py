@@ -1,6 +1,7 @@
 """Measured figures: kept in figures.json, shown in README.md.
 
-    python tests/figures.py add NAME RUN_FOLDER_OR_JSON "COMMAND" ["HARDWARE"]    # JSON: of bench, compile, eval; or {"rows": {WHAT: FIGURES}}
+    python tests/figures.py add NAME RUN_FOLDER_OR_JSON "COMMAND" ["HARDWARE"]
+                # JSON of bench, compile or eval, or {"rows": {WHAT: FIGURES}}
     python tests/figures.py encoders NAME "COMMAND" RUN[+JSON...] RUN[+JSON...]    # the same run with seeds 0, 1, ...; JSON of `zoo eval`
     python tests/figures.py write        # builds the README's tables anew
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from PIL import Image
+from typescore_list import TEXTS, drawn, score
 
 from zoo.errors import UserError
 from zoo.papers.typescore import instructions as lists
@@ -23,48 +24,16 @@ from zoo.papers.typescore import render as drawing
 from zoo.papers.typescore.agreement import agreement
 from zoo.papers.typescore.coarse import Clip, Coarse, scored
 from zoo.papers.typescore.compare import Compare
-from zoo.papers.typescore.evaluate import TypeScore
 from zoo.papers.typescore.extractors import Extraction, Oracle
 from zoo.papers.typescore.instructions import Instruction
-from zoo.papers.typescore.render import Corruption, plain, save, save_all
+from zoo.papers.typescore.render import Corruption, save_all
 from zoo.papers.typescore.results import Result, load_all, pair, pairs, resolution, z_of
-
-TEXTS = (
-    "Open daily",
-    "Jazz night at nine",
-    "Mind the step",
-    "Fresh bread & butter",
-    "No entry after 8 pm",
-    "Lost? Ask us",
-)
-LIST = [
-    Instruction(
-        f"t-{i}",
-        f'A sign says "{text}".',
-        text,
-        (text,),
-        {"colour": "red", "font": "serif"},
-        lists.length_bin(text),
-        "shop",
-    )
-    for i, text in enumerate(TEXTS)
-]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A list `wanted.jsonl`, and `a`: two pictures of each instruction, of which some have faults."""
-    lists.write(tmp_path / "wanted.jsonl", LIST)
-    (tmp_path / "a").mkdir()
-    for one in LIST:
-        for k, text in enumerate((one.text, one.text.replace("e", "a"))):
-            save(plain(text, size=64, points=8), tmp_path / "a" / f"{one.id}_{k}.png")
-    return tmp_path
-
-
-def score(folder: Path, images: str = "a", **fields: Any) -> TypeScore:
-    fields = {"extractor": Oracle(), "resamples": 50, **fields}
-    return TypeScore(wanted=str(folder / "wanted.jsonl"), images=str(folder / images), **fields)
+    """What `drawn` leaves."""
+    return drawn(tmp_path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -570,7 +539,9 @@ def test_people_of_one_text_are_no_independent_witnesses(tmp_path: Path) -> None
 
 def test_means_of_the_same_ratings_in_another_order_are_tied(tmp_path: Path) -> None:
     scores: dict[str, float | None] = {"t0_0.png": 3.0, "t1_0.png": 2.0, "t2_0.png": 1.0}
-    ratings = [("t0_0.png", r) for r in (0.1, 0.2, 0.3)] + [("t1_0.png", r) for r in (0.3, 0.2, 0.1)] + [("t2_0.png", 0.1)]
+    ratings = (
+        [("t0_0.png", r) for r in (0.1, 0.2, 0.3)] + [("t1_0.png", r) for r in (0.3, 0.2, 0.1)] + [("t2_0.png", 0.1)]
+    )
     found = agreement(judged(tmp_path / "r.csv", RATED, ratings), [made_up("a", scores)], resamples=5)
     assert found["pairs"] == 2
     assert found["spearman"][0] == pytest.approx(3**0.5 / 2, abs=1e-6)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from PIL import Image
+from typescore_list import LIST, TEXTS, drawn, score
 
 from zoo import cli, config
 from zoo.errors import UserError
@@ -31,42 +32,11 @@ from zoo.papers.typescore.render import plain, save, save_all
 from zoo.papers.typescore.results import load_all
 from zoo.papers.typescore.score import parts, typescore
 
-TEXTS = (
-    "Open daily",
-    "Jazz night at nine",
-    "Mind the step",
-    "Fresh bread & butter",
-    "No entry after 8 pm",
-    "Lost? Ask us",
-)
-LIST = [
-    Instruction(
-        f"t-{i}",
-        f'A sign says "{text}".',
-        text,
-        (text,),
-        {"colour": "red", "font": "serif"},
-        lists.length_bin(text),
-        "shop",
-    )
-    for i, text in enumerate(TEXTS)
-]
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A list `wanted.jsonl`, and `a`: two pictures of each instruction, of which some have faults."""
-    lists.write(tmp_path / "wanted.jsonl", LIST)
-    (tmp_path / "a").mkdir()
-    for one in LIST:
-        for k, text in enumerate((one.text, one.text.replace("e", "a"))):
-            save(plain(text, size=64, points=8), tmp_path / "a" / f"{one.id}_{k}.png")
-    return tmp_path
-
-
-def score(folder: Path, images: str = "a", **fields: Any) -> TypeScore:
-    fields = {"extractor": Oracle(), "resamples": 50, **fields}
-    return TypeScore(wanted=str(folder / "wanted.jsonl"), images=str(folder / images), **fields)
+    """What `drawn` leaves."""
+    return drawn(tmp_path)
 
 
 def records(out: Path) -> list[dict[str, Any]]:
