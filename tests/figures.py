@@ -34,7 +34,8 @@ HEADS = {
 }
 
 FIGURES = {*HEADS, "bits_per_token"}  # that a metric is told by
-KINDS = {"compile": "topology", "agreement": "agreement", "texts": "bits_per_token", "rows": "rows"}  # kinds of JSON by a key of theirs
+# kinds of JSON by a key of theirs
+KINDS = {"compile": "topology", "agreement": "agreement", "texts": "bits_per_token", "rows": "rows"}
 # what the table of encoders shows: column, keys of one figure each
 ENCODERS = {
     "R2 of dx, dy, dw, dh": ("r2_dx", "r2_dy", "r2_dt", "r2_dw", "r2_dh"),
