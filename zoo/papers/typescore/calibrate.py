@@ -154,6 +154,7 @@ class Calibrate:
             write(out / "calibration.png", plot(levels))
         if figures["failed"]:
             _log.warning("typescore: %d of %d pictures were not read and are left out", figures["failed"], len(rows))
+        _log.info("typescore: %s %s; see %s", self.extractor.name, figures["verdict"], out / "calibration.md")
         return {**figures, "out": str(out)}
 
     def picture(self, style: str, level: float, i: int) -> Any:

@@ -114,6 +114,7 @@ class Compare:
             write(out / COMPARISON, (json.dumps(figures, indent=1, ensure_ascii=False) + "\n").encode())
             write(out / TABLE, text.encode())
             write(out / PLOT, drawn)
+        _log.info("typescore: see %s", out / TABLE)
         return {**figures, "out": str(out)}
 
     def _of_models(self, results: Sequence[Result]) -> tuple[dict[str, Any], dict[str, Scores]]:

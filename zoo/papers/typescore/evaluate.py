@@ -293,6 +293,12 @@ class TypeScore:
                 "typescore: %d questions of style were not answered and are in no mean; the same command asks them again",
                 summary["unanswered"],
             )
+        if summary["score"] is not None:
+            _log.info(
+                "typescore: %.1f (%.1f to %.1f) of %d pictures; see %s",
+                *(summary[key] for key in ("score", "low", "high", "read")),
+                out / REPORT,
+            )
         return summary
 
     def about(self, described: Mapping[str, Any]) -> dict[str, Any]:
