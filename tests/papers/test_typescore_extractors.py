@@ -1379,6 +1379,7 @@ def test_stopping_ends_waits_and_requests(stub: Stub) -> None:
     code = (
         "import os, signal, threading; from PIL import Image\n"
         "from zoo.papers.typescore.extractors import Http\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background is not given one
         "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         f"Http(base_url={stub.url!r}, model='m', backoff_s=30, threads=2).extract([Image.new('RGB', (4, 4))] * 6)\n"
     )
