@@ -23,8 +23,19 @@ def smoke(name: str) -> Run:
     return dataclasses.replace(config.load(f"{name}:smoke"), workdir=None)
 
 
-# Configs of one model at several sizes may have one tiny task between them: it is trained once.
-SMOKES = sorted({config.digest((smoke(name).task, smoke(name).data)): name for name in reversed(CONFIGS)}.values())
+def shape(value: Any) -> Any:
+    """What of a task decides its program: not its rates, nor how many classes and grey levels there are."""
+    if isinstance(value, dict):
+        return {k: bool(v) if k in ("classes", "levels") else shape(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [shape(v) for v in value]
+    return bool(value) if isinstance(value, float) else value
+
+
+# Configs of one model at several sizes may have one tiny program between them: it is trained once.
+SMOKES = sorted(
+    {config.digest(shape(config.dump([smoke(name).task, smoke(name).data]))): name for name in reversed(CONFIGS)}.values()
+)
 
 
 def test_there_are_configs() -> None:

@@ -853,7 +853,7 @@ def test_a_server_that_takes_bytes_a_few_at_a_time_is_left_in_time() -> None:
         found = Http(base_url=url, model="m", timeout_s=0.5, total_s=10, retries=0).extract([noise])[0]
         over.set()
         thread.join()
-    assert "no whole answer within 0.5 s" in (found.error or "")
+    assert re.match(r"no whole answer within 0\.[45]", found.error or ""), found.error
     assert time.monotonic() - start < 20  # most of it the making of the PNG
 
 
@@ -886,7 +886,7 @@ def test_several_addresses_that_do_not_answer_share_the_time(stub: Stub, monkeyp
         lead_to(monkeypatch, *[port] * 12)
         start = time.monotonic()
         found = client(stub, timeout_s=0.4, retries=0).extract([picture("x")])[0]
-        assert "no whole answer within 0.4 s" in (found.error or "")
+        assert re.match(r"no whole answer within 0\.[34]", found.error or ""), found.error
         assert time.monotonic() - start < 4
         lead_to(monkeypatch, port, stub.server_address[1])  # and the last still gets its turn
         assert client(stub, timeout_s=2, retries=0).extract([picture("x")])[0].text == "x"
@@ -896,7 +896,7 @@ def test_a_slow_resolver_is_left_in_time(stub: Stub, monkeypatch: pytest.MonkeyP
     lead_to(monkeypatch, stub.server_address[1], after=6.0)
     start = time.monotonic()
     found = client(stub, timeout_s=0.2, retries=0).extract([picture("x")])[0]
-    assert "no whole answer within 0.2 s" in (found.error or "")
+    assert re.match(r"no whole answer within 0\.[12]", found.error or ""), found.error
     assert time.monotonic() - start < 5
 
 
