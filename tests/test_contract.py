@@ -34,7 +34,9 @@ def shape(value: Any) -> Any:
 
 # Configs of one model at several sizes may have one tiny program between them: it is trained once.
 SMOKES = sorted(
-    {config.digest(shape(config.dump([smoke(name).task, smoke(name).data]))): name for name in reversed(CONFIGS)}.values()
+    {
+        config.digest(shape(config.dump([smoke(name).task, smoke(name).data]))): name for name in reversed(CONFIGS)
+    }.values()
 )
 
 
