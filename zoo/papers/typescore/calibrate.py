@@ -7,8 +7,6 @@ a growing share of its letters replaced, and the score of what was read is compa
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +19,7 @@ import numpy as np
 from zoo.errors import UserError
 from zoo.papers.typescore.evaluate import AnyExtractor
 from zoo.papers.typescore.extractors import Cached, RapidOcr, describe
-from zoo.papers.typescore.files import claim, seen, write, writing
+from zoo.papers.typescore.files import as_json, as_png, claim, seen, write, writing
 from zoo.papers.typescore.render import TEXT, Corruption, corrupt, plain
 from zoo.papers.typescore.score import SPEC_VERSION, Normalisation, Parts, batch, typescore
 
@@ -146,10 +144,7 @@ class Calibrate:
         }
         with writing(out):
             whole = {**figures, "setting": setting, "pictures": rows}
-            write(
-                out / _RESULT,
-                (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"),
-            )
+            write(out / _RESULT, as_json(whole, indent=1))
             write(out / "calibration.md", table(figures).encode())
             write(out / "calibration.png", plot(levels))
         if figures["failed"]:
@@ -226,6 +221,4 @@ def plot(levels: Sequence[Mapping[str, Any]]) -> bytes:
     axes.grid(color="#e4e4e4")
     axes.set_axisbelow(True)
     axes.legend()
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()
+    return as_png(figure)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -21,7 +20,7 @@ from zoo.papers.typescore import synth
 from zoo.papers.typescore.agreement import agreement, mean_of, of_extractors
 from zoo.papers.typescore.coarse import Clip, Coarse, ImageTextScorer, scored
 from zoo.papers.typescore.evaluate import NOTE
-from zoo.papers.typescore.files import NAMED, relative, write, writing
+from zoo.papers.typescore.files import NAMED, as_json, as_png, relative, write, writing
 from zoo.papers.typescore.results import (
     OWN,
     Pair,
@@ -111,7 +110,7 @@ class Compare:
             text, drawn = table(figures), plot(figures["ranking"], scores)
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            write(out / COMPARISON, (json.dumps(figures, indent=1, ensure_ascii=False) + "\n").encode())
+            write(out / COMPARISON, as_json(figures, indent=1))
             write(out / TABLE, text.encode())
             write(out / PLOT, drawn)
         _log.info("typescore: see %s", out / TABLE)
@@ -378,6 +377,4 @@ def plot(ranking: Sequence[Mapping[str, Any]], scores: Mapping[str, Scores]) -> 
     )
     axes.grid(color="#e4e4e4", axis="x")
     axes.set_axisbelow(True)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()
+    return as_png(figure)

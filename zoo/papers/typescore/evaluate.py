@@ -41,7 +41,7 @@ from zoo.papers.typescore.extractors import (
 )
 from zoo.papers.typescore.extractors.base import failed, keeping
 from zoo.papers.typescore.extractors.cache import Journal
-from zoo.papers.typescore.files import NAMED, claim, relative, seen, write, writing
+from zoo.papers.typescore.files import NAMED, as_json, claim, relative, seen, write, writing
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import render
 from zoo.papers.typescore.score import (
@@ -277,7 +277,7 @@ class TypeScore:
         from zoo.papers.typescore import report
 
         with writing(out):
-            write(out / SUMMARY, (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+            write(out / SUMMARY, as_json(summary, indent=1))
             write(out / PLOT, report.plot(summary, records))
             report.write(out / REPORT, summary, records, folder)
         for one in summary["failures"]:
@@ -462,15 +462,13 @@ class TypeScore:
             for start in range(0, len(todo), size):
                 for record in self._read(todo[start : start + size], reader, journal):
                     record |= common
-                    file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+                    file.write(as_json(record))
                     done[record["image"]] = record
                     bar.update()
                 file.flush()
         ordered = [done[one.path.name] for one in files]
         with writing(path):  # without those of pictures that were read twice
-            write(
-                path, b"".join((json.dumps(r, ensure_ascii=False) + "\n").encode("utf-8", "replace") for r in ordered)
-            )
+            write(path, b"".join(map(as_json, ordered)))
             if not any(_unanswered(record) for record in ordered):  # the next run asks, and need not read again
                 journal.remove()
         return ordered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -38,8 +39,21 @@ def seen() -> bool:
     return bool(sys.stderr and sys.stderr.isatty())
 
 
+def as_json(value: Any, indent: int | None = None) -> bytes:
+    """JSON and the end of its line, as UTF-8; halves of characters that readers hand back become question marks."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+
+
+def as_png(figure: Any) -> bytes:
+    """A figure of matplotlib's as the bytes of a PNG."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
+    """UserError where what is written within, to `path` or beside it, cannot be."""
     try:
         yield
     except OSError as error:

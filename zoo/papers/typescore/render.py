@@ -389,6 +389,7 @@ def _mask(
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """The words of a text in lines of at most `width` pixels; a longer word has a line of its own."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from zoo.papers.typescore.extractors.base import flat
+from zoo.papers.typescore.files import as_png
 from zoo.papers.typescore.render import wrap
 from zoo.papers.typescore.score import align
 
@@ -249,9 +250,7 @@ def plot(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> by
     for axes in (scores, lengths, kinds):
         axes.grid(color="#e4e4e4")
         axes.set_axisbelow(True)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()
+    return as_png(figure)
 
 
 # --- pieces -----------------------------------------------------------------------------------------

@@ -240,6 +240,7 @@ def resolution(found: Sequence[Pair], truth: Sequence[str] | None = None, lower_
 
 
 def check_truth(truth: Sequence[str], labels: Sequence[str]) -> None:
+    """UserError where `truth` is not every label once."""
     for label in truth:
         if label not in labels:
             raise UserError(f"truth names {label!r}, which is none of the results; {suggest(label, labels)}")

@@ -506,6 +506,8 @@ def _shut(sock: socket.socket) -> None:
 
 
 class _Connection(http.client.HTTPConnection):
+    """Connects as it is told, and reads and sends by the clock."""
+
     def __init__(self, *args: Any, clock: Clock, connect: Callable[..., socket.socket], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._clock, self._create_connection = clock, connect
@@ -515,14 +517,8 @@ class _Connection(http.client.HTTPConnection):
         self.sock: Any = _Socket(self.sock, self._clock)
 
 
-class _TlsConnection(http.client.HTTPSConnection):
-    def __init__(self, *args: Any, clock: Clock, connect: Callable[..., socket.socket], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._clock, self._create_connection = clock, connect
-
-    def connect(self) -> None:
-        super().connect()
-        self.sock: Any = _Socket(self.sock, self._clock)
+class _TlsConnection(_Connection, http.client.HTTPSConnection):
+    """The same over TLS, which `super().connect()` has set up by then."""
 
 
 class _Plain(urllib.request.HTTPHandler):
