@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import inspect
 import json
 import logging
 import math
@@ -14,7 +13,6 @@ import re
 import shlex
 import sys
 import traceback
-import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -319,52 +317,31 @@ def _run(run: Any, name: str) -> Any:
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def _options(model: Any, fields: Sequence[str]) -> dict[str, Any]:
-    """What samples are asked for and the sampler's own options from `field=value`, typed by the sampler's signature."""
+def _options(model: Any, fields: Sequence[str]) -> tuple[dict[str, Any], Any]:
+    """What samples are asked for, and the sampler's own options, from `field=value`."""
     from zoo import config
+    from zoo.task import abilities, option_names, sampling
 
-    if not hasattr(model.task, "sample"):
-        from zoo.task import abilities
-
-        raise UserError(
-            f"{type(model.task).__name__} has no sampler; it can: {', '.join(abilities(model.task))} (try `zoo eval`)"
-        )
-    signature = inspect.signature(model.task.sample)
-    own = {p.name: p.default for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
-    hints = typing.get_type_hints(type(model.task).sample)
-    words: dict[str, Any] = dict.fromkeys(("label", "prompt", "prompts", "aspect"))
-    kinds = {"n": int, "seed": int, **dict.fromkeys(words, str), **{k: hints.get(k, Any) for k in own}}
-    values: dict[str, Any] = {"n": None, "seed": 0, **words, **own}
-    nested: dict[str, list[str]] = {}
+    kind = sampling(model.task)
+    if kind is None:
+        can = ", ".join(abilities(model.task)) or "train alone"
+        raise UserError(f"{type(model.task).__name__} has no sampler; it can: {can} (try `zoo eval`)")
+    asked: dict[str, Any] = {"n": None, "seed": 0, **dict.fromkeys(("label", "prompt", "prompts", "aspect"))}
+    known, own = {*asked, *option_names(model.task)}, []
     for text in fields:
         key, equals, value = text.partition("=")
-        head, dot, rest = key.partition(".")
-        if not equals or head not in kinds:
-            raise UserError(
-                f"no option {head!r} of this sampler; {suggest(head, kinds)}"
-                if equals
-                else f"{text!r} is no option; write n=64"
-            )
-        if dot:
-            nested.setdefault(head, []).append(f"{rest}={value}")
-            continue
-        if head in ("n", "seed"):
-            values[head] = config.parse(value, int, head)
-        elif head in words:
-            values[head] = value
+        head = key.partition(".")[0]
+        if not equals:
+            raise UserError(f"{text!r} is no option; write n=64")
+        if head not in known:
+            raise UserError(f"no option {head!r} of this sampler; {suggest(head, known)}")
+        if key in asked:
+            asked[key] = config.parse(value, int, key) if key in ("n", "seed") else value
         else:
-            simple = [k for k in (typing.get_args(kinds[head]) or (kinds[head],)) if not dataclasses.is_dataclass(k)]
-            values[head] = config.parse(value, typing.Union[tuple(simple)], head)  # noqa: UP007
-    for head, parts in nested.items():
-        if any(text.startswith(f"{head}=") for text in fields):
-            raise UserError(f"{head} is set both as a whole and in part; keep one of {head}= and {head}.{parts[0]}")
-        classes = [k for k in typing.get_args(kinds[head]) if dataclasses.is_dataclass(k)]
-        if not classes:
-            raise UserError(f"option {head} has no parts; write {head}=value")
-        values[head] = config.override(classes[0](), parts)  # type: ignore[operator]
-    if values["n"] is not None and values["n"] < 1:
-        raise UserError(f"n={values['n']}; draw at least one sample")
-    return values
+            own.append(text)
+    if asked["n"] is not None and asked["n"] < 1:
+        raise UserError(f"n={asked['n']}; draw at least one sample")
+    return asked, config.override(kind(), own)
 
 
 def label_numbers(text: str | None, classes: int, names: Sequence[str], n: int) -> Any:
@@ -400,10 +377,8 @@ def _sample(args: argparse.Namespace) -> int:
 
     dist.start(batch=max(args.batch, 1))
     model = models.open_model(args.model, raw=args.raw, allow=args.allow, on_host=True)
-    options = _options(model, args.fields)
-    n, seed, label, prompt, prompts, aspect = (
-        options.pop(k) for k in ("n", "seed", "label", "prompt", "prompts", "aspect")
-    )
+    words, options = _options(model, args.fields)
+    n, seed, label, prompt, prompts, aspect = words.values()
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}; draw at least one sample at a time")
     from zoo.commands import conditions, strategy, text
@@ -412,29 +387,30 @@ def _sample(args: argparse.Namespace) -> int:
 
     texts, asked = conditions.read(model.task, prompt, prompts)
     writes = is_text(model.task)
-    if texts is None and getattr(model.task, "rewrites", False):
+    about = model.task.about
+    if texts is None and about.completes:
         _no_strength(args.fields)
     n = n or (len(texts) if texts and prompts is not None else text.SHOWN if writes else 64)
-    labels = label_numbers(label, getattr(model.task, "classes", 0), model.labels, n)
-    options, about = conditions.shaped(model.task, aspect, options)
+    labels = label_numbers(label, about.classes, model.labels, n)
+    options, shape = conditions.shaped(model.task, aspect, options)
     form: Form
-    words: dict[str, str] = {}
+    tokeniser: dict[str, str] = {}
     if writes:
         vocabulary = text.vocabulary_of(model)
         given, captions = text.rewritten(model, vocabulary, texts, n)
         form = text.Texts(vocabulary, captions)
     else:
-        given, captions, words = conditions.given(model, labels, texts, n, options, aspect, args.tokenizer)
+        given, captions, tokeniser = conditions.given(model, labels, texts, n, options, aspect, args.tokenizer)
         form = Images(captions)
-        if not getattr(model.task, "given", ()):
+        if not about.conditions:
             asked = {"label": None if labels is None else label or "balanced"}
     out = paths.reach(args.out, "--out ") if args.out else paths.where("samples")
     if not args.out and model.run is not None:
         out = model.folder / "samples"
     batch = min(args.batch, n)
     resolved = strategy.resolve(model, options, batch, measure="method=auto" in args.fields)
-    if method := resolved.get("method"):
-        logging.getLogger("zoo").info("method: %s", strategy.described(method))
+    if resolved is not options:
+        logging.getLogger("zoo").info("method: %s", strategy.described(resolved.method))
 
     draw(
         model,
@@ -443,7 +419,7 @@ def _sample(args: argparse.Namespace) -> int:
         seed=seed,
         conditions=given,
         captions=captions,
-        asked={**asked, **about, **words},
+        asked={**asked, **shape, **tokeniser},
         batch=batch,
         options=options,
         resolved=resolved,
@@ -480,30 +456,31 @@ def _eval(args: argparse.Namespace) -> int:
     import jax
 
     from zoo import config, dist, metrics, models
-    from zoo.task import check_needs
+    from zoo.task import Metric, check_needs, sampling
 
     known = metrics.named()
     if args.metric in known:
         metric: Any = known[args.metric]()
     elif args.metric.partition(":")[0].endswith(".py") or args.metric.partition(":")[0] in config.shipped():
         metric = config.load(args.metric)
-        if not callable(metric) or not hasattr(metric, "needs"):
+        if not isinstance(metric, Metric):
             way = f"; write zoo eval {args.metric}" if hasattr(metric, "standalone") else ""
             raise UserError(f"{args.metric} holds a {type(metric).__name__}, which is no metric of models{way}")
     else:
         raise UserError(f"no metric {args.metric!r}; {suggest(args.metric, known)}, or a config file that defines one")
     own = [f for f in args.fields if not f.startswith(("data.", "data="))]
-    metric = config.override(metric, own)
-    dist.start(batch=getattr(metric, "shares", None))
+    task, _ = models.open_task(args.model, args.allow)
+    metric = config.override(metric, own, sampling(task))
+    dist.start(batch=metric.shares)
     model = models.open_model(args.model, raw=args.raw, allow=args.allow)
     check_needs(model.task, metric.needs, args.metric)
-    if getattr(metric, "captions", False):
+    if metric.captions:
         metric.check(model.task)  # what is wrong with it is told before a tokeniser is asked for
     others = [f for f in args.fields if f not in own]
-    data = _measured(model, args.model, others) if others or getattr(metric, "uses_data", True) else model.data
+    data = _measured(model, args.model, others) if others or metric.uses_data else model.data
     loaded = models.loaded_for(metric, args.allow, model.task, model.homes)
     found = metric(model.task, model.params, data, jax.random.key(0), **loaded)
-    if hasattr(metric, "saves"):
+    if metric.saves:
         from zoo.commands import strategy
 
         strategy.save(model.folder, found)
@@ -595,9 +572,10 @@ def _export(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from zoo import config
     from zoo.commands.weights import import_checkpoint
+    from zoo.task import Published
 
     value = config.load(args.config, args.fields)
-    if not (dataclasses.is_dataclass(value) and hasattr(value, "init") and hasattr(value, "import_names")):
+    if not isinstance(value, Published):
         value = _run(value, args.config)
     print(import_checkpoint(value, Path(args.file), Path(args.out)))
     return 0

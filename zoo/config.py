@@ -8,7 +8,6 @@ dataclass by its import path; since such files travel between strangers, only fr
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -19,6 +18,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from zoo.errors import UserError, suggest
+from zoo.task import Options, sampling
 
 _CLASS = "class"  # the JSON key that holds a dataclass's import path
 
@@ -102,10 +103,13 @@ def describe(name: str) -> str:
 # --- overrides ------------------------------------------------------------------------------------
 
 
-def override(config: Any, assignments: Iterable[str]) -> Any:
+def override(config: Any, assignments: Iterable[str], options: type | None = None) -> Any:
     """Apply `field.sub=value` assignments to a tree of frozen dataclasses; each value is parsed for its field's type.
 
     All fields of one object change together, so that `task.width=96 task.head_dim=24` needs no order.
+
+    Args:
+        options: the class of what fields of the type `Options` hold, the sampler's options; None: that of `config.task`.
     """
     tree: dict[str, Any] = {}
     for text in assignments:
@@ -120,17 +124,30 @@ def override(config: Any, assignments: Iterable[str]) -> Any:
         if parts[-1] in node:
             raise UserError(f"{key} is set twice; keep one of them")
         node[parts[-1]] = value
-    return _replace(config, tree, "")
+    if options is None and _is_config(config) and any(f.name == "task" for f in dataclasses.fields(config)):
+        options = sampling(config.task)
+    known = _sampling.set(options)
+    try:
+        return _replace(config, tree, "")
+    finally:
+        _sampling.reset(known)
+
+
+_sampling: ContextVar[type | None] = ContextVar("sampling", default=None)
 
 
 def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = None) -> Any:
+    if kind is Options:
+        options = _sampling.get()
+        if options is None:
+            raise UserError(f"{prefix}{next(iter(changes))}: there is no sampler that takes options; leave it out")
+        new = _replace(options(**node), changes, prefix)
+        return {**node, **{k: getattr(new, k) for k in changes}}
     if isinstance(node, dict):
-        free = kind == Mapping[str, Any]  # options of a sampler: who takes them says which there are
-        unknown = [k for k, v in changes.items() if k not in node and (not free or isinstance(v, dict))]
+        unknown = [k for k in changes if k not in node]
         if unknown:
             raise UserError(f"no key {prefix}{unknown[0]}; {suggest(unknown[0], node)}")
-        inner = {k: _change(node[k], None, v, f"{prefix}{k}") for k, v in changes.items() if k in node}
-        return {**node, **inner, **{k: _literal(v, f"{prefix}{k}") for k, v in changes.items() if k not in node}}
+        return {**node, **{k: _change(node[k], None, v, f"{prefix}{k}") for k, v in changes.items()}}
     if isinstance(node, tuple):
         items = list(node)
         for k, v in changes.items():
@@ -140,6 +157,9 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
                 )
             items[int(k)] = _change(items[int(k)], None, v, f"{prefix}{k}")
         return tuple(items)
+    classes = [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)]
+    if node is not None and not _is_config(node) and classes:
+        node = typing.cast(Any, classes[0])()  # a weight, or a name, that stands for such an object
     if not _is_config(node):
         raise UserError(f"{prefix.rstrip('.')}={node!r} has no fields; set it as a whole")
     names = [f.name for f in dataclasses.fields(node)]
@@ -160,6 +180,9 @@ def _change(old: Any, kind: Any, new: Any, name: str) -> Any:
 
 def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
     """`text` as a value of type `kind`; UserError naming the field when it is none."""
+    simple = [k for k in typing.get_args(kind) if k is not type(None) and not dataclasses.is_dataclass(k)]
+    if simple and _is_config(old):
+        kind, old = typing.Union[tuple(simple)], None  # noqa: UP007
     inside = _inside(old)
     if inside:
         raise UserError(
@@ -190,19 +213,6 @@ def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
             raise UserError(f"{name}={text} is not finite; give a finite number")
         return value
     raise UserError(f"{name}={text!r} is no {_type_name(kind)} (it is {old!r} now)")
-
-
-def _literal(text: str, name: str) -> Any:
-    """A value whose type no field tells: true, false, none, what Python reads in it, or else the text itself."""
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    value: Any = text
-    with contextlib.suppress(ValueError, SyntaxError):
-        value = ast.literal_eval(text)
-    if text.lower().lstrip("+-") in ("nan", "inf") or (isinstance(value, float) and not math.isfinite(value)):
-        raise UserError(f"{name}={text} is not finite; give a finite number")
-    return value
 
 
 def _inside(value: Any) -> list[str]:

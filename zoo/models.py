@@ -17,22 +17,12 @@ from zoo.encoders.tokenizer import NAME as TOKENIZER
 from zoo.encoders.tokenizer import Tokenizer
 from zoo.errors import UserError, suggest
 from zoo.paths import Folder
-from zoo.task import Params
+from zoo.task import Network, Params
 from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.step import abstract_state
 
 _PRETRAINED = Path(__file__).parent / "pretrained"
-_VAE = (
-    "get the published one with `zoo import starflow/sd_vae FILE OUT`, or train a small one with "
-    "`zoo train starflow/mnist_vae`"
-)
-# How to come by the networks that others need, by their key in `Run.weights`.
-HINTS = {
-    "vae": _VAE,
-    "text": "get it with `zoo import starflow/flan_t5_xl FOLDER OUT`",
-    "features": "train one with `zoo train`, with the task that task.network names",
-}
 
 
 @dataclass(frozen=True)
@@ -164,48 +154,42 @@ def export_config(model: Model, metrics: dict[str, Any] | None = None) -> dict[s
     }
 
 
-def _hint(task: Any, key: str) -> tuple[str, str] | None:
-    """How to come by the network that a task takes from `Run.weights` under `key`, and the entry that names it; None: not known.
-
-    A task may know better, by its `hints`.
-    """
-    own = getattr(task, "hints", {}).get(key)
-    if own is not None:
-        return own
-    if key == "encoder":  # lies beside its decoder, and both come from one autoencoder
-        return _VAE, "weights={'': 'OUT'}"
-    return (HINTS[key], _entry(key)) if key in HINTS else None
+def _hint(task: Any, key: str) -> tuple[str, str]:
+    """How to come by the network that a task takes from `Run.weights` under `key`, "" where it does not say, and the entry."""
+    network = task.about.networks.get(key, Network())
+    return network.how, network.entry or _entry(key)
 
 
 def _entry(key: str) -> str:
     return f"weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
 
 
-def given_weights(wanted: Mapping[str, str], allow: Sequence[str] = (), task: Any = None) -> dict[str, Params]:
+def given_weights(wanted: Mapping[str, str], task: Any, allow: Sequence[str] = ()) -> dict[str, Params]:
     """Parameter trees for `Run.weights`: {"vae": EXPORT} a whole one, {"flow0": "RUN:flow0"} one key of it.
 
     Args:
-        task: what it needs tells what "" most likely is, and its `hints` how to come by that.
+        task: the networks that it holds tell what "" most likely is, and how to come by that.
 
     Raises:
-        UserError: a model that is missing, with the way to get it where `HINTS` knows one, and what `open_model` raises.
+        UserError: a model that is missing, with the way to get it where the task knows one, and what `open_model` raises.
     """
     found = {}
     for key, where in wanted.items():
         try:
             locate(weights.parts_of(where)[0])
         except UserError as error:
-            name = key or ("encoder" if "encoder" in getattr(task, "needs", ()) else "")
-            hint, _ = _hint(task, name) or ("", "")
+            known = task.about.networks
+            name = key or next((k for k in known if known[k].entry.startswith("weights={'': ")), "")
+            hint, _ = _hint(task, name)
             field = f"weights.{key}" if key else "weights['']"
             raise UserError(f"{field}: {error}{f'; {hint}' if hint else ''}") from None
         found[key] = weights.resolve(where, lambda name: open_model(name, allow=allow).params)
     return found
 
 
-def must_add(key: str, task: Any = None) -> str:
+def must_add(key: str, task: Any) -> str:
     """The end of a sentence on `weights.KEY` that is missing: how to come by such a network, and where a config names it."""
-    how, entry = _hint(task, key) or ("", _entry(key))
+    how, entry = _hint(task, key)
     return f"{how}; then add {entry}" if how else f"add {entry}, OUT being a run or an export"
 
 
@@ -260,9 +244,9 @@ def open_tokenizer(
             )
         with paths.here(folder, (TOKENIZER,)) as near:
             found, digest = Tokenizer(near), tokenizer_digest(near)
-    text = getattr(task, "text", None)
-    if text is not None:
-        found.check(text.vocab)
+    captions = task.about.captions
+    if captions is not None and captions.vocabulary is not None:
+        found.check(captions.vocabulary)
     return found, digest
 
 
@@ -271,9 +255,9 @@ def loaded_for(
 ) -> dict[str, Any]:
     """What a metric asks for besides the task: the network that its `network()` names, opened, and for one with
     `captions` the tokeniser of `task`, looked for in `places` unless its field `tokenizer` names a file."""
-    name = metric.network() if hasattr(metric, "network") else None
+    name = metric.network()
     found: dict[str, Any] = {"network": open_model(name, allow=allow)} if name else {}
-    if getattr(metric, "captions", False):
+    if metric.captions:
         found["encode"], _ = open_tokenizer(
             task, places, metric.tokenizer or None, f"in the field tokenizer of the metric {metric.name}"
         )

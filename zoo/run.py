@@ -9,6 +9,7 @@ from typing import Any
 from zoo.data.pipeline import batches
 from zoo.dist import Mesh
 from zoo.errors import UserError
+from zoo.task import Options
 from zoo.train.optim import AdamW, Optim
 
 
@@ -34,7 +35,7 @@ class Samples:
 
     every: int = 0  # steps; 0: none while training. The last step draws one wherever n > 0
     n: int = 64
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the task's `sample`
+    options: Options = field(default_factory=dict)  # of the task's `sample`
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.n < 0:
@@ -79,7 +80,7 @@ class Run:
 
     def labels(self) -> tuple[str, ...]:
         """Names of the classes, where the data has them."""
-        return tuple(getattr(self.source("train"), "labels", ()))
+        return tuple(self.source("train").labels)
 
     def batches(self, start: int = 0, sharding: Any = None) -> Generator[dict[str, Any], None, None]:
         """Training batches from position `start` on: batch k is a function of (seed, k)."""

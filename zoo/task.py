@@ -1,35 +1,118 @@
 """The contract between a paper and everything else. It is structural: a task inherits nothing.
 
-A task is a frozen dataclass whose fields are the paper's hyper-parameters. Besides the four members of `Task` it may
-have any of the abilities in `ABILITIES`; commands look them up and say in a sentence when one is missing.
-Some plain attributes are looked for as well; of these the trainer knows `classes`, `needs`, the held keys that a run must
-take from `Run.weights` unless its data are made up, and `template`, how captions are put before they are encoded.
+A task is a frozen dataclass whose fields are the paper's hyper-parameters, with the four members of `Task`. What the
+house asks of it besides stands in `About`, where a misspelt word is an error, and in the abilities below: small protocols,
+each with a method or two. This file alone looks them up; commands say in a sentence when one is missing.
+
+B examples, N samples, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
-import typing
+import dataclasses
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from zoo.errors import UserError, suggest
 
-Params = dict[str, Any]  # nested dict of arrays; top-level keys are the unit of `held` and of `Run.weights`
+Params = dict[str, Any]  # nested dict of arrays; top-level keys are the unit of what is held and of `Run.weights`
 Batch = Mapping[str, jax.Array]
+Options = Mapping[str, Any]  # of a task's sampler, by name: fields of its `Sampling`
+
+
+# --- what a task says of itself -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """Parameters under a top-level key that come from elsewhere: a teacher, an encoder, layers that an earlier stage trained.
+
+    Held, that is without gradient, optimiser state or average, unless they are trained from there.
+    """
+
+    task: Any = None  # whose parameters these are; None: a part of this task that another run has trained
+    can: type | None = None  # the ability that is asked of it
+    required: bool = True  # must come from `Run.weights`, unless the data are made up
+    trained: bool = False  # True: they only begin there
+    how: str = ""  # how to come by one, for the error: a command, or a config that makes it
+    entry: str = ""  # what to add to a config that then names it; "": weights.KEY=OUT
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What the `nll` of a task is of, and how its nats become bits."""
+
+    event: tuple[int, ...]  # shape of what is modelled
+    kind: Literal["exact", "bound", "noisy"] = "exact"  # "bound": nll is above -log p; "noisy": of examples with noise,
+    # whose standard deviation is the field `noise` of the task
+    name: str = "bpd"  # of the bits per dimension, among figures
+    bins: float = 1.0  # of the data per unit of what is modelled: grey levels 2/256 apart have 128
+
+    def bits(self, nats: Any) -> Any:
+        """Bits per dimension from nats per dimension of a density: those of a bin that is 1 / bins wide."""
+        return nats / math.log(2) + math.log2(self.bins)
+
+    @property
+    def levels(self) -> int:
+        """Grey levels of pixels in [-1, 1]."""
+        return round(2 * self.bins)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions as a task takes them."""
+
+    tokens: int  # of a caption
+    vocabulary: int | None = None  # pieces that its text encoder knows; None: it has none
+    template: str = "plain"  # how they are put before they are encoded: "aspect" names the aspect ratio
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The rows and columns that samples have; the option `grid` of such a sampler sets others than those of training."""
+
+    trained: tuple[int, int]
+    pixels: int = 1  # a side of one cell
+    multiple: int = 1  # what the sides of an image must be multiples of, in pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What the house knows of a task besides its parameters, batch and loss."""
+
+    unit: str = "images"  # what its examples are called
+    classes: int = 0  # of `label`; 0: none
+    conditions: tuple[str, ...] = ()  # keys of a batch that the sampler is given, besides `label`
+    completes: tuple[str, ...] = ()  # keys that the sampler takes as a start: texts to rewrite
+    buffers: tuple[str, ...] = ()  # top-level keys of params that are moved by `after_step` and not by a gradient
+    networks: Mapping[str, Network] = field(default_factory=dict)  # from elsewhere, by top-level key
+    likelihood: Likelihood | None = None  # of what `nll` is, where it can be told in bits
+    captions: Captions | None = None
+    vocabulary: int | None = None  # symbols of the texts that it models
+    grid: Grid | None = None  # where samples may have other shapes than examples
+    tokens: int = 0  # of an example in the network, by which `zoo compile` estimates what must be sent
+    licence: str = ""  # terms of its published weights
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Top-level keys of params that get no gradient, no optimiser state and no average."""
+        return (*(key for key, network in self.networks.items() if not network.trained), *self.buffers)
 
 
 @runtime_checkable
 class Task(Protocol):
     """What the trainer knows of a paper."""
 
-    # top-level keys of params that are carried, sharded and restored, but get no gradient, no optimiser state and no
-    # average: teachers, frozen encoders, buffers. A class attribute or a property, never an annotated field.
-    held: tuple[str, ...]
+    @property
+    def about(self) -> About:
+        """A class attribute or a property."""
+        ...
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of one global batch, by key."""
@@ -44,21 +127,217 @@ class Task(Protocol):
         ...
 
 
-ABILITIES: dict[str, str] = {
-    "sample": "sample(params, rng, n, conditions=None, **options) -> dict of arrays that lead with n",
-    "nll": "nll(params, batch, rng) -> [B] nats",
-    "chain": "chain(params, batch, rng, guidance=0.0) -> noisy tokens [B, T, D] and the flow's blocks, as inverted",
-    "features": "features(params, batch) -> [B, D]",
-    "feature_map": "feature_map(params, batch) -> [B, H, W, D], of a series [B, T, D]",
-    "off_grid": "off_grid(params, batch, rng) -> tokens [B, N, D] of random patches, and their boxes [B, N, 2, A]",
-    "relations": "relations(params, batch, rng) -> relations of random patches, predicted and true, and the rebuilt layout; "
-    "the property `relation_names` says what their numbers are",
-    "logits": "logits(params, batch) -> [B, classes]",
-    "crops": "crops(batch, rng) -> patches [B, N, ...] and boxes, what a step makes of a batch before its network",
-    "denoise": "denoise(params, ...) -> the noise-free estimate",
-    "after_step": "after_step(params, metrics) -> params, writing held keys only",
-    "import_names": "import_names() -> [Name], the layout of a published checkpoint",
-    "import_state": "import_state(state) -> state, a published state dict with the keys of import_names",
+# --- abilities ------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Draws samples: `zoo sample`, sheets while training, and the metrics of samples."""
+
+    Sampling: ClassVar[type]  # frozen dataclass of the options, all with defaults
+
+    def sample(
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
+    ) -> Any:
+        """A dict of arrays that lead with n; sample i depends on (rng, i) and its conditions alone.
+
+        Args:
+            rng: one key, or n keys.
+            conditions: arrays that lead with n: `label`, or the keys of `about.conditions`; None: none.
+            options: of the class `Sampling`; None: its defaults.
+        """
+        ...
+
+
+@runtime_checkable
+class Likely(Protocol):
+    """Knows the likelihood of an example, or a bound of it: the metrics `bpd`, `bayes` and `text`."""
+
+    def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
+        """-log p [B] in nats; the noise of example i follows from keys[i] alone."""
+        ...
+
+
+@runtime_checkable
+class Denoises(Protocol):
+    """The door of diffusion: x = x0 + sigma n, in the units of what is modelled."""
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """Lowest and highest sigma it was made for; finite over all of it."""
+        ...
+
+    def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
+        """E[x0 | x], float32; sigma is a scalar or [B]; a label of -1, or conditions None, is none."""
+        ...
+
+
+@runtime_checkable
+class Energetic(Protocol):
+    """Has an energy whose gradient denoises."""
+
+    def energy(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
+        """[B] nats up to a constant of sigma."""
+        ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A language model that can teach and judge."""
+
+    def predict(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """log p(x_t | x_<t) [B, T, V] in nats."""
+        ...
+
+
+@runtime_checkable
+class Inverts(Protocol):
+    """A flow of affine blocks whose sampler has the option `method`: the metric `convergence`, `zoo bench --model`."""
+
+    def chain(self, params: Params, batch: Batch, rng: jax.Array, *, guidance: Any = 0.0) -> tuple[jax.Array, Any]:
+        """Noisy tokens [B, T, D] and the flow's blocks (`zoo.flows.inverse.Chain`), as they are inverted."""
+        ...
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """Has features: probes, neighbours, Frechet distances in them, the metric `features`."""
+
+    def features(self, params: Params, batch: Batch) -> jax.Array:
+        """[B, D]."""
+        ...
+
+
+@runtime_checkable
+class Maps(Protocol):
+    """Has features for each place: the metric `features` with maps."""
+
+    def feature_map(self, params: Params, batch: Batch) -> jax.Array:
+        """[B, H, W, D], of a series [B, T, D]."""
+        ...
+
+
+@runtime_checkable
+class Classifies(Protocol):
+    """The metric `accuracy`."""
+
+    def logits(self, params: Params, batch: Batch) -> jax.Array:
+        """[B, classes]."""
+        ...
+
+
+@runtime_checkable
+class Crops(Protocol):
+    """Cuts its examples inside the step: `zoo bench` times it alone."""
+
+    def crops(self, batch: Batch, rng: jax.Array) -> Any:
+        """What a step makes of a batch before its network."""
+        ...
+
+
+@runtime_checkable
+class Buffered(Protocol):
+    """Moves what it holds after a step."""
+
+    def after_step(self, params: Params, metrics: dict[str, jax.Array]) -> Params:
+        """The new parameters; only `about.buffers` may differ."""
+        ...
+
+
+@runtime_checkable
+class Published(Protocol):
+    """Has a published layout: `zoo import`, `zoo export --format official`."""
+
+    def import_names(self) -> list[Name]:
+        """Every tensor of a published checkpoint, and its place in ours."""
+        ...
+
+
+@runtime_checkable
+class Renames(Protocol):
+    """Published files differ from the layout of `import_names`."""
+
+    def import_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A published state dict with the keys of `import_names`."""
+        ...
+
+
+@runtime_checkable
+class Noted(Protocol):
+    """Says how another library reads what `zoo export --format official` writes."""
+
+    def import_note(self) -> str:
+        """Printed after such an export."""
+        ...
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """Knows what a step of it costs, better than a count of its traced products."""
+
+    def flops(self) -> float:
+        """Floating-point operations of one training example."""
+        ...
+
+
+@runtime_checkable
+class Cached(Protocol):
+    """Knows what its sampler keeps: `zoo show`, `zoo bench`."""
+
+    def cache_bytes(self, n: int, guided: bool = True) -> dict[str, int]:
+        """Bytes of the key/value caches of a `deep` and a `shallow` block while n samples are drawn."""
+        ...
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """An autoencoder of images: latents are encoded and decoded by it."""
+
+    scale: float | None
+    channels: int
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side to one of the latent."""
+        ...
+
+    def encode(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and standard deviation of latents [B, h, w, Z] of images [B, H, W, C] in [-1, 1]."""
+        ...
+
+    def decode(self, params: Params, latent: jax.Array) -> jax.Array:
+        """Images of latents, not clipped."""
+        ...
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """A text encoder."""
+
+    tokens: int
+    width: int
+    vocab: int
+
+    def encode(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """Features [B, S, D] float32 of ids [B, S]."""
+        ...
+
+
+# in the order in which `zoo list` names them, each by its method
+ABILITIES: dict[str, type] = {
+    "sample": Samples,
+    "nll": Likely,
+    "denoise": Denoises,
+    "energy": Energetic,
+    "predict": Predicts,
+    "chain": Inverts,
+    "features": Encodes,
+    "feature_map": Maps,
+    "logits": Classifies,
+    "crops": Crops,
+    "after_step": Buffered,
+    "import_names": Published,
+    "import_state": Renames,
 }
 
 
@@ -79,44 +358,126 @@ class Name:
     value: Callable[[], Any] | None = None
 
 
+class Metric(ABC):
+    """Base of metrics, which are frozen dataclasses: called as (task, params, data, rng), they give a dict of figures.
+
+    Under the key `pictures` it may hold PIL images by name: these are saved as `samples/NAME-STEP.png` of the run folder and
+    shown where sheets of samples are; no record has them.
+    """
+
+    name: ClassVar[str]  # as `zoo eval` takes it
+    needs: ClassVar[tuple[type, ...]] = ()  # abilities that it asks of a task
+    captions: ClassVar[bool] = (
+        False  # asks for `encode`, the tokeniser of the model's captions, which `tokenizer` may name
+    )
+    uses_data: ClassVar[bool] = True  # False: measures models whose data are not known as well
+    saves: ClassVar[str] = ""  # the file beside a model in which `zoo eval` keeps what it found
+    every: Any = 0  # steps between measurements while training; 0: at the end only
+    split: Any = None  # of the data, where it is a metric of one
+    path: Any = None  # a data description to measure on; None: that of the run
+    tokenizer: Any = ""  # the file of a tokeniser; "": the one beside the model
+
+    @property
+    def shares(self) -> int | None:
+        """The batch that the cores of a CPU shall share; None: they share none."""
+        return None
+
+    def network(self) -> str | None:
+        """The run or export whose network it is to be given, opened, as `network`; None: none."""
+        return None
+
+    def check(self, task: Any) -> None:  # noqa: B027
+        """UserError where it makes no sense for a task; asked before a run's first step."""
+
+    def check_data(self, task: Any, data: Any) -> None:  # noqa: B027
+        """UserError where it makes none for the data; asked before a run's first step."""
+
+    @abstractmethod
+    def __call__(self, *arguments: Any, **loaded: Any) -> dict[str, Any]:
+        """The figures of (task, params, data, rng). `loaded` is what it asked for: `network`, `encode`."""
+
+
+# --- looking up -----------------------------------------------------------------------------------
+
+
+def check_task(task: Any, where: str = "task") -> None:
+    """UserError when something is no task: it lacks one of the four members, or its `about` is no `About`."""
+    missing = [name for name in ("spec", "init", "loss", "about") if not hasattr(task, name)]
+    if missing or isinstance(task, type):
+        what = f"the class {task.__name__} itself" if isinstance(task, type) else f"a {type(task).__name__}"
+        lacks = f", which has no {', '.join(missing)}" if missing else "; call it with its fields"
+        raise UserError(f"{where} is {what}{lacks}: a task has about, spec, init and loss (zoo/task.py)")
+    if not isinstance(task.about, About):
+        raise UserError(
+            f"{where}: `about` of {type(task).__name__} is a {type(task.about).__name__}; make it an About(...)"
+        )
+
+
+def abilities(task: Any) -> list[str]:
+    """The abilities of a task (or of its class), in the order of `ABILITIES`."""
+    return [name for name, ability in ABILITIES.items() if isinstance(task, ability)]
+
+
+def check_needs(task: Any, needs: Iterable[type], what: str) -> None:
+    """UserError when the task lacks an ability that `what` needs."""
+    for ability in needs:
+        if not isinstance(task, ability):
+            name = next((name for name, known in ABILITIES.items() if known is ability), ability.__name__.lower())
+            can = ", ".join(abilities(task)) or "train alone"
+            raise UserError(f"{what} needs {name!r}, which {type(task).__name__} has not; it can: {can}")
+
+
+def is_text(task: Any) -> bool:
+    """Whether the examples of a task are texts, `tokens` int32 [B, T] that it models and is not merely told."""
+    return "tokens" in task.spec(1) and "tokens" not in task.about.conditions
+
+
+_SPEED = ("dtype", "remat", "scan", "attention")
+
+
+def speed(task: Any) -> dict[str, Any]:
+    """Fields of a task that change no weight but how fast it is and in what numbers: dtype, remat, scan, attention."""
+    return {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name in _SPEED}
+
+
 def sample_keys(rng: jax.Array, n: int) -> jax.Array:
     """n keys of one key, or those given: sample i depends on (rng, i) alone."""
     return rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
 
 
-def check_options(task: Any, options: Mapping[str, Any], where: str) -> None:
-    """UserError when `options` has a key that the task's sampler does not take, or words where it takes none.
+def call(task: Any, ability: str, *arguments: Any) -> Any:
+    """What an ability, named by its method, gives for these arguments."""
+    return getattr(task, ability)(*arguments)
+
+
+# --- options of samplers --------------------------------------------------------------------------
+
+
+def sampling(task: Any) -> type | None:
+    """The class of the options of a task's sampler; None where it has no sampler."""
+    return task.Sampling if isinstance(task, Samples) else None
+
+
+def option_names(task: Any) -> tuple[str, ...]:
+    """The options of a task's sampler."""
+    kind = sampling(task)
+    return () if kind is None else tuple(f.name for f in dataclasses.fields(kind))
+
+
+def options_of(task: Any, given: Options, where: str) -> Any:
+    """Options of a task's sampler from a mapping of some of them; UserError for an unknown one or a value that does not fit.
 
     `where` names the field that holds them.
     """
-    known = [p.name for p in inspect.signature(task.sample).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = [option for option in options if option not in known]
+    kind = sampling(task)
+    if kind is None:
+        raise UserError(f"{where}: {type(task).__name__} has no sampler, so it takes no options; leave them out")
+    unknown = [name for name in given if name not in option_names(task)]
     if unknown:
-        raise UserError(
-            f"{where}: the sampler of {type(task).__name__} has no option {unknown[0]!r}; {suggest(unknown[0], known)}"
-        )
-    kinds = typing.get_type_hints(type(task).sample)
-    for option, value in options.items():
-        kind = kinds.get(option, Any)
-        parts = {kind, typing.get_origin(kind), *typing.get_args(kind), *map(typing.get_origin, typing.get_args(kind))}
-        if isinstance(value, str) and not parts & {str, Any, typing.Literal}:
-            raise UserError(f"{where}: {option}={value!r} is no {getattr(kind, '__name__', kind)}")
-
-
-def check_needs(task: Any, needs: Iterable[str], what: str) -> None:
-    """UserError when the task lacks an ability that `what` needs."""
-    missing = [ability for ability in needs if not hasattr(task, ability)]
-    if missing:
-        raise UserError(
-            f"{what} needs {missing[0]!r}, which {type(task).__name__} has not; it can: {', '.join(abilities(task))}"
-        )
-
-
-def abilities(task: Any) -> list[str]:
-    """The optional abilities of a task, in the order of `ABILITIES`."""
-    return [name for name in ABILITIES if hasattr(task, name)]
-
-
-def is_text(task: Any) -> bool:
-    """Whether the examples of a task are texts, `tokens` int32 [B, T] that it models and is not merely told."""
-    return "tokens" in task.spec(1) and "tokens" not in getattr(task, "given", ())
+        known = option_names(task)
+        way = suggest(unknown[0], known) if known else "it has none"
+        raise UserError(f"{where}: the sampler of {type(task).__name__} has no option {unknown[0]!r}; {way}")
+    try:
+        return kind(**given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

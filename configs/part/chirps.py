@@ -9,8 +9,8 @@ from dataclasses import replace
 from zoo.data.series import Chirps
 from zoo.data.synthetic import Synthetic
 from zoo.metrics.probe import Probe
-from zoo.metrics.relations import Relations
 from zoo.papers import part
+from zoo.papers.part.metrics import Relations
 from zoo.run import Checkpoint, Run
 from zoo.train.optim import AdamW
 

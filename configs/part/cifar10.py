@@ -10,8 +10,8 @@ from zoo.data.images import Images
 from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.metrics.probe import Probe
-from zoo.metrics.relations import Relations
 from zoo.papers import part
+from zoo.papers.part.metrics import Relations
 from zoo.run import Checkpoint, Run
 from zoo.train.optim import AdamW
 

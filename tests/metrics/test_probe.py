@@ -16,7 +16,8 @@ from zoo.data.images import Arrays, Digits, Images
 from zoo.data.series import Series
 from zoo.errors import UserError
 from zoo.metrics import named
-from zoo.metrics.probe import Accuracy, Localise, Neighbours, Probe, explained, offsets
+from zoo.metrics.probe import Accuracy, Neighbours, Probe, explained
+from zoo.papers.part.metrics import Localise, offsets
 
 RNG = jax.random.key(0)
 

@@ -15,7 +15,7 @@ from zoo import cli, models
 from zoo.commands.sample import save_pictures
 from zoo.data.images import Digits
 from zoo.errors import UserError
-from zoo.metrics.relations import Relations, in_pixels, spearman
+from zoo.papers.part.metrics import Relations, in_pixels, spearman
 from zoo.run import Run
 from zoo.train import loop
 from zoo.train.report import Report, read_metrics
@@ -148,8 +148,8 @@ def boxes_of(starts: np.ndarray) -> np.ndarray:
 
 SERIES_RUN = """
 from zoo.data.series import Series
-from zoo.metrics.probe import Localise
-from zoo.metrics.relations import Relations
+from zoo.papers.part.metrics import Localise
+from zoo.papers.part.metrics import Relations
 from zoo.papers.part import AbsolutePosition, Part
 from zoo.run import Run
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from zoo import config
-from zoo.metrics.probe import Localise
+from zoo.papers.part.metrics import Localise
 from zoo.train.loop import train
 
 pytestmark = pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 
 from zoo import config
 from zoo.errors import UserError, suggest
+from zoo.task import Metric
 
 
 def run(name: str, fields: Sequence[str]) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def run(name: str, fields: Sequence[str]) -> dict[str, Any]:
             ) from None
         raise
     value = config.load(name)
-    if callable(value) and hasattr(value, "needs"):
+    if isinstance(value, Metric):
         raise UserError(f"{name} holds the metric {value.name}, which measures models; write zoo eval MODEL {name}")
     if not getattr(value, "standalone", False):
         raise UserError(

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import inspect
 import os
 import platform
 import re
@@ -34,6 +33,7 @@ from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.flows.inverse import Jacobi
 from zoo.run import Run
+from zoo.task import Cached, Crops, Inverts, Samples, option_names, speed
 from zoo.train import optim
 from zoo.train.step import compile_step, make_sampler, sampler_spec
 
@@ -42,7 +42,6 @@ PARTS = ("train", "sample", "data")
 _ROUND = 0.5  # seconds that one timed round of one side takes at least
 _STEADY = 1.5  # slowest round over fastest from which a measurement counts for nothing
 _STEPS = 100  # steps timed one by one at most
-_SPEED = ("dtype", "remat", "scan", "attention")  # fields of a task that change no weight
 _OTHERS = ("peer", "against")  # sides that are not ours
 _AHEAD = 6  # batches that the pipeline may hold ready when nobody has taken one for a while
 
@@ -104,12 +103,10 @@ def bench(
             raise UserError(f"{name} {value} leaves nothing to time; give 1 or more")
     parts = WHAT.get(what, (what,))
     for one, flag in ((run, ""), (against, "--against: ")):
-        if one is not None and "sample" in parts and not hasattr(one.task, "sample"):
+        if one is not None and "sample" in parts and not isinstance(one.task, Samples):
             raise UserError(f"{flag}{type(one.task).__name__} has no sampler; use --what train")
     if against is not None and _unit(run.task) != _unit(against.task):
-        (ours, mine), (theirs, other) = (
-            (type(t).__name__, getattr(t, "unit", "images")) for t in (run.task, against.task)
-        )
+        (ours, mine), (theirs, other) = ((type(t).__name__, t.about.unit) for t in (run.task, against.task))
         raise UserError(
             f"--against: {theirs} models {other} and {ours} {mine}, so that times of one say nothing of the other; give "
             f"another config of {mine}"
@@ -150,7 +147,7 @@ def bench(
                 program, compiled = compile_twice(jitted, abstract, placed)
                 step = _Stepper(program, state, placed)
                 figures |= compiled | time_step(run, mesh, step, twin, host, rounds, rival)
-                if hasattr(run.task, "crops"):
+                if isinstance(run.task, Crops):
                     figures |= time_crops(run, step, rounds)
                 state = step.state
             if "sample" in parts:
@@ -198,7 +195,7 @@ def environment(run: Run, mesh: jax.sharding.Mesh) -> Figures:
         "batch": run.batch,
         "accumulate": run.accumulate,
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
-        **{k: getattr(run.task, k) for k in _SPEED if hasattr(run.task, k)},
+        **speed(run.task),
     }
 
 
@@ -252,7 +249,7 @@ def _planned(program: Any) -> float | None:
 
 def _unit(task: Any) -> str:
     """What the examples of a task are called in rates."""
-    return str(getattr(task, "unit", "examples"))
+    return str(task.about.unit)
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -299,7 +296,7 @@ def _compare(figures: Figures, what: str, found: dict[str, list[float]], items: 
 
 
 def _example_batch(run: Run) -> dict[str, np.ndarray]:
-    values = getattr(run.task, "classes", 0) or 2
+    values = run.task.about.classes or 2
     with contextlib.closing(batches(Synthetic(values=values), run.batch, spec=run.spec())) as feed:
         return next(feed)
 
@@ -465,8 +462,7 @@ def time_crops(run: Run, step: _Stepper, rounds: int) -> Figures:
 
 def _is_flow(task: Any) -> bool:
     """Whether the sampler inverts blocks by a method that can be chosen."""
-    flows = hasattr(task, "chain") and hasattr(task, "sample")
-    return flows and "method" in inspect.signature(task.sample).parameters
+    return isinstance(task, Inverts) and "method" in option_names(task)
 
 
 def open_weights(task: Any, name: str) -> models.Model:
@@ -481,7 +477,7 @@ def open_weights(task: Any, name: str) -> models.Model:
         )
     model = models.open_model(name, on_host=True)
     found = config.differences(config.dump(task, "task"), config.dump(model.task, "task"), "task")
-    found = [text for text in found if text.partition(":")[0].rpartition(".")[2] not in _SPEED]
+    found = [text for text in found if text.partition(":")[0].rpartition(".")[2] not in speed(task)]
     if found:
         raise UserError(
             f"--model {name} is another model than the config's ({found[0]}); override the fields of the config, or open "
@@ -540,7 +536,7 @@ def time_sampler(
     """
     task, methods = run.task, methods or {"ours": None}
     # A peer inverts and no more, so neither do we beside one.
-    inverts = twin is not None and "denoise" in inspect.signature(task.sample).parameters
+    inverts = twin is not None and "denoise" in option_names(task)
     options = {"denoise": 0.0} if inverts else {}
     given = _conditions(task, n)
     figures: Figures = {}
@@ -578,7 +574,7 @@ def time_sampler(
             told = _told({name: jax.device_get(draw(program, 0)) for name, program in programs.items()}, n)
     times: Figures = {}
     _compare(times, f"sample {n}", found, n, _unit(task))
-    if _is_flow(task) and hasattr(task, "cache_bytes"):
+    if _is_flow(task) and isinstance(task, Cached):
         sizes = task.cache_bytes(n, guided=False).items()
         figures[f"sample {n} caches of a block MiB"] = {block: size / 2**20 for block, size in sizes}
     return times | told | figures

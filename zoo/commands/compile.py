@@ -25,6 +25,7 @@ from zoo.commands import chips, flops, hlo
 from zoo.commands.chips import Chip
 from zoo.errors import UserError
 from zoo.run import Run
+from zoo.task import Samples, speed
 from zoo.train import optim
 from zoo.train.step import State, abstract_state, compile_step, make_sampler, sampler_spec
 
@@ -216,7 +217,7 @@ def compile_run(run: Run, to: Target, what: str = "train", samples: int | None =
             state: Any = abstract
             items = run.batch
         else:
-            if not hasattr(run.task, "sample"):
+            if not isinstance(run.task, Samples):
                 raise UserError(f"{type(run.task).__name__} has no sampler; use --what train")
             items = samples or run.samples.n or 64
             program = jax.jit(make_sampler(run.task, items, run.samples.options))
@@ -347,13 +348,14 @@ def _least_sent(run: Run, abstract: State, mesh: Any) -> dict[str, float]:
     tensor: the output of each kernel that is cut along what it sums over, and the input gradient of each that is cut
     along its output, is summed. A sequence axis is not counted: that depends on the attention.
     """
-    item = jnp.dtype(getattr(run.task, "dtype", "float32")).itemsize
+    fast = speed(run.task)
+    item = jnp.dtype(fast.get("dtype", "float32")).itemsize
     data, fsdp, tensor = (mesh.shape[a] for a in ("data", "fsdp", "tensor"))
-    tokens = getattr(run.task, "tokens", 0) / mesh.shape["sequence"]
+    tokens = run.task.about.tokens / mesh.shape["sequence"]
     rows = run.batch / run.accumulate / (data * fsdp)
-    passes = 2 if getattr(run.task, "remat", "none") == "none" else 3
+    passes = 2 if fast.get("remat", "none") == "none" else 3
     found = {"fsdp": 0.0, "data": 0.0, "tensor": 0.0}
-    trained = {k: v for k, v in abstract.params.items() if k not in run.task.held}
+    trained = {k: v for k, v in abstract.params.items() if k not in run.task.about.held}
     for name, leaf in weights.flatten(trained).items():
         parts = [_names(p) for p in leaf.sharding.spec]
         size, cut = math.prod(leaf.shape), set().union(*parts)
@@ -423,7 +425,7 @@ def nearest_fit(run: Run, to: Target, failed: Compiled, what: str, samples: int 
     for m, (mesh_fields, meshed, cut) in enumerate(meshes()):
         for r, (row_fields, one, k) in enumerate(fewer_rows(meshed)):
             for saved in (False, True):
-                if saved and (what != "train" or getattr(run.task, "remat", None) not in ("none", "dots")):
+                if saved and (what != "train" or speed(run.task).get("remat") not in ("none", "dots")):
                     continue
                 fields = [*mesh_fields, *row_fields, *(["task.remat=full"] if saved else [])]
                 gradients = state / 3 / cut if k > 1 and what == "train" else 0

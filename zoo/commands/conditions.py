@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] 
     if prompt is not None and prompts is not None:
         raise UserError("prompt= and prompts= are both given; keep one: prompts=FILE holds one of them per line")
     field = f"prompt={prompt}" if prompt is not None else f"prompts={prompts}"
-    given = getattr(task, "given", ())
+    given = task.about.conditions
     if "text" in given:
         raise UserError(
             f"{field}: this model was trained on stored features of captions and holds no text encoder; {_WAY}"
@@ -47,9 +47,9 @@ def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] 
     what = "caption"
     if "tokens" not in given:
         if not is_text(task):
-            other = "label=" if getattr(task, "classes", 0) else "no condition"
+            other = "label=" if task.about.classes else "no condition"
             raise UserError(f"{field}: this model is not conditioned on captions; leave it out (it takes {other})")
-        if not getattr(task, "rewrites", False):
+        if "tokens" not in task.about.completes:
             raise UserError(f"{field}: {type(task).__name__} draws texts and rewrites none; leave it out")
         what = "text"
     if prompt is not None:
@@ -75,22 +75,21 @@ def _count(lines: Sequence[str]) -> str:
     return "1 line" if len(lines) == 1 else f"{len(lines)} lines"
 
 
-def shaped(task: Any, aspect: str | None, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def shaped(task: Any, aspect: str | None, options: Any) -> tuple[Any, dict[str, Any]]:
     """Options of the sampler for an aspect ratio such as "16:9", and what to remember of it.
 
     The area is that of the latents the task was trained on, as in the buckets of `zoo prepare --aspects`.
     """
     if aspect is None:
-        return dict(options), {}
-    if "grid" not in inspect.signature(task.sample).parameters:
-        raise UserError(
-            f"aspect={aspect}: all {getattr(task, 'unit', 'images')} of {type(task).__name__} have one shape; leave it out"
-        )
-    if options.get("grid") is not None:
+        return options, {}
+    grid = task.about.grid
+    if grid is None:
+        raise UserError(f"aspect={aspect}: all {task.about.unit} of {type(task).__name__} have one shape; leave it out")
+    if options.grid is not None:
         raise UserError(f"aspect={aspect} and grid= both say the shape; keep one")
-    side = round(math.sqrt(math.prod(task.latent)) * task.factor)
-    height, width = bucket(side, aspect, task.multiple)
-    return {**options, "grid": (height // task.factor, width // task.factor)}, {"aspect": aspect}
+    side = round(math.sqrt(math.prod(grid.trained)) * grid.pixels)
+    height, width = bucket(side, aspect, grid.multiple)
+    return replace(options, grid=(height // grid.pixels, width // grid.pixels)), {"aspect": aspect}
 
 
 def given(
@@ -98,7 +97,7 @@ def given(
     labels: np.ndarray | None,
     texts: Sequence[str] | None,
     n: int,
-    options: Mapping[str, Any],
+    options: Any,
     aspect: str | None,
     tokenizer: str | None,
 ) -> tuple[dict[str, np.ndarray] | None, list[str] | None, dict[str, str]]:
@@ -115,7 +114,7 @@ def given(
     task = model.task
     if labels is not None:
         return {"label": labels}, [class_name(model.labels, i) for i in labels], {}
-    wanted = getattr(task, "given", ())
+    wanted = task.about.conditions
     if "text" in wanted:
         raise UserError(
             "this model was trained on stored features of captions (task.captions='features'), and what stands for no "
@@ -123,7 +122,7 @@ def given(
         )
     if "tokens" not in wanted:
         return None, None, {}
-    around = framed(task, options.get("grid"), aspect)
+    around = framed(task, None if task.about.grid is None else options.grid, aspect)
     if texts is None:
         _log.info("no prompt=: samples are drawn without a caption")
         if around is None:

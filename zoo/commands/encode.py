@@ -15,14 +15,16 @@ import numpy as np
 from zoo import config, dist, models, weights
 from zoo.data.latents import encode_set
 from zoo.data.prepare import Report
+from zoo.encoders import text as text_encoder
+from zoo.encoders import vae as autoencoder
 from zoo.encoders.tokenizer import NAME
 from zoo.errors import UserError, suggest
-from zoo.models import HINTS
-from zoo.task import Params
+from zoo.task import Decodes, Params, Reads
 
 _log = logging.getLogger("zoo")
 _FREE = ("class", "scale", "kl", "scan", "remat", "attention")  # scale is told by itself, the others change no latents
 _KINDS = ("vae", "text")
+_HOW = {"vae": autoencoder.HOW, "text": text_encoder.HOW}  # to come by one
 _BATCH, _SIDE = 64, 256  # images of this side that are encoded at a time
 _SHOWN = 5  # captions that are cut off, each with a line of its own
 
@@ -37,7 +39,7 @@ def chosen(words: Sequence[str]) -> dict[str, str]:
                 f"--encode {word} names no kind of encoder; {suggest(kind, _KINDS)}: write --encode vae=MODEL"
             )
         if not name:
-            raise UserError(f"--encode {word} names no model; {HINTS[kind]}, and write --encode {kind}=OUT")
+            raise UserError(f"--encode {word} names no model; {_HOW[kind]}, and write --encode {kind}=OUT")
         if kind in found:
             raise UserError(f"--encode {kind}= is given twice; keep one")
         found[kind] = name
@@ -147,10 +149,11 @@ class _Vae:
         _find("vae", name)
         model = models.open_model(name, raw=raw, allow=allow)
         task, params = model.task, model.params
-        if not hasattr(task, "encode") and getattr(task, "vae", None) is not None:
-            task, params = task.vae, params.get("vae", params)
-        if not all(hasattr(task, word) for word in ("encode", "factor", "channels", "scale")):
-            raise UserError(f"--encode vae={name}: {type(model.task).__name__} is no autoencoder; {HINTS['vae']}")
+        if not isinstance(task, Decodes):
+            inside = [network.task for network in task.about.networks.values() if isinstance(network.task, Decodes)]
+            task, params = inside[0] if inside else task, params.get("vae", params)
+        if not isinstance(task, Decodes):
+            raise UserError(f"--encode vae={name}: {type(model.task).__name__} is no autoencoder; {_HOW['vae']}")
         self.task = task
         scale = None if task.scale is None else float(task.scale)
         params = weights.encoding(params)  # what decodes need not lie on the devices
@@ -166,8 +169,8 @@ class _Text:
     ) -> None:
         _find("text", name)
         task, folder = models.open_task(name, allow)
-        if not all(hasattr(task, word) for word in ("encode", "tokens")):
-            raise UserError(f"--encode text={name}: {type(task).__name__} is no text encoder; {HINTS['text']}")
+        if not isinstance(task, Reads):
+            raise UserError(f"--encode text={name}: {type(task).__name__} is no text encoder; {_HOW['text']}")
         file = Path(tokenizer) if tokenizer is not None else None
         if file is None and isinstance(folder, Path) and models.has_tokenizer(folder):
             file = folder / NAME
@@ -179,8 +182,7 @@ class _Text:
         from zoo.encoders.tokenizer import Tokenizer
 
         self._tokenizer = Tokenizer(file)
-        if hasattr(task, "vocab"):
-            self._tokenizer.check(task.vocab)
+        self._tokenizer.check(task.vocab)
         self.length, self.cut = int(task.tokens), 0
         self.about = {
             "window": str(self.length),
@@ -229,4 +231,4 @@ def _find(kind: str, name: str) -> None:
     try:
         models.locate(name)
     except UserError as error:
-        raise UserError(f"--encode {kind}={name}: {error}; {HINTS[kind]}") from None
+        raise UserError(f"--encode {kind}={name}: {error}; {_HOW[kind]}") from None

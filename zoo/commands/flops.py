@@ -9,6 +9,7 @@ import jax
 from jax.extend.core import jaxprs_in_params
 
 from zoo import weights
+from zoo.task import Counted
 
 
 def count(jaxpr: Any, causal: bool = False) -> float:
@@ -51,7 +52,7 @@ def training_example(task: Any) -> float:
 
     The backward pass of a product is two products. Nothing that is computed twice to save memory counts.
     """
-    if hasattr(task, "flops"):
+    if isinstance(task, Counted):
         return float(task.flops())
     traced = jax.make_jaxpr(task.loss)(weights.abstract(task), task.spec(1), jax.eval_shape(lambda: jax.random.key(0)))
     return 3.0 * count(traced)

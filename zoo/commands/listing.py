@@ -19,7 +19,7 @@ from zoo import config, dist, models, weights
 from zoo.commands import chips
 from zoo.errors import UserError
 from zoo.run import Run
-from zoo.task import abilities
+from zoo.task import Cached, abilities
 from zoo.train import optim
 from zoo.train.step import abstract_state
 
@@ -138,13 +138,13 @@ def show(value: Any, name: str) -> str:
 def _facts(run: Run) -> list[str]:
     shapes = weights.flatten(weights.abstract(run.task))
     count = sum(int(np.prod(x.shape)) for x in shapes.values())
-    held = list(run.task.held)
+    held = list(run.task.about.held)
     lines = [
         f"{count:,} parameters in {len(shapes)} arrays"
         + (f", held without gradient: {', '.join(held)}" if held else "")
     ]
     lines.append(f"one batch: {', '.join(f'{k} {v.dtype}{list(v.shape)}' for k, v in run.spec().items())}")
-    if hasattr(run.task, "cache_bytes"):
+    if isinstance(run.task, Cached):
         n = run.samples.n or 16
         deep, shallow = (run.task.cache_bytes(n)[block] / 2**30 for block in ("deep", "shallow"))
         lines.append(

@@ -13,6 +13,7 @@ import numpy as np
 
 from zoo import weights
 from zoo.errors import UserError
+from zoo.task import speed
 
 
 def load_peer(path: str, task: Any) -> Any:
@@ -42,11 +43,11 @@ def parity(task: Any, params: Any, twin: Any, host: dict[str, np.ndarray]) -> di
     moved = jax.tree.map(
         lambda x: x + 0.16 / max(*x.shape, 1) ** 0.5 * jax.random.normal(next(keys), x.shape, x.dtype), params
     )
-    moved = {**moved, **{k: params[k] for k in task.held}}
+    moved = {**moved, **{k: params[k] for k in task.about.held}}
     twin.load(weights.to_official(task, jax.device_get(moved)))
-    half = getattr(task, "dtype", "float32") != "float32"
-    still = {"noise": 0.0, "noise_type": "gaussian", "drop": 0.0}
-    clean = dataclasses.replace(task, **{k: v for k, v in still.items() if hasattr(task, k)})
+    half = speed(task).get("dtype", "float32") != "float32"
+    still: dict[str, Any] = {"noise": 0.0, "noise_type": "gaussian", "drop": 0.0}
+    clean = dataclasses.replace(task, **{f.name: still[f.name] for f in dataclasses.fields(task) if f.name in still})
     found = {}
     with jax.default_matmul_precision("default" if half else "float32"):
         ours = float(jax.jit(lambda p, b: clean.loss(p, b, jax.random.key(0))[0])(moved, host))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -68,8 +68,10 @@ class Images:
         return "sheet.png"
 
 
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: config.dump(v) for k, v in options.items()}
+def _plain(options: Any) -> dict[str, Any]:
+    """Options as JSON has them, without a method that is left open."""
+    found = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    return {k: config.dump(v) for k, v in found.items() if (k, v) != ("method", "auto")}
 
 
 def keys(seed: int, indices: np.ndarray, attempt: int = 0) -> jax.Array:
@@ -88,8 +90,8 @@ def draw(
     captions: Sequence[str] | None,
     asked: Mapping[str, Any],
     batch: int,
-    options: Mapping[str, Any],
-    resolved: Mapping[str, Any] = MappingProxyType({}),
+    options: Any,
+    resolved: Any = None,
     form: Form | None = None,
 ) -> None:
     """Draw n samples into `out`: `000000.png` ..., `sheet.png` and `settings.json`. Files already there are kept.
@@ -99,8 +101,9 @@ def draw(
         captions: n texts, for the sheet and the images' metadata; None: none.
         asked: what the user wrote for `conditions`, kept in `settings.json`: with it, sample i has the same condition
             whatever n.
-        resolved: what stands in the place of options that leave the choice to zoo; not part of the settings, so that a
-            folder can be filled on another device.
+        options: of the task's sampler, an instance of its `Sampling`.
+        resolved: what stands in their place where they leave the choice to zoo; not part of the settings, so that a folder
+            can be filled on another device.
         form: what samples are; None: images.
 
     Raises:
@@ -113,10 +116,11 @@ def draw(
         "weights": model.kind,
         "seed": seed,
         **asked,
-        **_plain({k: v for k, v in options.items() if (k, v) != ("method", "auto")}),
+        **_plain(options),
     }
-    taken = {**options, **resolved}
-    sampler = jax.jit(lambda params, rng, given: model.task.sample(params, rng, batch, given, **taken))
+    taken = options if resolved is None else resolved
+    method = getattr(taken, "method", None)
+    sampler = jax.jit(lambda params, rng, given: model.task.sample(params, rng, batch, given, taken))
     boxed = jax.eval_shape(model.task.init, jax.random.key(0))
     mesh, params = dist.spread(model.params, batch, boxed)
     with dist.use(mesh):
@@ -135,11 +139,11 @@ def draw(
         rows = np.array(missing[begin : begin + batch])
         with dist.use(mesh):
             drawn, lost = _finite(sampler, params, seed, rows, conditions, batch, form.key)
-        strategy.tell(drawn, taken.get("method", "sequential"))
+        strategy.tell(drawn, method)
         for k, i in enumerate(rows):
             about = {**{k: str(v) for k, v in settings.items()}, "index": str(i)}
-            if "method" in taken:
-                about["method"] = strategy.described(taken["method"])
+            if method is not None:
+                about["method"] = strategy.described(method)
             if captions is not None:
                 about[word] = captions[i]
             form.save(out, i, {key: x[k] for key, x in drawn.items()}, about)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from zoo.flows.inverse import Guidance, Jacobi
 from zoo.metrics.convergence import Convergence
 from zoo.models import Model, shipped
 from zoo.paths import Folder
+from zoo.task import Inverts
 
 _log = logging.getLogger("zoo")
 
@@ -75,7 +77,7 @@ def _plan(strategy: Mapping[str, Any]) -> Jacobi:
     return Jacobi(tuple(strategy["modules"]), tol=strategy["tol"], start=tuple(strategy["start"]))
 
 
-def chosen(model: Model, options: Mapping[str, Any], batch: int) -> Jacobi | None:
+def chosen(model: Model, options: Any, batch: int) -> Jacobi | None:
     """The strategy saved with a model that suits this device, a batch and the guidance; None where there is none.
 
     Sweeps pay less the more samples a device has, so one that was timed with as many or more is safe. One that was timed
@@ -85,7 +87,7 @@ def chosen(model: Model, options: Mapping[str, Any], batch: int) -> Jacobi | Non
         UserError: the file is damaged, or of a model with other blocks.
     """
     here = jax.devices()[0].device_kind
-    guided = Guidance.of(options.get("guidance", 0.0), "linear", annealed=True).active
+    guided = Guidance.of(options.guidance, "linear", annealed=True).active
     share = math.ceil(batch / math.gcd(batch, jax.local_device_count()))
     saved, blocks = _read(model.folder), model.task.blocks
     if any(len(s["modules"]) != blocks or len(s["start"]) != blocks for s in saved):
@@ -104,8 +106,8 @@ def chosen(model: Model, options: Mapping[str, Any], batch: int) -> Jacobi | Non
     return _plan(min(suits, key=lambda pair: pair[0])[1]) if suits else None
 
 
-def resolve(model: Model, options: Mapping[str, Any], batch: int, *, measure: bool) -> dict[str, Any]:
-    """{"method": what "auto" stands for}; {} where another method is asked for, or the sampler inverts no flow.
+def resolve(model: Model, options: Any, batch: int, *, measure: bool) -> Any:
+    """The options with what `method="auto"` stands for; as they are where the sampler inverts no affine flow.
 
     Args:
         measure: time the methods where nothing is saved; False: go token by token then.
@@ -113,8 +115,8 @@ def resolve(model: Model, options: Mapping[str, Any], batch: int, *, measure: bo
     Raises:
         UserError: the data to measure on cannot be read.
     """
-    if options.get("method") != "auto" or not hasattr(model.task, "chain"):
-        return {}
+    if not isinstance(model.task, Inverts) or options.method != "auto":
+        return options
     plan = chosen(model, options, batch)
     if plan is None and measure:
         if model.data is None:
@@ -123,13 +125,13 @@ def resolve(model: Model, options: Mapping[str, Any], batch: int, *, measure: bo
                 "trained on; give method=sequential or method=jacobi"
             )
         _log.info("method=auto: no strategy is saved for this device, batch and guidance; measuring")
-        weight = Guidance.of(options.get("guidance", 0.0), "linear", annealed=True).weight
+        weight = Guidance.of(options.guidance, "linear", annealed=True).weight
         metric = Convergence(batches=(batch,), guidance=float(weight))
         params = jax.device_put(model.params, jax.local_devices()[0])
         found = metric(model.task, params, model.data, jax.random.key(0))
         save(model.folder, found)
         plan = _plan(found["strategies"][0])
-    return {"method": plan or Jacobi.of("sequential")}
+    return replace(options, method=plan or Jacobi.of("sequential"))
 
 
 def described(method: Any) -> str:

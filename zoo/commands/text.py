@@ -32,7 +32,7 @@ def vocabulary_of(model: Model) -> Vocabulary | None:
     with paths.sentence(model.folder):
         found = open_vocabulary(model.folder)
     why = ""
-    if found is None and hasattr(model.data, "vocabulary"):
+    if found is None and model.data is not None:
         try:
             found = model.data.vocabulary()
         except UserError as error:  # an export is used where its data are not

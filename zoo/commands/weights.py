@@ -17,7 +17,7 @@ from zoo.errors import UserError
 from zoo.models import TOKENIZER, Model, has_tokenizer, homes
 from zoo.paths import Folder
 from zoo.run import Run
-from zoo.task import is_text
+from zoo.task import Noted, Published, Samples, abilities, call, is_text, speed
 from zoo.train.report import read_metrics
 
 
@@ -44,8 +44,8 @@ def _last_eval(model: Model) -> dict[str, Any]:
 
 def _licence(model: Model) -> str | None:
     """Terms of the published weights of a task, where these parameters are or come from such."""
-    own = model.run is not None and any(key not in model.task.held for key in model.run.weights or {})
-    return getattr(model.task, "licence", None) if model.kind == "imported" or own else None
+    own = model.run is not None and any(key not in model.task.about.held for key in model.run.weights or {})
+    return model.task.about.licence or None if model.kind == "imported" or own else None
 
 
 def _tokenizer(places: Iterable[Folder]) -> dict[str, bytes]:
@@ -87,7 +87,7 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
             raise UserError(f"{out} exists; remove it first, or give another file")
         state = weights.to_official(model.task, model.params)
         weights.write_state_dict(out, state)
-        note = f"\n{model.task.import_note()}" if hasattr(model.task, "import_note") else ""
+        note = f"\n{model.task.import_note()}" if isinstance(model.task, Noted) else ""
         return f"{out}: {len(state)} tensors in the official layout ({which}){note}"
     metrics = _last_eval(model) if model.run is not None else models.read_config(model.folder).get("metrics", {})
     program = _program(model.task, samples) if form == "stablehlo" else None
@@ -99,7 +99,7 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
         return f"{out}: model.safetensors, config.json, README.md ({which})"
     with dist.portable():
         weights.export_stablehlo(out, program.call, model.params, *program.arguments, name=program.name)
-    unit = getattr(model.task, "unit", "images")
+    unit = model.task.about.unit
     what = {"sampler": "a sampler", "features": "a program for the features"}[program.name]
     return f"{out}: as a zoo export, and stablehlo/ with {what} of {samples} {unit} a call ({which})"
 
@@ -122,14 +122,15 @@ def _program(task: Any, samples: int) -> _Program:
     kind = type(task).__name__
     if samples < 1:
         raise UserError(f"--samples {samples} leaves a portable program nothing to do; give 1 or more")
-    if not (hasattr(task, "sample") or hasattr(task, "features")):
+    can = abilities(task)
+    if not {"sample", "features"} & set(can):
         raise UserError(f"{kind} has neither a sampler nor features to export; use --format zoo")
-    if hasattr(task, "sample") and getattr(task, "given", None):
+    if "sample" in can and task.about.conditions:
         raise UserError(
             f"--format stablehlo: the sampler of this {kind} takes captions, which a portable program has no place for "
             "yet; use --format zoo"
         )
-    if hasattr(task, "attention"):  # a kernel of this machine would not run on the others
+    if "attention" in speed(task):  # a kernel of this machine would not run on the others
         task = dataclasses.replace(task, attention="xla")
 
     def sampler(params: Any, key: jax.Array, label: jax.Array | None = None) -> dict[str, jax.Array]:
@@ -137,12 +138,14 @@ def _program(task: Any, samples: int) -> _Program:
         return task.sample(params, rng, samples, None if label is None else {"label": label})
 
     def features(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: getattr(task, name)(params, batch) for name in ("features", "feature_map") if hasattr(task, name)}
+        return {
+            name: call(task, name, params, batch) for name in abilities(task) if name in ("features", "feature_map")
+        }
 
-    if not hasattr(task, "sample"):
+    if "sample" not in can:
         batch = {key: leaf for key, leaf in task.spec(samples).items() if key != "label"}
         return _Program("features", features, (batch,))
-    label = (jax.ShapeDtypeStruct((samples,), jnp.int32),) if getattr(task, "classes", 0) else ()
+    label = (jax.ShapeDtypeStruct((samples,), jnp.int32),) if task.about.classes else ()
     return _Program("sampler", sampler, (jax.ShapeDtypeStruct((2,), jnp.uint32), *label))
 
 
@@ -164,20 +167,21 @@ def import_checkpoint(config: Any, file: Path, out: Path) -> str:
     model = Model(task, params, "imported", None, config.data if isinstance(config, Run) else None, (), out)
     _write(model, out, {}, _tokenizer(homes(file if file.is_dir() else file.parent, given)))
     count = sum(np.size(x) for x in jax.tree.leaves(params))
-    use = f"`zoo sample {out}` draws from it" if hasattr(task, "sample") else "a run names it in its weights"
+    use = f"`zoo sample {out}` draws from it" if isinstance(task, Samples) else "a run names it in its weights"
     note = f"\n{terms}" if (terms := _licence(model)) else ""
     return f"{out}: {count:,} parameters of {type(task).__name__}, every tensor used ({use}){note}"
 
 
 def _held(task: Any, given: Mapping[str, str]) -> dict[str, Any]:
     """Parameters of the networks that a task holds and that its published layout leaves out."""
-    names = task.import_names() if task.held and hasattr(task, "import_names") else []
+    held = task.about.held
+    names = task.import_names() if held and isinstance(task, Published) else []
     there = {name.target.split("/")[0] for name in names if name.target}
-    wanted = [key for key in task.held if key not in there] if names else []
+    wanted = [key for key in held if key not in there] if names else []
     for key in wanted:
         if key not in given:
             raise UserError(
                 f"weights.{key} is missing: {type(task).__name__} holds this network, and the checkpoint has it not; "
-                f"{models.must_add(key)}"
+                f"{models.must_add(key, task)}"
             )
-    return models.given_weights({key: given[key] for key in wanted})
+    return models.given_weights({key: given[key] for key in wanted}, task)

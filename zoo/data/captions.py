@@ -73,9 +73,10 @@ def framed(task: Any, grid: tuple[int, int] | None, aspect: str | None = None) -
         grid: rows and columns of the latents that are drawn; None: those of the task.
         aspect: that of the images, where it is known.
     """
-    if getattr(task, "template", "plain") != "aspect":
+    captions, trained = task.about.captions, task.about.grid
+    if captions is None or captions.template != "aspect":
         return None
-    rows, columns = grid or task.latent
+    rows, columns = grid or trained.trained
     return aspect or nearest(columns, rows)
 
 
@@ -94,7 +95,7 @@ def as_tokens(
         encode: the tokeniser, (texts, S) -> ids [N, S] and what did not fit.
         aspect: as of `framed`.
     """
-    length = task.spec(1)["tokens"].shape[1]
+    length = task.about.captions.tokens
     null, _ = encode([template("", aspect=aspect)], length)
     found = {"null_tokens": np.repeat(null, n, 0)}
     if texts is not None:

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageOps
 
+from zoo.data.pipeline import Data, Source
 from zoo.data.records import Info, Record, first_line, is_prepared, open_shards, read_info, sha256
 from zoo.errors import UserError
 
@@ -39,7 +40,7 @@ _log = logging.getLogger("zoo")
 
 
 @dataclass(frozen=True)
-class Digits:
+class Digits(Data):
     """1,797 scans of handwritten digits, 8x8x1, bundled with scikit-learn: 1,500 to train on, 297 to test.
 
     The scans have 17 grey levels k in 0..16; `image` is 2k/16 - 1, `label` is 0..9.
@@ -71,7 +72,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Arrays:
+class Arrays(Data):
     """Images in an .npz file: uint8, or floats already in [-1, 1]; [N, H, W] or [N, H, W, C], labels int [N].
 
     `{split}` in a name becomes "train" or "test". A name without it holds everything, and a fixed part `test_fraction`
@@ -134,7 +135,7 @@ class Arrays:
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Data):
     """Images by path: a folder, a set made by `zoo prepare`, an .npz file, or "tfds:name/config" prepared on this disk.
 
     An .npz file has the layout that `Arrays` expects by default. A folder holds images, or one folder of images per
@@ -202,7 +203,7 @@ class Images:
         return Arrays(str(path), size=self.size, channels=channels, flip=self.flip, test_fraction=self.test_fraction)
 
 
-class ImageSource:
+class ImageSource(Source):
     """A source from a function `read(i) -> (image uint8 or float32 [S, S, C], label or None)`."""
 
     def __init__(

@@ -24,6 +24,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from tqdm import tqdm
 
+from zoo.data import pipeline
 from zoo.data.captions import ASPECTS, bucket, nearest, template
 from zoo.data.images import (
     SPLITS,
@@ -112,7 +113,7 @@ class LatentInfo(msgspec.Struct):
 
 
 @dataclass(frozen=True)
-class Latents:
+class Latents(pipeline.Data):
     """A set made by `zoo prepare --encode`: one of its aspect ratios, or all of them in batches of one each.
 
     Examples: `latent` (mean) and `latent_std` float32 [h, w, c]; `label` int32 [] where there are labels; `tokens` and
@@ -200,7 +201,7 @@ class _Bucket:
         return {**example, **self._null}
 
 
-class LatentSource:
+class LatentSource(pipeline.Source):
     """The examples of one or several aspect ratios, one after the other; of several, each is a group."""
 
     def __init__(self, parts: list[_Bucket], labels: tuple[str, ...]) -> None:

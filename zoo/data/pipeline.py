@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, cast
 
 import grain
 import jax
@@ -35,26 +36,45 @@ Example = dict[str, np.ndarray]
 Spec = Mapping[str, jax.ShapeDtypeStruct]
 
 
-class Source(Protocol):
-    """Random access to the examples of one split; `__getitem__` is called from several threads at once.
+class Source(ABC):
+    """Base of sources: random access to the examples of one split; `__getitem__` is called from several threads at once."""
 
-    `augment(example, rng) -> example` is optional (absent or None) and applied to training batches only. So is
-    `groups`, a tuple of arrays of indices: every batch is drawn from one of them, since shapes differ between them.
-    """
+    labels: tuple[str, ...] = ()  # class names, () if there are none
+    augment: Any = None  # (example, rng) -> example, applied to training batches only; None: they stay as they are
+    groups: Any = ()  # arrays of indices: every batch is drawn from one of them, since shapes differ between them
+    aspects: tuple[str, ...] = ()  # names of the groups, where they have some
+    vocabulary: Any = None  # of texts
+    characters_per_token: Any = None  # of texts: how many a token stands for on average
 
-    labels: tuple[str, ...]  # class names, () if there are none
-
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Example:
         """One example: `image` float32 [S, S, C] in [-1, 1], `label` int32 [], ..."""
         ...
 
 
-@runtime_checkable
-class Data(Protocol):
-    """A data description: a frozen dataclass of plain values that knows how to open its source."""
+class Data(ABC):
+    """Base of data descriptions: frozen dataclasses of plain values that know how to open their source."""
 
+    path: Any = ""  # where it lies; "" for what comes with zoo or is made
+    flip: Any = False  # whether training images are mirrored
+    made_up: ClassVar[bool] = False  # True: nothing can be learned from it, so that a run needs no real weights either
+
+    def made_with(self) -> dict[str, str]:
+        """What encoders made it, by kind; {} where none did."""
+        return {}
+
+    def fingerprint(self, split: str) -> str | None:
+        """What the examples of a split are, wherever they lie; None where that cannot be told."""
+        return None
+
+    def vocabulary(self) -> Any:
+        """What the tokens of its texts mean; None where it has none."""
+        return None
+
+    @abstractmethod
     def source(self, split: str, spec: Spec | None = None) -> Source:
         """The examples of "train" or "test"; `spec` is the task's batch, for sources that make examples to fit."""
         ...
@@ -87,7 +107,7 @@ def batches(
     source = data.source(split, spec)
     keys = _keys(data, source, spec)
     size = len(source)
-    augment = getattr(source, "augment", None) if split == "train" else None
+    augment = source.augment if split == "train" else None
 
     groups = _groups(source)
     at = _ungrouped(size, seed) if groups is None else _grouped(data, groups, batch, seed)
@@ -103,7 +123,7 @@ def batches(
 
 
 def _groups(source: Source) -> tuple[np.ndarray, ...] | None:
-    return getattr(source, "groups", None) or None
+    return source.groups or None
 
 
 def _ungrouped(size: int, seed: int) -> Callable[[int], int]:

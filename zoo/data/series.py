@@ -32,6 +32,7 @@ from zoo.data.images import (
     find_files,
     read_array,
 )
+from zoo.data.pipeline import Data, Source
 from zoo.data.records import sha256
 from zoo.errors import UserError
 
@@ -45,7 +46,7 @@ SpecOf = Mapping[str, jax.ShapeDtypeStruct]
 
 
 @dataclass(frozen=True)
-class Chirps:
+class Chirps(Data):
     """Noisy tones that rise: s(t) = A sin(2 pi (f0 t + r t^2 / 2) + phi) + 0.3 noise at t = 0, 1/length, ..., below 1.
 
     The class is the rate r, one of 4, 9, 14 and 19, in turn; f0 is uniform in [2, 5), phi in [0, 2 pi) and A in [0.7, 1.3) (our
@@ -67,7 +68,7 @@ class Chirps:
         return ChirpSource(_chirps(self.seed, split, self.train if split == "train" else self.test, self.length))
 
 
-class ChirpSource:
+class ChirpSource(Source):
     """Examples from their array [N, L]; the class of example i is i modulo 4."""
 
     labels = tuple(map(str, RATES))
@@ -104,7 +105,7 @@ def _chirps(seed: int, split: str, count: int, length: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Series:
+class Series(Data):
     """Windows of the user's recordings: `length` time steps every `hop`, cut from an .npz file or from CSV files.
 
     An .npz file holds series of one length, numbers [N, T] or [N, T, C], and labels int [N]; `{split}` in the name of an
@@ -297,7 +298,7 @@ class Part:
                 yield self.series[member][first:last]
 
 
-class WindowSource:
+class WindowSource(Source):
     """Windows `length` long every `hop` time steps of what a split is made of, standardised where `mean` is given."""
 
     def __init__(self, part: Part, length: int, hop: int, mean: np.ndarray | None, scale: np.ndarray | None) -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from zoo.data.pipeline import Data, Source
 from zoo.errors import UserError
 
 
 @dataclass(frozen=True)
-class Synthetic:
+class Synthetic(Data):
     """Noise of the shapes that the task asks for: floats uniform in [-1, 1], integers in [0, values)."""
 
     examples: int = 256
@@ -43,7 +44,7 @@ class Synthetic:
 
 
 @dataclass
-class _Noise:
+class _Noise(Source):
     data: Synthetic
     split: str
     spec: dict[str, jax.ShapeDtypeStruct]

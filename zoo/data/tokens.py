@@ -26,6 +26,7 @@ import numpy as np
 from zoo.data import vocabulary as vocabularies
 from zoo.data.documents import SPLITS, check_fractions, cuts, list_texts, pieces
 from zoo.data.images import existing
+from zoo.data.pipeline import Data, Source
 from zoo.data.records import AGAIN, is_prepared, read_info
 from zoo.data.vocabulary import Vocabulary, normalise
 from zoo.errors import UserError
@@ -70,7 +71,7 @@ class TokenInfo(msgspec.Struct):
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Data):
     """A text by path: a file (.txt, .gz, .zip, .jsonl, .parquet), a folder of such, or a set made by `zoo prepare --text`.
 
     `tokenizer` is "text8" (27 symbols), "chars" (the characters that the text has), "bytes", or the path of a
@@ -110,7 +111,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Docstrings:
+class Docstrings(Data):
     """What the Python standard library says of itself: docstrings and the texts of `help()`, in the 27 symbols of text8.
 
     About a million characters that every machine has; they differ a little between versions of Python, so that a run goes
@@ -134,7 +135,7 @@ class Docstrings:
             return _docstrings()
 
 
-class TokenSource:
+class TokenSource(Source):
     """Windows of T tokens, one after the other; what is left over at the end is not read."""
 
     labels: tuple[str, ...] = ()
@@ -166,15 +167,11 @@ class TokenSource:
         return {"tokens": window}
 
 
-def check_vocabulary(task: Any, source: Any) -> None:
-    """UserError when the task's `vocab` is not the number of symbols that the data have."""
-    vocabulary, vocab = getattr(source, "vocabulary", None), getattr(task, "vocab", None)
-    if isinstance(vocabulary, Vocabulary) and isinstance(vocab, int) and vocab != vocabulary.size:
-        is_tied = getattr(task, "is_tied", None)  # such a layer has a component for every token
-        tied = f" task.layers.0.components={vocabulary.size}" if callable(is_tied) and is_tied(0) else ""
-        raise UserError(
-            f"the data has {vocabulary.size} symbols, task.vocab={vocab}; set task.vocab={vocabulary.size}{tied}"
-        )
+def check_vocabulary(task: Any, source: Source) -> None:
+    """UserError when the task's vocabulary is not of as many symbols as the data have."""
+    vocabulary, vocab = source.vocabulary, task.about.vocabulary
+    if vocabulary is not None and vocab is not None and vocab != vocabulary.size:
+        raise UserError(f"the data has {vocabulary.size} symbols, task.vocab={vocab}; set task.vocab={vocabulary.size}")
 
 
 # From texts to tokens

@@ -22,7 +22,9 @@ from zoo.encoders.tokenizer import PAD
 from zoo.errors import UserError
 from zoo.nn.layers import Dense, RMSNorm, Table, normal
 from zoo.nn.transformer import Trunk
-from zoo.task import Name, Params
+from zoo.task import About, Name, Params
+
+HOW = "get it with `zoo import starflow/flan_t5_xl FOLDER OUT`"  # to come by one
 
 
 def relative_buckets(tokens: int, buckets: int, distance: int) -> np.ndarray:
@@ -156,7 +158,7 @@ class T5:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of most products; norms, softmax and features stay float32
     scan: bool = True  # scan over layers (compiles fast); False unrolls
 
-    held = ()
+    about = About(unit="captions")
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "head_dim", "mlp", "depth", "vocab", "tokens"):

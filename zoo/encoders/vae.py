@@ -21,7 +21,12 @@ from flax import linen as nn
 from zoo.errors import UserError
 from zoo.nn.attention import attend
 from zoo.nn.layers import Conv, Dense, GroupNorm
-from zoo.task import Batch, Name, Params
+from zoo.task import About, Batch, Name, Params
+
+HOW = (
+    "get the published one with `zoo import starflow/sd_vae FILE OUT`, or train a small one with "
+    "`zoo train starflow/mnist_vae`"
+)  # to come by one
 
 LOW, HIGH = -30.0, 20.0  # what log-variances are clipped to
 
@@ -212,9 +217,9 @@ class AutoEncoder:
             raise UserError(f"task.dtype={self.dtype!r}; choose 'float32' or 'bfloat16'")
 
     @property
-    def held(self) -> tuple[str, ...]:
-        """The measured mean square of the latents, where no scale is given."""
-        return ("latents",) if self.scale is None else ()
+    def about(self) -> About:
+        """The mean square of the latents is measured where no scale is given."""
+        return About(buffers=("latents",) if self.scale is None else ())
 
     @property
     def factor(self) -> int:

@@ -1,24 +1,27 @@
-"""Metrics: frozen dataclasses, called as `(task, params, data, rng) -> dict`; each names the abilities it needs.
+"""Metrics: frozen dataclasses on the base `zoo.task.Metric`; each names the abilities it needs.
 
-The dict holds figures; under the key `pictures` it may hold PIL images by name. These are saved as `samples/NAME-STEP.png` of
-the run folder and shown where sheets of samples are; no record has them. One with `captions` is also given `encode`, the
-tokeniser of the model's captions; one with `uses_data = False` measures models whose data are not known.
+Those of one paper's own abilities lie beside it, in `zoo/papers/PAPER/metrics.py`.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import Any
 
 
 def named() -> dict[str, type[Any]]:
-    """Every metric class of this package by its `name`, as `zoo eval` takes it."""
+    """Every metric class of zoo by its `name`, as `zoo eval` takes it."""
+    from zoo.task import Metric
+
+    papers = Path(__path__[0]).parent / "papers"
+    names = [f"{__name__}.{info.name}" for info in pkgutil.iter_modules(__path__)]
+    names += [f"zoo.papers.{file.parent.name}.metrics" for file in sorted(papers.glob("*/metrics.py"))]
     found: dict[str, type[Any]] = {}
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
+    for module in map(importlib.import_module, names):
         for value in vars(module).values():
-            name = getattr(value, "name", None)
-            if isinstance(value, type) and isinstance(name, str) and value.__module__ == module.__name__:
-                found[name] = value
+            own = isinstance(value, type) and issubclass(value, Metric) and value.__module__ == module.__name__
+            if own and not value.__name__.startswith("_"):
+                found[value.name] = value
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +15,13 @@ from zoo import hosts
 from zoo.errors import UserError
 from zoo.metrics.frechet import quantise
 from zoo.metrics.samples import MAX_DIMS, check_images, drawer, image_shape
-from zoo.task import Params, check_options
+from zoo.task import Metric, Options, Params, Samples, options_of
 
 _PART = 512  # images that are read at once
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Metric):
     """Share of samples that a support vector machine, fitted to real images, puts into the class that was asked for.
 
     For small images: their pixels, reduced to principal components, are what it sees. Real images are a fixed random choice
@@ -32,7 +31,7 @@ class Agreement:
     """
 
     samples: int = 500  # labels in turn
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the task's `sample`
+    options: Options = field(default_factory=dict)  # of the task's `sample`
     path: Any = None  # a data description of labelled images; None: those of the run
     train: int = 20_000  # images that the classifier is fitted to, at most
     test: int = 10_000  # images that it is tested on, at most
@@ -41,7 +40,7 @@ class Agreement:
     every: int = 0  # steps between measurements while training; 0: at the end only
 
     name = "agreement"
-    needs = ("sample",)
+    needs = (Samples,)
 
     def __post_init__(self) -> None:
         for name in ("samples", "train", "test", "components", "batch"):
@@ -57,11 +56,11 @@ class Agreement:
 
     def _shape(self, task: Any, params: Params | None = None) -> tuple[int, ...]:
         """[H, W, C] of the images that the task draws."""
-        classes = getattr(task, "classes", 0)
+        classes = task.about.classes
         if classes < 2:
             what = "this model is unconditional (task.classes=0)" if not classes else f"task.classes={classes}"
             raise UserError(f"the metric agreement tells classes apart, and {what}; give a model with two or more")
-        check_options(task, self.options, "options of the metric agreement")
+        options_of(task, self.options, "options of the metric agreement")
         label = {"label": jax.ShapeDtypeStruct((self.batch,), jnp.int32)}
         shape = image_shape(task, self.options, self.batch, label, params)
         if shape is None or math.prod(shape) > MAX_DIMS:
@@ -82,14 +81,14 @@ class Agreement:
         from sklearn.svm import SVC
 
         shape, draw = self._shape(task, params), drawer(task, self.options)
-        fit, real = (self._real(data, split, shape, task.classes) for split in ("train", "test"))
+        fit, real = (self._real(data, split, shape, task.about.classes) for split in ("train", "test"))
         judge = make_pipeline(PCA(min(self.components, *fit[0].shape), random_state=0), SVC(C=10))
         judge.fit(*fit)
         right, lost = [], 0
         for first in range(0, self.samples, self.batch):
             count = min(self.batch, self.samples - first)
             indices = np.arange(first, first + self.batch, dtype=np.int32)
-            asked = indices % task.classes
+            asked = indices % task.about.classes
             drawn = hosts.fetch(draw(params, rng, indices, {"label": asked}))[:count]
             finite = np.isfinite(drawn).all((1, 2, 3))
             lost += int((~finite).sum())

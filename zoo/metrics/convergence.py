@@ -22,12 +22,13 @@ from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 from zoo.flows.inverse import FINEST, Chain, Jacobi, Stepper, invert, jacobi, once, sequential, swept
 from zoo.flows.transforms import affine_inverse
+from zoo.task import Inverts, Metric
 
 _GAIN = 0.95  # share of the sequential time from which sweeps are worth it: what is nearer is noise
 
 
 @dataclass(frozen=True)
-class Convergence:
+class Convergence(Metric):
     """Statistics of every block (GS-Jacobi, arXiv:2505.12849), and a strategy for each batch size, timed on this device.
 
     For each block, from `samples` examples: `crm`, the convergence ranking metric ||mean(u / s)|| ||W_a|| + ||W_b||, as a
@@ -48,7 +49,7 @@ class Convergence:
     rounds: int = 5
 
     name = "convergence"
-    needs = ("chain",)
+    needs = (Inverts,)
     saves = "convergence.json"
     every = 0
 

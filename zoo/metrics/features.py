@@ -19,18 +19,18 @@ from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 from zoo.metrics.likelihood import at_least_one
 from zoo.metrics.probe import finite
-from zoo.task import Params, check_needs
+from zoo.task import Encodes, Maps, Metric, Params, call, check_needs
 
 
 @lru_cache(maxsize=8)
 def _extractor(task: Any, maps: bool) -> Any:
     """A jitted (params, batch) -> float32 `features` and, asked for, `feature_map`."""
     names = ("features", "feature_map") if maps else ("features",)
-    return jax.jit(lambda params, batch: {n: getattr(task, n)(params, batch).astype(jnp.float32) for n in names})
+    return jax.jit(lambda params, batch: {n: call(task, n, params, batch).astype(jnp.float32) for n in names})
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(Metric):
     """Writes `features` float32 [N, D] of a split, in its order, to an .npz file; of labelled data `label` [N] as well.
 
     With `maps` also `feature_map`, one vector for each place: [N, H, W, D] of images. Maps go to the file batch by batch,
@@ -44,7 +44,7 @@ class Features:
     batch: int = 256
 
     name = "features"
-    needs = ("features",)
+    needs = (Encodes,)
 
     def __post_init__(self) -> None:
         at_least_one(self, "batch", "limit")
@@ -65,10 +65,10 @@ class Features:
         """
         out = self._file()
         if self.maps:
-            check_needs(task, ("feature_map",), "maps=true of the metric features")
+            check_needs(task, (Maps,), "maps=true of the metric features")
         spec = task.spec(self.batch)
         source = data.source(self.split, spec)
-        groups = getattr(source, "groups", None)
+        groups = source.groups
         size = len(source if not groups else groups[0])  # what `epoch` goes through
         if not size:
             raise UserError(

@@ -24,7 +24,7 @@ from zoo.data.images import open_npz
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 from zoo.metrics.samples import MAX_DIMS, check_images, drawer, held_out, image_shape
-from zoo.task import Params, abilities, check_options
+from zoo.task import Metric, Options, Params, Samples, abilities, options_of
 
 _PIXELS = "pixels"
 _RETRIES = 3  # times that a sample which is not finite is drawn again, from new noise
@@ -80,7 +80,7 @@ def quantise(image: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class Frechet:
+class Frechet(Metric):
     """Frechet distance of samples to the data, both as 8-bit images.
 
     Labels of a conditional model are balanced; sample i of one with captions has those of test example i mod N of the
@@ -97,12 +97,12 @@ class Frechet:
     path: Any = None  # a data description of real images; None: the data of the run
     flip: bool | None = None  # mirror a random half of these images; None: as the data do in training
     reference: str | None = None  # .npz file of statistics; None: measured every time
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the task's `sample`
+    options: Options = field(default_factory=dict)  # of the task's `sample`
     batch: int = 128
     every: int = 0  # steps between measurements while training; 0: at the end only
 
     name = "frechet"
-    needs = ("sample",)
+    needs = (Samples,)
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.batch < 1:
@@ -187,12 +187,12 @@ class Frechet:
 
     def _conditions(self, task: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of what a batch of samples is conditioned on."""
-        keys = {*getattr(task, "given", ()), *(("label",) if _classes(task) else ())}
+        keys = {*task.about.conditions, *(("label",) if _classes(task) else ())}
         return {key: leaf for key, leaf in task.spec(self.batch).items() if key in keys}
 
     def _shape(self, task: Any, params: Params | None = None) -> tuple[int, ...]:
         """[H, W, C] of the images that the task draws."""
-        check_options(task, self.options, "options of the metric frechet")
+        options_of(task, self.options, "options of the metric frechet")
         shape = image_shape(task, self.options, self.batch, self._conditions(task), params)
         if shape is None:
             raise UserError(
@@ -202,7 +202,7 @@ class Frechet:
         return shape
 
     def _flips(self, data: Any) -> bool:
-        return bool(getattr(data, "flip", False)) if self.flip is None else self.flip
+        return bool(data.flip) if self.flip is None else self.flip
 
     def _statistics(
         self, data: Any, spec: Mapping[str, Any], features: Callable[[Any], np.ndarray], about: str
@@ -216,7 +216,7 @@ class Frechet:
         settings = {
             "features": about,
             # what the images are, not where they lie, wherever the data can tell
-            "data": data.fingerprint(self.split) if hasattr(data, "fingerprint") else repr(data),
+            "data": data.fingerprint(self.split) or repr(data),
             "split": self.split,
             "images": images if self.limit is None else min(images, self.limit),
             "flip": self._flips(data),
@@ -236,7 +236,7 @@ class Frechet:
                 f"features={name} of the metric frechet is not open; pass network=zoo.models.open_model({name!r})"
             )
         kind = type(network.task).__name__
-        if not hasattr(network.task, "features"):
+        if "features" not in abilities(network.task):
             raise UserError(
                 f"features={name} of the metric frechet: {kind} has no features, it can: "
                 f"{', '.join(abilities(network.task))}; choose a task that has"
@@ -322,7 +322,7 @@ def _finite(image: np.ndarray) -> np.ndarray:
 
 
 def _classes(task: Any) -> int:
-    return getattr(task, "classes", 0) if "label" in task.spec(1) else 0
+    return task.about.classes if "label" in task.spec(1) else 0
 
 
 def _kept(path: Path, settings: Mapping[str, Any], measure: Callable[[], Moments]) -> Moments:

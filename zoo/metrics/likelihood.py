@@ -18,7 +18,7 @@ from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 from zoo.metrics.frechet import Moments, moments
 from zoo.metrics.samples import MAX_DIMS
-from zoo.task import is_text
+from zoo.task import Likelihood, Likely, Metric, is_text
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -32,26 +32,16 @@ def over_draws(nats: jax.Array) -> jax.Array:
 def per_example(task: Any, draws: int, combine: Callable[[jax.Array], Any] = over_draws) -> Any:
     """A jitted (params, batch, indices, rng) -> what `combine` makes of the nats [draws, B] of each example.
 
-    The noise of an example follows from (rng, draw, index of the example), so the batch size changes rounding only. A task
-    that is `keyed` sees the whole batch with a key for each example; others see one example at a time, under `vmap`.
+    The noise of an example follows from (rng, draw, index of the example), so the batch size changes rounding only.
     """
-
-    def one(params: Any, example: Any, index: jax.Array, rng: jax.Array) -> jax.Array:
-        batch = jax.tree.map(lambda x: x[None], example)
-        return task.nll(params, batch, jax.random.fold_in(rng, index))[0]
-
-    def together(params: Any, batch: Any, indices: jax.Array, rng: jax.Array) -> jax.Array:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, dist.constrain(indices, "batch"))
-        return task.nll(params, batch, keys)
 
     def many(params: Any, batch: Any, indices: jax.Array, rng: jax.Array) -> Any:
         # on a mesh each device takes its share of the examples
-        alone = jax.vmap(one, (None, 0, 0, None), spmd_axis_name=dist.batch_axes(len(indices)))
-        shared = together if getattr(task, "keyed", False) else alone
-        batch = jax.tree.map(lambda x: dist.constrain(x, "batch"), batch)
+        batch, indices = jax.tree.map(lambda x: dist.constrain(x, "batch"), (batch, indices))
 
         def draw(d: jax.Array) -> jax.Array:
-            return shared(params, batch, indices, jax.random.fold_in(rng, d))
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(rng, d), indices)
+            return task.nll(params, batch, keys)
 
         return combine(jax.lax.map(draw, jnp.arange(draws)))
 
@@ -67,7 +57,7 @@ def at_least_one(metric: Any, *names: str) -> None:
 
 
 @dataclass(frozen=True)
-class Bits:
+class Bits(Metric):
     """Bits per dimension of held-out images, a mean over images and draws of noise (TarFlow's protocol: no label).
 
     Without `label` captions are left out too, and the bits are those of an unconditional model.
@@ -86,7 +76,7 @@ class Bits:
     every: int = 0  # steps between measurements while training; 0: at the end only
 
     name = "bpd"
-    needs = ("nll",)
+    needs = (Likely,)
 
     def __post_init__(self) -> None:
         at_least_one(self, "draws", "batch", "limit")
@@ -97,7 +87,7 @@ class Bits:
             raise UserError(
                 f"the metric bpd counts bits per dimension, and {type(task).__name__} models texts; use text"
             )
-        dims = math.prod(event_shape(task))
+        dims = math.prod(of(task).event)
         if self.baselines and (dims > MAX_DIMS or _event_key(task) is None):
             raise UserError(
                 f"baselines=True of the metric bpd fits a covariance to data as they are stored, of at most {MAX_DIMS} "
@@ -112,17 +102,19 @@ class Bits:
         """
         self.check(task)
         spec = task.spec(self.batch)
-        asked = {k for k in spec if k == "label" or (k in getattr(task, "given", ()) and not k.startswith("null_"))}
+        known = ("label", *task.about.conditions)
+        asked = {k for k in spec if k in known and not k.startswith("null_")}
         if not self.label:
             spec = {k: v for k, v in spec.items() if k not in asked}
         nll, bits, first = per_example(task, self.draws), [], 0
-        dims = math.prod(event_shape(task))
+        likelihood = of(task)
+        dims = math.prod(likelihood.event)
         for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit):
             nats = nll(params, batch, first + jnp.arange(self.batch), rng)
-            bits.append(hosts.fetch(task.bits(nats / dims))[:count])
+            bits.append(hosts.fetch(likelihood.bits(nats / dims))[:count])
             first += count
         values = np.concatenate(bits).astype(np.float64)
-        key = task.bits_name
+        key = likelihood.name
         found: dict[str, Any] = {
             key: float(values.mean()),
             f"{key}_std_error": float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0,
@@ -134,11 +126,12 @@ class Bits:
         return {**found, **self._baselines(task, data)} if self.baselines else found
 
     def _baselines(self, task: Any, data: Any) -> dict[str, float]:
-        if task.noise_type == "gaussian":
+        likelihood = of(task)
+        if likelihood.kind == "noisy":
             fitted = _noisy_moments(task, data, "train", None)
             nats = gaussian_nats(*fitted, *_noisy_moments(task, data, self.split, self.limit)) / len(fitted[1])
-            return {f"gaussian_{task.bits_name}": float(task.bits(nats))}
-        levels = task.levels
+            return {f"gaussian_{likelihood.name}": float(likelihood.bits(nats))}
+        levels = likelihood.levels
         train = _grey_levels(data, "train", levels, None)
         test = _grey_levels(data, self.split, levels, self.limit)
         return {
@@ -147,15 +140,21 @@ class Bits:
         }
 
 
-def event_shape(task: Any) -> tuple[int, ...]:
-    """Shape of what the likelihood of a task is of: images, or what it says itself."""
-    return tuple(getattr(task, "event", None) or task.spec(1)["image"].shape[1:])
+def of(task: Any) -> Likelihood:
+    """What the likelihood of a task is of. UserError where the task does not say."""
+    found: Likelihood | None = task.about.likelihood
+    if found is None:
+        raise UserError(
+            f"the metric bpd gives bits, and {type(task).__name__} does not say how its nats become bits; set `likelihood` in "
+            "its About"
+        )
+    return found
 
 
 def _event_key(task: Any) -> str | None:
     """Under which key the data hold it; None where it is made on the way."""
     spec = task.spec(1)
-    return next((k for k in ("latent", "image") if k in spec and spec[k].shape[1:] == event_shape(task)), None)
+    return next((k for k in ("latent", "image") if k in spec and spec[k].shape[1:] == of(task).event), None)
 
 
 def _noisy_moments(task: Any, data: Any, split: str, limit: int | None) -> tuple[Moments, np.ndarray]:
@@ -163,7 +162,7 @@ def _noisy_moments(task: Any, data: Any, split: str, limit: int | None) -> tuple
 
     In one pass that holds a part of the examples at a time.
     """
-    key, dims, part = _event_key(task), math.prod(event_shape(task)), 1_024
+    key, dims, part = _event_key(task), math.prod(of(task).event), 1_024
     assert key is not None
     kept = {k: v for k, v in task.spec(part).items() if k.startswith(key)}
     squares = np.zeros(dims)
@@ -228,7 +227,7 @@ def gaussian_bits(train: np.ndarray, test: np.ndarray, levels: int) -> float:
 
 
 @dataclass(frozen=True)
-class BayesAccuracy:
+class BayesAccuracy(Metric):
     """Accuracy of argmin over classes of nll(image | class), a uniform prior over classes (TarFlow's MNIST notebook).
 
     Images go in without noise where the model was trained with Gaussian noise; with dequantisation, draws are averaged.
@@ -241,14 +240,14 @@ class BayesAccuracy:
     every: int = 0
 
     name = "bayes"
-    needs = ("nll",)
+    needs = (Likely,)
 
     def __post_init__(self) -> None:
         at_least_one(self, "draws", "batch", "limit")
 
     def check(self, task: Any) -> None:
         """UserError for an unconditional model; asked before a run's first step."""
-        if not getattr(task, "classes", 0):
+        if not task.about.classes:
             raise UserError(
                 "the metric bayes compares classes, and this model is unconditional (task.classes=0); use bpd"
             )
@@ -256,9 +255,10 @@ class BayesAccuracy:
     def __call__(self, task: Any, params: Any, data: Any, rng: jax.Array) -> dict[str, Any]:
         """`accuracy`, its standard error and the images it was measured on. UserError for an unconditional model."""
         self.check(task)
-        gaussian = getattr(task, "noise_type", "") == "gaussian"
-        clean = dataclasses.replace(task, noise=0.0) if gaussian else task
-        draws = 1 if gaussian else self.draws
+        likelihood = task.about.likelihood
+        noisy = likelihood is not None and likelihood.kind == "noisy"
+        clean = dataclasses.replace(task, noise=0.0) if noisy else task
+        draws = 1 if noisy else self.draws
         nll = per_example(clean, draws)
         spec, right, first = task.spec(self.batch), [], 0
 
@@ -267,7 +267,7 @@ class BayesAccuracy:
             def under(label: jax.Array) -> jax.Array:
                 return nll(params, {**batch, "label": jnp.full(indices.shape, label, jnp.int32)}, indices, rng)
 
-            nats = jax.lax.map(under, jnp.arange(task.classes))
+            nats = jax.lax.map(under, jnp.arange(task.about.classes))
             return jnp.where(jnp.isnan(nats), jnp.inf, nats).argmin(0)  # argmin alone would choose an overflow
 
         for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit):

@@ -1,15 +1,13 @@
-"""What an encoder's features are good for: linear probe, nearest neighbours, where one patch lies from another; and the
-accuracy of a trained classifier.
+"""What an encoder's features are good for: linear probe, nearest neighbours; and the accuracy of a trained classifier.
 
-B examples, N patches, D width, A axes (x, y of images; t of series). "Images" below are series too.
+B examples, D width. "Images" below are series too.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -19,30 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo import dist, hosts
-from zoo.data.pipeline import epoch
+from zoo.data.pipeline import Data, epoch
 from zoo.errors import UserError
 from zoo.metrics.agreement import share_error
 from zoo.metrics.likelihood import at_least_one
-from zoo.task import Params
-
-AXES = {1: ("dt",), 2: ("dx", "dy")}  # names of the offsets along A axes
+from zoo.task import Classifies, Encodes, Metric, Params, call
 
 
 @lru_cache(maxsize=8)
 def jitted(task: Any, ability: str) -> Any:
     """An ability (params, batch, ...) of a task as one compiled function; on a mesh each device takes its share of the batch."""
 
-    def call(params: Params, batch: Any, *rest: Any) -> Any:
-        return getattr(task, ability)(params, jax.tree.map(lambda x: dist.constrain(x, "batch"), batch), *rest)
+    def run(params: Params, batch: Any, *rest: Any) -> Any:
+        return call(task, ability, params, jax.tree.map(lambda x: dist.constrain(x, "batch"), batch), *rest)
 
-    return jax.jit(call)
+    return jax.jit(run)
 
 
 def fresh(task: Any, params: Params, rng: jax.Array) -> Params:
     """Untrained parameters, laid out as `params`; held networks are those of `params`."""
     where = jax.tree.map(lambda x: getattr(x, "sharding", None), params)
     made = jax.jit(lambda key: dist.unbox(task.init(key)), out_shardings=where)(rng)
-    return {**made, **{key: params[key] for key in getattr(task, "held", ())}}
+    return {**made, **{key: params[key] for key in task.about.held}}
 
 
 def finite(found: Any, ability: str, task: Any, metric: Any) -> Any:
@@ -58,10 +54,10 @@ def finite(found: Any, ability: str, task: Any, metric: Any) -> Any:
 
 def _described(metric: Any, data: Any) -> tuple[Any, str]:
     """The data description that a metric looks at, and what to call it."""
-    path = getattr(metric, "path", None)
+    path = metric.path
     if path is None:
         return data, f"data={type(data).__name__}"
-    if not hasattr(path, "source"):
+    if not isinstance(path, Data):
         raise UserError(
             f"path={path!r} of the metric {metric.name} is no data description; on the command line write data={path}, in a "
             'config file a description, e.g. path=Images("data/mnist.npz", size=28, channels=1)'
@@ -77,27 +73,27 @@ def check_splits(metric: Any, task: Any, data: Any, *splits: str, label: bool = 
             asked for by a metric that compares them) or, asked for, no labels.
     """
     described, called = _described(metric, data)
-    spec = _spec(task, metric.batch, label=label)
+    spec = spec_of(task, metric.batch, label=label)
     for split in splits:
         source = described.source(split, spec)
-        groups = getattr(source, "groups", None)
+        groups = source.groups
         count = len(groups[0] if groups else source)  # what `epoch` goes through
         if not count:
             raise UserError(f"the metric {metric.name}: {called} has no {split} examples; give data that have some")
         if count < fewest:
             raise UserError(
-                f"the metric {metric.name} compares {unit(task)} with others, and {called} has {count} of them in its {split} "
+                f"the metric {metric.name} compares {task.about.unit} with others, and {called} has {count} of them in its {split} "
                 f"split; {_for_more(described)}give data that have more"
             )
         example = source[int(groups[0][0]) if groups else 0]
         if label and "label" not in example:
-            way = "data.path" if hasattr(described, "path") else "data"
+            way = "data.path" if described.path else "data"
             raise UserError(
                 f"the metric {metric.name} needs labels, and {called} gives {', '.join(example)} alone in its {split} split; "
                 f"set {way} to labelled data, or leave the metric out"
             )
         # compares its first example with the task; nothing is read ahead yet
-        epoch(described, 1, split=split, spec=_spec(task, 1, label=False), limit=1).close()
+        epoch(described, 1, split=split, spec=spec_of(task, 1, label=False), limit=1).close()
 
 
 def _for_more(data: Any) -> str:
@@ -106,27 +102,6 @@ def _for_more(data: Any) -> str:
     ways = ["data.test_fraction to more"] if hasattr(data, "test_fraction") else []
     ways += [f"{' or '.join(fewer)} to less"] if fewer else []
     return f"set {', '.join(ways)}, or " if ways else ""
-
-
-def unit(task: Any) -> str:
-    """What the examples of a task are called."""
-    return getattr(task, "unit", "images")
-
-
-def check_patches(metric: Any, task: Any, patches: int) -> None:
-    """UserError for a single patch, which cannot be compared with another."""
-    if patches < 2:
-        one = {"images": "an image", "series": "a series"}.get(unit(task), "an example")
-        raise UserError(
-            f"the metric {metric.name} compares patches, and {type(task).__name__} cuts {patches} from {one}; give it a "
-            "smaller task.patch"
-        )
-
-
-def shapes(task: Any, metric: Any, call: Any) -> Any:
-    """The shapes that `call(params, batch, rng)` gives for a batch of the metric."""
-    params = dist.unbox(jax.eval_shape(task.init, jax.random.key(0)))
-    return jax.eval_shape(call, params, _spec(task, metric.batch, label=False), jax.random.key(0))
 
 
 def check_fields(metric: Any, *counts: str, **least: float) -> None:
@@ -142,7 +117,7 @@ def check_fields(metric: Any, *counts: str, **least: float) -> None:
             raise UserError(f"{name}={value} of the metric {metric.name} must be a finite number, {low:g} or more")
 
 
-def _spec(task: Any, batch: int, *, label: bool) -> dict[str, jax.ShapeDtypeStruct]:
+def spec_of(task: Any, batch: int, *, label: bool) -> dict[str, jax.ShapeDtypeStruct]:
     spec = {key: leaf for key, leaf in task.spec(batch).items() if key != "label"}
     return {**spec, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)} if label else spec
 
@@ -151,7 +126,7 @@ def _spec(task: Any, batch: int, *, label: bool) -> dict[str, jax.ShapeDtypeStru
 
 
 @dataclass(frozen=True)
-class _Judged(ABC):
+class _Judged(Metric):
     """Accuracy on test images of a classifier that is fitted to the features of labelled training images.
 
     Both are a fixed random choice from their split, since a split may lie in the order of its classes. Features are
@@ -166,7 +141,7 @@ class _Judged(ABC):
     every: int = 0  # steps between measurements while training; 0: at the end only
 
     name: ClassVar[str]
-    needs = ("features",)
+    needs = (Encodes,)
 
     def __post_init__(self) -> None:
         check_fields(self, "train", "test", "batch")
@@ -199,7 +174,7 @@ class _Judged(ABC):
         kinds = np.unique(labels)
         if len(kinds) < 2:
             raise UserError(
-                f"train={self.train} of the metric {name}: the {len(labels):,} training {unit(task)} are all of class "
+                f"train={self.train} of the metric {name}: the {len(labels):,} training {task.about.unit} are all of class "
                 f"{kinds[0]}; set train to more, or give data of several classes"
             )
         judge, about = self._fitted(scale.transform(seen), labels)
@@ -221,7 +196,7 @@ class _Judged(ABC):
     def _features(self, task: Any, params: Params, data: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Features [N, D] float64 and labels [N] of the images chosen from a split."""
         described, _ = _described(self, data)
-        spec, limit = _spec(task, self.batch, label=True), {"train": self.train, "test": self.test}[split]
+        spec, limit = spec_of(task, self.batch, label=True), {"train": self.train, "test": self.test}[split]
         seen, labels = [], []
         for batch, count in epoch(described, self.batch, split=split, spec=spec, limit=limit, seed=0):
             labels.append(batch.pop("label")[:count])
@@ -296,7 +271,7 @@ class Neighbours(_Judged):
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class Accuracy(Metric):
     """Share of held-out examples whose largest logit is that of their label, and the mean cross entropy."""
 
     split: str = "test"
@@ -305,7 +280,7 @@ class Accuracy:
     every: int = 0  # steps between measurements while training; 0: at the end only
 
     name = "accuracy"
-    needs = ("logits",)
+    needs = (Classifies,)
 
     def __post_init__(self) -> None:
         check_fields(self, "batch", "limit")
@@ -321,7 +296,7 @@ class Accuracy:
             UserError: no labels, labels that the classifier has no logit for, logits that are not finite.
         """
         self.check_data(task, data)
-        spec, hits, nats = _spec(task, self.batch, label=True), 0, []
+        spec, hits, nats = spec_of(task, self.batch, label=True), 0, []
         for batch, count in epoch(data, self.batch, split=self.split, spec=spec, limit=self.limit, seed=0):
             label = batch.pop("label")[:count]
             logits = finite(jitted(task, "logits")(params, batch), "logits", task, self)[:count].astype(np.float64)
@@ -342,102 +317,6 @@ class Accuracy:
             "examples": len(values),
             "split": self.split,
         }
-
-
-# --- where patches lie ----------------------------------------------------------------------------
-
-
-def offsets(boxes: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """From box i to box j: (c_j - c_i) / size_i along each axis [..., P, A]; centres c (PART, arXiv:2506.03682).
-
-    Args:
-        boxes: [..., N, 2, A], start and size.
-        i: references [P].
-        j: targets [P].
-    """
-    start, size = boxes[..., 0, :], boxes[..., 1, :]
-    centre = start + size / 2
-    return (centre[..., j, :] - centre[..., i, :]) / size[..., i, :]
-
-
-@dataclass(frozen=True)
-class Localise:
-    """How well two patches' features tell where one lies from the other, by a linear map: R^2 on held-out images.
-
-    The encoder is frozen. It sees random patches off the grid, rescaled; a ridge regression from [z_i ; z_j], standardised,
-    to (dx, dy) = (c_j - c_i) / size_i is fitted to pairs of training images. 0 is what the mean offset reaches.
-    """
-
-    train: int = 2_000  # images that the regression is fitted to, at most
-    test: int = 1_000  # held-out images, at most
-    pairs: int = 16  # of different patches, per image
-    ridge: float = 1.0  # penalty on the squared weights, beside a sum of squares over all pairs
-    batch: int = 256
-    baseline: bool = False  # True: also the figures of fresh parameters (`task.init`), the same patches
-    every: int = 0  # steps between measurements while training; 0: at the end only
-
-    name = "localise"
-    needs = ("off_grid",)
-
-    def __post_init__(self) -> None:
-        check_fields(self, "train", "test", "pairs", "batch", ridge=0)
-
-    def check_data(self, task: Any, data: Any) -> None:
-        """UserError for data that cannot be read or do not fit the task, and for a single patch; asked before a run's first step."""
-        check_splits(self, task, data, "train", "test")
-        tokens, _ = shapes(task, self, jitted(task, "off_grid"))
-        check_patches(self, task, tokens.shape[1])
-
-    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
-        """`localise_r2` and that of each axis, `localise_r2_dx` ...; with `baseline` also with `_random` at the end.
-
-        Patches follow from rng and the place of their batch.
-
-        Raises:
-            UserError: what `check_data` refuses, features that are not finite.
-        """
-        self.check_data(task, data)
-        draw, init = jax.random.split(rng)
-        found = self._measure(task, params, data, draw)
-        if self.baseline:
-            other = self._measure(task, fresh(task, params, init), data, draw)
-            found |= {f"{key}_random": value for key, value in other.items() if "_r2" in key}
-        return found
-
-    def _measure(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
-        from sklearn.linear_model import Ridge
-        from sklearn.preprocessing import StandardScaler
-
-        counts, parts = {}, {}
-        for fold, split in enumerate(("train", "test")):
-            rows = list(self._pairs(task, params, data, split, jax.random.fold_in(rng, fold)))
-            counts[split] = len(rows)
-            parts[split] = [np.concatenate(x) for x in zip(*rows)]
-        scale = StandardScaler(copy=False).fit(parts["train"][0])
-        fit = Ridge(self.ridge).fit(scale.transform(parts["train"][0]), parts["train"][1])
-        guess, truth = fit.predict(scale.transform(parts["test"][0])), parts["test"][1]
-        r2 = explained(guess.reshape(truth.shape), truth)
-        return {
-            "localise_r2": float(r2.mean()) + 0.0,  # no -0.0
-            **{f"localise_r2_{axis}": float(r) + 0.0 for axis, r in zip(AXES[truth.shape[1]], r2)},
-            **{f"localise_{split}": count for split, count in counts.items()},
-            "localise_pairs": self.pairs,
-        }
-
-    def _pairs(
-        self, task: Any, params: Params, data: Any, split: str, rng: jax.Array
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of each image [z_i ; z_j] float64 [pairs, 2 D] and offsets float64 [pairs, A]."""
-        coin = np.random.default_rng(0)
-        spec, limit = _spec(task, self.batch, label=False), {"train": self.train, "test": self.test}[split]
-        for k, (batch, count) in enumerate(epoch(data, self.batch, split=split, spec=spec, limit=limit, seed=0)):
-            found = jitted(task, "off_grid")(params, batch, jax.random.fold_in(rng, k))
-            tokens, boxes = finite(found, "off_grid", task, self)
-            n = tokens.shape[1]
-            for z, box in zip(tokens[:count].astype(np.float64), boxes[:count].astype(np.float64)):
-                i = coin.integers(n, size=self.pairs)
-                j = (i + coin.integers(1, n, size=self.pairs)) % n
-                yield np.concatenate([z[i], z[j]], 1), offsets(box, i, j)
 
 
 def explained(guess: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from zoo.data.captions import as_tokens, framed
 from zoo.errors import UserError
 from zoo.metrics.drawing import rgb
 from zoo.metrics.samples import drawer, image_shape
-from zoo.task import Params, check_options
+from zoo.task import Metric, Options, Params, Samples, options_of
 
 
 @runtime_checkable
@@ -43,18 +43,18 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
-class Prompted:
+class Prompted(Metric):
     """The figures that a scorer gives images of its prompts; for tasks whose captions are tokens."""
 
     scorer: Any = None  # such as zoo.papers.typescore.TypeScore; a config sets it
     images: int = 1  # of each prompt
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the task's `sample`
+    options: Options = field(default_factory=dict)  # of the task's `sample`
     tokenizer: str = ""  # file of the tokeniser; empty: the one beside the model or its text encoder
     batch: int = 16  # images drawn at once
     every: int = 0  # steps between measurements while training; 0: at the end only
 
     name = "prompted"
-    needs = ("sample",)
+    needs = (Samples,)
     captions = True  # asks for a tokeniser
     uses_data = False
 
@@ -66,7 +66,7 @@ class Prompted:
     def check(self, task: Any) -> None:
         """UserError where nothing could be drawn or scored; asked before a run's first step."""
         self._check(task)
-        given = {key: leaf for key, leaf in task.spec(self.batch).items() if key in task.given}
+        given = {key: leaf for key, leaf in task.spec(self.batch).items() if key in task.about.conditions}
         if image_shape(task, self.options, self.batch, given) is None:
             raise UserError(
                 f"the metric prompted scores images, and {type(task).__name__} draws none; give a task that holds an "
@@ -80,7 +80,7 @@ class Prompted:
                 "the metric prompted has no scorer, which knows the prompts and judges the images; name one in a config "
                 "file, as configs/typescore/model.py does"
             )
-        kind, given = type(task).__name__, getattr(task, "given", ())
+        kind, given = type(task).__name__, task.about.conditions
         if "text" in given:
             raise UserError(
                 f"the metric prompted writes captions, and this {kind} takes stored features of them "
@@ -88,7 +88,7 @@ class Prompted:
             )
         if "tokens" not in given:
             raise UserError(f"the metric prompted needs a task that takes captions, and this {kind} takes none")
-        check_options(task, self.options, "options of the metric prompted")
+        options_of(task, self.options, "options of the metric prompted")
 
     def __call__(
         self,

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo import dist
-from zoo.data.pipeline import epoch
+from zoo.data.pipeline import Data, epoch
 from zoo.errors import UserError
-from zoo.task import Params
+from zoo.task import Options, Params, options_of
 
 MAX_DIMS = 4_096  # numbers per example up to which a metric forms a covariance, or fits a classifier to pixels
 
@@ -23,29 +23,26 @@ def the_image(drawn: Mapping[str, jax.Array]) -> jax.Array | None:
     return drawn.get("image")
 
 
-def drawer(task: Any, options: Mapping[str, Any], pick: Callable[[Mapping[str, jax.Array]], Any] = the_image) -> Any:
+def drawer(task: Any, options: Options, pick: Callable[[Mapping[str, jax.Array]], Any] = the_image) -> Any:
     """A jitted (params, rng, indices [n], conditions) -> what `pick` takes of n samples: images [n, H, W, C], or None.
 
     Sample i depends on (rng, indices[i]) and its conditions alone. The function is kept, so it is compiled once.
     """
-    try:
-        return _drawer(task, tuple(sorted(options.items())), pick)
-    except TypeError:  # an option that cannot be hashed
-        return _drawer.__wrapped__(task, tuple(options.items()), pick)
+    return _drawer(task, options_of(task, options, "options"), pick)
 
 
 @lru_cache(maxsize=8)
-def _drawer(task: Any, options: tuple[tuple[str, Any], ...], pick: Callable[[Mapping[str, jax.Array]], Any]) -> Any:
+def _drawer(task: Any, options: Any, pick: Callable[[Mapping[str, jax.Array]], Any]) -> Any:
     def draw(params: Params, rng: jax.Array, indices: jax.Array, conditions: Mapping[str, Any]) -> Any:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
-        return pick(task.sample(params, keys, len(indices), dict(conditions) or None, **dict(options)))
+        return pick(task.sample(params, keys, len(indices), dict(conditions) or None, options))
 
     return jax.jit(draw)
 
 
 def image_shape(
     task: Any,
-    options: Mapping[str, Any],
+    options: Options,
     batch: int,
     conditions: Mapping[str, jax.ShapeDtypeStruct],
     params: Params | None = None,
@@ -66,15 +63,15 @@ def image_shape(
 
 
 def held_out(task: Any, data: Any, batch: int, samples: int) -> Iterator[dict[str, np.ndarray]]:
-    """Without end, conditions of `batch` samples at a time: sample i has those of test example i mod N (`task.given`).
+    """Without end, conditions of `batch` samples at a time: sample i has those of test example i mod N (`about.conditions`).
 
-    For a task without `given`, empty. N is the number of test examples, at most `samples`; no more than two batches
+    For a task without any, empty. N is the number of test examples, at most `samples`; no more than two batches
     are held at once.
 
     Raises:
         UserError: the data have no such conditions, or no test examples.
     """
-    spec = {key: leaf for key, leaf in task.spec(batch).items() if key in getattr(task, "given", ())}
+    spec = {key: leaf for key, leaf in task.spec(batch).items() if key in task.about.conditions}
     waiting = {key: np.zeros((0, *leaf.shape[1:]), leaf.dtype) for key, leaf in spec.items()}
     while spec:
         count = 0
@@ -101,7 +98,7 @@ def check_images(path: Any, data: Any, split: str, shape: tuple[int, ...], metri
     Raises:
         UserError: no data description, or the first example is something else.
     """
-    if path is not None and not hasattr(path, "source"):
+    if path is not None and not isinstance(path, Data):
         raise UserError(
             f"path={path!r} of the metric {metric} is no data description; set path in a config file, e.g. "
             'path=Images("data/mnist.npz", size=28, channels=1)'

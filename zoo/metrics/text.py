@@ -5,7 +5,6 @@ B texts, T tokens, V vocabulary, L flow layers, d numbers per token.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from zoo.data.tokens import check_vocabulary
 from zoo.errors import UserError
 from zoo.metrics.likelihood import at_least_one, per_example
 from zoo.metrics.samples import drawer
-from zoo.task import Params, check_options, is_text
+from zoo.task import Likely, Metric, Options, Params, Samples, is_text, option_names, options_of
 
 _BIGRAMS = 1_024  # symbols up to which there is a table of all pairs
 _LENGTHS = (1, 2, 3)  # of the runs of tokens that are counted
@@ -41,7 +40,7 @@ def _check_texts(task: Any, metric: Any) -> None:
 
 
 @dataclass(frozen=True)
-class TextBound:
+class TextBound(Metric):
     """Bits per token of held-out texts: exact, or by an upper bound for a model of latents.
 
     The headline averages one-draw bounds over draws, as papers report them. With several draws there is the
@@ -58,7 +57,7 @@ class TextBound:
     every: int = 0  # steps between measurements while training; 0: at the end only
 
     name = "text"
-    needs = ("nll",)
+    needs = (Likely,)
 
     def __post_init__(self) -> None:
         at_least_one(self, "draws", "batch", "limit")
@@ -76,7 +75,7 @@ class TextBound:
             UserError: no texts, or data of another vocabulary.
         """
         self.check(task)
-        spec = task.spec(self.batch)
+        spec, likelihood = task.spec(self.batch), task.about.likelihood
         source = data.source(self.split, spec)
         check_vocabulary(task, source)
         nll, found, first = per_example(task, self.draws, bounds), [], 0
@@ -92,14 +91,14 @@ class TextBound:
             "bits_per_token_std_error": _std_error(plain) / math.log(2),
             "perplexity": float(np.exp(nats)),
         }
-        if share := getattr(source, "characters_per_token", None):
+        if share := source.characters_per_token:
             out["bits_per_char"] = out["bits_per_token"] / share
         if self.draws > 1:
             nats = float(weighted.mean())
             out["iw_nats_per_token"], out["iw_bits_per_token"] = nats, nats / math.log(2)
         return {
             **out,
-            "bound": bool(getattr(task, "bound", True)),
+            "bound": likelihood is None or likelihood.kind != "exact",
             "texts": len(plain),
             "draws": self.draws,
             "split": self.split,
@@ -119,7 +118,7 @@ def the_tokens(drawn: Mapping[str, jax.Array]) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(Metric):
     """Statistics of drawn texts beside those of held-out ones, which say how far chance alone takes them.
 
     `unigram_kl` is KL(samples || training texts) in nats over single tokens, `bigram_log_likelihood` the mean of
@@ -130,14 +129,14 @@ class Generation:
     """
 
     samples: int = 256
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the task's `sample`
+    options: Options = field(default_factory=dict)  # of the task's `sample`
     split: str = "test"  # of the held-out texts
     train: int = 10_000  # training texts that are counted at most, a fixed random choice
     batch: int = 64
     every: int = 0  # steps between measurements while training; 0: at the end only
 
     name = "generation"
-    needs = ("sample",)
+    needs = (Samples,)
 
     def __post_init__(self) -> None:
         at_least_one(self, "samples", "train", "batch")
@@ -145,7 +144,7 @@ class Generation:
     def check(self, task: Any) -> None:
         """UserError for a task that draws no texts, or not with these options; asked before a run's first step."""
         _check_texts(task, self)
-        check_options(task, self.options, "options of the metric generation")
+        options_of(task, self.options, "options of the metric generation")
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """The figures above and the numbers of texts; of samples none where all overflowed. Sample i depends on (rng, i) alone.
@@ -154,6 +153,7 @@ class Generation:
             UserError: options that the sampler does not take, or no texts in a split.
         """
         self.check(task)
+        vocabulary = task.about.vocabulary
         train, held = _texts(task, data, "train", self.train), _texts(task, data, self.split, self.samples)
         draw = drawer(task, self.options, the_tokens)
         parts = [
@@ -163,10 +163,10 @@ class Generation:
         drawn = np.concatenate(parts)[: self.samples]
         whole = drawn[(drawn >= 0).all(1)]
         return {
-            **(_figures(whole, train, task.vocab) if len(whole) else {}),
+            **(_figures(whole, train, vocabulary) if len(whole) else {}),
             "generated_texts": len(whole),
             "not_finite": len(drawn) - len(whole),
-            **{f"data_{k}": v for k, v in _figures(held, train, task.vocab).items()},
+            **{f"data_{k}": v for k, v in _figures(held, train, vocabulary).items()},
             "data_texts": len(held),
         }
 
@@ -233,15 +233,15 @@ def the_passes(drawn: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
 
 
 @dataclass(frozen=True)
-class LatentPasses:
+class LatentPasses(Metric):
     """What each flow layer does to a text while it is generated, noise first (TarFlowLM, section 4 and appendix G)."""
 
     samples: int = 64
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the task's `sample`
+    options: Options = field(default_factory=dict)  # of the task's `sample`
     batch: int = 16
 
     name = "passes"
-    needs = ("sample",)
+    needs = (Samples,)
     every = 0
 
     def __post_init__(self) -> None:
@@ -259,13 +259,13 @@ class LatentPasses:
         Raises:
             UserError: a sampler without passes, or options that it does not take.
         """
-        if "passes" not in inspect.signature(task.sample).parameters:
+        if "passes" not in option_names(task):
             raise UserError(
                 f"the metric passes follows a text through the layers of a flow, and {type(task).__name__} has none; give a "
                 "flow of texts"
             )
         options = {**self.options, "passes": True}
-        check_options(task, options, "options of the metric passes")
+        options_of(task, options, "options of the metric passes")
         draw = drawer(task, options, the_passes)
         parts = [
             hosts.fetch(draw(params, rng, np.arange(first, first + self.batch, dtype=np.int32), {}))

@@ -7,7 +7,6 @@ Order of this file: network, flow, inverse and guidance, score-based denoising, 
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from zoo.nn.attention import check_backend
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.layers import Dense, Table, zeros
 from zoo.nn.transformer import Block, Trunk, cast_trunk, check_remat, init_trunk_cache
-from zoo.task import Batch, Name, Params, sample_keys
+from zoo.task import About, Batch, Likelihood, Name, Params, sample_keys
 
 
 class FlowNet(nn.Module):
@@ -286,6 +285,19 @@ def denoise(
 
 
 @dataclass(frozen=True)
+class TarFlowSampling:
+    """How images are drawn."""
+
+    guidance: float | Guidance = 0.0  # a weight (annealed, log-scale and shift), or a `Guidance`; 0: off
+    denoise: float | None = None  # strength of the denoising step; None: 1 where the noise is Gaussian, else 0
+    temperature: float = 1.0  # factor on the standard deviation of z (the paper uses 1)
+    method: str | Jacobi = (
+        "auto"  # how blocks are inverted: sequential, jacobi, gs_jacobi, or fields of `Jacobi`; auto:
+    )
+    # sequential, where no command puts another in its place (the fastest that `zoo eval RUN convergence` has saved)
+
+
+@dataclass(frozen=True)
 class TarFlow:
     """Causal transformers over image patches, alternating direction; trained by exact likelihood."""
 
@@ -309,7 +321,7 @@ class TarFlow:
     remat: str = "none"  # none, dots or full: what the backward pass recomputes
     attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
-    held = ("prior",)  # variances of z, used when sampling; they move only where scale=False
+    Sampling = TarFlowSampling
 
     def __post_init__(self) -> None:
         for name in ("image", "channels", "patch", "width", "depth", "blocks", "head_dim", "levels"):
@@ -342,6 +354,21 @@ class TarFlow:
             raise UserError(f"task.dtype={self.dtype!r}; choose 'float32' or 'bfloat16'")
         check_remat(self.remat)
         check_backend(self.attention, self.dtype)
+
+    @property
+    def about(self) -> About:
+        """`prior`: variances of z, used when sampling; they move only where scale=False.
+
+        `bpd` is a bound on the data's own bits; with Gaussian noise only those of noisy data can be told.
+        """
+        return About(classes=self.classes, buffers=("prior",), likelihood=self._likelihood, tokens=self.tokens)
+
+    @property
+    def _likelihood(self) -> Likelihood:
+        event, bins = (self.image, self.image, self.channels), self.levels / 2
+        if self.noise_type == "gaussian":
+            return Likelihood(event, "noisy", "noisy_bits_per_dim", bins)
+        return Likelihood(event, "bound", bins=bins)
 
     @property
     def tokens(self) -> int:
@@ -384,15 +411,6 @@ class TarFlow:
         k = jnp.round((image + 1) / 2 * (self.levels - 1))
         return 2 * (k + jax.random.uniform(rng, image.shape)) / self.levels - 1
 
-    def bits(self, nll: jax.Array) -> jax.Array:
-        """Bits per dimension from nats per dimension: the density of a grey level is that of a bin 2/levels wide."""
-        return nll / math.log(2) + math.log2(self.levels / 2)
-
-    @property
-    def bits_name(self) -> str:
-        """`bpd` is a bound on the data's own bits; with Gaussian noise only those of noisy data can be told."""
-        return "bpd" if self.noise_type == "uniform" else "noisy_bits_per_dim"
-
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """0.5 mean z^2 - logdet: nats per dimension without the constant 0.5 log 2 pi."""
         noise_rng, drop_rng = jax.random.split(rng)
@@ -402,7 +420,8 @@ class TarFlow:
         z, logdet = forward(self, params, self.add_noise(noise_rng, batch["image"]), label)
         square = jnp.square(z).mean(0)
         loss = 0.5 * square.mean() - logdet.mean()
-        metrics = {"bits": self.bits(loss + 0.5 * LOG_2PI), "z_square": square.mean(), "logdet": logdet.mean()}
+        bits = self._likelihood.bits(loss + 0.5 * LOG_2PI)
+        metrics = {"bits": bits, "z_square": square.mean(), "logdet": logdet.mean()}
         return loss, metrics if self.scale else {**metrics, "variance": square}
 
     def after_step(self, params: Params, metrics: dict[str, jax.Array]) -> Params:
@@ -411,10 +430,10 @@ class TarFlow:
             return params
         return {**params, "prior": {"var": 0.9 * params["prior"]["var"] + 0.1 * metrics["variance"]}}
 
-    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+    def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """-log p in nats [B] of the image with one draw of noise; uses `label` where the batch has it."""
         label = batch.get("label") if self.classes else None
-        return -log_prob(self, params, self.add_noise(rng, batch["image"]), label)
+        return -log_prob(self, params, jax.vmap(self.add_noise)(keys, batch["image"]), label)
 
     def features(self, params: Params, batch: Batch) -> jax.Array:
         """Mean over tokens of the middle block's last hidden layer, [B, width]; image without noise, no label."""
@@ -432,35 +451,27 @@ class TarFlow:
         rng: jax.Array,
         n: int,
         conditions: Batch | None = None,
-        *,
-        guidance: float | Guidance = 0.0,
-        denoise: float | None = None,
-        temperature: float = 1.0,
-        method: str | Jacobi = "auto",
+        options: TarFlowSampling | None = None,
     ) -> dict[str, jax.Array]:
         """n images; image i depends on (rng, i) alone.
 
         Args:
             rng: one key, or n keys.
             conditions: `label` [n]; negative numbers for "no label". None: no labels.
-            guidance: see `inverse`.
-            denoise: strength of the denoising step; None: 1 for a model trained with Gaussian noise, else 0.
-            temperature: factor on the standard deviation of z (the paper uses 1).
-            method: how blocks are inverted: "sequential", "jacobi", "gs_jacobi", a `Jacobi`, or "auto": sequential, where no
-                command puts another in its place (`zoo sample`: the fastest that `zoo eval RUN convergence` has saved).
+            options: None: the defaults.
 
         Returns:
             `image` [n, S, S, C] clipped to [-1, 1] (NaN where the inverse overflowed), `label` [n] where given, and where
             blocks were swept over `sweeps` and `unconverged` [n, blocks] (`zoo.flows.inverse.Inverted`).
         """
-        keys = sample_keys(rng, n)
-        z = temperature * jax.vmap(lambda k: jax.random.normal(k, (self.tokens, self.dims)))(keys)
+        keys, o = sample_keys(rng, n), options or TarFlowSampling()
+        z = o.temperature * jax.vmap(lambda k: jax.random.normal(k, (self.tokens, self.dims)))(keys)
         label = (conditions or {}).get("label") if self.classes else None
-        found = _invert(self, params, constrain(z, "batch"), label, guidance, method)
+        found = _invert(self, params, constrain(z, "batch"), label, o.guidance, o.method)
         image = unpatchify(found.states[-1], self.patch, self.channels)
-        denoise = (1.0 if self.noise_type == "gaussian" and self.noise else 0.0) if denoise is None else denoise
-        if not isinstance(denoise, (int, float)) or denoise:
-            image = _denoise(self, params, image, label, denoise)
+        strength = float(self.noise_type == "gaussian" and self.noise > 0) if o.denoise is None else o.denoise
+        if not isinstance(strength, (int, float)) or strength:
+            image = denoise(self, params, image, label, strength)
         drawn = {"image": jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan), **found.report}
         return drawn if label is None else {**drawn, "label": label}
 
@@ -511,6 +522,3 @@ class TarFlow:
                     Name(f"{layer}.mlp.main.2.bias", f"{block}/mlp/down/bias", layer=l),
                 ]
         return names
-
-
-_denoise = denoise  # `TarFlow.sample` takes an option of that name

@@ -25,7 +25,7 @@ from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.errors import UserError
 from zoo.paths import Folder
 from zoo.run import MAY_DIFFER, Run
-from zoo.task import Params, check_needs, check_options, is_text
+from zoo.task import Params, Samples, check_needs, is_text, options_of
 from zoo.train import optim, tracking
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.report import Report, class_name, spelled
@@ -116,7 +116,7 @@ def claim_folder(run: Run, labels: tuple[str, ...]) -> tuple[Folder, dict[str, A
 
 
 def _check_labels(run: Run, labels: tuple[str, ...]) -> None:
-    classes = getattr(run.task, "classes", 0)
+    classes = run.task.about.classes
     if classes and labels and len(labels) > classes:
         raise UserError(
             f"labels out of range: the data has {len(labels)} classes, task.classes={classes}; set task.classes={len(labels)}"
@@ -132,55 +132,52 @@ def _check_labels(run: Run, labels: tuple[str, ...]) -> None:
 
 def _check_looks(run: Run) -> None:
     """UserError for samples and evaluations that could not be made; better now than after the first thousand steps."""
-    if run.samples.n and hasattr(run.task, "sample"):
-        check_options(run.task, run.samples.options, "samples.options")
+    if run.samples.n and isinstance(run.task, Samples):
+        options_of(run.task, run.samples.options, "samples.options")
     for i, metric in enumerate(run.evals):
-        check_needs(run.task, metric.needs, f"evals.{i}: the metric {getattr(metric, 'name', type(metric).__name__)}")
-        if hasattr(metric, "check"):
-            metric.check(run.task)
-        if hasattr(metric, "split"):
+        check_needs(run.task, metric.needs, f"evals.{i}: the metric {metric.name}")
+        metric.check(run.task)
+        if metric.split is not None:
             _check_evaluated(run, run.source(metric.split), f"evals.{i}", metric)
-        if hasattr(metric, "check_data"):
-            metric.check_data(run.task, run.data)
+        metric.check_data(run.task, run.data)
 
 
 def _check_evaluated(run: Run, source: Any, field: str, metric: Any) -> None:
     """UserError when data of several shapes have none of the task's own where a metric looks, which is the first group."""
-    if getattr(metric, "path", None) is not None or not getattr(run.source("train"), "groups", ()):
+    if metric.path is not None or not run.source("train").groups:
         return
-    groups: Any = getattr(source, "groups", ())
-    first = source[int(groups[0][0]) if groups else 0]
+    first = source[int(source.groups[0][0]) if source.groups else 0]
     for key, want in run.spec().items():
         if key in first and first[key].shape != tuple(want.shape[1:]):
             raise UserError(
-                f"{field}: the metric {getattr(metric, 'name', type(metric).__name__)} goes through examples of the task's own "
-                f"shape alone, and the {metric.split} split of data.path={getattr(run.data, 'path', '')} has none: its first "
+                f"{field}: the metric {metric.name} goes through examples of the task's own "
+                f"shape alone, and the {metric.split} split of data.path={run.data.path} has none: its first "
                 f"{key} is {list(first[key].shape)}, the task's {list(want.shape[1:])}; prepare the data with square images for "
                 "testing (a larger --test-fraction), set data.aspect to one ratio, or leave the metric out"
             )
 
 
-def _check_patch(run: Run) -> None:
-    """UserError when the patches of the task do not fill the shapes of data that have several."""
-    patch, source = getattr(run.task, "patch", 1), run.source("train")
-    groups: Any = getattr(source, "groups", ())
-    names = getattr(source, "aspects", None) or tuple(map(str, range(len(groups))))
-    for name, group in zip(names, groups):
+def _check_shapes(run: Run) -> None:
+    """UserError when examples of one of the shapes of data that have several do not fit the task.
+
+    It traces the loss for each: the task knows best.
+    """
+    source, spec = run.source("train"), run.spec()
+    names = source.aspects or tuple(map(str, range(len(source.groups or ()))))
+    params = weights.abstract(run.task)
+    for name, group in zip(names, source.groups or ()):
         example = source[int(group[0])]
-        for key in run.spec():
-            shape: tuple[int, ...] = example[key].shape if key in example else ()
-            if len(shape) == 3 and (shape[0] % patch or shape[1] % patch):
-                multiple = getattr(run.task, "multiple", None)
-                value = (
-                    multiple
-                    if multiple and getattr(run.task, "vae", None)
-                    else f"N, {patch} times the encoder's factor"
-                )
-                raise UserError(
-                    f"task.patch={patch} does not divide the bucket {name} of data.path={getattr(run.data, 'path', '')}, whose "
-                    f"{key} is {shape[0]} x {shape[1]}; set task.patch=1, or encode the images again with `zoo prepare "
-                    f"--multiple {value}`"
-                )
+        batch = {
+            key: jax.ShapeDtypeStruct((leaf.shape[0], *example[key].shape), leaf.dtype)
+            for key, leaf in spec.items()
+            if key in example
+        }
+        if len(batch) < len(spec):  # what else is missing the feed says
+            continue
+        try:
+            jax.eval_shape(run.task.loss, params, batch, jax.random.key(0))
+        except UserError as error:
+            raise UserError(f"the bucket {name} of data.path={run.data.path}: {error}") from None
 
 
 _ENCODERS = {"vae": "autoencoder", "text": "text encoder"}
@@ -192,8 +189,7 @@ def _check_encoders(run: Run, given: Mapping[str, Params]) -> None:
     Compared are the encoders in `given` (of `Run.weights`, or those restored), `task.vae.scale` and `task.template` with
     what the data says in `made_with`; also the tokeniser beside the text encoder, where there is one.
     """
-    made = run.data.made_with() if hasattr(run.data, "made_with") else {}
-    path = getattr(run.data, "path", "")
+    made, path, about = run.data.made_with(), run.data.path, run.task.about
     for key, name in _ENCODERS.items():
         tree = given.get(key, given.get("", {}).get(key))
         if key not in made or tree is None:
@@ -205,18 +201,19 @@ def _check_encoders(run: Run, given: Mapping[str, Params]) -> None:
                 f"data.path={path} holds latents made by another {name} (digest {made[key]}) than {field} (digest {here}); "
                 f"encode the images again with `zoo prepare --encode {key}=...`, or name that {name} in weights.{key}"
             )
-    vae = getattr(run.task, "vae", None)
+    vae = about.networks.get("vae")
     if vae is not None and "vae_scale" in made:
-        scale = str(None if vae.scale is None else float(vae.scale))
+        scale = str(None if vae.task.scale is None else float(vae.task.scale))
         if scale != made["vae_scale"]:
             raise UserError(
                 f"task.vae.scale={scale}, but the latents in data.path={path} were made with {made['vae_scale']}; set "
                 f"task.vae.scale={made['vae_scale']}, or encode the images again"
             )
-    template = getattr(run.task, "template", None)
-    if getattr(run.task, "given", ()) and "tokenizer" in made:
+    if about.captions is None:
+        return
+    if "tokenizer" in made:
         _check_tokenizer(run, made["tokenizer"])
-    if getattr(run.task, "given", ()) and template != made.get("template", template):
+    if (template := about.captions.template) != made.get("template", template):
         aspects = "without" if made["template"] == "aspect" else "with"
         raise UserError(
             f"task.template={template!r}, but the captions in data.path={path} were encoded with {made['template']!r}; set "
@@ -245,9 +242,9 @@ def _check_needed(run: Run, filled: Params) -> None:
     Args:
         filled: abstract parameters with the trees of `Run.weights` put in, so that what stays fresh has no numbers.
     """
-    if getattr(run.data, "made_up", False):
+    if run.data.made_up:
         return
-    for key in getattr(run.task, "needs", ()):
+    for key in (key for key, network in run.task.about.networks.items() if network.required):
         leaves = {f"{key}/{name}": leaf for name, leaf in weights.flatten(filled[key]).items()}
         fresh = [name for name, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
         name, without = type(run.task).__name__, _without(run.task, key)
@@ -341,7 +338,7 @@ class _Watch:
         self.vocabulary = _vocabulary(run)
         n = run.samples.n
         self.draw = None
-        if n and hasattr(run.task, "sample"):
+        if n and isinstance(run.task, Samples):
             self.draw = jax.jit(make_sampler(run.task, n, run.samples.options))
             self.conditions = _held_out(run, n)
 
@@ -383,7 +380,7 @@ class _Watch:
 def _told_apart(metrics: Sequence[Any]) -> list[str]:
     """Names for what metrics measure: none for the only one of its kind, else its split, or its place where that is shared."""
     kinds = [type(metric) for metric in metrics]
-    splits = [getattr(metric, "split", None) for metric in metrics]
+    splits = [metric.split for metric in metrics]
     pairs, names = list(zip(kinds, splits)), []
     for i, (kind, split) in enumerate(pairs):
         alone = split is not None and pairs.count((kind, split)) == 1
@@ -414,7 +411,7 @@ def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -
 
 def _vocabulary(run: Run) -> Vocabulary | None:
     """What the tokens of the training data mean, where these are texts."""
-    return getattr(run.source("train"), "vocabulary", None) if is_text(run.task) else None
+    return run.source("train").vocabulary if is_text(run.task) else None
 
 
 def _keep_vocabulary(run: Run, folder: Folder) -> None:
@@ -436,10 +433,9 @@ def _keep_vocabulary(run: Run, folder: Folder) -> None:
     if before is None:
         with paths.sentence(folder, "write"):
             vocabulary.save(folder)
-    fingerprint = getattr(run.data, "fingerprint", None)
-    if fingerprint is None:
+    now, record = run.data.fingerprint("train"), folder / "data.json"
+    if now is None:
         return
-    now, record = str(fingerprint("train")), folder / "data.json"
     try:
         with paths.sentence(folder):
             written = record.read_text()
@@ -450,10 +446,10 @@ def _keep_vocabulary(run: Run, folder: Folder) -> None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{record} is damaged; remove it where the text is still that of the run") from None
     if known != now:
-        where = getattr(run.data, "path", None)
+        where = run.data.path
         raise UserError(
             f"workdir={folder} belongs to a run on another text: the train split of "
-            f"{f'data={type(run.data).__name__}' if where is None else f'data.path={where}'} has changed since it was begun. "
+            f"{f'data={type(run.data).__name__}' if not where else f'data.path={where}'} has changed since it was begun. "
             "Restore that text, or choose another workdir="
         )
 
@@ -547,7 +543,7 @@ def train(
         _check_labels(run, labels)
         if is_text(run.task):
             check_vocabulary(run.task, run.source("train"))
-        _check_patch(run)
+        _check_shapes(run)
         _check_looks(run)
         optimizer = optim.build(run.optim, run.steps)
         init, step_fn, abstract = compile_step(run.task, optimizer, mesh, ema=run.ema, accumulate=run.accumulate)
@@ -557,7 +553,7 @@ def train(
             length = len(run.source("train"))
             hosts.same({"data": {"examples": length, "labels": list(labels)}}, config.differences)
         begun = folder is not None and hosts.told(lambda: bool(Checkpoints(folder, create=False).steps()))
-        given = {} if begun else models.given_weights(run.weights or {}, task=run.task)
+        given = {} if begun else models.given_weights(run.weights or {}, run.task)
         # before the folder is claimed: it would belong to the wrong weights
         filled, _ = weights.fill(abstract.params, given, run.weights, run.task)
         if not begun:
@@ -573,9 +569,7 @@ def train(
             state = _first(init(run.seed), given, jax.tree.map(lambda x: x.sharding, abstract))
         else:
             _log.info("parameters: step %d of %s", int(state.step), run.workdir)
-            made = (
-                run.data.made_with() if hasattr(run.data, "made_with") else {}
-            )  # large networks come off the devices for it
+            made = run.data.made_with()  # large networks come off the devices for it
             _check_encoders(
                 run, {k: hosts.fetch(state.params[k]) for k in _ENCODERS if k in made and k in state.params}
             )
@@ -588,7 +582,7 @@ def train(
             batch=run.batch,
             quiet=quiet,
             main=folder is not None and hosts.main(),
-            unit=getattr(run.task, "unit", "images"),
+            unit=run.task.about.unit,
         )
         try:
             with report:

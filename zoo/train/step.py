@@ -12,7 +12,7 @@ import optax
 from flax.struct import PyTreeNode
 
 from zoo import dist
-from zoo.task import Params, Task
+from zoo.task import Buffered, Options, Params, Task, options_of
 
 
 class State(PyTreeNode):
@@ -33,8 +33,9 @@ Step = Callable[[State, Any], tuple[State, Metrics]]
 
 def split(task: Task, params: Params) -> tuple[Params, Params]:
     """(trained, held) parameters by top-level key."""
-    trained = {k: v for k, v in params.items() if k not in task.held}
-    return trained, {k: v for k, v in params.items() if k in task.held}
+    held = task.about.held
+    trained = {k: v for k, v in params.items() if k not in held}
+    return trained, {k: v for k, v in params.items() if k in held}
 
 
 def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: float) -> State:
@@ -99,7 +100,7 @@ def make_train_step(
             decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))  # warm-up: a plain average ruins short runs
             average = optax.incremental_update(trained, state.ema, 1 - decay)
         params = {**held, **trained}
-        if hasattr(task, "after_step"):
+        if isinstance(task, Buffered):
             params = task.after_step(params, metrics)
 
         def keep(new: Any, old: Any) -> Any:
@@ -119,29 +120,32 @@ def make_train_step(
     return step
 
 
-def make_sampler(task: Any, n: int, options: Mapping[str, Any]) -> Callable[..., dict[str, jax.Array]]:
+def make_sampler(task: Any, n: int, options: Options | Any) -> Callable[..., dict[str, jax.Array]]:
     """A pure function (params, rng, conditions=None) -> n samples of a task.
+
+    Options are those of its sampler, or some of them by name.
 
     Without conditions, arrays that lead with n, its labels are balanced over its classes. On a mesh whose devices n does
     not fill evenly, more are drawn than asked for: else every device would draw, and hold the caches of, all of them.
     """
-    classes = getattr(task, "classes", 0)
+    options = options_of(task, options, "options") if isinstance(options, Mapping) else options
+    classes = task.about.classes
     balanced = {"label": np.arange(n, dtype=np.int32) % classes} if classes and "label" in task.spec(1) else None
 
     def sampler(params: Params, rng: jax.Array, conditions: Any = None) -> dict[str, jax.Array]:
         given = balanced if conditions is None else conditions
         drawn = -(-n // dist.batch_ways()) * dist.batch_ways()
         if drawn == n:
-            return task.sample(params, rng, n, given, **options)
+            return task.sample(params, rng, n, given, options)
         given = jax.tree.map(lambda x: jnp.asarray(x)[jnp.arange(drawn) % n], given)
-        return jax.tree.map(lambda x: x[:n], task.sample(params, rng, drawn, given, **options))
+        return jax.tree.map(lambda x: x[:n], task.sample(params, rng, drawn, given, options))
 
     return sampler
 
 
 def sampler_spec(task: Any, n: int) -> dict[str, jax.ShapeDtypeStruct] | None:
-    """Shapes of the conditions that n samples take from a batch of data (`task.given`); None for a task without any."""
-    given = getattr(task, "given", ())
+    """Shapes of the conditions that n samples take from a batch of data (`about.conditions`); None for a task without any."""
+    given = task.about.conditions
     return {key: leaf for key, leaf in task.spec(n).items() if key in given} if given else None
 
 

@@ -354,13 +354,9 @@ def _depths(tree: Any, path: str = "") -> dict[str, int]:
 
 def _depth_field(task: Any, key: str, layers: int) -> str:
     """The field of a task that gives the network under a key so many layers; "" where that is not known."""
-    own = getattr(task, key, None)  # a network that is described in a field of its own
-    described = dataclasses.is_dataclass(own)
-    places = (
-        [(own, "depth", f"task.{key}.depth")]
-        if described
-        else [(task, n, f"task.{n}") for n in (f"{key}_depth", "depth")]
-    )
+    held = task.about.networks.get(key)
+    own = [] if held is None or held.task is None else [(held.task, "depth", f"task.{key}.depth")]
+    places = own or [(task, n, f"task.{n}") for n in (f"{key}_depth", "depth")]
     for holder, name, written in places:
         known = {field.name for field in dataclasses.fields(holder)} if dataclasses.is_dataclass(holder) else set()
         if name in known and getattr(holder, name) == layers:

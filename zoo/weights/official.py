@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from zoo.errors import UserError
-from zoo.task import Name, Params, Task
+from zoo.task import Name, Params, Published, Renames, Task
 from zoo.weights.export import AGAIN, read_safetensors
 from zoo.weights.layout import abstract, differs, few, fill, flatten, matching, refuse, stacked, unflatten
 
@@ -101,7 +101,7 @@ def from_official(task: Task, state_dict: Mapping[str, Any], given: Mapping[str,
     held = _given(whole, given or {})
     own = {key: tree for key, tree in whole.items() if key not in held}
     names = [name for name in _import_names(task) if not name.target or name.target.split("/")[0] not in held]
-    if hasattr(task, "import_state"):
+    if isinstance(task, Renames):
         state_dict = task.import_state(state_dict)
     flat = {
         name: np.empty(leaf.shape, np.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
@@ -166,7 +166,7 @@ def to_official(task: Task, params: Params) -> dict[str, np.ndarray]:
 
 
 def _import_names(task: Task) -> list[Name]:
-    if not hasattr(task, "import_names"):
+    if not isinstance(task, Published):
         raise UserError(
             f"{type(task).__name__} knows no published layout; use `zoo export` and zoo.load, which need none"
         )

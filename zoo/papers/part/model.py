@@ -22,7 +22,7 @@ from zoo.nn.embed import grid_positions, sincos
 from zoo.nn.layers import Dense, LayerNorm, Table, lecun_normal, truncated_normal
 from zoo.nn.transformer import MLP, Attention, Trunk, check_remat
 from zoo.papers.part.sampling import crop, grid_patches, pad_crop, random_resized_crop, sample_boxes
-from zoo.task import Batch, Name, Params
+from zoo.task import About, Batch, Name, Params
 
 EPSILON = 1e-6  # of every LayerNorm
 
@@ -218,14 +218,9 @@ class Vit:
         check_backend(self.attention, self.dtype)
 
     @property
-    def held(self) -> tuple[str, ...]:
-        """Nothing, but for a classifier on a frozen encoder."""
-        return ()
-
-    @property
-    def hints(self) -> dict[str, tuple[str, str]]:
-        """How to come by what `Run.weights` may name, and the entry for it."""
-        return {"encoder": ("train one with `zoo train`, e.g. part/digits", "weights.encoder=RUN:encoder")}
+    def about(self) -> About:
+        """Images or series."""
+        return About(unit="series" if self.length else "images", tokens=self.tokens)
 
     @property
     def side(self) -> tuple[str, int]:
@@ -236,11 +231,6 @@ class Vit:
     def key(self) -> str:
         """What a batch calls the input."""
         return "series" if self.length else "image"
-
-    @property
-    def unit(self) -> str:
-        """What examples are called."""
-        return "series" if self.length else "images"
 
     @property
     def extent(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from zoo.papers.part.model import (
     Vit,
 )
 from zoo.papers.part.sampling import crop, grid_boxes, grid_patches, rebuild, relation, sample_boxes
-from zoo.task import Batch, Name, Params
+from zoo.task import About, Batch, Name, Network, Params
 
 Metrics = dict[str, jax.Array]
 
@@ -514,14 +514,15 @@ class PartClassifier(Vit):
                 raise UserError(f"task.{name}={getattr(self, name)} is for images; set task.{name}=0 for a series")
 
     @property
-    def held(self) -> tuple[str, ...]:
-        """The encoder of a linear probe."""
-        return ("encoder",) if self.frozen else ()
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """A frozen encoder must come from `Run.weights`; a trained one may."""
-        return self.held
+    def about(self) -> About:
+        """A frozen encoder, that of a linear probe, must come from `Run.weights`; a trained one may."""
+        encoder = Network(
+            required=self.frozen,
+            trained=not self.frozen,
+            how="train one with `zoo train`, e.g. part/digits",
+            entry="weights.encoder=RUN:encoder",
+        )
+        return replace(super().about, classes=self.classes, networks={"encoder": encoder})
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """As of `Vit`, and `label` int32 [B]."""

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from zoo.encoders.vae import AutoEncoder
+from zoo.encoders.vae import HOW, AutoEncoder
 from zoo.errors import UserError
 from zoo.nn.layers import Conv
-from zoo.task import Batch, Params, abilities
+from zoo.task import About, Batch, Decodes, Encodes, Network, Params, abilities
 
+_FEATURES = "train one with `zoo train`, with the task that task.network names"
 _BLUR = np.outer([1, 3, 3, 1], [1, 3, 3, 1]).astype(np.float32) / 64  # binomial: halves without aliasing
 
 
@@ -75,7 +76,7 @@ class DecoderTune:
                 f"{self.vae.image.bit_length() - 1} or fewer"
             )
         if self.network is not None:
-            if not hasattr(self.network, "features"):
+            if "features" not in abilities(self.network):
                 raise UserError(
                     f"task.network: {type(self.network).__name__} has no features, it can: "
                     f"{', '.join(abilities(self.network))}; choose a task that has"
@@ -87,14 +88,13 @@ class DecoderTune:
                 )
 
     @property
-    def held(self) -> tuple[str, ...]:
-        """The encoder, the running means of the regulariser, the feature network; the measured scale of the latents."""
-        return ("encoder", "lecam", *(("features",) if self.network else ()), *self.vae.held)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Held keys that must come from `Run.weights`."""
-        return ("encoder", *(("features",) if self.network else ()))
+    def about(self) -> About:
+        """The running means of the regulariser and the measured scale of the latents move by rules."""
+        # the encoder lies beside its decoder, and both come from one autoencoder
+        networks = {"encoder": Network(self.vae, Decodes, how=HOW, entry="weights={'': 'OUT'}")}
+        if self.network:
+            networks["features"] = Network(self.network, Encodes, how=_FEATURES)
+        return About(networks=networks, buffers=("lecam", *self.vae.about.buffers))
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1]."""

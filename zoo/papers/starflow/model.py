@@ -260,7 +260,7 @@ def tokens(task: StarFlow, x: jax.Array) -> tuple[jax.Array, Grid]:
     if (rows * task.patch, columns * task.patch) != x.shape[1:3]:
         raise UserError(
             f"task.patch={task.patch} does not divide latents of {x.shape[1]} x {x.shape[2]}; set task.patch=1, or encode "
-            "images of other sizes"
+            f"the images again with `zoo prepare --multiple {task.factor * task.patch if task.vae else 'N'}`"
         )
     if task.positions == "learned" and (rows, columns) != (task.rows, task.columns):
         raise UserError(

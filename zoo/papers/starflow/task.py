@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.dist import constrain
+from zoo.encoders import text as text_encoder
+from zoo.encoders import vae as autoencoder
 from zoo.encoders.text import T5
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
@@ -20,10 +21,31 @@ from zoo.flows.transforms import LOG_2PI
 from zoo.nn.attention import check_backend
 from zoo.nn.transformer import check_remat
 from zoo.papers.starflow import model
-from zoo.papers.starflow.model import TIME_PAIRS, Grid, LanguageModel
-from zoo.task import Batch, Name, Params, sample_keys
+from zoo.papers.starflow.model import TIME_PAIRS, LanguageModel
+from zoo.task import About, Batch, Captions, Decodes, Grid, Likelihood, Name, Network, Params, Reads, sample_keys
 
+_LICENCE = (
+    "the published STARFlow weights are under a research-only, non-commercial licence that also binds converted files: "
+    "keep them to yourself and keep the attribution"
+)
 _EMPTY = 1  # the token that ends a caption, which is all there is of an empty one
+
+
+@dataclass(frozen=True)
+class StarFlowSampling:
+    """How latents, or pixels, are drawn."""
+
+    guidance: float | Guidance = (
+        0.0  # a weight w of the Gaussian rule, or a `Guidance`; 0: off; the usual scale is 1 + w
+    )
+    denoise: float | None = None  # strength of the score step; None: 1 where `task.denoiser` is "score", else 0
+    temperature: float = 1.0  # factor on the standard deviation of z (the paper uses 1)
+    attention_temperature: float = 1.0  # divides all attention logits
+    grid: tuple[int, int] | None = None  # rows and columns of the latents; None: those of the task
+    method: str | Jacobi = (
+        "auto"  # how blocks are inverted: sequential, jacobi, gs_jacobi, or fields of `Jacobi`; auto:
+    )
+    # sequential, where no command puts another in its place (the fastest that `zoo eval RUN convergence` has saved)
 
 
 @dataclass(frozen=True)
@@ -64,11 +86,7 @@ class StarFlow:
     remat: str = "none"  # none, dots or full: what the backward pass recomputes
     attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
-    noise_type = "gaussian"
-    licence = (
-        "the published STARFlow weights are under a research-only, non-commercial licence that also binds converted files: "
-        "keep them to yourself and keep the attribution"
-    )
+    Sampling = StarFlowSampling
 
     def __post_init__(self) -> None:
         for name in ("channels", "patch", "width", "head_dim", "text_width"):
@@ -144,14 +162,31 @@ class StarFlow:
     # --- sizes --------------------------------------------------------------------------------------
 
     @property
-    def held(self) -> tuple[str, ...]:
-        """The frozen encoders."""
-        return (*(("vae",) if self.vae else ()), *(("text",) if self.text else ()))
+    def about(self) -> About:
+        """The encoders are frozen. Bits compare among runs on the same latents alone."""
+        networks = {"vae": Network(self.vae, Decodes, how=autoencoder.HOW)} if self.vae else {}
+        captions = None
+        if self.text:
+            networks["text"] = Network(self.text, Reads, how=text_encoder.HOW)
+        if self.text_tokens:
+            captions = Captions(self.text_tokens, self.text.vocab if self.text else None, self.template)
+        return About(
+            classes=self.classes,
+            conditions=self.given,
+            networks=networks,
+            likelihood=self._likelihood,
+            captions=captions,
+            grid=Grid(self.latent, self.factor, self.factor * self.patch),
+            tokens=self.tokens,
+            licence=_LICENCE,
+        )
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        """Held keys that must come from `Run.weights`: all of them."""
-        return self.held
+    def _likelihood(self) -> Likelihood:
+        event = (*self.latent, self.channels)
+        if self.inputs == "pixels":
+            return Likelihood(event, "noisy", "noisy_bits_per_dim", bins=255 / 2)
+        return Likelihood(event, "noisy", "noisy_latent_bits_per_dim")
 
     @property
     def blocks(self) -> int:
@@ -187,16 +222,6 @@ class StarFlow:
     def factor(self) -> int:
         """Pixels a side per latent."""
         return self.vae.factor if self.vae else 1
-
-    @property
-    def multiple(self) -> int:
-        """What height and width of an image must be multiples of, in pixels."""
-        return self.factor * self.patch
-
-    @property
-    def event(self) -> tuple[int, int, int]:
-        """Shape of what the likelihood is of: latents, or pixels."""
-        return (*self.latent, self.channels)
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -276,16 +301,19 @@ class StarFlow:
         """E, numbers per condition token."""
         return self.classes + 1 if self.classes else self.text_width
 
-    def clean(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        """What the flow models before noise is added: a draw from the autoencoder's posterior, or the pixels."""
+    def posterior(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """Mean and standard deviation of the autoencoder's posterior [B, H, W, C]; the pixels and None where there is none."""
         if self.inputs == "pixels":
-            return batch["image"]
+            return batch["image"], None
         if self.inputs == "images":
             assert self.vae is not None
-            mean, std = jax.lax.stop_gradient(self.vae.encode(params["vae"], batch["image"]))
-        else:
-            mean, std = batch["latent"], batch["latent_std"]
-        return mean + std * jax.random.normal(rng, mean.shape)
+            return jax.lax.stop_gradient(self.vae.encode(params["vae"], batch["image"]))
+        return batch["latent"], batch["latent_std"]
+
+    def clean(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        """What the flow models before noise is added: a draw from the autoencoder's posterior, or the pixels."""
+        mean, std = self.posterior(params, batch)
+        return mean if std is None else mean + std * jax.random.normal(rng, mean.shape)
 
     def add_noise(self, rng: jax.Array, x: jax.Array) -> jax.Array:
         """x + noise eps."""
@@ -330,26 +358,22 @@ class StarFlow:
         square = jnp.square(z).mean()
         nll = 0.5 * square - logdet.mean()
         metrics = {
-            "bits": self.bits(nll + 0.5 * LOG_2PI),
+            "bits": self._likelihood.bits(nll + 0.5 * LOG_2PI),
             "z_square": square,
             "logdet": logdet.mean(),
             "latent_norm": squares.mean(),
         }
         return nll + self.penalty * squares.mean(), metrics
 
-    def bits(self, nll: jax.Array) -> jax.Array:
-        """Bits per dimension from nats per dimension, of noisy latents; of pixels, for grey levels 2/255 apart."""
-        return nll / math.log(2) + (math.log2(255 / 2) if self.inputs == "pixels" else 0.0)
-
-    @property
-    def bits_name(self) -> str:
-        """Only the bits of noisy data can be told, and those of latents compare among runs on the same latents alone."""
-        return "noisy_bits_per_dim" if self.inputs == "pixels" else "noisy_latent_bits_per_dim"
-
-    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+    def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """-log p in nats [B] of noisy latents, with one draw of posterior and noise; uses class or caption where given."""
-        draw, noise = jax.random.split(rng)
-        x = self.add_noise(noise, self.clean(params, batch, draw))
+
+        def noisy(key: jax.Array, mean: jax.Array, std: jax.Array | None) -> jax.Array:
+            draw, noise = jax.random.split(key)
+            x = mean if std is None else mean + std * jax.random.normal(draw, mean.shape)
+            return self.add_noise(noise, x)
+
+        x = jax.vmap(noisy)(keys, *self.posterior(params, batch))
         return -model.log_prob(self, params, x, self.conditions(params, batch))
 
     def sample(
@@ -358,56 +382,45 @@ class StarFlow:
         rng: jax.Array,
         n: int,
         conditions: Batch | None = None,
-        *,
-        guidance: float | Guidance = 0.0,
-        denoise: float | None = None,
-        temperature: float = 1.0,
-        attention_temperature: float = 1.0,
-        grid: tuple[int, int] | None = None,
-        method: str | Jacobi = "auto",
+        options: StarFlowSampling | None = None,
     ) -> dict[str, jax.Array]:
         """n samples; sample i depends on (rng, i) alone.
 
         Args:
             rng: one key, or n keys.
             conditions: `label` [n] (negative: none), or the keys of `given`. None: neither class nor caption.
-            guidance: a weight w of the Gaussian rule, or a `Guidance`; 0 is off, and the usual scale is 1 + w.
-            denoise: strength of the score step; None: 1 where `task.denoiser` is "score", else 0.
-            temperature: factor on the standard deviation of z (the paper uses 1).
-            attention_temperature: divides all attention logits.
-            grid: rows and columns of the latents; None: those of the task.
-            method: how blocks are inverted: "sequential", "jacobi", "gs_jacobi", a `Jacobi`, or "auto": sequential, where no
-                command puts another in its place (`zoo sample`: the fastest that `zoo eval RUN convergence` has saved).
+            options: None: the defaults.
 
         Returns:
             `latent` [n, H, W, C]; where there is an autoencoder also `image`, decoded and clipped to [-1, 1]. A model of
             pixels gives `image` alone. NaN where the inverse overflowed. And `label` where given; where blocks were swept
             over also `sweeps` and `unconverged` [n, blocks] (`zoo.flows.inverse.Inverted`).
         """
-        rows, columns = grid or self.latent
+        o = options or StarFlowSampling()
+        rows, columns = o.grid or self.latent
         if min(rows, columns) < 1 or rows % self.patch or columns % self.patch:
             raise UserError(
                 f"grid={rows},{columns} must be two sizes that task.patch={self.patch} divides, e.g. grid={self.latent[0]},"
                 f"{self.latent[1]}"
             )
         keys = sample_keys(rng, n)
-        if Guidance.of(guidance, "gaussian", annealed=False).active and not self._asked(conditions):
+        if Guidance.of(o.guidance, "gaussian", annealed=False).active and not self._asked(conditions):
             warnings.warn(
                 "guidance without a class or caption compares a pass with itself: it changes nothing and costs twice; give "
                 "conditions, or leave guidance out",
                 stacklevel=2,
             )
-        z = temperature * jax.vmap(lambda k: jax.random.normal(k, (rows, columns, self.channels)))(keys)
+        z = o.temperature * jax.vmap(lambda k: jax.random.normal(k, (rows, columns, self.channels)))(keys)
         batch = {**(conditions or {}), "z": z}
         seen = self.conditions(params, batch)
         null = self.conditions(params, batch, jnp.ones(n, bool)) if self.prefix else None
         x, places = model.tokens(self, constrain(z, "batch"))
-        blocks = model.chain(self, params, n, places, seen, null, guidance, attention_temperature)
-        found = invert(blocks, x, method)
+        blocks = model.chain(self, params, n, places, seen, null, o.guidance, o.attention_temperature)
+        found = invert(blocks, x, o.method)
         x = model.untokens(self, found.states[-1], places)
-        denoise = float(self.denoiser == "score" and self.noise > 0) if denoise is None else denoise
-        if not isinstance(denoise, (int, float)) or denoise:
-            x = model.denoise(self, params, x, seen, denoise)
+        strength = float(self.denoiser == "score" and self.noise > 0) if o.denoise is None else o.denoise
+        if not isinstance(strength, (int, float)) or strength:
+            x = model.denoise(self, params, x, seen, strength)
         drawn = {} if self.inputs == "pixels" else {"latent": x}
         if self.inputs == "pixels" or self.vae:
             image = self.vae.decode(params["vae"], x) if self.vae else x
@@ -536,4 +549,4 @@ def text_to_image(**fields: Any) -> StarFlow:
     return StarFlow(**{"width": 3072, "depths": (2, 2, 2, 2, 2, 24), "text_tokens": 128, "text_width": 2048, **fields})
 
 
-__all__ = ["Grid", "LanguageModel", "StarFlow", "class_conditional", "text_to_image"]
+__all__ = ["LanguageModel", "StarFlow", "class_conditional", "text_to_image"]

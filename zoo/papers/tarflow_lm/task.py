@@ -40,7 +40,7 @@ from zoo.papers.tarflow_lm.model import (
     take,
     told_by,
 )
-from zoo.task import Batch, Params, sample_keys
+from zoo.task import About, Batch, Likelihood, Network, Params, sample_keys
 
 
 def _check_common(task: Any) -> None:
@@ -67,6 +67,18 @@ def _check_sampler(temperature: float, **others: Any) -> None:
 
 
 @dataclass(frozen=True)
+class TarFlowLMSampling:
+    """How texts are drawn."""
+
+    temperature: float = 1.0  # divides the logits of the weights of Mix-d layers; other layers have only `shrink`
+    shrink: float = 1.0  # factor on the standard deviation of the noise
+    strength: float = 0.5  # in [0, 1], how much of the noise of a given text is new: 0 gives it back, 1 forgets it
+    top: int | None = None  # Mix-d layers keep so many of their likeliest components only; None: all
+    passes: bool = False  # also give what every layer makes of the text
+    method: str | Jacobi = "auto"  # how layers are inverted (`zoo.flows.inverse.Jacobi`); auto is token by token
+
+
+@dataclass(frozen=True)
 class TarFlowLM:
     """A Gaussian for every token, and flows over the vectors; trained on a lower bound of the likelihood."""
 
@@ -90,10 +102,7 @@ class TarFlowLM:
     remat: str = "none"  # none, dots or full: what the backward pass recomputes
     attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
-    unit = "sequences"
-    keyed = True  # `nll` takes one key for each text as well
-    bound = True  # and is an upper bound of -log p, from one draw of vectors
-    rewrites = True  # `sample` takes texts to change
+    Sampling = TarFlowLMSampling
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -137,17 +146,23 @@ class TarFlowLM:
         return sum((self.groups or (1,) * len(self.layers))[: self.stage]) if self.stage else len(self.layers)
 
     @property
+    def about(self) -> About:
+        """`nll` is a bound, from one draw of vectors. Tokens' Gaussians and layers of earlier stages come from their runs."""
+        return About(
+            unit="sequences",
+            completes=("tokens",),
+            networks=dict.fromkeys(self.held, Network()),
+            likelihood=Likelihood((self.length,), "bound"),
+            vocabulary=self.vocab,
+        )
+
+    @property
     def held(self) -> tuple[str, ...]:
         """The tokens' Gaussians and the layers that earlier stages trained."""
         if self.stage < 2:
             return ()
         done = sum((self.groups or (1,) * len(self.layers))[: self.stage - 1])
         return ("codebook", *(f"layer{l}" for l in range(done)))
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What is held must come from the run of the stage before."""
-        return self.held
 
     @property
     def steps(self) -> int:
@@ -158,11 +173,6 @@ class TarFlowLM:
     def channels(self) -> int:
         """C, numbers of a step."""
         return self.patch * self.dims
-
-    @property
-    def event(self) -> tuple[int, ...]:
-        """What the likelihood is of."""
-        return (self.length,)
 
     def flops(self) -> float:
         """Floating-point operations of one training text: two per weight and step, six where a gradient is taken.
@@ -224,16 +234,16 @@ class TarFlowLM:
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Minus the one-draw bound, nats per token."""
-        loss = self.nll(params, batch, rng).mean() / self.length
+        loss = -elbo(self, params, batch["tokens"], self._normal(rng, len(batch["tokens"]))).mean() / self.length
         means, log_sigma = codebook_of(self, params)
         # the scale of vectors is free: one that runs away breaks the limits of log-scales
         scales = {"codebook_rms": jnp.sqrt(jnp.square(means).mean()), "sigma": jnp.exp(log_sigma.mean())}
         return loss, {"bits": loss / math.log(2), **scales}
 
-    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        """An upper bound of -log p [B] of the whole text in nats, from one draw of its vectors; rng is one key, or B keys."""
+    def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
+        """An upper bound of -log p [B] of the whole text in nats, from one draw of its vectors."""
         tokens = batch["tokens"]
-        return -elbo(self, params, tokens, self._normal(rng, len(tokens)))
+        return -elbo(self, params, tokens, self._normal(keys, len(tokens)))
 
     def _normal(self, rng: jax.Array, n: int) -> jax.Array:
         """Standard normal numbers [n, T, d] of one key, or of n keys."""
@@ -248,13 +258,7 @@ class TarFlowLM:
         rng: jax.Array,
         n: int,
         conditions: Batch | None = None,
-        *,
-        temperature: float = 1.0,
-        shrink: float = 1.0,
-        strength: float = 0.5,
-        top: int | None = None,
-        passes: bool = False,
-        method: str | Jacobi = "auto",
+        options: TarFlowLMSampling | None = None,
     ) -> dict[str, jax.Array]:
         """n texts; text i depends on (rng, i) alone, and on its condition.
 
@@ -264,18 +268,15 @@ class TarFlowLM:
         Args:
             rng: one key, or n keys.
             conditions: `tokens` [n, T], texts to rewrite; None: texts out of nothing.
-            temperature: divides the logits of the weights of Mix-d layers; other layers have only `shrink`.
-            shrink: factor on the standard deviation of the noise.
-            strength: in [0, 1], how much of the noise of a given text is new: 0 gives it back, 1 forgets it.
-            top: Mix-d layers keep so many of their likeliest components only; None: all.
-            passes: also give what every layer makes of the text.
-            method: see `inverse`; "auto" is token by token.
+            options: None: the defaults.
 
         Returns:
             `tokens` int32 [n, T], -1 where the inverse overflowed. With `passes` also the text after each layer, that of
             the noise first and the sample last, `passes` int32 [n, layers + 1, T], and its vectors `latents` [n, layers + 1,
             T, d] (section 4). Where layers were swept over `sweeps` and `unconverged` (`zoo.flows.inverse.Inverted`).
         """
+        o = options or TarFlowLMSampling()
+        temperature, shrink, strength, top, method = o.temperature, o.shrink, o.strength, o.top, o.method
         _check_sampler(temperature, shrink=shrink)
         if isinstance(strength, (int, float)) and not 0 <= strength <= 1:
             raise UserError(f"strength={strength} must be between 0, the text as it is, and 1, another text")
@@ -309,7 +310,7 @@ class TarFlowLM:
             found = inverse(self, params, shrink * u, method=method, temperature=temperature, top=top)
         z = found.states[-1].reshape(n, self.length, self.dims)
         drawn = {"tokens": decode(self, params, z), **found.report}
-        if not passes:
+        if not o.passes:
             return drawn
         states = found.states
         if fresh:  # the noise that the layer would have been inverted from
@@ -319,6 +320,13 @@ class TarFlowLM:
         latents = jnp.stack([h.reshape(n, self.length, self.dims) for h in states], 1)
         texts = decode(self, params, latents.reshape(-1, self.length, self.dims)).reshape(n, -1, self.length)
         return {**drawn, "passes": texts, "latents": latents}
+
+
+@dataclass(frozen=True)
+class DiscreteLMSampling:
+    """How texts are drawn."""
+
+    temperature: float = 1.0  # divides the logits
 
 
 @dataclass(frozen=True)
@@ -335,10 +343,7 @@ class DiscreteLM:
     remat: str = "none"
     attention: str = "xla"
 
-    held = ()
-    unit = "sequences"
-    keyed = True
-    bound = False
+    Sampling = DiscreteLMSampling
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -346,9 +351,9 @@ class DiscreteLM:
             raise UserError(f"task.depth={self.depth} must be at least 1")
 
     @property
-    def event(self) -> tuple[int, ...]:
-        """What the likelihood is of."""
-        return (self.length,)
+    def about(self) -> About:
+        """An exact likelihood."""
+        return About(unit="sequences", likelihood=Likelihood((self.length,)), vocabulary=self.vocab)
 
     def flops(self) -> float:
         """Floating-point operations of one training text, as of `TarFlowLM.flops`."""
@@ -383,8 +388,8 @@ class DiscreteLM:
         head: Any = self._head().init(keys[2], jnp.zeros((1, 1, self.width)))
         return {"embedding": table["params"], "context": context["params"], "head": head["params"]}
 
-    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        """-log p [B] of the whole text in nats."""
+    def nll(self, params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
+        """-log p [B] of the whole text in nats, without noise."""
         tokens = batch["tokens"]
         x = params["embedding"]["table"][tokens]
         features, _ = apply(self._context(), params["context"], shift_right(x))
@@ -397,13 +402,19 @@ class DiscreteLM:
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy, nats per token."""
-        loss = self.nll(params, batch, rng).mean() / self.length
+        loss = self.nll(params, batch).mean() / self.length
         return loss, {"bits": loss / math.log(2)}
 
     def sample(
-        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, *, temperature: float = 1.0
+        self,
+        params: Params,
+        rng: jax.Array,
+        n: int,
+        conditions: Batch | None = None,
+        options: DiscreteLMSampling | None = None,
     ) -> dict[str, jax.Array]:
         """n texts `tokens` int32 [n, T], token by token with a cache; text i depends on (rng, i) alone."""
+        temperature = (options or DiscreteLMSampling()).temperature
         _check_sampler(temperature)
         picks = jax.vmap(lambda key: jax.random.normal(key, (self.length, 1)))(sample_keys(rng, n))
         cache = init_trunk_cache(

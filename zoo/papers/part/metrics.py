@@ -1,4 +1,4 @@
-"""How well relations between patches are predicted, and the layout that predictions alone give back.
+"""PART's own metrics: how well relations between patches are predicted, and the layout that predictions alone give back.
 
 B images, N patches, A axes, R channels of a relation, M held-out images. "Images" below are series too.
 """
@@ -6,9 +6,10 @@ B images, N patches, A axes, R channels of a relation, M held-out images. "Image
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,55 @@ from zoo import dist
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 from zoo.metrics.drawing import layouts
-from zoo.metrics.probe import check_fields, check_patches, check_splits, explained, finite, shapes
-from zoo.task import Params
+from zoo.metrics.probe import check_fields, check_splits, explained, finite, fresh, jitted, spec_of
+from zoo.task import Batch, Metric, Params
 
 _PAIRS = 4_096  # of an image that are compared at most, a fixed random choice
+AXES = {1: ("dt",), 2: ("dx", "dy")}  # names of the offsets along A axes
 _FEWEST = 3  # patches with ink that an image needs to be ranked by them
 
 
+def check_patches(metric: Any, task: Any, patches: int) -> None:
+    """UserError for a single patch, which cannot be compared with another."""
+    if patches < 2:
+        one = {"images": "an image", "series": "a series"}.get(task.about.unit, "an example")
+        raise UserError(
+            f"the metric {metric.name} compares patches, and {type(task).__name__} cuts {patches} from {one}; give it a "
+            "smaller task.patch"
+        )
+
+
+def shapes(task: Any, metric: Any, call: Any) -> Any:
+    """The shapes that `call(params, batch, rng)` gives for a batch of the metric."""
+    params = dist.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    return jax.eval_shape(call, params, spec_of(task, metric.batch, label=False), jax.random.key(0))
+
+
+@runtime_checkable
+class OffGrid(Protocol):
+    """Encodes patches off the grid: the metric `localise`."""
+
+    def off_grid(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tokens [B, N, D] of random patches, and their boxes [B, N, 2, A]."""
+        ...
+
+
+@runtime_checkable
+class Relates(Protocol):
+    """Tells how patches lie to each other: the metric `relations`."""
+
+    @property
+    def relation_names(self) -> tuple[str, ...]:
+        """What the R numbers of a relation are ("dx", "dy")."""
+        ...
+
+    def relations(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Relations of random patches, `predicted` and `true` [B, N, N, R], their `patches`, `boxes` and rebuilt `layout`."""
+        ...
+
+
 @dataclass(frozen=True)
-class Relations:
+class Relations(Metric):
     """Predicted relations of the patches of held-out images against the true ones, and the layout rebuilt from them alone.
 
     R^2 and the mean absolute error of each channel, over pairs of different patches, stand against a constant, the mean of
@@ -46,7 +87,7 @@ class Relations:
     every: int = 0  # steps between measurements while training; 0: at the end only
 
     name = "relations"
-    needs = ("relations",)
+    needs = (Relates,)
 
     def __post_init__(self) -> None:
         check_fields(self, "test", "images", "batch", ink=0)
@@ -194,3 +235,99 @@ def _mean(values: list[float]) -> float:
 
 def _std_error(values: list[float]) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+# --- where patches lie ----------------------------------------------------------------------------
+
+
+def offsets(boxes: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """From box i to box j: (c_j - c_i) / size_i along each axis [..., P, A]; centres c (PART, arXiv:2506.03682).
+
+    Args:
+        boxes: [..., N, 2, A], start and size.
+        i: references [P].
+        j: targets [P].
+    """
+    start, size = boxes[..., 0, :], boxes[..., 1, :]
+    centre = start + size / 2
+    return (centre[..., j, :] - centre[..., i, :]) / size[..., i, :]
+
+
+@dataclass(frozen=True)
+class Localise(Metric):
+    """How well two patches' features tell where one lies from the other, by a linear map: R^2 on held-out images.
+
+    The encoder is frozen. It sees random patches off the grid, rescaled; a ridge regression from [z_i ; z_j], standardised,
+    to (dx, dy) = (c_j - c_i) / size_i is fitted to pairs of training images. 0 is what the mean offset reaches.
+    """
+
+    train: int = 2_000  # images that the regression is fitted to, at most
+    test: int = 1_000  # held-out images, at most
+    pairs: int = 16  # of different patches, per image
+    ridge: float = 1.0  # penalty on the squared weights, beside a sum of squares over all pairs
+    batch: int = 256
+    baseline: bool = False  # True: also the figures of fresh parameters (`task.init`), the same patches
+    every: int = 0  # steps between measurements while training; 0: at the end only
+
+    name = "localise"
+    needs = (OffGrid,)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "train", "test", "pairs", "batch", ridge=0)
+
+    def check_data(self, task: Any, data: Any) -> None:
+        """UserError for data that cannot be read or do not fit the task, and for a single patch; asked before a run's first step."""
+        check_splits(self, task, data, "train", "test")
+        tokens, _ = shapes(task, self, jitted(task, "off_grid"))
+        check_patches(self, task, tokens.shape[1])
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """`localise_r2` and that of each axis, `localise_r2_dx` ...; with `baseline` also with `_random` at the end.
+
+        Patches follow from rng and the place of their batch.
+
+        Raises:
+            UserError: what `check_data` refuses, features that are not finite.
+        """
+        self.check_data(task, data)
+        draw, init = jax.random.split(rng)
+        found = self._measure(task, params, data, draw)
+        if self.baseline:
+            other = self._measure(task, fresh(task, params, init), data, draw)
+            found |= {f"{key}_random": value for key, value in other.items() if "_r2" in key}
+        return found
+
+    def _measure(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        from sklearn.linear_model import Ridge
+        from sklearn.preprocessing import StandardScaler
+
+        counts, parts = {}, {}
+        for fold, split in enumerate(("train", "test")):
+            rows = list(self._pairs(task, params, data, split, jax.random.fold_in(rng, fold)))
+            counts[split] = len(rows)
+            parts[split] = [np.concatenate(x) for x in zip(*rows)]
+        scale = StandardScaler(copy=False).fit(parts["train"][0])
+        fit = Ridge(self.ridge).fit(scale.transform(parts["train"][0]), parts["train"][1])
+        guess, truth = fit.predict(scale.transform(parts["test"][0])), parts["test"][1]
+        r2 = explained(guess.reshape(truth.shape), truth)
+        return {
+            "localise_r2": float(r2.mean()) + 0.0,  # no -0.0
+            **{f"localise_r2_{axis}": float(r) + 0.0 for axis, r in zip(AXES[truth.shape[1]], r2)},
+            **{f"localise_{split}": count for split, count in counts.items()},
+            "localise_pairs": self.pairs,
+        }
+
+    def _pairs(
+        self, task: Any, params: Params, data: Any, split: str, rng: jax.Array
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each image [z_i ; z_j] float64 [pairs, 2 D] and offsets float64 [pairs, A]."""
+        coin = np.random.default_rng(0)
+        spec, limit = spec_of(task, self.batch, label=False), {"train": self.train, "test": self.test}[split]
+        for k, (batch, count) in enumerate(epoch(data, self.batch, split=split, spec=spec, limit=limit, seed=0)):
+            found = jitted(task, "off_grid")(params, batch, jax.random.fold_in(rng, k))
+            tokens, boxes = finite(found, "off_grid", task, self)
+            n = tokens.shape[1]
+            for z, box in zip(tokens[:count].astype(np.float64), boxes[:count].astype(np.float64)):
+                i = coin.integers(n, size=self.pairs)
+                j = (i + coin.integers(1, n, size=self.pairs)) % n
+                yield np.concatenate([z[i], z[j]], 1), offsets(box, i, j)
