@@ -18,6 +18,7 @@ from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
+from zoo.task import About
 from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.step import State, abstract_state
@@ -30,7 +31,7 @@ RUN = Run(TASK, Synthetic(), steps=9, batch=8, ema=0.9)
 class Square:
     """A task whose one parameter only fits a mesh under the rules of its run."""
 
-    held = ()
+    about = About()
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"x": jax.ShapeDtypeStruct((batch, 2), jnp.float32)}

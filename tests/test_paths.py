@@ -401,7 +401,7 @@ def test_an_export_in_a_bucket_is_opened_and_sampled_there(tmp_path: Path) -> No
     out = paths.where("gs://bucket/drawn")
     kept: dict[str, bytes] = {}
     for n in (2, 3):
-        sample.draw(model, out, n=n, seed=0, conditions=None, captions=None, asked={}, batch=2, options={})
+        sample.draw(model, out, n=n, seed=0, conditions=None, captions=None, asked={}, batch=2, options=TASK.Sampling())
         images = {p: out.joinpath(p).read_bytes() for p in paths.names(out)}
         assert set(images) == {*(f"{i:06d}.png" for i in range(n)), "settings.json", "sheet.png"}
         assert all(images[name] == data for name, data in kept.items() if name != "sheet.png")
@@ -409,10 +409,10 @@ def test_an_export_in_a_bucket_is_opened_and_sampled_there(tmp_path: Path) -> No
     with (out / "000002.png").open("rb") as file, Image.open(file) as image:
         assert image.size == (4, 4)
     with pytest.raises(UserError, match="drawn with other settings"):
-        sample.draw(model, out, n=2, seed=1, conditions=None, captions=None, asked={}, batch=2, options={})
+        sample.draw(model, out, n=2, seed=1, conditions=None, captions=None, asked={}, batch=2, options=TASK.Sampling())
     put("gs://bucket/drawn/settings.json", b"{")
     with pytest.raises(UserError, match=r"settings\.json cannot be read"):
-        sample.draw(model, out, n=2, seed=0, conditions=None, captions=None, asked={}, batch=2, options={})
+        sample.draw(model, out, n=2, seed=0, conditions=None, captions=None, asked={}, batch=2, options=TASK.Sampling())
 
 
 def test_exports_are_not_written_to_a_bucket(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from zoo import weights
 from zoo.errors import UserError
-from zoo.task import Name
+from zoo.task import About, Name
 
 CONFIG = {"task": {"class": "zoo.papers.fake.Fake", "width": 3}, "noise": 0.05, "labels": ["nought", "naïve"]}
 
@@ -29,7 +29,7 @@ class Fake:
     depth: int = 3
     width: int = 4
     scan: bool = True
-    held = ("prior",)
+    about = About(buffers=("prior",))
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
         def layer(key: jax.Array) -> dict[str, Any]:

@@ -10,8 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.data.pipeline import Data, Source
 from zoo.data.vocabulary import Vocabulary, text8
-from zoo.task import Batch, Params
+from zoo.task import About, Batch, Likelihood, Params, sample_keys
+
+
+@dataclass(frozen=True)
+class Temperature:
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,20 @@ class Unigram:
     length: int = 8
     spread: float = 0.0
 
-    held = ()
-    unit = "sequences"
-    bound = True
+    Sampling = Temperature
+
+    @property
+    def about(self) -> About:
+        return About(
+            unit="sequences",
+            likelihood=Likelihood((self.length,), "bound"),
+            vocabulary=self.vocab,
+            completes=self.takes,
+        )
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return ()
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"tokens": jax.ShapeDtypeStruct((batch, self.length), jnp.int32)}
@@ -32,24 +49,20 @@ class Unigram:
     def init(self, rng: jax.Array) -> Params:
         return {"logits": jnp.zeros(self.vocab)}
 
-    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+    def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         logs = jax.nn.log_softmax(params["logits"])
-        if jnp.ndim(rng):  # a key for each text
-            noise = jax.vmap(jax.random.uniform)(rng)
-        else:
-            noise = jax.random.uniform(rng, batch["tokens"].shape[:1])
-        noise = self.spread * noise
-        return noise - logs[batch["tokens"]].sum(1)
+        return self.spread * jax.vmap(jax.random.uniform)(keys) - logs[batch["tokens"]].sum(1)
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss = self.nll(params, batch, rng).mean() / self.length
+        keys = sample_keys(rng, len(batch["tokens"]))
+        loss = self.nll(params, batch, keys).mean() / self.length
         return loss, {"bits": loss / math.log(2)}
 
     def sample(
-        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, *, temperature: float = 1.0
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, jax.Array]:
         keys = rng if rng.ndim else jax.random.split(rng, n)
-        logits = params["logits"] / temperature
+        logits = params["logits"] / (options or Temperature()).temperature
         return {"tokens": jax.vmap(lambda k: jax.random.categorical(k, logits, shape=(self.length,)))(keys)}
 
 
@@ -58,11 +71,10 @@ class Keyed(Unigram):
     """Its likelihood goes through a whole batch at once; `seen` are the shapes of the tokens that it was asked for."""
 
     seen: ClassVar[list[tuple[int, ...]]] = []
-    keyed = True
 
-    def nll(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+    def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         self.seen.append(batch["tokens"].shape)
-        return super().nll(params, batch, rng)
+        return super().nll(params, batch, keys)
 
 
 @dataclass(frozen=True)
@@ -70,41 +82,45 @@ class Lossy(Unigram):
     """Texts whose first token is even overflow, which is said by a token of -1."""
 
     def sample(
-        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, *, temperature: float = 1.0
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, jax.Array]:
-        tokens = super().sample(params, rng, n, temperature=temperature)["tokens"]
+        tokens = super().sample(params, rng, n, conditions, options)["tokens"]
         lost = tokens[:, 0] % 2 == 0
         return {"tokens": tokens.at[:, 3].set(jnp.where(lost, -1, tokens[:, 3])), "lost": lost}
+
+
+@dataclass(frozen=True)
+class Passes:
+    strength: float = 0.5
+    passes: bool = False
 
 
 @dataclass(frozen=True)
 class Editor(Unigram):
     """A text out of two passes: the first keeps half of the tokens of the noise, the second all but the first token."""
 
-    rewrites = True
+    Sampling = Passes
+    takes = ("tokens",)
 
-    def sample(  # type: ignore[override]
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        *,
-        strength: float = 0.5,
-        passes: bool = False,
+    def sample(
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, jax.Array]:
         drawn = super().sample(params, rng, n)["tokens"]
         noise = drawn if conditions is None else conditions["tokens"]
         half = jnp.where(jnp.arange(self.length) % 2 == 0, noise, 1)
         last = half.at[:, 0].set(0)
-        if not passes:
+        if not (options or Passes()).passes:
             return {"tokens": last}
         states = jnp.stack([noise, half, last], 1)
         return {"tokens": last, "passes": states, "latents": jax.nn.one_hot(states, 3) * (1.0 + states[..., None])}
 
 
+class Listed(list, Source):
+    """Examples in a list, as a source."""
+
+
 @dataclass(frozen=True)
-class Windows:
+class Windows(Data):
     """A text of 27 symbols, cut into windows: even ones to train, odd ones to test."""
 
     text: str = "the quick brown fox jumps over the lazy dog " * 6
@@ -120,12 +136,9 @@ class Windows:
         return _Source(rows[0 if split == "train" else 1 :: 2], self.vocabulary(), self.share)
 
 
-@dataclass
-class _Source:
-    rows: np.ndarray
-    vocabulary: Vocabulary
-    characters_per_token: float
-    labels = ()
+class _Source(Source):
+    def __init__(self, rows: np.ndarray, vocabulary: Vocabulary, characters_per_token: float) -> None:
+        self.rows, self.vocabulary, self.characters_per_token = rows, vocabulary, characters_per_token
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -20,6 +20,7 @@ from zoo.commands import bench as module
 from zoo.commands.bench import Result, bench
 from zoo.commands.chips import Chip
 from zoo.data.images import Images
+from zoo.data.pipeline import Data, Source
 from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.errors import UserError
@@ -375,7 +376,7 @@ def test_a_model_that_is_none(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Counted:
+class Counted(Data):
     """Images whose pixels are their index; `seen` is what was read."""
 
     size: int = 64
@@ -385,9 +386,7 @@ class Counted:
     def source(self, split: str, spec: Any = None) -> Any:
         data = self
 
-        class Source:
-            labels = ()
-
+        class Examples(Source):
             def __len__(self) -> int:
                 return data.size
 
@@ -397,7 +396,7 @@ class Counted:
                 data.seen.append(index)
                 return {"image": np.full((4, 4, 1), index, np.float32), "label": np.asarray(index % 3, np.int32)}
 
-        return Source()
+        return Examples()
 
 
 def test_the_pipeline_alone_and_feeding_the_step() -> None:

@@ -23,6 +23,7 @@ from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
+from zoo.task import About
 
 TASK = TarFlow(
     image=16, channels=3, patch=4, width=128, depth=2, blocks=2, head_dim=64, dtype="bfloat16", attention="auto"
@@ -98,7 +99,7 @@ def test_without_the_compiler_a_sentence_says_what_to_install(
 class Mute:
     """A task that only trains."""
 
-    held = ()
+    about = About()
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"x": jax.ShapeDtypeStruct((batch, 4), jnp.float32)}

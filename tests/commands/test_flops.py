@@ -14,6 +14,7 @@ from zoo import dist
 from zoo.commands.flops import count, training_example
 from zoo.nn.attention import splash
 from zoo.papers.tarflow import TarFlow
+from zoo.task import About
 
 A = jnp.ones((3, 4))
 B = jnp.ones((4, 5))
@@ -164,7 +165,7 @@ class Line:
     """A linear map of `width` numbers to two."""
 
     width: int = 6
-    held = ()
+    about = About()
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"x": jax.ShapeDtypeStruct((batch, self.width), jnp.float32)}

@@ -22,6 +22,7 @@ from zoo.errors import UserError
 from zoo.papers.starflow import StarFlow
 from zoo.papers.typescore.extractors import Extraction, Oracle
 from zoo.run import Run, Samples
+from zoo.task import About
 from zoo.train import loop
 from zoo.train.report import Report
 from zoo.weights.export import _EXPORT
@@ -214,7 +215,7 @@ def test_samples_have_captions(capsys, root, model, tmp_path):
     tokens = Tokenizer(root / "t5")([template(text, aspect="1:1") for text in ("a red cat", "")], 24)[0]
     given = {"tokens": tokens[[0, 0]], "null_tokens": tokens[[1, 1]]}
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), i))(np.arange(2))
-    image = jax.jit(lambda p: task.sample(p, keys, 2, given, guidance=1.5))(opened.params)["image"]
+    image = jax.jit(lambda p: task.sample(p, keys, 2, given, task.Sampling(guidance=1.5)))(opened.params)["image"]
     for (found, _), wanted in zip(first, np.asarray(image)):
         assert np.abs(found - (wanted + 1) * 127.5).max() <= 1.5
 
@@ -250,16 +251,22 @@ def test_samples_of_other_shapes_and_without_captions(capsys, root, model, tmp_p
 
 
 @dataclass(frozen=True)
+class Nothing:
+    pass
+
+
+@dataclass(frozen=True)
 class Echo:
     """A task whose samples are pictures of the captions' tokens."""
 
-    held = ()
-    given = ("tokens", "null_tokens")
+    about = About(conditions=("tokens", "null_tokens"))
 
     def spec(self, batch):
-        return {key: jax.ShapeDtypeStruct((batch, 3), "int32") for key in (*self.given, "other")}
+        return {key: jax.ShapeDtypeStruct((batch, 3), "int32") for key in (*self.about.conditions, "other")}
 
-    def sample(self, params, rng, n, conditions=None):
+    Sampling = Nothing
+
+    def sample(self, params, rng, n, conditions=None, options=None):
         assert isinstance(conditions["null_tokens"], jax.core.Tracer)  # else they would be part of the program
         return {"image": conditions["tokens"].astype("float32").reshape(n, 1, 3, 1)}
 

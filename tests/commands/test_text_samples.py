@@ -33,7 +33,7 @@ def sampled(made: models.Model, out: Path, n: int, texts: list[str] | None = Non
     given, starts = text.rewritten(made, vocabulary, texts, n)
     form = text.Texts(vocabulary, starts)
     draw(made, out, n=n, seed=3, conditions=given, captions=starts, asked={"prompt": None}, batch=3,
-         options=options, form=form)  # fmt: skip
+         options=made.task.Sampling(**options), form=form)  # fmt: skip
 
 
 def lines(out: Path, name: str) -> str:
@@ -93,8 +93,8 @@ def test_passes_lie_beside_a_text_and_are_shown_with_what_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, out = model(Editor(), tmp_path, Windows()), tmp_path / "out"
-    sampled(made, out, 2, passes=True)
-    drawn = made.task.sample(made.params, keys(3, np.arange(2)), 2, passes=True)
+    sampled(made, out, 2, None, made.task.Sampling(passes=True))
+    drawn = made.task.sample(made.params, keys(3, np.arange(2)), 2, None, made.task.Sampling(passes=True))
     assert lines(out, "000000.txt") == text8().decode(drawn["tokens"][0]) + "\n"
     passes = lines(out, "000000.passes.txt")
     assert passes == text.told_passes(np.array(drawn["passes"][0]), text8()) + "\n"
@@ -102,7 +102,7 @@ def test_passes_lie_beside_a_text_and_are_shown_with_what_changed(
     assert passes.rstrip("\n") in capsys.readouterr().out
     (out / "000001.txt").unlink()  # as a call that was killed leaves it
     (out / "000001.passes.txt").write_text("torn")
-    sampled(made, out, 2, passes=True)
+    sampled(made, out, 2, None, made.task.Sampling(passes=True))
     assert lines(out, "000001.passes.txt").startswith("pass 0 of 2: noise\n")
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zoo.data.images import Digits, ImageSource
-from zoo.data.pipeline import _local_rows, batches, epoch, label_names
+from zoo.data.pipeline import Data, Source, _local_rows, batches, epoch, label_names
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 
@@ -24,7 +24,7 @@ SPEC = {
 
 
 @dataclass(frozen=True)
-class Counted:
+class Counted(Data):
     """Image i is left half 0, right half 1; its label is i."""
 
     count: int = 20
@@ -185,7 +185,7 @@ def test_synthetic_makes_what_the_task_asks_for():
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(Data):
     """Examples of several sizes, in turn: those of group g are [2 + g, 2, 1], their labels 100 g + i."""
 
     counts: tuple[int, ...] = (13, 3, 9)
@@ -193,8 +193,7 @@ class Grouped:
     def source(self, split, spec=None):
         order = [(g, i) for i in range(max(self.counts)) for g, count in enumerate(self.counts) if i < count]
 
-        class Source:
-            labels = ()
+        class Rows(Source):
             groups = tuple(np.flatnonzero([g == at for at, _ in order]) for g in range(len(self.counts)))
 
             def __len__(self):
@@ -204,7 +203,7 @@ class Grouped:
                 g, i = order[index]
                 return {"image": np.zeros((2 + g, 2, 1), np.float32), "label": np.int32(100 * g + i)}
 
-        return Source()
+        return Rows()
 
 
 def test_a_batch_comes_from_one_group_and_follows_from_its_number():

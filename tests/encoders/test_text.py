@@ -228,7 +228,7 @@ def test_the_published_size():
     assert count == 24 * (4 * 2048**2 + 3 * 2048 * 5120 + 2 * 2048) + 32128 * 2048 + 32 * 32 + 2048
     assert {name.target for name in task.import_names()} - {None} == set(weights.flatten(params))
     assert abilities(task) == ["import_names", "import_state"]
-    assert task.held == ()
+    assert task.about.held == ()
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_the_scale_follows_the_latents(trained):
         square = 0.99 * square + 0.01 * h["latent_square"].mean()
         np.testing.assert_allclose(h["square"], square, rtol=1e-5)
     assert abs(square - 1) > 1e-3
-    assert TINY.held == ("latents",)
+    assert TINY.about.held == ("latents",)
 
 
 def test_a_measured_scale_makes_latents_of_unit_size(trained):
@@ -250,7 +250,7 @@ def test_bfloat16_stays_close_and_keeps_float32_where_it_matters(trained):
 
 def test_a_given_scale_needs_no_measure():
     task = dataclasses.replace(TINY, scale=0.5)
-    assert task.held == ()
+    assert task.about.held == ()
     params = jax.eval_shape(task.init, jax.random.key(0))
     assert set(params) == {"encoder", "decoder"}
     assert task.after_step({"encoder": 1}, {}) == {"encoder": 1}

@@ -602,7 +602,7 @@ def test_samples_of_a_mesh_are_those_of_one_device():
     params, key, mesh = randomised(TAR), jax.random.key(4), dist.Mesh(data=4, tensor=2).build()
     given = {"label": jnp.arange(8) % 3}
     plan = Jacobi(2, tol=1e-4, sweeps=(3, 4))
-    draw = lambda p: TAR.sample(p, key, 8, given, guidance=1.0, denoise=0.0, method=plan)  # noqa: E731
+    draw = lambda p: TAR.sample(p, key, 8, given, TAR.Sampling(guidance=1.0, denoise=0.0, method=plan))  # noqa: E731
     alone = jax.jit(draw)(params)
     with dist.use(mesh):
         placed = jax.device_put(params, dist.shardings(jax.eval_shape(TAR.init, jax.random.key(0)), mesh))

@@ -7,13 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from unigram import Listed
 
 from zoo.data.images import Digits
+from zoo.data.pipeline import Data
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.metrics.agreement import Agreement
+from zoo.task import About
 
 RNG = jax.random.key(0)
+
+
+@dataclass(frozen=True)
+class Noise:
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,14 @@ class Copies:
     lose: bool = False
     classes: int = 10
 
-    def sample(self, params: Any, rng: Any, n: int, conditions: Any = None, *, noise: float = 0.0) -> dict[str, Any]:
+    Sampling = Noise
+
+    @property
+    def about(self) -> About:
+        return About(classes=self.classes)
+
+    def sample(self, params: Any, rng: Any, n: int, conditions: Any = None, options: Any = None) -> dict[str, Any]:
+        noise = options.noise
         label = (conditions["label"] + self.shift) % 10
         image = params["images"][label] + noise * jax.vmap(lambda k: jax.random.normal(k, (8, 8, 1)))(rng)
         if self.lose:
@@ -53,7 +68,7 @@ def test_real_images_agree_and_those_of_other_classes_do_not(params: Any) -> Non
 
 
 @dataclass(frozen=True)
-class InOrder:
+class InOrder(Data):
     """The digits of `classes` in the order of their classes, as folders of classes give them."""
 
     classes: tuple[int, ...] = tuple(range(10))
@@ -61,7 +76,7 @@ class InOrder:
     def source(self, split: str, spec: Any = None) -> Any:
         source = Digits().source(split)
         rows = [source[i] for i in range(len(source))]
-        return [row for k in self.classes for row in rows if row["label"] == k]
+        return Listed(row for k in self.classes for row in rows if row["label"] == k)
 
 
 def test_the_judge_sees_every_class_of_images_in_the_order_of_their_classes(params: Any) -> None:
@@ -87,9 +102,9 @@ def test_the_sampler_is_compiled_once(params: Any) -> None:
     traced = []
 
     class Counted(Copies):
-        def sample(self, *args: Any, noise: float = 0.0) -> dict[str, Any]:
+        def sample(self, *args: Any) -> dict[str, Any]:
             traced.append(1)
-            return super().sample(*args, noise=noise)
+            return super().sample(*args)
 
     metric = Agreement(samples=40, batch=16, options={"noise": 0.1})
     first = metric(Counted(), params, Digits(), RNG)
@@ -127,12 +142,12 @@ def test_what_the_task_and_path_cannot_do_is_known_before_a_step() -> None:
         def init(self, rng: Any) -> dict[str, Any]:
             return {"images": jnp.zeros((10, 80, 80, 1))}
 
-        def sample(self, params: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        def sample(self, params: Any, *args: Any) -> dict[str, Any]:
             return {"image": jnp.zeros((len(args[0]), *params["images"].shape[1:]))}
 
     class Latent(Fresh):
-        def sample(self, *args: Any, **options: Any) -> dict[str, Any]:
-            return {"latent": super().sample(*args, **options)["image"]}
+        def sample(self, *args: Any) -> dict[str, Any]:
+            return {"latent": super().sample(*args)["image"]}
 
     Agreement().check(Fresh())
     Agreement(path=Digits()).check(Fresh())
@@ -146,7 +161,7 @@ def test_what_the_task_and_path_cannot_do_is_known_before_a_step() -> None:
         Agreement(path=_Bare()).check(Fresh())
 
 
-class _Bare:
+class _Bare(Data):
     """Images without labels."""
 
     def source(self, split: str, spec: Any = None) -> Any:

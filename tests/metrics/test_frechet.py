@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from unigram import Listed
 
 from zoo import config, dist
 from zoo.data.images import Digits
+from zoo.data.pipeline import Data
 from zoo.errors import UserError
 from zoo.metrics.frechet import Frechet, Moments, frechet_distance, moments, quantise
 from zoo.papers.tarflow import TarFlow
+from zoo.task import About
 
 RNG = jax.random.key(0)
 
@@ -60,22 +63,33 @@ def test_quantisation_clips_and_truncates() -> None:
 
 
 @dataclass(frozen=True)
+class Shift:
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
 class Copies:
     """The sampler gives params["image"][label], or NaN where a coin thrown with its own key says so."""
 
     classes: int = 12
     broken: float = 0.0
 
+    Sampling = Shift
+
+    @property
+    def about(self) -> About:
+        return About(classes=self.classes)
+
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         image = jax.ShapeDtypeStruct((batch, 8, 8, 1), jnp.float32)
         return {"image": image, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
 
     def sample(
-        self, params: Any, rng: jax.Array, n: int, conditions: Any = None, *, shift: float = 0.0
+        self, params: Any, rng: jax.Array, n: int, conditions: Any = None, options: Any = None
     ) -> dict[str, jax.Array]:
         assert rng.shape == (n,)
         bad = jax.vmap(lambda k: jax.random.bernoulli(k, self.broken))(rng)
-        image = params["image"][conditions["label"]] + shift
+        image = params["image"][conditions["label"]] + options.shift
         return {"image": jnp.where(bad[:, None, None, None], jnp.nan, image)}
 
 
@@ -227,11 +241,11 @@ def test_other_mistakes_are_told() -> None:
         def init(self, rng: Any) -> dict[str, jax.Array]:
             return {}
 
-        def sample(self, params: Any, rng: Any, n: int, conditions: Any = None) -> dict[str, jax.Array]:
+        def sample(self, params: Any, rng: Any, n: int, conditions: Any = None, options: Any = None) -> Any:
             return {"image": jnp.zeros((n, 64, 64, 3))}
 
     class Text(Big):
-        def sample(self, params: Any, rng: Any, n: int, conditions: Any = None) -> dict[str, jax.Array]:
+        def sample(self, params: Any, rng: Any, n: int, conditions: Any = None, options: Any = None) -> Any:
             return {"tokens": jnp.zeros((n, 64), jnp.int32)}
 
     class Sick(TarFlow):
@@ -261,39 +275,43 @@ class Decoded:
 
     text: bool = True
 
+    Sampling = Shift
+
     @property
-    def given(self) -> tuple[str, ...]:
-        return ("tokens", "null_tokens") if self.text else ()
+    def about(self) -> About:
+        return About(conditions=("tokens", "null_tokens") if self.text else ())
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         latent = {"latent": jax.ShapeDtypeStruct((batch, 4, 4, 2), jnp.float32)}
-        return {**latent, **{key: jax.ShapeDtypeStruct((batch, 3), jnp.int32) for key in self.given}}
+        return {**latent, **{key: jax.ShapeDtypeStruct((batch, 3), jnp.int32) for key in self.about.conditions}}
 
     def init(self, rng: jax.Array) -> dict[str, jax.Array]:
         return {"image": jnp.zeros((12, 8, 8, 1))}
 
-    def sample(self, params: Any, rng: Any, n: int, conditions: Any = None) -> dict[str, jax.Array]:
+    def sample(
+        self, params: Any, rng: Any, n: int, conditions: Any = None, options: Any = None
+    ) -> dict[str, jax.Array]:
         assert (conditions is not None) == self.text
         which = conditions["tokens"][:, 0] - conditions["null_tokens"][:, 0] if self.text else jnp.zeros(n, jnp.int32)
         return {"latent": jnp.zeros((n, 4, 4, 2)), "image": params["image"][which]}
 
 
 @dataclass(frozen=True)
-class Captioned:
+class Captioned(Data):
     """Latents whose test split has `count` captions: the number of the example in each token, beside an empty one of 0."""
 
     count: int = 12
 
     def source(self, split: str, spec: Any = None) -> Any:
         null = np.zeros(3, np.int32)
-        return [
+        return Listed(
             {
                 "latent": np.zeros((4, 4, 2), np.float32),
                 "tokens": null + (i if split == "test" else 0),
                 "null_tokens": null,
             }
             for i in range(self.count)
-        ]
+        )
 
 
 def test_a_model_of_latents_is_compared_with_the_images_of_path_by_held_out_captions() -> None:
@@ -333,6 +351,6 @@ class _Untested(Captioned):
         return _NoRows(super().source(split, spec)) if split == "test" else super().source(split, spec)
 
 
-class _NoRows(list):
+class _NoRows(Listed):
     def __len__(self) -> int:
         return 0

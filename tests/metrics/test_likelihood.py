@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from unigram import Listed
 
 from zoo import config, dist, metrics
 from zoo.data.images import Digits
+from zoo.data.pipeline import Data
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.metrics import likelihood
@@ -25,6 +27,7 @@ from zoo.metrics.likelihood import (
     histogram_bits,
 )
 from zoo.papers.tarflow import TarFlow
+from zoo.task import About, Likelihood
 
 RNG = jax.random.key(0)
 
@@ -35,20 +38,18 @@ class Template:
 
     noise: float = 0.1
     classes: int = 0
-    noise_type: str = "gaussian"
-    levels: int = 17
 
-    bits_name = "noisy_bits_per_dim"
+    @property
+    def about(self) -> About:
+        return About(classes=self.classes, likelihood=Likelihood((8, 8, 1), "noisy", "noisy_bits_per_dim"))
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         spec = {"image": jax.ShapeDtypeStruct((batch, 8, 8, 1), jnp.float32)}
         return {**spec, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)} if self.classes else spec
 
-    def bits(self, nll: jax.Array) -> jax.Array:
-        return nll / math.log(2)
-
-    def nll(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
-        image = batch["image"] + self.noise * jax.random.normal(rng, batch["image"].shape)
+    def nll(self, params: Any, batch: Mapping[str, jax.Array], keys: jax.Array) -> jax.Array:
+        shape = batch["image"].shape[1:]
+        image = batch["image"] + self.noise * jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         return jnp.square(image - params["mean"]).sum((1, 2, 3)) + (100.0 if "label" in batch else 0.0)
 
 
@@ -81,11 +82,9 @@ def test_bits_do_not_depend_on_the_batch_size_but_on_the_key() -> None:
 def test_draws_differ_from_each_other_and_from_image_to_image() -> None:
     """The mean of n draws of chi-squared noise has the standard error that independent draws have."""
 
-    class Still:  # the same black image n times
-        labels = ()
-
+    class Still(Data):  # the same black image n times
         def source(self, split: str, spec: Any = None) -> Any:
-            return [{"image": np.zeros((8, 8, 1), np.float32)}] * 200
+            return Listed([{"image": np.zeros((8, 8, 1), np.float32)}] * 200)
 
     for draws in (1, 16):
         found = Bits(draws=draws, batch=100)(Template(noise=1.0), {"mean": 0.0}, Still(), RNG)
@@ -109,10 +108,14 @@ class Told(Template):
 
     given: tuple[str, ...] = ("tokens", "null_tokens")
 
+    @property
+    def about(self) -> About:
+        return replace(super().about, conditions=self.given)
+
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {**super().spec(batch), **{k: jax.ShapeDtypeStruct((batch, 3), jnp.int32) for k in self.given}}
 
-    def nll(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
+    def nll(self, params: Any, batch: Mapping[str, jax.Array], keys: jax.Array) -> jax.Array:
         nats = 1.0 + 10.0 * (self.given[0] in batch) + 100.0 * (self.given[1] not in batch)
         return jnp.full(len(batch["image"]), 64 * nats * math.log(2))
 
@@ -205,18 +208,18 @@ def test_the_gaussian_of_latents_knows_the_spread_of_each() -> None:
     rng = np.random.default_rng(0)
     mean, std = (rng.normal(size=(1_500, 2, 2, 2)).astype(np.float32) for _ in range(2))
 
-    class Spread:
+    class Spread(Data):
         def source(self, split: str, spec: Any = None) -> Any:
             part = slice(0, 1_200) if split == "train" else slice(1_200, None)
-            return [{"latent": m, "latent_std": abs(s)} for m, s in zip(mean[part], std[part])]
+            return Listed({"latent": m, "latent_std": abs(s)} for m, s in zip(mean[part], std[part]))
 
     class Latent(Template):
-        event = (2, 2, 2)
+        about = About(likelihood=Likelihood((2, 2, 2), "noisy", "noisy_bits_per_dim"))
 
         def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
             return {k: jax.ShapeDtypeStruct((batch, 2, 2, 2), jnp.float32) for k in ("latent", "latent_std")}
 
-        def nll(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
+        def nll(self, params: Any, batch: Mapping[str, jax.Array], keys: jax.Array) -> jax.Array:
             return batch["latent"].sum((1, 2, 3))
 
     found = Bits(baselines=True)(Latent(), {}, Spread(), RNG)
@@ -241,8 +244,9 @@ class Nearest(Template):
     classes: int = 10
     noise: float = 1e3
 
-    def nll(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
-        image = batch["image"] + self.noise * jax.random.normal(rng, batch["image"].shape)
+    def nll(self, params: Any, batch: Mapping[str, jax.Array], keys: jax.Array) -> jax.Array:
+        shape = batch["image"].shape[1:]
+        image = batch["image"] + self.noise * jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         return jnp.square(image - params["mean"][batch["label"]]).sum((1, 2, 3))
 
 

@@ -10,20 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from unigram import Listed
 
 from zoo import cli, models
 from zoo.data.images import Arrays, Digits, Images
+from zoo.data.pipeline import Data
 from zoo.data.series import Series
 from zoo.errors import UserError
 from zoo.metrics import named
 from zoo.metrics.probe import Accuracy, Neighbours, Probe, explained
 from zoo.papers.part.metrics import Localise, offsets
+from zoo.task import About, Metric
 
 RNG = jax.random.key(0)
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Data):
     """Images 8x8x1 whose first pixel says the class k of three, 0.4 k - 0.5; in the order of their classes, as folders are."""
 
     train: int = 90
@@ -39,7 +42,7 @@ class Rows:
             image = rng.uniform(-1, 1, (8, 8, 1)).astype(np.float32)
             image[0, 0] = 0.4 * label - 0.5
             rows.append({"image": image} | ({"label": np.asarray(label, np.int32)} if self.label else {}))
-        return rows
+        return Listed(rows)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Toy:
     kind: str = "told"
     axes: int = 2
     patches: int = 6
-    held = ("frozen",)
+    about = About(buffers=("frozen",))
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"image": jax.ShapeDtypeStruct((batch, 8, 8, 1), jnp.float32)}
@@ -183,7 +186,7 @@ class Wide(Rows):
 
     def source(self, split: str, spec: Any = None) -> Any:
         rows = super().source(split, spec)
-        return rows if split == "train" else [{**row, "image": np.zeros((8, 9, 1), np.float32)} for row in rows]
+        return rows if split == "train" else Listed({**row, "image": np.zeros((8, 9, 1), np.float32)} for row in rows)
 
 
 def test_weights_that_diverged_are_told() -> None:
@@ -236,11 +239,10 @@ def test_they_are_found_by_name() -> None:
 
 
 @dataclass(frozen=True)
-class Counted:
+class Counted(Metric):
     """How many test examples there are."""
 
     name = "counted"
-    needs = ()
 
     def __call__(self, task: Any, params: Any, data: Any, rng: Any) -> dict[str, Any]:
         return {"count": len(data.source("test", task.spec(1)))}
@@ -252,6 +254,8 @@ class Reads:
 
     key: str
     shape: tuple[int, ...]
+
+    about = About()
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {self.key: jax.ShapeDtypeStruct((batch, *self.shape), jnp.float32)}
@@ -270,6 +274,7 @@ def measured(tmp_path: Any, monkeypatch: Any, capsys: Any) -> Any:
     def run(task: Any, data: Any, *fields: str, metric: str = "counted") -> Any:
         model = models.Model(task, PARAMS, "raw", 8, data, (), tmp_path)
         monkeypatch.setattr(models, "open_model", lambda *a, **k: model)
+        monkeypatch.setattr(models, "open_task", lambda *a, **k: (task, tmp_path))
         code = cli.main(["eval", "model", metric, *fields])
         out, err = capsys.readouterr()
         assert code == (2 if err else 0), err

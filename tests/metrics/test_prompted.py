@@ -10,6 +10,12 @@ import pytest
 
 from zoo.errors import UserError
 from zoo.metrics.prompted import Prompted
+from zoo.task import About, Captions, Grid
+
+
+@dataclass(frozen=True)
+class Shape:
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -22,13 +28,19 @@ class Draws:
     channels: int = 1
     image: bool = True
 
+    Sampling = Shape
+
+    @property
+    def about(self):
+        return About(conditions=self.given, captions=Captions(3, None, self.template), grid=Grid(self.latent))
+
     def spec(self, batch):
         return {key: jax.ShapeDtypeStruct((batch, 3), jnp.int32) for key in ("tokens", "null_tokens")}
 
     def init(self, rng):
         return {"shift": jnp.zeros(())}
 
-    def sample(self, params, rng, n, conditions=None, *, grid: tuple[int, int] | None = None):
+    def sample(self, params, rng, n, conditions=None, options=None):
         tokens = conditions["tokens"]
         noise = jax.vmap(lambda key: jax.random.uniform(key, (4, 4, self.channels)))(rng)
         first = tokens[:, 0, None] / 100.0 + params["shift"]

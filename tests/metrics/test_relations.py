@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from unigram import Listed
 
 from zoo import cli, models
 from zoo.commands.sample import save_pictures
 from zoo.data.images import Digits
+from zoo.data.pipeline import Data
 from zoo.errors import UserError
 from zoo.papers.part.metrics import Relations, in_pixels, spearman
 from zoo.run import Run
+from zoo.task import About, Metric
 from zoo.train import loop
 from zoo.train.report import Report, read_metrics
 
@@ -35,7 +38,10 @@ class Exact:
     series: bool = False
     patches: int = 9
     blank: bool = False
-    held = ()
+
+    @property
+    def about(self) -> About:
+        return About(unit="series" if self.series else "images")
 
     @property
     def relation_names(self) -> tuple[str, ...]:
@@ -76,12 +82,12 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class Curves:
+class Curves(Data):
     """Noise [32, 2]."""
 
     def source(self, split: str, spec: Any = None) -> Any:
         rng = np.random.default_rng(0)
-        return [{"series": rng.normal(size=(32, 2)).astype(np.float32)} for _ in range(20)]
+        return Listed({"series": rng.normal(size=(32, 2)).astype(np.float32)} for _ in range(20))
 
 
 def test_exact_relations_score_one_and_give_the_layout_back() -> None:
@@ -223,14 +229,13 @@ def test_mistakes_are_sentences() -> None:
 
 
 @dataclass(frozen=True)
-class Draws:
+class Draws(Metric):
     """A figure and a picture."""
 
     split: str = "test"
     every: int = 0
 
     name = "draws"
-    needs = ()
 
     def __call__(self, task: Any, params: Any, data: Any, rng: Any) -> dict[str, Any]:
         return {"figure": 1.5, "split": self.split, "pictures": {"layout": Image.new("RGB", (5, 3), (255, 0, 0))}}
@@ -261,6 +266,7 @@ def test_eval_saves_pictures_and_prints_where(tmp_path: Any, monkeypatch: Any, c
     run = None if home == "export" else Run(Exact(), Digits(), batch=8, steps=800)
     model = models.Model(Exact(), {}, "raw", 800, Digits(), (), folder, run)
     monkeypatch.setattr(models, "open_model", lambda *a, **k: model)
+    monkeypatch.setattr(models, "open_task", lambda *a, **k: (model.task, folder))
     monkeypatch.setattr("zoo.metrics.named", lambda: {"draws": Draws})
     monkeypatch.chdir(tmp_path)
     assert cli.main(["eval", "model", "draws"]) == 0

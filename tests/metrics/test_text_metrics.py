@@ -257,9 +257,9 @@ def test_samples_that_overflow_are_left_out_and_counted() -> None:
     @dataclass(frozen=True)
     class Lost(Editor):
         def sample(  # type: ignore[override]
-            self, params: Any, rng: jax.Array, n: int, conditions: Any = None, *, passes: bool = False
+            self, params: Any, rng: jax.Array, n: int, conditions: Any = None, options: Any = None
         ) -> dict[str, jax.Array]:
-            drawn = super().sample(params, rng, n, passes=passes)
+            drawn = super().sample(params, rng, n, conditions, options)
             lost = drawn["passes"][:, :1, :1, None] < 3
             return {**drawn, "latents": jnp.where(lost, jnp.nan, drawn["latents"])}
 

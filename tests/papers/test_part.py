@@ -963,8 +963,8 @@ def test_positions_start_fresh_or_as_fixed_codes() -> None:
 
 def test_a_frozen_encoder_is_held_and_gets_no_gradient() -> None:
     task = PartClassifier(**SMALL, classes=4, frozen=True)
-    assert task.held == task.needs == ("encoder",)
-    assert CLASSIFIER.held == CLASSIFIER.needs == ()
+    assert task.about.held == ("encoder",)
+    assert CLASSIFIER.about.held == ()
     trained, held = split(task, away_from_start(CLASSIFIER))
     assert set(trained) == {"positions", "classifier"}
     assert set(held) == {"encoder"}
@@ -1121,7 +1121,7 @@ def test_an_encoder_without_positions_is_published_with_none_and_fixed_ones_with
 def test_series_train_and_have_maps(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     uniform_beta(monkeypatch)
     params, batch, key = away_from_start(task), signals(task), jax.random.key(0)
-    assert task.unit == "series"
+    assert task.about.unit == "series"
     assert batch["series"].shape == (4, 24, 2)
     loss, metrics = loss_of(task)(params, batch, key)
     assert 0 < float(loss) < 1e3

@@ -550,7 +550,9 @@ def test_half_precision_keeps_scales_and_losses_in_float32():
 def test_sample_i_depends_on_its_key_alone():
     params, key = randomised(TINY), jax.random.key(9)
     few, many = (
-        jax.jit(lambda p, n=n: TINY.sample(p, key, n, {"label": jnp.arange(n) % 3}, guidance=1.0)["latent"])(params)
+        jax.jit(
+            lambda p, n=n: TINY.sample(p, key, n, {"label": jnp.arange(n) % 3}, TINY.Sampling(guidance=1.0))["latent"]
+        )(params)
         for n in (3, 5)
     )
     np.testing.assert_allclose(few, many[:3], atol=1e-5)
@@ -587,12 +589,16 @@ def test_grids_that_patches_do_not_fill_are_refused():
     with pytest.raises(UserError, match=r"task.patch=2 does not divide latents of 4 x 5"):
         jax.eval_shape(lambda x: model.tokens(task, x)[0], jnp.zeros((1, 4, 5, 2)))
     with pytest.raises(UserError, match=r"grid=0,8"):
-        jax.eval_shape(lambda p: task.sample(p, jax.random.key(0), 1, grid=(0, 8)), randomised(task))
+        jax.eval_shape(
+            lambda p: task.sample(p, jax.random.key(0), 1, None, task.Sampling(grid=(0, 8))), randomised(task)
+        )
 
 
 def test_guidance_without_anything_asked_for_is_said():
     with pytest.warns(UserWarning, match="compares a pass with itself"):
-        jax.eval_shape(lambda p: TINY.sample(p, jax.random.key(0), 2, guidance=1.0), randomised(TINY))
+        jax.eval_shape(
+            lambda p: TINY.sample(p, jax.random.key(0), 2, None, TINY.Sampling(guidance=1.0)), randomised(TINY)
+        )
     with pytest.raises(UserError, match="guidance=nan"):
         Guidance(float("nan"))
 
@@ -640,7 +646,7 @@ def test_decoder_and_discriminator_have_gradients_of_their_own(tuning):
     """The discriminator's part leaves the decoder alone, and the decoder's part the discriminator."""
     params, batch, gradient = tuning
     assert set(params) == {"encoder", "decoder", "latents", "discriminator", "lecam", "features"}
-    assert set(TUNE.held) == {"encoder", "latents", "lecam", "features"}
+    assert set(TUNE.about.held) == {"encoder", "latents", "lecam", "features"}
     whole = gradient(TUNE)
     alone = dataclasses.replace(TUNE, gan=0.0, feature=0.0, lecam=0.0)
 

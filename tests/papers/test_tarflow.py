@@ -72,7 +72,10 @@ class Case:
             z, logdet = tarflow.forward(task, params, x, y)
             out |= {f"z{suffix}": z, f"logdets{suffix}": logdet, f"loss{suffix}": self.loss(params, y)}
         nll = 0.5 * jnp.square(out["z"]).mean((1, 2)) - out["logdets"]
-        out |= {"nll_per_dim_per_sample": nll, "bpd_per_sample": task.bits(nll + 0.5 * tarflow.LOG_2PI)}
+        out |= {
+            "nll_per_dim_per_sample": nll,
+            "bpd_per_sample": task.about.likelihood.bits(nll + 0.5 * tarflow.LOG_2PI),
+        }
         grads = jax.grad(self.loss)(params, self.drop)
         trained, _ = split(task, grads)
         out["grad_global_norm"] = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(trained)))
@@ -378,8 +381,10 @@ def test_uniform_noise_fills_the_bins():
     k = jnp.arange(16).reshape(1, 4, 4, 1)
     noisy = task.add_noise(jax.random.key(0), 2 * k / 16 - 1)
     np.testing.assert_array_equal(jnp.floor((noisy + 1) * 17 / 2), k)
-    np.testing.assert_allclose(task.bits(0.5 * tarflow.LOG_2PI), 0.5 * np.log2(2 * np.pi) + np.log2(17 / 2), rtol=1e-6)
-    assert (task.bits_name, TINY.bits_name) == ("bpd", "noisy_bits_per_dim")
+    np.testing.assert_allclose(
+        task.about.likelihood.bits(0.5 * tarflow.LOG_2PI), 0.5 * np.log2(2 * np.pi) + np.log2(17 / 2), rtol=1e-6
+    )
+    assert (task.about.likelihood.name, TINY.about.likelihood.name) == ("bpd", "noisy_bits_per_dim")
 
 
 def test_bfloat16_stays_close_and_keeps_float32_where_it_matters():

@@ -208,18 +208,18 @@ def test_a_key_for_each_text_is_as_good_as_one():
     params, x = moved(ONE), texts(ONE, 4)
     keys = jax.random.split(jax.random.key(0), 4)
     together = jax.jit(ONE.nll)(params, {"tokens": x}, keys)
-    alone = jax.jit(jax.vmap(lambda x, k: ONE.nll(params, {"tokens": x[None]}, k)[0]))(x, keys)
+    alone = jax.jit(jax.vmap(lambda x, k: ONE.nll(params, {"tokens": x[None]}, k[None])[0]))(x, keys)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
 def test_stages_hold_what_is_trained():
     task = dataclasses.replace(STACK, groups=(1, 2))
-    assert dataclasses.replace(task, stage=1).held == ()
+    assert dataclasses.replace(task, stage=1).about.held == ()
     assert dataclasses.replace(task, stage=1).depth == 1
-    assert dataclasses.replace(task, stage=2).held == ("codebook", "layer0")
+    assert dataclasses.replace(task, stage=2).about.held == ("codebook", "layer0")
     assert dataclasses.replace(task, stage=2).needs == ("codebook", "layer0")
     assert dataclasses.replace(task, stage=2).depth == 3
-    assert dataclasses.replace(STACK, stage=3).held == ("codebook", "layer0", "layer1")
+    assert dataclasses.replace(STACK, stage=3).about.held == ("codebook", "layer0", "layer1")
     assert set(jax.eval_shape(dataclasses.replace(STACK, stage=2).init, jax.random.key(0))) == {
         "codebook",
         "layer0",
@@ -241,7 +241,7 @@ def test_bfloat16_bounds_as_float32_does():
 def test_a_sample_depends_on_its_key_alone():
     params, rng = moved(STACK), jax.random.key(4)
     keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(8))
-    draw = jax.jit(lambda p, keys: STACK.sample(p, keys, 8, passes=True))
+    draw = jax.jit(lambda p, keys: STACK.sample(p, keys, 8, None, STACK.Sampling(passes=True)))
     drawn, turned = draw(params, keys), draw(params, keys[::-1])
     np.testing.assert_array_equal(turned["tokens"], drawn["tokens"][::-1])
     assert len(set(map(bytes, np.asarray(drawn["tokens"])))) > 1
@@ -271,7 +271,9 @@ def test_a_text_is_rewritten_by_its_strength():
         "layer0": {**params["layer0"], "head": jax.tree.map(jnp.zeros_like, params["layer0"]["head"])},
     }
     rewrite = jax.jit(
-        lambda p, strength: ONE.sample(p, jax.random.key(0), 512, {"tokens": x}, strength=strength, passes=True)
+        lambda p, strength: ONE.sample(
+            p, jax.random.key(0), 512, {"tokens": x}, ONE.Sampling(strength=strength, passes=True)
+        )
     )
     drawn = [rewrite(params, strength) for strength in (0.0, 0.3, 1.0)]
     same = [float((one["tokens"] == x).mean()) for one in drawn]
@@ -332,7 +334,7 @@ def test_only_the_likeliest_components_are_kept():
 
 def test_temperature_sharpens_the_choice_of_components():
     params = moved(ONE, 1.0)
-    draw = jax.jit(lambda p, t: ONE.sample(p, jax.random.key(0), 256, temperature=t)["tokens"])
+    draw = jax.jit(lambda p, t: ONE.sample(p, jax.random.key(0), 256, None, ONE.Sampling(temperature=t))["tokens"])
     counts = [np.bincount(np.asarray(draw(params, t))[:, 0], minlength=ONE.vocab) / 256 for t in (0.2, 1.0, 5.0)]
     entropy = [-(p * np.log(np.maximum(p, 1e-9))).sum() for p in counts]
     assert entropy[0] < entropy[1] < entropy[2]
@@ -418,5 +420,5 @@ def test_mistakes_name_the_field_and_the_way_out(fields, sentence):
 def test_options_out_of_range(options, sentence):
     task = dataclasses.replace(STACK, layers=STACK.layers[1:]) if "shrink" in sentence else STACK
     with pytest.raises(UserError) as error:
-        task.sample({}, jax.random.key(0), 1, **options)
+        task.sample({}, jax.random.key(0), 1, None, task.Sampling(**options))
     assert sentence in str(error.value)

@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from zoo import dist
 from zoo.errors import UserError
-from zoo.task import Batch, Params
+from zoo.task import About, Batch, Params
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.optim import AdamW
 from zoo.train.step import State, compile_step
@@ -33,7 +33,7 @@ class Layers:
     scan: bool = True
     width: int = 4
 
-    held = ("prior",)
+    about = About(buffers=("prior",))
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"x": jax.ShapeDtypeStruct((batch, self.width), jnp.float32)}

@@ -42,14 +42,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.data.pipeline import Data, Source
 from zoo.dist import Mesh
 from zoo.run import Checkpoint, Run
+from zoo.task import About
 from zoo.train.optim import AdamW
 
 
 @dataclass(frozen=True)
 class Task:
-    held = ("seen",)
+    about = About(buffers=("seen",))
 
     def spec(self, batch):
         return {"x": jax.ShapeDtypeStruct((batch, 64), jnp.float32)}
@@ -65,9 +67,7 @@ class Task:
         return {**params, "seen": {"mean": 0.9 * params["seen"]["mean"] + 0.1 * metrics["mean"]}}
 
 
-class Source:
-    labels = ()
-
+class Rows(Source):
     def __len__(self):
         return 64
 
@@ -77,14 +77,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Data:
+class Numbers(Data):
     def source(self, split, spec=None):
-        return Source()
+        return Rows()
 
 
 config = Run(
     task=Task(),
-    data=Data(),
+    data=Numbers(),
     steps=60,
     batch=4,
     optim=AdamW(lr=0.01, schedule="constant"),

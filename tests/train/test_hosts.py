@@ -37,16 +37,18 @@ from dataclasses import dataclass, replace
 
 from zoo.data.images import Digits
 from zoo.dist import Mesh
+from zoo.data.pipeline import Data, Source
 from zoo.errors import UserError
 from zoo.metrics.likelihood import Bits
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Checkpoint, Run, Samples
+from zoo.task import Metric
 from zoo.train.optim import AdamW
 
 
-class Source:
+class Rows(Source):
     def __init__(self, inner):
-        self.inner, self.labels, self.augment = inner, inner.labels, getattr(inner, "augment", None)
+        self.inner, self.labels, self.augment = inner, inner.labels, inner.augment
 
     def __len__(self):
         return len(self.inner)
@@ -57,11 +59,11 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Slow:
+class Slow(Data):
     def source(self, split, spec=None):
         if os.environ.get("WITHOUT_DATA") == os.environ.get("JAX_PROCESS_ID", "none"):
             raise UserError("the digits are not on this host")
-        return Source(Digits().source(split, spec))
+        return Rows(Digits().source(split, spec))
 
 
 config = Run(
@@ -84,9 +86,9 @@ plain = replace(config, samples=Samples(n=0), evals=())
 
 
 @dataclass(frozen=True)
-class Sick:
+class Sick(Metric):
     every: int = 6
-    needs = ()
+    name = "sick"
 
     def __call__(self, task, params, data, rng):
         if os.environ.get("SICK") == os.environ.get("JAX_PROCESS_ID", "none"):

@@ -20,17 +20,23 @@ import numpy as np
 import pytest
 
 from zoo import config, dist, models, weights
+from zoo.data.pipeline import Data, Source
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.metrics.likelihood import BayesAccuracy, Bits
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Checkpoint, Run, Samples
-from zoo.task import Batch, Params
-from zoo.train.loop import Diverged, _check_looks, _check_patch, train
+from zoo.task import About, Batch, Metric, Network, Params
+from zoo.train.loop import Diverged, _check_looks, _check_shapes, train
 from zoo.train.optim import AdamW
 from zoo.train.report import Report, read_metrics
 from zoo.train.step import State
 from zoo.weights.layout import named_leaves
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A sampler without options."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class Wide:
     scan: bool = True  # may differ between a run and its resumption
     height: int = 8
 
-    held = ("teacher",)
+    Sampling = Plain
+    about = About(networks={"teacher": Network(required=False)})
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"x": jax.ShapeDtypeStruct((batch, 4), jnp.float32)}
@@ -61,12 +68,12 @@ class Wide:
         hidden = jnp.tanh(x @ net["in"]["kernel"] + net["in"]["bias"])
         return jnp.square(hidden @ net["last"]["kernel"] - x[:, :1]).mean(), {"bits": jnp.float32(1.5)}
 
-    def sample(self, params: Params, rng: jax.Array, n: int, conditions: Any = None) -> dict[str, jax.Array]:
+    def sample(self, params: Params, rng: jax.Array, n: int, conditions: Any = None, options: Any = None) -> Any:
         return {"image": jnp.tanh(jax.random.normal(rng, (n, 4, 4, 1)) + params["net"]["in"]["bias"].sum())}
 
 
 @dataclass(frozen=True)
-class Bad:
+class Bad(Data):
     """Examples that are NaN from the first of batch `since` on (0-based), for `lasting` batches of `batch` examples."""
 
     since: int
@@ -79,9 +86,8 @@ class Bad:
 
 
 @dataclass
-class _BadSource:
+class _BadSource(Source):
     data: Bad
-    labels = ()
 
     def __len__(self) -> int:
         return 64
@@ -99,12 +105,12 @@ class _BadSource:
 
 
 @dataclass(frozen=True)
-class Held:
+class Held(Metric):
     """A metric that counts what it is shown; `kill` sends SIGTERM to this process at that step's look."""
 
     every: int = 0
     kill: bool = False
-    needs = ()
+    name = "held"
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         if self.kill:
@@ -438,7 +444,7 @@ def test_weights_are_read_at_the_start_only(export: tuple[Path, Params], tmp_pat
 class Pupil(Wide):
     """Learns nothing from a random teacher."""
 
-    needs = ("teacher",)
+    about = About(networks={"teacher": Network()})
 
 
 def test_frozen_networks_that_would_stay_random_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,7 +467,7 @@ def test_frozen_networks_that_would_stay_random_are_refused(tmp_path: Path, monk
 
 def test_frozen_networks_that_are_filled_in_part_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "given_weights", lambda *_, **__: {"": {"net": {"last": {"kernel": np.ones((8, 1))}}}})
-    monkeypatch.setattr(Pupil, "needs", ("net",))
+    monkeypatch.setattr(Pupil, "about", About(networks={"net": Network(), "teacher": Network(required=False)}))
     with pytest.raises(
         UserError, match=r"weights\[''\]=x leaves 2 of the 3 tensors of the frozen net random \(net/in/b"
     ):
@@ -644,7 +650,7 @@ def test_a_run_that_ends_within_a_profile_keeps_it_and_one_that_cannot_be_made_c
     assert any("the profile could not be made (RuntimeError: No space left" in w for w in said(caplog))
 
 
-class Shapes(list):
+class Shapes(list, Source):
     """A source with one latent of each shape, each a group of its own."""
 
     def __init__(self, **shapes: tuple[int, int]) -> None:
@@ -653,15 +659,46 @@ class Shapes(list):
         self.groups = tuple(np.array([i]) for i in range(len(shapes))) if len(shapes) > 1 else ()
 
 
+class Looks(Metric):
+    """A metric of the test split; `path` and what `check_data` was asked are kept."""
+
+    name = "bits"
+    split = "test"
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def check_data(self, task: Any, data: Any) -> None:
+        self.seen.append((task, data))
+
+    def __call__(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Patched:
+    """A task whose patches must fill its latents."""
+
+    patch: int = 1
+
+    def init(self, rng: jax.Array) -> Params:
+        return {}
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if batch["latent"].shape[1] % self.patch:
+            raise UserError(f"task.patch={self.patch} does not divide {batch['latent'].shape[1]}")
+        return batch["latent"].mean(), {}
+
+
 def shaped(test: Shapes, train: Shapes, patch: int = 1) -> SimpleNamespace:
     spec = {"latent": jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)}
     return SimpleNamespace(
-        task=SimpleNamespace(nll=None, patch=patch, vae=True, multiple=8 * patch),
-        data=SimpleNamespace(path="out"),
+        task=Patched(patch),
+        data=SimpleNamespace(place="out"),
         source={"test": test, "train": train}.get,
         spec=lambda: spec,
         samples=Samples(n=0),
-        evals=(SimpleNamespace(name="bits", needs=("nll",), split="test"),),
+        evals=(Looks(),),
     )
 
 
@@ -677,15 +714,13 @@ def test_metrics_need_held_out_examples_of_the_shape_of_the_task() -> None:
             _check_looks(run)
         run.evals[0].path = "images"  # a metric that looks elsewhere
         _check_looks(run)
-    seen: list[Any] = []
     run = shaped(both, both)
-    run.evals[0].check_data = lambda *given: seen.append(given)
     _check_looks(run)
-    assert seen == [(run.task, run.data)]
+    assert run.evals[0].seen == [(run.task, run.data)]
 
 
-def test_patches_must_fill_every_shape_of_the_data() -> None:
+def test_every_shape_of_the_data_must_fit_the_task() -> None:
     data = Shapes(square=(4, 4), wide=(3, 6))
-    _check_patch(shaped(data, data))
-    with pytest.raises(UserError, match=r"task\.patch=2 does not divide the bucket wide .* 3 x 6; .* --multiple 16"):
-        _check_patch(shaped(data, data, patch=2))
+    _check_shapes(shaped(data, data))
+    with pytest.raises(UserError, match=r"the bucket wide of data\.path=out: task\.patch=2 does not divide 3"):
+        _check_shapes(shaped(data, data, patch=2))

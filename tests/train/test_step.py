@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from zoo import dist, weights
 from zoo.papers.tarflow import TarFlow
-from zoo.task import Batch, Params
+from zoo.task import About, Batch, Network, Params
 from zoo.train.optim import AdamW
 from zoo.train.step import State, Step, compile_step, init_state, make_train_step, split
 from zoo.weights.layout import named_leaves
@@ -30,7 +30,7 @@ class Line:
     bad: float = 0.0  # what the loss becomes where a batch says so; its gradients stay finite
     size: int = 4
 
-    held = ("teacher", "mean")
+    about = About(networks={"teacher": Network()}, buffers=("mean",))
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {

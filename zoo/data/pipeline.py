@@ -58,9 +58,17 @@ class Source(ABC):
 class Data(ABC):
     """Base of data descriptions: frozen dataclasses of plain values that know how to open their source."""
 
-    path: Any = ""  # where it lies; "" for what comes with zoo or is made
-    flip: Any = False  # whether training images are mirrored
     made_up: ClassVar[bool] = False  # True: nothing can be learned from it, so that a run needs no real weights either
+
+    @property
+    def place(self) -> str:
+        """Where it lies, the field `path`; "" for what comes with zoo or is made."""
+        return str(getattr(self, "path", ""))
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether a random half of the training images is mirrored, the field `flip`."""
+        return bool(getattr(self, "flip", False))
 
     def made_with(self) -> dict[str, str]:
         """What encoders made it, by kind; {} where none did."""

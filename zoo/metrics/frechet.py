@@ -202,7 +202,7 @@ class Frechet(Metric):
         return shape
 
     def _flips(self, data: Any) -> bool:
-        return bool(data.flip) if self.flip is None else self.flip
+        return data.mirrored if self.flip is None else self.flip
 
     def _statistics(
         self, data: Any, spec: Mapping[str, Any], features: Callable[[Any], np.ndarray], about: str

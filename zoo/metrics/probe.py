@@ -87,7 +87,7 @@ def check_splits(metric: Any, task: Any, data: Any, *splits: str, label: bool = 
             )
         example = source[int(groups[0][0]) if groups else 0]
         if label and "label" not in example:
-            way = "data.path" if described.path else "data"
+            way = "data.path" if described.place else "data"
             raise UserError(
                 f"the metric {metric.name} needs labels, and {called} gives {', '.join(example)} alone in its {split} split; "
                 f"set {way} to labelled data, or leave the metric out"

@@ -151,7 +151,7 @@ def _check_evaluated(run: Run, source: Any, field: str, metric: Any) -> None:
         if key in first and first[key].shape != tuple(want.shape[1:]):
             raise UserError(
                 f"{field}: the metric {metric.name} goes through examples of the task's own "
-                f"shape alone, and the {metric.split} split of data.path={run.data.path} has none: its first "
+                f"shape alone, and the {metric.split} split of data.path={run.data.place} has none: its first "
                 f"{key} is {list(first[key].shape)}, the task's {list(want.shape[1:])}; prepare the data with square images for "
                 "testing (a larger --test-fraction), set data.aspect to one ratio, or leave the metric out"
             )
@@ -177,7 +177,7 @@ def _check_shapes(run: Run) -> None:
         try:
             jax.eval_shape(run.task.loss, params, batch, jax.random.key(0))
         except UserError as error:
-            raise UserError(f"the bucket {name} of data.path={run.data.path}: {error}") from None
+            raise UserError(f"the bucket {name} of data.path={run.data.place}: {error}") from None
 
 
 _ENCODERS = {"vae": "autoencoder", "text": "text encoder"}
@@ -189,7 +189,7 @@ def _check_encoders(run: Run, given: Mapping[str, Params]) -> None:
     Compared are the encoders in `given` (of `Run.weights`, or those restored), `task.vae.scale` and `task.template` with
     what the data says in `made_with`; also the tokeniser beside the text encoder, where there is one.
     """
-    made, path, about = run.data.made_with(), run.data.path, run.task.about
+    made, path, about = run.data.made_with(), run.data.place, run.task.about
     for key, name in _ENCODERS.items():
         tree = given.get(key, given.get("", {}).get(key))
         if key not in made or tree is None:
@@ -230,7 +230,7 @@ def _check_tokenizer(run: Run, made: str) -> None:
         return
     if here not in (None, made):
         raise UserError(
-            f"data.path={run.data.path} holds captions of another tokeniser (digest {made}) than {found}/{models.TOKENIZER} "
+            f"data.path={run.data.place} holds captions of another tokeniser (digest {made}) than {found}/{models.TOKENIZER} "
             f"(digest {here}), beside weights.text; encode the captions again with `zoo prepare --encode text={found}`, or "
             "put the file there that they were encoded with"
         )
@@ -446,7 +446,7 @@ def _keep_vocabulary(run: Run, folder: Folder) -> None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{record} is damaged; remove it where the text is still that of the run") from None
     if known != now:
-        where = run.data.path
+        where = run.data.place
         raise UserError(
             f"workdir={folder} belongs to a run on another text: the train split of "
             f"{f'data={type(run.data).__name__}' if not where else f'data.path={where}'} has changed since it was begun. "

@@ -151,13 +151,13 @@ class TarFlowLM:
         return About(
             unit="sequences",
             completes=("tokens",),
-            networks=dict.fromkeys(self.held, Network()),
+            networks=dict.fromkeys(self._done, Network()),
             likelihood=Likelihood((self.length,), "bound"),
             vocabulary=self.vocab,
         )
 
     @property
-    def held(self) -> tuple[str, ...]:
+    def _done(self) -> tuple[str, ...]:
         """The tokens' Gaussians and the layers that earlier stages trained."""
         if self.stage < 2:
             return ()
@@ -179,7 +179,7 @@ class TarFlowLM:
 
         What a causal mask hides is no work, and the loops that invert nothing are left out.
         """
-        width, held = self.width, self.held
+        width, held = self.width, self._done
         total = 0.0 if self.is_tied(0) else self.length * self.vocab * self.dims * (2.0 if held else 6.0)
         for l in range(self.depth):
             layer, c = self.layers[l], self.channels
