@@ -32,6 +32,7 @@ from zoo.commands.peer import load_peer, parity
 from zoo.data.pipeline import batches
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
+from zoo.files import differences
 from zoo.flows.inverse import Jacobi
 from zoo.run import Run
 from zoo.train import optim
@@ -480,7 +481,7 @@ def open_weights(task: Any, name: str) -> models.Model:
             "sampler takes as long with fresh weights"
         )
     model = models.open_model(name, on_host=True)
-    found = config.differences(config.dump(task, "task"), config.dump(model.task, "task"), "task")
+    found = differences(config.dump(task, "task"), config.dump(model.task, "task"), "task")
     found = [text for text in found if text.partition(":")[0].rpartition(".")[2] not in _SPEED]
     if found:
         raise UserError(
