@@ -213,8 +213,8 @@ def entering(target: Path, kind: type[Any]) -> Iterator[None]:
             target.mkdir(parents=True)
         with files.locked(target, f"DEST {target}", "choose a new folder"):
             check_dest(target, kind)
-            for path in target.iterdir():
-                if files.is_part(path.name):
+            for path in target.iterdir():  # what killed runs left, the last kinds of earlier versions
+                if files.is_part(path.name) or path.name.endswith((".array_record.tmp", "json.tmp", "jsonl.tmp")):
                     path.unlink()
             yield
 

@@ -101,14 +101,14 @@ class Calibrate:
             "seed": self.seed,
             "size": self.size,
         }
-        reader: Any = Cached(self.extractor, self.cache) if self.cache else self.extractor
         jobs = [(style, level, i) for style in _STYLES for level in self.levels for i in range(len(self.texts))]
         rows = []
-        size = max(int(reader.batch), 1)
         with (
             claim(out, setting, "a calibration"),
             tqdm(total=len(jobs), unit=" images", disable=not seen(), file=sys.stderr) as bar,
         ):
+            reader: Any = Cached(self.extractor, self.cache) if self.cache else self.extractor
+            size = max(int(reader.batch), 1)
             for start in range(0, len(jobs), size):
                 some = jobs[start : start + size]
                 pictures = [self.picture(*job) for job in some]

@@ -265,8 +265,8 @@ class TypeScore:
         described = describe(self.extractor)
         out = Path(self.out) if self.out else self._beside(folder)
         own = {"wanted_sha256": _digest(instructions), "images": relative(folder, out), "style": self.style}
-        reader = self.reader()
         with claim(out, {**self.about(described), **own}, "results"):
+            reader = self.reader()  # whose cache may lie in there
             records = self._records(files, out / RECORDS, reader, described)
         summary = self.summarise(records, instructions, described) | {
             "wanted": self.wanted,

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from zoo.errors import UserError
-from zoo.files import sha256, sha256_of_json, write
+from zoo.files import sha256, sha256_of_json, write, writing
 from zoo.papers.typescore.extractors.base import (
     TEXT_CHUNK,
     Extraction,
@@ -172,7 +172,7 @@ class Cached:
 class Journal:
     """A file of readings that a run has made and not yet judged, by name and sha256 of their pictures; a line each.
 
-    A reading is there as soon as `put` returns. Damaged lines are passed over. Raises OSError where the file cannot be written.
+    A reading is there as soon as `put` returns. Damaged lines are passed over. UserError where the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -189,7 +189,11 @@ class Journal:
 
     def put(self, image: str, sha256: str, one: Extraction) -> None:
         entry = json.dumps({"image": image, "sha256": sha256, "extraction": one.record()})
-        with open(self.path, "ab", buffering=0) as file:  # in one piece, behind what may be half a line
+        way = "free some space, or name another folder with out=FOLDER"
+        with (
+            writing(self.path, way),
+            open(self.path, "ab", buffering=0) as file,
+        ):  # in one piece, behind what may be half a line
             file.write(b"\n" + entry.encode())
 
     def remove(self) -> None:
