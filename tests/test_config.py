@@ -14,6 +14,7 @@ import pytest
 from zoo import config
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
+from zoo.files import differences
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Checkpoint, Run, Samples
 from zoo.train.optim import AdamW
@@ -268,16 +269,16 @@ def test_differences_name_the_fields():
     new = replace(
         RUN, steps=5, task=replace(RUN.task, width=16), optim=AdamW(clip=1.0), samples=Samples(options={"n": 1})
     )
-    assert config.differences(config.dump(RUN), config.dump(new)) == [
+    assert differences(config.dump(RUN), config.dump(new)) == [
         "task.width: 8 -> 16",
         "steps: 4 -> 5",
         "optim.clip: null -> 1.0",
         "samples.n: 0 -> 64",
         "samples.options.n: null -> 1",
     ]
-    assert config.differences({"a": [1, 2]}, {"a": [1, 3]}) == ["a.1: 2 -> 3"]
-    assert config.differences({"a": [1]}, {"a": [1, 3]}) == ["a: [1] -> [1, 3]"]
-    assert config.differences(config.dump(RUN), config.dump(dataclasses.replace(RUN))) == []
+    assert differences({"a": [1, 2]}, {"a": [1, 3]}) == ["a.1: 2 -> 3"]
+    assert differences({"a": [1]}, {"a": [1, 3]}) == ["a: [1] -> [1, 3]"]
+    assert differences(config.dump(RUN), config.dump(dataclasses.replace(RUN))) == []
 
 
 def test_the_digest_follows_from_the_config_alone():

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +346,7 @@ def test_records_that_cannot_be_fetched_stop_a_run_before_they_are_overwritten()
 def test_a_folder_in_a_bucket_is_claimed_by_its_run_alone() -> None:
     run = Run(task=TASK, data=Synthetic(), steps=4, batch=8, workdir=HOME)
     for _ in range(2):
-        folder, _about = claim_folder(run, ("a",))
+        folder, _about = claim_folder(run, ("a",), ExitStack())
         assert str(folder) == HOME
     assert json.loads(there()["config.json"])["labels"] == ["a"]
     assert models.read_config(paths.where(HOME))["run"]["batch"] == 8
@@ -353,15 +354,15 @@ def test_a_folder_in_a_bucket_is_claimed_by_its_run_alone() -> None:
     with pytest.raises(
         UserError, match=r"workdir=gs://bucket/runs/one belongs to a run with another config: batch: 8 -> 16"
     ):
-        claim_folder(other, ())
+        claim_folder(other, (), ExitStack())
     put("gs://bucket/thesis/thesis.tex")
     with pytest.raises(UserError, match=r"not empty and is no run \(thesis.tex"):
-        claim_folder(Run(task=TASK, data=Synthetic(), steps=4, batch=8, workdir="gs://bucket/thesis"), ())
+        claim_folder(Run(task=TASK, data=Synthetic(), steps=4, batch=8, workdir="gs://bucket/thesis"), (), ExitStack())
     Bucket.away = True
     with pytest.raises(
         UserError, match=r"cannot write gs://bucket/new/config.json \(OSError: Forbidden.*Storage Object User"
     ):
-        claim_folder(Run(task=TASK, data=Synthetic(), steps=4, batch=8, workdir="gs://bucket/new"), ())
+        claim_folder(Run(task=TASK, data=Synthetic(), steps=4, batch=8, workdir="gs://bucket/new"), (), ExitStack())
 
 
 def test_only_finished_checkpoints_of_a_bucket_count() -> None:

@@ -210,25 +210,21 @@ def test_save_replaces_an_export_and_nothing_else(tmp_path):
         weights.save(run, fresh(), CONFIG, "")
     with pytest.raises(UserError, match=r"is a file"):
         weights.save(run / "config.json", fresh(), CONFIG, "")
-    with pytest.raises(UserError, match=r"cannot be written"):
+    with pytest.raises(UserError, match=r"cannot write"):
         weights.save(run / "config.json" / "below", fresh(), CONFIG, "")
     assert sorted(os.listdir(tmp_path)) == ["out", "run"]
 
 
-@pytest.mark.parametrize("fault", ["save_file", "rename"])
-def test_a_failed_save_leaves_the_earlier_export(tmp_path, monkeypatch, fault):
+def test_a_failed_save_leaves_the_earlier_export(tmp_path, monkeypatch):
     from zoo.weights import export
 
     weights.save(tmp_path / "out", fresh(0), CONFIG, "")
-    real = os.rename
 
-    def fail(*args: Any, **_: Any) -> None:
-        if fault == "rename" and not str(args[0]).endswith(".tmp"):
-            return real(*args)
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((export, "save_file", fail) if fault == "save_file" else (os, "rename", fail)))
-    with pytest.raises(UserError, match=r"No space left on device; free some space"):
+    monkeypatch.setattr(export, "save_file", fail)
+    with pytest.raises(UserError, match=r"\(No space left on device\); free some space"):
         weights.save(tmp_path / "out", fresh(1), CONFIG, "")
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["out"]

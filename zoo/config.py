@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
 import importlib
 import importlib.util
-import json
 import math
 import re
 import sys
@@ -26,6 +24,7 @@ from typing import Any
 import msgspec
 
 from zoo.errors import UserError, suggest
+from zoo.files import sha256, sha256_of_json
 from zoo.task import Options, sampling
 
 _CLASS = "class"  # the JSON key that holds a dataclass's import path
@@ -62,9 +61,7 @@ def locate(name: str) -> tuple[Path, str]:
 
 
 def _execute(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        f"zoo_config_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}", path
-    )
+    spec = importlib.util.spec_from_file_location(f"zoo_config_{sha256(str(path.resolve()))[:12]}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file; a config is a .py file that defines `config`")
     module = importlib.util.module_from_spec(spec)
@@ -306,14 +303,4 @@ def _resolve(name: Any, allow: Sequence[str], where: str) -> type:
 
 def digest(value: Any) -> str:
     """A short hash of a config: equal configs, equal digests, on every host."""
-    return hashlib.sha256(json.dumps(dump(value), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Fields in which two dumped configs differ, as `optim.lr: 0.001 -> 0.0003`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new)) for d in differences(a, b, f"{where}.{i}")]
-    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
+    return sha256_of_json(dump(value))[:16]

@@ -23,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from zoo.errors import Passing, UserError
+from zoo.files import differences, first_line
 
 _log = logging.getLogger("zoo")
 _BEAT = 1.0  # seconds between two signs of life
@@ -204,7 +205,7 @@ def start(environ: Mapping[str, str] | None = None) -> None:
             **wanted, initialization_timeout=int(_MEET), heartbeat_timeout_seconds=int(timeout) + 15
         )
     except Exception as error:
-        words = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        words = first_line(error)
         if not wanted and _tpu_hosts(environ) == 1:
             _log.warning("no other hosts are known here (%s): this process trains alone", words)
             return
@@ -289,7 +290,7 @@ def _meet(group: _Group, what: str, seconds: float = _MEET) -> None:
         ) from error
 
 
-def same(about: Mapping[str, Any], differences: Callable[[Any, Any], list[str]]) -> None:
+def same(about: Mapping[str, Any]) -> None:
     """UserError, on every process, unless all of them run the same thing; the fields that differ are named."""
     if _group is None:
         return

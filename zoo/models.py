@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from zoo import config, dist, paths, weights
 from zoo.encoders.tokenizer import NAME as TOKENIZER
 from zoo.encoders.tokenizer import Tokenizer
 from zoo.errors import UserError, suggest
+from zoo.files import sha256
 from zoo.paths import Folder
 from zoo.task import Network, Params
 from zoo.train import optim
@@ -216,7 +216,7 @@ def tokenizer_digest(file: Folder) -> str:
     """What tells one tokeniser from another: 16 digits of the digest of its file, or of the one in this folder."""
     with paths.sentence(file):
         file = file / TOKENIZER if file.is_dir() else file
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        return sha256(file.read_bytes())[:16]
 
 
 def open_tokenizer(

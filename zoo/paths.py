@@ -24,6 +24,8 @@ from typing import Any, TypeAlias
 from etils import epath
 
 from zoo.errors import Passing, UserError
+from zoo.files import first_line, is_part
+from zoo.files import write as write_here
 
 Folder: TypeAlias = Path | epath.Path
 
@@ -144,7 +146,7 @@ def _settle() -> None:
 def _refusal(bucket: str, error: BaseException) -> str:
     """What to do about a bucket that cannot be used."""
     kinds = [kind.__name__ for kind in type(error).__mro__]  # names: their packages may not be there
-    code, words = getattr(error, "code", None), _first_line(error)
+    code, words = getattr(error, "code", None), first_line(error)
     # InvalidOperation: nobody is asked for a login, which nobody cannot give
     if code == 401 or not {"DefaultCredentialsError", "RefreshError", "InvalidOperation"}.isdisjoint(kinds):
         return f"no valid Google Cloud credentials here ({words.partition('. ')[0]}); {_LOGIN}"
@@ -162,12 +164,6 @@ def _refusal(bucket: str, error: BaseException) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[0] if lines else type(error).__name__
-    return line if len(line) <= 250 else line[:120] + " ... " + line[-120:]
-
-
 @contextlib.contextmanager
 def sentence(path: Folder, doing: str = "read") -> Iterator[None]:
     """Turns what a bucket's libraries raise into a sentence; errors of a local disk and of missing files to read pass."""
@@ -178,18 +174,27 @@ def sentence(path: Folder, doing: str = "read") -> Iterator[None]:
     except Exception as error:
         if not in_bucket(path) or (doing == "read" and isinstance(error, FileNotFoundError)):
             raise
-        words = _first_line(error)
+        words = first_line(error)
         hint = _ROLES if "Forbidden" in words else "look at the network, then start the same command again"
         kind = UserError if hint == _ROLES else Passing
         raise kind(f"cannot {doing} {path} ({type(error).__name__}: {words}); {hint}") from error
 
 
+def write(path: Folder, data: bytes | str, sync: bool = True) -> None:
+    """`files.write`, also into a bucket, where objects appear whole. Raises OSError here, UserError for a bucket."""
+    if isinstance(path, Path):
+        write_here(path, data, sync)
+        return
+    with sentence(path, "write"):
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
 def names(folder: Folder) -> list[str]:
-    """What lies in a folder, sorted; nothing where there is none."""
+    """What lies in a folder, sorted, but for what killed processes left of their writes; nothing where there is none."""
     try:
         with sentence(folder):
             # a bucket may hold an empty object for the folder itself
-            return sorted(p.name for p in folder.iterdir() if p != folder)
+            return sorted(p.name for p in folder.iterdir() if p != folder and not is_part(p.name))
     except FileNotFoundError:
         return []
 
@@ -321,7 +326,7 @@ class Mirror:
                     (self.folder / file.relative_to(self.here).as_posix()).write_bytes(file.read_bytes())
                     self._sent[file] = (size, changed)
         except Exception as error:
-            return f"{type(error).__name__}: {_first_line(error)}"
+            return f"{type(error).__name__}: {first_line(error)}"
         return None
 
 

@@ -669,7 +669,7 @@ def test_a_calibration_of_another_setting_is_never_overwritten(tmp_path: Path, m
     for fields, what in (
         ({"extractor": unread}, 'extractor.name: "oracle" -> "fake"'),
         ({"texts": TEXTS[:3]}, "texts: "),
-        ({"levels": (0.0, 0.25)}, "levels: "),
+        ({"levels": (0.0, 0.25)}, "levels.1: 0.5 -> 0.25"),
         ({"case_sensitive": True}, "normalisation.case_sensitive: false -> true"),
         ({"seed": 1}, "seed: 0 -> 1"),
         ({"size": 128}, "size: 64 -> 128"),

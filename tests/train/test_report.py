@@ -353,25 +353,11 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
         save_png(tmp_path / "file" / "a.png", np.zeros((2, 2, 1)))
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_scrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_png(tmp_path / "a.png", np.zeros((2, 2, 1)))
-    before = (tmp_path / "a.png").read_bytes()
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match=r"a\.png: No space left on device"):
-        save_png(tmp_path / "a.png", np.ones((2, 2, 1)))
-    assert os.listdir(tmp_path) == ["a.png"]
-    assert (tmp_path / "a.png").read_bytes() == before
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_while_logging_is_a_sentence(tmp_path: Path) -> None:
     r = Report(tmp_path, total=1, start=0, batch=1, quiet=True)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl \(No space left on device\)"):
         r.log(1, {"loss": 1.0})
     r.close()

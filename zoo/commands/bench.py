@@ -31,6 +31,7 @@ from zoo.commands.peer import load_peer, parity
 from zoo.data.pipeline import batches
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
+from zoo.files import differences
 from zoo.flows.inverse import Jacobi
 from zoo.run import Run
 from zoo.task import Cached, Crops, Inverts, Samples, option_names, speed
@@ -476,7 +477,7 @@ def open_weights(task: Any, name: str) -> models.Model:
             "sampler takes as long with fresh weights"
         )
     model = models.open_model(name, on_host=True)
-    found = config.differences(config.dump(task, "task"), config.dump(model.task, "task"), "task")
+    found = differences(config.dump(task, "task"), config.dump(model.task, "task"), "task")
     found = [text for text in found if text.partition(":")[0].rpartition(".")[2] not in speed(task)]
     if found:
         raise UserError(

@@ -24,6 +24,7 @@ from zoo import dist, weights
 from zoo.commands import chips, flops, hlo
 from zoo.commands.chips import Chip
 from zoo.errors import UserError
+from zoo.files import first_line
 from zoo.run import Run
 from zoo.task import Samples, speed
 from zoo.train import optim
@@ -83,9 +84,8 @@ def target(name: str, slices: int = 1) -> Target:
                 f"--topology {name} needs the TPU compiler (it runs on any Linux machine): "
                 "install the `aot` extra, e.g. EXTRAS=dev,aot launch/local.sh zoo compile ..."
             ) from None
-        words = str(error).splitlines()[0][:200]
         raise UserError(
-            f"--topology {name} does not exist ({words}); known ones: {', '.join(chip.topologies)}"
+            f"--topology {name} does not exist ({first_line(error)}); known ones: {', '.join(chip.topologies)}"
         ) from None
     return Target(f"{slices} x {name}" if slices > 1 else name, described.devices, chip)
 
@@ -109,9 +109,8 @@ def _gpus(name: str, chip: Chip, count: int) -> Sequence[Any]:
                 f"--topology {name} needs XLA's compiler for NVIDIA GPUs (it runs on any Linux machine): install the "
                 "`aot-cuda` extra, e.g. EXTRAS=dev,aot-cuda launch/local.sh zoo compile ..."
             ) from None
-        words = str(error).splitlines()[0][:200]
         raise UserError(
-            f"--topology {name} is not known to this version of jax ({words}); use a TPU topology"
+            f"--topology {name} is not known to this version of jax ({first_line(error)}); use a TPU topology"
         ) from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from zoo import models
 from zoo.data.captions import as_tokens, bucket, framed
 from zoo.errors import UserError
+from zoo.files import sha256
 from zoo.models import Model
 from zoo.task import is_text
 from zoo.train.report import class_name
@@ -68,7 +68,7 @@ def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] 
         raise UserError(f"{field} holds no {what} in {_count(lines)}; give a text file, one {what} per line")
     if len(found) < len(lines):
         _log.info("%s: %d %ss in %s, blank ones are passed over", field, len(found), what, _count(lines))
-    return found, {"prompts": f"{Path(prompts).name} (sha256 {hashlib.sha256(data).hexdigest()})"}
+    return found, {"prompts": f"{Path(prompts).name} (sha256 {sha256(data)})"}
 
 
 def _count(lines: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 from zoo import config, dist, paths
 from zoo.commands import strategy
 from zoo.errors import UserError
+from zoo.files import differences
 from zoo.models import Model
 from zoo.paths import Folder
 from zoo.train.report import grid, save_png
@@ -243,7 +244,7 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
         if path.name in inside:
             with paths.sentence(path):
                 text = path.read_text()
-            differ = config.differences(json.loads(text), json.loads(json.dumps(settings)))
+            differ = differences(json.loads(text), json.loads(json.dumps(settings)))
             if differ:
                 raise UserError(
                     f"{out} holds samples drawn with other settings ({'; '.join(differ[:3])}); choose another --out"
@@ -252,8 +253,7 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
             kind = "images" if suffix == ".png" else "texts"
             raise UserError(f"{out} holds {kind} that zoo did not draw; choose another --out")
         else:
-            with paths.sentence(path, "write"):
-                path.write_text(json.dumps(settings, indent=1) + "\n")
+            paths.write(path, json.dumps(settings, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write samples to {out}: {error.strerror}; choose another --out") from None
     except json.JSONDecodeError:

@@ -39,10 +39,9 @@ def save(folder: Folder, found: Mapping[str, Any]) -> None:
     except UserError:
         kept = []
     try:
-        with paths.sentence(path, "write"):
-            path.write_text(json.dumps({**found, "strategies": [*kept, *found["strategies"]]}, indent=1) + "\n")
+        paths.write(path, json.dumps({**found, "strategies": [*kept, *found["strategies"]]}, indent=1) + "\n")
     except (UserError, OSError) as error:
-        _log.warning("the strategies are not kept: %s", error)
+        _log.warning("the strategies are not kept: %s: %s", path, error)
 
 
 def _key(strategy: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -20,10 +20,10 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from zoo.data.records import first_line
 from zoo.data.sources import walk
 from zoo.data.vocabulary import characters_only
 from zoo.errors import UserError
+from zoo.files import first_line
 
 SPLITS = ("train", "valid", "test")
 PIECE = 1 << 20  # characters of a document that are read at a time

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import gzip
-import hashlib
 import importlib.util
 import io
 import json
@@ -27,8 +26,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from zoo.data.pipeline import Data, Source
-from zoo.data.records import Info, Record, first_line, is_prepared, open_shards, read_info, sha256
+from zoo.data.records import Info, Record, is_prepared, open_shards, read_info
 from zoo.errors import UserError
+from zoo.files import first_line, sha256_of_file, sha256_of_parts
 
 LEVELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -194,7 +194,8 @@ class Images(Data):
         files = list_folder(root, self.test_fraction)[0][split]
         some = set(files.paths[:: max(1, len(files.paths) // 16)])
         return digest(
-            [path, file_size(root / path), sha256(root / path) if path in some else None] for path in files.paths
+            [path, file_size(root / path), sha256_of_file(root / path) if path in some else None]
+            for path in files.paths
         )
 
     def _arrays(self, path: Path) -> Arrays:
@@ -360,16 +361,13 @@ def from_array(array: np.ndarray) -> Image.Image:
 
 def digest(parts: Iterable[Any]) -> str:
     """One digest of what JSON can hold."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(json.dumps(part).encode() + b"\n")
-    return found.hexdigest()
+    return sha256_of_parts(f"{json.dumps(part)}\n" for part in parts)
 
 
 @lru_cache(maxsize=4)
 def file_digest(path: Path, version: int) -> str:
     """The digest of a file; `version` makes a file that was rewritten a new one."""
-    return sha256(path) or ""
+    return sha256_of_file(path) or ""
 
 
 def check_split(split: str) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from tqdm import tqdm
 
+from zoo import files
 from zoo.data import pipeline
 from zoo.data.captions import ASPECTS, bucket, nearest, template
 from zoo.data.images import (
@@ -37,7 +38,7 @@ from zoo.data.images import (
     upright_size,
 )
 from zoo.data.prepare import Report, picture, places
-from zoo.data.records import AGAIN, Lost, Settings, Shard, Writer, open_shards, read_info, replace, sha256, writing
+from zoo.data.records import AGAIN, Lost, Settings, Shard, Writer, open_shards, read_info, writing
 from zoo.data.sources import Items, Source, open_source
 from zoo.errors import UserError, suggest
 
@@ -182,7 +183,7 @@ class _Bucket:
             self._null["null_tokens"] = np.array(about.null_tokens, np.int32)
         if about.null_text is not None:
             path = root / about.null_text
-            if sha256(path) != about.null_sha256:
+            if files.sha256_of_file(path) != about.null_sha256:
                 raise UserError(f"{path} is missing or damaged; {AGAIN}")
             self._null["null_text"] = np.load(path, allow_pickle=False)
 
@@ -351,8 +352,8 @@ def _keep_null(target: Path, name: str, made: Bucket, null: dict[str, np.ndarray
         made.null_text = f"null-{name.replace(':', 'x')}.npy"
         buffer = io.BytesIO()
         np.save(buffer, null["text"].astype(np.float32))
-        replace(target / made.null_text, buffer.getvalue())
-        made.null_sha256 = sha256(target / made.null_text)
+        files.write(target / made.null_text, buffer.getvalue())
+        made.null_sha256 = files.sha256(buffer.getvalue())
 
 
 def _buckets(found: Source, aspects: bool, pool: ThreadPoolExecutor, progress: bool) -> dict[str, dict[str, Items]]:

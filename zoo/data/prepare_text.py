@@ -7,7 +7,6 @@ of `progress.jsonl` says how far the files were on disk, and the same command go
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
+from zoo import files
 from zoo.data import vocabulary as vocabularies
 from zoo.data.documents import SPLITS, check_fractions, cuts, list_texts
 from zoo.data.images import file_size
 from zoo.data.prepare import places
-from zoo.data.records import INFO, PROGRESS, first_line, format_of, is_prepared, read_info, replace, same, sha256
+from zoo.data.records import INFO, PROGRESS, check_dest, entering, is_prepared, read_info, same
 from zoo.data.sources import hashed
 from zoo.data.tokens import (
     TokenFile,
@@ -41,7 +41,6 @@ from zoo.data.vocabulary import Vocabulary
 from zoo.errors import UserError
 
 _ENDS = "documents.tmp"  # where the documents end, in tokens
-_BLOCK = 1 << 24  # bytes copied at a time
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,9 @@ def prepare_text(
     origin, target = places(source, dest)
     if origin.is_dir() and is_prepared(origin):
         raise UserError(f"SOURCE {origin} is a prepared set; give the texts it was made from")
-    _check_dest(target)
-    files = list_texts(origin)
-    every = [file for some in files.values() for file in some]
+    check_dest(target, TokenInfo)
+    listed = list_texts(origin)
+    every = [file for some in listed.values() for file in some]
     symbols = ""
     if tokenizer == "chars" and not (symbols := symbols_of(every)):
         raise UserError(f"{origin} is empty; give a text")
@@ -111,30 +110,24 @@ def prepare_text(
         valid_fraction,
         test_fraction,
     )
-    if (info := _finished(target, settings, vocabulary)) is not None:
-        return _report(target, info, vocabulary)
     plain = all(file.suffix.lower() not in (".gz", ".zip", ".parquet") for file in every)
     total = sum(sizes.values()) if plain else None
     # the bar shows itself late: mistakes are told before, in one line
     with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, delay=1) as bar:
         begun = {
             split or "train": _peeked(texts(vocabulary, documents_of(some, bar.update)))
-            for split, some in files.items()
+            for split, some in listed.items()
         }
         streams = {name: units for name, units in begun.items() if units is not None}
         if not streams:
             raise nothing(origin, vocabulary)
-        try:
-            marks = _enter(target, settings, vocabulary, streams)
-            with open(target / PROGRESS, "ab") as log:
-                for name, units in streams.items():
-                    _write(target, vocabulary, units, marks[name], log, keep)
-            info = _finish(target, settings, vocabulary, marks, None in files)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {target} ({error.strerror or first_line(error)}); mend that and run the same command again, what "
-                "is written is kept"
-            ) from None
+        with entering(target, TokenInfo):
+            if (info := _finished(target, settings, vocabulary)) is None:
+                marks = _enter(target, settings, vocabulary, streams)
+                with open(target / PROGRESS, "ab") as log:
+                    for name, units in streams.items():
+                        _write(target, vocabulary, units, marks[name], log, keep)
+                info = _finish(target, settings, vocabulary, marks, None in listed)
     return _report(target, info, vocabulary)
 
 
@@ -146,7 +139,7 @@ def _fingerprint(origin: Path, sizes: dict[Path, int], progress: bool) -> str:
     ) as bar:
         for file, size in sizes.items():
             name = os.path.relpath(file, origin) if file != origin else file.name
-            listed.append((f"{name}\0{sha256(file)}", size))
+            listed.append((f"{name}\0{files.sha256_of_file(file)}", size))
             bar.update(size)
     return hashed(listed)
 
@@ -161,23 +154,13 @@ def _peeked(units: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]] | N
     return None if first is None else chain([first], units)
 
 
-def _check_dest(target: Path) -> None:
-    """UserError where something else lies there."""
-    if format_of(target) not in (None, TokenInfo.FORMAT):
-        raise UserError(f"DEST {target} holds a set of another kind ({format_of(target)}); choose a new folder")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"DEST {target} is a file; choose a new folder")
-    if target.is_dir() and any(target.iterdir()) and not is_prepared(target):
-        raise UserError(f"DEST {target} is not empty and no prepared set; choose a new folder")
-
-
 def _finished(target: Path, settings: TokenSettings, vocabulary: Vocabulary) -> TokenInfo | None:
     """The description of a set that is there, whole, and made in this way; what is damaged of it does not count."""
     if not (target / INFO).is_file():
         return None
     info = read_info(target, TokenInfo)
     same(target, msgspec.to_builtins(info.settings), settings)
-    whole = all(sha256(target / about.file) == about.sha256 for about in info.splits.values())
+    whole = all(files.sha256_of_file(target / about.file) == about.sha256 for about in info.splits.values())
     with contextlib.suppress(UserError):
         if whole and vocabularies.open_vocabulary(target) == vocabulary:
             return info
@@ -185,7 +168,7 @@ def _finished(target: Path, settings: TokenSettings, vocabulary: Vocabulary) -> 
 
 
 def _enter(target: Path, settings: TokenSettings, vocabulary: Vocabulary, streams: dict[str, Any]) -> dict[str, _Mark]:
-    """Makes or re-enters the folder; how far each stream is, its files cut to that."""
+    """Re-enters the folder; how far each stream is, its files cut to that."""
     marks = {name: _Mark(name) for name in streams}
     if (target / INFO).is_file():  # damaged, and made in the same way
         (target / PROGRESS).unlink(missing_ok=True)
@@ -200,8 +183,7 @@ def _enter(target: Path, settings: TokenSettings, vocabulary: Vocabulary, stream
                     marks[mark.stream] = mark
         except msgspec.MsgspecError as error:
             raise UserError(f"{target / PROGRESS} is damaged ({error}); remove DEST {target}") from None
-    target.mkdir(parents=True, exist_ok=True)
-    replace(target / PROGRESS, b"".join(msgspec.json.encode(x) + b"\n" for x in (settings, *marks.values())))
+    files.write(target / PROGRESS, b"".join(msgspec.json.encode(x) + b"\n" for x in (settings, *marks.values())))
     for path, size in _sizes(target, marks.values(), vocabulary):
         with open(path, "ab") as file:
             file.truncate(size)
@@ -241,9 +223,9 @@ def _write(
         _note(mark, log, file, ends)
 
 
-def _note(mark: _Mark, log: Any, *files: Any) -> None:
+def _note(mark: _Mark, log: Any, *written: Any) -> None:
     """A line about what is on disk by now."""
-    for file in files:
+    for file in written:
         file.flush()
         os.fsync(file.fileno())
     log.write(msgspec.json.encode(mark) + b"\n")
@@ -280,10 +262,10 @@ def _finish(
     for split, (stream, _, last) in spans.items():
         if stream == split:
             os.truncate(target / f"{stream}.tmp", last * kept.itemsize)
-            (target / f"{stream}.tmp").replace(target / f"{split}.bin")
+            os.replace(target / f"{stream}.tmp", target / f"{split}.bin")
     documents = sum(mark.documents for mark in marks.values())
     info = TokenInfo(settings, kept.str, vocabulary.size, documents, {split: splits[split] for split in SPLITS})
-    replace(target / INFO, msgspec.json.format(msgspec.json.encode(info), indent=1) + b"\n")
+    files.write(target / INFO, msgspec.json.format(msgspec.json.encode(info), indent=1) + b"\n")
     (target / PROGRESS).unlink()
     for name in marks:
         (target / f"{name}.{_ENDS}").unlink()
@@ -292,18 +274,8 @@ def _finish(
 
 def _copy(source: Path, dest: Path | None, first: int, last: int) -> str:
     """Copies bytes [first, last) of a file where `dest` is given; their sha256."""
-    digest = hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        out = None if dest is None else stack.enter_context(open(dest, "wb"))
-        into = None if first == last else stack.enter_context(open(source, "rb"))
-        if into is not None:
-            into.seek(first)
-            while first < last and (block := into.read(min(_BLOCK, last - first))):
-                digest.update(block)
-                if out is not None:
-                    out.write(block)
-                first += len(block)
-        if out is not None:
-            out.flush()
-            os.fsync(out.fileno())
-    return digest.hexdigest()
+    part = np.memmap(source, np.uint8, "r", first, last - first) if first < last else np.empty(0, np.uint8)
+    if dest is not None:
+        with files.whole(dest) as path:
+            part.tofile(path)
+    return files.sha256(part.data)

@@ -7,16 +7,17 @@ that have their line and ends with the same bytes as an undisturbed one.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
 import msgspec
 
+from zoo import files
 from zoo.errors import UserError
+from zoo.files import first_line, sha256_of_file
 
 INFO, PROGRESS = "info.json", "progress.jsonl"  # of a finished set, of one under way
 UNREADABLE = "unreadable.txt"
@@ -160,11 +161,6 @@ def open_shards(root: Path, shards: list[Shard], split: str, record: type[R]) ->
     return count, read
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, cut short."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 # Writing
 
 
@@ -190,8 +186,8 @@ class Writer:
         """Writes `info.json`, and the list of what was left out, which is returned."""
         (self._target / UNREADABLE).unlink(missing_ok=True)
         if self._named:
-            replace(self._target / UNREADABLE, "".join(f"{name}\t{reason}\n" for name, reason in self._named).encode())
-        replace(self._target / INFO, msgspec.json.format(msgspec.json.encode(info), indent=1) + b"\n")
+            files.write(self._target / UNREADABLE, "".join(f"{name}\t{reason}\n" for name, reason in self._named))
+        files.write(self._target / INFO, msgspec.json.format(msgspec.json.encode(info), indent=1) + b"\n")
         (self._target / PROGRESS).unlink()
         return tuple(self._named)
 
@@ -201,24 +197,41 @@ def writing(target: Path, settings: Settings, kind: type[Any]) -> Iterator[Write
     """Makes or re-enters the folder of a set of this kind.
 
     Raises:
-      UserError: the folder holds something else or a set made differently, or cannot be written.
+      UserError: the folder holds something else or a set made differently, is being written by another process, or cannot be.
     """
-    try:
+    with entering(target, kind):
         done = _open(target, settings, kind)
         with open(target / PROGRESS, "ab") as log:
             yield Writer(target, done, log)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target} ({error.strerror or first_line(error)}); mend that and run the same command again, "
-            "finished shards are kept"
-        ) from None
+
+
+@contextmanager
+def entering(target: Path, kind: type[Any]) -> Iterator[None]:
+    """Makes the folder of a set of this kind and holds it, so that nobody else writes there; UserError where that cannot be."""
+    with files.writing(target, "mend that and run the same command again, what is finished is kept"):
+        with suppress(FileExistsError):
+            target.mkdir(parents=True)
+        with files.locked(target, f"DEST {target}", "choose a new folder"):
+            check_dest(target, kind)
+            for path in target.iterdir():  # what killed runs left, the last kinds of earlier versions
+                if files.is_part(path.name) or path.name.endswith((".array_record.tmp", "json.tmp", "jsonl.tmp")):
+                    path.unlink()
+            yield
+
+
+def check_dest(target: Path, kind: type[Any]) -> None:
+    """UserError where something else lies there."""
+    if format_of(target) not in (None, kind.FORMAT):
+        raise UserError(f"DEST {target} holds a set of another kind ({format_of(target)}); choose a new folder")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"DEST {target} is a file; choose a new folder")
+    if target.is_dir() and files.names(target) and not is_prepared(target):
+        raise UserError(f"DEST {target} is not empty and no prepared set; choose a new folder")
 
 
 def _open(target: Path, settings: Settings, kind: type[Any]) -> dict[str, Shard]:
-    """Makes or checks the folder and its log; the shards in it that are whole, by file name."""
+    """Checks the folder and its log; the shards in it that are whole, by file name."""
     done: list[Shard] = []
-    if format_of(target) not in (None, kind.FORMAT):
-        raise UserError(f"DEST {target} holds a set of another kind ({format_of(target)}); choose a new folder")
     if (target / INFO).is_file():
         info = read_info(target, kind)
         same(target, msgspec.to_builtins(info.settings), settings)
@@ -231,14 +244,9 @@ def _open(target: Path, settings: Settings, kind: type[Any]) -> dict[str, Shard]
                 done = [msgspec.json.decode(line, type=Shard) for line in lines[1:]]
             except msgspec.MsgspecError as error:
                 raise UserError(f"{target / PROGRESS} is damaged ({error}); remove DEST {target}") from None
-    elif target.is_dir() and any(target.iterdir()):
-        raise UserError(f"DEST {target} is not empty and no prepared set; choose a new folder")
-    elif target.exists() and not target.is_dir():
-        raise UserError(f"DEST {target} is a file; choose a new folder")
-    target.mkdir(parents=True, exist_ok=True)
-    whole = {shard.file: shard for shard in done if sha256(target / shard.file) == shard.sha256}
+    whole = {shard.file: shard for shard in done if sha256_of_file(target / shard.file) == shard.sha256}
     # started anew: without the torn line, and with the shards of a finished set whose damaged ones are made again
-    replace(target / PROGRESS, b"".join(msgspec.json.encode(x) + b"\n" for x in (settings, *whole.values())))
+    files.write(target / PROGRESS, b"".join(msgspec.json.encode(x) + b"\n" for x in (settings, *whole.values())))
     return whole
 
 
@@ -257,48 +265,24 @@ def same(target: Path, there: dict[str, Any], settings: msgspec.Struct) -> None:
         raise UserError(f"DEST {target} was prepared differently: {', '.join(wrong)}; choose a new folder or remove it")
 
 
-def sha256(path: Path) -> str | None:
-    """The digest of a file; None where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Puts a whole file in place at once, on disk before it has its name."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def write_shard(path: Path, results: Iterable[bytes | Lost]) -> Shard:
     """One shard of these records, in their order; its bytes depend on nothing else."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     count, unreadable = 0, []
-    temporary = path.with_name(path.name + ".tmp")
-    # group_size:1 is what random access needs; images are compressed already, latents do not compress
-    writer = _disk(ArrayRecordWriter, str(temporary), "group_size:1,uncompressed")
-    try:
-        for result in results:
-            if isinstance(result, bytes):
-                _disk(writer.write, result)
-                count += 1
-            else:
-                unreadable.append(result)
-    finally:
-        _disk(writer.close)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-        shard = Shard(path.name, count, os.fstat(file.fileno()).st_size, "", unreadable)
-        shard.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    temporary.replace(path)
-    return shard
+    with files.whole(path) as part:
+        # group_size:1 is what random access needs; images are compressed already, latents do not compress
+        writer = _disk(ArrayRecordWriter, str(part), "group_size:1,uncompressed")
+        try:
+            for result in results:
+                if isinstance(result, bytes):
+                    _disk(writer.write, result)
+                    count += 1
+                else:
+                    unreadable.append(result)
+        finally:
+            _disk(writer.close)
+    return Shard(path.name, count, path.stat().st_size, sha256_of_file(path) or "", unreadable)
 
 
 def _disk(call: Callable[..., Any], *args: Any) -> Any:

@@ -33,8 +33,8 @@ from zoo.data.images import (
     read_array,
 )
 from zoo.data.pipeline import Data, Source
-from zoo.data.records import sha256
 from zoo.errors import UserError
+from zoo.files import sha256_of_file
 
 RATES = (4, 9, 14, 19)  # what a chirp's frequency gains in the window, its class
 NOISE = 0.3
@@ -167,7 +167,10 @@ class Series(Data):
         return digest(
             [
                 [self.delimiter, *how],
-                *([path, file_size(root / path), sha256(root / path) if path in some else None] for path in files),
+                *(
+                    [path, file_size(root / path), sha256_of_file(root / path) if path in some else None]
+                    for path in files
+                ),
             ]
         )
 

@@ -7,7 +7,6 @@ caption, `a/7.cls` in a tar file, or an integer column `label` of a parquet file
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from zoo.data.images import (
 )
 from zoo.data.records import Info, Record, format_of, open_shards, read_info
 from zoo.errors import UserError, suggest
+from zoo.files import sha256, sha256_of_file, sha256_of_parts
 
 _log = logging.getLogger("zoo")
 
@@ -206,10 +207,7 @@ def _word(name: str) -> str | None:
 
 def hashed(parts: Iterable[tuple[str, int]]) -> str:
     """A digest of names and sizes of files."""
-    digest = hashlib.sha256()
-    for name, size in parts:
-        digest.update(os.fsencode(name) + f"\0{size}\0".encode())
-    return digest.hexdigest()
+    return sha256_of_parts(os.fsencode(name) + f"\0{size}\0".encode() for name, size in parts)
 
 
 def _shown(name: str) -> str:
@@ -267,10 +265,11 @@ def _captions(root: Path, names: list[str], test_fraction: float) -> Source:
         )
 
     order = [i for part in parts.values() for i in part]
-    digest = hashlib.sha256(hashed((images[i], file_size(root / images[i])) for i in order).encode())
-    for text in _all_bytes([root / texts[stems[i]] if stems[i] in texts else None for i in order]):
-        digest.update(f"{len(text)}\0".encode() + text)  # an edited caption may keep its length
-    return Source({split: items(parts[split]) for split in SPLITS}, (), digest.hexdigest(), captioned=True)
+    listed = hashed((images[i], file_size(root / images[i])) for i in order)
+    said = _all_bytes([root / texts[stems[i]] if stems[i] in texts else None for i in order])
+    # an edited caption may keep its length
+    digest = sha256_of_parts(chain([listed], (f"{len(text)}\0".encode() + text for text in said)))
+    return Source({split: items(parts[split]) for split in SPLITS}, (), digest, captioned=True)
 
 
 def _all_bytes(paths: Sequence[Path | None]) -> Iterator[bytes]:
@@ -300,7 +299,7 @@ def _prepared(root: Path, test_fraction: float) -> Source:
             lambda i: read(i).caption,
         )
 
-    digest = hashlib.sha256("".join(shard.sha256 for shard in info.shards()).encode()).hexdigest()
+    digest = sha256(*(shard.sha256 for shard in info.shards()))
     return Source({split: items(split) for split in SPLITS}, tuple(info.labels), digest, info.captions)
 
 
@@ -447,7 +446,7 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
 
     listed = [(name or root.name, path.stat().st_size) for name, path in zip(names, files)]
     listed += [("captions", told)] if captioned else []
-    listed += [(hashlib.sha256(pairs.label).hexdigest(), -1)] if labelled else []
+    listed += [(sha256(memoryview(pairs.label)), -1)] if labelled else []
     classes = tuple(map(str, range(highest + 1))) if labelled else ()
     return Source({split: items(parts[split]) for split in SPLITS}, classes, hashed(listed), captioned)
 
@@ -671,8 +670,7 @@ def _class_names(schema: Any, column: str) -> tuple[str, ...]:
 
 
 def _npz(path: Path, test_fraction: float) -> Source:
-    with open(path, "rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+    fingerprint = sha256_of_file(path) or ""
     with open_npz(path) as file:
         keys = file.files
         if "train_images" in keys:

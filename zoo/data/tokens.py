@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import gc
-import hashlib
 import re
 import sysconfig
 import threading
@@ -30,6 +29,7 @@ from zoo.data.pipeline import Data, Source
 from zoo.data.records import AGAIN, is_prepared, read_info
 from zoo.data.vocabulary import Vocabulary, normalise
 from zoo.errors import UserError
+from zoo.files import sha256
 
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
 _LOCK = threading.Lock()  # several threads open a source at once, and one of them encodes the text
@@ -192,8 +192,8 @@ class Corpus:
         """A digest of the tokens of a split and of what they mean."""
         _check_split(split)
         known = dict(self.digests).get(split)
-        digest = known or hashlib.sha256(np.ascontiguousarray(self.splits[split]).data).hexdigest()
-        return hashlib.sha256(f"{digest} {self.splits[split].dtype} {self.vocabulary.digest}".encode()).hexdigest()
+        digest = known or sha256(np.ascontiguousarray(self.splits[split]).data)
+        return sha256(f"{digest} {self.splits[split].dtype} {self.vocabulary.digest}")
 
 
 def _check_split(split: str) -> None:
@@ -435,7 +435,7 @@ def _library() -> list[str]:
     finally:
         if collecting:
             gc.enable()
-    return [found[name] for name in sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())]
+    return [found[name] for name in sorted(found, key=sha256)]
 
 
 def _tree(path: Path) -> ast.Module:

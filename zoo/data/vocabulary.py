@@ -5,7 +5,6 @@ A vocabulary is saved beside what was made with it: `vocabulary.json`, and of a 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import string
@@ -18,8 +17,9 @@ import msgspec
 import numpy as np
 from etils import epath
 
-from zoo.data.records import first_line, replace
+from zoo import files
 from zoo.errors import UserError, suggest
+from zoo.files import first_line, sha256
 
 FILE = "vocabulary.json"
 KINDS = ("text8", "chars", "bytes")
@@ -131,7 +131,7 @@ class _Symbols(Vocabulary):
 
     def __init__(self, name: str, symbols: str) -> None:
         self.name, self.symbols, self.size = name, "".join(sorted(set(symbols))), len(set(symbols))
-        self.digest = _digest("symbols", self.symbols.encode())
+        self.digest = sha256("symbols\0", self.symbols.encode())
         self.between = " " if name == "text8" else "\n"
         self._points = _points(self.symbols)
 
@@ -178,7 +178,7 @@ class _Bytes(Vocabulary):
     """The 256 bytes of UTF-8."""
 
     name, size, between = "bytes", 256, "\n"
-    digest = hashlib.sha256(b"bytes").hexdigest()
+    digest = sha256(b"bytes")
 
     def encode(self, text: str, name: str = "the text") -> np.ndarray:
         # what a terminal could not decode comes back as the bytes it was
@@ -204,7 +204,7 @@ class _Tokenizer(Vocabulary):
             ) from None
         self._model.no_truncation()
         self._model.no_padding()
-        self._data, self.digest = data, _digest("tokenizer.json", data)
+        self._data, self.digest = data, sha256("tokenizer.json\0", data)
         self.size = 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
         if not self.size:
             raise UserError(f"{where} knows no token; give a tokenizer that was trained")
@@ -225,7 +225,7 @@ class _Tokenizer(Vocabulary):
         return str(self._model.decode(ids.tolist(), skip_special_tokens=False))
 
     def _saved(self) -> tuple[dict[str, str], bytes | None]:
-        return {"file": _FILES[".json"], "sha256": hashlib.sha256(self._data).hexdigest()}, self._data
+        return {"file": _FILES[".json"], "sha256": sha256(self._data)}, self._data
 
 
 class _Pieces(Vocabulary):
@@ -251,7 +251,7 @@ class _Pieces(Vocabulary):
             ) from None
         if not self.size:
             raise UserError(f"{where} is no sentencepiece model (it is empty); give the .model file of one")
-        self._data, self.digest = data, _digest("tokenizer.model", data)
+        self._data, self.digest = data, sha256("tokenizer.model\0", data)
         self.end = int(self._model.eos_id()) if self._model.eos_id() >= 0 else None
 
     def encode(self, text: str, name: str = "the text") -> np.ndarray:
@@ -264,7 +264,7 @@ class _Pieces(Vocabulary):
         return str(self._model.decode(ids.tolist()))
 
     def _saved(self) -> tuple[dict[str, str], bytes | None]:
-        return {"file": _FILES[".model"], "sha256": hashlib.sha256(self._data).hexdigest()}, self._data
+        return {"file": _FILES[".model"], "sha256": sha256(self._data)}, self._data
 
 
 # Opening
@@ -345,7 +345,7 @@ def open_vocabulary(folder: Folder) -> Vocabulary | None:
         data = file.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{file} is missing, which {path} needs; restore it") from None
-    if hashlib.sha256(data).hexdigest() != head.get("sha256"):
+    if sha256(data) != head.get("sha256"):
         raise UserError(f"{file} is not the tokenizer that {path} names (its sha256 differs); restore it")
     return _of_file(file.suffix, data, str(file))
 
@@ -375,12 +375,8 @@ def _points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
-def _digest(kind: str, data: bytes) -> str:
-    return hashlib.sha256(kind.encode() + b"\0" + data).hexdigest()
-
-
 def _write(path: Folder, data: bytes) -> None:
     if isinstance(path, Path):
-        replace(path, data)
+        files.write(path, data)
     else:
         path.write_bytes(data)  # an object of a bucket appears whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo import files
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 from zoo.metrics.likelihood import at_least_one
@@ -127,18 +127,12 @@ class Features(Metric):
 @contextlib.contextmanager
 def _whole(out: Path) -> Iterator[zipfile.ZipFile]:
     """An archive that lies at `out` once it is whole; on any error nothing is left."""
-    new = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(new, "w") as archive:
-            yield archive
-        os.rename(new, out)
-    except OSError as error:
-        raise UserError(
-            f"out={out} of the metric features cannot be written ({error.strerror or error}); choose another place, or fewer "
-            "examples with limit="
-        ) from None
-    finally:
-        new.unlink(missing_ok=True)
+    with (
+        files.writing(out, "choose another place with out= of the metric features, or fewer examples with limit="),
+        files.whole(out) as new,
+        zipfile.ZipFile(new, "w") as archive,
+    ):
+        yield archive
 
 
 def _stream(

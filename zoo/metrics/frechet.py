@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import hosts, weights
+from zoo import files, hosts, weights
 from zoo.data.images import open_npz
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
@@ -348,32 +348,19 @@ def _kept(path: Path, settings: Mapping[str, Any], measure: Callable[[], Moments
         if differ:
             raise UserError(f"{path} was made with other settings ({'; '.join(differ)}); {remedy}")
         return kept
-    try:
+    way = "set reference to a file that you may write"
+    with files.writing(path, way):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise _unwritable(path, error) from None
     measured = measure()
     if hosts.main():
-        part = path.with_name(f"{path.name}.part")  # a killed run leaves no torn file under the real name
-        try:
-            with open(part, "wb") as out:
-                np.savez(
-                    out,
-                    settings=np.array(json.dumps(settings)),
-                    count=np.array(measured.count),
-                    mean=measured.mean,
-                    covariance=measured.covariance,
-                )
-            part.replace(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise _unwritable(path, error) from None
+        with files.writing(path, way), files.whole(path) as part, open(part, "wb") as out:
+            np.savez(
+                out,
+                settings=np.array(json.dumps(settings)),
+                count=np.array(measured.count),
+                mean=measured.mean,
+                covariance=measured.covariance,
+            )
     return measured
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write statistics to {path} ({error.strerror or error}); set reference to a file that you may write"
-    )

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import config, dist, hosts, models, paths, weights
+from zoo import config, dist, files, hosts, models, paths, weights
 from zoo.data.pipeline import epoch, label_names
 from zoo.data.tokens import check_vocabulary
 from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.errors import UserError
+from zoo.files import differences
 from zoo.paths import Folder
 from zoo.run import MAY_DIFFER, Run
 from zoo.task import Params, Samples, check_needs, is_text, options_of
@@ -57,40 +57,28 @@ def _termination() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _replace_file(path: Folder, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    if not isinstance(path, Path):  # objects of a bucket appear whole
-        with paths.sentence(path, "write"):
-            path.write_text(text)
-        return
-    new = path.with_name(path.name + ".new")
-    with open(new, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
-
-
-def claim_folder(run: Run, labels: tuple[str, ...]) -> tuple[Folder, dict[str, Any]]:
-    """Make or re-enter the run folder; its config.json says which run it belongs to.
+def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Folder, dict[str, Any]]:
+    """Make or re-enter the run folder, which `held` holds for this process from now on (a bucket has no locks); its config.json
+    says which run it belongs to.
 
     Raises:
-        UserError: not writable, not empty and no run, or a run whose numbers would differ.
+        UserError: in use, not writable, not empty and no run, or a run whose numbers would differ.
     """
     assert run.workdir is not None
     folder = paths.where(run.workdir)
     about = {"format": 1, "run": config.dump(run), "labels": list(labels)}
-    try:
-        if not paths.in_bucket(folder):  # where there are no folders
+    with files.writing(folder, "choose another workdir="):
+        if isinstance(folder, Path):  # a bucket has no folders
             folder.mkdir(parents=True, exist_ok=True)
-        inside = [name for name in paths.names(folder) if not name.endswith(".new")]
+            held.enter_context(files.locked(folder, f"workdir={folder}", "choose another workdir="))
+        inside = paths.names(folder)
         if "config.json" in inside:
             old = models.read_config(folder)
             if "run" not in old:
                 raise UserError(f"workdir={folder} is an export, not a run; choose another workdir=")
             changed = [
                 d
-                for d in config.differences(old["run"], about["run"])
+                for d in differences(old["run"], about["run"])
                 if not d.startswith(tuple(f"{m}{e}" for m in MAY_DIFFER for e in (":", ".")))
             ]
             if changed:
@@ -107,11 +95,7 @@ def claim_folder(run: Run, labels: tuple[str, ...]) -> tuple[Folder, dict[str, A
                 )
         elif inside:
             raise UserError(f"workdir={folder} is not empty and is no run ({inside[0]} ...); choose another workdir=")
-        _replace_file(folder / "config.json", json.dumps(about, indent=1))
-    except OSError as error:
-        raise UserError(
-            f"cannot write the run folder {folder.resolve()}: {error.strerror}; choose another workdir="
-        ) from None
+        paths.write(folder / "config.json", json.dumps(about, indent=1))
     return folder, about
 
 
@@ -269,34 +253,6 @@ def _without(task: Any, key: str) -> str:
     return f"; or set task.{key}=none"
 
 
-@contextmanager
-def _only_writer(folder: Folder) -> Iterator[None]:
-    """Holds a run folder for this process; the system lets go of it however the process ends. A bucket has no locks."""
-    if paths.in_bucket(folder):
-        yield
-        return
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # no such locks here
-        yield
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(
-            f"workdir={folder} is in use by another process; wait for it, or choose another workdir="
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
 def _first(state: State, given: Mapping[str, Params], where: Any) -> State:
     """Fill a fresh state from the trees of `Run.weights`."""
     if not given:
@@ -392,8 +348,7 @@ def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -
     """Process 0 makes or re-enters the run folder and holds it; then the others must see it."""
 
     def claim() -> dict[str, Any]:
-        _, about = claim_folder(run, labels)
-        held.enter_context(_only_writer(folder))
+        _, about = claim_folder(run, labels, held)
         _keep_vocabulary(run, folder)
         return about
 
@@ -441,7 +396,7 @@ def _keep_vocabulary(run: Run, folder: Folder) -> None:
             written = record.read_text()
         known = str(json.loads(written)["train"])
     except FileNotFoundError:
-        _replace_file(record, json.dumps({"format": "zoo-data", "version": 1, "train": now}, indent=1) + "\n")
+        paths.write(record, json.dumps({"format": "zoo-data", "version": 1, "train": now}, indent=1) + "\n")
         return
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{record} is damaged; remove it where the text is still that of the run") from None
@@ -537,7 +492,7 @@ def train(
         mesh = run.mesh.build()
         held.enter_context(dist.use(mesh, run.rules))
         asked = held.enter_context(_termination())
-        hosts.same({"run": config.dump(run), **_versions()}, config.differences)
+        hosts.same({"run": config.dump(run), **_versions()})
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
         _check_labels(run, labels)
@@ -551,7 +506,7 @@ def train(
         feed.close()
         if hosts.several():  # with other data on one of them, they would shuffle differently
             length = len(run.source("train"))
-            hosts.same({"data": {"examples": length, "labels": list(labels)}}, config.differences)
+            hosts.same({"data": {"examples": length, "labels": list(labels)}})
         begun = folder is not None and hosts.told(lambda: bool(Checkpoints(folder, create=False).steps()))
         given = {} if begun else models.given_weights(run.weights or {}, run.task)
         # before the folder is claimed: it would belong to the wrong weights

@@ -13,6 +13,7 @@ minute, all of it at saves and looks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from zoo import paths
+from zoo import files, paths
 from zoo.errors import UserError
 from zoo.paths import Folder
 from zoo.train.tracking import Tracker
@@ -44,38 +45,15 @@ _SIDE = 64  # pixels: pictures smaller than this are enlarged on a sheet
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no numbers for these
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns a failure of the disk into a sentence that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; expected a folder that can be written, with free space; "
-            "free some space, mend its permissions or choose another folder with workdir=PATH"
-        ) from error
+_writing = functools.partial(
+    files.writing, way="free some space, mend its permissions or choose another folder with workdir=PATH"
+)
 
 
 def _write(path: Folder, data: bytes, sync: bool = False) -> None:
-    """Puts `data` at `path` whole or not at all; with `sync` it is on the disk, not only with the system, on return."""
-    if not isinstance(path, Path):  # objects of a bucket appear whole
-        with paths.sentence(path, "write"):
-            path.write_bytes(data)
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """`paths.write`, with a sentence where it fails; without `sync` what is easily made again may not outlive a power cut."""
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                file.write(data)
-                if sync:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
+        paths.write(path, data, sync)
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

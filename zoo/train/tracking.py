@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from zoo import files
 from zoo.errors import UserError
 
 _log = logging.getLogger("zoo")
@@ -137,8 +138,6 @@ def _identity(file: Path) -> str:
         return str(json.loads(file.read_text())["id"])
     except (OSError, ValueError, KeyError, TypeError):
         found = secrets.token_hex(8)
-        try:
-            file.write_text(json.dumps({"id": found}) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {file}: {error.strerror}; choose another workdir=") from None
+        with files.writing(file, "choose another workdir="):
+            files.write(file, json.dumps({"id": found}) + "\n")
         return found

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from zoo.errors import UserError
+from zoo.files import filled, sha256, sha256_of_file, sha256_of_json, writing
 from zoo.task import Params
 from zoo.weights.layout import few, flatten, matching, named_leaves, stacked, unflatten
 
@@ -48,14 +47,14 @@ def save(
 
     The safetensors metadata holds one sha256 per tensor and one of the config; the card gets the sha256 of the weights
     file as its last line. The folder appears whole or not at all, and replaces an earlier export, its portable program included;
-    for the moment of the exchange the earlier one lies beside it as `.NAME.PID.old`. UserError when the folder holds
+    for the moment of the exchange the earlier one lies beside it as `.NAME.*.old`. UserError when the folder holds
     anything that is not an export, or cannot be written.
     """
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(stacked(jax.device_get(params))).items()}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     manifest = {
         "format": FORMAT,
-        "config": _config_digest(json.loads(text)),
+        "config": sha256_of_json(json.loads(text)),
         "tensors": {name: _digest(array) for name, array in flat.items()},
     }
     with _replacing(folder, _EXPORT, needed=_EXPORT[:2]) as new:
@@ -65,8 +64,7 @@ def save(
         # one metadata key only: several are written in random order, and equal weights should make equal files
         save_file(flat, new / "model.safetensors", metadata={"zoo": json.dumps(manifest)})
         shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors makes files for the owner alone
-        with (new / "model.safetensors").open("rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest()
+        whole = sha256_of_file(new / "model.safetensors")
         (new / "README.md").write_text(
             f"{card.rstrip()}\n\nsha256 of `model.safetensors`: `{whole}`\n", encoding="utf-8"
         )
@@ -97,7 +95,7 @@ def load(folder: str | Path) -> tuple[Params, dict[str, Any]]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}); {AGAIN}") from None
-    if not isinstance(config, dict) or config_digest != _config_digest(config):
+    if not isinstance(config, dict) or config_digest != sha256_of_json(config):
         raise UserError(f"{folder}: config.json was changed, or model.safetensors is of another export; {AGAIN}")
     return unflatten(flat), config
 
@@ -153,8 +151,7 @@ their publisher chooses; state it here before sharing them.
 def _replacing(folder: str | Path, ours: Sequence[str], needed: Sequence[str]) -> Iterator[Path]:
     """A new folder to fill, which then takes the place of `folder`; on any error nothing has changed."""
     folder = Path(folder).resolve()
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    try:
+    with writing(folder, "free some space or choose another folder", SafetensorError):
         if folder.exists():
             if not folder.is_dir():
                 raise UserError(f"{folder} is a file; give a folder that does not exist yet")
@@ -165,38 +162,13 @@ def _replacing(folder: str | Path, ours: Sequence[str], needed: Sequence[str]) -
             if foreign or lost:
                 why = f"it holds {few(sorted(foreign))}" if foreign else f"it is not empty and has no {lost[0]}"
                 raise UserError(f"{folder} is not an export: {why}; choose a folder that does not exist yet")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        yield new
-        for file in new.iterdir():
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
-        if not folder.exists():
-            os.rename(new, folder)
-            return
-        os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except BaseException:
-            os.rename(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be written: {error}; free some space or choose another folder") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        with filled(folder) as new:
+            yield new
 
 
 def _digest(array: np.ndarray) -> str:
     """sha256 of dtype, shape and bytes: F32 read as I32 has the same bytes but is not the same tensor."""
-    digest = hashlib.sha256(f"{array.dtype.name} {array.shape} ".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _config_digest(config: Any) -> str:
-    """sha256 of what a config says, whatever its line ends and spaces."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return sha256(f"{array.dtype.name} {array.shape} ", np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -246,7 +218,7 @@ def export_stablehlo(
     about = {
         "format": FORMAT,
         "program": f"{name}.bin",
-        "sha256": hashlib.sha256(blob).hexdigest(),
+        "sha256": sha256(blob),
         "jax": jax.__version__,
         "calling_convention": program.calling_convention_version,
         "platforms": list(program.platforms),
@@ -274,7 +246,7 @@ def load_stablehlo(folder: str | Path) -> Callable[..., dict[str, jax.Array]]:
         raise UserError(
             f"{folder} holds no readable program ({error}); `zoo export RUN OUT --format stablehlo` makes one"
         ) from None
-    if hashlib.sha256(blob).hexdigest() != digest:
+    if sha256(blob) != digest:
         raise UserError(f"{folder / f'{name}.bin'} is damaged: its sha256 is not the one it was written with; {AGAIN}")
     here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if here not in platforms:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.errors import UserError, suggest
+from zoo.files import sha256_of_parts
 from zoo.task import Params, Task
 
 
@@ -78,12 +78,15 @@ def matching(tree: Any, like: Any) -> Any:
 
 def digest(params: Mapping[str, Any], about: str = "") -> str:
     """A short hash of every parameter and of `about`: 16 hex digits, the same for either layout and any precision it fits."""
-    found = hashlib.sha256(about.encode())
-    for name, leaf in flatten(stacked(jax.device_get(dict(params)))).items():
-        array = np.ascontiguousarray(leaf, np.float32)
-        found.update(f"{name} {array.shape} ".encode())
-        found.update(array.reshape(-1).view(np.uint8).data)
-    return found.hexdigest()[:16]
+
+    def parts() -> Iterator[str | memoryview]:
+        yield about
+        for name, leaf in flatten(stacked(jax.device_get(dict(params)))).items():
+            array = np.ascontiguousarray(leaf, np.float32)
+            yield f"{name} {array.shape} "
+            yield array.reshape(-1).view(np.uint8).data
+
+    return sha256_of_parts(parts())[:16]
 
 
 def encoding(params: Mapping[str, Any]) -> Params:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from zoo import files
 from zoo.errors import UserError
 from zoo.task import Name, Params, Published, Renames, Task
 from zoo.weights.export import AGAIN, read_safetensors
@@ -60,17 +59,15 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
 def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     """Write tensors by name to `.safetensors`, `.npz` or `.pth`, whole or not at all."""
     path = Path(path)
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     arrays = {name: np.asarray(array, order="C") for name, array in state.items()}
-    try:
+    # torch.save raises a RuntimeError when the disk is full
+    with files.writing(path, "free some space or choose another place", SafetensorError, RuntimeError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with new.open("wb") as file:
+        with files.whole(path) as new, new.open("wb") as file:
             if path.suffix == ".npz":
                 np.savez(file, **{n: x.astype(np.float32) if x.dtype.kind == "V" else x for n, x in arrays.items()})  # type: ignore[arg-type]
             elif path.suffix == ".safetensors":
-                mode = new.stat().st_mode
                 save_file(arrays, new)
-                new.chmod(mode)  # safetensors makes files for the owner alone
             elif path.suffix in TORCH_SUFFIXES:
                 torch = _torch(path)
                 tensors = {
@@ -80,12 +77,6 @@ def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
                 torch.save(tensors, file)
             else:
                 raise UserError(f"{path} ends in {path.suffix or 'nothing'!r}; use .safetensors, .npz or .pth")
-        os.replace(new, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last when the disk is full
-        raise UserError(f"{path} cannot be written: {error}; free some space or choose another place") from error
-    finally:
-        with suppress(OSError):
-            new.unlink()
 
 
 def from_official(task: Task, state_dict: Mapping[str, Any], given: Mapping[str, Params] | None = None) -> Params:

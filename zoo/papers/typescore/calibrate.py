@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zoo.errors import UserError
+from zoo.files import write
 from zoo.papers.typescore.evaluate import AnyExtractor
 from zoo.papers.typescore.extractors import Cached, RapidOcr, describe
-from zoo.papers.typescore.files import as_json, as_png, claim, seen, write, writing
+from zoo.papers.typescore.files import as_json, as_png, claim, seen, writing
 from zoo.papers.typescore.render import TEXT, Corruption, corrupt, plain
 from zoo.papers.typescore.score import SPEC_VERSION, Normalisation, Parts, batch, typescore
 
@@ -100,12 +101,14 @@ class Calibrate:
             "seed": self.seed,
             "size": self.size,
         }
-        claim(out, setting, "a calibration")
-        reader: Any = Cached(self.extractor, self.cache) if self.cache else self.extractor
         jobs = [(style, level, i) for style in _STYLES for level in self.levels for i in range(len(self.texts))]
         rows = []
-        size = max(int(reader.batch), 1)
-        with tqdm(total=len(jobs), unit=" images", disable=not seen(), file=sys.stderr) as bar:
+        with (
+            claim(out, setting, "a calibration"),
+            tqdm(total=len(jobs), unit=" images", disable=not seen(), file=sys.stderr) as bar,
+        ):
+            reader: Any = Cached(self.extractor, self.cache) if self.cache else self.extractor
+            size = max(int(reader.batch), 1)
             for start in range(0, len(jobs), size):
                 some = jobs[start : start + size]
                 pictures = [self.picture(*job) for job in some]

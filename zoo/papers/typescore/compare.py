@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zoo.errors import UserError
+from zoo.files import write
 from zoo.papers.typescore import synth
 from zoo.papers.typescore.agreement import agreement, mean_of, of_extractors
 from zoo.papers.typescore.coarse import Clip, Coarse, ImageTextScorer, scored
 from zoo.papers.typescore.evaluate import NOTE
-from zoo.papers.typescore.files import NAMED, as_json, as_png, relative, write, writing
+from zoo.papers.typescore.files import NAMED, as_json, as_png, relative, writing
 from zoo.papers.typescore.results import (
     OWN,
     Pair,
@@ -109,7 +110,6 @@ class Compare:
             figures = {**head, **found}
             text, drawn = table(figures), plot(figures["ranking"], scores)
         with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
             write(out / COMPARISON, as_json(figures, indent=1))
             write(out / TABLE, text.encode())
             write(out / PLOT, drawn)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from zoo.errors import UserError
+from zoo.files import sha256_of_file, sha256_of_json, write
 from zoo.papers.typescore import style as styles
 from zoo.papers.typescore import synth
 from zoo.papers.typescore.extractors import (
@@ -41,7 +41,7 @@ from zoo.papers.typescore.extractors import (
 )
 from zoo.papers.typescore.extractors.base import failed, keeping
 from zoo.papers.typescore.extractors.cache import Journal
-from zoo.papers.typescore.files import NAMED, as_json, claim, relative, seen, write, writing
+from zoo.papers.typescore.files import NAMED, as_json, claim, relative, seen, writing
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import render
 from zoo.papers.typescore.score import (
@@ -265,9 +265,9 @@ class TypeScore:
         described = describe(self.extractor)
         out = Path(self.out) if self.out else self._beside(folder)
         own = {"wanted_sha256": _digest(instructions), "images": relative(folder, out), "style": self.style}
-        claim(out, {**self.about(described), **own}, "results")
-        reader = self.reader()
-        records = self._records(files, out / RECORDS, reader, described)
+        with claim(out, {**self.about(described), **own}, "results"):
+            reader = self.reader()  # whose cache may lie in there
+            records = self._records(files, out / RECORDS, reader, described)
         summary = self.summarise(records, instructions, described) | {
             "wanted": self.wanted,
             "images": self.images,
@@ -427,7 +427,7 @@ class TypeScore:
         done: dict[str, Record] = {}
         todo: list[tuple[File, str]] = []
         for one in files:
-            sha = _sha(one.path)
+            sha = sha256_of_file(one.path) or ""  # opening it will tell
             record = old.get(one.path.name)
             if (
                 record is not None
@@ -616,17 +616,9 @@ def _open(path: Path) -> Image.Image | Extraction:
         return failed(f"{path.name} cannot be opened ({why})")
 
 
-def _sha(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""  # opening it will tell
-
-
 def _digest(instructions: Sequence[Instruction]) -> str:
     told = [[one.id, one.text, one.pieces, one.style, one.length_bin, one.domain] for one in instructions]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(told)
 
 
 def on_disk(path: Path) -> dict[str, Record]:

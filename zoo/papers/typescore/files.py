@@ -1,8 +1,9 @@
-"""What the commands of TypeScore share of files: whole or not at all, told apart, and where they lie."""
+"""What the commands of TypeScore share of files: whose a folder is, how figures are encoded, and where pictures lie."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -11,19 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from zoo import files
 from zoo.errors import UserError
 from zoo.papers.typescore.extractors.base import shorten
 
 SETTING = "setting.json"  # of a folder of results: what they were made with
 NAMED = 5  # of a long list, how many are named
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Fields in which two settings differ, as `extractor.version: "1" -> "2"`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
-    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
 def relative(folder: Path, out: Path) -> str:
@@ -51,49 +45,37 @@ def as_png(figure: Any) -> bytes:
     return data.getvalue()
 
 
+writing = functools.partial(files.writing, way="free some space, or name another folder with out=FOLDER")
+
+
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """UserError where what is written within, to `path` or beside it, cannot be."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or path} ({error.strerror or error}); free some space, or name another folder with "
-            "out=FOLDER"
-        ) from error
+def claim(out: Path, setting: Mapping[str, Any], what: str) -> Iterator[None]:
+    """Makes `out` the folder of `what` with this setting, which it remembers, and holds it for this process.
 
-
-def write(path: Path, data: bytes) -> None:
-    """Puts a file in place whole or not at all."""
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def claim(out: Path, setting: Mapping[str, Any], what: str) -> None:
-    """Makes `out` the folder of `what` with this setting, which it remembers. UserError where it is another's."""
+    UserError where it is another's or in use.
+    """
     setting = json.loads(json.dumps(setting))
     file = out / SETTING
-    try:
-        taken = not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir()))
-        if not taken and not file.exists():
-            out.mkdir(parents=True, exist_ok=True)
-            write(file, (json.dumps(setting, indent=1) + "\n").encode())
-        old = {} if taken else json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written ({error.strerror}); name another with out=FOLDER") from None
-    except ValueError:
-        old = None
-    if taken:
-        raise UserError(f"out={out} is no folder of {what}; name a new or an empty one with out=FOLDER")
-    if not isinstance(old, dict):
-        raise UserError(f"{file} is damaged; name another folder with out=FOLDER, or remove this one")
-    apart = differences(old, setting)
-    if apart:
-        raise UserError(
-            f"out={out} holds {what} of another setting ({'; '.join(map(shorten, apart[:3]))}); name another folder with "
-            "out=FOLDER, or remove this one"
-        )
+    with contextlib.ExitStack() as held:
+        with writing(out):
+            with contextlib.suppress(FileExistsError):
+                out.mkdir(parents=True)
+            held.enter_context(files.locked(out, f"out={out}", "name another folder with out=FOLDER"))
+            if not file.exists():
+                if not out.is_dir() or files.names(out):
+                    raise UserError(f"out={out} is no folder of {what}; name a new or an empty one with out=FOLDER")
+                files.write(file, json.dumps(setting, indent=1) + "\n")
+            data = file.read_bytes()
+        try:
+            old = json.loads(data)
+        except ValueError:
+            old = None
+        if not isinstance(old, dict):
+            raise UserError(f"{file} is damaged; name another folder with out=FOLDER, or remove this one")
+        apart = files.differences(old, setting)
+        if apart:
+            raise UserError(
+                f"out={out} holds {what} of another setting ({'; '.join(map(shorten, apart[:3]))}); name another folder with "
+                "out=FOLDER, or remove this one"
+            )
+        yield

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zoo import files
 from zoo.errors import UserError
 
 BINS = ((1, 3), (4, 8), (9, 16), (17, 30))  # words of the text; what is longer is "31+"
@@ -133,13 +134,7 @@ def write(path: str | os.PathLike[str], instructions: Iterable[Instruction]) -> 
             record["pieces"] = list(one.pieces)
         record |= {"style": one.style, "length_bin": one.length_bin, "domain": one.domain}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        part.write_bytes("".join(lines).encode())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    files.write(Path(path), "".join(lines))
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:

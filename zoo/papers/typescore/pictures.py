@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from zoo.errors import UserError
+from zoo.files import filled, names
 from zoo.papers.typescore import synth
+from zoo.papers.typescore.files import writing
 from zoo.papers.typescore.render import Corruption, save_all
 
 
@@ -43,26 +43,11 @@ class Render:
         """
         instructions = synth.listed(self.wanted, self.limit)
         out = Path(self.out)
-        whole = out.resolve()  # "." has no name
-        try:
-            there = whole.exists()
-            if there and (not whole.is_dir() or any(whole.iterdir())):
+        with writing(out):
+            if out.exists() and (not out.is_dir() or names(out)):
                 raise UserError(f"out={out} is there and not empty; name a new folder, and nothing is overwritten")
-            # within a folder that is there: the one above it may be closed to us
-            part = whole / f".part{os.getpid()}" if there else whole.with_name(f".{whole.name}.part{os.getpid()}")
-            try:
+            with filled(out) as part:
                 paths = save_all(
                     instructions, part, self.corruption, self.style_skill, self.seed, each=self.each, size=self.size
                 )
-                if there:
-                    for path in paths:
-                        path.rename(whole / path.name)
-                else:
-                    part.rename(whole)
-            finally:  # so that the corrected command finds the folder as this one did
-                shutil.rmtree(part, ignore_errors=True)
-        except OSError as error:
-            raise UserError(
-                f"out={out} cannot be written ({error.strerror or error}); name another folder with out=FOLDER"
-            ) from None
         return {"pictures": len(paths), "instructions": len(instructions), "out": str(out)}

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from zoo import files
 from zoo.papers.typescore.extractors.base import flat
 from zoo.papers.typescore.files import as_png
 from zoo.papers.typescore.render import wrap
@@ -78,13 +79,8 @@ _SCRIPT = """
 
 def write(path: Path, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]], images: Path) -> None:
     """Writes the page of a summary and its records, with small copies of the pictures in the folder `images`. OSError."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "w", encoding="utf-8", errors="replace") as file:
-            file.writelines(page(summary, records, images))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with files.whole(path) as part, open(part, "w", encoding="utf-8", errors="replace") as file:
+        file.writelines(page(summary, records, images))
 
 
 def page(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]], images: Path) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from zoo.errors import UserError, suggest
+from zoo.files import differences
 from zoo.papers.typescore.evaluate import (
     RECORDS,
     SUMMARY,
@@ -25,7 +26,7 @@ from zoo.papers.typescore.evaluate import (
     by_instruction,
     on_disk,
 )
-from zoo.papers.typescore.files import SETTING, differences
+from zoo.papers.typescore.files import SETTING
 from zoo.papers.typescore.score import interval
 
 OWN = ("images", "wanted_sha256", "style")  # of a setting: a result's own; texts are compared one by one

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from zoo.errors import UserError
+from zoo.files import sha256, sha256_of_json, write, writing
 from zoo.papers.typescore.extractors.base import (
     TEXT_CHUNK,
     Extraction,
@@ -34,12 +33,9 @@ _log = logging.getLogger("zoo")
 def digest(image: Image.Image) -> str:
     """sha256 of what an extractor sees: size and pixels as RGB, and the renderer's record, which the oracle reads."""
     seen = flat(image)
-    sha = hashlib.sha256(f"{seen.width} {seen.height} ".encode())
-    sha.update(seen.tobytes())
     text = seen.info.get(TEXT_CHUNK)
-    if isinstance(text, str):
-        sha.update(b"\0" + text.encode("utf-8", "surrogatepass"))
-    return sha.hexdigest()
+    record = b"\0" + text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b""
+    return sha256(f"{seen.width} {seen.height} ", seen.tobytes(), record)
 
 
 class Cached:
@@ -124,7 +120,7 @@ class Cached:
             except Exception as error:  # a broken image
                 note(i, failed(error))
                 continue
-            file = self.path(hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest())
+            file = self.path(sha256_of_json(key))
             if (one := self._get(file)) is not None:
                 note(i, one)
                 self.hits += 1
@@ -155,7 +151,7 @@ class Cached:
         try:
             entry = json.loads(file.read_bytes())
             record = entry["extraction"]
-            if entry["sha256"] != _checksum(record):
+            if entry["sha256"] != sha256_of_json(record):
                 raise ValueError("its checksum differs")
             return Extraction.of(record)
         except FileNotFoundError:
@@ -166,24 +162,17 @@ class Cached:
 
     def _put(self, file: Path, one: Extraction) -> None:
         record = one.record()
-        entry = {"sha256": _checksum(record), "extractor": self.described, "extraction": record}
-        temporary = ""
+        entry = {"sha256": sha256_of_json(record), "extractor": self.described, "extraction": record}
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=file.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as out:
-                json.dump(entry, out)
-            os.replace(temporary, file)
+            write(file, json.dumps(entry), sync=False)  # a torn entry is made anew
         except OSError as error:  # the reading itself is good
             _log.warning("cache: %s could not be written (%s)", file, error.strerror)
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
 
 
 class Journal:
     """A file of readings that a run has made and not yet judged, by name and sha256 of their pictures; a line each.
 
-    A reading is there as soon as `put` returns. Damaged lines are passed over. Raises OSError where the file cannot be written.
+    A reading is there as soon as `put` returns. Damaged lines are passed over. UserError where the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -200,12 +189,12 @@ class Journal:
 
     def put(self, image: str, sha256: str, one: Extraction) -> None:
         entry = json.dumps({"image": image, "sha256": sha256, "extraction": one.record()})
-        with open(self.path, "ab", buffering=0) as file:  # in one piece, behind what may be half a line
+        way = "free some space, or name another folder with out=FOLDER"
+        with (
+            writing(self.path, way),
+            open(self.path, "ab", buffering=0) as file,
+        ):  # in one piece, behind what may be half a line
             file.write(b"\n" + entry.encode())
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
-
-
-def _checksum(record: Any) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,182 @@
+"""Files on the local disk, for all who write there: whole or not at all, folders held, digests, words of errors.
+
+What lies in a bucket goes through `zoo/paths.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from zoo.errors import UserError
+
+Data: TypeAlias = bytes | memoryview | str
+
+PART = ".part"  # ends the name of what is not whole yet, which begins with a dot; a killed process leaves it
+
+
+@contextlib.contextmanager
+def whole(path: Path, sync: bool = True) -> Iterator[Path]:
+    """A name to write to, of this call alone; at the end that file takes the place of `path`. On any error nothing changes.
+
+    With `sync` it is on the disk before it has its name, and a power cut leaves the old one or the new one. Raises OSError.
+    """
+    part = _part(path)
+    part.touch(exist_ok=False)
+    try:
+        mode = part.stat().st_mode
+        yield part
+        part.chmod(mode)  # safetensors makes files for the owner alone
+        if sync:
+            _sync(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write(path: Path, data: bytes | str, sync: bool = True) -> None:
+    """Puts a file in place (`whole`), text as UTF-8, in a folder that is made where it is missing. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, sync) as part:
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def filled(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of `folder`, whatever that holds. On any error nothing changes.
+
+    For the moment of the exchange an earlier folder lies beside it as `.NAME.*.old`. Raises OSError.
+    """
+    folder = folder.resolve()  # "." has no name
+    empty = folder.is_dir() and not names(folder)
+    # the one above it may be closed to us; a shell or a volume stays with the folder that it has
+    stays = empty and (folder == Path.cwd() or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK))
+    new = _part(folder / "new" if stays else folder)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if stays:
+            for file in new.iterdir():
+                os.rename(file, folder / file.name)
+        elif empty or not folder.exists():
+            os.rename(new, folder)
+        else:
+            old = new.with_suffix(".old")
+            os.rename(folder, old)
+            try:
+                os.rename(new, folder)
+            except BaseException:
+                os.rename(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def is_part(name: str) -> bool:
+    """Whether a file or folder of this name is what a killed process left of a write."""
+    return name.startswith(".") and name.endswith(PART)
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder, but for such parts. Raises OSError."""
+    return sorted(path.name for path in folder.iterdir() if not is_part(path.name))
+
+
+def _part(path: Path) -> Path:
+    # drawn, not counted: processes of several machines or containers share numbers
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str, way: str) -> Iterator[None]:
+    """Holds a folder for this process; the system lets go of it however the process ends.
+
+    Where there are no such locks nothing is held. UserError, which calls it `name`, while another process holds it.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{name} is in use by another process; wait for it, or {way}") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def writing(path: os.PathLike[str], way: str, *errors: type[Exception]) -> Iterator[None]:
+    """UserError with the way out where what is written within, to `path` or beside it, cannot be; also for these `errors`."""
+    kinds: tuple[type[Exception], ...] = (OSError, *errors)
+    try:
+        yield
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write {path} ({reason}); {way}") from error
+
+
+def sha256(*parts: Data) -> str:
+    """The digest of bytes one after another; texts count as UTF-8."""
+    return sha256_of_parts(parts)
+
+
+def sha256_of_parts(parts: Iterable[Data]) -> str:
+    """`sha256` of what need not be in memory as a whole."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()
+
+
+def sha256_of_file(path: Path) -> str | None:
+    """The digest of a file; None where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def sha256_of_json(value: Any) -> str:
+    """The digest of what JSON can hold, whatever the order of its keys."""
+    return sha256(json.dumps(value, sort_keys=True))
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Fields in which two settings, as JSON holds them, differ: `optim.lr: 0.001 -> 0.0003`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new)) for d in differences(a, b, f"{where}.{i}")]
+    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another library says, cut in the middle where it is long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= 250 else f"{line[:120]} ... {line[-120:]}"
