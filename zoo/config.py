@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from zoo.errors import UserError, suggest
+from zoo.fields import fits, kinds, sentence
 
 _CLASS = "class"  # the JSON key that holds a dataclass's import path
 
@@ -146,7 +147,8 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
     unknown = [k for k in changes if k not in names]
     if unknown:
         raise UserError(f"no field {prefix}{unknown[0]} in {type(node).__name__}; {suggest(unknown[0], names)}")
-    types = typing.get_type_hints(type(node))
+    cls: type = type(node)
+    types = kinds(cls)
     return dataclasses.replace(
         node, **{k: _change(getattr(node, k), types[k], v, f"{prefix}{k}") for k, v in changes.items()}
     )
@@ -182,14 +184,11 @@ def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
     except (ValueError, SyntaxError):
         attempts.append(tuple(part for part in text.split(",") if part))  # a,b for a tuple of strings
     for attempt in attempts:
-        try:
+        with contextlib.suppress(msgspec.ValidationError, TypeError):
             value = msgspec.convert(attempt, kind, strict=False)
-        except (msgspec.ValidationError, TypeError):
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name}={text} is not finite; give a finite number")
-        return value
-    raise UserError(f"{name}={text!r} is no {_type_name(kind)} (it is {old!r} now)")
+            if fits(value, kind):
+                return value
+    raise UserError(f"{sentence(name, text, kind)} (it is {old!r} now)")
 
 
 def _literal(text: str, name: str) -> Any:
@@ -211,12 +210,6 @@ def _inside(value: Any) -> list[str]:
         return [f.name for f in dataclasses.fields(value)]
     parts = dict(enumerate(value)) if isinstance(value, tuple) else value if isinstance(value, dict) else {}
     return list(map(str, parts)) if any(map(_is_config, parts.values())) else []
-
-
-def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return "choice of " + ", ".join(map(str, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 # --- JSON -----------------------------------------------------------------------------------------
