@@ -322,6 +322,7 @@ def _run(run: Any, name: str) -> Any:
 def _options(model: Any, fields: Sequence[str]) -> dict[str, Any]:
     """What samples are asked for and the sampler's own options from `field=value`, typed by the sampler's signature."""
     from zoo import config
+    from zoo.fields import Count, Seed
 
     if not hasattr(model.task, "sample"):
         from zoo.task import abilities
@@ -333,7 +334,12 @@ def _options(model: Any, fields: Sequence[str]) -> dict[str, Any]:
     own = {p.name: p.default for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
     hints = typing.get_type_hints(type(model.task).sample)
     words: dict[str, Any] = dict.fromkeys(("label", "prompt", "prompts", "aspect"))
-    kinds = {"n": int, "seed": int, **dict.fromkeys(words, str), **{k: hints.get(k, Any) for k in own}}
+    kinds: dict[str, Any] = {
+        "n": Count,
+        "seed": Seed,
+        **dict.fromkeys(words, str),
+        **{k: hints.get(k, Any) for k in own},
+    }
     values: dict[str, Any] = {"n": None, "seed": 0, **words, **own}
     nested: dict[str, list[str]] = {}
     for text in fields:
@@ -349,7 +355,7 @@ def _options(model: Any, fields: Sequence[str]) -> dict[str, Any]:
             nested.setdefault(head, []).append(f"{rest}={value}")
             continue
         if head in ("n", "seed"):
-            values[head] = config.parse(value, int, head)
+            values[head] = config.parse(value, kinds[head], head)
         elif head in words:
             values[head] = value
         else:
@@ -362,8 +368,6 @@ def _options(model: Any, fields: Sequence[str]) -> dict[str, Any]:
         if not classes:
             raise UserError(f"option {head} has no parts; write {head}=value")
         values[head] = config.override(classes[0](), parts)  # type: ignore[operator]
-    if values["n"] is not None and values["n"] < 1:
-        raise UserError(f"n={values['n']}; draw at least one sample")
     return values
 
 
