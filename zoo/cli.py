@@ -320,6 +320,7 @@ def _run(run: Any, name: str) -> Any:
 def _options(model: Any, fields: Sequence[str]) -> tuple[dict[str, Any], Any]:
     """What samples are asked for, and the sampler's own options, from `field=value`."""
     from zoo import config
+    from zoo.fields import Count, Seed
     from zoo.task import abilities, option_names, sampling
 
     kind = sampling(model.task)
@@ -327,6 +328,7 @@ def _options(model: Any, fields: Sequence[str]) -> tuple[dict[str, Any], Any]:
         can = ", ".join(abilities(model.task)) or "train alone"
         raise UserError(f"{type(model.task).__name__} has no sampler; it can: {can} (try `zoo eval`)")
     asked: dict[str, Any] = {"n": None, "seed": 0, **dict.fromkeys(("label", "prompt", "prompts", "aspect"))}
+    kinds: dict[str, Any] = {"n": Count, "seed": Seed}
     known, own = {*asked, *option_names(model.task)}, []
     for text in fields:
         key, equals, value = text.partition("=")
@@ -336,11 +338,9 @@ def _options(model: Any, fields: Sequence[str]) -> tuple[dict[str, Any], Any]:
         if head not in known:
             raise UserError(f"no option {head!r} of this sampler; {suggest(head, known)}")
         if key in asked:
-            asked[key] = config.parse(value, int, key) if key in ("n", "seed") else value
+            asked[key] = config.parse(value, kinds[key], key) if key in kinds else value
         else:
             own.append(text)
-    if asked["n"] is not None and asked["n"] < 1:
-        raise UserError(f"n={asked['n']}; draw at least one sample")
     return asked, config.override(kind(), own)
 
 

@@ -8,12 +8,13 @@ dataclass by its import path; since such files travel between strangers, only fr
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
-import math
 import re
 import sys
+import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -24,6 +25,7 @@ from typing import Any
 import msgspec
 
 from zoo.errors import UserError, suggest
+from zoo.fields import fits, kinds, sentence
 from zoo.files import sha256, sha256_of_json
 from zoo.task import Options, sampling
 
@@ -154,7 +156,7 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
                 )
             items[int(k)] = _change(items[int(k)], None, v, f"{prefix}{k}")
         return tuple(items)
-    classes = [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)]
+    classes = [k for k in _either(kind) if dataclasses.is_dataclass(k)]
     if node is not None and not _is_config(node) and classes:
         node = typing.cast(Any, classes[0])()  # a weight, or a name, that stands for such an object
     if not _is_config(node):
@@ -163,9 +165,10 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
     unknown = [k for k in changes if k not in names]
     if unknown:
         raise UserError(f"no field {prefix}{unknown[0]} in {type(node).__name__}; {suggest(unknown[0], names)}")
-    types = typing.get_type_hints(type(node))
+    cls: type = type(node)
+    own = kinds(cls)
     return dataclasses.replace(
-        node, **{k: _change(getattr(node, k), types[k], v, f"{prefix}{k}") for k, v in changes.items()}
+        node, **{k: _change(getattr(node, k), own[k], v, f"{prefix}{k}") for k, v in changes.items()}
     )
 
 
@@ -175,10 +178,15 @@ def _change(old: Any, kind: Any, new: Any, name: str) -> Any:
     return parse(new, kind if kind is not None else type(old), name, old)
 
 
+def _either(kind: Any) -> list[Any]:
+    """The members of a union but None; [] for another type."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return [k for k in typing.get_args(kind) if union and k is not type(None)]
+
+
 def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
     """`text` as a value of type `kind`; UserError naming the field when it is none."""
-    simple = [k for k in typing.get_args(kind) if k is not type(None) and not dataclasses.is_dataclass(k)]
-    if simple and _is_config(old):
+    if _is_config(old) and (simple := [k for k in _either(kind) if not dataclasses.is_dataclass(k)]):
         kind, old = typing.Union[tuple(simple)], None  # noqa: UP007
     inside = _inside(old)
     if inside:
@@ -202,14 +210,11 @@ def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
     except (ValueError, SyntaxError):
         attempts.append(tuple(part for part in text.split(",") if part))  # a,b for a tuple of strings
     for attempt in attempts:
-        try:
+        with contextlib.suppress(msgspec.ValidationError, TypeError):
             value = msgspec.convert(attempt, kind, strict=False)
-        except (msgspec.ValidationError, TypeError):
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name}={text} is not finite; give a finite number")
-        return value
-    raise UserError(f"{name}={text!r} is no {_type_name(kind)} (it is {old!r} now)")
+            if fits(value, kind):
+                return value
+    raise UserError(f"{sentence(name, text, kind)} (it is {old!r} now)")
 
 
 def _inside(value: Any) -> list[str]:
@@ -218,12 +223,6 @@ def _inside(value: Any) -> list[str]:
         return [f.name for f in dataclasses.fields(value)]
     parts = dict(enumerate(value)) if isinstance(value, tuple) else value if isinstance(value, dict) else {}
     return list(map(str, parts)) if any(map(_is_config, parts.values())) else []
-
-
-def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return "choice of " + ", ".join(map(str, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 # --- JSON -----------------------------------------------------------------------------------------

@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from msgspec import Meta
 
 from zoo.errors import UserError
+from zoo.fields import check_fields
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -47,6 +49,9 @@ _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 _log = logging.getLogger("zoo")
 
 
+Axis: TypeAlias = Annotated[int, Meta(ge=-1, le=2**20)]
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Devices arranged as data x fsdp x sequence x tensor; -1 stands for whatever is left.
@@ -56,17 +61,20 @@ class Mesh:
     network between them.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    data: Axis = -1
+    fsdp: Axis = 1
+    tensor: Axis = 1
+    sequence: Axis = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self, "mesh.")
+        for name in AXES:
+            if not getattr(self, name):
+                raise UserError(f"mesh.{name}=0 is no size; give a positive number, or -1 for the rest")
 
     def sizes(self, count: int) -> dict[str, int]:
         """Size by axis, outermost first, for so many devices. UserError when they do not multiply to `count`."""
         sizes = {name: getattr(self, name) for name in AXES}
-        for name, size in sizes.items():
-            if size < 1 and size != -1:
-                raise UserError(f"mesh.{name}={size} is no size; give a positive number, or -1 for the rest")
         free = [name for name, size in sizes.items() if size == -1]
         if len(free) > 1:
             raise UserError(f"mesh: only one axis may be -1, but {' and '.join(free)} are; give all but one a size")

@@ -314,8 +314,6 @@ def test_folder_errors(folder, tmp_path):
         Images(str(tmp_path / "empty"), size=6).source("train")
     with pytest.raises(UserError, match="no image in its test split"):
         Images(str(folder), size=6, test_fraction=0).source("test")
-    with pytest.raises(UserError, match="channels=2"):
-        Images(str(folder), size=6, channels=2).source("train")
     colour().save(folder / "loose.png")
     with pytest.raises(UserError, match="beside folders of images"):
         Images(str(folder), size=6).source("train")

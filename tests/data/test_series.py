@@ -60,13 +60,6 @@ def test_chirps_are_cheap():
     source = Chirps(seed=12345).source("train")
     assert time.process_time() - start < 3  # a quarter of a second where nothing else runs
     assert source[0]["series"].std() > 0.3
-    for change, text in (
-        ({"train": 0}, r"data\.train=0"),
-        ({"length": 1}, r"data\.length=1"),
-        ({"seed": -1}, "seed=-1"),
-    ):
-        with pytest.raises(UserError, match=text):
-            Chirps(**change).source("test")
     with pytest.raises(UserError, match="'train' or 'test'"):
         Chirps().source("val")
 
@@ -125,8 +118,6 @@ def test_a_share_of_the_series_is_held_out_whole(tmp_path):
     assert owners[1] == {int(s) // 100 for s in stacked(data.source("test"))[:, 0, 0]}
     with pytest.raises(UserError, match=r"no window of data\.length=3 time steps in its test split; .*test_fraction"):
         Series(path, length=3, series="all", labels="", test_fraction=0).source("test")
-    with pytest.raises(UserError, match=r"test_fraction=1\.5 is no share"):
-        Series(path, length=3, series="all", labels="", test_fraction=1.5).source("train")
 
 
 def test_a_single_recording_gives_its_end_to_the_test_split(tmp_path):

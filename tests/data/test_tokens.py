@@ -433,8 +433,6 @@ def test_other_mistakes(book, tmp_path):
         Text(str(book)).source("train", {"image": None, "label": None})
     with pytest.raises(UserError, match=r"valid_fraction=0.5 and test_fraction=0.5 leave nothing to train on"):
         Text(str(book), valid_fraction=0.5, test_fraction=0.5).source("train", spec())
-    with pytest.raises(UserError, match=r"test_fraction=-1 is no share of the text"):
-        Text(str(book), test_fraction=-1).source("train", spec())
     book.write_text("")
     with pytest.raises(UserError, match=r"book.txt is empty; give a text"):
         Text(str(book), "chars").vocabulary()

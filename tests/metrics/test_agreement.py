@@ -121,8 +121,6 @@ def test_lost_samples_count_as_wrong_and_options_reach_the_sampler(params: Any) 
 
 
 def test_mistakes_are_sentences(params: Any) -> None:
-    with pytest.raises(UserError, match="samples=0"):
-        Agreement(samples=0)
     with pytest.raises(UserError, match="unconditional"):
         Agreement().check(Copies(classes=0))
     with pytest.raises(UserError, match="no option 'nois'"):

@@ -265,24 +265,6 @@ def test_calls_take_turns_and_their_medians_count(monkeypatch: pytest.MonkeyPatc
     assert "".join(order) == "ababab"
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"batches": ()}, "batches= of the metric convergence must name one or more numbers"),
-        ({"batches": (4, 0)}, "batches=4,0 of the metric convergence must name one or more numbers"),
-        ({"modules": ()}, "modules= of the metric convergence must name one or more numbers"),
-        ({"modules": (0,)}, "modules=0 of the metric convergence must name one or more numbers"),
-        ({"rounds": 0}, "rounds=0 of the metric convergence must be at least 1"),
-        ({"samples": 0}, "samples=0 of the metric convergence must be at least 1"),
-        ({"tol": -1e-3}, "tol=-0.001 is no tolerance"),
-    ],
-)
-def test_options_that_cannot_be_are_said(fields: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError) as told:
-        Convergence(**fields)
-    assert words in str(told.value)
-
-
 @dataclass(frozen=True)
 class Nothing(Synthetic):
     """A split without examples."""

@@ -263,10 +263,6 @@ def test_other_mistakes_are_told() -> None:
     sick = SimpleNamespace(task=Sick(image=8, channels=1, width=8, head_dim=8), params={})
     with pytest.raises(UserError, match="features that are not finite"):
         replace(PIXELS, features="x")(Copies(), first(12), Digits(), RNG, network=sick)
-    with pytest.raises(UserError, match="samples=1"):
-        Frechet(samples=1)
-    with pytest.raises(UserError, match="limit=1"):
-        Frechet(limit=1)
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,3 @@ def test_what_cannot_be_measured_is_told_before_the_first_step(task, fields, mes
     metric = Prompted(**{"scorer": Notes({"a": "1"}), **fields})
     with pytest.raises(UserError, match=message):
         metric.check(task)
-
-
-@pytest.mark.parametrize("fields", [{"images": 0}, {"batch": 0}])
-def test_numbers_that_draw_nothing_are_refused(fields):
-    with pytest.raises(UserError, match="must be at least 1"):
-        Prompted(**fields)

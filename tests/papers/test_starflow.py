@@ -599,8 +599,6 @@ def test_guidance_without_anything_asked_for_is_said():
         jax.eval_shape(
             lambda p: TINY.sample(p, jax.random.key(0), 2, None, TINY.Sampling(guidance=1.0)), randomised(TINY)
         )
-    with pytest.raises(UserError, match="guidance=nan"):
-        Guidance(float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -608,15 +606,10 @@ def test_guidance_without_anything_asked_for_is_said():
     [
         ({"width": 48}, "head_dim"),
         ({"latent": (4, 3), "patch": 2}, "task.latent"),
-        ({"depths": ()}, "task.depths"),
         ({"text_tokens": 3}, "one of them"),
         ({"head_dim": 16}, "head_dim=16 leaves no pairs"),
         ({"inputs": "images"}, "task.vae"),
         ({"classes": 0, "text_tokens": 3}, "text encoder"),
-        ({"order": "up"}, "task.order"),
-        ({"drop": 1.0}, "task.drop"),
-        ({"noise": -1.0}, "task.noise"),
-        ({"remat": "some"}, "task.remat"),
     ],
 )
 def test_bad_fields_are_named(fields, match):

@@ -408,14 +408,6 @@ def test_patches_come_back():
         ("head_dim", 24),
         ("patch", 3),
         ("patch", 4),
-        ("image", 0),
-        ("classes", -1),
-        ("drop", 1.0),
-        ("noise", -0.1),
-        ("noise_type", "salt"),
-        ("dtype", "float8"),
-        ("remat", "some"),
-        ("attention", "magic"),
     ],
 )
 def test_bad_fields_are_named(field, value):

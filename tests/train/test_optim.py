@@ -120,21 +120,6 @@ def test_clipping_bounds_the_norm_that_the_optimiser_sees() -> None:
         np.testing.assert_allclose(adam.mu["kernel"], 0.5 * np.array(first), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("fields", "name"),
-    [
-        ({"lr": 0.0}, "optim.lr=0.0"),
-        ({"lr": math.inf}, "optim.lr=inf"),
-        ({"lr": math.nan}, "optim.lr=nan"),
-        ({"warmup": -1}, "optim.warmup=-1"),
-        ({"clip": 0.0}, "optim.clip=0.0"),
-    ],
-)
-def test_a_senseless_value_is_refused_by_name(fields: dict[str, Any], name: str) -> None:
-    with pytest.raises(UserError, match=name):
-        AdamW(**fields)
-
-
 # ------------------------------------------------------------------------------------------------ one optimiser a part
 
 

@@ -35,8 +35,10 @@ def prepare(args: argparse.Namespace) -> int:
         raise UserError(f"--test-fraction {args.test_fraction} is no share of the images; choose a number from 0 to 1")
     _check_source(args.source, args.test_fraction)
     dist.start()
-    data = Images(args.source, args.size, args.channels or 3, convert=args.convert, test_fraction=args.test_fraction)
     try:
+        data = Images(
+            args.source, args.size, args.channels or 3, convert=args.convert, test_fraction=args.test_fraction
+        )
         print(statistics(data, Path(args.dest), args.statistics, flip=args.flip, batch=args.batch, allow=args.allow))
     except UserError as error:
         raise type(error)(_in_flags(str(error))) from None

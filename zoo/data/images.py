@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from PIL import Image, ImageOps
 from zoo.data.pipeline import Data, Source
 from zoo.data.records import Info, Record, is_prepared, open_shards, read_info
 from zoo.errors import UserError
+from zoo.fields import Below1, NotEmpty, Side, check_fields
 from zoo.files import first_line, sha256_of_file, sha256_of_parts
 
 LEVELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
@@ -37,6 +38,9 @@ SPLITS = ("train", "test")
 LOOKED_AT = 64  # files of a folder whose sizes are compared
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
 _log = logging.getLogger("zoo")
+
+
+Channels: TypeAlias = Literal[1, 3]  # grey or colour
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,17 @@ class Arrays(Data):
     of it is the test split.
     """
 
-    path: str
+    path: NotEmpty
     images: str = "{split}_images"
     labels: str = "{split}_labels"  # "": unlabelled
-    size: int | None = None  # shorter side, then centre crop; None: as it is
-    channels: int | None = None  # 1 or 3, converting what differs; None: as it is
+    size: Side | None = None  # shorter side, then centre crop; None: as it is
+    channels: Channels | None = None  # 1 or 3, converting what differs; None: as it is
     flip: bool = False  # mirror half of the training images
     classes: tuple[str, ...] = ()  # label names; (): "0", "1", ...
-    test_fraction: float = 0.1
+    test_fraction: Below1 = 0.1
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
 
     def fingerprint(self, split: str) -> str:
         """What the images of a split are: the bytes of the file, and which of its arrays."""
@@ -100,7 +107,6 @@ class Arrays(Data):
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split, read lazily from the file and kept in memory."""
         check_split(split)
-        check_channels(self.channels)
         path = existing(self.path)
         version = str(path.stat().st_mtime_ns)
         images = _array(path, array_name(self.images, split, "data.images"), "data.images", version)
@@ -144,20 +150,20 @@ class Images(Data):
     `size` on the shorter side and cropped at the centre.
     """
 
-    path: str
-    size: int
-    channels: int = 3
+    path: NotEmpty
+    size: Side
+    channels: Channels = 3
     flip: bool = False  # mirror half of the training images
     convert: bool = False  # grey files to colour or colour files to grey; False: such a file is an error
-    test_fraction: float = 0.1
+    test_fraction: Below1 = 0.1
     data_dir: str | None = None  # where TFDS keeps its sets; None: its default
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
 
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split; images are decoded when they are read."""
         check_split(split)
-        check_channels(self.channels)
-        if self.size < 1:
-            raise UserError(f"data.size={self.size} is no image size; choose 1 or more")
         if self.path.startswith("tfds:"):
             encoded = _tfds(self, split)
         else:

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
+from msgspec import Meta
 
 from zoo.data.images import (
     SPLITS,
@@ -34,6 +36,7 @@ from zoo.data.images import (
 )
 from zoo.data.pipeline import Data, Source
 from zoo.errors import UserError
+from zoo.fields import Below1, Count, NotEmpty, Seed, Size, check_fields
 from zoo.files import sha256_of_file
 
 RATES = (4, 9, 14, 19)  # what a chirp's frequency gains in the window, its class
@@ -54,17 +57,17 @@ class Chirps(Data):
     examples leave the first ones as they were.
     """
 
-    train: int = 10_000
-    test: int = 2_000
-    length: int = 256
-    seed: int = 0
+    train: Count = 10_000
+    test: Count = 2_000
+    length: Annotated[int, Meta(ge=2, le=2**20)] = 256
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
 
     def source(self, split: str, spec: SpecOf | None = None) -> ChirpSource:
         """The examples of a split, made at once and kept in memory (10,000 take a quarter of a second)."""
         check_split(split)
-        for field, least in (("train", 1), ("test", 1), ("length", 2), ("seed", 0)):
-            if (value := getattr(self, field)) < least:
-                raise UserError(f"data.{field}={value} is too small; choose {least} or more")
         return ChirpSource(_chirps(self.seed, split, self.train if split == "train" else self.test, self.length))
 
 
@@ -122,9 +125,9 @@ class Series(Data):
     keeps one. No window reaches from one split into the other.
     """
 
-    path: str
-    length: int
-    hop: int | None = None  # time steps from one window to the next; None: `length`, windows side by side
+    path: NotEmpty
+    length: Size
+    hop: Count | None = None  # time steps from one window to the next; None: `length`, windows side by side
     series: str = "{split}_series"
     labels: str = "{split}_labels"  # "": unlabelled
     classes: tuple[str, ...] = ()  # names of the labels in an .npz file; (): "0", "1", ...
@@ -132,7 +135,10 @@ class Series(Data):
     standardise: bool = (
         True  # each channel by its mean and deviation in the training split; a constant one is only centred
     )
-    test_fraction: float = 0.1
+    test_fraction: Below1 = 0.1
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
 
     def source(self, split: str, spec: SpecOf | None = None) -> WindowSource:
         """The windows of a split, in the order of the recordings and of time."""
@@ -175,10 +181,6 @@ class Series(Data):
         )
 
     def _root(self) -> Path:
-        if self.length < 1:
-            raise UserError(f"data.length={self.length} is no window; choose 1 or more time steps")
-        if self.hop is not None and self.hop < 1:
-            raise UserError(f"data.hop={self.hop} does not move the window; choose 1 or more, or None for data.length")
         root = existing(self.path)
         if root.is_file() and not _is_npz(root) and root.suffix.lower() not in SUFFIXES:
             raise UserError(
@@ -190,7 +192,6 @@ class Series(Data):
     def _part(self, split: str) -> Part:
         check_split(split)
         root = self._root()
-        divide(0, self.test_fraction)  # refuses what is no share
         return self._from_npz(root, split) if root.is_file() and _is_npz(root) else self._from_csv(root, split)
 
     def _stamp(self) -> tuple[Stamp, ...]:

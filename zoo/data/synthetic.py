@@ -11,17 +11,21 @@ import numpy as np
 
 from zoo.data.pipeline import Data, Source
 from zoo.errors import UserError
+from zoo.fields import Count, Seed, check_fields
 
 
 @dataclass(frozen=True)
 class Synthetic(Data):
     """Noise of the shapes that the task asks for: floats uniform in [-1, 1], integers in [0, values)."""
 
-    examples: int = 256
-    values: int = 2  # how many different integers; small, so that they are valid labels and tokens of any task
-    seed: int = 0
+    examples: Count = 256
+    values: Count = 2  # how many different integers; small, so that they are valid labels and tokens of any task
+    seed: Seed = 0
 
     made_up = True  # nothing can be learned from it, so a run needs no real weights either
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
 
     def source(self, split: str, spec: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> _Noise:
         """The examples of a split, each a pure function of (seed, split, index, key)."""
@@ -30,10 +34,6 @@ class Synthetic(Data):
                 "Synthetic() makes examples from a task's spec and got none; "
                 "pass spec=task.spec(batch), or use data that knows its own shape, e.g. Digits()"
             )
-        if self.examples < 1:
-            raise UserError(f"data.examples={self.examples} leaves nothing to read; choose 1 or more")
-        if self.values < 1:
-            raise UserError(f"data.values={self.values} allows no integer; choose 1 or more")
         for key, want in spec.items():
             if np.dtype(want.dtype).kind not in "fiub":
                 raise UserError(

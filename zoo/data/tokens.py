@@ -29,6 +29,7 @@ from zoo.data.pipeline import Data, Source
 from zoo.data.records import AGAIN, is_prepared, read_info
 from zoo.data.vocabulary import Vocabulary, normalise
 from zoo.errors import UserError
+from zoo.fields import Below1, NotEmpty, check_fields
 from zoo.files import sha256
 
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
@@ -79,11 +80,15 @@ class Text(Data):
     prepared is encoded when it is first opened and kept in memory.
     """
 
-    path: str
+    path: NotEmpty
     tokenizer: str | None = None
     normalise: bool = True  # to the 27 symbols of text8; False: it has to consist of them
-    valid_fraction: float = 0.05  # of the tokens, where neither the files nor a prepared set say it
-    test_fraction: float = 0.05
+    valid_fraction: Below1 = 0.05  # of the tokens, where neither the files nor a prepared set say it
+    test_fraction: Below1 = 0.05
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
+        check_fractions(self.valid_fraction, self.test_fraction)
 
     def source(self, split: str, spec: SpecOf | None = None) -> TokenSource:
         """The windows of a split; their length is that of the task's `tokens`."""
@@ -101,7 +106,6 @@ class Text(Data):
         root = existing(self.path)
         if root.is_dir() and is_prepared(root):
             return _prepared(root, self.tokenizer)
-        check_fractions(self.valid_fraction, self.test_fraction)
         files = list_texts(root)
         stamps = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for some in files.values() for file in some)
         with _LOCK:

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from msgspec import Meta
 
 from zoo.encoders.tokenizer import PAD
 from zoo.errors import UserError
+from zoo.fields import Count, Dtype, Layers, Size, check_fields
 from zoo.nn.layers import Dense, RMSNorm, Table, normal
 from zoo.nn.transformer import Trunk
 from zoo.task import About, Name, Params
@@ -145,37 +147,28 @@ def _net(task: T5) -> TextNet:
 class T5:
     """The encoder of a T5 model; the defaults are Flan-T5-XL's."""
 
-    width: int = 2048
-    heads: int = 32
-    head_dim: int = 64
-    mlp: int = 5120
-    depth: int = 24
-    vocab: int = 32128
+    width: Size = 2048
+    heads: Size = 32
+    head_dim: Size = 64
+    mlp: Size = 5120
+    depth: Layers = 24
+    vocab: Size = 32128
     gated: bool = True  # False: a plain MLP with ReLU, as in the first T5
-    buckets: int = 32  # of relative positions
-    distance: int = 128  # beyond which all positions share a bucket
-    tokens: int = 128  # S, of a caption; `encode` takes any number
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of most products; norms, softmax and features stay float32
+    buckets: Annotated[int, Meta(ge=4, le=2**20, multiple_of=4)] = 32  # of relative positions, half for each direction
+    distance: Count = 128  # beyond which all positions share a bucket
+    tokens: Size = 128  # S, of a caption; `encode` takes any number
+    dtype: Dtype = "float32"  # of most products; norms, softmax and features stay float32
     scan: bool = True  # scan over layers (compiles fast); False unrolls
 
     about = About(unit="captions")
 
     def __post_init__(self) -> None:
-        for name in ("width", "heads", "head_dim", "mlp", "depth", "vocab", "tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
-        if self.buckets < 4 or self.buckets % 4:
-            raise UserError(
-                f"task.buckets={self.buckets} must be a multiple of 4, half of them for each direction and half of those for "
-                "exact distances, e.g. task.buckets=32"
-            )
+        check_fields(self, "task.")
         if self.distance <= self.buckets // 4:
             raise UserError(
                 f"task.distance={self.distance} must be more than the {self.buckets // 4} exact distances of "
                 f"task.buckets={self.buckets}, e.g. task.distance={4 * self.buckets}"
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"task.dtype={self.dtype!r}; choose 'float32' or 'bfloat16'")
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`tokens` [B, S], each caption's ids ending in 1 and filled up with 0."""

@@ -11,14 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from msgspec import Meta
 
 from zoo.errors import UserError
+from zoo.fields import Dtype, Layers, NonNegative, Positive, Side, Size, check_fields
 from zoo.nn.attention import attend
 from zoo.nn.layers import Conv, Dense, GroupNorm
 from zoo.task import About, Batch, Name, Params
@@ -179,24 +181,23 @@ def _apply(net: nn.Module, params: Params, x: jax.Array) -> Any:
 class AutoEncoder:
     """A convolutional autoencoder with a Gaussian latent: trained as a task, or read from a published file and held."""
 
-    image: int = 256  # pixels a side in training; `encode` and `decode` take any size that `factor` divides
-    channels: int = 3
-    latent: int = 4  # channels of the latent
-    widths: tuple[int, ...] = (128, 256, 512, 512)  # of the stages, each half as fine as the one before
-    layers: int = 2  # residual blocks per stage of the encoder; the decoder has one more
-    groups: int = 32  # of the group norms
-    scale: float | None = 0.18215  # factor on latents; None: one over their root mean square, measured in training
-    kl: float = 1e-6  # weight of the KL divergence to N(0, I)
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of hidden layers; latents, images and losses stay float32
+    image: Side = 256  # pixels a side in training; `encode` and `decode` take any size that `factor` divides
+    channels: Size = 3
+    latent: Size = 4  # channels of the latent
+    widths: Annotated[tuple[Size, ...], Meta(min_length=1)] = (
+        128,
+        256,
+        512,
+        512,
+    )  # of the stages, each half as fine as the one before
+    layers: Layers = 2  # residual blocks per stage of the encoder; the decoder has one more
+    groups: Size = 32  # of the group norms
+    scale: Positive | None = 0.18215  # factor on latents; None: one over their root mean square, measured in training
+    kl: NonNegative = 1e-6  # weight of the KL divergence to N(0, I)
+    dtype: Dtype = "float32"  # of hidden layers; latents, images and losses stay float32
 
     def __post_init__(self) -> None:
-        for name in ("image", "channels", "latent", "layers", "groups"):
-            if getattr(self, name) < 1:
-                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
-        if not self.widths or min(self.widths) < 1:
-            raise UserError(
-                f"task.widths={self.widths} must be one positive width per stage, e.g. task.widths=(128, 256, 512, 512)"
-            )
+        check_fields(self, "task.")
         if odd := [width for width in self.widths if width % self.groups]:
             best = max(g for g in range(1, self.groups + 1) if all(width % g == 0 for width in self.widths))
             raise UserError(
@@ -209,12 +210,6 @@ class AutoEncoder:
                 f"task.image={self.image} is no multiple of {self.factor}, by which {len(self.widths)} stages (task.widths) "
                 f"shrink it; choose one, e.g. task.image={best}"
             )
-        if self.scale is not None and not self.scale > 0:
-            raise UserError(f"task.scale={self.scale} must be positive; None measures it in training")
-        if self.kl < 0:
-            raise UserError(f"task.kl={self.kl} is negative; it weighs a penalty, e.g. task.kl=1e-6")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"task.dtype={self.dtype!r}; choose 'float32' or 'bfloat16'")
 
     @property
     def about(self) -> About:

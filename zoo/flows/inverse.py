@@ -9,16 +9,17 @@ Order of this file: guidance, how a block is inverted, blocks and chains of them
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+from msgspec import Meta
 
 from zoo.errors import UserError
+from zoo.fields import Count, NonNegative, Positive, Whole, check_fields
 from zoo.flows.transforms import affine_inverse
 from zoo.nn.attention import clear_cache, reaches, reaching
 
@@ -41,32 +42,19 @@ class Guidance:
         r = min(s / s_weak, 1)^2 and d = 1 + w - w r, scale s / sqrt(d) and shift b + w r / d (b - b_weak).
     """
 
-    weight: float = 0.0
+    weight: NonNegative = 0.0
     what: Literal["ab", "a", "b"] = "ab"  # scale and shift, scale only, shift only
-    attention_temperature: float = 1.0
+    attention_temperature: Positive = 1.0
     rule: Literal["linear", "linear_scale", "gaussian"] | None = None  # None: the paper's own
     annealed: bool | None = None  # True: the weight grows linearly with the position; None: as the paper does
     blocks: Literal["all", "first"] = "all"  # of those that see the condition, or only the first one in generation
 
     def __post_init__(self) -> None:
-        if self.what not in ("ab", "a", "b"):
-            raise UserError(f"guidance.what={self.what!r}; choose 'ab' (scale and shift), 'a' (scale) or 'b' (shift)")
-        if self.rule not in (None, "linear", "linear_scale", "gaussian"):
-            raise UserError(f"guidance.rule={self.rule!r}; choose 'linear', 'linear_scale' or 'gaussian'")
-        if self.blocks not in ("all", "first"):
-            raise UserError(f"guidance.blocks={self.blocks!r}; choose 'all' or 'first'")
+        check_fields(self, "guidance.")
         if self.rule == "gaussian" and self.what != "ab":
             raise UserError(
                 f"guidance.what={self.what!r}: the gaussian rule moves scale and shift together; leave what out, or set "
                 "guidance.rule=linear"
-            )
-        if isinstance(self.weight, (int, float)) and not 0 <= self.weight < math.inf:
-            raise UserError(
-                f"guidance={self.weight} is negative or no number; 0 is no guidance, positive weights push away from the weak pass"
-            )
-        if isinstance(self.attention_temperature, (int, float)) and self.attention_temperature <= 0:
-            raise UserError(
-                f"guidance.attention_temperature={self.attention_temperature} must be positive; 1 leaves attention as it is"
             )
 
     @classmethod
@@ -112,7 +100,8 @@ class Guidance:
         return jnp.exp(a + weight * (a - a_weak)), b
 
 
-Start = Literal["v", "zeros"]
+T = TypeVar("T")
+ByBlock: TypeAlias = T | Annotated[tuple[T, ...], Meta(min_length=1)]  # one for all blocks, or one for each
 _MODULES = 8  # of "gs_jacobi"
 _BOUND = 1e6  # sweeps never leave it: a token that overflows would reach earlier ones, as 0 times infinity
 FINEST = 1e-6  # tolerance that float32 still resolves for tokens of about 1
@@ -131,11 +120,11 @@ class Jacobi:
     A field with several values has one for each block of the flow, block 0 (nearest the data) first.
     """
 
-    modules: int | tuple[int, ...] = 1  # 0: this block goes token by token
-    sweeps: int | tuple[int, ...] | None = None  # in a module at most; None: until it is exact
-    tol: float | tuple[float, ...] = 1e-5  # 0: until nothing moves any more
-    start: Start | tuple[Start, ...] = "v"  # the first guess: what goes in, or zeros
-    clamp: float | None = (
+    modules: ByBlock[Whole] = 1  # 0: this block goes token by token
+    sweeps: ByBlock[Count] | None = None  # in a module at most; None: until it is exact
+    tol: ByBlock[NonNegative] = 1e-5  # 0: until nothing moves any more
+    start: ByBlock[Literal["v", "zeros"]] = "v"  # the first guess: what goes in, or zeros
+    clamp: Positive | None = (
         None  # numbers are kept within it between sweeps; a sample that still needs it has not converged
     )
     criterion: Literal["max", "relative"] = "max"  # relative: mean square change over mean square, of bounded samples
@@ -147,34 +136,7 @@ class Jacobi:
     )
 
     def __post_init__(self) -> None:
-        limits: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "modules": (
-                lambda n: isinstance(n, int) and n >= 0,
-                "is no number of modules; 1 is Jacobi's method, 0 goes token by token",
-            ),
-            "sweeps": (
-                lambda n: n is None or (isinstance(n, int) and n >= 1),
-                "makes no sweep; give 1 or more, or none for as many as it takes",
-            ),
-            "tol": (
-                lambda x: isinstance(x, (int, float)) and 0 <= x < math.inf,
-                "is no tolerance; give a small number such as 1e-5, or 0",
-            ),
-            "start": (lambda word: word in ("v", "zeros"), "is no first guess; choose v or zeros"),
-            "clamp": (
-                lambda x: x is None or (isinstance(x, (int, float)) and 0 < x < math.inf),
-                "must be positive; none leaves numbers as they are",
-            ),
-            "criterion": (lambda word: word in ("max", "relative"), "is unknown; choose max or relative"),
-            "unconverged": (lambda word: word in ("sequential", "keep"), "is unknown; choose sequential or keep"),
-        }
-        for name, (fits, what) in limits.items():
-            value = getattr(self, name)
-            for one in value if isinstance(value, tuple) else (value,):
-                if not fits(one):
-                    raise UserError(f"method.{name}={one} {what}")
-            if value == ():
-                raise UserError(f"method.{name}=() names no value; give one, or one for each block")
+        check_fields(self, "method.")
 
     @classmethod
     def of(cls, method: str | Jacobi) -> Jacobi:

@@ -13,6 +13,7 @@ import numpy as np
 
 from zoo import hosts
 from zoo.errors import UserError
+from zoo.fields import Count, Whole, check_fields
 from zoo.metrics.frechet import quantise
 from zoo.metrics.samples import MAX_DIMS, check_images, drawer, image_shape
 from zoo.task import Metric, Options, Params, Samples, options_of
@@ -30,22 +31,20 @@ class Agreement(Metric):
     that of (k + 2) / (n + 4) among n + 4 (Agresti and Coull 1998), so that a share of 0 or 1 has one too.
     """
 
-    samples: int = 500  # labels in turn
+    samples: Count = 500  # labels in turn
     options: Options = field(default_factory=dict)  # of the task's `sample`
     path: Any = None  # a data description of labelled images; None: those of the run
-    train: int = 20_000  # images that the classifier is fitted to, at most
-    test: int = 10_000  # images that it is tested on, at most
-    components: int = 64  # principal components that it sees
-    batch: int = 128
-    every: int = 0  # steps between measurements while training; 0: at the end only
+    train: Count = 20_000  # images that the classifier is fitted to, at most
+    test: Count = 10_000  # images that it is tested on, at most
+    components: Count = 64  # principal components that it sees
+    batch: Count = 128
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "agreement"
     needs = (Samples,)
 
     def __post_init__(self) -> None:
-        for name in ("samples", "train", "test", "components", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} of the metric agreement must be at least 1")
+        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError for a task that draws no images by class, or too large ones; asked before a run's first step."""

@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
 from zoo import dist, hosts
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
+from zoo.fields import Count, NonNegative, check_fields
 from zoo.flows.inverse import FINEST, Chain, Jacobi, Stepper, invert, jacobi, once, sequential, swept
 from zoo.flows.transforms import affine_inverse
 from zoo.task import Inverts, Metric
@@ -40,13 +42,13 @@ class Convergence(Metric):
     is the block's part of the strategy, which `zoo eval` keeps in `convergence.json` of the run for `zoo sample`.
     """
 
-    samples: int = 1_000  # examples of the statistics
+    samples: Count = 1_000  # examples of the statistics
     split: str = "train"
-    batches: tuple[int, ...] = (1, 16)  # batch sizes that strategies are timed for
-    modules: tuple[int, ...] = (1, 4)  # numbers of modules that are tried
-    tol: float = 1e-5
-    guidance: float = 0.0  # of the sampler
-    rounds: int = 5
+    batches: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 16)  # batch sizes that strategies are timed for
+    modules: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 4)  # numbers of modules that are tried
+    tol: NonNegative = 1e-5
+    guidance: NonNegative = 0.0  # of the sampler
+    rounds: Count = 5
 
     name = "convergence"
     needs = (Inverts,)
@@ -54,16 +56,7 @@ class Convergence(Metric):
     every = 0
 
     def __post_init__(self) -> None:
-        for field in ("samples", "rounds"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field}={getattr(self, field)} of the metric convergence must be at least 1")
-        for field in ("batches", "modules"):
-            values = getattr(self, field)
-            if not values or min(values) < 1:
-                raise UserError(
-                    f"{field}={','.join(map(str, values))} of the metric convergence must name one or more numbers of at least 1"
-                )
-        Jacobi(tol=self.tol)
+        check_fields(self, f"metric {self.name}: ")
         if 0 < self.tol < FINEST:
             raise UserError(
                 f"tol={self.tol:g} of the metric convergence is below what float32 resolves, so that every block would go "

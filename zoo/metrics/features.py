@@ -17,7 +17,7 @@ import numpy as np
 from zoo import files
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.metrics.likelihood import at_least_one
+from zoo.fields import Count, check_fields
 from zoo.metrics.probe import finite
 from zoo.task import Encodes, Maps, Metric, Params, call, check_needs
 
@@ -40,14 +40,14 @@ class Features(Metric):
     out: str = ""  # the file, FILE.npz; never one that exists
     split: str = "test"
     maps: bool = False  # True: `feature_map` as well
-    limit: int | None = None  # examples at most, the first ones
-    batch: int = 256
+    limit: Count | None = None  # examples at most, the first ones
+    batch: Count = 256
 
     name = "features"
     needs = (Encodes,)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "batch", "limit")
+        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError: while training there is nothing to write."""

@@ -23,6 +23,7 @@ from zoo import files, hosts, weights
 from zoo.data.images import open_npz
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
+from zoo.fields import AtLeast2, Count, Whole, check_fields
 from zoo.metrics.samples import MAX_DIMS, check_images, drawer, held_out, image_shape
 from zoo.task import Metric, Options, Params, Samples, abilities, options_of
 
@@ -91,27 +92,21 @@ class Frechet(Metric):
     """
 
     features: str = ""  # "pixels", or a run or export whose task has features
-    samples: int = 50_000
+    samples: AtLeast2 = 50_000
     split: str = "train"  # what the samples are compared with
-    limit: int | None = None  # images of it at most
+    limit: AtLeast2 | None = None  # images of it at most
     path: Any = None  # a data description of real images; None: the data of the run
     flip: bool | None = None  # mirror a random half of these images; None: as the data do in training
     reference: str | None = None  # .npz file of statistics; None: measured every time
     options: Options = field(default_factory=dict)  # of the task's `sample`
-    batch: int = 128
-    every: int = 0  # steps between measurements while training; 0: at the end only
+    batch: Count = 128
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "frechet"
     needs = (Samples,)
 
     def __post_init__(self) -> None:
-        if self.samples < 2 or self.batch < 1:
-            raise UserError(
-                f"samples={self.samples} and batch={self.batch} of the metric frechet are too few; a covariance needs "
-                "two samples, a batch one"
-            )
-        if self.limit is not None and self.limit < 2:
-            raise UserError(f"limit={self.limit} of the metric frechet is too few; a covariance needs two images")
+        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError for a task that draws no images, or none such as these; asked before a run's first step."""

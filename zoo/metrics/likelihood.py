@@ -16,6 +16,7 @@ import numpy as np
 from zoo import dist, hosts
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
+from zoo.fields import Count, Whole, check_fields
 from zoo.metrics.frechet import Moments, moments
 from zoo.metrics.samples import MAX_DIMS
 from zoo.task import Likelihood, Likely, Metric, is_text
@@ -48,14 +49,6 @@ def per_example(task: Any, draws: int, combine: Callable[[jax.Array], Any] = ove
     return jax.jit(many)
 
 
-def at_least_one(metric: Any, *names: str) -> None:
-    """UserError for a field of a metric that counts something and is below 1; None counts everything."""
-    for name in names:
-        value = getattr(metric, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} of the metric {metric.name} must be at least 1")
-
-
 @dataclass(frozen=True)
 class Bits(Metric):
     """Bits per dimension of held-out images, a mean over images and draws of noise (TarFlow's protocol: no label).
@@ -66,20 +59,20 @@ class Bits(Metric):
     model trained with Gaussian noise, whose bits are those of noisy images and compare with nothing else.
     """
 
-    draws: int = 1  # of noise per image
+    draws: Count = 1  # of noise per image
     split: str = "test"
-    batch: int = 256
-    limit: int | None = None  # images at most
+    batch: Count = 256
+    limit: Count | None = None  # images at most
     label: bool = False  # True: condition on label or caption
     baselines: bool = False  # True: also a full-covariance Gaussian fitted to the training data, and for grey levels a
     # histogram per pixel
-    every: int = 0  # steps between measurements while training; 0: at the end only
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "bpd"
     needs = (Likely,)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "draws", "batch", "limit")
+        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError where the metric makes no sense for a task; asked before a run's first step."""
@@ -234,16 +227,16 @@ class BayesAccuracy(Metric):
     """
 
     split: str = "test"
-    batch: int = 128
-    limit: int | None = None
-    draws: int = 4  # of dequantisation noise
-    every: int = 0
+    batch: Count = 128
+    limit: Count | None = None
+    draws: Count = 4  # of dequantisation noise
+    every: Whole = 0
 
     name = "bayes"
     needs = (Likely,)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "draws", "batch", "limit")
+        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError for an unconditional model; asked before a run's first step."""

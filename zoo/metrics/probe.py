@@ -19,8 +19,8 @@ import numpy as np
 from zoo import dist, hosts
 from zoo.data.pipeline import Data, epoch
 from zoo.errors import UserError
+from zoo.fields import Count, Positive, Whole, check_fields
 from zoo.metrics.agreement import share_error
-from zoo.metrics.likelihood import at_least_one
 from zoo.task import Classifies, Encodes, Metric, Params, call
 
 
@@ -104,19 +104,6 @@ def _for_more(data: Any) -> str:
     return f"set {', '.join(ways)}, or " if ways else ""
 
 
-def check_fields(metric: Any, *counts: str, **least: float) -> None:
-    """UserError for fields of a metric out of range: `counts` below 1, `every` below 0, and those below `least` or infinite."""
-    at_least_one(metric, *counts)
-    if metric.every < 0:
-        raise UserError(
-            f"every={metric.every} of the metric {metric.name} must be 0 or more steps; 0 measures at the end only"
-        )
-    for name, low in least.items():
-        value = getattr(metric, name)
-        if not (low <= value and math.isfinite(value)):
-            raise UserError(f"{name}={value} of the metric {metric.name} must be a finite number, {low:g} or more")
-
-
 def spec_of(task: Any, batch: int, *, label: bool) -> dict[str, jax.ShapeDtypeStruct]:
     spec = {key: leaf for key, leaf in task.spec(batch).items() if key != "label"}
     return {**spec, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)} if label else spec
@@ -133,18 +120,18 @@ class _Judged(Metric):
     standardised by the training ones. The encoder sees no label.
     """
 
-    train: int = 3_000  # labelled images that the classifier is fitted to, at most
-    test: int = 2_000  # images that it is tested on, at most
-    batch: int = 256
+    train: Count = 3_000  # labelled images that the classifier is fitted to, at most
+    test: Count = 2_000  # images that it is tested on, at most
+    batch: Count = 256
     path: Any = None  # a data description of labelled images; None: those of the run
     baseline: bool = False  # True: also the figures of fresh parameters (`task.init`), the same images
-    every: int = 0  # steps between measurements while training; 0: at the end only
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name: ClassVar[str]
     needs = (Encodes,)
 
     def __post_init__(self) -> None:
-        check_fields(self, "train", "test", "batch")
+        check_fields(self, f"metric {self.name}: ")
 
     def check_data(self, task: Any, data: Any) -> None:
         """UserError for data without labels, or that do not fit the task; asked before a run's first step."""
@@ -213,18 +200,10 @@ class Probe(_Judged):
     C). `probe_converged` says whether the optimiser came to its end: time goes with iterations, images, classes and D.
     """
 
-    inverse_penalty: float = 1.0  # C: smaller holds the weights closer to 0
-    iterations: int = 1_000  # of the optimiser (L-BFGS), at most
+    inverse_penalty: Positive = 1.0  # C: smaller holds the weights closer to 0
+    iterations: Count = 1_000  # of the optimiser (L-BFGS), at most
 
     name = "probe"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_one(self, "iterations")
-        if not 0 < self.inverse_penalty < math.inf:
-            raise UserError(
-                f"inverse_penalty={self.inverse_penalty} of the metric probe must be a finite number above 0"
-            )
 
     def _fitted(self, seen: np.ndarray, labels: np.ndarray) -> tuple[Any, dict[str, Any]]:
         from sklearn.exceptions import ConvergenceWarning
@@ -244,13 +223,12 @@ class Neighbours(_Judged):
     Near is the Euclidean distance of standardised features; of classes with as many votes the smaller number wins.
     """
 
-    k: int = 10
+    k: Count = 10
 
     name = "knn"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(self, "k")
         if self.k > self.train:
             raise UserError(
                 f"k={self.k} of the metric knn is more than train={self.train}; choose k={self.train} or less"
@@ -275,15 +253,15 @@ class Accuracy(Metric):
     """Share of held-out examples whose largest logit is that of their label, and the mean cross entropy."""
 
     split: str = "test"
-    batch: int = 256
-    limit: int | None = None  # examples at most, a fixed random choice; None: all
-    every: int = 0  # steps between measurements while training; 0: at the end only
+    batch: Count = 256
+    limit: Count | None = None  # examples at most, a fixed random choice; None: all
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "accuracy"
     needs = (Classifies,)
 
     def __post_init__(self) -> None:
-        check_fields(self, "batch", "limit")
+        check_fields(self, f"metric {self.name}: ")
 
     def check_data(self, task: Any, data: Any) -> None:
         """UserError for data without labels, or that do not fit the task; asked before a run's first step."""

@@ -17,6 +17,7 @@ from PIL import Image
 from zoo import hosts
 from zoo.data.captions import as_tokens, framed
 from zoo.errors import UserError
+from zoo.fields import Count, Whole, check_fields
 from zoo.metrics.drawing import rgb
 from zoo.metrics.samples import drawer, image_shape
 from zoo.task import Metric, Options, Params, Samples, options_of
@@ -47,11 +48,11 @@ class Prompted(Metric):
     """The figures that a scorer gives images of its prompts; for tasks whose captions are tokens."""
 
     scorer: Any = None  # such as zoo.papers.typescore.TypeScore; a config sets it
-    images: int = 1  # of each prompt
+    images: Count = 1  # of each prompt
     options: Options = field(default_factory=dict)  # of the task's `sample`
     tokenizer: str = ""  # file of the tokeniser; empty: the one beside the model or its text encoder
-    batch: int = 16  # images drawn at once
-    every: int = 0  # steps between measurements while training; 0: at the end only
+    batch: Count = 16  # images drawn at once
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "prompted"
     needs = (Samples,)
@@ -59,9 +60,7 @@ class Prompted(Metric):
     uses_data = False
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} of the metric prompted must be at least 1")
+        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError where nothing could be drawn or scored; asked before a run's first step."""

@@ -18,7 +18,8 @@ from zoo import hosts
 from zoo.data.pipeline import epoch
 from zoo.data.tokens import check_vocabulary
 from zoo.errors import UserError
-from zoo.metrics.likelihood import at_least_one, per_example
+from zoo.fields import Count, Whole, check_fields
+from zoo.metrics.likelihood import per_example
 from zoo.metrics.samples import drawer
 from zoo.task import Likely, Metric, Options, Params, Samples, is_text, option_names, options_of
 
@@ -50,17 +51,17 @@ class TextBound(Metric):
     and the true error is larger.
     """
 
-    draws: int = 1  # of the latents of a text
+    draws: Count = 1  # of the latents of a text
     split: str = "test"
-    batch: int = 32
-    limit: int | None = None  # texts at most
-    every: int = 0  # steps between measurements while training; 0: at the end only
+    batch: Count = 32
+    limit: Count | None = None  # texts at most
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "text"
     needs = (Likely,)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "draws", "batch", "limit")
+        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError for a task that models no texts; asked before a run's first step."""
@@ -128,18 +129,18 @@ class Generation(Metric):
     texts. Samples that overflowed (tokens below 0) are counted as `not_finite` and left out.
     """
 
-    samples: int = 256
+    samples: Count = 256
     options: Options = field(default_factory=dict)  # of the task's `sample`
     split: str = "test"  # of the held-out texts
-    train: int = 10_000  # training texts that are counted at most, a fixed random choice
-    batch: int = 64
-    every: int = 0  # steps between measurements while training; 0: at the end only
+    train: Count = 10_000  # training texts that are counted at most, a fixed random choice
+    batch: Count = 64
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "generation"
     needs = (Samples,)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "samples", "train", "batch")
+        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError for a task that draws no texts, or not with these options; asked before a run's first step."""
@@ -236,16 +237,16 @@ def the_passes(drawn: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
 class LatentPasses(Metric):
     """What each flow layer does to a text while it is generated, noise first (TarFlowLM, section 4 and appendix G)."""
 
-    samples: int = 64
+    samples: Count = 64
     options: Options = field(default_factory=dict)  # of the task's `sample`
-    batch: int = 16
+    batch: Count = 16
 
     name = "passes"
     needs = (Samples,)
     every = 0
 
     def __post_init__(self) -> None:
-        at_least_one(self, "samples", "batch")
+        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError: its figures are lists, one for each layer, which have no place in a curve."""

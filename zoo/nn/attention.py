@@ -6,7 +6,7 @@ B batch, T tokens, H heads, K numbers per head.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from jax.sharding import PartitionSpec
 
 from zoo import dist
 from zoo.errors import UserError
+from zoo.fields import Dtype
 
-BACKENDS = ("auto", "xla", "cudnn", "splash")
+# cudnn is for NVIDIA GPUs in bfloat16, splash for TPUs; auto takes whichever the device has
+Backend: TypeAlias = Literal["auto", "xla", "cudnn", "splash"]
 _BLOCK = 512  # queries and keys that a TPU kernel holds at a time; fewer where there are fewer tokens
 _LANES = 128  # numbers in a row of a TPU's vector registers: the smallest block
 
@@ -33,10 +35,8 @@ class Cache:
     reach: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
-def check_backend(name: str, dtype: str) -> None:
+def check_backend(name: Backend, dtype: Dtype) -> None:
     """UserError when the attention backend cannot serve a network of this dtype."""
-    if name not in BACKENDS:
-        raise UserError(f"task.attention={name!r} is no attention backend; choose one of {', '.join(BACKENDS)}")
     if name == "cudnn" and dtype != "bfloat16":
         raise UserError(
             f"task.attention='cudnn' computes in bfloat16, but task.dtype={dtype!r}; set task.dtype=bfloat16"

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from zoo.dist import check_divides, constrain
-from zoo.errors import UserError
 from zoo.nn.attention import attend, attend_cached, init_cache, write_cache
 from zoo.nn.embed import rotate
 from zoo.nn.layers import Dense, LayerNorm, gelu
 
+Remat: TypeAlias = Literal["none", "dots", "full"]  # what the backward pass recomputes
 REMAT: dict[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def check_remat(name: str) -> None:
-    """UserError for an unknown rematerialisation policy."""
-    if name not in REMAT:
-        raise UserError(f"task.remat={name!r} is no policy; choose one of {', '.join(REMAT)}")
 
 
 def attend_layer(

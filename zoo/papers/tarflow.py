@@ -18,13 +18,14 @@ import numpy as np
 from flax import linen as nn
 
 from zoo.dist import constrain, whole
-from zoo.errors import UserError
+from zoo.errors import UserError, check_divisor
+from zoo.fields import Below1, Count, Dtype, Layers, NonNegative, Side, Size, SizeOr0, check_fields
 from zoo.flows.inverse import Before, Chain, Guidance, Inverted, Jacobi, Stepper, invert
 from zoo.flows.transforms import LOG_2PI, affine, shift_right
-from zoo.nn.attention import check_backend
+from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.layers import Dense, Table, zeros
-from zoo.nn.transformer import Block, Trunk, cast_trunk, check_remat, init_trunk_cache
+from zoo.nn.transformer import Block, Remat, Trunk, cast_trunk, init_trunk_cache
 from zoo.task import About, Batch, Likelihood, Name, Params, sample_keys
 
 
@@ -301,32 +302,30 @@ class TarFlowSampling:
 class TarFlow:
     """Causal transformers over image patches, alternating direction; trained by exact likelihood."""
 
-    image: int = 64  # pixels a side
-    channels: int = 3
-    patch: int = 2
-    width: int = 768
-    depth: int = 8  # transformer layers per flow block
-    blocks: int = 8  # flow blocks
-    head_dim: int = 64
-    classes: int = 0  # 0: unconditional
+    image: Side = 64  # pixels a side
+    channels: Size = 3
+    patch: Side = 2
+    width: Size = 768
+    depth: Layers = 8  # transformer layers per flow block
+    blocks: Layers = 8  # flow blocks
+    head_dim: Size = 64
+    classes: SizeOr0 = 0  # 0: unconditional
     scale: bool = True  # False: shifts only, a flow that preserves volume
-    noise: float = 0.05  # standard deviation of the Gaussian noise on pixels in [-1, 1]
+    noise: NonNegative = 0.05  # standard deviation of the Gaussian noise on pixels in [-1, 1]
     noise_type: Literal["gaussian", "uniform"] = "gaussian"  # uniform: dequantisation over `levels` grey levels
-    levels: int = 256  # grey levels of the data, for uniform noise and for bits per dimension
-    drop: float = 0.1  # probability that a label is dropped in training
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; log-scales, log-dets and losses stay float32
+    levels: Count = 256  # grey levels of the data, for uniform noise and for bits per dimension
+    drop: Below1 = 0.1  # probability that a label is dropped in training
+    dtype: Dtype = "float32"  # of activations; log-scales, log-dets and losses stay float32
     scan: bool = (
         True  # scan over the layers of a block (compiles fast); False unrolls (small models on CPU step faster)
     )
-    remat: str = "none"  # none, dots or full: what the backward pass recomputes
-    attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
+    remat: Remat = "none"  # none, dots or full: what the backward pass recomputes
+    attention: Backend = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
     Sampling = TarFlowSampling
 
     def __post_init__(self) -> None:
-        for name in ("image", "channels", "patch", "width", "depth", "blocks", "head_dim", "levels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
+        check_fields(self, "task.")
         if self.image % self.patch:
             fits = [p for p in range(1, self.image + 1) if self.image % p == 0 and self.image // p > 1]
             best = min(fits or [1], key=lambda p: abs(p - self.patch))
@@ -337,22 +336,7 @@ class TarFlow:
             raise UserError(
                 f"task.patch={self.patch} makes one token of a {self.image}-pixel image, and a flow needs two; choose a smaller patch"
             )
-        if self.width % self.head_dim:
-            best = max(k for k in range(1, min(self.head_dim, self.width) + 1) if self.width % k == 0)
-            raise UserError(
-                f"task.head_dim={self.head_dim} does not divide task.width={self.width}; choose a divisor, e.g. task.head_dim={best}"
-            )
-        if self.classes < 0:
-            raise UserError(f"task.classes={self.classes} is negative; 0 makes the model unconditional")
-        if not 0 <= self.drop < 1:
-            raise UserError(f"task.drop={self.drop} is no probability below 1; the paper uses 0.1")
-        if self.noise_type not in ("gaussian", "uniform"):
-            raise UserError(f"task.noise_type={self.noise_type!r}; choose 'gaussian' or 'uniform'")
-        if self.noise < 0:
-            raise UserError(f"task.noise={self.noise} is negative; it is a standard deviation, e.g. task.noise=0.05")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"task.dtype={self.dtype!r}; choose 'float32' or 'bfloat16'")
-        check_remat(self.remat)
+        check_divisor("head_dim", self.head_dim, "width", self.width)
         check_backend(self.attention, self.dtype)
 
     @property

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from zoo.errors import UserError
-
-Optim = Any  # AdamW, or {top-level key of params: AdamW}
+from zoo.fields import Below1, NonNegative, Positive, Whole, check_fields
 
 
 @dataclass(frozen=True)
@@ -22,24 +20,19 @@ class AdamW:
     Defaults are plain: no clipping, and decay on kernels only. What a paper does otherwise stands in its config.
     """
 
-    lr: float = 1e-3
-    final_lr: float = 1e-6
-    warmup: int = 0  # steps
+    lr: Positive = 1e-3
+    final_lr: NonNegative = 1e-6
+    warmup: Whole = 0  # steps
     schedule: Literal["cosine", "constant"] = "cosine"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
+    b1: Below1 = 0.9
+    b2: Below1 = 0.999
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 1e-4
     decay_all: bool = False  # True: norms, biases and embeddings decay as well
-    clip: float | None = None  # global gradient norm
+    clip: Positive | None = None  # global gradient norm
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or not math.isfinite(self.lr):
-            raise UserError(f"optim.lr={self.lr} must be a positive number, e.g. optim.lr=1e-4")
-        if self.warmup < 0:
-            raise UserError(f"optim.warmup={self.warmup} is negative; it is a number of steps, 0 for none")
-        if self.clip is not None and self.clip <= 0:
-            raise UserError(f"optim.clip={self.clip} must be positive, or none for no clipping")
+        check_fields(self, "optim.")
 
     def learning_rate(self, steps: int) -> optax.Schedule:
         """Learning rate at optimiser step n (0-based) of `steps` (TarFlow's rule).
@@ -79,6 +72,9 @@ class AdamW:
             mask=None if self.decay_all else mask,
         )
         return optax.chain(optax.clip_by_global_norm(self.clip), adamw) if self.clip else adamw
+
+
+Optim: TypeAlias = AdamW | dict[str, AdamW]  # one for all, or one for each top-level key of params
 
 
 def build(optim: Optim, steps: int) -> optax.GradientTransformation:

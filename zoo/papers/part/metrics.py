@@ -18,8 +18,9 @@ import numpy as np
 from zoo import dist
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
+from zoo.fields import AtLeast2, Count, NonNegative, Whole, check_fields
 from zoo.metrics.drawing import layouts
-from zoo.metrics.probe import check_fields, check_splits, explained, finite, fresh, jitted, spec_of
+from zoo.metrics.probe import check_splits, explained, finite, fresh, jitted, spec_of
 from zoo.task import Batch, Metric, Params
 
 _PAIRS = 4_096  # of an image that are compared at most, a fixed random choice
@@ -77,24 +78,20 @@ class Relations(Metric):
     Blank patches have no place, so `layout_ink` is of those with ink; an image with fewer than three is passed over.
     """
 
-    test: int = 500  # held-out images at most, a fixed random choice
-    ink: float = (
+    test: AtLeast2 = 500  # held-out images at most, a fixed random choice
+    ink: NonNegative = (
         0.1  # standard deviation of a patch's levels in [0, 1] above which it has ink; of series, of their own values
     )
-    images: int = 6  # in the picture
+    images: Count = 6  # in the picture
     picture: bool = True  # True: draw images, their boxes and both layouts
-    batch: int = 100
-    every: int = 0  # steps between measurements while training; 0: at the end only
+    batch: Count = 100
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "relations"
     needs = (Relates,)
 
     def __post_init__(self) -> None:
-        check_fields(self, "test", "images", "batch", ink=0)
-        if self.test < 2:
-            raise UserError(
-                f"test={self.test} of the metric relations must be 2 or more: examples are compared with others"
-            )
+        check_fields(self, f"metric {self.name}: ")
 
     def check_data(self, task: Any, data: Any) -> None:
         """UserError for data that cannot be read or do not fit the task, and for fewer than two test examples or patches.
@@ -261,19 +258,19 @@ class Localise(Metric):
     to (dx, dy) = (c_j - c_i) / size_i is fitted to pairs of training images. 0 is what the mean offset reaches.
     """
 
-    train: int = 2_000  # images that the regression is fitted to, at most
-    test: int = 1_000  # held-out images, at most
-    pairs: int = 16  # of different patches, per image
-    ridge: float = 1.0  # penalty on the squared weights, beside a sum of squares over all pairs
-    batch: int = 256
+    train: Count = 2_000  # images that the regression is fitted to, at most
+    test: Count = 1_000  # held-out images, at most
+    pairs: Count = 16  # of different patches, per image
+    ridge: NonNegative = 1.0  # penalty on the squared weights, beside a sum of squares over all pairs
+    batch: Count = 256
     baseline: bool = False  # True: also the figures of fresh parameters (`task.init`), the same patches
-    every: int = 0  # steps between measurements while training; 0: at the end only
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "localise"
     needs = (OffGrid,)
 
     def __post_init__(self) -> None:
-        check_fields(self, "train", "test", "pairs", "batch", ridge=0)
+        check_fields(self, f"metric {self.name}: ")
 
     def check_data(self, task: Any, data: Any) -> None:
         """UserError for data that cannot be read or do not fit the task, and for a single patch; asked before a run's first step."""

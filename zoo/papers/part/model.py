@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from msgspec import Meta
 
 from zoo.dist import constrain
 from zoo.errors import UserError, check_divisor
-from zoo.nn.attention import check_backend
+from zoo.fields import Below1, Dtype, Layers, Size, SizeOr0, check_fields
+from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import grid_positions, sincos
 from zoo.nn.layers import Dense, LayerNorm, Table, lecun_normal, truncated_normal
-from zoo.nn.transformer import MLP, Attention, Trunk, check_remat
+from zoo.nn.transformer import MLP, Attention, Remat, Trunk
 from zoo.papers.part.sampling import crop, grid_patches, pad_crop, random_resized_crop, sample_boxes
 from zoo.task import About, Batch, Name, Params
 
@@ -175,25 +177,25 @@ class PairwiseHead(nn.Module):
 class Vit:
     """What all tasks of this paper share: an input, an encoder without positions, and features of it."""
 
-    image: int = 28  # pixels a side of images; 0 for series
-    length: int = 0  # samples of a series; 0 for images
-    channels: int = 1
-    patch: int = 7  # pixels or samples a side of what the encoder reads
-    width: int = 64
-    depth: int = 3
-    head_dim: int = 16
-    drop_path: float = 0.0  # share of branches dropped in the last layer; rises linearly from 0 in the first
-    augment: str = "none"  # of training images: "resized" (random resized crop), "pad" (shift by up to an eighth)
-    least_area: float = 0.2  # share of an image that augment=resized keeps at least
-    dtype: str = "float32"
+    image: Annotated[int, Meta(ge=0, le=2**14)] = 28  # pixels a side of images; 0 for series
+    length: SizeOr0 = 0  # samples of a series; 0 for images
+    channels: Size = 1
+    patch: Size = 7  # pixels or samples a side of what the encoder reads
+    width: Size = 64
+    depth: Layers = 3
+    head_dim: Size = 16
+    drop_path: Below1 = 0.0  # share of branches dropped in the last layer; rises linearly from 0 in the first
+    augment: Literal["none", "pad", "resized"] = (
+        "none"  # of training images: "resized" (random resized crop), "pad" (shift by up to an eighth)
+    )
+    least_area: Annotated[float, Meta(gt=0, le=1)] = 0.2  # share of an image that augment=resized keeps at least
+    dtype: Dtype = "float32"
     scan: bool = False
-    remat: str = "none"
-    attention: str = "auto"
+    remat: Remat = "none"
+    attention: Backend = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("channels", "patch", "width", "depth", "head_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
+        check_fields(self, "task.")
         if (self.image > 0) == (self.length > 0):
             raise UserError(
                 f"task.image={self.image} and task.length={self.length}: give one of them, the pixels a side of images or the "
@@ -202,19 +204,8 @@ class Vit:
         name, side = self.side
         check_divisor("patch", self.patch, name, side)
         check_divisor("head_dim", self.head_dim, "width", self.width)
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"task.drop_path={self.drop_path} is no share of branches; choose 0 <= task.drop_path < 1")
-        if self.augment not in ("none", "pad", "resized"):
-            raise UserError(f"task.augment={self.augment!r} is unknown; choose none, pad or resized")
-        if not 0 < self.least_area <= 1:
-            raise UserError(
-                f"task.least_area={self.least_area} is no share of an image; choose 0 < task.least_area <= 1"
-            )
         if self.length and self.augment != "none":
             raise UserError(f"task.augment={self.augment!r} is for images; set task.augment=none for a series")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"task.dtype={self.dtype!r}; choose 'float32' or 'bfloat16'")
-        check_remat(self.remat)
         check_backend(self.attention, self.dtype)
 
     @property

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from msgspec import Meta
 
-from zoo.errors import UserError, suggest
+from zoo.errors import UserError, check_divisor
+from zoo.fields import Below1, Count, Layers, NonNegative, Positive, Share, Size
 from zoo.nn.layers import Dense, LayerNorm, Table, truncated_normal
 from zoo.nn.transformer import Trunk
 from zoo.papers.part.model import (
@@ -33,16 +34,6 @@ from zoo.task import About, Batch, Name, Network, Params
 Metrics = dict[str, jax.Array]
 
 
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"task.{name}={value!r} is unknown; {suggest(value, known)}")
-
-
-def _share(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise UserError(f"task.{name}={value} is no share of patches; choose 0 <= task.{name} < 1")
-
-
 def _left(patches: int, mask: float) -> int:
     """How many patches a mask leaves, rounded down: of 25 at 0.8 these are 5, whatever 1 - 0.8 is in binary."""
     return int(patches * (1 - mask) + 1e-6)
@@ -56,7 +47,6 @@ def _check_several(task: Vit) -> None:
 
 def _check_mask(task: Vit, patches: int, mask: float) -> None:
     """UserError for a mask that leaves no key, or for a kernel that takes no mask."""
-    _share("mask", mask)
     if not _left(patches, mask):
         digits = 10 ** max(2, len(str(patches)))
         most = math.floor((1 - 1 / patches) * digits) / digits  # rounded up it would be refused again
@@ -96,48 +86,38 @@ def _deviations(task: Part) -> np.ndarray:
 class Part(Vit):
     """Regresses how one patch lies to another from their pixels alone: shift in units of the first one's size, and ratio of sizes."""
 
-    patches: int | None = None  # in a set; None: as many as the regular grid has
-    sampling: str = "off_grid"  # "off_grid" (continuous), "pixels" (whole numbers) or "grid"
-    smallest: float | None = None  # pixels a side; None: half a patch, or of "pixels" a patch
-    largest: float | None = None  # pixels a side; None: two patches, or of "pixels" a patch
+    patches: Size | None = None  # in a set; None: as many as the regular grid has
+    sampling: Literal["off_grid", "pixels", "grid"] = "off_grid"  # continuous, whole numbers, or the regular grid
+    smallest: Positive | None = None  # pixels a side; None: half a patch, or of "pixels" a patch
+    largest: Positive | None = None  # pixels a side; None: two patches, or of "pixels" a patch
     sizes: bool = True  # whether the ratios of sizes are predicted too
     centred: bool = True  # shifts are between centres, otherwise between upper left corners
-    target_norm: str = (
+    target_norm: Literal["raw", "log_ratio", "std"] = (
         "raw"  # "raw" (the paper's), "log_ratio" (logarithms of the ratios), "std" (each number by its deviation)
     )
-    error: str = "squared"  # "squared" (the paper's), "absolute" or "huber"
-    head: str = "cross_attention"  # or "pairwise"
-    query: str = "patch_cat"  # of cross-attention: "patch_cat", or "positional", which is told slots and not patches
-    heads: int = 1  # of cross-attention
+    error: Literal["squared", "absolute", "huber"] = "squared"  # the paper's is squared
+    head: Literal["cross_attention", "pairwise"] = "cross_attention"
+    query: Literal["patch_cat", "positional"] = "patch_cat"  # of cross-attention; positional is told slots, not patches
+    heads: Size = 1  # of cross-attention
     residual: bool = False  # adds the query to what attention gives; not in the paper
-    pairs: int = 64  # in a step, the same in all examples
-    pairing: str | None = (
-        None  # "distinct", "independent" or "matching"; None: distinct for cross-attention, else independent
+    pairs: Count = 64  # in a step, the same in all examples
+    pairing: Literal["distinct", "independent", "matching"] | None = (
+        None  # None: distinct for cross-attention, else independent
     )
-    mask: float = 0.0  # share of patches that are no keys of the encoder
+    mask: Below1 = 0.0  # share of patches that are no keys of the encoder
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("sampling", self.sampling, ("off_grid", "pixels", "grid"))
-        _one_of("target_norm", self.target_norm, ("raw", "log_ratio", "std"))
-        _one_of("error", self.error, ("squared", "absolute", "huber"))
-        _one_of("head", self.head, ("cross_attention", "pairwise"))
-        _one_of("query", self.query, ("patch_cat", "positional"))
         for name, unset in (("query", "patch_cat"), ("heads", 1), ("residual", False)):
             if self.head == "pairwise" and getattr(self, name) != unset:
                 raise UserError(
                     f"task.{name}={getattr(self, name)} belongs to task.head=cross_attention, and task.head=pairwise has no such "
                     f"thing; leave it at {unset}"
                 )
-        if self.pairing is not None:
-            _one_of("pairing", self.pairing, ("distinct", "independent", "matching"))
         self._check_boxes()
         _check_mask(self, self.count, self.mask)
         self._check_pairs()
-        if self.heads < 1 or self.width % self.heads:
-            raise UserError(
-                f"task.heads={self.heads} does not divide task.width={self.width}; choose a divisor, e.g. 1"
-            )
+        check_divisor("heads", self.heads, "width", self.width)
         if self.query == "positional" and self.width % 4:
             raise UserError(
                 f"task.width={self.width} is not divisible by 4, as task.query='positional' needs; change it"
@@ -170,7 +150,7 @@ class Part(Vit):
             raise UserError(
                 f"{what} is larger than task.{name}={side}: no such box fits; set task.largest={side} or less"
             )
-        if not 0 < smallest <= largest:
+        if smallest > largest:
             raise UserError(
                 f"task.smallest={smallest:g} and task.largest={largest:g} leave no size; choose 0 < task.smallest <= task.largest"
             )
@@ -182,8 +162,6 @@ class Part(Vit):
     def _check_pairs(self) -> None:
         n = self.count
         most = {"distinct": n * n, "matching": n}.get(self.paired)
-        if self.pairs < 1:
-            raise UserError(f"task.pairs={self.pairs} must be at least 1")
         if most is not None and self.pairs > most:
             raise UserError(
                 f"task.pairs={self.pairs} is more than the {most} {self.paired} pairs of {n} patches; choose {most} or fewer, or "
@@ -329,14 +307,13 @@ class Part(Vit):
 class AbsolutePosition(Vit):
     """Tells the slot of each patch of the regular grid from the pixels of all: the pretext that PART does without a grid."""
 
-    mask: float = 0.0  # share of patches that are no keys of the encoder
-    known: float = 0.0  # share of patches that keep a code of their position, and are not asked for theirs (DropPos)
+    mask: Below1 = 0.0  # share of patches that are no keys of the encoder
+    known: Below1 = 0.0  # share of patches that keep a code of their position, and are not asked for theirs (DropPos)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_several(self)
         _check_mask(self, self.tokens, self.mask)
-        _share("known", self.known)
         told = round(self.known * self.tokens)
         if self.known and not 0 < told < self.tokens:
             what = "tells no patch's place" if not told else "leaves no patch to ask for"
@@ -406,29 +383,21 @@ class Decoder(nn.Module):
 class MaskedAutoencoder(Vit):
     """Fills in masked patches of the regular grid from the others (MAE, arXiv:2111.06377), with fixed codes of positions."""
 
-    mask: float = 0.75  # share of patches that the encoder does not see
-    decoder_width: int = 32
-    decoder_depth: int = 1
-    decoder_head_dim: int = 16
+    mask: Below1 = 0.75  # share of patches that the encoder does not see
+    decoder_width: Size = 32
+    decoder_depth: Layers = 1
+    decoder_head_dim: Size = 16
     normalise: bool = True  # each patch is filled in up to its own mean and deviation
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_several(self)
-        _share("mask", self.mask)
         if not 0 < self.visible < self.tokens:
             what = "shows" if not self.visible else "hides"
             raise UserError(
                 f"task.mask={self.mask} {what} none of {self.tokens} patches; choose a share in between, e.g. 0.5"
             )
-        for name in ("decoder_width", "decoder_depth", "decoder_head_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
-        if self.decoder_width % self.decoder_head_dim:
-            raise UserError(
-                f"task.decoder_head_dim={self.decoder_head_dim} does not divide task.decoder_width={self.decoder_width}; "
-                "choose a divisor"
-            )
+        check_divisor("decoder_head_dim", self.decoder_head_dim, "decoder_width", self.decoder_width)
         self.fixed_positions()  # widths that sine and cosine codes do not fit
         self._codes()
 
@@ -483,32 +452,21 @@ class MaskedAutoencoder(Vit):
 class PartClassifier(Vit):
     """A classifier on an encoder that one of the pretexts has trained: fine-tuning, with positions it never had."""
 
-    classes: int = 10
-    start: str = (
+    classes: Annotated[int, Meta(ge=2, le=2**20)] = 10
+    start: Literal["fresh", "sincos"] = (
         "fresh"  # of the learned positions: "fresh" (truncated normal), or "sincos", as a masked autoencoder knew them
     )
-    pool: str = "mean"  # what is classified: the "mean" of the patch tokens, or the "class" token
+    pool: Literal["mean", "class"] = "mean"  # what is classified: the "mean" of the patch tokens, or the "class" token
     frozen: bool = False  # the encoder is held, and only positions and classifier learn
-    smoothing: float = 0.0  # of labels
-    mixup: float = 0.0  # alpha of the Beta distribution of mixing weights; 0: off
-    cutmix: float = 0.0  # alpha likewise; with both, each batch takes one of them
-    erase: float = 0.0  # share of images of which a rectangle becomes noise
+    smoothing: Below1 = 0.0  # of labels
+    mixup: NonNegative = 0.0  # alpha of the Beta distribution of mixing weights; 0: off
+    cutmix: NonNegative = 0.0  # alpha likewise; with both, each batch takes one of them
+    erase: Share = 0.0  # share of images of which a rectangle becomes noise
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.classes < 2:
-            raise UserError(f"task.classes={self.classes}: a classifier tells two or more apart")
-        _one_of("start", self.start, ("fresh", "sincos"))
-        _one_of("pool", self.pool, ("mean", "class"))
         if self.start == "sincos":
             self.fixed_positions()
-        if not 0 <= self.smoothing < 1:
-            raise UserError(f"task.smoothing={self.smoothing} is no share of a label; choose 0 <= task.smoothing < 1")
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise UserError(f"task.{name}={getattr(self, name)} is negative; 0 turns it off")
-        if not 0 <= self.erase <= 1:
-            raise UserError(f"task.erase={self.erase} is no share of images; choose 0 <= task.erase <= 1")
         for name in ("cutmix", "erase"):
             if self.length and getattr(self, name):
                 raise UserError(f"task.{name}={getattr(self, name)} is for images; set task.{name}=0 for a series")

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from zoo.encoders.vae import HOW, AutoEncoder
 from zoo.errors import UserError
+from zoo.fields import Layers, NonNegative, Size, check_fields
 from zoo.nn.layers import Conv
 from zoo.task import About, Batch, Decodes, Encodes, Network, Params, abilities
 
@@ -54,22 +55,17 @@ class DecoderTune:
     """A decoder that learns to decode noised latents: squared error, features of a frozen network, and a discriminator."""
 
     vae: AutoEncoder = AutoEncoder()
-    noise: float = 0.3  # standard deviation of the Gaussian noise on the scaled latents, that of the flow
-    square: float = 1.0  # weight of the squared error
-    feature: float = 1.0  # weight of the squared difference of features
-    gan: float = 0.1  # weight of the discriminator's judgement; the discriminator itself learns whatever it is
-    lecam: float = 0.001  # weight of the discriminator's regulariser (arXiv:2104.03310)
+    noise: NonNegative = 0.3  # standard deviation of the Gaussian noise on the scaled latents, that of the flow
+    square: NonNegative = 1.0  # weight of the squared error
+    feature: NonNegative = 1.0  # weight of the squared difference of features
+    gan: NonNegative = 0.1  # weight of the discriminator's judgement; the discriminator itself learns whatever it is
+    lecam: NonNegative = 0.001  # weight of the discriminator's regulariser (arXiv:2104.03310)
     network: Any = None  # a task with features, its weights under Run.weights["features"]; None: that term is off
-    width: int = 128  # of the discriminator
-    stages: int = 3  # of the discriminator
+    width: Size = 128  # of the discriminator
+    stages: Layers = 3  # of the discriminator
 
     def __post_init__(self) -> None:
-        for name in ("noise", "square", "feature", "gan", "lecam"):
-            if getattr(self, name) < 0:
-                raise UserError(f"task.{name}={getattr(self, name)} is negative; 0 turns it off")
-        for name in ("width", "stages"):
-            if getattr(self, name) < 1:
-                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
+        check_fields(self, "task.")
         if self.vae.image < 2**self.stages:
             raise UserError(
                 f"task.stages={self.stages} halves images of {self.vae.image} pixels to nothing; choose "

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from zoo.dist import constrain, whole
 from zoo.errors import UserError
+from zoo.fields import Positive, Size, check_fields
 from zoo.flows.inverse import Before, Chain, Guidance, Jacobi, Stepper, invert
 from zoo.flows.transforms import LOG_2PI, affine, shift_right
 from zoo.nn.embed import grid_positions, patchify, rope_angles, unpatchify
@@ -37,19 +38,17 @@ Grid = tuple[int, int]  # rows and columns of tokens
 class LanguageModel:
     """Sizes of a deep block built like a decoder-only language model: grouped heads, gated MLP, norms on both sides."""
 
-    width: int = 2304
-    heads: int = 8
-    kv_heads: int = 4  # each serves heads / kv_heads consecutive query heads
-    head_dim: int = 256
-    mlp: int = 9216
+    width: Size = 2304
+    heads: Size = 8
+    kv_heads: Size = 4  # each serves heads / kv_heads consecutive query heads
+    head_dim: Size = 256
+    mlp: Size = 9216
     qk_norm: bool = True
     post_norm: bool = True
-    base: float = 10_000.0  # of the rotary positions, which count [condition; image] in one row
+    base: Positive = 10_000.0  # of the rotary positions, which count [condition; image] in one row
 
     def __post_init__(self) -> None:
-        for name in ("width", "heads", "kv_heads", "head_dim", "mlp"):
-            if getattr(self, name) < 1:
-                raise UserError(f"task.lm.{name}={getattr(self, name)} must be at least 1")
+        check_fields(self, "task.lm.")
         if self.heads % self.kv_heads:
             raise UserError(f"task.lm.kv_heads={self.kv_heads} does not divide task.lm.heads={self.heads}")
         if self.head_dim % 2:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
 from zoo.dist import constrain
 from zoo.encoders import text as text_encoder
 from zoo.encoders import vae as autoencoder
 from zoo.encoders.text import T5
 from zoo.encoders.vae import AutoEncoder
-from zoo.errors import UserError
+from zoo.errors import UserError, check_divisor
+from zoo.fields import Below1, Dtype, Layers, NonNegative, Positive, Side, Size, SizeOr0, check_fields
 from zoo.flows.inverse import Chain, Guidance, Jacobi, invert
 from zoo.flows.transforms import LOG_2PI
-from zoo.nn.attention import check_backend
-from zoo.nn.transformer import check_remat
+from zoo.nn.attention import Backend, check_backend
+from zoo.nn.transformer import Remat
 from zoo.papers.starflow import model
 from zoo.papers.starflow.model import TIME_PAIRS, LanguageModel
 from zoo.task import About, Batch, Captions, Decodes, Grid, Likelihood, Name, Network, Params, Reads, sample_keys
@@ -52,27 +54,36 @@ class StarFlowSampling:
 class StarFlow:
     """A few shallow and one deep causal transformer over the latents of a frozen autoencoder; exact likelihood."""
 
-    latent: tuple[int, int] = (32, 32)  # rows and columns of the latents it is trained on; samples may have others
-    channels: int = 4
-    patch: int = 1
-    width: int = 2048
-    depths: tuple[int, ...] = (2, 2, 2, 2, 2, 18)  # layers of each flow block, data first; the last is the deep one
-    head_dim: int = 64
-    classes: int = 0  # class-conditional: a one-hot token, with one more for "no class"
-    text_tokens: int = 0  # S, length of a caption; 0: no captions
-    text_width: int = 2048  # E, numbers per caption token
+    latent: tuple[Side, Side] = (32, 32)  # rows and columns of the latents it is trained on; samples may have others
+    channels: Size = 4
+    patch: Side = 1
+    width: Size = 2048
+    depths: Annotated[tuple[Layers, ...], Meta(min_length=1)] = (
+        2,
+        2,
+        2,
+        2,
+        2,
+        18,
+    )  # layers of each flow block, data first; the last is the deep one
+    head_dim: Size = 64
+    classes: SizeOr0 = 0  # class-conditional: a one-hot token, with one more for "no class"
+    text_tokens: SizeOr0 = 0  # S, length of a caption; 0: no captions
+    text_width: Size = 2048  # E, numbers per caption token
     condition: Literal["deep", "all"] = "deep"  # blocks that see class or caption
     start: bool = True  # a learned start token; False: the first token of each block passes unchanged, as in TarFlow
     order: Literal["L2R", "R2L"] = "L2R"  # L2R: blocks 1, 3, 5 run through the grid forwards (5 is the deep one of six)
     positions: Literal["rope", "learned"] = "rope"
-    reach: float = 32.0  # positions of a square grid span [0, reach), whatever its size; part of the weights' identity
+    reach: Positive = (
+        32.0  # positions of a square grid span [0, reach), whatever its size; part of the weights' identity
+    )
     scale: Literal["softplus", "exp"] = "softplus"
-    clip: float = 4.0  # soft clip c tanh(x / c) of the network's outputs; 0: none
+    clip: NonNegative = 4.0  # soft clip c tanh(x / c) of the network's outputs; 0: none
     final_norm: bool = True
     lm: LanguageModel | None = None  # sizes of a deep block built like a language model; None: like the others
-    noise: float = 0.3  # standard deviation of the Gaussian noise on the latents
-    penalty: float = 1e-4  # weight of the mean squares of what enters each block
-    drop: float = 0.1  # probability that class or caption is dropped in training
+    noise: NonNegative = 0.3  # standard deviation of the Gaussian noise on the latents
+    penalty: NonNegative = 1e-4  # weight of the mean squares of what enters each block
+    drop: Below1 = 0.1  # probability that class or caption is dropped in training
     inputs: Literal["latents", "images", "pixels"] = "latents"  # what a batch holds; images are encoded in the step
     captions: Literal["tokens", "features"] = (
         "tokens"  # what a batch holds of a caption; tokens are encoded in the step
@@ -81,46 +92,27 @@ class StarFlow:
     vae: AutoEncoder | None = None  # held; decodes samples, and encodes images
     text: T5 | None = None  # held; encodes tokens
     denoiser: Literal["score", "decoder"] = "score"  # what removes the noise: a score step, or a decoder tuned for it
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; scales, log-dets and losses stay float32
+    dtype: Dtype = "float32"  # of activations; scales, log-dets and losses stay float32
     scan: bool = True  # scan over the layers of a block; False unrolls
-    remat: str = "none"  # none, dots or full: what the backward pass recomputes
-    attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
+    remat: Remat = "none"  # none, dots or full: what the backward pass recomputes
+    attention: Backend = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
     Sampling = StarFlowSampling
 
     def __post_init__(self) -> None:
-        for name in ("channels", "patch", "width", "head_dim", "text_width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
-        if len(self.latent) != 2 or min(self.latent) < 1 or any(n % self.patch for n in self.latent):
+        check_fields(self, "task.")
+        if any(n % self.patch for n in self.latent):
             raise UserError(
                 f"task.latent={self.latent} must be two sizes that task.patch={self.patch} divides, e.g. task.latent=32,32"
             )
         if self.tokens < 2:
             raise UserError(f"task.patch={self.patch} makes one token, and a flow needs two; choose a smaller patch")
-        if not self.depths or min(self.depths) < 1:
-            raise UserError(f"task.depths={self.depths} must give every block a layer, e.g. task.depths=2,2,2,2,2,18")
-        if self.width % self.head_dim:
-            best = max(k for k in range(1, min(self.head_dim, self.width) + 1) if self.width % k == 0)
-            raise UserError(
-                f"task.head_dim={self.head_dim} does not divide task.width={self.width}; choose a divisor, e.g. "
-                f"task.head_dim={best}"
-            )
-        for name in ("classes", "text_tokens", "clip", "noise", "penalty"):
-            if getattr(self, name) < 0:
-                raise UserError(f"task.{name}={getattr(self, name)} is negative; 0 turns it off")
+        check_divisor("head_dim", self.head_dim, "width", self.width)
         if self.classes and self.text_tokens:
             raise UserError(
                 f"task.classes={self.classes} and task.text_tokens={self.text_tokens}: a model is conditioned on one of them; "
                 "set the other to 0"
             )
-        if not 0 <= self.drop < 1:
-            raise UserError(f"task.drop={self.drop} is no probability below 1; 0.1 is usual")
-        if self.reach <= 0:
-            raise UserError(f"task.reach={self.reach} must be positive; it is the side of the grid first trained on")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"task.{name}={getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}")
         if self.positions == "rope":
             self._check_rope()
         if self.lm is not None and (self.positions != "rope" or (self.prefix and self.text_width != self.lm.width)):
@@ -129,7 +121,6 @@ class StarFlow:
                 f"task.text_width={self.lm.width}"
             )
         self._check_encoders()
-        check_remat(self.remat)
         check_backend(self.attention, self.dtype)
 
     def _check_rope(self) -> None:
@@ -476,19 +467,6 @@ class StarFlow:
                         Name(f"{theirs}.attn_blocks.{l}.{source}", f"{ours}/trunk/block/{target}", layout, sizes, l)
                     )
         return names
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "condition": ("deep", "all"),
-    "order": ("L2R", "R2L"),
-    "positions": ("rope", "learned"),
-    "scale": ("softplus", "exp"),
-    "inputs": ("latents", "images", "pixels"),
-    "captions": ("tokens", "features"),
-    "template": ("plain", "aspect"),
-    "denoiser": ("score", "decoder"),
-    "dtype": ("float32", "bfloat16"),
-}
 
 
 def _constant(name: str, value: np.ndarray) -> Name:

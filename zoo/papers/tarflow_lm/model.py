@@ -18,6 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from zoo.dist import batch_ways, constrain, whole
+from zoo.fields import Layers, Size, check_fields
 from zoo.flows.inverse import Before, Chain, Inverted, Jacobi, Stepper, invert
 from zoo.flows.transforms import (
     affine,
@@ -50,11 +51,14 @@ class Layer:
     """One flow layer: how it couples a step to those before it, and the transformer that reads those."""
 
     coupling: Literal["mix1", "mixd", "affine"] = "mix1"
-    depth: int = 2  # transformer layers
-    components: int = 64  # K; of a tied codebook it is the vocabulary
+    depth: Layers = 2  # transformer layers
+    components: Size = 64  # K; of a tied codebook it is the vocabulary
     maf: bool = True  # mix1, affine: channels of a step follow one another; False: independent given the steps before
     tied: bool = True  # mixd, first layer: its components are the tokens' own Gaussians
     reverse: bool | None = None  # reads right to left; None: every second layer does
+
+    def __post_init__(self) -> None:
+        check_fields(self, "task.layers: ")
 
 
 # --- networks and heads ---------------------------------------------------------------------------

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
 from zoo.dist import constrain, whole
 from zoo.errors import UserError, check_divisor
+from zoo.fields import Dtype, Layers, Positive, Size, Whole, check_fields
 from zoo.flows.inverse import Jacobi, Stepper, invert, sequential, swept
 from zoo.flows.transforms import shift_right
-from zoo.nn.attention import check_backend
+from zoo.nn.attention import Backend, check_backend
 from zoo.nn.layers import Table, normal, zeros
-from zoo.nn.transformer import cast_trunk, check_remat, init_trunk_cache
+from zoo.nn.transformer import Remat, cast_trunk, init_trunk_cache
 from zoo.papers.tarflow_lm.model import (
     HIDDEN,
     Context,
@@ -44,18 +46,13 @@ from zoo.task import About, Batch, Likelihood, Network, Params, sample_keys
 
 
 def _check_common(task: Any) -> None:
-    for name in ("vocab", "length", "width", "head_dim"):
-        if getattr(task, name) < 1:
-            raise UserError(f"task.{name}={getattr(task, name)} must be at least 1")
+    check_fields(task, "task.")
     if task.width % task.head_dim or task.head_dim % 2:
         fits = [k for k in range(2, min(task.head_dim, task.width) + 1, 2) if task.width % k == 0]
         raise UserError(
             f"task.head_dim={task.head_dim} must be even (positions turn pairs) and divide task.width={task.width}"
             + (f"; choose e.g. task.head_dim={fits[-1]}" if fits else "; choose an even width")
         )
-    if task.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"task.dtype={task.dtype!r}; choose 'float32' or 'bfloat16'")
-    check_remat(task.remat)
     check_backend(task.attention, task.dtype)
 
 
@@ -82,47 +79,44 @@ class TarFlowLMSampling:
 class TarFlowLM:
     """A Gaussian for every token, and flows over the vectors; trained on a lower bound of the likelihood."""
 
-    vocab: int = 27  # V
-    length: int = 256  # T, tokens of a text
-    dims: int = 5  # d, numbers per token
-    patch: int = 1  # P, tokens that a step models together
-    layers: tuple[Layer, ...] = (Layer("mixd", depth=8, components=27), Layer(components=2), Layer(components=2))
-    width: int = 768
-    head_dim: int = 64
-    stage: int = (
+    vocab: Size = 27  # V
+    length: Size = 256  # T, tokens of a text
+    dims: Size = 5  # d, numbers per token
+    patch: Size = 1  # P, tokens that a step models together
+    layers: Annotated[tuple[Layer, ...], Meta(min_length=1)] = (
+        Layer("mixd", depth=8, components=27),
+        Layer(components=2),
+        Layer(components=2),
+    )
+    width: Size = 768
+    head_dim: Size = 64
+    stage: Whole = (
         0  # k: the first k groups of layers, of which the last is trained and the others are held; 0: all at once
     )
-    groups: tuple[int, ...] = ()  # layers of each stage; (): one each
+    groups: tuple[Layers, ...] = ()  # layers of each stage; (): one each
     mix: bool = (
         True  # channels of a patch change places between layers (Algorithm 2); patches of one token have none to
     )
-    sigma: float = 0.3  # standard deviation of the Gaussian of a token at the start; their means start from N(0, I)
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; mixtures, log-dets and losses stay float32
+    sigma: Positive = 0.3  # standard deviation of the Gaussian of a token at the start; their means start from N(0, I)
+    dtype: Dtype = "float32"  # of activations; mixtures, log-dets and losses stay float32
     scan: bool = True  # scan over transformer layers (compiles fast); False unrolls (small models on CPU step faster)
-    remat: str = "none"  # none, dots or full: what the backward pass recomputes
-    attention: str = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
+    remat: Remat = "none"  # none, dots or full: what the backward pass recomputes
+    attention: Backend = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
     Sampling = TarFlowLMSampling
 
     def __post_init__(self) -> None:
         _check_common(self)
-        for name in ("dims", "patch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"task.{name}={getattr(self, name)} must be at least 1")
         check_divisor("patch", self.patch, "length", self.length)
-        if not self.layers:
-            raise UserError("task.layers=() is no flow; give at least one Layer")
-        if self.groups and (min(self.groups) < 1 or sum(self.groups) != len(self.layers)):
+        if self.groups and sum(self.groups) != len(self.layers):
             raise UserError(
                 f"task.groups={self.groups} must share out the {len(self.layers)} layers of task.layers; leave it out for one each"
             )
         stages = len(self.groups or self.layers)
-        if not 0 <= self.stage <= stages:
+        if self.stage > stages:
             raise UserError(
                 f"task.stage={self.stage} is no stage; there are {stages}, from 1, and 0 trains all at once"
             )
-        if not self.sigma > 0:
-            raise UserError(f"task.sigma={self.sigma} must be positive, e.g. task.sigma=0.3")
         if self.mix and self.patch > 1 and self.channels % 2:
             raise UserError(
                 f"task.mix: halves of {self.channels} channels (task.patch={self.patch} times task.dims={self.dims}) change "
@@ -130,10 +124,6 @@ class TarFlowLM:
             )
         for l, layer in enumerate(self.layers):
             name = f"task.layers.{l}"
-            if layer.coupling not in ("mix1", "mixd", "affine"):
-                raise UserError(f"{name}.coupling={layer.coupling!r}; choose mix1, mixd or affine")
-            if layer.depth < 1 or layer.components < 1:
-                raise UserError(f"{name}: depth={layer.depth} and components={layer.components} must be at least 1")
             if self.is_tied(l) and layer.components != self.vocab:
                 raise UserError(
                     f"{name}.components={layer.components}, but a tied codebook has one for each of task.vocab={self.vocab} tokens; "
@@ -333,22 +323,20 @@ class DiscreteLMSampling:
 class DiscreteLM:
     """The usual language model with the same transformer, by which the flows are measured: p(x_t | x_<t) as a softmax."""
 
-    vocab: int = 27
-    length: int = 256
-    width: int = 768
-    depth: int = 12
-    head_dim: int = 64
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    vocab: Size = 27
+    length: Size = 256
+    width: Size = 768
+    depth: Layers = 12
+    head_dim: Size = 64
+    dtype: Dtype = "float32"
     scan: bool = True
-    remat: str = "none"
-    attention: str = "xla"
+    remat: Remat = "none"
+    attention: Backend = "xla"
 
     Sampling = DiscreteLMSampling
 
     def __post_init__(self) -> None:
         _check_common(self)
-        if self.depth < 1:
-            raise UserError(f"task.depth={self.depth} must be at least 1")
 
     @property
     def about(self) -> About:

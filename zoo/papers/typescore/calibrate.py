@@ -12,14 +12,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from msgspec import Meta
 
 from zoo.errors import UserError
+from zoo.fields import NotEmpty, Seed, Share, check_fields
 from zoo.files import write
-from zoo.papers.typescore.evaluate import AnyExtractor
-from zoo.papers.typescore.extractors import Cached, RapidOcr, describe
+from zoo.papers.typescore.extractors import Cached, RapidOcr, TextExtractor, describe
 from zoo.papers.typescore.files import as_json, as_png, claim, seen, writing
 from zoo.papers.typescore.render import TEXT, Corruption, corrupt, plain
 from zoo.papers.typescore.score import SPEC_VERSION, Normalisation, Parts, batch, typescore
@@ -46,34 +47,36 @@ _log = logging.getLogger("zoo")
 class Calibrate:
     """The scores of an extractor on known faults, beside those of a perfect one."""
 
-    extractor: AnyExtractor = RapidOcr()
-    texts: tuple[str, ...] = TEXTS  # what is drawn
-    levels: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the letters and digits that are replaced
+    extractor: TextExtractor = RapidOcr()
+    texts: Annotated[tuple[str, ...], Meta(min_length=1)] = TEXTS  # what is drawn
+    levels: Annotated[tuple[Share, ...], Meta(min_length=1)] = (
+        0.0,
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+    )  # shares of the letters and digits that are replaced
     case_sensitive: bool = False  # whether "Open" for "open" is an error
     ignore_punct: bool = False  # whether punctuation is left out of the comparison
-    seed: int = 0  # of faults and pictures
-    size: int = 512  # pixels of a picture's side
+    seed: Seed = 0  # of faults and pictures
+    size: Annotated[int, Meta(ge=64, le=2**14)] = 512  # pixels of a picture's side
     cache: str = ""  # a folder in which readings are kept; empty for none
-    out: str = "typescore-calibration"  # a folder for the results
+    out: NotEmpty = "typescore-calibration"  # a folder for the results
 
     standalone: ClassVar[bool] = True  # `zoo eval` runs it without a model
 
     def __post_init__(self) -> None:
-        if not self.texts or not all(text.strip() for text in self.texts):
-            raise UserError("texts holds none, or a blank one; give texts of four words or more")
+        check_fields(self)
+        if not all(text.strip() for text in self.texts):
+            raise UserError("texts holds a blank one; give texts of four words or more")
         for text in self.texts:
             if not Normalisation(self.case_sensitive, self.ignore_punct)(text):
                 raise UserError(
                     f"texts: {text!r} is nothing without its punctuation; leave ignore_punct out, or give another text"
                 )
-        if not self.levels or len(set(self.levels)) < len(self.levels):
+        if len(set(self.levels)) < len(self.levels):
             raise UserError(f"levels={self.levels} must be shares from 0 to 1, each once")
-        for level in self.levels:
-            Corruption(p_char=level)
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must be at least 0")
-        if not self.out:
-            raise UserError("out is empty; name a folder for the results")
 
     def run(self) -> dict[str, Any]:
         """Writes calibration.json, calibration.md and calibration.png into `out`, in place of older ones of the same setting;

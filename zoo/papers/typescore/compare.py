@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zoo.errors import UserError
+from zoo.fields import Count, NotEmpty, Seed, check_fields
 from zoo.files import write
 from zoo.papers.typescore import synth
 from zoo.papers.typescore.agreement import agreement, mean_of, of_extractors
@@ -43,7 +44,7 @@ class Compare:
     """Several models' results on one list: who is better, and how surely; or several extractors' on the same models."""
 
     results: tuple[str, ...] = ()  # folders that TypeScore wrote; one is enough with `human`
-    out: str = "typescore-comparison"  # a folder for the comparison
+    out: NotEmpty = "typescore-comparison"  # a folder for the comparison
     truth: tuple[str, ...] = ()  # the models, best first, where that is known: which pairs are told apart rightly
     surrogate: bool = False  # whether the coarse surrogate's resolution is given beside; needs the pictures
     clip: str = ""  # a CLIP model whose resolution is given beside; needs the pictures and the extra vlm
@@ -52,18 +53,13 @@ class Compare:
     extractors: bool = (
         False  # whether extractors are compared, each on the same models; models are then named by their pictures
     )
-    resamples: int = 1000  # of the bootstrap
-    seed: int = 0  # of the bootstrap
+    resamples: Count = 1000  # of the bootstrap
+    seed: Seed = 0  # of the bootstrap
 
     standalone: ClassVar[bool] = True  # `zoo eval` runs it without a model
 
     def __post_init__(self) -> None:
-        if self.resamples < 1:
-            raise UserError(f"resamples={self.resamples} must be at least 1, such as 1000")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must be at least 0")
-        if not self.out:
-            raise UserError("out is empty; name a folder for the comparison")
+        check_fields(self)
         for name in ("truth", "surrogate", "clip", "human"):
             if self.extractors and getattr(self, name):
                 raise UserError(

@@ -24,17 +24,15 @@ import numpy as np
 from PIL import Image
 
 from zoo.errors import UserError
+from zoo.fields import Count, NonNegative, Seed, Whole, check_fields
 from zoo.files import sha256_of_file, sha256_of_json, write
 from zoo.papers.typescore import style as styles
 from zoo.papers.typescore import synth
 from zoo.papers.typescore.extractors import (
     Cached,
     Extraction,
-    Http,
-    Oracle,
     RapidOcr,
-    Tesseract,
-    Transformers,
+    TextExtractor,
     clean,
     describe,
     reading_order,
@@ -59,7 +57,6 @@ from zoo.papers.typescore.score import (
 )
 
 Record = dict[str, Any]
-AnyExtractor = RapidOcr | Tesseract | Http | Transformers | Oracle
 
 RECORDS, SUMMARY, PLOT, REPORT = "records.jsonl", "summary.json", "plot.png", "report.html"
 READINGS = "readings.jsonl"  # those of a stopped run that are not judged yet
@@ -77,29 +74,24 @@ class TypeScore:
 
     wanted: str = synth.SHIPPED  # a file of JSON lines with id, instruction and perhaps text, style; or typeinst_synth
     images: str = ""  # a folder with {id}_{k}.png, or {id}.png; also .jpg and .webp
-    extractor: AnyExtractor = RapidOcr()
+    extractor: TextExtractor = RapidOcr()
     case_sensitive: bool = False  # whether "Open" for "open" is an error
     ignore_punct: bool = False  # whether punctuation is left out of the comparison
     piece_mode: Literal["join", "set"] = "join"  # set: several quoted texts may stand in any order
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of NED, NLCS and SW
+    weights: tuple[NonNegative, NonNegative, NonNegative] = (1.0, 1.0, 1.0)  # of NED, NLCS and SW
     kind: Kind = "similarity"
     style: bool = True  # whether style following is evaluated; models that see are asked once per attribute
-    resamples: int = 1000  # of the bootstrap over instructions
-    seed: int = 0  # of the bootstrap
-    limit: int = 0  # the first so many instructions of the list; 0 for all
+    resamples: Count = 1000  # of the bootstrap over instructions
+    seed: Seed = 0  # of the bootstrap
+    limit: Whole = 0  # the first so many instructions of the list; 0 for all
     cache: str = ""  # a folder in which readings are kept; empty for none
     out: str = ""  # a folder for the results; empty for IMAGES-typescore (IMAGES-typescore-first10 with limit=10)
 
     standalone: ClassVar[bool] = True  # `zoo eval` runs it without a model
 
     def __post_init__(self) -> None:
+        check_fields(self)
         typescore(Parts(1, 1, 1), self.weights, self.kind)
-        if self.resamples < 1:
-            raise UserError(f"resamples={self.resamples} must be at least 1, such as 1000")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must be at least 0")
-        if self.limit < 0:
-            raise UserError(f"limit={self.limit} must be a number of instructions, or 0 for all")
 
     @property
     def normalisation(self) -> Normalisation:

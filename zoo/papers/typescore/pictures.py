@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from msgspec import Meta
 
 from zoo.errors import UserError
+from zoo.fields import Count, NotEmpty, Seed, Share, Whole, check_fields
 from zoo.files import filled, names
 from zoo.papers.typescore import synth
 from zoo.papers.typescore.files import writing
@@ -17,25 +20,19 @@ from zoo.papers.typescore.render import Corruption, save_all
 class Render:
     """Pictures of a list by zoo's own renderer, to try extractors, metrics and comparisons on."""
 
-    out: str = "typescore-pictures"  # a folder for {id}_{k}.png
+    out: NotEmpty = "typescore-pictures"  # a folder for {id}_{k}.png
     wanted: str = synth.SHIPPED  # a file of JSON lines, or typeinst_synth
-    limit: int = 0  # the first so many instructions of the list; 0 for all
+    limit: Whole = 0  # the first so many instructions of the list; 0 for all
     corruption: Corruption = Corruption()
-    style_skill: float = 1.0  # probability that an attribute of the style is as wanted
-    each: int = 1  # pictures of every instruction
-    size: int = 512  # pixels of a side
-    seed: int = 0
+    style_skill: Share = 1.0  # probability that an attribute of the style is as wanted
+    each: Count = 1  # pictures of every instruction
+    size: Annotated[int, Meta(ge=64, le=2**14)] = 512  # pixels of a side
+    seed: Seed = 0
 
     standalone: ClassVar[bool] = True  # `zoo eval` runs it without a model
 
     def __post_init__(self) -> None:
-        if not self.out:
-            raise UserError("out is empty; name a new folder for the pictures, out=FOLDER")
-        if not 0 <= self.style_skill <= 1:
-            raise UserError(f"style_skill={self.style_skill} must be a probability from 0 to 1")
-        for name, least in (("each", 1), ("size", 64), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+        check_fields(self)
 
     def run(self) -> dict[str, Any]:
         """Draws them, all or none. UserError for a list with mistakes, a folder that holds anything already, a text that

@@ -15,12 +15,14 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from zoo.errors import UserError, suggest
+from zoo.fields import Share, check_fields
 from zoo.papers.typescore.instructions import Instruction
 
 TEXT, STYLE, ID = (
@@ -102,22 +104,18 @@ _SURPLUS = (
 )
 
 
-def _check(name: str, value: float, most: float) -> None:
-    if not 0 <= value <= most:  # also refuses what is no number
-        raise UserError(f"{name}={value}: give a number from 0 to {most:g}")
-
-
 @dataclass(frozen=True)
 class Corruption:
     """How a drawn text differs from the wanted one: as shares of it, met exactly but for rounding, which is random and unbiased."""
 
-    p_char: float = 0.0  # letters and digits replaced by others, of those of the words kept
-    p_drop: float = 0.0  # words left out
-    p_surplus: float = 0.0  # words added before or behind, as a share of the words wanted; may exceed 1
+    p_char: Share = 0.0  # letters and digits replaced by others, of those of the words kept
+    p_drop: Share = 0.0  # words left out
+    p_surplus: Annotated[float, Meta(ge=0, le=10)] = (
+        0.0  # words added before or behind, as a share of the words wanted; may exceed 1
+    )
 
     def __post_init__(self) -> None:
-        for name, most in (("p_char", 1.0), ("p_drop", 1.0), ("p_surplus", 10.0)):
-            _check(name, getattr(self, name), most)
+        check_fields(self)
 
 
 def corrupt(text: str, corruption: Corruption, rng: np.random.Generator) -> str:
@@ -171,7 +169,8 @@ def render(
     Raises:
         UserError: a share, `style_skill`, `seed` or `size` out of range; a text that no font shows or that finds no room.
     """
-    _check("style_skill", style_skill, 1.0)
+    if not 0 <= style_skill <= 1:  # also refuses what is no number
+        raise UserError(f"style_skill={style_skill}: give a number from 0 to 1")
     if not isinstance(seed, int) or seed < 0:
         raise UserError(f"seed={seed!r}: give a whole number of 0 or more")
     words, style, layout, ground = np.random.default_rng([seed, zlib.crc32(instruction.id.encode())]).spawn(4)

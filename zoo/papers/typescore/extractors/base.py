@@ -8,9 +8,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+from msgspec import Meta
 from PIL import Image, ImageOps
 
 from zoo.errors import UserError
@@ -68,6 +69,7 @@ Keep = Callable[
 ]  # is told of the i-th image's reading; of one whose telling was broken off twice
 
 
+@runtime_checkable
 class TextExtractor(Protocol):
     """Reads the text in images. Implementations are frozen dataclasses of plain values, so that configs may name them."""
 
@@ -92,6 +94,10 @@ class TextExtractor(Protocol):
         `keep` is called in this thread with each as it is done, in any order, so that a call that is stopped loses none.
         """
         ...
+
+
+Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86400)]  # at most a day
+Threads: TypeAlias = Annotated[int, Meta(ge=1, le=2**10)]
 
 
 def aside(default: Any) -> Any:

@@ -7,11 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
 from zoo.errors import UserError
+from zoo.fields import Count, check_fields
 from zoo.papers.typescore.extractors.base import REVISION, Extraction, Keep, aside, each, join, missing, need
 
 # A model that is not told so repairs misspelt words, which would raise the score; the text that is wanted is never told.
@@ -47,16 +48,14 @@ class Transformers:
     model: str = ""  # a folder, or the name of a model that transformers fetches
     revision: str = ""  # of a fetched model: a branch, tag or commit; empty for its main branch
     device: str = aside("cpu")  # as PyTorch calls it: cpu, cuda, cuda:1
-    dtype: str = "auto"  # of the parameters: auto, float32, bfloat16, float16
-    max_tokens: int = 512  # of an answer
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the parameters
+    max_tokens: Count = 512  # of an answer
 
     name: ClassVar[str] = "transformers"
     prompt: ClassVar[str] = PROMPT
 
     def __post_init__(self) -> None:
-        need(self.max_tokens >= 1, self.name, "max_tokens", self.max_tokens, "a number of at least 1")
-        known = ("auto", "float32", "bfloat16", "float16")
-        need(self.dtype in known, self.name, "dtype", self.dtype, "one of " + ", ".join(known))
+        check_fields(self, f"extractor {self.name}: ")
 
     @property
     def batch(self) -> int:

@@ -29,12 +29,25 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
+from msgspec import Meta
 from PIL import Image
 
 from zoo.errors import UserError
-from zoo.papers.typescore.extractors.base import REVISION, Extraction, Keep, aside, failed, flat, need, shorten
+from zoo.fields import Count, NonNegative, Whole, check_fields
+from zoo.papers.typescore.extractors.base import (
+    REVISION,
+    Extraction,
+    Keep,
+    Seconds,
+    Threads,
+    aside,
+    failed,
+    flat,
+    need,
+    shorten,
+)
 from zoo.papers.typescore.extractors.chat import PROMPT, clean
 
 _log = logging.getLogger("zoo")
@@ -42,6 +55,9 @@ _PIECE = 1 << 16  # bytes sent or read between two looks at the clock
 _ERROR_BYTES, _ERROR_S = 1 << 16, 5.0  # what is read of an answer that tells of an error, and for how long
 _AGAIN = {408, 425, 429}  # and 5xx
 _SHUT = {401, 403}  # no other image will be let in either
+
+
+Wait: TypeAlias = Annotated[float, Meta(ge=0, le=86400)]  # seconds
 
 
 @dataclass(frozen=True)
@@ -68,23 +84,23 @@ class Http:
     api_key_env: str = aside(
         ""
     )  # the NAME of the environment variable that holds the key; empty where none is asked for
-    max_tokens: int = 512  # of an answer
-    temperature: float | None = 0.0  # None where the endpoint refuses to be told
-    token_field: str = "max_tokens"  # what the endpoint calls that limit: max_tokens or max_completion_tokens
-    timeout_s: float = aside(60.0)  # for one try, from connecting to the last byte
-    total_s: float = aside(300.0)  # for one image: all tries and waits
-    retries: int = aside(4)  # tries after the first
-    backoff_s: float = aside(1.0)  # the first wait
-    longest_wait_s: float = aside(30.0)  # of one wait that the server has not asked for
-    give_up: int = aside(8)  # images in a row by whose failure the endpoint counts as out of order; 0: never
-    threads: int = aside(4)  # images under way at once
-    max_bytes: int = aside(4_000_000)  # of an answer
+    max_tokens: Count = 512  # of an answer
+    temperature: NonNegative | None = 0.0  # None where the endpoint refuses to be told
+    token_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # what the endpoint calls that limit
+    timeout_s: Seconds = aside(60.0)  # for one try, from connecting to the last byte
+    total_s: Seconds = aside(300.0)  # for one image: all tries and waits
+    retries: Annotated[int, Meta(ge=0, le=86400)] = aside(4)  # tries after the first
+    backoff_s: Wait = aside(1.0)  # the first wait
+    longest_wait_s: Wait = aside(30.0)  # of one wait that the server has not asked for
+    give_up: Whole = aside(8)  # images in a row by whose failure the endpoint counts as out of order; 0: never
+    threads: Threads = aside(4)  # images under way at once
+    max_bytes: Count = aside(4_000_000)  # of an answer
 
     name: ClassVar[str] = "http"
     prompt: ClassVar[str] = PROMPT
 
     def __post_init__(self) -> None:
-        say = functools.partial(need, name=self.name)
+        check_fields(self, f"extractor {self.name}: ")
         if self.base_url:
             _check_url(self.base_url)
         if self.api_key_env and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.api_key_env):
@@ -92,17 +108,6 @@ class Http:
                 "extractor http: api_key_env is no name of an environment variable in capitals; put the key into a variable, "
                 "and give the variable's name, such as api_key_env=VISION_API_KEY"
             )
-        for field in ("max_tokens", "threads", "max_bytes"):
-            value = getattr(self, field)
-            say(value >= 1, field=field, value=value, expected="a number of at least 1")
-        for field in ("timeout_s", "total_s"):
-            value = getattr(self, field)
-            say(0 < value <= 86400, field=field, value=value, expected="seconds above 0, at most a day")
-        for field in ("retries", "backoff_s", "longest_wait_s", "give_up"):
-            value = getattr(self, field)
-            say(0 <= value <= 86400, field=field, value=value, expected="a number of at least 0")
-        known = ("max_tokens", "max_completion_tokens")
-        say(self.token_field in known, field="token_field", value=self.token_field, expected=" or ".join(known))
 
     @property
     def batch(self) -> int:

@@ -8,18 +8,22 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from msgspec import Meta
 from PIL import Image
 
 from zoo.errors import UserError
+from zoo.fields import Share, check_fields
 from zoo.papers.typescore.extractors.base import (
     REVISION,
     TEXT_CHUNK,
     Extraction,
     Keep,
     Line,
+    Seconds,
+    Threads,
     aside,
     box_of,
     each,
@@ -65,15 +69,14 @@ class Oracle:
 class RapidOcr:
     """RapidOCR (the extra `typescore`), whose networks lie in its wheel: needs no network access and repairs no words."""
 
-    threads: int = aside(2)  # of one operation, on the CPU
-    least_score: float = 0.5  # lines with less confidence are left out; 0 to 1
+    threads: Threads = aside(2)  # of one operation, on the CPU
+    least_score: Share = 0.5  # lines with less confidence are left out; 0 to 1
     upside_down: bool = True  # whether text that is upside down is turned
 
     name: ClassVar[str] = "rapidocr"
 
     def __post_init__(self) -> None:
-        need(self.threads >= 1, self.name, "threads", self.threads, "a number of at least 1")
-        need(0 <= self.least_score <= 1, self.name, "least_score", self.least_score, "a confidence from 0 to 1")
+        check_fields(self, f"extractor {self.name}: ")
 
     @property
     def batch(self) -> int:
@@ -173,15 +176,14 @@ class Tesseract:
     """Tesseract (the program and the package pytesseract). For clean images only: it reads letters into noise."""
 
     lang: str = "eng"  # of its trained data, several joined by +
-    psm: int = 6  # its page segmentation: 6 takes the image for one block of text
-    timeout_s: float = aside(60.0)  # for one image
+    psm: Annotated[int, Meta(ge=0, le=13)] = 6  # its page segmentation: 6 takes the image for one block of text
+    timeout_s: Seconds = aside(60.0)  # for one image
 
     name: ClassVar[str] = "tesseract"
 
     def __post_init__(self) -> None:
+        check_fields(self, f"extractor {self.name}: ")
         need(bool(self.lang) and " " not in self.lang, self.name, "lang", self.lang, "languages such as eng or eng+deu")
-        need(0 <= self.psm <= 13, self.name, "psm", self.psm, "a page segmentation mode from 0 to 13")
-        need(self.timeout_s > 0, self.name, "timeout_s", self.timeout_s, "seconds above 0")
 
     @property
     def batch(self) -> int:
