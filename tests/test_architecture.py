@@ -26,6 +26,7 @@ MAY = {
     "encoders": {"nn"},
     "diffusion": {"nn"},
     "papers": {"nn", "flows", "diffusion", "encoders", "dist"},
+    "papers.metrics": {"papers", "metrics", "data", "dist", "hosts"},  # a paper's own, in zoo/papers/PAPER/metrics.py
     "metrics": {"encoders", "flows", "diffusion", "data", "dist", "hosts", "weights"},
     "train.optim": set(),
     "train.report": {"paths", "train.tracking"},
@@ -52,6 +53,8 @@ def room(module: str) -> str:
     parts = module.split(".")[1:]
     if not parts:
         return ""
+    if parts[0] == "papers" and parts[-1] == "metrics":
+        return "papers.metrics"
     return ".".join(parts[:2]) if parts[0] == "train" else parts[0]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 from zoo.data.pipeline import Data, batches
 from zoo.dist import Mesh
 from zoo.fields import AtLeast2, Below1, Count, Seed, Whole, check_fields
-from zoo.task import Options, Task
+from zoo.task import Metric, Options, Task
 from zoo.train.optim import AdamW, Optim
 
 
@@ -36,25 +36,12 @@ class Samples:
         check_fields(self, "samples.")
 
 
-@runtime_checkable
-class Metric(Protocol):
-    """What a run measures itself by: `name`, steps between measurements, abilities that it needs, and a call."""
-
-    name: str
-    every: int
-    needs: tuple[str, ...]
-
-    def __call__(self, task: Any, params: Any, data: Any, rng: Any) -> Mapping[str, Any]:
-        """The figures."""
-        ...
-
-
 @dataclass(frozen=True)
 class Run:
     """Everything that decides what a training run computes, and when it saves and looks."""
 
     task: Annotated[Any, Task]
-    data: Annotated[Any, Data]
+    data: Data
     steps: Count
     batch: Count
     optim: Optim = AdamW()
@@ -67,7 +54,7 @@ class Run:
     workdir: str | None = None  # default runs/<folder>-<file> of the config
     checkpoint: Checkpoint = Checkpoint()
     samples: Samples = Samples(n=0)
-    evals: tuple[Annotated[Any, Metric], ...] = ()  # each runs every `every` steps (0: at the end only)
+    evals: tuple[Metric, ...] = ()  # each runs every `every` steps (0: at the end only)
     log_every: Count = 50
 
     def __post_init__(self) -> None:

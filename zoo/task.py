@@ -400,19 +400,6 @@ class Metric(ABC):
 # --- looking up -----------------------------------------------------------------------------------
 
 
-def check_task(task: Any, where: str = "task") -> None:
-    """UserError when something is no task: it lacks one of the four members, or its `about` is no `About`."""
-    missing = [name for name in ("spec", "init", "loss", "about") if not hasattr(task, name)]
-    if missing or isinstance(task, type):
-        what = f"the class {task.__name__} itself" if isinstance(task, type) else f"a {type(task).__name__}"
-        lacks = f", which has no {', '.join(missing)}" if missing else "; call it with its fields"
-        raise UserError(f"{where} is {what}{lacks}: a task has about, spec, init and loss (zoo/task.py)")
-    if not isinstance(task.about, About):
-        raise UserError(
-            f"{where}: `about` of {type(task).__name__} is a {type(task.about).__name__}; make it an About(...)"
-        )
-
-
 def abilities(task: Any) -> list[str]:
     """The abilities of a task (or of its class), in the order of `ABILITIES`."""
     return [name for name, ability in ABILITIES.items() if isinstance(task, ability)]

@@ -39,9 +39,14 @@ class Template:
     noise: float = 0.1
     classes: int = 0
 
+    uniform: bool = False
+
     @property
     def about(self) -> About:
-        return About(classes=self.classes, likelihood=Likelihood((8, 8, 1), "noisy", "noisy_bits_per_dim"))
+        noisy = Likelihood((8, 8, 1), "noisy", "noisy_bits_per_dim")
+        return About(
+            classes=self.classes, likelihood=Likelihood((8, 8, 1), "bound", bins=17 / 2) if self.uniform else noisy
+        )
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         spec = {"image": jax.ShapeDtypeStruct((batch, 8, 8, 1), jnp.float32)}
@@ -144,7 +149,7 @@ def test_an_identity_flow_has_the_bits_of_a_standard_normal() -> None:
 
 
 def test_baselines_on_the_digits() -> None:
-    task = Template(noise_type="uniform")
+    task = Template(uniform=True)
     found = Bits(batch=297, limit=3, baselines=True)(task, {"mean": 0.0}, Digits(), RNG)
     assert {"histogram_bpd", "gaussian_bpd"} <= set(found)
     train, test = (_grey_levels(Digits(), split, 17, None) for split in ("train", "test"))
@@ -278,7 +283,7 @@ def test_a_class_that_overflows_is_not_chosen() -> None:
 
 
 def test_dequantised_models_average_draws() -> None:
-    task = Nearest(noise=0.01, noise_type="uniform")
+    task = Nearest(noise=0.01, uniform=True)
     found = BayesAccuracy(batch=64, limit=64, draws=2)(task, {"mean": jnp.asarray(templates())}, Digits(), RNG)
     assert found["accuracy"] > 0.8
     assert found["accuracy_draws"] == 2

@@ -102,6 +102,7 @@ class Guidance:
 
 T = TypeVar("T")
 ByBlock: TypeAlias = T | Annotated[tuple[T, ...], Meta(min_length=1)]  # one for all blocks, or one for each
+Method = Literal["auto", "sequential", "jacobi", "gs_jacobi"]  # names of `Jacobi.of`
 _MODULES = 8  # of "gs_jacobi"
 _BOUND = 1e6  # sweeps never leave it: a token that overflows would reach earlier ones, as 0 times infinity
 FINEST = 1e-6  # tolerance that float32 still resolves for tokens of about 1

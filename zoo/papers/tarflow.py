@@ -20,7 +20,7 @@ from flax import linen as nn
 from zoo.dist import constrain, whole
 from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Count, Dtype, Layers, NonNegative, Side, Size, SizeOr0, check_fields
-from zoo.flows.inverse import Before, Chain, Guidance, Inverted, Jacobi, Stepper, invert
+from zoo.flows.inverse import Before, Chain, Guidance, Inverted, Jacobi, Method, Stepper, invert
 from zoo.flows.transforms import LOG_2PI, affine, shift_right
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import patchify, unpatchify
@@ -289,13 +289,13 @@ def denoise(
 class TarFlowSampling:
     """How images are drawn."""
 
-    guidance: float | Guidance = 0.0  # a weight (annealed, log-scale and shift), or a `Guidance`; 0: off
-    denoise: float | None = None  # strength of the denoising step; None: 1 where the noise is Gaussian, else 0
-    temperature: float = 1.0  # factor on the standard deviation of z (the paper uses 1)
-    method: str | Jacobi = (
-        "auto"  # how blocks are inverted: sequential, jacobi, gs_jacobi, or fields of `Jacobi`; auto:
-    )
-    # sequential, where no command puts another in its place (the fastest that `zoo eval RUN convergence` has saved)
+    guidance: NonNegative | Guidance = 0.0  # a weight (annealed, log-scale and shift), or a `Guidance`; 0: off
+    denoise: NonNegative | None = None  # strength of the denoising step; None: 1 where the noise is Gaussian, else 0
+    temperature: NonNegative = 1.0  # factor on the standard deviation of z (the paper uses 1)
+    method: Method | Jacobi = "auto"  # how blocks are inverted; auto: what `convergence` has saved, else token by token
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

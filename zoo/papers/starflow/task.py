@@ -18,7 +18,7 @@ from zoo.encoders.text import T5
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Dtype, Layers, NonNegative, Positive, Side, Size, SizeOr0, check_fields
-from zoo.flows.inverse import Chain, Guidance, Jacobi, invert
+from zoo.flows.inverse import Chain, Guidance, Jacobi, Method, invert
 from zoo.flows.transforms import LOG_2PI
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.transformer import Remat
@@ -37,17 +37,15 @@ _EMPTY = 1  # the token that ends a caption, which is all there is of an empty o
 class StarFlowSampling:
     """How latents, or pixels, are drawn."""
 
-    guidance: float | Guidance = (
-        0.0  # a weight w of the Gaussian rule, or a `Guidance`; 0: off; the usual scale is 1 + w
-    )
-    denoise: float | None = None  # strength of the score step; None: 1 where `task.denoiser` is "score", else 0
-    temperature: float = 1.0  # factor on the standard deviation of z (the paper uses 1)
-    attention_temperature: float = 1.0  # divides all attention logits
-    grid: tuple[int, int] | None = None  # rows and columns of the latents; None: those of the task
-    method: str | Jacobi = (
-        "auto"  # how blocks are inverted: sequential, jacobi, gs_jacobi, or fields of `Jacobi`; auto:
-    )
-    # sequential, where no command puts another in its place (the fastest that `zoo eval RUN convergence` has saved)
+    guidance: NonNegative | Guidance = 0.0  # a weight w of the Gaussian rule; 0: off; the usual scale is 1 + w
+    denoise: NonNegative | None = None  # strength of the score step; None: 1 where `task.denoiser` is "score", else 0
+    temperature: NonNegative = 1.0  # factor on the standard deviation of z (the paper uses 1)
+    attention_temperature: Positive = 1.0  # divides all attention logits
+    grid: tuple[Size, Size] | None = None  # rows and columns of the latents; None: those of the task
+    method: Method | Jacobi = "auto"  # how blocks are inverted; auto: what `convergence` has saved, else token by token
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

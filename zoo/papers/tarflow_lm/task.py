@@ -13,8 +13,8 @@ from msgspec import Meta
 
 from zoo.dist import constrain, whole
 from zoo.errors import UserError, check_divisor
-from zoo.fields import Dtype, Layers, Positive, Size, Whole, check_fields
-from zoo.flows.inverse import Jacobi, Stepper, invert, sequential, swept
+from zoo.fields import Count, Dtype, Layers, Positive, Share, Size, Whole, check_fields
+from zoo.flows.inverse import Jacobi, Method, Stepper, invert, sequential, swept
 from zoo.flows.transforms import shift_right
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.layers import Table, normal, zeros
@@ -56,23 +56,19 @@ def _check_common(task: Any) -> None:
     check_backend(task.attention, task.dtype)
 
 
-def _check_sampler(temperature: float, **others: Any) -> None:
-    """UserError for options of a sampler that are out of range; traced numbers pass."""
-    for name, value in {"temperature": temperature, **others}.items():
-        if isinstance(value, (int, float)) and not 0 < value < math.inf:
-            raise UserError(f"{name}={value} must be a positive number; 1 leaves the model as it is")
-
-
 @dataclass(frozen=True)
 class TarFlowLMSampling:
     """How texts are drawn."""
 
-    temperature: float = 1.0  # divides the logits of the weights of Mix-d layers; other layers have only `shrink`
-    shrink: float = 1.0  # factor on the standard deviation of the noise
-    strength: float = 0.5  # in [0, 1], how much of the noise of a given text is new: 0 gives it back, 1 forgets it
-    top: int | None = None  # Mix-d layers keep so many of their likeliest components only; None: all
+    temperature: Positive = 1.0  # divides the logits of the weights of Mix-d layers; other layers have only `shrink`
+    shrink: Positive = 1.0  # factor on the standard deviation of the noise
+    strength: Share = 0.5  # in [0, 1], how much of the noise of a given text is new: 0 gives it back, 1 forgets it
+    top: Count | None = None  # Mix-d layers keep so many of their likeliest components only; None: all
     passes: bool = False  # also give what every layer makes of the text
-    method: str | Jacobi = "auto"  # how layers are inverted (`zoo.flows.inverse.Jacobi`); auto is token by token
+    method: Method | Jacobi = "auto"  # how layers are inverted (`zoo.flows.inverse.Jacobi`); auto is token by token
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -267,11 +263,6 @@ class TarFlowLM:
         """
         o = options or TarFlowLMSampling()
         temperature, shrink, strength, top, method = o.temperature, o.shrink, o.strength, o.top, o.method
-        _check_sampler(temperature, shrink=shrink)
-        if isinstance(strength, (int, float)) and not 0 <= strength <= 1:
-            raise UserError(f"strength={strength} must be between 0, the text as it is, and 1, another text")
-        if top is not None and top < 1:
-            raise UserError(f"top={top} leaves no component; give 1 or more, or none for all")
         mixd = any(layer.coupling == "mixd" for layer in self.layers[: self.depth])
         for name, value, plain in (("temperature", temperature, 1), ("top", top, None)):
             if not mixd and isinstance(value, (int, float)) and value != plain:
@@ -316,7 +307,10 @@ class TarFlowLM:
 class DiscreteLMSampling:
     """How texts are drawn."""
 
-    temperature: float = 1.0  # divides the logits
+    temperature: Positive = 1.0  # divides the logits
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -403,7 +397,6 @@ class DiscreteLM:
     ) -> dict[str, jax.Array]:
         """n texts `tokens` int32 [n, T], token by token with a cache; text i depends on (rng, i) alone."""
         temperature = (options or DiscreteLMSampling()).temperature
-        _check_sampler(temperature)
         picks = jax.vmap(lambda key: jax.random.normal(key, (self.length, 1)))(sample_keys(rng, n))
         cache = init_trunk_cache(
             self.depth, self.scan, n, self.length, self.width // self.head_dim, self.head_dim, self.dtype
