@@ -1,6 +1,7 @@
 """Who may import whom, where Flax may live, and what every paper file must say."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -94,6 +95,19 @@ def test_imports_follow_the_plan() -> None:
             if there not in {here, "errors", "fields", "files", "task", *MAY[here]}:
                 wrong.append(f"{name} imports {target}")
     assert not wrong, wrong
+
+
+def test_no_two_files_of_a_paper_import_each_other() -> None:
+    """For types neither: what a network needs of its task is a value that the task makes."""
+    everything = {name: tree for name, tree in modules().items() if name.startswith("zoo.papers.")}
+    uses = {
+        name: {
+            other for other in everything for t in imports(tree) if other != name and f"{t}.".startswith(f"{other}.")
+        }
+        for name, tree in everything.items()
+    }
+    packages = {name for name in everything if any(other.startswith(f"{name}.") for other in everything)}
+    graphlib.TopologicalSorter({name: used - packages for name, used in uses.items()}).prepare()
 
 
 def test_papers_do_not_import_papers() -> None:

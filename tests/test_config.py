@@ -221,7 +221,10 @@ def test_living_things_are_refused_by_name(living: Any):
         (lambda d: d["task"].update({"class": "zoo.papers.tarflow.TarFlaw"}), r"TarFlaw, which does not exist here"),
         (lambda d: d["task"].update({"class": "zoo.papers.gone.Gone"}), r"Gone, which does not exist here"),
         (lambda d: d["task"].update({"class": "zoo.papers.tarflow.FlowNet"}), r"FlowNet, which is no frozen dataclass"),
-        (lambda d: d["task"].update({"class": "zoo.papers.tarflow.flow"}), r"flow, which is no frozen dataclass"),
+        (
+            lambda d: d["task"].update({"class": "zoo.papers.tarflow.patchify"}),
+            r"patchify, which is no frozen dataclass",
+        ),
         (lambda d: d["task"].update({"class": "zoo.papers.tarflow.Guidance"}), r"no frozen dataclass of that module"),
         (lambda d: d["task"].update({"class": "zoo"}), r"'zoo' is no class name"),
         (lambda d: d["task"].update({"class": "zoo..os.system"}), r"is no class name"),

@@ -18,7 +18,6 @@ from zoo.errors import UserError
 from zoo.flows.inverse import Chain, Guidance, Jacobi, Stepper, invert, jacobi, once, sequential, swept
 from zoo.nn.attention import init_cache, write_cache
 from zoo.papers import starflow, tarflow
-from zoo.papers.starflow import model
 
 D = 2
 
@@ -524,12 +523,12 @@ def runs(task, plans, guidance=0.0):
     params = randomised(task)
     if isinstance(task, tarflow.TarFlow):
         z = jax.random.normal(jax.random.key(1), (3, task.tokens, task.dims))
-        blocks = lambda p: (z, tarflow.chain(task, p, 3, LABEL, guidance))  # noqa: E731
+        blocks = lambda p: (z, task.stack.chain(p, 3, LABEL, jnp.full(3, -1), guidance))  # noqa: E731
     else:
         z = jax.random.normal(jax.random.key(1), (3, 3, 3, task.channels))
         y, null = (jax.random.normal(jax.random.key(k), (3, task.prefix, task.condition_width)) for k in (2, 3))
-        tokens, grid = model.tokens(task, z)
-        blocks = lambda p: (tokens, model.chain(task, p, 3, grid, y, null, guidance))  # noqa: E731
+        tokens, stack = task.in_tokens(z)
+        blocks = lambda p: (tokens, stack.chain(p, 3, y, null, guidance))  # noqa: E731
 
     def run(params):
         v, chain = blocks(params)

@@ -14,12 +14,11 @@ from zoo.data.pipeline import epoch
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.flows.inverse import Jacobi, invert
-from zoo.flows.transforms import shift_right
+from zoo.flows.stack import apply
 from zoo.metrics import convergence
 from zoo.metrics.convergence import Convergence, walk
 from zoo.nn.embed import patchify
-from zoo.papers import tarflow
-from zoo.papers.starflow import StarFlow, model
+from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 
 TAR = TarFlow(image=6, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=2, scan=False)
@@ -45,26 +44,17 @@ def passes(task: Any, params: Any, rows: Any, rng: jax.Array) -> list[Any]:
     """Of every block: u, v and how the network makes scale and shift of a guess, without steppers and caches."""
     if isinstance(task, StarFlow):
         draw, noise = jax.random.split(rng)
-        x, grid = model.tokens(task, task.add_noise(noise, task.clean(params, rows, draw)))
-        seen = task.conditions(params, rows)
-        states = [x, *jax.jit(lambda x: model.flow(task, params, x, grid, seen)[0])(x)]
-
-        @partial(jax.jit, static_argnums=0)
-        def network(i: int, u: Any) -> Any:
-            return model.apply(task, i, params[f"block{i}"], u, seen, model.angles(task, i, grid))[:2]
-
-        turn = lambda x, i: model.reorder(task, x, i)  # noqa: E731
+        x, _ = task.in_tokens(task.add_noise(noise, task.clean(params, rows, draw)))
+        seen, odd = task.conditions(params, rows), 0
     else:
-        label = rows.get("label")
         x = patchify(task.add_noise(rng, rows["image"]), task.patch)
-        states = [x, *jax.jit(lambda x: tarflow.flow(task, params, x, label)[0])(x)]
+        seen, odd = rows.get("label"), 1
+    states = jax.jit(lambda x: task.stack.flow(params, x, seen)[0])(x)
+    turn = lambda x, i: x[:, ::-1] if i % 2 == odd else x  # noqa: E731
 
-        @partial(jax.jit, static_argnums=0)
-        def network(i: int, u: Any) -> Any:
-            outputs = tarflow._apply(tarflow._net(task, i), params[f"block{i}"], u, label)[0]
-            return tarflow._split(task, shift_right(outputs))
-
-        turn = lambda x, i: x[:, ::-1] if i % 2 else x  # noqa: E731
+    @partial(jax.jit, static_argnums=0)
+    def network(i: int, u: Any) -> Any:
+        return apply(task.stack.nets[i], params[f"block{i}"], u, seen)[:2]
 
     def affine(i: int) -> Any:
         def of(u: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ from zoo.nn.attention import (
     splash,
     write_cache,
 )
-from zoo.papers.starflow import StarFlow, model
+from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -282,7 +282,7 @@ def blocks_of(task: Any, weight: float) -> Callable[[Any], inverse.Chain]:
         if task is TAR:
             rows = {"image": jnp.zeros((2, 6, 6, 1)), **batch}
             return task.chain(params, rows, jax.random.key(0), guidance=weight)[1]
-        return model.chain(task, params, 2, (3, 3), seen, null, weight)
+        return task.stack.chain(params, 2, seen, null, weight)
 
     return chain
 

@@ -14,9 +14,10 @@ from zoo.encoders.text import T5
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Jacobi
-from zoo.nn.embed import grid_positions, patchify, rope_angles, rotate
+from zoo.flows.stack import apply
+from zoo.nn.embed import grid_positions, patchify, rope_angles, rotate, unpatchify
 from zoo.papers import starflow
-from zoo.papers.starflow import model
+from zoo.papers.starflow.model import positions
 from zoo.train.step import make_sampler
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "starflow"
@@ -25,6 +26,36 @@ CASES = [("t2i_base", True), ("class_cond", False), ("learned_pos", True), ("lm_
 
 def nhwc(x):
     return jnp.asarray(np.moveaxis(x, -3, -1))
+
+
+def tokens(task, x):
+    return task.in_tokens(x)[0]
+
+
+def untokens(task, x, rows):
+    return unpatchify(x, task.patch, task.channels, rows=rows, channel_first=False)
+
+
+def forward(task, params, x, y=None):
+    """z, log-det and mean squares of latents."""
+    x, stack = task.in_tokens(x)
+    return stack.forward(params, x, y)
+
+
+def inverse(task, params, z, y=None, null=None, guidance=0.0, **options):
+    """Latents on the way back from z, which has their shape."""
+    (x, stack), rows = task.in_tokens(z), z.shape[1] // task.patch
+    return [untokens(task, s, rows) for s in stack.inverse(params, x, y, null, guidance, **options).states]
+
+
+def denoise(task, params, x, y=None):
+    tokens, stack = task.in_tokens(x)
+    return untokens(task, stack.denoise(params, tokens, task.noise, y), x.shape[1] // task.patch)
+
+
+def block(stack, params, i, *inputs):
+    """Log-scale and shift of block i."""
+    return apply(stack.nets[i], params[f"block{i}"], *inputs)[:2]
 
 
 def golden(name):
@@ -83,27 +114,23 @@ class Case:
         self.forward = jax.device_get(jax.jit(lambda p: forward_all(self.task, p, self.x, self.y))(self.params))
 
     def loss(self, params, x):
-        z, logdet, squares = starflow.forward(self.task, params, x, self.y)
+        z, logdet, squares = forward(self.task, params, x, self.y)
         return (0.5 * jnp.square(z).mean() - logdet.mean()) + 1e-4 * squares.mean()
 
 
 def forward_all(task, params, x, y):
     """Everything of the forward pass that the golden files hold."""
-    tokens, grid = model.tokens(task, x)
-    states, _ = starflow.flow(task, params, tokens, grid, y)
-    out = {}
-    shape = (len(x), *grid, task.dims)
-    for i, state in enumerate([tokens, *states]):
-        out[f"out{i}"] = state.reshape(shape)
-    for i, state in enumerate([tokens, *states[:-1]]):
-        seen = y if model.conditioned(task, i) else None
-        u = model.reorder(task, state, i)
-        out[f"logdet{i}"] = -model.apply(task, i, params[f"block{i}"], u, seen, model.angles(task, i, grid))[0]
-    z, logdet, squares = starflow.forward(task, params, x, y)
+    tokens, stack = task.in_tokens(x)
+    states, _ = stack.flow(params, tokens, y)
+    rows, columns = (n // task.patch for n in x.shape[1:3])
+    out = {f"out{i}": state.reshape(len(x), rows, columns, task.dims) for i, state in enumerate(states)}
+    for i, state in enumerate(states[:-1]):
+        out[f"logdet{i}"] = -block(stack, params, i, stack.order(state, i), y)[0]
+    z, logdet, squares = forward(task, params, x, y)
     out |= {"loss_z": 0.5 * jnp.square(z).mean(), "loss_logdet": -logdet.mean(), "latent_norm": squares.mean()}
     out["loss"] = out["loss_z"] + out["loss_logdet"]
     out["total_loss"] = out["loss"] + 1e-4 * out["latent_norm"]
-    return {**out, "z": jnp.moveaxis(model.untokens(task, z, grid), -1, 1)}
+    return {**out, "z": jnp.moveaxis(untokens(task, z, rows), -1, 1)}
 
 
 def compare(found, f, **tolerance):
@@ -146,7 +173,7 @@ def test_gradients_equal_the_official_numbers(case):
 
 
 def guided(task, params, noise, y, null, guidance, **options):
-    run = jax.jit(lambda p: starflow.inverse(task, p, noise, y, null, guidance, sequence=True, **options))
+    run = jax.jit(lambda p: inverse(task, p, noise, y, null, guidance, **options))
     return sequence(run(params))
 
 
@@ -164,7 +191,7 @@ def test_samples_equal_the_official_numbers(case):
     assert there or case.name == "t2i_base"
     if "roundtrip_x" in case.f:
         z = nhwc(case.forward["z"])
-        back = jax.jit(lambda p: starflow.inverse(case.task, p, z, case.y))(case.params)
+        back = jax.jit(lambda p: inverse(case.task, p, z, case.y)[-1])(case.params)
         np.testing.assert_allclose(np.moveaxis(back, -1, 1), case.f["roundtrip_x"], atol=5e-4)
 
 
@@ -216,21 +243,19 @@ def test_the_gaussian_rule_equals_the_official_numbers(w):
 
 def test_denoising_equals_the_official_numbers(base):
     f, _ = golden("t2i_sampling")
-    clean = jax.jit(lambda p: starflow.denoise(base.task, p, nhwc(f["x"]), jnp.asarray(f["y"])))(base.params)
+    clean = jax.jit(lambda p: denoise(base.task, p, nhwc(f["x"]), jnp.asarray(f["y"])))(base.params)
     np.testing.assert_allclose(np.moveaxis(clean, -1, 1), f["self_denoise_sigma0.3"], rtol=1e-3, atol=5e-5)
 
 
 def test_a_guided_forward_pass_equals_the_official_numbers(base):
     f, _ = golden("t2i_sampling")
     task, deep = base.task, base.task.blocks - 1
-    tokens, grid = model.tokens(task, nhwc(f["x"]))
-    states, _ = starflow.flow(task, base.params, tokens, grid, jnp.asarray(f["y"]))
-    u, place = model.reorder(task, states[-2], deep), model.angles(task, deep, grid)
-    parts = [
-        model.apply(task, deep, base.params[f"block{deep}"], u, jnp.asarray(f[k]), place)[:2] for k in ("y", "y_null")
-    ]
+    tokens, stack = task.in_tokens(nhwc(f["x"]))
+    states, _ = stack.flow(base.params, tokens, jnp.asarray(f["y"]))
+    u = stack.order(states[-2], deep)
+    parts = [block(stack, base.params, deep, u, jnp.asarray(f[k])) for k in ("y", "y_null")]
     scale, shift = Guidance.of(2.0, "gaussian", annealed=False).apply(*parts, jnp.ones(1))
-    z = model.untokens(task, model.reorder(task, (u - shift) / scale, deep), grid)
+    z = untokens(task, stack.order((u - shift) / scale, deep), f["x"].shape[-2])
     twice = np.concatenate([np.moveaxis(z, -1, 1)] * 2)
     np.testing.assert_allclose(twice, f["forward_guided_z"], atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(np.concatenate([-jnp.log(scale)] * 2), f["forward_guided_logdet_deep"], atol=1e-4)
@@ -278,13 +303,14 @@ def test_rectangular_grids_equal_the_official_numbers(base):
     found = guided(base.task, base.params, nhwc(f["noise"]), y, null, Guidance(2.0))
     compare({f"cfg2.0_{k}": v for k, v in found.items()}, f, atol=5e-4, rtol=1e-4)
     grid, deep = x.shape[1:3], base.task.blocks - 1
-    np.testing.assert_allclose(model.positions(base.task, grid, 8), f["positions_deep"], atol=1e-6)
+    nets = base.task.stack_on(grid).nets
+    np.testing.assert_allclose(positions(grid, 8, base.task.reach), f["positions_deep"], atol=1e-6)
     for i, name in ((deep, "freqs_deep"), (0, "freqs_shallow")):
-        np.testing.assert_allclose(model.angles(base.task, i, grid).repeat(2, -1), f[name], atol=1e-6)
+        np.testing.assert_allclose(nets[i].angles().repeat(2, -1), f[name], atol=1e-6)
     # their pairs are adjacent numbers, ours halves
     rope_in = jnp.asarray(f["rope_in"]).swapaxes(1, 2)
     halves = jnp.concatenate([rope_in[..., 0::2], rope_in[..., 1::2]], -1)
-    out = rotate(halves, jnp.asarray(model.angles(base.task, deep, grid)))
+    out = rotate(halves, jnp.asarray(nets[deep].angles()))
     theirs = f["rope_out"].swapaxes(1, 2)
     np.testing.assert_allclose(out, np.concatenate([theirs[..., 0::2], theirs[..., 1::2]], -1), atol=1e-5)
 
@@ -295,8 +321,8 @@ def test_position_tables_of_the_published_model():
     for rows, columns in ((32, 32), (64, 64), (24, 42)):
         name, deep = f"{rows}x{columns}", big.blocks - 1
         kept = f[f"real_rows_{name}"]
-        np.testing.assert_allclose(model.positions(big, (rows, columns), 128)[kept], f[f"real_pos_{name}"], atol=1e-5)
-        ours = model.angles(big, deep, (rows, columns))[kept].repeat(2, -1)
+        np.testing.assert_allclose(positions((rows, columns), 128, big.reach)[kept], f[f"real_pos_{name}"], atol=1e-5)
+        ours = big.stack_on((rows, columns)).nets[deep].angles()[kept].repeat(2, -1)
         np.testing.assert_allclose(ours, f[f"real_freqs_{name}"], atol=2e-5)
     np.testing.assert_allclose(grid_positions(5, 7, 16), f["pos2d_5x7"], atol=1e-5)
     np.testing.assert_allclose(
@@ -306,7 +332,7 @@ def test_position_tables_of_the_published_model():
 
 def test_positions_of_a_language_model(case):
     if case.name == "lm_deep_block":
-        ours = model.angles(case.task, 2, (4, 4))
+        ours = case.task.stack_on((4, 4)).nets[2].angles()
         np.testing.assert_allclose(ours.repeat(2, -1), case.f["freqs_deep"], atol=1e-6)
 
 
@@ -426,22 +452,20 @@ def test_round_trip(name):
 
     @jax.jit
     def there_and_back(params):
-        z, *_ = starflow.forward(task, params, x, y)
-        return starflow.inverse(task, params, model.untokens(task, z, (task.rows, task.columns)), y), z
+        z, *_ = forward(task, params, x, y)
+        return inverse(task, params, untokens(task, z, task.rows), y)[-1], z
 
     back, z = there_and_back(params)
     np.testing.assert_allclose(back, x, atol=1e-4)
-    assert np.abs(np.asarray(z) - np.asarray(model.tokens(task, x)[0])).max() > 0.1
+    assert np.abs(np.asarray(z) - np.asarray(tokens(task, x))).max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["start", "shifted"])
 def test_logdet_is_the_jacobians(name):
     task = VARIANTS[name]
     params, x, y = randomised(task), latents(task, 1), condition_of(task, 1)
-    jacobian = jax.jit(jax.jacfwd(lambda v: starflow.forward(task, params, v.reshape(x.shape), y)[0].ravel()))(
-        x.ravel()
-    )
-    _, logdet, _ = starflow.forward(task, params, x, y)
+    jacobian = jax.jit(jax.jacfwd(lambda v: forward(task, params, v.reshape(x.shape), y)[0].ravel()))(x.ravel())
+    _, logdet, _ = forward(task, params, x, y)
     np.testing.assert_allclose(np.linalg.slogdet(jacobian)[1] / x.size, logdet[0], atol=1e-5)
     assert abs(float(logdet[0])) > 1e-3
 
@@ -450,13 +474,12 @@ def test_logdet_is_the_jacobians(name):
 def test_a_block_is_causal_in_its_own_order(name):
     task = VARIANTS[name]
     deep = task.blocks - 1
-    params, y = randomised(task)[f"block{deep}"], condition_of(task, 1)
+    params, y = randomised(task), condition_of(task, 1)
     u = jax.random.normal(jax.random.key(3), (1, task.rows * task.columns, task.dims))
 
     @jax.jit
     def outputs(u, y):
-        a, b, _ = model.apply(task, deep, params, u, y, model.angles(task, deep, (4, 4)))
-        return jnp.concatenate([a, b], -1)
+        return jnp.concatenate(block(task.stack, params, deep, u, y), -1)
 
     base = outputs(u, y)
     for token in range(u.shape[1]):
@@ -471,14 +494,11 @@ def test_a_block_is_causal_in_its_own_order(name):
 def test_cached_equals_uncached(name):
     """Token by token and in chunks of five, against the whole sequence at once."""
     task = VARIANTS[name]
-    deep, grid = task.blocks - 1, (4, 4)
-    params, y = randomised(task), condition_of(task, 2)
+    deep, params, y = task.blocks - 1, randomised(task), condition_of(task, 2)
     u = jax.random.normal(jax.random.key(3), (2, 16, task.dims))
-    a, b, _ = jax.jit(lambda u: model.apply(task, deep, params[f"block{deep}"], u, y, model.angles(task, deep, grid)))(
-        u
-    )
+    a, b = jax.jit(lambda u: block(task.stack, params, deep, u, y))(u)
     for chunk in (1, 5):
-        step, cache, start, *_ = model.stepper(task, params, deep, 2, grid, y, None, Guidance())
+        step, cache, start, *_ = task.stack.chain(params, 2, y).stepper(deep)
         fed = jnp.concatenate([jnp.broadcast_to(start, u[:, :1].shape), u[:, :-1]], 1)
         step = jax.jit(step)
         for first in range(0, 16, chunk):
@@ -490,7 +510,7 @@ def test_cached_equals_uncached(name):
 def test_guidance_laws():
     task, params = TINY, randomised(TINY)
     z, y, null = latents(task, 2), condition_of(task, 2), condition_of(task, 2, seed=8)
-    run = jax.jit(lambda p, g, y, null: starflow.inverse(task, p, z, y, null, g), static_argnums=1)
+    run = jax.jit(lambda p, g, y, null: inverse(task, p, z, y, null, g)[-1], static_argnums=1)
     plain = run(params, Guidance(), y, null)
     np.testing.assert_allclose(run(params, Guidance(3.0), y, y), plain, atol=1e-5)  # nothing to be pushed away from
     assert np.abs(run(params, Guidance(3.0), y, null) - plain).max() > 1e-3
@@ -536,14 +556,14 @@ def test_half_precision_keeps_scales_and_losses_in_float32():
     params, x, y = randomised(TINY), latents(TINY, 2), condition_of(TINY, 2)
 
     def both(task):
-        z, logdet, _ = starflow.forward(task, params, x, y)
+        z, logdet, _ = forward(task, params, x, y)
         return 0.5 * jnp.square(z).mean() - logdet.mean(), z, logdet
 
     (want, _, _), (found, z, logdet) = jax.jit(both, static_argnums=0)(TINY), jax.jit(both, static_argnums=0)(half)
     assert z.dtype == logdet.dtype == jnp.float32
     assert abs(float(found - want)) < 0.02
     assert float(found) != float(want)
-    back = jax.jit(lambda p: starflow.inverse(half, p, model.untokens(half, z, (4, 4)), y))(params)
+    back = jax.jit(lambda p: inverse(half, p, untokens(half, z, 4), y)[-1])(params)
     np.testing.assert_allclose(back, x, atol=0.15)
 
 
@@ -563,10 +583,10 @@ def test_denoising_a_gaussian_is_exact():
     """Fresh parameters are one affine map per block: x is Gaussian, and Tweedie's formula its posterior mean."""
     task = dataclasses.replace(TINY, depths=(1,), classes=0, head_dim=16, noise=0.5)
     params = jax.jit(lambda key: dist.unbox(task.init(key)))(jax.random.key(0))
-    a, b, _ = model.apply(task, 0, params["block0"], jnp.zeros((1, 16, 2)), None, model.angles(task, 0, (4, 4)))
+    a, b = block(task.stack, params, 0, jnp.zeros((1, 16, 2)))
     var, mean = jnp.exp(2 * a[0, 0]), b[0, 0]
     x = latents(task, 1)
-    clean = starflow.denoise(task, params, x)
+    clean = denoise(task, params, x)
     np.testing.assert_allclose(clean, x - 0.25 * (x - mean) / var, atol=1e-5)
 
 
@@ -587,7 +607,7 @@ def test_a_dropped_class_is_none_and_a_dropped_caption_the_null():
 def test_grids_that_patches_do_not_fill_are_refused():
     task = VARIANTS["patch"]
     with pytest.raises(UserError, match=r"task.patch=2 does not divide latents of 4 x 5"):
-        jax.eval_shape(lambda x: model.tokens(task, x)[0], jnp.zeros((1, 4, 5, 2)))
+        jax.eval_shape(lambda x: tokens(task, x), jnp.zeros((1, 4, 5, 2)))
     with pytest.raises(UserError, match=r"grid=0,8"):
         jax.eval_shape(
             lambda p: task.sample(p, jax.random.key(0), 1, None, task.Sampling(grid=(0, 8))), randomised(task)

@@ -12,9 +12,9 @@ import pytest
 from zoo import dist, weights
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Jacobi, jacobi, once, sequential
-from zoo.flows.transforms import affine_inverse
+from zoo.flows.stack import apply
+from zoo.flows.transforms import LOG_2PI, affine_inverse
 from zoo.nn.embed import patchify, unpatchify
-from zoo.nn.transformer import init_trunk_cache
 from zoo.papers import tarflow
 from zoo.train.optim import AdamW
 from zoo.train.step import split
@@ -26,6 +26,23 @@ TINY = tarflow.TarFlow(image=4, channels=1, patch=2, width=16, depth=2, blocks=3
 
 def nhwc(x):
     return jnp.asarray(np.moveaxis(x, -3, -1))
+
+
+def forward(task, params, image, label=None):
+    """z and log-det of images."""
+    return task.stack.forward(params, patchify(image, task.patch), label)[:2]
+
+
+def inverse(task, params, z, label=None, guidance=0.0, method="sequential"):
+    """Images on the way back from z."""
+    none = jnp.full(len(z), -1)
+    states = task.stack.inverse(params, z, label, none, guidance, method=method).states
+    return [unpatchify(s, task.patch, task.channels) for s in states]
+
+
+def block(task, params, t, *inputs):
+    """Log-scale and shift, and what else the network of block t gives."""
+    return apply(task.stack.nets[t], params[f"block{t}"], *inputs)
 
 
 class Case:
@@ -57,24 +74,24 @@ class Case:
         self.inverse = jax.device_get(jax.jit(self._inverse)(self.params))
 
     def loss(self, params, label):
-        z, logdet = tarflow.forward(self.task, params, self.x, label)
+        z, logdet = forward(self.task, params, self.x, label)
         return 0.5 * jnp.square(z).mean() - logdet.mean()
 
     def _forward(self, params):
         task, x, label, out = self.task, self.x, self.label, {}
-        states, logdets = tarflow.flow(task, params, patchify(x, task.patch), label)
+        (patches, *states), logdets = task.stack.flow(params, patchify(x, task.patch), label)
         out |= {
-            "patches": patchify(x, task.patch),
+            "patches": patches,
             "block_outputs": jnp.stack(states),
             "block_logdets": jnp.stack(logdets),
         }
         for suffix, y in [("", label)] + ([("_nolabel", None), ("_droplabel", self.drop)] if task.classes else []):
-            z, logdet = tarflow.forward(task, params, x, y)
+            z, logdet = forward(task, params, x, y)
             out |= {f"z{suffix}": z, f"logdets{suffix}": logdet, f"loss{suffix}": self.loss(params, y)}
         nll = 0.5 * jnp.square(out["z"]).mean((1, 2)) - out["logdets"]
         out |= {
             "nll_per_dim_per_sample": nll,
-            "bpd_per_sample": task.about.likelihood.bits(nll + 0.5 * tarflow.LOG_2PI),
+            "bpd_per_sample": task.about.likelihood.bits(nll + 0.5 * LOG_2PI),
         }
         grads = jax.grad(self.loss)(params, self.drop)
         trained, _ = split(task, grads)
@@ -85,32 +102,36 @@ class Case:
     def _inverse(self, params):
         task, z0, label, w, tau = self.task, self.z0, self.label, self.c["guidance"], self.c["attn_temp"]
         var = params["prior"]["var"]
-        z = tarflow.forward(task, params, self.x, label)[0]
+        z = forward(task, params, self.x, label)[0]
+        plain = inverse(task, params, z0, label)
         out = {
-            "x_rec": tarflow.inverse(task, params, z / jnp.sqrt(var), label),
-            "sample_plain_sequence": tarflow.inverse(task, params, z0, label, sequence=True),
-            "sample_guided": tarflow.inverse(task, params, z0, label, Guidance(w, "ab", tau, annealed=False)),
-            "sample_guided_annealed": tarflow.inverse(task, params, z0, label, Guidance(w, "ab", tau)),
-            "sample_guided_annealed_a": tarflow.inverse(task, params, z0, label, Guidance(w, "a", tau)),
-            "sample_guided_annealed_b": tarflow.inverse(task, params, z0, label, Guidance(w, "b", tau)),
+            "x_rec": inverse(task, params, z / jnp.sqrt(var), label)[-1],
+            "sample_plain_sequence": jnp.stack([unpatchify(z0, task.patch, task.channels), *plain[1:]]),
+            "sample_guided": inverse(task, params, z0, label, Guidance(w, "ab", tau, annealed=False))[-1],
+            "sample_guided_annealed": inverse(task, params, z0, label, Guidance(w, "ab", tau))[-1],
+            "sample_guided_annealed_a": inverse(task, params, z0, label, Guidance(w, "a", tau))[-1],
+            "sample_guided_annealed_b": inverse(task, params, z0, label, Guidance(w, "b", tau))[-1],
         }
         out |= self._jacobi(params)
         if task.classes:
-            out["sample_guided_annealed_temp1"] = tarflow.inverse(task, params, z0, label, w)
-            out["sample_nolabel"] = tarflow.inverse(task, params, z0)
-            out["sample_nolabel_guided_annealed"] = tarflow.inverse(task, params, z0, None, Guidance(w, "ab", tau))
+            out["sample_guided_annealed_temp1"] = inverse(task, params, z0, label, w)[-1]
+            out["sample_nolabel"] = inverse(task, params, z0)[-1]
+            out["sample_nolabel_guided_annealed"] = inverse(task, params, z0, None, Guidance(w, "ab", tau))[-1]
         sample = nhwc(self.f["out/sample_plain"])
         for name, y in [("denoised", label)] + ([("denoised_nolabel", None)] if task.classes else []):
-            out[f"{name}_score_x"] = tarflow.score(task, params, self.x, y)
-            out[f"{name}_x"] = tarflow.denoise(task, params, self.x, y)
-            out[f"{name}_sample_plain"] = tarflow.denoise(task, params, sample, y)
+            score = task.stack.score(params, patchify(self.x, task.patch), y)
+            out[f"{name}_score_x"] = unpatchify(score, task.patch, task.channels)
+            for end, x in (("x", self.x), ("sample_plain", sample)):
+                clean = task.stack.denoise(params, patchify(x, task.patch), task.noise, y)
+                out[f"{name}_{end}"] = unpatchify(clean, task.patch, task.channels)
         return out
 
     def last_block(self, params):
         """What inverts the last block, and what goes into it in its own order."""
         z = jnp.asarray(self.f["in/z0"]) * jnp.sqrt(params["prior"]["var"])
         last = self.task.blocks - 1
-        return tarflow.chain(self.task, params, len(z), self.label).stepper(last), tarflow._order(z, last)
+        stack = self.task.stack
+        return stack.chain(params, len(z), self.label).stepper(last), stack.order(z, last)
 
     def _jacobi(self, params):
         """The last block token by token, and by sweeps u <- v s(u) + b(u) over all tokens, every one of them kept."""
@@ -119,12 +140,12 @@ class Case:
 
         def sweep(u, _):
             u = affine_inverse(v, *once(stepper, u))
-            return u, tarflow._order(u, last)
+            return u, self.task.stack.order(u, last)
 
         _, sweeps = jax.lax.scan(sweep, v, length=tokens)
         chosen = jnp.array([1, 2, 3, 4, 8, tokens - 1, tokens]) - 1
         error = jnp.abs(sweeps - self.f["out/jacobi_exact"]).max((1, 2, 3))
-        exact = tarflow._order(sequential(stepper, v), last)
+        exact = self.task.stack.order(sequential(stepper, v), last)
         return {"jacobi_exact": exact, "jacobi_iterates": sweeps[chosen], "jacobi_err": error}
 
 
@@ -176,7 +197,7 @@ def test_sweeps_equal_the_official_iterates(case):
 
     found, exact = run(case.params), case.task.tokens - 1
     for (u, sweeps, bad), theirs, count in zip(found, (0, 3, 4, 6), (1, 4, 8, exact), strict=True):
-        ours = tarflow._order(u, case.task.blocks - 1)
+        ours = case.task.stack.order(u, case.task.blocks - 1)
         np.testing.assert_allclose(ours, case.f["out/jacobi_iterates"][theirs], rtol=0, atol=2e-5)
         assert (sweeps <= count).all()
         assert sweeps.max() == count
@@ -191,8 +212,8 @@ def test_full_sweeps_equal_the_official_samples(case, modules):
 
     @jax.jit
     def run(params):
-        plain = tarflow.inverse(case.task, params, case.z0, case.label, method=method)
-        return plain, tarflow.inverse(case.task, params, case.z0, case.label, Guidance(w, "ab", tau), method=method)
+        weights = (0.0, Guidance(w, "ab", tau))
+        return [inverse(case.task, params, case.z0, case.label, g, method)[-1] for g in weights]
 
     for ours, name in zip(run(case.params), ("sample_plain", "sample_guided_annealed"), strict=True):
         np.testing.assert_allclose(ours, nhwc(case.f[f"out/{name}"]), rtol=0, atol=2e-5, err_msg=name)
@@ -270,8 +291,8 @@ def test_round_trip(scale):
 
     @jax.jit
     def there_and_back(params):
-        z, _ = tarflow.forward(task, params, x, label)
-        return tarflow.inverse(task, params, z / jnp.sqrt(params["prior"]["var"]), label)
+        z, _ = forward(task, params, x, label)
+        return inverse(task, params, z / jnp.sqrt(params["prior"]["var"]), label)[-1]
 
     np.testing.assert_allclose(there_and_back(params), x, atol=1e-4)
 
@@ -280,10 +301,10 @@ def test_logdet_is_the_jacobians():
     params, x = randomised(TINY), picture(TINY, 1)
 
     def flat(v):
-        return tarflow.forward(TINY, params, v.reshape(x.shape))[0].ravel()
+        return forward(TINY, params, v.reshape(x.shape))[0].ravel()
 
     jacobian = jax.jit(jax.jacfwd(flat))(x.ravel())
-    _, logdet = tarflow.forward(TINY, params, x)
+    _, logdet = forward(TINY, params, x)
     dims = TINY.tokens * TINY.dims
     np.testing.assert_allclose(np.linalg.slogdet(jacobian)[1] / dims, logdet[0], atol=1e-5)
     assert abs(float(logdet[0])) > 1e-3
@@ -295,36 +316,38 @@ def test_a_block_is_causal_in_its_own_order(t):
 
     @jax.jit
     def outputs(u):
-        out, *_ = tarflow._apply(tarflow._net(TINY, t), params[f"block{t}"], u)
-        return out
+        return jnp.concatenate(block(TINY, params, t, u)[:2], -1)
 
     for token in range(TINY.tokens):
         changed = outputs(u.at[:, token].add(1.0)) - outputs(u)
-        np.testing.assert_array_equal(changed[:, :token], 0)
-        assert np.abs(changed[:, token]).max() > 0
+        np.testing.assert_array_equal(changed[:, : token + 1], 0)
+        assert token == TINY.tokens - 1 or np.abs(changed[:, token + 1]).max() > 0
 
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_cached_equals_uncached(scan):
     task = dataclasses.replace(TINY, scan=scan)
-    params, u = randomised(task)["block1"], jax.random.normal(jax.random.key(3), (2, TINY.tokens, TINY.dims))
-    net = tarflow._net(task, 1)
-    whole, *_ = jax.jit(lambda u: tarflow._apply(net, params, u))(u)
-    cache = init_trunk_cache(task.depth, scan, 2, task.tokens, 2, 8, "float32")
-    one = jax.jit(lambda token, cache, i: tarflow._apply(net, params, token, None, cache, i))
-    for i in range(task.tokens):
-        out, _, cache = one(u[:, i : i + 1], cache, i)
-        np.testing.assert_allclose(out[:, 0], whole[:, i], atol=1e-5)
+    params, u = randomised(task), jax.random.normal(jax.random.key(3), (2, TINY.tokens, TINY.dims))
+    whole = jax.jit(lambda u: block(task, params, 1, u))(u)
+    cache = task.stack.nets[1].memory(2)
+    one = jax.jit(lambda token, cache, i: block(task, params, 1, token, None, cache, i))
+    for i in range(task.tokens - 1):
+        *outputs, cache, _ = one(u[:, i : i + 1], cache, i)
+        for out, want in zip(outputs, whole):
+            np.testing.assert_allclose(out[:, 0], want[:, i + 1], atol=1e-5)
 
 
 def test_guidance_of_nothing_is_nothing():
-    params, z = randomised(TINY), jax.random.normal(jax.random.key(5), (2, TINY.tokens, TINY.dims))
-    plain = tarflow.inverse(TINY, params, z)
-    np.testing.assert_array_equal(tarflow.inverse(TINY, params, z, guidance=0.0), plain)
+    params = randomised(TINY)
+    draw = lambda **options: TINY.sample(params, jax.random.key(5), 2, denoise=0, **options)["image"]  # noqa: E731
+    plain = draw()
+    np.testing.assert_array_equal(draw(guidance=0.0), plain)
     with pytest.warns(UserWarning, match="changes nothing"):
-        same = tarflow.inverse(TINY, params, z, guidance=2.0)
+        same = draw(guidance=2.0)
     np.testing.assert_allclose(same, plain, atol=1e-5)
-    other = tarflow.inverse(TINY, params, z, guidance=Guidance(2.0, attention_temperature=0.3))
+    with pytest.warns(UserWarning, match="do nothing"):
+        np.testing.assert_array_equal(draw(guidance=Guidance(attention_temperature=0.3)), plain)
+    other = draw(guidance=Guidance(2.0, attention_temperature=0.3))
     assert np.abs(other - plain).max() > 1e-3
 
 
@@ -332,9 +355,9 @@ def test_a_negative_label_is_no_label_in_both_directions():
     task = dataclasses.replace(TINY, classes=3)
     params, x = randomised(task), picture(task, 2)
     none = jnp.array([-1, -1])
-    np.testing.assert_allclose(*(tarflow.forward(task, params, x, y)[0] for y in (none, None)), atol=1e-6)
+    np.testing.assert_allclose(*(forward(task, params, x, y)[0] for y in (none, None)), atol=1e-6)
     z = jax.random.normal(jax.random.key(5), (2, task.tokens, task.dims))
-    np.testing.assert_allclose(*(tarflow.inverse(task, params, z, y) for y in (none, None)), atol=1e-5)
+    np.testing.assert_allclose(*(inverse(task, params, z, y)[-1] for y in (none, None)), atol=1e-5)
 
 
 def test_sample_i_depends_on_its_key_alone():
@@ -350,7 +373,7 @@ def test_scanned_and_unrolled_agree_whatever_is_recomputed():
 
     def value(task):
         like = weights.matching(params, weights.abstract(task))
-        loss = lambda p: tarflow.log_prob(task, p, x).mean()  # noqa: E731
+        loss = lambda p: task.stack.log_prob(p, patchify(x, 2)).mean()  # noqa: E731
         total, grads = jax.jit(jax.value_and_grad(loss))(like)
         return total, weights.flatten(weights.stacked(jax.device_get(grads)))
 
@@ -382,7 +405,7 @@ def test_uniform_noise_fills_the_bins():
     noisy = task.add_noise(jax.random.key(0), 2 * k / 16 - 1)
     np.testing.assert_array_equal(jnp.floor((noisy + 1) * 17 / 2), k)
     np.testing.assert_allclose(
-        task.about.likelihood.bits(0.5 * tarflow.LOG_2PI), 0.5 * np.log2(2 * np.pi) + np.log2(17 / 2), rtol=1e-6
+        task.about.likelihood.bits(0.5 * LOG_2PI), 0.5 * np.log2(2 * np.pi) + np.log2(17 / 2), rtol=1e-6
     )
     assert (task.about.likelihood.name, TINY.about.likelihood.name) == ("bpd", "noisy_bits_per_dim")
 
@@ -390,8 +413,8 @@ def test_uniform_noise_fills_the_bins():
 def test_bfloat16_stays_close_and_keeps_float32_where_it_matters():
     task = dataclasses.replace(TINY, dtype="bfloat16")
     params, x = randomised(TINY), picture(TINY, 2)
-    z, logdet = tarflow.forward(task, params, x)
-    want, _ = tarflow.forward(TINY, params, x)
+    z, logdet = forward(task, params, x)
+    want, _ = forward(TINY, params, x)
     assert z.dtype == logdet.dtype == jnp.float32
     np.testing.assert_allclose(z, want, atol=0.1)
     assert np.abs(z - want).max() > 0
@@ -418,4 +441,4 @@ def test_bad_fields_are_named(field, value):
 def test_denoising_refuses_uniform_noise():
     task = dataclasses.replace(TINY, noise_type="uniform")
     with pytest.raises(UserError, match="noise_type"):
-        tarflow.denoise(task, randomised(task), picture(task, 1))
+        task.sample(randomised(task), jax.random.key(0), 1, denoise=1.0)

@@ -54,7 +54,7 @@ def moved(task, scale=0.12):
 @lru_cache
 def forward(task):
     """Compiled once for all tests."""
-    return jax.jit(partial(lm.forward, task))
+    return jax.jit(partial(lm.forward, task.flow))
 
 
 def texts(task, n, seed=2):
@@ -63,7 +63,7 @@ def texts(task, n, seed=2):
 
 def vectors(task, params, n, seed=3):
     """Vectors of random texts, where data live."""
-    return lm.encode(task, params, texts(task, n), jax.random.normal(jax.random.key(seed), (n, task.length, task.dims)))
+    return lm.encode(params, texts(task, n), jax.random.normal(jax.random.key(seed), (n, task.length, task.dims)))
 
 
 @pytest.fixture(scope="module", params=[STACK, FLAT], ids=["stack", "flat"])
@@ -78,21 +78,19 @@ def passed(request):
 
 def test_inverse_undoes_forward(passed):
     task, params, z, states, _ = passed
-    found = jax.jit(partial(lm.inverse, task))(params, states[-1])
+    found = jax.jit(partial(lm.inverse, task.flow))(params, states[-1])
     assert len(found.states) == len(task.layers) + 1
     for there, back in zip([z.reshape(states[0].shape), *states], found.states[::-1]):
         np.testing.assert_allclose(back, there, atol=2e-3)
         assert np.median(np.abs(back - there)) < 1e-4
-    np.testing.assert_array_equal(
-        lm.decode(task, params, found.states[-1].reshape(z.shape)), lm.decode(task, params, z)
-    )
+    np.testing.assert_array_equal(lm.decode(params, found.states[-1].reshape(z.shape)), lm.decode(params, z))
 
 
 def test_sweeps_are_the_sequential_inverse():
     params = moved(ONE)
     z = vectors(ONE, params, 8)
     states, _ = forward(ONE)(params, z)
-    found = jax.jit(partial(lm.inverse, ONE, method="jacobi"))(params, states[-1])
+    found = jax.jit(partial(lm.inverse, ONE.flow, method="jacobi"))(params, states[-1])
     np.testing.assert_allclose(found.states[-1], z, atol=2e-3)
     assert found.report["sweeps"].shape == (8, 1)
 
@@ -102,7 +100,9 @@ def test_log_density_is_that_of_the_brute_force_jacobian(passed):
 
     @jax.jit
     def jacobian(z):
-        return jax.jacfwd(lambda flat: lm.forward(task, params, flat.reshape(1, *z.shape))[0][-1].ravel())(z.ravel())
+        return jax.jacfwd(lambda flat: lm.forward(task.flow, params, flat.reshape(1, *z.shape))[0][-1].ravel())(
+            z.ravel()
+        )
 
     for i in range(2):
         logdet = np.linalg.slogdet(np.asarray(jacobian(z[i]), np.float64))[1]
@@ -111,7 +111,7 @@ def test_log_density_is_that_of_the_brute_force_jacobian(passed):
 
 def test_the_density_needs_not_what_the_last_layer_gives(passed):
     task, params, z, _, log_p = passed
-    states, short = jax.jit(partial(lm.forward, task, last=False))(params, z)
+    states, short = jax.jit(partial(lm.forward, task.flow, last=False))(params, z)
     np.testing.assert_allclose(short, log_p, rtol=1e-4, atol=1e-3)
     assert len(states) == len(task.layers) - (task.layers[-1].coupling != "affine")
 
@@ -125,8 +125,8 @@ def test_a_step_depends_on_those_before_it_alone():
         @jax.jit
         def numbers(h, task=task, params=params):
             """What the head of every step gets from the transformer, in the order of the text."""
-            inside = lm.ordered(task, 0, h)
-            features, _ = lm.apply(lm._context(task, 0), params["layer0"]["context"], lm.shift_right(inside))
+            inside = lm.ordered(task.flow, 0, h)
+            features, _ = lm.apply(task.flow.contexts[0], params["layer0"]["context"], lm.shift_right(inside))
             return features[:, ::-1] if task.is_reverse(0) else features
 
         before = numbers(z)
@@ -138,7 +138,7 @@ def test_a_step_depends_on_those_before_it_alone():
 
 def test_channels_of_a_step_follow_one_another():
     params = moved(STACK)
-    head, f = lm._head(STACK, 1), jnp.ones((1, 1, STACK.width))
+    head, f = lm._head(STACK.flow, 1), jnp.ones((1, 1, STACK.width))
     jacobian = jax.jit(jax.jacfwd(lambda v: lm.apply(head, params["layer1"]["head"], f, v)[0, 0]))(
         jnp.linspace(-1, 1, STACK.channels)[None, None]
     )
@@ -148,12 +148,12 @@ def test_channels_of_a_step_follow_one_another():
 
 def test_channels_change_places_as_in_algorithm_2():
     x = np.arange(4)
-    np.testing.assert_array_equal(STACK.mixing(1), np.concatenate([x[0::2], x[1::2]]))
+    np.testing.assert_array_equal(STACK.flow.mixing(1), np.concatenate([x[0::2], x[1::2]]))
     h = jax.random.normal(jax.random.key(0), (2, STACK.steps, STACK.channels))
     for l in range(3):
-        np.testing.assert_array_equal(lm.restored(STACK, l, lm.ordered(STACK, l, h)), h)
+        np.testing.assert_array_equal(lm.restored(STACK.flow, l, lm.ordered(STACK.flow, l, h)), h)
     plain = dataclasses.replace(STACK, mix=False)
-    np.testing.assert_array_equal(lm.ordered(plain, 2, h), h)
+    np.testing.assert_array_equal(lm.ordered(plain.flow, 2, h), h)
 
 
 # --- the bound ------------------------------------------------------------------------------------
@@ -166,11 +166,11 @@ def test_a_tied_layer_alone_bounds_by_the_discrete_model():
 
     @jax.jit
     def both(params):
-        z = lm.encode(ONE, params, x, eps)
-        features, _ = lm.apply(lm._context(ONE, 0), params["layer0"]["context"], lm.shift_right(z))
-        log_pi = jax.nn.log_softmax(lm.apply(lm._head(ONE, 0), params["layer0"]["head"], features)[:, :, 0])
-        posterior = jax.nn.log_softmax(codebook_log_prob(z, *lm.codebook_of(ONE, params)))
-        return lm.elbo(ONE, params, x, eps), jax.nn.logsumexp(log_pi + posterior, -1).sum(1), log_pi
+        z = lm.encode(params, x, eps)
+        features, _ = lm.apply(ONE.flow.contexts[0], params["layer0"]["context"], lm.shift_right(z))
+        log_pi = jax.nn.log_softmax(lm.apply(lm._head(ONE.flow, 0), params["layer0"]["head"], features)[:, :, 0])
+        posterior = jax.nn.log_softmax(codebook_log_prob(z, *lm.codebook_of(params)))
+        return lm.elbo(ONE.flow, params, x, eps), jax.nn.logsumexp(log_pi + posterior, -1).sum(1), log_pi
 
     for log_sigma in (-0.5, -4.9):
         codebook = {**params["codebook"], "log_scales": jnp.full(ONE.vocab, log_sigma)}
@@ -186,7 +186,7 @@ def test_parts_of_a_text_give_what_the_whole_gives(monkeypatch):
     value = jax.value_and_grad(lambda p: ONE.loss(p, {"tokens": x}, jax.random.key(0))[0])
     whole = jax.jit(value)(params), forward(ONE)(params, z)
     monkeypatch.setattr(lm, "_ROOM", 8 * 2 * ONE.vocab)
-    parts = jax.jit(lambda p: value(p))(params), jax.jit(lambda p: lm.forward(ONE, p, z))(params)
+    parts = jax.jit(lambda p: value(p))(params), jax.jit(lambda p: lm.forward(ONE.flow, p, z))(params)
     assert "scan" in str(jax.make_jaxpr(lambda p: ONE.loss(p, {"tokens": x}, jax.random.key(0)))(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), whole, parts)
 
@@ -287,15 +287,15 @@ def test_a_text_is_rewritten_by_its_strength():
 def test_a_vector_that_is_not_finite_is_no_token():
     params = moved(ONE)
     z = vectors(ONE, params, 1).at[0, 2, 1].set(jnp.nan)
-    np.testing.assert_array_equal(lm.decode(ONE, params, z)[0] < 0, np.arange(ONE.length) == 2)
+    np.testing.assert_array_equal(lm.decode(params, z)[0] < 0, np.arange(ONE.length) == 2)
 
 
 def test_one_channel_has_nobody_to_tell():
     task = dataclasses.replace(ONE, dims=1, layers=(Layer("mix1", depth=1, components=2),))
     params = moved(task)
     z = vectors(task, params, 4)
-    states, _ = jax.jit(partial(lm.forward, task))(params, z)
-    np.testing.assert_allclose(jax.jit(partial(lm.inverse, task))(params, states[-1]).states[-1], z, atol=2e-3)
+    states, _ = jax.jit(partial(lm.forward, task.flow))(params, z)
+    np.testing.assert_allclose(jax.jit(partial(lm.inverse, task.flow))(params, states[-1]).states[-1], z, atol=2e-3)
 
 
 @pytest.mark.parametrize("layer", [ONE.layers[0], Layer("mix1", depth=1, components=3)], ids=["mixd", "mix1"])
@@ -304,8 +304,8 @@ def test_drawing_components_is_the_distribution_of_the_inverse(layer):
     task = dataclasses.replace(ONE, layers=(layer,), length=2)
     params, n = moved(task), 4_000
     noise = jax.random.normal(jax.random.key(0), (n, task.steps, 2 * task.channels))
-    drawn = jax.jit(lambda p: invert(lm.chain(task, p, n, fresh=True), noise).states[-1])(params)
-    exact = jax.jit(lambda p: lm.inverse(task, p, noise[..., : task.channels]).states[-1])(params)
+    drawn = jax.jit(lambda p: invert(lm.chain(task.flow, p, n, fresh=True), noise).states[-1])(params)
+    exact = jax.jit(lambda p: lm.inverse(task.flow, p, noise[..., : task.channels]).states[-1])(params)
     ways = [np.asarray(x).reshape(n, -1) for x in (drawn, exact)]
     assert np.abs(ways[0] - ways[1]).max() > 0.1
     quantiles = [np.percentile(x, [10, 25, 50, 75, 90], axis=0) for x in ways]
@@ -319,17 +319,17 @@ def test_only_the_likeliest_components_are_kept():
     params, n = moved(ONE), 64
     u = jax.random.normal(jax.random.key(0), (n, 1, ONE.channels))
     f = jax.random.normal(jax.random.key(1), (n, 1, ONE.width))
-    solve = lambda top: jax.jit(lm._solver(ONE, params, 0, False, 1.0, top))(u, f)  # noqa: E731
-    logits = lm.apply(lm._head(ONE, 0), params["layer0"]["head"], f)[:, :, 0]
+    solve = lambda top: jax.jit(lm._solver(ONE.flow, params, 0, False, 1.0, top))(u, f)  # noqa: E731
+    logits = lm.apply(lm._head(ONE.flow, 0), params["layer0"]["head"], f)[:, :, 0]
     kept = logits >= jnp.sort(logits)[..., -3:-2]
     masked = jax.nn.log_softmax(jnp.where(kept, logits, -jnp.inf))
     np.testing.assert_allclose(
-        solve(3), jax.jit(rosenblatt_inverse)(u, masked, *lm.codebook_of(ONE, params)), atol=1e-3, rtol=1e-3
+        solve(3), jax.jit(rosenblatt_inverse)(u, masked, *lm.codebook_of(params)), atol=1e-3, rtol=1e-3
     )
     np.testing.assert_array_equal(solve(ONE.vocab), solve(None))
     # and where components are drawn, nothing but these is
-    drawn = jax.jit(lm._solver(ONE, params, 0, True, 1.0, 1))(jnp.concatenate([0 * u, u], -1), f)
-    np.testing.assert_allclose(drawn[:, 0], lm.codebook_of(ONE, params)[0][logits[:, 0].argmax(-1)], rtol=1e-6)
+    drawn = jax.jit(lm._solver(ONE.flow, params, 0, True, 1.0, 1))(jnp.concatenate([0 * u, u], -1), f)
+    np.testing.assert_allclose(drawn[:, 0], lm.codebook_of(params)[0][logits[:, 0].argmax(-1)], rtol=1e-6)
 
 
 def test_temperature_sharpens_the_choice_of_components():

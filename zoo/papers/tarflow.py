@@ -2,30 +2,32 @@
 
 A stack of causal transformers over image patches, alternating direction, trained by exact likelihood.
 B images, S pixels a side, C channels, P patch, T = (S/P)^2 tokens per image, D = C P P numbers per token.
-Order of this file: network, flow, inverse and guidance, score-based denoising, task, published weights.
+Order of this file: network, task, published weights. Flow, inverse and guidance, score-based denoising are those of
+`zoo/flows/stack.py`, with these networks.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from zoo.dist import constrain, whole
+from zoo.dist import constrain
 from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Count, Dtype, Layers, NonNegative, Side, Size, SizeOr0, check_fields
-from zoo.flows.inverse import Before, Chain, Guidance, Inverted, Jacobi, Method, Stepper, invert
-from zoo.flows.transforms import LOG_2PI, affine, shift_right
+from zoo.flows.inverse import Chain, Guidance, Jacobi, Method
+from zoo.flows.stack import Stack, apply
+from zoo.flows.transforms import LOG_2PI, shift_right
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.layers import Dense, Table, zeros
-from zoo.nn.transformer import Block, Remat, Trunk, cast_trunk, init_trunk_cache
+from zoo.nn.transformer import Block, Remat, Trunk, init_trunk_cache
 from zoo.task import About, Batch, Likelihood, Name, Params, sample_keys
 
 
@@ -33,16 +35,20 @@ class FlowNet(nn.Module):
     """The network of one flow block: tokens up to t -> log-scale and shift of token t + 1."""
 
     tokens: int
-    outputs: int
+    dims: int
     width: int
     depth: int
     head_dim: int
     classes: int
     flip: bool
+    scale: bool
     dtype: str
     scan: bool
     remat: str
     attention: str
+
+    prefix = 0
+    guided = True
 
     @nn.compact
     def __call__(
@@ -52,10 +58,13 @@ class FlowNet(nn.Module):
         cache: Any = None,
         index: Any = None,
         temperature: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        """x [B, T, D] in the block's own order -> outputs [B, T, outputs] float32, hidden [B, T, width], cache.
+    ) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
+        """x [B, T, D] in the block's own order -> log-scale and shift [B, T, D] float32, cache, hidden [B, T, width].
 
-        With a cache, x are the tokens from `index` on.
+        Log-scales are zeros where the flow preserves volume. See `zoo.flows.stack.Net`.
+
+        Args:
+            label: [B] class numbers, negative for "no label"; None for no label at all.
         """
         positions = Table(self.tokens, self.width, name="positions")()
         if self.flip:  # a row of the table belongs to a place in the image, whatever the direction
@@ -75,214 +84,23 @@ class FlowNet(nn.Module):
         h, cache = Trunk(self.depth, block, self.scan, self.remat, name="trunk")(
             h, cache, index, temperature=temperature
         )
-        out = Dense(self.outputs, ("embed", None), kernel_init=zeros, name="out")  # float32: exp() of it compounds
-        return out(h), h, cache
+        outputs = self.dims * (2 if self.scale else 1)
+        out = Dense(outputs, ("embed", None), kernel_init=zeros, name="out")(h)  # float32: exp() of it compounds
+        out = shift_right(out) if cache is None else out
+        a, b = jnp.split(out, 2, axis=-1) if self.scale else (jnp.zeros_like(out), out)
+        return a, b, cache, h
 
+    @nn.nowrap
+    def fresh(self, rng: jax.Array) -> Params:
+        """Fresh parameters; directions differ in the forward pass only."""
+        made: Any = self.init(rng, jnp.zeros((1, self.tokens, self.dims)))
+        return made["params"]
 
-def _net(task: TarFlow, t: int) -> FlowNet:
-    outputs = task.dims * (2 if task.scale else 1)
-    return FlowNet(
-        tokens=task.tokens,
-        outputs=outputs,
-        width=task.width,
-        depth=task.depth,
-        head_dim=task.head_dim,
-        classes=task.classes,
-        flip=t % 2 == 1,
-        dtype=task.dtype,
-        scan=task.scan,
-        remat=task.remat,
-        attention=task.attention,
-    )
-
-
-def _init_net(task: TarFlow, rng: jax.Array) -> Params:
-    """Fresh parameters of one block; directions differ in the forward pass only."""
-    fresh: Any = _net(task, 0).init(rng, jnp.zeros((1, task.tokens, task.dims)))
-    return fresh["params"]
-
-
-def _apply(net: FlowNet, params: Params, *inputs: Any) -> tuple[jax.Array, jax.Array, Any]:
-    outputs: Any = net.apply({"params": params}, *inputs)
-    return outputs
-
-
-def _order(x: jax.Array, t: int) -> jax.Array:
-    """Even blocks run through the image in raster order, odd ones backwards; its own inverse."""
-    return x[:, ::-1] if t % 2 else x
-
-
-def _split(task: TarFlow, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-scale (first half; zeros where the flow preserves volume) and shift (second half)."""
-    if task.scale:
-        a, b = jnp.split(outputs, 2, axis=-1)
-        return a, b
-    return jnp.zeros_like(outputs), outputs
-
-
-def flow(
-    task: TarFlow, params: Params, x: jax.Array, label: jax.Array | None = None
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Data to noise in tokens: [B, T, D] -> the output of every block (the last is z) and its log-det [B] per dimension."""
-    states, logdets = [], []
-    for t in range(task.blocks):
-        u = _order(x, t)
-        outputs, *_ = _apply(_net(task, t), params[f"block{t}"], u, label)
-        a, b = _split(task, shift_right(outputs))
-        v, logdet = affine(u, a, b)
-        x = constrain(_order(v, t), "batch", "tokens", None)
-        states.append(x)
-        logdets.append(logdet)
-    return states, logdets
-
-
-def forward(
-    task: TarFlow, params: Params, image: jax.Array, label: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Data to noise.
-
-    Args:
-        image: [B, S, S, C] in about [-1, 1], noise already added.
-        label: [B] class numbers, negative for "no label"; None for no label at all.
-
-    Returns:
-        z [B, T, D] and logdet [B], the mean over all T D dimensions (times T D: nats).
-    """
-    chex.assert_shape(image, (None, task.image, task.image, task.channels))
-    states, logdets = flow(task, params, patchify(image, task.patch), label)
-    return states[-1], sum(logdets[1:], logdets[0])
-
-
-def _stepper(
-    task: TarFlow,
-    params: Params,
-    t: int,
-    batch: int,
-    label: jax.Array | None,
-    guidance: Guidance,
-    before: Before | None,
-) -> Stepper:
-    """What inverts block t; guided, both passes run as one batch of 2 B."""
-    net, tokens = _net(task, t), task.tokens
-    guided = guidance.active
-    temperature = None
-    if guided:
-        strong = jnp.full((batch,), -1) if label is None else label
-        label = jnp.concatenate([strong, jnp.full((batch,), -1)]) if task.classes else None
-        if guidance.tempered:
-            temperature = jnp.concatenate([jnp.ones(batch), jnp.full((batch,), guidance.attention_temperature)])
-    rows = 2 * batch if guided else batch
-    heads = task.width // task.head_dim
-    cache = Before.memory(
-        before, lambda: init_trunk_cache(task.depth, task.scan, rows, tokens, heads, task.head_dim, task.dtype)
-    )
-    mine = Before.then(before, params[f"block{t}"])
-    block = whole(cast_trunk(mine, task.dtype), lambda: _init_net(task, jax.random.key(0)))
-
-    def step(u: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-        u = jnp.concatenate([u, u]) if guided else u
-        outputs, _, cache = _apply(net, block, u, label, cache, index, temperature)
-        a, b = _split(task, outputs)
-        if guided:
-            ramp = ((index + 1 + jnp.arange(u.shape[1])) / (tokens - 1))[:, None]
-            return *guidance.apply((a[:batch], b[:batch]), (a[batch:], b[batch:]), ramp), cache
-        return jnp.exp(a), b, cache
-
-    return Stepper(step, cache)
-
-
-def chain(
-    task: TarFlow, params: Params, batch: int, label: jax.Array | None = None, guidance: float | Guidance = 0.0
-) -> Chain:
-    """The blocks of the flow as their inverse sees them, for `batch` examples."""
-    guidance = Guidance.of(guidance, "linear", annealed=True)
-    label = label if task.classes else None
-
-    def stepper(t: int, before: Before | None = None) -> Stepper:
-        here = guidance if guidance.blocks == "all" or t == task.blocks - 1 else Guidance()
-        return _stepper(task, params, t, batch, label, here, before)
-
-    return Chain(task.blocks, stepper, _order, lambda t: params[f"block{t}"]["out"]["kernel"])
-
-
-def inverse(
-    task: TarFlow,
-    params: Params,
-    z: jax.Array,
-    label: jax.Array | None = None,
-    guidance: float | Guidance = 0.0,
-    *,
-    method: str | Jacobi = "sequential",
-    sequence: bool = False,
-) -> jax.Array:
-    """Noise to data, token by token with a key/value cache or by sweeps; jit it with `task` and a `Guidance` static.
-
-    Args:
-        z: [B, T, D] drawn from N(0, I); the prior variances are multiplied in here, so the round trip reads
-            inverse(forward(x) / sqrt(var)) = x.
-        label: [B] class numbers, negative for "no label"; None for no label at all.
-        guidance: a weight (annealed, log-scale and shift), or a `Guidance`.
-        method: how blocks are inverted, see `zoo.flows.inverse.Jacobi.of`.
-        sequence: also return the states on the way.
-
-    Returns:
-        image [B, S, S, C], not clipped; with `sequence` [blocks + 1, B, S, S, C]: z before its scaling, then the state
-        after each inverted block, the image last.
-    """
-    states = _invert(task, params, z, label, guidance, method).states
-    images = [unpatchify(s, task.patch, task.channels) for s in ([z, *states[1:]] if sequence else states[-1:])]
-    return jnp.stack(images) if sequence else images[0]
-
-
-def _invert(
-    task: TarFlow,
-    params: Params,
-    z: jax.Array,
-    label: jax.Array | None,
-    guidance: float | Guidance,
-    method: str | Jacobi,
-) -> Inverted:
-    """`inverse` in tokens, with what the method has to tell."""
-    chex.assert_shape(z, (None, task.tokens, task.dims))
-    guidance = Guidance.of(guidance, "linear", annealed=True)
-    if not guidance.active and guidance.tempered:
-        warnings.warn(
-            "guidance.weight is 0: the other fields of guidance do nothing; set a weight such as 2", stacklevel=2
-        )
-    unlabelled = task.classes == 0 or label is None
-    if guidance.active and unlabelled and not guidance.tempered:
-        warnings.warn(
-            "guidance without labels and with attention_temperature=1 compares a pass with itself: it changes nothing and "
-            "costs twice; give labels, or an attention temperature such as 0.5",
-            stacklevel=2,
-        )
-    return invert(chain(task, params, len(z), label, guidance), z * jnp.sqrt(params["prior"]["var"]), method)
-
-
-def log_prob(task: TarFlow, params: Params, image: jax.Array, label: jax.Array | None = None) -> jax.Array:
-    """log p(image) in nats [B] under N(0, I) on z, of the (noisy) image as it is."""
-    z, logdet = forward(task, params, image, label)
-    return task.tokens * task.dims * (logdet - 0.5 * jnp.square(z).mean((1, 2)) - 0.5 * LOG_2PI)
-
-
-def score(task: TarFlow, params: Params, image: jax.Array, label: jax.Array | None = None) -> jax.Array:
-    """Gradient of log p (nats, whole image) with respect to each image, [B, S, S, C]."""
-    return jax.grad(lambda x: log_prob(task, params, x, label).sum())(image)
-
-
-def denoise(
-    task: TarFlow, params: Params, image: jax.Array, label: jax.Array | None = None, strength: float = 1.0
-) -> jax.Array:
-    """One step of Tweedie's formula, x + strength sigma^2 score(x): removes the noise the model was trained with.
-
-    Raises:
-        UserError: the model was trained with uniform noise, which this formula does not remove.
-    """
-    if task.noise_type != "gaussian":
-        raise UserError(
-            f"task.noise_type={task.noise_type!r}: denoising removes Gaussian noise only; sample with denoise=0"
-        )
-    return image + strength * task.noise**2 * score(task, params, image, label)
+    @nn.nowrap
+    def memory(self, rows: int) -> Any:
+        """Empty caches for so many images."""
+        heads = self.width // self.head_dim
+        return init_trunk_cache(self.depth, self.scan, rows, self.tokens, heads, self.head_dim, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -364,6 +182,28 @@ class TarFlow:
         """D, numbers per token."""
         return self.channels * self.patch**2
 
+    @property
+    def stack(self) -> Stack:
+        """The flow over patches: even blocks run through the image in raster order, odd ones backwards."""
+        nets = tuple(
+            FlowNet(
+                tokens=self.tokens,
+                dims=self.dims,
+                width=self.width,
+                depth=self.depth,
+                head_dim=self.head_dim,
+                classes=self.classes,
+                flip=t % 2 == 1,
+                scale=self.scale,
+                dtype=self.dtype,
+                scan=self.scan,
+                remat=self.remat,
+                attention=self.attention,
+            )
+            for t in range(self.blocks)
+        )
+        return Stack(nets, self.tokens, self.dims, rule="linear", annealed=True, first=0)
+
     def flops(self) -> float:
         """Floating-point operations of one training example: 6 per weight and token, and attention's 6 T^2 width a layer.
 
@@ -384,7 +224,7 @@ class TarFlow:
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output kernels are zero, their biases are not (a constant affine map at the start)."""
         # All blocks at once: one graph to compile instead of one per block.
-        many = jax.vmap(lambda key: _init_net(self, key))(jax.random.split(rng, self.blocks))
+        many = jax.vmap(self.stack.nets[0].fresh)(jax.random.split(rng, self.blocks))
         params: Params = {f"block{t}": jax.tree.map(lambda p, t=t: p[t], many) for t in range(self.blocks)}
         return {**params, "prior": {"var": jnp.ones((self.tokens, self.dims))}}
 
@@ -401,7 +241,8 @@ class TarFlow:
         label = batch.get("label") if self.classes else None
         if label is not None and self.drop:
             label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
-        z, logdet = forward(self, params, self.add_noise(noise_rng, batch["image"]), label)
+        x = patchify(self.add_noise(noise_rng, batch["image"]), self.patch)
+        z, logdet, _ = self.stack.forward(params, x, label)
         square = jnp.square(z).mean(0)
         loss = 0.5 * square.mean() - logdet.mean()
         bits = self._likelihood.bits(loss + 0.5 * LOG_2PI)
@@ -417,16 +258,15 @@ class TarFlow:
     def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """-log p in nats [B] of the image with one draw of noise; uses `label` where the batch has it."""
         label = batch.get("label") if self.classes else None
-        return -log_prob(self, params, jax.vmap(self.add_noise)(keys, batch["image"]), label)
+        image = jax.vmap(self.add_noise)(keys, batch["image"])
+        return -self.stack.log_prob(params, patchify(image, self.patch), label)
 
     def features(self, params: Params, batch: Batch) -> jax.Array:
         """Mean over tokens of the middle block's last hidden layer, [B, width]; image without noise, no label."""
-        x = patchify(batch["image"], self.patch)
-        middle = self.blocks // 2
-        for t in range(middle + 1):
-            u = _order(x, t)
-            outputs, hidden, _ = _apply(_net(self, t), params[f"block{t}"], u)
-            x = _order(affine(u, *_split(self, shift_right(outputs)))[0], t)
+        stack, middle = self.stack, self.blocks // 2
+        before = dataclasses.replace(stack, nets=stack.nets[:middle])
+        x = before.flow(params, patchify(batch["image"], self.patch))[0][-1]
+        *_, hidden = apply(stack.nets[middle], params[f"block{middle}"], stack.order(x, middle))
         return hidden.astype(jnp.float32).mean(1)
 
     def sample(
@@ -448,23 +288,47 @@ class TarFlow:
             `image` [n, S, S, C] clipped to [-1, 1] (NaN where the inverse overflowed), `label` [n] where given, and where
             blocks were swept over `sweeps` and `unconverged` [n, blocks] (`zoo.flows.inverse.Inverted`).
         """
-        keys, o = sample_keys(rng, n), options or TarFlowSampling()
+        o = options or TarFlowSampling()
+        strength = float(self.noise_type == "gaussian" and self.noise > 0) if o.denoise is None else o.denoise
+        denoised = not isinstance(strength, (int, float)) or strength != 0
+        if denoised and self.noise_type != "gaussian":
+            raise UserError(
+                f"task.noise_type={self.noise_type!r}: denoising removes Gaussian noise only; sample with denoise=0"
+            )
+        keys, stack = sample_keys(rng, n), self.stack
         z = o.temperature * jax.vmap(lambda k: jax.random.normal(k, (self.tokens, self.dims)))(keys)
         label = (conditions or {}).get("label") if self.classes else None
-        found = _invert(self, params, constrain(z, "batch"), label, o.guidance, o.method)
-        image = unpatchify(found.states[-1], self.patch, self.channels)
-        strength = float(self.noise_type == "gaussian" and self.noise > 0) if o.denoise is None else o.denoise
-        if not isinstance(strength, (int, float)) or strength:
-            image = denoise(self, params, image, label, strength)
+        self._check_guidance(stack.guidance(o.guidance), label)
+        found = stack.inverse(params, constrain(z, "batch"), label, jnp.full(n, -1), o.guidance, method=o.method)
+        x = found.states[-1]
+        if denoised:
+            x = stack.denoise(params, x, self.noise, label, strength)
+        image = unpatchify(x, self.patch, self.channels)
         drawn = {"image": jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan), **found.report}
         return drawn if label is None else {**drawn, "label": label}
+
+    def inverse(self, params: Params, z: jax.Array, label: jax.Array | None = None) -> jax.Array:
+        """Images [B, S, S, C], noisy and not clipped, of z [B, T, D] from N(0, I) and label [B] or None."""
+        return unpatchify(self.stack.inverse(params, z, label).states[-1], self.patch, self.channels)
+
+    def _check_guidance(self, guidance: Guidance, label: jax.Array | None) -> None:
+        if not guidance.active and guidance.tempered:
+            warnings.warn(
+                "guidance.weight is 0: the other fields of guidance do nothing; set a weight such as 2", stacklevel=3
+            )
+        if guidance.active and label is None and not guidance.tempered:
+            warnings.warn(
+                "guidance without labels and with attention_temperature=1 compares a pass with itself: it changes nothing "
+                "and costs twice; give labels, or an attention temperature such as 0.5",
+                stacklevel=3,
+            )
 
     def chain(
         self, params: Params, batch: Batch, rng: jax.Array, *, guidance: float | Guidance = 0.0
     ) -> tuple[jax.Array, Chain]:
         """Noisy examples as tokens [B, T, D], and the blocks that map them to noise; with `label` where the batch has it."""
         x = patchify(self.add_noise(rng, batch["image"]), self.patch)
-        return x, chain(self, params, len(x), batch.get("label"), guidance)
+        return x, self.stack.chain(params, len(x), batch.get("label"), jnp.full(len(x), -1), guidance)
 
     def import_names(self) -> list[Name]:
         """The layout of the official PyTorch implementation (linear weights stored [out, in])."""

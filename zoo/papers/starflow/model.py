@@ -1,4 +1,4 @@
-"""The network of a STARFlow block, the flow, its inverse and guidance, and score-based denoising (arXiv:2506.06276).
+"""The network of a STARFlow block (arXiv:2506.06276); the flow that such blocks make is `zoo/flows/stack.py`'s.
 
 B examples, T = rows x columns tokens of a latent grid, D = C P P numbers per token, S condition tokens in front of them.
 """
@@ -7,26 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from zoo.dist import constrain, whole
 from zoo.errors import UserError
 from zoo.fields import Positive, Size, check_fields
-from zoo.flows.inverse import Before, Chain, Guidance, Jacobi, Stepper, invert
-from zoo.flows.transforms import LOG_2PI, affine, shift_right
-from zoo.nn.embed import grid_positions, patchify, rope_angles, unpatchify
+from zoo.flows.transforms import shift_right
+from zoo.nn.embed import grid_positions, rope_angles
 from zoo.nn.layers import Dense, RMSNorm, Table, normal, zeros
-from zoo.nn.transformer import Block, Trunk, attend_layer, cast_trunk, init_trunk_cache
+from zoo.nn.transformer import Block, Trunk, attend_layer, init_trunk_cache
 from zoo.task import Params
-
-if TYPE_CHECKING:
-    from zoo.papers.starflow.task import StarFlow
 
 UNIT = math.log(math.e - 1)  # softplus of it is 1: a network that says nothing leaves the scale at 1
 TIME_PAIRS = 8  # pairs of each head that the third axis, the place of a condition token, turns
@@ -99,13 +93,16 @@ class LanguageModelBlock(nn.Module):
 class FlowNet(nn.Module):
     """The network of one flow block: the condition and the tokens before t -> log-scale and shift of token t."""
 
+    grid: Grid
     dims: int
     width: int
     depth: int
     head_dim: int
     prefix: int  # S, condition tokens in front; 0: this block sees no condition
+    condition_width: int  # E; 0: no block does
     start: bool  # a learned token in front of the first; else the first passes unchanged
-    places: int  # rows of a table of learned positions; 0: none
+    learned: bool  # a table of positions; else rotary ones
+    reach: float  # of rotary positions
     flip: bool
     softplus: bool
     clip: float
@@ -121,7 +118,6 @@ class FlowNet(nn.Module):
         self,
         x: jax.Array | None,
         condition: jax.Array | None = None,
-        rope: jax.Array | None = None,
         cache: Any = None,
         index: Any = 0,
         temperature: jax.Array | None = None,
@@ -133,10 +129,9 @@ class FlowNet(nn.Module):
 
         Args:
             condition: [B, S, E].
-            rope: angles [S + T, K/2] of all slots.
         """
         parts = []
-        if condition is not None:
+        if condition is not None and self.prefix:
             # The condition of a language model is its own embeddings.
             known = (
                 condition
@@ -149,16 +144,17 @@ class FlowNet(nn.Module):
                 first: Any = self.param("start", normal(1.0), (self.dims,), jnp.float32)
                 x = jnp.concatenate([jnp.broadcast_to(first, x[:, :1].shape).astype(x.dtype), x[:, :-1]], axis=1)
             h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(x)
-            if self.places:
-                table = Table(self.places, self.width, name="positions")()
+            if self.learned:
+                table = Table(self.tokens, self.width, name="positions")()
                 table = table[::-1] if self.flip else table  # a row belongs to a place, whatever the direction
                 if cache is not None:
                     table = jax.lax.dynamic_slice_in_dim(table, index - self.prefix, x.shape[1])
                 h = h + table.astype(self.dtype)
             parts.append(h)
         h = jnp.concatenate(parts, axis=1)
+        rope: Any = self.angles()
         if rope is not None and cache is not None:
-            rope = jax.lax.dynamic_slice_in_dim(rope, index, h.shape[1])
+            rope = jax.lax.dynamic_slice_in_dim(jnp.asarray(rope), index, h.shape[1])
         if self.lm:
             block: nn.Module = LanguageModelBlock(self.lm, self.dtype, self.attention, parent=None)
         else:
@@ -178,267 +174,53 @@ class FlowNet(nn.Module):
         a, b = jnp.split(out, 2, axis=-1)
         return jnp.log(jax.nn.softplus(a + UNIT)) if self.softplus else a, b, cache
 
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.grid[0] * self.grid[1]
 
-def init_net(task: StarFlow, i: int, rng: jax.Array) -> Params:
-    """Fresh parameters of block i."""
-    x = jnp.zeros((1, task.tokens, task.dims))
-    seen = jnp.zeros((1, task.prefix, task.condition_width)) if conditioned(task, i) else None
-    fresh: Any = net(task, i).init(rng, x, seen, angles(task, i, (task.rows, task.columns)))
-    return fresh["params"]
+    @property
+    def guided(self) -> bool:
+        """Whether guidance bends this block: where it sees the condition."""
+        return self.prefix > 0
 
+    @nn.nowrap
+    def angles(self) -> np.ndarray | None:
+        """Rotary angles [S + T, K/2] of all slots; None where positions are learned.
 
-def conditioned(task: StarFlow, i: int) -> bool:
-    """Whether block i sees the condition."""
-    return task.prefix > 0 and (task.condition == "all" or i == task.blocks - 1)
+        Not reordered with the tokens: slot k always has the place of the k-th cell, in backward blocks too (as the official
+        code has it). A model with a condition keeps the third axis in all blocks.
+        """
+        if self.learned:
+            return None
+        if self.lm:
+            return rope_angles(np.arange(self.prefix + self.tokens)[:, None], (self.lm.head_dim // 2,), self.lm.base)
+        place, half = positions(self.grid, self.prefix, self.reach), self.head_dim // 2
+        if self.condition_width:
+            plane = (half - TIME_PAIRS) // 2
+            return rope_angles(place, (plane, plane, TIME_PAIRS))
+        return rope_angles(place[:, :2], (half // 2, half // 2))
 
+    @nn.nowrap
+    def fresh(self, rng: jax.Array) -> Params:
+        """Fresh parameters."""
+        seen = jnp.zeros((1, self.prefix, self.condition_width)) if self.prefix else None
+        made: Any = self.init(rng, jnp.zeros((1, self.tokens, self.dims)), seen)
+        return made["params"]
 
-def net(task: StarFlow, i: int) -> FlowNet:
-    """The network of block i; the last one is the deep one, nearest the noise."""
-    lm = task.lm if i == task.blocks - 1 else None
-    return FlowNet(
-        dims=task.dims,
-        width=lm.width if lm else task.width,
-        depth=task.depths[i],
-        head_dim=task.head_dim,
-        prefix=task.prefix if conditioned(task, i) else 0,
-        start=task.start,
-        places=task.tokens if task.positions == "learned" else 0,
-        flip=flips(task, i),
-        softplus=task.scale == "softplus",
-        clip=task.clip,
-        norm=task.final_norm,
-        lm=lm,
-        dtype=task.dtype,
-        scan=task.scan,
-        remat=task.remat,
-        attention=task.attention,
-    )
-
-
-def flips(task: StarFlow, i: int) -> bool:
-    """Whether block i runs through the grid backwards; the order of a task is that of its odd blocks."""
-    return i % 2 == (0 if task.order == "L2R" else 1)
-
-
-def reorder(task: StarFlow, x: jax.Array, i: int) -> jax.Array:
-    """[B, T, D] from raster order to that of block i, or back: its own inverse."""
-    return x[:, ::-1] if flips(task, i) else x
+    @nn.nowrap
+    def memory(self, rows: int) -> Any:
+        """Empty caches for so many examples."""
+        heads, head_dim = self.width // self.head_dim, self.head_dim
+        if self.lm:
+            heads, head_dim = self.lm.kv_heads, self.lm.head_dim
+        return init_trunk_cache(self.depth, self.scan, rows, self.prefix + self.tokens, heads, head_dim, self.dtype)
 
 
-def positions(task: StarFlow, grid: Grid, prefix: int) -> np.ndarray:
+def positions(grid: Grid, prefix: int, reach: float) -> np.ndarray:
     """Places [S + T, 3] of all slots: row, column, and the place of a condition token, j / S of the reach."""
-    cells = grid_positions(*grid, task.reach)
+    cells = grid_positions(*grid, reach)
     place = np.zeros((prefix + len(cells), 3))
     place[prefix:, :2] = cells
-    place[:prefix, 2] = np.arange(prefix) / max(prefix, 1) * task.reach
+    place[:prefix, 2] = np.arange(prefix) / max(prefix, 1) * reach
     return place
-
-
-def angles(task: StarFlow, i: int, grid: Grid) -> np.ndarray | None:
-    """Rotary angles [S + T, K/2] of all slots of block i; None where positions are learned.
-
-    Not reordered with the tokens: slot k always has the place of the k-th cell, in backward blocks too (as the official
-    code has it). A model with a condition keeps the third axis in all blocks.
-    """
-    if task.positions == "learned":
-        return None
-    prefix = task.prefix if conditioned(task, i) else 0
-    if task.lm and i == task.blocks - 1:
-        slots = prefix + grid[0] * grid[1]
-        return rope_angles(np.arange(slots)[:, None], (task.lm.head_dim // 2,), task.lm.base)
-    place, half = positions(task, grid, prefix), task.head_dim // 2
-    if task.prefix:
-        plane = (half - TIME_PAIRS) // 2
-        return rope_angles(place, (plane, plane, TIME_PAIRS))
-    return rope_angles(place[:, :2], (half // 2, half // 2))
-
-
-def tokens(task: StarFlow, x: jax.Array) -> tuple[jax.Array, Grid]:
-    """Latents [B, H, W, C] -> tokens [B, T, D] and their grid."""
-    rows, columns = x.shape[1] // task.patch, x.shape[2] // task.patch
-    if (rows * task.patch, columns * task.patch) != x.shape[1:3]:
-        raise UserError(
-            f"task.patch={task.patch} does not divide latents of {x.shape[1]} x {x.shape[2]}; set task.patch=1, or encode "
-            f"the images again with `zoo prepare --multiple {task.factor * task.patch if task.vae else 'N'}`"
-        )
-    if task.positions == "learned" and (rows, columns) != (task.rows, task.columns):
-        raise UserError(
-            f"task.positions='learned' has places for {task.rows} x {task.columns} tokens, but there are {rows} x {columns}; "
-            "use task.positions=rope for other grids"
-        )
-    return patchify(x, task.patch, channel_first=False), (rows, columns)
-
-
-def untokens(task: StarFlow, x: jax.Array, grid: Grid) -> jax.Array:
-    """Tokens [B, T, D] of a grid -> latents [B, H, W, C]."""
-    return unpatchify(x, task.patch, task.channels, rows=grid[0], channel_first=False)
-
-
-def apply(task: StarFlow, i: int, params: Params, *inputs: Any) -> tuple[jax.Array, jax.Array, Any]:
-    """The network of block i, with its own parameters."""
-    outputs: Any = net(task, i).apply({"params": params}, *inputs)
-    return outputs
-
-
-def flow(
-    task: StarFlow, params: Params, x: jax.Array, grid: Grid, condition: jax.Array | None = None
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Data to noise in tokens: [B, T, D] -> the output of every block (the last is z) and its log-det [B] per dimension."""
-    states, logdets = [], []
-    for i in range(task.blocks):
-        u = reorder(task, x, i)
-        seen = condition if conditioned(task, i) else None
-        a, b, _ = apply(task, i, params[f"block{i}"], u, seen, angles(task, i, grid))
-        v, logdet = affine(u, a, b)
-        x = constrain(reorder(task, v, i), "batch", "tokens", None)
-        states.append(x)
-        logdets.append(logdet)
-    return states, logdets
-
-
-def forward(
-    task: StarFlow, params: Params, x: jax.Array, condition: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Data to noise.
-
-    Args:
-        x: [B, H, W, C] latents (or pixels), noise already added; H and W may differ from those of the task.
-        condition: [B, S, E]; None only where the task has none.
-
-    Returns:
-        z [B, T, D], logdet [B] (the mean over all T D dimensions), and the sum over the inputs of all blocks of their mean
-        square [B], which the loss keeps small (STARFlow, appendix on training).
-    """
-    chex.assert_shape(x, (None, None, None, task.channels))
-    x, grid = tokens(task, x)
-    states, logdets = flow(task, params, x, grid, condition)
-    squares = [jnp.square(s).mean((1, 2)) for s in (x, *states[:-1])]
-    return states[-1], sum(logdets[1:], logdets[0]), sum(squares[1:], squares[0])
-
-
-def stepper(
-    task: StarFlow,
-    params: Params,
-    i: int,
-    batch: int,
-    grid: Grid,
-    condition: jax.Array | None,
-    null: jax.Array | None,
-    guidance: Guidance,
-    temperature: float = 1.0,
-    before: Before | None = None,
-) -> Stepper:
-    """What inverts block i: its network on new tokens, caches that hold the condition, and the start token [D].
-
-    Guided, both passes run as one batch of 2 B and see the same tokens (STARFlow section 3.3).
-    """
-    count, prefix = grid[0] * grid[1], task.prefix if conditioned(task, i) else 0
-    deep = i == task.blocks - 1
-    guided = guidance.active and prefix > 0 and (deep or guidance.blocks == "all")
-    rows = 2 * batch if guided else batch
-    heads, head_dim = task.width // task.head_dim, task.head_dim
-    if deep and task.lm:
-        heads, head_dim = task.lm.kv_heads, task.lm.head_dim
-    divide = None
-    if not isinstance(temperature, (int, float)) or temperature != 1 or (guided and guidance.tempered):
-        divide = jnp.full((rows,), temperature, jnp.float32)
-        divide = divide.at[batch:].multiply(guidance.attention_temperature)
-    table = angles(task, i, grid)
-    rope = None if table is None else jnp.asarray(table)
-    cache = Before.memory(
-        before,
-        lambda: init_trunk_cache(task.depths[i], task.scan, rows, prefix + count, heads, head_dim, task.dtype),
-    )
-    mine = Before.then(before, params[f"block{i}"])
-    block = whole(cast_trunk(mine, task.dtype), lambda: init_net(task, i, jax.random.key(0)))
-    if prefix:
-        chex.assert_shape([condition, null] if guided else condition, (batch, prefix, None))
-        seen = jnp.concatenate([jnp.asarray(condition), jnp.asarray(null)]) if guided else condition
-        *_, cache = apply(task, i, block, None, seen, rope, cache, 0, divide)
-
-    def step(u: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-        u = jnp.concatenate([u, u]) if guided else u
-        a, b, cache = apply(task, i, block, u, None, rope, cache, prefix + index, divide)
-        if guided:
-            place = index + jnp.arange(u.shape[1]) + (0 if task.start else 1)
-            ramp = ((place + 1) / count)[:, None]
-            return *guidance.apply((a[:batch], b[:batch]), (a[batch:], b[batch:]), ramp), cache
-        return jnp.exp(a), b, cache
-
-    return Stepper(step, cache, block["start"] if task.start else None, prefix)
-
-
-def chain(
-    task: StarFlow,
-    params: Params,
-    batch: int,
-    grid: Grid,
-    condition: jax.Array | None = None,
-    null: jax.Array | None = None,
-    guidance: float | Guidance = 0.0,
-    attention_temperature: float = 1.0,
-) -> Chain:
-    """The blocks of the flow as their inverse sees them, for `batch` examples on a grid; arguments as of `inverse`."""
-    guidance = Guidance.of(guidance, "gaussian", annealed=False)
-    if guidance.active and not task.prefix:
-        raise UserError(f"guidance={guidance.weight}: this model has no condition to be guided to; leave guidance out")
-
-    def block(i: int, before: Before | None = None) -> Stepper:
-        return stepper(task, params, i, batch, grid, condition, null, guidance, attention_temperature, before)
-
-    return Chain(
-        task.blocks,
-        block,
-        lambda x, i: reorder(task, x, i),
-        lambda i: params[f"block{i}"]["out"]["kernel"],
-    )
-
-
-def inverse(
-    task: StarFlow,
-    params: Params,
-    z: jax.Array,
-    condition: jax.Array | None = None,
-    null: jax.Array | None = None,
-    guidance: float | Guidance = 0.0,
-    *,
-    attention_temperature: float = 1.0,
-    method: str | Jacobi = "sequential",
-    sequence: bool = False,
-) -> jax.Array:
-    """Noise to data, deep block first, token by token or by sweeps; jit it with `task` and a `Guidance` static.
-
-    Args:
-        z: [B, H, W, C] from N(0, I), on the grid of the result.
-        condition, null: [B, S, E], what to draw and its absence; `null` is needed with guidance only.
-        guidance: a weight w of the Gaussian rule (0 is off; the usual scale is 1 + w), or a `Guidance`.
-        attention_temperature: divides all attention logits.
-        method: how blocks are inverted, see `zoo.flows.inverse.Jacobi.of`.
-        sequence: also return the states on the way.
-
-    Returns:
-        x [B, H, W, C], the noise of training still in it; with `sequence` [blocks + 1, B, H, W, C], z first, x last.
-    """
-    x, grid = tokens(task, z)
-    blocks = chain(task, params, len(x), grid, condition, null, guidance, attention_temperature)
-    states = invert(blocks, x, method).states
-    found = [untokens(task, s, grid) for s in (states if sequence else states[-1:])]
-    return jnp.stack(found) if sequence else found[0]
-
-
-def log_prob(task: StarFlow, params: Params, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
-    """log p(x) in nats [B], of noisy latents [B, H, W, C] as they are."""
-    z, logdet, _ = forward(task, params, x, condition)
-    return z[0].size * (logdet - 0.5 * jnp.square(z).mean((1, 2)) - 0.5 * LOG_2PI)
-
-
-def score(task: StarFlow, params: Params, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
-    """Gradient of log p (nats, whole example) with respect to each x, [B, H, W, C]."""
-    return jax.grad(lambda x: log_prob(task, params, x, condition).sum())(x)
-
-
-def denoise(
-    task: StarFlow, params: Params, x: jax.Array, condition: jax.Array | None = None, strength: float = 1.0
-) -> jax.Array:
-    """One step of Tweedie's formula, x + strength sigma^2 score(x), with the condition that x was drawn with."""
-    return x + strength * task.noise**2 * score(task, params, x, condition)

@@ -18,12 +18,13 @@ from zoo.encoders.text import T5
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Dtype, Layers, NonNegative, Positive, Side, Size, SizeOr0, check_fields
-from zoo.flows.inverse import Chain, Guidance, Jacobi, Method, invert
+from zoo.flows.inverse import Chain, Guidance, Jacobi, Method
+from zoo.flows.stack import Stack
 from zoo.flows.transforms import LOG_2PI
 from zoo.nn.attention import Backend, check_backend
+from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.transformer import Remat
-from zoo.papers.starflow import model
-from zoo.papers.starflow.model import TIME_PAIRS, LanguageModel
+from zoo.papers.starflow.model import TIME_PAIRS, FlowNet, LanguageModel
 from zoo.task import About, Batch, Captions, Decodes, Grid, Likelihood, Name, Network, Params, Reads, sample_keys
 
 _LICENCE = (
@@ -207,6 +208,10 @@ class StarFlow:
         """S, tokens of the condition."""
         return 1 if self.classes else self.text_tokens
 
+    def sees(self, i: int) -> bool:
+        """Whether block i sees the condition."""
+        return self.prefix > 0 and (self.condition == "all" or i == self.blocks - 1)
+
     @property
     def factor(self) -> int:
         """Pixels a side per latent."""
@@ -226,7 +231,7 @@ class StarFlow:
         """
         count, total = self.tokens, 0.0
         for i, depth in enumerate(self.depths):
-            slots = count + (self.prefix if model.conditioned(self, i) else 0)
+            slots = count + (self.prefix if self.sees(i) else 0)
             lm = self.lm if i == self.blocks - 1 else None
             width, inner = (lm.width, lm.heads * lm.head_dim) if lm else (self.width, self.width)
             layer = 12 * width**2
@@ -242,7 +247,7 @@ class StarFlow:
         inner = self.lm.kv_heads * self.lm.head_dim if self.lm else self.width
 
         def block(i: int, inner: int) -> int:
-            seen = model.conditioned(self, i)
+            seen = self.sees(i)
             rows = 2 * n if guided and seen else n
             return 2 * self.depths[i] * rows * (count + (self.prefix if seen else 0)) * inner * size
 
@@ -278,7 +283,7 @@ class StarFlow:
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output kernels are zero, their biases are not (a constant affine map at the start)."""
         keys = jax.random.split(rng, self.blocks + 2)
-        params: Params = {f"block{i}": model.init_net(self, i, keys[i]) for i in range(self.blocks)}
+        params: Params = {f"block{i}": net.fresh(keys[i]) for i, net in enumerate(self.stack.nets)}
         if self.vae:
             params["vae"] = self.vae.init(keys[-2])
         if self.text:
@@ -289,6 +294,56 @@ class StarFlow:
     def condition_width(self) -> int:
         """E, numbers per condition token."""
         return self.classes + 1 if self.classes else self.text_width
+
+    @property
+    def stack(self) -> Stack:
+        """The flow over the grid that it is trained on."""
+        return self.stack_on((self.rows, self.columns))
+
+    def stack_on(self, grid: tuple[int, int]) -> Stack:
+        """The flow over a grid; its parameters serve every grid. The last block is the deep one, nearest the noise."""
+
+        def net(i: int) -> FlowNet:
+            lm = self.lm if i == self.blocks - 1 else None
+            return FlowNet(
+                grid=grid,
+                dims=self.dims,
+                width=lm.width if lm else self.width,
+                depth=self.depths[i],
+                head_dim=self.head_dim,
+                prefix=self.prefix if self.sees(i) else 0,
+                condition_width=self.condition_width if self.prefix else 0,
+                start=self.start,
+                learned=self.positions == "learned",
+                reach=self.reach,
+                flip=i % 2 == (0 if self.order == "L2R" else 1),  # the order of a task is that of its odd blocks
+                softplus=self.scale == "softplus",
+                clip=self.clip,
+                norm=self.final_norm,
+                lm=lm,
+                dtype=self.dtype,
+                scan=self.scan,
+                remat=self.remat,
+                attention=self.attention,
+            )
+
+        nets = tuple(net(i) for i in range(self.blocks))
+        return Stack(nets, grid[0] * grid[1], self.dims, rule="gaussian", annealed=False, first=1)
+
+    def in_tokens(self, x: jax.Array) -> tuple[jax.Array, Stack]:
+        """Latents [B, H, W, C] -> tokens [B, T, D], and the flow over their grid, which may differ from the task's."""
+        rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
+        if (rows * self.patch, columns * self.patch) != x.shape[1:3]:
+            raise UserError(
+                f"task.patch={self.patch} does not divide latents of {x.shape[1]} x {x.shape[2]}; set task.patch=1, or encode "
+                f"the images again with `zoo prepare --multiple {self.factor * self.patch if self.vae else 'N'}`"
+            )
+        if self.positions == "learned" and (rows, columns) != (self.rows, self.columns):
+            raise UserError(
+                f"task.positions='learned' has places for {self.rows} x {self.columns} tokens, but there are {rows} x "
+                f"{columns}; use task.positions=rope for other grids"
+            )
+        return patchify(x, self.patch, channel_first=False), self.stack_on((rows, columns))
 
     def posterior(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Mean and standard deviation of the autoencoder's posterior [B, H, W, C]; the pixels and None where there is none."""
@@ -339,11 +394,14 @@ class StarFlow:
         return jax.lax.stop_gradient(self.text.encode(params["text"], known))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """0.5 mean z^2 - logdet, nats per dimension without the constant 0.5 log 2 pi, and the penalty on latent norms."""
+        """0.5 mean z^2 - logdet, nats per dimension without the constant 0.5 log 2 pi, and a penalty on what enters blocks.
+
+        It keeps the latents between blocks small (appendix on training).
+        """
         draw, noise, drop = jax.random.split(rng, 3)
-        x = self.add_noise(noise, self.clean(params, batch, draw))
+        x, stack = self.in_tokens(self.add_noise(noise, self.clean(params, batch, draw)))
         seen = self.conditions(params, batch, jax.random.bernoulli(drop, self.drop, x.shape[:1]))
-        z, logdet, squares = model.forward(self, params, x, seen)
+        z, logdet, squares = stack.forward(params, x, seen)
         square = jnp.square(z).mean()
         nll = 0.5 * square - logdet.mean()
         metrics = {
@@ -362,8 +420,8 @@ class StarFlow:
             x = mean if std is None else mean + std * jax.random.normal(draw, mean.shape)
             return self.add_noise(noise, x)
 
-        x = jax.vmap(noisy)(keys, *self.posterior(params, batch))
-        return -model.log_prob(self, params, x, self.conditions(params, batch))
+        x, stack = self.in_tokens(jax.vmap(noisy)(keys, *self.posterior(params, batch)))
+        return -stack.log_prob(params, x, self.conditions(params, batch))
 
     def sample(
         self,
@@ -393,7 +451,7 @@ class StarFlow:
                 f"{self.latent[1]}"
             )
         keys = sample_keys(rng, n)
-        if Guidance.of(o.guidance, "gaussian", annealed=False).active and not self._asked(conditions):
+        if self.stack.guidance(o.guidance).active and not self._asked(conditions):
             warnings.warn(
                 "guidance without a class or caption compares a pass with itself: it changes nothing and costs twice; give "
                 "conditions, or leave guidance out",
@@ -403,13 +461,15 @@ class StarFlow:
         batch = {**(conditions or {}), "z": z}
         seen = self.conditions(params, batch)
         null = self.conditions(params, batch, jnp.ones(n, bool)) if self.prefix else None
-        x, places = model.tokens(self, constrain(z, "batch"))
-        blocks = model.chain(self, params, n, places, seen, null, o.guidance, o.attention_temperature)
-        found = invert(blocks, x, o.method)
-        x = model.untokens(self, found.states[-1], places)
+        x, stack = self.in_tokens(constrain(z, "batch"))
+        found = stack.inverse(
+            params, x, seen, null, o.guidance, attention_temperature=o.attention_temperature, method=o.method
+        )
+        x = found.states[-1]
         strength = float(self.denoiser == "score" and self.noise > 0) if o.denoise is None else o.denoise
         if not isinstance(strength, (int, float)) or strength:
-            x = model.denoise(self, params, x, seen, strength)
+            x = stack.denoise(params, x, self.noise, seen, strength)
+        x = unpatchify(x, self.patch, self.channels, rows=rows // self.patch, channel_first=False)
         drawn = {} if self.inputs == "pixels" else {"latent": x}
         if self.inputs == "pixels" or self.vae:
             image = self.vae.decode(params["vae"], x) if self.vae else x
@@ -423,10 +483,10 @@ class StarFlow:
     ) -> tuple[jax.Array, Chain]:
         """Noisy examples as tokens [B, T, D], and the blocks that map them to noise, with class or caption where given."""
         draw, noise = jax.random.split(rng)
-        x, grid = model.tokens(self, self.add_noise(noise, self.clean(params, batch, draw)))
+        x, stack = self.in_tokens(self.add_noise(noise, self.clean(params, batch, draw)))
         seen = self.conditions(params, batch)
         null = self.conditions(params, batch, jnp.ones(len(x), bool)) if self.prefix else None
-        return x, model.chain(self, params, len(x), grid, seen, null, guidance)
+        return x, stack.chain(params, len(x), seen, null, guidance)
 
     def _asked(self, conditions: Batch | None) -> bool:
         """Whether conditions hold a class or a caption, and not only what stands for none."""
@@ -454,7 +514,7 @@ class StarFlow:
                 names.append(Name(f"{theirs}.sos_embed", f"{ours}/start", "1 1 d -> d"))
             if self.positions == "learned":
                 names.append(Name(f"{theirs}.pos_embed", f"{ours}/positions/table"))
-            if model.conditioned(self, i) and not lm:
+            if self.sees(i) and not lm:
                 names += _linear(f"{theirs}.proj_txt", f"{ours}/condition")
             if self.final_norm:
                 names.append(Name(f"{theirs}.final_norm.weight", f"{ours}/norm/scale"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import chex
 import jax
@@ -36,9 +36,6 @@ from zoo.nn.embed import rope_angles
 from zoo.nn.layers import Dense, LayerNorm, gelu, normal, zeros
 from zoo.nn.transformer import Block, Trunk, cast_trunk, init_trunk_cache
 from zoo.task import Params
-
-if TYPE_CHECKING:
-    from zoo.papers.tarflow_lm.task import TarFlowLM
 
 _ROOM = 1 << 28  # numbers in arrays of [rows, K] that a device works on at a time
 _LOG_SIGMA = (-5.0, 3.0)  # limits of the log-scales of tokens
@@ -96,6 +93,12 @@ class Context(nn.Module):
         trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
         h, cache = trunk(h, cache, index, rope=rope)
         return LayerNorm(name="norm")(h), cache
+
+    @nn.nowrap
+    def memory(self, rows: int) -> Any:
+        """Empty caches for so many texts."""
+        heads = self.width // self.head_dim
+        return init_trunk_cache(self.depth, self.scan, rows, self.steps, heads, self.head_dim, self.dtype)
 
 
 class Flat(nn.Module):
@@ -189,17 +192,38 @@ class ChannelHead(nn.Module):
         return jnp.moveaxis(z, 0, -1)
 
 
-def _context(task: TarFlowLM, l: int) -> Context:
-    return Context(
-        steps=task.steps,
-        width=task.width,
-        depth=task.layers[l].depth,
-        head_dim=task.head_dim,
-        dtype=task.dtype,
-        scan=task.scan,
-        remat=task.remat,
-        attention=task.attention,
-    )
+@dataclass(frozen=True)
+class Flow:
+    """The layers of a flow, at the data first, and what they share."""
+
+    layers: tuple[Layer, ...]  # with all that a layer may leave open filled in; `tied` is False where none is
+    contexts: tuple[Context, ...]  # the transformer of each
+    dims: int  # d
+    patch: int  # P
+    mix: bool  # channels of a patch change places between layers
+    sigma: float  # of the Gaussians that a layer at the data starts with
+
+    @property
+    def steps(self) -> int:
+        """S."""
+        return self.contexts[0].steps
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.patch * self.dims
+
+    def mixing(self, l: int) -> np.ndarray | None:
+        """Where each channel that layer l sees comes from: even ones first, then odd ones, once for each layer before it.
+
+        None where it sees them in the order of the text.
+        """
+        if not self.mix or self.patch == 1 or l == 0:
+            return None
+        places = np.arange(self.channels)
+        for _ in range(l):
+            places = np.concatenate([places[0::2], places[1::2]])
+        return places
 
 
 _TIGHT = 0.2  # half the range of the means of a layer that starts as the identity
@@ -222,17 +246,17 @@ def _component_bias(components: int, identity: bool) -> Callable[..., jax.Array]
     return init
 
 
-def _head(task: TarFlowLM, l: int) -> Flat | ChannelHead:
+def _head(flow: Flow, l: int) -> Flat | ChannelHead:
     """The head of layer l. All layers but the first start as the identity."""
-    layer, identity = task.layers[l], l > 0
+    layer, identity = flow.layers[l], l > 0
     kernel = zeros if identity else normal(0.02)
     if layer.coupling == "mixd":
-        return Flat(task.patch, task.components(l), task.dtype, kernel, zeros, "vocab")
+        return Flat(flow.patch, layer.components, flow.contexts[l].dtype, kernel, zeros, "vocab")
     outputs = 2 if layer.coupling == "affine" else 3 * layer.components
     bias = zeros if layer.coupling == "affine" else _component_bias(layer.components, identity)
     if layer.maf:
-        return ChannelHead(task.channels, outputs, kernel, bias)
-    return Flat(task.channels, outputs, "float32", kernel, bias)
+        return ChannelHead(flow.channels, outputs, kernel, bias)
+    return Flat(flow.channels, outputs, "float32", kernel, bias)
 
 
 def apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
@@ -240,17 +264,17 @@ def apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
     return module.apply({"params": params}, *inputs)
 
 
-def init_layer(task: TarFlowLM, l: int, rng: jax.Array) -> Params:
+def init_layer(flow: Flow, l: int, rng: jax.Array) -> Params:
     """Fresh parameters of a flow layer: its context, its head, and a codebook where it has one of its own."""
     context_rng, head_rng, codebook_rng = jax.random.split(rng, 3)
-    h = jnp.zeros((1, task.steps, task.channels))
-    context: Any = _context(task, l).init(context_rng, h)["params"]
-    f, head = jnp.zeros((1, 1, task.width)), _head(task, l)
+    net, layer, head = flow.contexts[l], flow.layers[l], _head(flow, l)
+    h, f = jnp.zeros((1, flow.steps, flow.channels)), jnp.zeros((1, 1, net.width))
+    context: Any = net.init(context_rng, h)["params"]
     made: Any = head.init(head_rng, f, h[:, :1]) if isinstance(head, ChannelHead) else head.init(head_rng, f)
     params = {"context": context, "head": made["params"]}
-    if task.layers[l].coupling == "mixd" and not task.is_tied(l):
-        count = task.components(l)
-        means, scale = jax.random.normal(codebook_rng, (count, task.dims)), jnp.float32(task.sigma)
+    if layer.coupling == "mixd" and not layer.tied:
+        count = layer.components
+        means, scale = jax.random.normal(codebook_rng, (count, flow.dims)), jnp.float32(flow.sigma)
         if l:  # N(0, I) but for what breaks the symmetry, which in several dimensions has to be little
             means = 0.02 * (means - means.mean(0))
             scale = jnp.sqrt(1 - jnp.square(means).mean())
@@ -288,32 +312,34 @@ def _affine_of(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     return outputs[..., 0].astype(jnp.float32), jnp.clip(outputs[..., 1].astype(jnp.float32), *_LOG_SCALE)
 
 
-def codebook_of(task: TarFlowLM, params: Params, l: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """Means [K, d] and log-scales [K] of the tokens' Gaussians, or of the components of layer l."""
-    found = params["codebook"] if l is None or task.is_tied(l) else params[f"layer{l}"]["codebook"]
+def codebook_of(params: Params, l: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """Means [K, d] and log-scales [K] of the tokens' Gaussians, or of the components of layer l, which may be these."""
+    shared = params["codebook"]
+    found = shared if l is None else params[f"layer{l}"].get("codebook", shared)
     return found["means"], jnp.clip(found["log_scales"], *_LOG_SIGMA)
 
 
-def ordered(task: TarFlowLM, l: int, h: jax.Array) -> jax.Array:
+def ordered(flow: Flow, l: int, h: jax.Array) -> jax.Array:
     """[B, S, C] from the order of the text to that of layer l: channels mixed l times, right to left where it reads so."""
-    mixed = task.mixes(l) and h.shape[-1] == task.channels  # fresh noise is as good in any order
-    h = h[..., task.mixing(l)] if mixed else h
-    return h[:, ::-1] if task.is_reverse(l) else h
+    mixing = flow.mixing(l)
+    if mixing is not None and h.shape[-1] == flow.channels:  # fresh noise is as good in any order
+        h = h[..., mixing]
+    return h[:, ::-1] if flow.layers[l].reverse else h
 
 
-def restored(task: TarFlowLM, l: int, h: jax.Array) -> jax.Array:
+def restored(flow: Flow, l: int, h: jax.Array) -> jax.Array:
     """The inverse of `ordered`."""
-    h = h[:, ::-1] if task.is_reverse(l) else h
-    return h[..., np.argsort(task.mixing(l))] if task.mixes(l) else h
+    h, mixing = h[:, ::-1] if flow.layers[l].reverse else h, flow.mixing(l)
+    return h if mixing is None else h[..., np.argsort(mixing)]
 
 
-def _tokens_of(task: TarFlowLM, h: jax.Array) -> jax.Array:
+def _tokens_of(flow: Flow, h: jax.Array) -> jax.Array:
     """[..., C] -> [..., P, d]."""
-    return h.reshape(*h.shape[:-1], task.patch, task.dims)
+    return h.reshape(*h.shape[:-1], flow.patch, flow.dims)
 
 
 def couple(
-    task: TarFlowLM,
+    flow: Flow,
     params: Params,
     l: int,
     h: jax.Array,
@@ -333,14 +359,14 @@ def couple(
     Returns:
         u [B, S, C] or None, and log p(h) [B] in nats under the layer's mixtures: log |du/dh| = log p(h) - log N(u; 0, I).
     """
-    mine, layer, head = params[f"layer{l}"], task.layers[l], _head(task, l)
-    features, _ = apply(_context(task, l), mine["context"], shift_right(h))
+    mine, layer, head = params[f"layer{l}"], flow.layers[l], _head(flow, l)
+    features, _ = apply(flow.contexts[l], mine["context"], shift_right(h))
     h = h.astype(jnp.float32)
     if layer.coupling == "mixd":
-        codebook = codebook_of(task, params, l)
+        codebook = codebook_of(params, l)
 
         def tokenwise(f: jax.Array, h: jax.Array) -> tuple[jax.Array | None, jax.Array]:
-            logits, z = apply(head, mine["head"], f) / temperature, _tokens_of(task, h)
+            logits, z = apply(head, mine["head"], f) / temperature, _tokens_of(flow, h)
             u, log_p = None, jnp.zeros(z.shape[:-1])
             if output:
                 u, log_p = rosenblatt(z, jax.nn.log_softmax(logits), *codebook)
@@ -353,7 +379,7 @@ def couple(
             return u, log_p.sum(-1)
 
         copies = 4 if output else 1  # of an array [rows, K] that are there at once, more or less
-        u, log_p = over_tokens(tokenwise, task.patch, copies * task.components(l), features, h)
+        u, log_p = over_tokens(tokenwise, flow.patch, copies * layer.components, features, h)
         return u, log_p.sum(1)
     outputs = apply(head, mine["head"], features, h) if layer.maf else apply(head, mine["head"], features)
     if layer.coupling == "affine":
@@ -371,7 +397,7 @@ def couple(
 
 
 def forward(
-    task: TarFlowLM, params: Params, z: jax.Array, *, last: bool = True, bridged: bool = False
+    flow: Flow, params: Params, z: jax.Array, *, last: bool = True, bridged: bool = False
 ) -> tuple[list[jax.Array], jax.Array]:
     """Data to noise through all layers.
 
@@ -384,52 +410,52 @@ def forward(
     Returns:
         the output of every layer, steps and channels in the order of the text [B, S, C]; and log p(z) [B] in nats.
     """
-    chex.assert_shape(z, (None, task.length, task.dims))
-    h = z.reshape(len(z), task.steps, task.channels)
-    states, total = [], bridge(task, params, z) if bridged and not task.is_tied(0) else jnp.zeros(len(z))
-    for l in range(task.depth):
-        end, shared = l == task.depth - 1, bridged and task.is_tied(l)
-        u, log_p = couple(task, params, l, ordered(task, l, h), output=last or not end, bridged=shared)
+    chex.assert_shape(z, (None, flow.steps * flow.patch, flow.dims))
+    h = z.reshape(len(z), flow.steps, flow.channels)
+    states, total = [], bridge(params, z) if bridged and not flow.layers[0].tied else jnp.zeros(len(z))
+    for l, layer in enumerate(flow.layers):
+        end, shared = l == len(flow.layers) - 1, bridged and layer.tied
+        u, log_p = couple(flow, params, l, ordered(flow, l, h), output=last or not end, bridged=shared)
         total = total + log_p
         if u is not None:
-            h = constrain(restored(task, l, u), "batch", "tokens", None)
+            h = constrain(restored(flow, l, u), "batch", "tokens", None)
             states.append(h)
             total = total if end else total - normal_log_prob(u).sum((1, 2))
     return states, total
 
 
-def encode(task: TarFlowLM, params: Params, tokens: jax.Array, eps: jax.Array | None = None) -> jax.Array:
+def encode(params: Params, tokens: jax.Array, eps: jax.Array | None = None) -> jax.Array:
     """mu_x + sigma_x eps: tokens [B, T] -> vectors [B, T, d]; without `eps` the means (section 3.1)."""
-    means, log_sigma = codebook_of(task, params)
+    means, log_sigma = codebook_of(params)
     z = means[tokens]
     return z if eps is None else z + jnp.exp(log_sigma[tokens])[..., None] * eps
 
 
-def decode(task: TarFlowLM, params: Params, z: jax.Array) -> jax.Array:
+def decode(params: Params, z: jax.Array) -> jax.Array:
     """The likeliest token of each vector under the Bayes decoder, a uniform prior over tokens: [B, T, d] -> int32 [B, T].
 
     A vector that is not finite has none, -1.
     """
 
     def likeliest(z: jax.Array) -> jax.Array:
-        found = codebook_log_prob(z, *codebook_of(task, params)).argmax(-1).astype(jnp.int32)
+        found = codebook_log_prob(z, *codebook_of(params)).argmax(-1).astype(jnp.int32)
         return jnp.where(jnp.isfinite(z).all(-1), found, -1)
 
-    return over_tokens(likeliest, 1, task.vocab, z)
+    return over_tokens(likeliest, 1, len(params["codebook"]["means"]), z)
 
 
-def bridge(task: TarFlowLM, params: Params, z: jax.Array) -> jax.Array:
+def bridge(params: Params, z: jax.Array) -> jax.Array:
     """log p(x|z) - log q(z|x) [B], which does not depend on x: minus the log-sum of all tokens' densities at z (equation 9)."""
 
     def total(z: jax.Array) -> jax.Array:
-        return jax.nn.logsumexp(codebook_log_prob(z, *codebook_of(task, params)), -1)
+        return jax.nn.logsumexp(codebook_log_prob(z, *codebook_of(params)), -1)
 
-    return -over_tokens(total, 1, task.vocab, z).sum(1)
+    return -over_tokens(total, 1, len(params["codebook"]["means"]), z).sum(1)
 
 
-def elbo(task: TarFlowLM, params: Params, tokens: jax.Array, eps: jax.Array) -> jax.Array:
+def elbo(flow: Flow, params: Params, tokens: jax.Array, eps: jax.Array) -> jax.Array:
     """One-draw lower bound of log p(tokens) [B] in nats (equation 3): tokens [B, T], eps [B, T, d] from N(0, I)."""
-    return forward(task, params, encode(task, params, tokens, eps), last=False, bridged=True)[1]
+    return forward(flow, params, encode(params, tokens, eps), last=False, bridged=True)[1]
 
 
 # --- inverse --------------------------------------------------------------------------------------
@@ -449,14 +475,14 @@ def take(values: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _solver(
-    task: TarFlowLM, params: Params, l: int, fresh: bool, temperature: float, top: int | None
+    flow: Flow, params: Params, l: int, fresh: bool, temperature: float, top: int | None
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """(v [..., C], features of its steps [..., W]) -> h [..., C] with couple(h) = v.
 
     Where what goes in is `fresh` noise, v is [..., 2 C]: a component is drawn with the second half and a Gaussian with the
     first. It is the distribution of the inverse, without its roots.
     """
-    mine, layer, head = params[f"layer{l}"], task.layers[l], _head(task, l)
+    mine, layer, head = params[f"layer{l}"], flow.layers[l], _head(flow, l)
 
     def channel(v: jax.Array, outputs: jax.Array) -> jax.Array:
         if layer.coupling == "affine":
@@ -469,15 +495,15 @@ def _solver(
         return take(means, k) + jnp.exp(take(log_scales, k)) * v[..., 0]
 
     def tokenwise(v: jax.Array, features: jax.Array) -> jax.Array:
-        means, log_scales = codebook_of(task, params, l)
+        means, log_scales = codebook_of(params, l)
         logits = apply(head, mine["head"], features) / temperature
-        u = _tokens_of(task, v[..., : task.channels])
+        u = _tokens_of(flow, v[..., : flow.channels])
         kept = None
-        if top is not None and top < task.components(l):
+        if top is not None and top < layer.components:
             logits, kept = jax.lax.top_k(logits, top)
         log_weights = jax.nn.log_softmax(logits)
         if fresh:
-            k = pick(log_weights, v[..., task.channels : task.channels + task.patch])
+            k = pick(log_weights, v[..., flow.channels : flow.channels + flow.patch])
             k = k if kept is None else take(kept, k)
             z = means[k] + jnp.exp(log_scales[k])[..., None] * u
         elif kept is None:
@@ -485,12 +511,12 @@ def _solver(
         else:  # a codebook for each vector
             few = jnp.vectorize(rosenblatt_inverse, signature="(d),(k),(k,d),(k)->(d)")
             z = few(u, log_weights, means[kept], log_scales[kept])
-        return z.reshape(*v.shape[:-1], task.channels)
+        return z.reshape(*v.shape[:-1], flow.channels)
 
     def solve(v: jax.Array, features: jax.Array) -> jax.Array:
         if layer.coupling == "mixd":
             return tokenwise(v, features)
-        halves = jnp.stack([v[..., : task.channels], v[..., -task.channels :]], -1)  # the second unused where not fresh
+        halves = jnp.stack([v[..., : flow.channels], v[..., -flow.channels :]], -1)  # the second unused where not fresh
         if layer.maf:
             return apply(head, mine["head"], features, halves, channel)
         return channel(halves, apply(head, mine["head"], features))
@@ -499,7 +525,7 @@ def _solver(
 
 
 def chain(
-    task: TarFlowLM,
+    flow: Flow,
     params: Params,
     batch: int,
     *,
@@ -510,32 +536,25 @@ def chain(
     """The layers as their inverse sees them, for `batch` texts; `fresh`: the noise that goes in has 2 C numbers a step."""
 
     def stepper(l: int, before: Before | None = None) -> Stepper:
-        heads = task.width // task.head_dim
-        cache = Before.memory(
-            before,
-            lambda: init_trunk_cache(
-                task.layers[l].depth, task.scan, batch, task.steps, heads, task.head_dim, task.dtype
-            ),
-        )
-        key = f"layer{l}"
-        mine = Before.then(before, {**params[key], "context": cast_trunk(params[key]["context"], task.dtype)})
-        if task.layers[l].coupling == "mixd":
-            mine = {**mine, "head": cast_flat(mine["head"], task.dtype)}
-        mine = whole(mine, lambda: init_layer(task, l, jax.random.key(0)))
-        net = _context(task, l)
+        net, key = flow.contexts[l], f"layer{l}"
+        cache = Before.memory(before, lambda: net.memory(batch))
+        mine = Before.then(before, {**params[key], "context": cast_trunk(params[key]["context"], net.dtype)})
+        if flow.layers[l].coupling == "mixd":
+            mine = {**mine, "head": cast_flat(mine["head"], net.dtype)}
+        mine = whole(mine, lambda: init_layer(flow, l, jax.random.key(0)))
 
         def step(h: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, Any]:
             return apply(net, mine["context"], h, cache, index)
 
-        first = fresh and l == task.depth - 1
-        solve = _solver(task, {**params, key: mine}, l, first, temperature, top)
-        return Stepper(step, cache, jnp.zeros(task.channels), solve=solve)
+        first = fresh and l == len(flow.layers) - 1
+        solve = _solver(flow, {**params, key: mine}, l, first, temperature, top)
+        return Stepper(step, cache, jnp.zeros(flow.channels), solve=solve)
 
-    return Chain(task.depth, stepper, lambda h, l: ordered(task, l, h), back=lambda h, l: restored(task, l, h))
+    return Chain(len(flow.layers), stepper, lambda h, l: ordered(flow, l, h), back=lambda h, l: restored(flow, l, h))
 
 
 def inverse(
-    task: TarFlowLM,
+    flow: Flow,
     params: Params,
     u: jax.Array,
     *,
@@ -550,5 +569,5 @@ def inverse(
         temperature: divides the logits of the weights of Mix-d layers.
         top: Mix-d layers keep so many of their likeliest components only; None: all.
     """
-    chex.assert_shape(u, (None, task.steps, task.channels))
-    return invert(chain(task, params, len(u), temperature=temperature, top=top), u, method)
+    chex.assert_shape(u, (None, flow.steps, flow.channels))
+    return invert(chain(flow, params, len(u), temperature=temperature, top=top), u, method)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from msgspec import Meta
 
 from zoo.dist import constrain, whole
@@ -18,11 +18,12 @@ from zoo.flows.inverse import Jacobi, Method, Stepper, invert, sequential, swept
 from zoo.flows.transforms import shift_right
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.layers import Table, normal, zeros
-from zoo.nn.transformer import Remat, cast_trunk, init_trunk_cache
+from zoo.nn.transformer import Remat, cast_trunk
 from zoo.papers.tarflow_lm.model import (
     HIDDEN,
     Context,
     Flat,
+    Flow,
     Layer,
     apply,
     cast_flat,
@@ -54,6 +55,21 @@ def _check_common(task: Any) -> None:
             + (f"; choose e.g. task.head_dim={fits[-1]}" if fits else "; choose an even width")
         )
     check_backend(task.attention, task.dtype)
+
+
+def _context(task: Any, steps: int, depth: int, project: bool = True) -> Context:
+    """The transformer over so many steps that the fields of a task describe."""
+    return Context(
+        steps=steps,
+        width=task.width,
+        depth=depth,
+        head_dim=task.head_dim,
+        dtype=task.dtype,
+        scan=task.scan,
+        remat=task.remat,
+        attention=task.attention,
+        project=project,
+    )
 
 
 @dataclass(frozen=True)
@@ -194,16 +210,15 @@ class TarFlowLM:
         """K of layer l."""
         return self.vocab if self.is_tied(l) else self.layers[l].components
 
-    def mixes(self, l: int) -> bool:
-        """Whether layer l sees channels in another order than the text's."""
-        return self.mix and self.patch > 1 and l > 0
-
-    def mixing(self, l: int) -> np.ndarray:
-        """Where each channel that layer l sees comes from: even ones first, then odd ones, once for each layer before it."""
-        places = np.arange(self.channels)
-        for _ in range(l):
-            places = np.concatenate([places[0::2], places[1::2]])
-        return places
+    @property
+    def flow(self) -> Flow:
+        """The layers of this stage."""
+        layers = [
+            dataclasses.replace(layer, components=self.components(l), tied=self.is_tied(l), reverse=self.is_reverse(l))
+            for l, layer in enumerate(self.layers[: self.depth])
+        ]
+        contexts = [_context(self, self.steps, layer.depth) for layer in layers]
+        return Flow(tuple(layers), tuple(contexts), self.dims, self.patch, self.mix, self.sigma)
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`tokens` [B, T]."""
@@ -211,17 +226,17 @@ class TarFlowLM:
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters; every layer but the first starts as the identity."""
-        keys = jax.random.split(rng, self.depth + 1)
+        flow, keys = self.flow, jax.random.split(rng, self.depth + 1)
         codebook = {
             "means": jax.random.normal(keys[0], (self.vocab, self.dims)),
             "log_scales": jnp.full((self.vocab,), math.log(self.sigma)),
         }
-        return {"codebook": codebook, **{f"layer{l}": init_layer(self, l, keys[l + 1]) for l in range(self.depth)}}
+        return {"codebook": codebook, **{f"layer{l}": init_layer(flow, l, keys[l + 1]) for l in range(self.depth)}}
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Minus the one-draw bound, nats per token."""
-        loss = -elbo(self, params, batch["tokens"], self._normal(rng, len(batch["tokens"]))).mean() / self.length
-        means, log_sigma = codebook_of(self, params)
+        loss = -elbo(self.flow, params, batch["tokens"], self._normal(rng, len(batch["tokens"]))).mean() / self.length
+        means, log_sigma = codebook_of(params)
         # the scale of vectors is free: one that runs away breaks the limits of log-scales
         scales = {"codebook_rms": jnp.sqrt(jnp.square(means).mean()), "sigma": jnp.exp(log_sigma.mean())}
         return loss, {"bits": loss / math.log(2), **scales}
@@ -229,7 +244,7 @@ class TarFlowLM:
     def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """An upper bound of -log p [B] of the whole text in nats, from one draw of its vectors."""
         tokens = batch["tokens"]
-        return -elbo(self, params, tokens, self._normal(keys, len(tokens)))
+        return -elbo(self.flow, params, tokens, self._normal(keys, len(tokens)))
 
     def _normal(self, rng: jax.Array, n: int) -> jax.Array:
         """Standard normal numbers [n, T, d] of one key, or of n keys."""
@@ -270,7 +285,7 @@ class TarFlowLM:
                     f"{name}={value} chooses among the components of Mix-d layers, and this model has none; use shrink=, which "
                     "scales the noise of all layers"
                 )
-        keys, text = sample_keys(rng, n), (conditions or {}).get("tokens")
+        flow, keys, text = self.flow, sample_keys(rng, n), (conditions or {}).get("tokens")
         shape, last = (self.steps, self.channels), self.depth - 1
         u = constrain(jax.vmap(lambda key: jax.random.normal(key, shape))(keys), "batch")
         plan = Jacobi.of(method).block(last, self.depth)
@@ -278,7 +293,7 @@ class TarFlowLM:
         if fresh:
             picks = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), shape))(keys)
             found = invert(
-                chain(self, params, n, fresh=True, temperature=temperature, top=top),
+                chain(flow, params, n, fresh=True, temperature=temperature, top=top),
                 jnp.concatenate([u, constrain(picks, "batch")], -1),
                 method,
             )
@@ -286,20 +301,20 @@ class TarFlowLM:
             if text is not None:
                 # vectors as in training, so that their noise is N(0, I); their means where the text is to come back
                 eps = self._normal(jax.vmap(jax.random.fold_in, (0, None))(keys, 2), n)
-                states, _ = forward(self, params, encode(self, params, text, jnp.where(strength > 0, eps, 0.0)))
+                states, _ = forward(flow, params, encode(params, text, jnp.where(strength > 0, eps, 0.0)))
                 u = jnp.sqrt(1 - jnp.square(strength)) * states[-1] + strength * u
-            found = inverse(self, params, shrink * u, method=method, temperature=temperature, top=top)
+            found = inverse(flow, params, shrink * u, method=method, temperature=temperature, top=top)
         z = found.states[-1].reshape(n, self.length, self.dims)
-        drawn = {"tokens": decode(self, params, z), **found.report}
+        drawn = {"tokens": decode(params, z), **found.report}
         if not o.passes:
             return drawn
         states = found.states
         if fresh:  # the noise that the layer would have been inverted from
-            noise, _ = couple(self, params, last, ordered(self, last, states[1]), temperature=temperature)
+            noise, _ = couple(flow, params, last, ordered(flow, last, states[1]), temperature=temperature)
             assert noise is not None
-            states = [restored(self, last, noise), *states[1:]]
+            states = [restored(flow, last, noise), *states[1:]]
         latents = jnp.stack([h.reshape(n, self.length, self.dims) for h in states], 1)
-        texts = decode(self, params, latents.reshape(-1, self.length, self.dims)).reshape(n, -1, self.length)
+        texts = decode(params, latents.reshape(-1, self.length, self.dims)).reshape(n, -1, self.length)
         return {**drawn, "passes": texts, "latents": latents}
 
 
@@ -343,17 +358,7 @@ class DiscreteLM:
         return 6.0 * (self.length * weights + self.depth * self.length**2 * self.width)
 
     def _context(self) -> Context:
-        return Context(
-            steps=self.length,
-            width=self.width,
-            depth=self.depth,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            scan=self.scan,
-            remat=self.remat,
-            attention=self.attention,
-            project=False,
-        )
+        return _context(self, self.length, self.depth, project=False)
 
     def _head(self) -> Flat:
         return Flat(1, self.vocab, self.dtype, normal(0.02), zeros, "vocab")
@@ -398,9 +403,7 @@ class DiscreteLM:
         """n texts `tokens` int32 [n, T], token by token with a cache; text i depends on (rng, i) alone."""
         temperature = (options or DiscreteLMSampling()).temperature
         picks = jax.vmap(lambda key: jax.random.normal(key, (self.length, 1)))(sample_keys(rng, n))
-        cache = init_trunk_cache(
-            self.depth, self.scan, n, self.length, self.width // self.head_dim, self.head_dim, self.dtype
-        )
+        cache = self._context().memory(n)
         context, head = cast_trunk(params["context"], self.dtype), cast_flat(params["head"], self.dtype)
         mine = {**params, "context": context, "head": head}
         mine = whole(mine, lambda: self.init(jax.random.key(0)))
