@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from msgspec import Meta
 
 from zoo.dist import constrain, whole
 from zoo.errors import UserError, check_divisor
-from zoo.fields import Dtype, Layers, Positive, Size, Whole, check_fields
+from zoo.fields import Dtype, Layers, Positive, Size, Some, Whole, check_fields
 from zoo.flows.inverse import Jacobi, Stepper, invert, sequential, swept
 from zoo.flows.transforms import shift_right
 from zoo.nn.attention import Backend, check_backend
@@ -71,11 +70,7 @@ class TarFlowLM:
     length: Size = 256  # T, tokens of a text
     dims: Size = 5  # d, numbers per token
     patch: Size = 1  # P, tokens that a step models together
-    layers: Annotated[tuple[Layer, ...], Meta(min_length=1)] = (
-        Layer("mixd", depth=8, components=27),
-        Layer(components=2),
-        Layer(components=2),
-    )
+    layers: Some[Layer] = (Layer("mixd", depth=8, components=27), Layer(components=2), Layer(components=2))
     width: Size = 768
     head_dim: Size = 64
     stage: Whole = (
