@@ -318,10 +318,6 @@ MISTAKES = {
         "train part/digits:smoke task.head=cross_attention task.pairs=1000",
         "task.pairs=1000 is more than the 256 distinct pairs of 16 patches; choose 256 or fewer, or set task.pairing=",
     ),
-    "no such head": (
-        "train part/digits:smoke task.head=pairwse",
-        "task.head=pairwse must be one of cross_attention, pairwise; did you mean 'pairwise'?",
-    ),
     "patches that do not fill the image": (
         "train part/digits:smoke task.patch=3",
         "task.patch=3 does not divide task.image=8; choose a divisor, e.g. task.patch=2",

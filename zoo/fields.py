@@ -15,7 +15,7 @@ import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from msgspec import Meta
 
@@ -35,6 +35,8 @@ Below1: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]  # a share that leaves so
 Positive: TypeAlias = Annotated[float, Meta(gt=0)]
 NonNegative: TypeAlias = Annotated[float, Meta(ge=0)]
 NotEmpty: TypeAlias = Annotated[str, Meta(min_length=1)]  # a name or a path that has to be given
+T = TypeVar("T")
+Some: TypeAlias = Annotated[tuple[T, ...], Meta(min_length=1)]
 
 _LIMITS: dict[str, tuple[Any, str]] = {  # what `Meta` may say: how a value keeps to it, and in words
     "ge": (operator.ge, "from {}"),

@@ -265,14 +265,8 @@ def test_the_published_size():
     assert {"features", "after_step", "import_names", "import_state"} <= set(abilities(task))
 
 
-@pytest.mark.parametrize(
-    "field, value, hint",
-    [
-        ("image", 9, "task.image=8"),
-        ("groups", 3, "task.groups=2"),
-    ],
-)
-def test_bad_fields_are_named(field, value, hint):
+@pytest.mark.parametrize("field, value, hint", [("image", 9, "task.image=8"), ("groups", 3, "task.groups=2")])
+def test_fields_that_do_not_fit_are_named(field, value, hint):
     with pytest.raises(UserError) as error:
         dataclasses.replace(TINY, **{field: value})
     assert f"task.{field}={value!r}" in str(error.value)

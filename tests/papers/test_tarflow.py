@@ -425,16 +425,9 @@ def test_patches_come_back():
     np.testing.assert_array_equal(unpatchify(patchify(x, 2), 2, 3), x)
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("head_dim", 24),
-        ("patch", 3),
-        ("patch", 4),
-    ],
-)
-def test_bad_fields_are_named(field, value):
-    with pytest.raises(UserError, match=rf"task\.{field}={value}|task\.{field}='{value}'"):
+@pytest.mark.parametrize("field, value", [("head_dim", 24), ("patch", 3), ("patch", 4)])
+def test_fields_that_do_not_fit_are_named(field, value):
+    with pytest.raises(UserError, match=rf"task\.{field}={value}"):
         dataclasses.replace(TINY, **{field: value})
 
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from msgspec import Meta
 
 from zoo.errors import UserError
-from zoo.fields import Dtype, Layers, NonNegative, Positive, Side, Size, check_fields
+from zoo.fields import Dtype, Layers, NonNegative, Positive, Side, Size, Some, check_fields
 from zoo.nn.attention import attend
 from zoo.nn.layers import Conv, Dense, GroupNorm
 from zoo.task import About, Batch, Name, Params
@@ -184,12 +183,7 @@ class AutoEncoder:
     image: Side = 256  # pixels a side in training; `encode` and `decode` take any size that `factor` divides
     channels: Size = 3
     latent: Size = 4  # channels of the latent
-    widths: Annotated[tuple[Size, ...], Meta(min_length=1)] = (
-        128,
-        256,
-        512,
-        512,
-    )  # of the stages, each half as fine as the one before
+    widths: Some[Size] = (128, 256, 512, 512)  # of the stages, each half as fine as the one before
     layers: Layers = 2  # residual blocks per stage of the encoder; the decoder has one more
     groups: Size = 32  # of the group norms
     scale: Positive | None = 0.18215  # factor on latents; None: one over their root mean square, measured in training

@@ -12,14 +12,13 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from msgspec import Meta
 
 from zoo.errors import UserError
-from zoo.fields import Count, NonNegative, Positive, Whole, check_fields
+from zoo.fields import Count, NonNegative, Positive, Some, T, Whole, check_fields
 from zoo.flows.transforms import affine_inverse
 from zoo.nn.attention import clear_cache, reaches, reaching
 
@@ -100,8 +99,7 @@ class Guidance:
         return jnp.exp(a + weight * (a - a_weak)), b
 
 
-T = TypeVar("T")
-ByBlock: TypeAlias = T | Annotated[tuple[T, ...], Meta(min_length=1)]  # one for all blocks, or one for each
+ByBlock: TypeAlias = T | Some[T]  # one for all blocks, or one for each
 Method = Literal["auto", "sequential", "jacobi", "gs_jacobi"]  # names of `Jacobi.of`
 _MODULES = 8  # of "gs_jacobi"
 _BOUND = 1e6  # sweeps never leave it: a token that overflows would reach earlier ones, as 0 times infinity

@@ -11,17 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from msgspec import Meta
 
 from zoo import dist, hosts
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.fields import Count, NonNegative, check_fields
+from zoo.fields import Count, NonNegative, Some, check_fields
 from zoo.flows.inverse import FINEST, Chain, Jacobi, Stepper, invert, jacobi, once, sequential, swept
 from zoo.flows.transforms import affine_inverse
 from zoo.task import Inverts, Metric
@@ -44,8 +43,8 @@ class Convergence(Metric):
 
     samples: Count = 1_000  # examples of the statistics
     split: str = "train"
-    batches: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 16)  # batch sizes that strategies are timed for
-    modules: Annotated[tuple[Count, ...], Meta(min_length=1)] = (1, 4)  # numbers of modules that are tried
+    batches: Some[Count] = (1, 16)  # batch sizes that strategies are timed for
+    modules: Some[Count] = (1, 4)  # numbers of modules that are tried
     tol: NonNegative = 1e-5
     guidance: NonNegative = 0.0  # of the sampler
     rounds: Count = 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,16 @@ class AdamW:
         return optax.chain(optax.clip_by_global_norm(self.clip), adamw) if self.clip else adamw
 
 
-Optim: TypeAlias = AdamW | dict[str, AdamW]  # one for all, or one for each top-level key of params
+@runtime_checkable
+class Optimiser(Protocol):
+    """A frozen dataclass that makes a gradient transformation for a run of so many steps, such as `AdamW`."""
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The optax chain."""
+        ...
+
+
+Optim: TypeAlias = Optimiser | dict[str, Optimiser]  # one for all, or one for each top-level key of params
 
 
 def build(optim: Optim, steps: int) -> optax.GradientTransformation:

@@ -185,9 +185,7 @@ class Vit:
     depth: Layers = 3
     head_dim: Size = 16
     drop_path: Below1 = 0.0  # share of branches dropped in the last layer; rises linearly from 0 in the first
-    augment: Literal["none", "pad", "resized"] = (
-        "none"  # of training images: "resized" (random resized crop), "pad" (shift by up to an eighth)
-    )
+    augment: Literal["none", "pad", "resized"] = "none"  # of training images: shift by up to an eighth, random crop
     least_area: Annotated[float, Meta(gt=0, le=1)] = 0.2  # share of an image that augment=resized keeps at least
     dtype: Dtype = "float32"
     scan: bool = False

@@ -92,9 +92,7 @@ class Part(Vit):
     largest: Positive | None = None  # pixels a side; None: two patches, or of "pixels" a patch
     sizes: bool = True  # whether the ratios of sizes are predicted too
     centred: bool = True  # shifts are between centres, otherwise between upper left corners
-    target_norm: Literal["raw", "log_ratio", "std"] = (
-        "raw"  # "raw" (the paper's), "log_ratio" (logarithms of the ratios), "std" (each number by its deviation)
-    )
+    target_norm: Literal["raw", "log_ratio", "std"] = "raw"  # log_ratio: logarithms of ratios; std: by their deviation
     error: Literal["squared", "absolute", "huber"] = "squared"  # the paper's is squared
     head: Literal["cross_attention", "pairwise"] = "cross_attention"
     query: Literal["patch_cat", "positional"] = "patch_cat"  # of cross-attention; positional is told slots, not patches

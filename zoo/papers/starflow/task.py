@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from msgspec import Meta
 
 from zoo.dist import constrain
 from zoo.encoders import text as text_encoder
@@ -17,7 +16,7 @@ from zoo.encoders import vae as autoencoder
 from zoo.encoders.text import T5
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError, check_divisor
-from zoo.fields import Below1, Dtype, Layers, NonNegative, Positive, Side, Size, SizeOr0, check_fields
+from zoo.fields import Below1, Dtype, Layers, NonNegative, Positive, Side, Size, SizeOr0, Some, check_fields
 from zoo.flows.inverse import Chain, Guidance, Jacobi, Method
 from zoo.flows.stack import Stack
 from zoo.flows.transforms import LOG_2PI
@@ -57,14 +56,7 @@ class StarFlow:
     channels: Size = 4
     patch: Side = 1
     width: Size = 2048
-    depths: Annotated[tuple[Layers, ...], Meta(min_length=1)] = (
-        2,
-        2,
-        2,
-        2,
-        2,
-        18,
-    )  # layers of each flow block, data first; the last is the deep one
+    depths: Some[Layers] = (2, 2, 2, 2, 2, 18)  # layers of each flow block, data first; the last is the deep one
     head_dim: Size = 64
     classes: SizeOr0 = 0  # class-conditional: a one-hot token, with one more for "no class"
     text_tokens: SizeOr0 = 0  # S, length of a caption; 0: no captions
@@ -73,9 +65,7 @@ class StarFlow:
     start: bool = True  # a learned start token; False: the first token of each block passes unchanged, as in TarFlow
     order: Literal["L2R", "R2L"] = "L2R"  # L2R: blocks 1, 3, 5 run through the grid forwards (5 is the deep one of six)
     positions: Literal["rope", "learned"] = "rope"
-    reach: Positive = (
-        32.0  # positions of a square grid span [0, reach), whatever its size; part of the weights' identity
-    )
+    reach: Positive = 32.0  # positions of a square grid span [0, reach), whatever its size: the weights depend on it
     scale: Literal["softplus", "exp"] = "softplus"
     clip: NonNegative = 4.0  # soft clip c tanh(x / c) of the network's outputs; 0: none
     final_norm: bool = True

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from msgspec import Meta
 
 from zoo.dist import constrain, whole
 from zoo.errors import UserError, check_divisor
-from zoo.fields import Count, Dtype, Layers, Positive, Share, Size, Whole, check_fields
+from zoo.fields import Count, Dtype, Layers, Positive, Share, Size, Some, Whole, check_fields
 from zoo.flows.inverse import Jacobi, Method, Stepper, invert, sequential, swept
 from zoo.flows.transforms import shift_right
 from zoo.nn.attention import Backend, check_backend
@@ -95,11 +94,7 @@ class TarFlowLM:
     length: Size = 256  # T, tokens of a text
     dims: Size = 5  # d, numbers per token
     patch: Size = 1  # P, tokens that a step models together
-    layers: Annotated[tuple[Layer, ...], Meta(min_length=1)] = (
-        Layer("mixd", depth=8, components=27),
-        Layer(components=2),
-        Layer(components=2),
-    )
+    layers: Some[Layer] = (Layer("mixd", depth=8, components=27), Layer(components=2), Layer(components=2))
     width: Size = 768
     head_dim: Size = 64
     stage: Whole = (

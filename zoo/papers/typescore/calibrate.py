@@ -18,7 +18,7 @@ import numpy as np
 from msgspec import Meta
 
 from zoo.errors import UserError
-from zoo.fields import NotEmpty, Seed, Share, check_fields
+from zoo.fields import NotEmpty, Seed, Share, Some, check_fields
 from zoo.files import write
 from zoo.papers.typescore.extractors import Cached, RapidOcr, TextExtractor, describe
 from zoo.papers.typescore.files import as_json, as_png, claim, seen, writing
@@ -48,15 +48,8 @@ class Calibrate:
     """The scores of an extractor on known faults, beside those of a perfect one."""
 
     extractor: TextExtractor = RapidOcr()
-    texts: Annotated[tuple[str, ...], Meta(min_length=1)] = TEXTS  # what is drawn
-    levels: Annotated[tuple[Share, ...], Meta(min_length=1)] = (
-        0.0,
-        0.1,
-        0.2,
-        0.3,
-        0.4,
-        0.5,
-    )  # shares of the letters and digits that are replaced
+    texts: Some[str] = TEXTS  # what is drawn
+    levels: Some[Share] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the letters and digits that are replaced
     case_sensitive: bool = False  # whether "Open" for "open" is an error
     ignore_punct: bool = False  # whether punctuation is left out of the comparison
     seed: Seed = 0  # of faults and pictures

@@ -110,9 +110,7 @@ class Corruption:
 
     p_char: Share = 0.0  # letters and digits replaced by others, of those of the words kept
     p_drop: Share = 0.0  # words left out
-    p_surplus: Annotated[float, Meta(ge=0, le=10)] = (
-        0.0  # words added before or behind, as a share of the words wanted; may exceed 1
-    )
+    p_surplus: Annotated[float, Meta(ge=0, le=10)] = 0.0  # words added before or behind, as a share of those wanted
 
     def __post_init__(self) -> None:
         check_fields(self)
