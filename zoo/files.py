@@ -128,14 +128,14 @@ def locked(folder: Path, name: str, way: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: os.PathLike[str], way: str, *errors: type[Exception]) -> Iterator[None]:
-    """UserError with the way out where what is written within, to `path` or beside it, cannot be; also for these `errors`."""
+def writing(what: object, way: str, *errors: type[Exception]) -> Iterator[None]:
+    """UserError with the way out where what is written within cannot be; also for these `errors`."""
     kinds: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
     except kinds as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot write {path} ({reason}); {way}") from error
+        raise UserError(f"cannot write {what} ({reason}); {way}") from error
 
 
 @contextlib.contextmanager
