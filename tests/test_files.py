@@ -191,3 +191,12 @@ def test_the_first_line_of_what_another_library_says(said: str, line: str) -> No
     with pytest.raises(UserError) as caught, files.writing(Path("a"), "mend it"):
         raise OSError(said)
     assert str(caught.value) == f"cannot write a ({line}); mend it"
+    with pytest.raises(UserError) as caught, files.reading("a", "mend it"):
+        raise OSError(said)
+    assert str(caught.value) == f"a cannot be read ({line}); mend it"
+
+
+def test_what_is_no_text_is_told_by_its_byte(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"gr\xfcn")
+    with pytest.raises(UserError, match=r"a is no UTF-8 text \(byte 2\); save it so"), files.reading("a", "save it so"):
+        (tmp_path / "a").read_text(encoding="utf-8")

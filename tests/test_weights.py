@@ -380,9 +380,9 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
         raise RuntimeError("enforce fail: unexpected pos")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(UserError, match=r"a\.pth cannot be written"):
+    with pytest.raises(UserError, match=r"cannot write .*a\.pth"):
         weights.write_state_dict(path, {"w": np.zeros(2)})
-    with pytest.raises(UserError, match=r"b\.npz cannot be written"):
+    with pytest.raises(UserError, match=r"cannot write .*b\.npz"):
         weights.write_state_dict(path / "b.npz", {"w": np.zeros(2)})
     with pytest.raises(UserError, match=r"ends in '\.txt'"):
         weights.write_state_dict(tmp_path / "b.txt", {"w": np.zeros(2)})

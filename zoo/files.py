@@ -55,7 +55,7 @@ def filled(folder: Path) -> Iterator[Path]:
     For the moment of the exchange an earlier folder lies beside it as `.NAME.*.old`. Raises OSError.
     """
     folder = folder.resolve()  # "." has no name
-    empty = folder.is_dir() and not names(folder)
+    empty = folder.is_dir() and not any(folder.iterdir())
     # the one above it may be closed to us; a shell or a volume stays with the folder that it has
     stays = empty and (folder == Path.cwd() or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK))
     new = _part(folder / "new" if stays else folder)
@@ -128,14 +128,25 @@ def locked(folder: Path, name: str, way: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: os.PathLike[str], way: str, *errors: type[Exception]) -> Iterator[None]:
-    """UserError with the way out where what is written within, to `path` or beside it, cannot be; also for these `errors`."""
+def writing(what: object, way: str, *errors: type[Exception]) -> Iterator[None]:
+    """UserError with the way out where what is written within cannot be; also for these `errors`."""
     kinds: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
     except kinds as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot write {path} ({reason}); {way}") from error
+        raise UserError(f"cannot write {what} ({reason}); {way}") from error
+
+
+@contextlib.contextmanager
+def reading(what: object, way: str) -> Iterator[None]:
+    """UserError with the way out where what is read within cannot be, or is no text."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror or first_line(error)}); {way}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is no UTF-8 text (byte {error.start:,}); {way}") from error
 
 
 def sha256(*parts: Data) -> str:

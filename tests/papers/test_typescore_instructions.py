@@ -237,7 +237,7 @@ def test_files_that_hold_no_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read(tmp_path)
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "a", "text": "\xe9"}')
-    with pytest.raises(UserError, match="are not UTF-8"):
+    with pytest.raises(UserError, match="no UTF-8 text"):
         read(tmp_path / "latin.jsonl")
     with pytest.raises(UserError, match="are empty"):
         read(lines(tmp_path / "empty.jsonl", "", " "))

@@ -348,7 +348,7 @@ def test_a_damaged_config_is_refused_and_not_overwritten(tmp_path: Path, text: s
 
 def test_a_run_folder_below_a_file_ends_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"cannot write the run folder .*file/run: Not a directory; choose another"):
+    with pytest.raises(UserError, match=r"cannot write the run folder .*file/run \(Not a directory\); choose another"):
         go(tmp_path / "file" / "run")
     assert contents(tmp_path) == {"file": b"mine"}
 

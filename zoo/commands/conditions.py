@@ -14,7 +14,7 @@ import numpy as np
 from zoo import models
 from zoo.data.captions import as_tokens, bucket, framed
 from zoo.errors import UserError
-from zoo.files import sha256
+from zoo.files import reading, sha256
 from zoo.models import Model
 from zoo.task import is_text
 from zoo.train.report import class_name
@@ -55,14 +55,10 @@ def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] 
     if prompt is not None:
         return [prompt], {"prompt": prompt}
     assert prompts is not None
-    try:
+    with reading(field, f"give a text file, one {what} per line"):
         data = Path(prompts).read_bytes()
         # not splitlines(): a caption may hold what Unicode calls the end of a line
         lines = data.decode("utf-8-sig").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise UserError(f"{field} cannot be read ({error.strerror}); give a text file, one {what} per line") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{field} is no UTF-8 text; give a text file, one {what} per line") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise UserError(f"{field} holds no {what} in {_count(lines)}; give a text file, one {what} per line")

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from zoo import paths
+from zoo import files, paths
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Jacobi
 from zoo.metrics.convergence import Convergence
@@ -51,13 +51,10 @@ def _key(strategy: Mapping[str, Any]) -> tuple[Any, ...]:
 def _read(folder: Folder) -> list[dict[str, Any]]:
     """Saved strategies; [] where there are none. UserError when the file is damaged."""
     path = folder / Convergence.saves
-    try:
-        with paths.sentence(path):
-            if not path.is_file():
-                return []
-            data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); remove it, or give method=sequential") from None
+    with files.reading(path, "remove it, or give method=sequential"), paths.sentence(path):
+        if not path.is_file():
+            return []
+        data = path.read_bytes()
     try:
         found: list[dict[str, Any]] = json.loads(data)["strategies"]
         for strategy in found:

@@ -29,7 +29,7 @@ from zoo.data.pipeline import Data, Source
 from zoo.data.records import Info, Record, is_prepared, open_shards, read_info
 from zoo.errors import UserError
 from zoo.fields import Below1, NotEmpty, Side, check_fields
-from zoo.files import first_line, sha256_of_file, sha256_of_parts
+from zoo.files import first_line, reading, sha256_of_file, sha256_of_parts
 
 LEVELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -488,10 +488,8 @@ def _tell_left_out(root: Path, test: str, others: tuple[str, ...], suffixes: tup
 def _entries(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Sorted names of the files that count and of the folders in a folder; hidden ones are passed over."""
     files, folders = [], []
-    try:
+    with reading(folder, "give a folder that you may read"):
         entries = list(os.scandir(folder))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}); give a folder that you may read") from None
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -531,12 +529,8 @@ def _folder(data: Images, root: Path, split: str) -> Encoded:
 
     def read(i: int) -> tuple[bytes, int | None, str]:
         path = root / files.paths[i]
-        try:
+        with reading(path, "restore it, or remove it and start again"):
             return path.read_bytes(), None if files.labels is None else files.labels[i], str(path)
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}); restore it, or remove it and start again"
-            ) from None
 
     return Encoded(len(files.paths), read, classes)
 

@@ -37,7 +37,7 @@ from zoo.data.images import (
 from zoo.data.pipeline import Data, Source
 from zoo.errors import UserError
 from zoo.fields import Below1, Count, NotEmpty, Seed, Size, check_fields
-from zoo.files import sha256_of_file
+from zoo.files import reading, sha256_of_file
 
 RATES = (4, 9, 14, 19)  # what a chirp's frequency gains in the window, its class
 NOISE = 0.3
@@ -359,10 +359,8 @@ def _is_npz(path: Path) -> bool:
 
 
 def _stamp(path: Path) -> Stamp:
-    try:
+    with reading(path, "restore it, or remove it"):
         status = path.stat()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); restore it, or remove it") from None
     return path, status.st_mtime_ns, status.st_size
 
 
@@ -416,10 +414,8 @@ def _recordings(stamps: tuple[Stamp, ...], separator: str) -> tuple[np.ndarray, 
     """CSV files as float64 [T, C], with the same channels everywhere."""
     found = []
     for path, *_ in stamps:
-        try:
+        with reading(path, "restore it, or remove it"):
             found.append(_recording(path, separator))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); restore it, or remove it") from None
         if found[-1].shape[1] != found[0].shape[1]:
             raise UserError(
                 f"{path} has {found[-1].shape[1]} columns, but {stamps[0][0]} has {found[0].shape[1]}; "

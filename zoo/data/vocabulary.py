@@ -312,10 +312,8 @@ def named(tokenizer: str, symbols: str = "", field: str = "tokenizer=") -> Vocab
             f"{field}{tokenizer} ends neither in .json (the package tokenizers) nor in .model (sentencepiece), so that its kind "
             "cannot be told; give such a file"
         )
-    try:
+    with files.reading(path, "mend its rights, or give another file"):
         return _of_file(path.suffix.lower(), path.read_bytes(), str(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend its rights, or give another file") from None
 
 
 def open_vocabulary(folder: Folder) -> Vocabulary | None:

@@ -67,7 +67,7 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
     assert run.workdir is not None
     folder = paths.where(run.workdir)
     about = {"format": 1, "run": config.dump(run), "labels": list(labels)}
-    with files.writing(folder, "choose another workdir="):
+    with files.writing(f"the run folder {folder}", "choose another workdir="):
         if isinstance(folder, Path):  # a bucket has no folders
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(files.locked(folder, f"workdir={folder}", "choose another workdir="))

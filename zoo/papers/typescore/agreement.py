@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zoo.errors import UserError, suggest
+from zoo.files import reading
 from zoo.papers.typescore.evaluate import (
     Record,
     by_instruction,
@@ -78,11 +79,8 @@ def agreement(path: str | Path, results: Sequence[Result], resamples: int = 1000
 
 def _csv(path: str | Path) -> tuple[list[tuple[int, dict[str, str]]], set[str]]:
     """The lines of a CSV file with their numbers, and the names of its columns."""
-    try:
+    with reading(f"human={path}", "name a CSV file"):
         text = Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"human={path} cannot be read ({why}); name a CSV file") from None
     reader = csv.DictReader(io.StringIO(text, newline=None), strict=True)  # lines may end in CR alone
     rows = []
     try:

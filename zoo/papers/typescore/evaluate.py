@@ -25,7 +25,7 @@ from PIL import Image
 
 from zoo.errors import UserError
 from zoo.fields import Count, NonNegative, Seed, Whole, check_fields
-from zoo.files import sha256_of_file, sha256_of_json, write
+from zoo.files import reading, sha256_of_file, sha256_of_json, write
 from zoo.papers.typescore import style as styles
 from zoo.papers.typescore import synth
 from zoo.papers.typescore.extractors import (
@@ -616,12 +616,9 @@ def _digest(instructions: Sequence[Instruction]) -> str:
 def on_disk(path: Path) -> dict[str, Record]:
     """Records by the name of their picture; of two the later one. A damaged line is passed over: its picture is read anew."""
     found: dict[str, Record] = {}
-    try:
+    lines: list[bytes] = []
+    with reading(path, "name another folder with out=FOLDER"), contextlib.suppress(FileNotFoundError):
         lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return found
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); name another folder with out=FOLDER") from None
     for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)

@@ -97,12 +97,8 @@ def read(path: str | os.PathLike[str]) -> list[Instruction]:
     other keys are passed over. UserError names the file, the line and what is wrong with it.
     """
     path = Path(path)
-    try:
+    with files.reading(f"list {path}", "name a file of JSON lines"):
         content = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"instructions {path} cannot be read ({error.strerror}); name a file of JSON lines") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"instructions {path} are not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     found: list[Instruction] = []
     lines: dict[str, int] = {}
     for number, line in enumerate(
