@@ -34,6 +34,8 @@ INSIDE = {
     "zoo.data.series": "Part",
     "zoo.data.tokens": "Corpus",
     "zoo.flows.inverse": "Chain",
+    "zoo.flows.stack": "",
+    "zoo.papers.tarflow_lm.model": "Flow",
     "zoo.metrics.frechet": "Moments",
     "zoo.papers.typescore.coarse": "Clip Coarse",
     "zoo.papers.typescore.evaluate": "File",

@@ -136,7 +136,7 @@ _sampling: ContextVar[type | None] = ContextVar("sampling", default=None)
 
 
 def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = None) -> Any:
-    if kind is Options:
+    if kind == Options:
         options = _sampling.get()
         if options is None:
             raise UserError(f"{prefix}{next(iter(changes))}: there is no sampler that takes options; leave it out")

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from zoo.errors import UserError, suggest
 
 Params = dict[str, Any]  # nested dict of arrays; top-level keys are the unit of what is held and of `Run.weights`
 Batch = Mapping[str, jax.Array]
-Options = Mapping[str, Any]  # of a task's sampler, by name: fields of its `Sampling`
+Options = Annotated[Mapping[str, Any], "of a task's sampler"]  # by name: fields of its `Sampling`
 
 
 # --- what a task says of itself -------------------------------------------------------------------

@@ -339,7 +339,10 @@ def test_cached_equals_uncached(scan):
 
 def test_guidance_of_nothing_is_nothing():
     params = randomised(TINY)
-    draw = lambda **options: TINY.sample(params, jax.random.key(5), 2, denoise=0, **options)["image"]  # noqa: E731
+
+    def draw(**options):
+        return TINY.sample(params, jax.random.key(5), 2, None, TINY.Sampling(denoise=0, **options))["image"]
+
     plain = draw()
     np.testing.assert_array_equal(draw(guidance=0.0), plain)
     with pytest.warns(UserWarning, match="changes nothing"):
@@ -434,4 +437,4 @@ def test_fields_that_do_not_fit_are_named(field, value):
 def test_denoising_refuses_uniform_noise():
     task = dataclasses.replace(TINY, noise_type="uniform")
     with pytest.raises(UserError, match="noise_type"):
-        task.sample(randomised(task), jax.random.key(0), 1, denoise=1.0)
+        task.sample(randomised(task), jax.random.key(0), 1, None, task.Sampling(denoise=1.0))
