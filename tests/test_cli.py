@@ -282,7 +282,7 @@ MISTAKES = {
     "statistics of the texts of images": ("eval run generation", "is of texts, and TarFlow models image"),
     "metric of passes of no flow": ("eval discrete passes", "layers of a flow, and DiscreteLM has none"),
     "metric of a conditional model": ("eval run bayes", "unconditional (task.classes=0)"),
-    "unwritable export": ("export run file/export", "file/export cannot be written"),
+    "unwritable export": ("export run file/export", "file/export (Not a directory); free some space"),
     "not empty": ("export run colour", "colour is not an export"),
     "a file in the way": ("export run unfit.npz --format official", "unfit.npz exists; remove it first"),
     "unknown suffix": ("export run weights.xyz --format official", "weights.xyz ends in '.xyz'"),
