@@ -38,10 +38,9 @@ class Samples:
 
 @runtime_checkable
 class Metric(Protocol):
-    """What a run measures itself by: `name`, steps between measurements, abilities that it needs, and a call."""
+    """What a run measures itself by: `name`, the abilities that it needs, and a call; `every` so many steps."""
 
     name: str
-    every: int
     needs: tuple[str, ...]
 
     def __call__(self, task: Any, params: Any, data: Any, rng: Any) -> Mapping[str, Any]:
