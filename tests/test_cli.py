@@ -255,7 +255,7 @@ MISTAKES = {
     "aspect of squares": ("sample run aspect=16:9", "aspect=16:9: all images of TarFlow have one shape; leave it out"),
     "aspect and grid": ("sample latents aspect=16:9 grid=4,8", "aspect=16:9 and grid= both say the shape; keep one"),
     "latents and no autoencoder": ("sample latents", "names no autoencoder: set task.vae and weights.vae"),
-    "no samples": ("sample run n=0", "n=0; draw at least one sample"),
+    "no samples": ("sample run n=0", "n=0 must be a whole number from 1"),
     "no batch": ("sample run --batch 0", "--batch 0"),
     "unwritable samples": ("sample run n=1 --out file/samples", "cannot write samples to file/samples"),
     "a folder of other images": ("sample run n=1 --out numbers", "numbers holds images that zoo did not draw"),

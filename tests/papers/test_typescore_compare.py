@@ -395,9 +395,9 @@ def test_extractors_are_compared_on_the_same_pictures(models: Path) -> None:
         UserError, match=r"differ in normalisation\.case_sensitive: false -> true; evaluate both in one way$"
     ):
         Compare((good, str(models / "strict")), str(models / "y"), extractors=True).run()
-    for field in ("truth", "human", "surrogate"):
+    for field, value in (("truth", ("good",)), ("human", "ratings.csv"), ("surrogate", True)):
         with pytest.raises(UserError, match=f"compares extractors, and {field} is for models"):
-            Compare(names, extractors=True, **{field: ("good",)})  # type: ignore[arg-type]
+            Compare(names, extractors=True, **{field: value})  # type: ignore[arg-type]
     path = Path(mine) / "records.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     lost = [rows[0] | {"error": "no answer", "score": None}, *rows[1:]]

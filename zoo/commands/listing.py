@@ -87,11 +87,12 @@ def _own_comments(cls: type) -> dict[str, str]:
 
 
 def _kind(annotation: Any) -> str:
-    return (
-        annotation.__name__
-        if isinstance(annotation, type)
-        else re.sub(r"\b(typing|collections\.abc|zoo\.[\w.]+)\.", "", str(annotation))
-    )
+    if typing.get_origin(annotation) is typing.Union:
+        return " | ".join(map(_kind, typing.get_args(annotation)))
+    if annotation is type(None):
+        return "None"
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return re.sub(r"\b(typing|collections\.abc|zoo\.[\w.]+)\.", "", name)
 
 
 def _rows(value: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:
