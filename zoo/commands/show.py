@@ -84,7 +84,8 @@ def _rows(value: Any, prefix: str = "", ranges: bool = False) -> _Rows:
     `ranges`: types are told in words with their ranges, and objects that may stand for a plain value are listed too.
     """
     rows: _Rows = []
-    hints, comments = typing.get_type_hints(type(value)), _comments(type(value))
+    cls: Any = type(value)
+    hints, own, comments = typing.get_type_hints(cls), kinds(cls), _comments(cls)
     for f in dataclasses.fields(value):
         inner, name = getattr(value, f.name), f"{prefix}{f.name}"
         parts = (
@@ -104,10 +105,11 @@ def _rows(value: Any, prefix: str = "", ranges: bool = False) -> _Rows:
                 )
                 rows += _rows(part, f"{name}.{key}.", ranges)
         else:
-            kind: Any = kinds(type(value))[f.name]
+            kind = own[f.name]
             rows.append((name, repr(inner), words(kind) if ranges else _kind(hints[f.name]), comments.get(f.name, "")))
-            for part in typing.get_args(kind) if ranges else ():
-                rows += _rows(part(), f"{name}.", ranges) if dataclasses.is_dataclass(part) else []
+            objects = [part for part in typing.get_args(kind) if dataclasses.is_dataclass(part)] if ranges else []
+            for part in objects:
+                rows += _rows(typing.cast(Any, part)(), f"{name}.", ranges)
     return rows
 
 
