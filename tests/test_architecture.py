@@ -222,7 +222,10 @@ def names_of_papers() -> re.Pattern[str]:
     for paper in listing.papers():
         exact += [rf"configs/{paper['module']}\b", rf"zoo[./]papers[./]{paper['module']}\b"]
         short = paper["title"].partition(":")[0].split(" (")[0]
-        (exact if short.isupper() else coined).append(rf"(?<![A-Za-z]){short}(?![A-Za-z])")
+        if short.isupper():
+            exact.append(rf"\b{short}\b")
+        else:
+            coined.append(rf"(?<![a-z]){short}(?![a-z])")  # in names too: tarflow_grid
         exact += [rf"\b{name}\b" for name in paper["tasks"] if re.search(r".[A-Z]", name)]
     return re.compile(rf"{'|'.join(exact)}|(?i:{'|'.join(coined)})")
 

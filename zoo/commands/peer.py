@@ -60,7 +60,7 @@ def parity(task: Any, params: Any, twin: Any, host: dict[str, np.ndarray]) -> di
     with jax.default_matmul_precision("default" if half else "float32"):
         ours = float(jax.jit(lambda p, b: clean.loss(p, b, jax.random.key(0))[0])(moved, host))
         found["loss"] = abs(ours - float(twin.loss(host)))
-        if isinstance(task, Inverse) and isinstance(twin, Inverse):
+        if all(isinstance(side, Inverse) for side in (task, twin)):
             label = host["label"][:2] if "label" in host else None
             z = jax.random.normal(jax.random.key(2), (2, task.tokens, task.dims))
             inverse = jax.jit(lambda p, z: task.inverse(p, z, label))
