@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from toy import TOYS
@@ -47,6 +48,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     images, labels = rng.integers(0, 255, (64, 4, 4), np.uint8), np.arange(64) % 2
     np.savez(tmp_path / "data.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     monkeypatch.chdir(tmp_path)
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)  # compiles fastest
     return tmp_path
 
 
