@@ -38,9 +38,8 @@ class Samples:
 
 @runtime_checkable
 class Metric(Protocol):
-    """What a run measures itself by: `name`, the abilities that it needs, and a call; `every` so many steps."""
+    """What a run measures itself by: the abilities that it needs, and a call; `every` so many steps."""
 
-    name: str
     needs: tuple[str, ...]
 
     def __call__(self, task: Any, params: Any, data: Any, rng: Any) -> Mapping[str, Any]:
