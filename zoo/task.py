@@ -49,10 +49,11 @@ class Likelihood:
     """What the `nll` of a task is of, and how its nats become bits."""
 
     event: tuple[int, ...]  # shape of what is modelled
-    kind: Literal["exact", "bound", "noisy"] = "exact"  # "bound": nll is above -log p; "noisy": of examples with noise,
-    # whose standard deviation is the field `noise` of the task
+    kind: Literal["exact", "bound", "noisy"] = "exact"  # "bound": nll is above -log p; "noisy": of examples with noise
     name: str = "bpd"  # of the bits per dimension, among figures
     bins: float = 1.0  # of the data per unit of what is modelled: grey levels 2/256 apart have 128
+    noise: float = 0.0  # standard deviation of the noise, where it is "noisy"
+    clean: Any = None  # the same task without that noise
 
     def bits(self, nats: Any) -> Any:
         """Bits per dimension from nats per dimension of a density: those of a bin that is 1 / bins wide."""
@@ -192,7 +193,13 @@ class Predicts(Protocol):
 
 @runtime_checkable
 class Inverts(Protocol):
-    """A flow of affine blocks whose sampler has the option `method`: the metric `convergence`, `zoo bench --model`."""
+    """A flow of affine blocks: the metric `convergence`, and where its sampler has the options `guidance` and `method`
+    (`zoo.flows.inverse.Jacobi`) also `zoo bench --model` and the strategies of `zoo sample`."""
+
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        ...
 
     def chain(self, params: Params, batch: Batch, rng: jax.Array, *, guidance: Any = 0.0) -> tuple[jax.Array, Any]:
         """Noisy tokens [B, T, D] and the flow's blocks (`zoo.flows.inverse.Chain`), as they are inverted."""
@@ -452,6 +459,11 @@ def option_names(task: Any) -> tuple[str, ...]:
     """The options of a task's sampler."""
     kind = sampling(task)
     return () if kind is None else tuple(f.name for f in dataclasses.fields(kind))
+
+
+def has_methods(task: Any) -> bool:
+    """Whether the sampler of a task inverts a flow by a method that can be chosen."""
+    return isinstance(task, Inverts) and {"guidance", "method"} <= set(option_names(task))
 
 
 def options_of(task: Any, given: Options, where: str) -> Any:

@@ -450,7 +450,7 @@ class MaskedAutoencoder(Vit):
 class PartClassifier(Vit):
     """A classifier on an encoder that one of the pretexts has trained: fine-tuning, with positions it never had."""
 
-    classes: Annotated[int, Meta(ge=2, le=2**20)] = 10
+    classes: Annotated[int, Meta(ge=2, le=2**18)] = 10
     start: Literal["fresh", "sincos"] = (
         "fresh"  # of the learned positions: "fresh" (truncated normal), or "sincos", as a masked autoencoder knew them
     )
