@@ -265,6 +265,7 @@ class Echo:
         return {key: jax.ShapeDtypeStruct((batch, 3), "int32") for key in (*self.about.conditions, "other")}
 
     Sampling = Nothing
+    init = loss = spec  # not asked for
 
     def sample(self, params, rng, n, conditions=None, options=None):
         assert isinstance(conditions["null_tokens"], jax.core.Tracer)  # else they would be part of the program
