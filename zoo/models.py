@@ -16,13 +16,11 @@ from zoo.encoders.tokenizer import NAME as TOKENIZER
 from zoo.encoders.tokenizer import Tokenizer
 from zoo.errors import UserError, suggest
 from zoo.files import sha256
-from zoo.paths import Folder
+from zoo.paths import Folder, shipped
 from zoo.task import Network, Params
 from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.step import abstract_state
-
-_PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,6 @@ class Model:
     def homes(self) -> list[Folder]:
         """Where its tokeniser may lie."""
         return homes(self.folder, self.run.weights if self.run is not None else None)
-
-
-def shipped() -> dict[str, Path]:
-    """Weights that come with the package, by name."""
-    return (
-        {p.name: p for p in sorted(_PRETRAINED.iterdir()) if (p / "config.json").is_file()}
-        if _PRETRAINED.is_dir()
-        else {}
-    )
 
 
 def read_config(folder: Folder) -> dict[str, Any]:

@@ -15,15 +15,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
-
-import jax
-import jax.numpy as jnp
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from zoo.errors import UserError, suggest
 
+if TYPE_CHECKING:  # seconds of start-up, which configs and lists do not need
+    import jax
+
 Params = dict[str, Any]  # nested dict of arrays; top-level keys are the unit of what is held and of `Run.weights`
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, "jax.Array"]
 Options = Annotated[Mapping[str, Any], "of a task's sampler"]  # by name: fields of its `Sampling`
 
 
@@ -437,6 +437,9 @@ def speed(task: Any) -> dict[str, Any]:
 
 def sample_keys(rng: jax.Array, n: int) -> jax.Array:
     """n keys of one key, or those given: sample i depends on (rng, i) alone."""
+    import jax
+    import jax.numpy as jnp
+
     return rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
 
 

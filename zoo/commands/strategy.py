@@ -15,8 +15,8 @@ from zoo import files, paths
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Jacobi
 from zoo.metrics.convergence import Convergence
-from zoo.models import Model, shipped
-from zoo.paths import Folder
+from zoo.models import Model
+from zoo.paths import Folder, shipped
 from zoo.task import has_methods
 
 _log = logging.getLogger("zoo")

@@ -50,7 +50,7 @@ def per_example(task: Any, draws: int, combine: Callable[[jax.Array], Any] = ove
 
 @dataclass(frozen=True)
 class Bits(Metric):
-    """Bits per dimension of held-out images, a mean over images and draws of noise (TarFlow's protocol: no label).
+    """Bits per dimension of held-out images, a mean over images and draws of noise (as arXiv:2412.06329: no label).
 
     Without `label` captions are left out too, and the bits are those of an unconditional model.
 
@@ -220,7 +220,7 @@ def gaussian_bits(train: np.ndarray, test: np.ndarray, levels: int) -> float:
 
 @dataclass(frozen=True)
 class BayesAccuracy(Metric):
-    """Accuracy of argmin over classes of nll(image | class), a uniform prior over classes (TarFlow's MNIST notebook).
+    """Accuracy of argmin over classes of nll(image | class), a uniform prior over classes (arXiv:2412.06329).
 
     Images go in without noise where the model was trained with Gaussian noise; with dequantisation, draws are averaged.
     """
