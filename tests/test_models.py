@@ -187,6 +187,7 @@ def test_mistakes_are_told_before_anything_is_computed(small: Path):
         r"sigma=3.0 is out of range; Denoiser was made for 0.5 to 2.0": lambda: bare.denoise(image, 3.0),
         r"no option 'guidnace'; did you mean 'guidance'\?": lambda: model.sample(2, guidnace=1),
         r"temperature='hot' must be a finite number": lambda: model.sample(2, temperature="hot"),
+        r"is an array, and options are parts of the program": lambda: model.sample(2, guidance=jnp.ones(())),
         r"n=0 must be a whole number from 1": lambda: model.sample(0),
         r"seed=-1 must be a whole number from 0": lambda: model.sample(1, -1),
         r"label='cow' is no class; known: cat, dog": lambda: model.sample(1, label="cow"),

@@ -64,9 +64,7 @@ class Model:
 
     task: Any
     params: Params
-    kind: (
-        str  # "ema" or "raw": which weights a run gave; "imported": published ones; of a config what its `weights` say
-    )
+    kind: str  # "ema" or "raw": which weights a run gave; "imported"; of a config what its `weights` say
     step: int | None
     data: Any  # data description it was trained on, None for an import
     labels: tuple[str, ...]  # class names
@@ -137,9 +135,14 @@ class Model:
         for name, value, kind in (("n", n, Count), ("seed", seed, Seed)):
             if not fits(value, kind):
                 raise UserError(sentence(name, repr(value), kind))
+        for name, value in options.items():
+            if isinstance(value, jax.Array | np.ndarray):
+                raise UserError(
+                    f"{name}={value!r} is an array, and options are parts of the program; give float({name})"
+                )
         chosen, about = options_of(self.task, options, "Model.sample"), self.task.about
         if conditions is not None:
-            if (label, prompt) != (None, None):
+            if label is not None or prompt is not None:
                 raise UserError("sample: conditions= stand in the place of label= and prompt=; leave these out")
             conditions = {key: np.asarray(array) for key, array in conditions.items()}
             self._check("sample", conditions, n)
@@ -148,7 +151,7 @@ class Model:
                 raise UserError(f"prompt={prompt!r}: this model is not conditioned on captions; leave it out")
             names = None if label is None else ",".join(map(str, np.atleast_1d(label).tolist()))
             labels = label_numbers(names, about.classes, self.labels, n)
-            texts = [prompt] if isinstance(prompt, str) else prompt
+            texts = [prompt] if isinstance(prompt, str) else prompt or None
             conditions, _, _ = self.conditions(labels, texts, n, chosen)
         size, parts = min(n, _BATCH), []
 
@@ -179,7 +182,7 @@ class Model:
         low, high = self.task.sigmas
         if not np.all((low <= np.asarray(sigma)) & (np.asarray(sigma) <= high)):
             raise UserError(f"sigma={sigma} is out of range; {type(self.task).__name__} was made for {low} to {high}")
-        self._check("denoise", conditions or {}, len(x))
+        self._check("denoise", conditions or {}, np.shape(x)[0])
         return self._programs["denoise"](self.params, x, sigma, conditions)
 
     def sheet(self, images: Any, captions: Sequence[str] | None = None) -> Image.Image:
