@@ -19,6 +19,7 @@ import zoo
 from zoo import cli, models, weights
 from zoo.data.synthetic import Synthetic
 from zoo.data.vocabulary import text8
+from zoo.draws import label_numbers
 from zoo.encoders.text import T5
 from zoo.papers.part import Part
 from zoo.papers.starflow import StarFlow
@@ -610,8 +611,8 @@ def test_labels_are_named_and_in_turn(root: Path, tmp_path: Path, capsys: pytest
     [(None, [0, 1, 0]), ("dog", [1, 1, 1]), ("dog,0", [1, 0, 1]), ("none", [-1, -1, -1]), ("1,none", [1, -1, 1])],
 )
 def test_label_numbers(text: str | None, expected: list[int]):
-    assert cli.label_numbers(text, 2, ("cat", "dog"), 3).tolist() == expected
-    assert cli.label_numbers(None, 0, (), 3) is None
+    assert label_numbers(text, 2, ("cat", "dog"), 3).tolist() == expected
+    assert label_numbers(None, 0, (), 3) is None
 
 
 def test_eval_prints_one_line_that_says_what_was_measured(root: Path, capsys: pytest.CaptureFixture[str]):
