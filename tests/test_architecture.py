@@ -27,6 +27,7 @@ MAY = {
     "paths": set(),
     "dist": set(),
     "hosts": set(),
+    "draws": set(),
     "data": set(),
     "weights": set(),
     "nn": {"dist"},
@@ -42,16 +43,19 @@ MAY = {
     "train.tracking": set(),
     "train.checkpoint": {"hosts", "paths", "weights", "train.step"},
     "run": {"dist", "data", "train.optim"},
-    "models": {"config", "dist", "encoders", "paths", "weights", "train.optim", "train.step", "train.checkpoint"},
+    "models": {
+        "config", "dist", "data", "draws", "encoders", "paths", "run", "weights",
+        "train.optim", "train.step", "train.checkpoint", "train.report",
+    },
     "train.loop": {
         "config", "dist", "data", "hosts", "models", "paths", "run", "weights",
         "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",
     },
     "commands": {
-        "config", "dist", "data", "encoders", "flows", "hosts", "models", "paths", "run", "weights", "metrics",
+        "config", "dist", "data", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights", "metrics",
         "train.optim", "train.report", "train.step",
     },
-    "cli": {"config", "dist", "data", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop"},
+    "cli": {"config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop"},
     "": {"models"},
 }  # fmt: skip
 FLAX = {"nn", "encoders", "papers", "dist", "train.step"}  # train.step: flax.struct only

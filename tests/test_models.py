@@ -11,16 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 
 import zoo
-from zoo import config, dist, models, paths, weights
+from zoo import cli, config, dist, models, paths, weights
 from zoo.data.synthetic import Synthetic
+from zoo.draws import keys
 from zoo.errors import UserError
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
 from zoo.task import About
 from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
+from zoo.train.report import grid
 from zoo.train.step import State, abstract_state
 
 TASK = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=2)
@@ -105,9 +108,103 @@ def test_a_run_without_an_average_gives_its_weights(tmp_path: Path):
 
 def test_load_is_task_and_parameters(run: Path):
     for raw in (False, True):
-        task, params = zoo.load(str(run), raw=raw)
+        task, params = model = zoo.load(str(run), raw=raw)
+        assert (model[0], model[1]) == (task, params)
         assert task == TASK
         same(params, models.open_model(run, raw=raw).params)
+
+
+# what a model can do
+
+
+@dataclass(frozen=True)
+class Denoiser(Square):
+    """The best guess for a standard normal."""
+
+    sigmas = (0.5, 2.0)
+
+    def denoise(self, params: Any, x: jax.Array, sigma: jax.Array, conditions: Any = None) -> jax.Array:
+        return x / (1 + jnp.reshape(sigma, (-1, 1)) ** 2)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export whose samples are finite."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    fresh = dist.unbox(TASK.init(jax.random.key(0)))
+    params = jax.tree.map(lambda x, noise: x + 0.1 * noise, fresh, state_of(RUN, 1).params) | {"prior": fresh["prior"]}
+    model = models.Model(TASK, params, "raw", 1234, Synthetic(), ("cat", "dog"), folder)
+    weights.save(folder, params, models.export_config(model), "a card")
+    return folder
+
+
+def test_a_model_draws_what_the_command_draws_and_compiles_once_a_shape(small: Path, tmp_path: Path):
+    model = zoo.load(str(small))
+    drawn = model.sample(3, seed=5, label=["dog", 0], guidance=0.5)["image"]
+    fields = ["n=3", "seed=5", "label=dog,0", "guidance=0.5"]
+    assert cli.main(["sample", str(small), *fields, "--out", str(tmp_path / "out")]) == 0
+    for i, image in enumerate(drawn):
+        with Image.open(tmp_path / "out" / f"{i:06d}.png") as file:
+            np.testing.assert_allclose((image + 1) * 127.5, np.asarray(file)[..., :1], atol=1)
+    again = model.sample(3, seed=5, conditions={"label": [1, 0, 1]}, guidance=0.5)["image"]
+    np.testing.assert_array_equal(again, drawn)
+    assert model._programs["sample"]._cache_size() == 1
+    np.testing.assert_allclose(model.sample(2, seed=5, label=1, guidance=0.5)["image"][0], drawn[0], atol=1e-5)
+    assert np.abs(model.sample(3)["image"] - drawn).max() > 1e-3
+    sheet = model.sheet({"image": drawn, "label": np.array([1, 0, -1])})
+    assert sheet.tobytes() == grid(drawn, ["dog", "cat", "none"]).tobytes()
+
+
+def test_a_model_gives_what_its_task_gives(small: Path):
+    model = zoo.load(str(small))
+    batch = {"image": jax.random.normal(jax.random.key(0), (3, 4, 4, 1)), "label": np.array([0, 1, 1])}
+    nats = model.nll(batch, seed=3)
+    np.testing.assert_allclose(nats, TASK.nll(model.params, batch, keys(3, np.arange(3))), rtol=1e-5)
+    np.testing.assert_allclose(model.features(batch), TASK.features(model.params, batch), rtol=1e-4, atol=1e-5)
+    other = models.Model(Denoiser(), {"square": jnp.ones((2, 2))}, "raw", None, None, (), small)
+    np.testing.assert_allclose(other.denoise(jnp.ones((2, 2)), jnp.array([1.0, 2.0])), [[0.5] * 2, [0.2] * 2])
+
+
+def test_a_model_is_told_in_five_lines(small: Path):
+    assert repr(zoo.load(str(small))).splitlines() == [
+        "TarFlow, of TarFlow: Normalizing Flows are Capable Generative Models (arXiv:2412.06329)",
+        f"size: {sum(x.size for x in jax.tree.leaves(weights.abstract(TASK))):,} parameters; images as image [4, 4, 1], label []",
+        "can: sample, nll, chain, features, after_step, import_names",
+        "weights: of the last step, step 1,234",
+        f"from: {small}",
+    ]
+
+
+def test_mistakes_are_told_before_anything_is_computed(small: Path):
+    model = zoo.load(str(small))
+    bare = models.Model(Denoiser(), {}, "raw", None, None, (), small)
+    image = np.zeros((2, 4, 4, 1), np.float32)
+    wrong = {
+        r"Model.denoise needs 'denoise', which TarFlow has not; it can: sample, nll": lambda: model.denoise(image, 1.0),
+        r"Model.sample needs 'sample', which Denoiser has not; it can: denoise": lambda: bare.sample(1),
+        r"Model.nll needs 'nll'": lambda: bare.nll({}),
+        r"Model.features needs 'features'": lambda: bare.features({}),
+        r"sigma=3.0 is out of range; Denoiser was made for 0.5 to 2.0": lambda: bare.denoise(image, 3.0),
+        r"no option 'guidnace'; did you mean 'guidance'\?": lambda: model.sample(2, guidnace=1),
+        r"temperature='hot' must be a finite number": lambda: model.sample(2, temperature="hot"),
+        r"is an array, and options are parts of the program": lambda: model.sample(2, guidance=jnp.ones(())),
+        r"n=0 must be a whole number from 1": lambda: model.sample(0),
+        r"seed=-1 must be a whole number from 0": lambda: model.sample(1, -1),
+        r"label='cow' is no class; known: cat, dog": lambda: model.sample(1, label="cow"),
+        r"prompt='a cat': this model is not conditioned on captions": lambda: model.sample(1, prompt="a cat"),
+        r"leave these out": lambda: model.sample(1, conditions={"label": [0]}, label=0),
+        r"label has the shape \[3\]; give an array of the shape \[2\]": lambda: model.sample(
+            2, conditions={"label": [0] * 3}
+        ),
+        r"TarFlow takes no 'lable' here; did you mean 'label'\?": lambda: model.sample(1, conditions={"lable": [0]}),
+        r"nll: image is missing; give an array of the shape \[N, 4, 4, 1\]": lambda: model.nll({"label": [0]}),
+        r"features: image has the shape \[4, 4, 1\]; give": lambda: model.features({"image": image[0]}),
+        r"these samples are no images; they hold tokens": lambda: model.sheet({"tokens": image}),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(UserError, match=message):
+            call()
+    assert not any(program._cache_size() for program in model._programs.values())
 
 
 def test_a_run_opens_under_its_own_rules(tmp_path: Path):
@@ -144,7 +241,8 @@ def test_a_shipped_name_opens_from_anywhere(run: Path, tmp_path: Path, monkeypat
     assert list(paths.shipped()) == ["tiny-flow"]
     same(models.open_model("tiny-flow").params, model.params)
     with pytest.raises(
-        UserError, match=r"tiny-flo is neither a folder nor a shipped model; did you mean 'tiny-flow'\?"
+        UserError,
+        match=r"tiny-flo is neither a folder nor a shipped model, and no config either; did you mean 'tiny-flow'\?",
     ):
         models.open_model("tiny-flo")
 
@@ -205,7 +303,7 @@ def test_opening_never_moves_a_damaged_checkpoint(tmp_path: Path):
 def test_weights_are_given_whole_or_by_key(run: Path, tmp_path: Path):
     model = models.open_model(run)
     weights.save(tmp_path / "export", model.params, models.export_config(model), "a card")
-    given = models.given_weights({"block0": f"{run}:block1", "": str(tmp_path / "export")})
+    given = models.given_weights({"block0": f"{run}:block1", "": str(tmp_path / "export")}, TASK)
     same(given["block0"], model.params["block1"])
     same(given[""], model.params)
     fresh = jax.tree.map(jnp.zeros_like, model.params)
@@ -218,6 +316,6 @@ def test_weights_are_given_whole_or_by_key(run: Path, tmp_path: Path):
 
 def test_a_key_that_is_not_there(run: Path):
     with pytest.raises(UserError, match=r"has no parameters named 'blok1'; did you mean 'block1'\?"):
-        models.given_weights({"block0": f"{run}:blok1"})
+        models.given_weights({"block0": f"{run}:blok1"}, TASK)
     with pytest.raises(UserError, match="is neither a folder nor a shipped model"):
-        models.given_weights({"": "nowhere:block0"})
+        models.given_weights({"": "nowhere:block0"}, TASK)

@@ -1,17 +1,19 @@
-"""zoo: a JAX/Flax model zoo. `zoo.load(run, export or shipped name)` gives a task and its parameters."""
+"""zoo: a JAX/Flax model zoo. `zoo.load(run, export or shipped name)` gives a model: it samples and tells likelihoods."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from zoo.task import Params, Task
+    from zoo.models import Model
 
 __version__ = "0.1.0"
 
 
-def load(name: str, *, raw: bool = False, allow: tuple[str, ...] = ()) -> tuple[Task, Params]:
-    """Task and parameters of a run folder, an export, or a shipped name such as `tarflow-digits`.
+def load(name: str, *, raw: bool = False, allow: tuple[str, ...] = ()) -> Model:
+    """The model of a run folder, an export, a shipped name such as `tarflow-digits`, or a config whose weights are all given.
+
+    `task, params = zoo.load(...)` takes it apart.
 
     Args:
         raw: the last weights of a run even where it keeps an average (the average is the default, and an export's
@@ -23,5 +25,4 @@ def load(name: str, *, raw: bool = False, allow: tuple[str, ...] = ()) -> tuple[
     """
     from zoo.models import open_model  # jax is imported only now
 
-    model: Any = open_model(name, raw=raw, allow=allow)
-    return model.task, model.params
+    return open_model(name, raw=raw, allow=allow)

@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub = verb(
         "sample",
-        "Draw samples from a run, an export or a shipped model.",
+        "Draw samples from a run, an export, a shipped model, or a config whose weights are all given.",
         "MODEL",
         fields="n, seed, label, prompt or prompts=FILE, aspect and the sampler's options, e.g. n=64 guidance=2.0, or passes=true",
     )
@@ -71,13 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     opens(sub)
     sub = verb(
         "eval",
-        "Measure a run or an export; or CONFIG alone, which says what it measures, such as configs/typescore/rapidocr.py.",
+        "Measure a run, an export, or a config whose weights are all given; or CONFIG alone, which says what it measures, "
+        "such as configs/typescore/rapidocr.py.",
         "MODEL",
         "METRIC?",
         fields="fields of the metric, e.g. draws=16; data=PATH for other data, data.FIELD=value for fields of the run's data",
     )
     opens(sub)
-    sub = verb("export", "Write the weights of a run for others.", "MODEL", "OUT")
+    sub = verb("export", "Write the weights of a run, or of a config that are all given, for others.", "MODEL", "OUT")
     sub.add_argument("--format", choices=("zoo", "official", "stablehlo"), default="zoo")
     sub.add_argument(
         "--samples",
@@ -323,6 +324,15 @@ def _run(run: Any, name: str) -> Any:
 # --- sampling -------------------------------------------------------------------------------------
 
 
+def _of_config(name: str, fields: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Where a model is a config, the overrides of its task and weights; and the other fields."""
+    from zoo import models
+
+    own = [f for f in fields if re.match(r"(task|weights)[.=]", f)]
+    own = own if own and models.is_config(name) else []
+    return own, [f for f in fields if f not in own]
+
+
 def _options(model: Any, fields: Sequence[str]) -> tuple[dict[str, Any], Any]:
     """What samples are asked for, and the sampler's own options, from `field=value`."""
     from zoo import config
@@ -350,45 +360,19 @@ def _options(model: Any, fields: Sequence[str]) -> tuple[dict[str, Any], Any]:
     return asked, config.override(kind(), own)
 
 
-def label_numbers(text: str | None, classes: int, names: Sequence[str], n: int) -> Any:
-    """Class numbers [n] from `label=`: names or numbers, separated by commas and repeated in turn; balanced by default.
-
-    UserError for an unknown name or a number out of range; `none` draws without labels.
-    """
-    import numpy as np
-
-    if not classes:
-        if text is not None:
-            raise UserError(f"label={text}: this model is unconditional (task.classes=0); leave label= out")
-        return None
-    if text is None:
-        return (np.arange(n) % classes).astype(np.int32)
-    chosen = []
-    for word in text.split(","):
-        if word == "none":
-            chosen.append(-1)
-        elif word in names:
-            chosen.append(list(names).index(word))
-        elif word.lstrip("-").isdigit():
-            if not 0 <= int(word) < classes:
-                raise UserError(f"label={word} is out of range; this model has classes 0 to {classes - 1}")
-            chosen.append(int(word))
-        else:
-            raise UserError(f"label={word!r} is no class; {suggest(word, names)}")
-    return np.resize(np.array(chosen, np.int32), n)
-
-
 def _sample(args: argparse.Namespace) -> int:
     from zoo import dist, models, paths
 
     dist.start(batch=max(args.batch, 1))
-    model = models.open_model(args.model, raw=args.raw, allow=args.allow, on_host=True)
-    words, options = _options(model, args.fields)
+    own, fields = _of_config(args.model, args.fields)
+    model = models.open_model(args.model, own, raw=args.raw, allow=args.allow, on_host=True)
+    words, options = _options(model, fields)
     n, seed, label, prompt, prompts, aspect = words.values()
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}; draw at least one sample at a time")
     from zoo.commands import conditions, strategy, text
     from zoo.commands.sample import Form, Images, draw
+    from zoo.draws import label_numbers
     from zoo.task import is_text
 
     texts, asked = conditions.read(model.task, prompt, prompts)
@@ -406,13 +390,11 @@ def _sample(args: argparse.Namespace) -> int:
         given, captions = text.rewritten(model, vocabulary, texts, n)
         form = text.Texts(vocabulary, captions)
     else:
-        given, captions, tokeniser = conditions.given(model, labels, texts, n, options, aspect, args.tokenizer)
+        given, captions, tokeniser = model.conditions(labels, texts, n, options, aspect, args.tokenizer)
         form = Images(captions)
         if not about.conditions:
             asked = {"label": None if labels is None else label or "balanced"}
-    out = paths.reach(args.out, "--out ") if args.out else paths.where("samples")
-    if not args.out and model.run is not None:
-        out = model.folder / "samples"
+    out = paths.reach(args.out, "--out ") if args.out else model.samples_folder
     batch = min(args.batch, n)
     resolved = strategy.resolve(model, options, batch, measure="method=auto" in args.fields)
     if resolved is not options:
@@ -474,15 +456,16 @@ def _eval(args: argparse.Namespace) -> int:
             raise UserError(f"{args.metric} holds a {type(metric).__name__}, which is no metric of models{way}")
     else:
         raise UserError(f"no metric {args.metric!r}; {suggest(args.metric, known)}, or a config file that defines one")
-    own = [f for f in args.fields if not f.startswith(("data.", "data="))]
-    task, _ = models.open_task(args.model, args.allow)
+    overrides, fields = _of_config(args.model, args.fields)
+    own = [f for f in fields if not f.startswith(("data.", "data="))]
+    task, _ = models.open_task(args.model, args.allow, overrides)
     metric = config.override(metric, own, sampling(task))
     dist.start(batch=metric.shares)
-    model = models.open_model(args.model, raw=args.raw, allow=args.allow)
+    model = models.open_model(args.model, overrides, raw=args.raw, allow=args.allow)
     check_needs(model.task, metric.needs, args.metric)
     if metric.captions:
         metric.check(model.task)  # what is wrong with it is told before a tokeniser is asked for
-    others = [f for f in args.fields if f not in own]
+    others = [f for f in fields if f not in own]
     data = _measured(model, args.model, others) if others or metric.uses_data else model.data
     loaded = models.loaded_for(metric, args.allow, model.task, model.homes)
     found = metric(model.task, model.params, data, jax.random.key(0), **loaded)

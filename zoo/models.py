@@ -1,45 +1,266 @@
-"""A run folder, an export or a shipped name, opened: its task, its parameters and where they come from."""
+"""A run folder, an export, a shipped name or a config that needs no training, opened: `Model`, and where it comes from."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 
 from zoo import config, dist, paths, weights
+from zoo.data.captions import as_tokens, framed
+from zoo.draws import finite, keys, label_numbers
 from zoo.encoders.tokenizer import NAME as TOKENIZER
 from zoo.encoders.tokenizer import Tokenizer
 from zoo.errors import UserError, suggest
+from zoo.fields import Count, Seed, fits, sentence
 from zoo.files import sha256
 from zoo.paths import Folder, shipped
-from zoo.task import Network, Params
+from zoo.run import Run
+from zoo.task import (
+    Denoises,
+    Encodes,
+    Likely,
+    Network,
+    Params,
+    Samples,
+    abilities,
+    call,
+    check_needs,
+    is_text,
+    options_of,
+)
 from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
+from zoo.train.report import class_name, grid
 from zoo.train.step import abstract_state
 
+_log = logging.getLogger("zoo")
+_BATCH = 64  # samples drawn at a time
+ENCODER = (
+    "give it a text encoder: `zoo export MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.text=ENCODER` "
+    "with a config whose task has text and captions='tokens'"
+)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Model:
-    """A task with parameters, and what is known of them."""
+    """A task with parameters, what is known of them, and what it can do, compiled once for each shape.
+
+    `task, params = model` takes it apart.
+    """
 
     task: Any
     params: Params
-    kind: str  # "ema" or "raw": which weights a run gave; "imported" for a published checkpoint
+    kind: str  # "ema" or "raw": which weights a run gave; "imported"; of a config what its `weights` say
     step: int | None
     data: Any  # data description it was trained on, None for an import
     labels: tuple[str, ...]  # class names
-    folder: Folder
-    run: Any = None  # the whole Run, where the folder is one
+    folder: Folder  # of a config its file
+    run: Run | None = None  # the whole Run, where it is that of a run folder or a config
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.task, self.params))
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.task, self.params)[index]
+
+    def __repr__(self) -> str:
+        """Five lines: what it is, its size, what it can do, which weights it has, where they are."""
+        spec = ", ".join(f"{key} {list(leaf.shape[1:])}" for key, leaf in self.task.spec(1).items())
+        kind = {"ema": "average", "raw": "of the last step"}.get(self.kind, self.kind)
+        return "\n".join(
+            (
+                f"{type(self.task).__name__}, of {paper(self.task) or type(self.task).__module__}",
+                f"size: {sum(np.size(x) for x in jax.tree.leaves(self.params)):,} parameters; {self.task.about.unit} as {spec}",
+                f"can: {', '.join(abilities(self.task)) or 'train alone'}",
+                f"weights: {kind}{'' if self.step is None else f', step {self.step:,}'}",
+                f"from: {self.folder}",
+            )
+        )
 
     @property
     def homes(self) -> list[Folder]:
         """Where its tokeniser may lie."""
         return homes(self.folder, self.run.weights if self.run is not None else None)
+
+    @property
+    def samples_folder(self) -> Folder:
+        """Where samples go: `samples/` of a run folder, of others `samples/` here."""
+        return paths.where("samples") if self.run is None or self.step is None else self.folder / "samples"
+
+    @cached_property
+    def _programs(self) -> dict[str, Any]:
+        """The task's abilities, each compiled when it is first asked for a shape."""
+        static = {"sample": (2, 4)}  # how many, and the options
+        return {
+            name: jax.jit(partial(call, self.task, name), static_argnums=static.get(name, ()))
+            for name in ("sample", "nll", "features", "denoise")
+        }
+
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        conditions: Mapping[str, Any] | None = None,
+        *,
+        label: Any = None,
+        prompt: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> dict[str, np.ndarray]:
+        """What the task's sampler gives, such as `image` [n, H, W, C] in [-1, 1]; sample i is that of `zoo sample` with this seed.
+
+        Args:
+            conditions: arrays that lead with n; None: those that `label` and `prompt` make.
+            label: a class, by name or number, or several in turn; "none": none; None: all of them in turn.
+            prompt: a caption, or several in turn; None: none.
+            options: fields of `task.Sampling`.
+
+        Raises:
+            UserError: no sampler, an option it has not, or a value that does not fit.
+        """
+        check_needs(self.task, (Samples,), "Model.sample")
+        for name, value, kind in (("n", n, Count), ("seed", seed, Seed)):
+            if not fits(value, kind):
+                raise UserError(sentence(name, repr(value), kind))
+        for name, value in options.items():
+            if isinstance(value, jax.Array | np.ndarray):
+                raise UserError(
+                    f"{name}={value!r} is an array, and options are parts of the program; give float({name})"
+                )
+        chosen, about = options_of(self.task, options, "Model.sample"), self.task.about
+        if conditions is not None:
+            if label is not None or prompt is not None:
+                raise UserError("sample: conditions= stand in the place of label= and prompt=; leave these out")
+            conditions = {key: np.asarray(array) for key, array in conditions.items()}
+            self._check("sample", conditions, n)
+        else:
+            if prompt is not None and not {"tokens", "text"} & set(about.conditions):
+                raise UserError(f"prompt={prompt!r}: this model is not conditioned on captions; leave it out")
+            names = None if label is None else ",".join(map(str, np.atleast_1d(label).tolist()))
+            labels = label_numbers(names, about.classes, self.labels, n)
+            texts = [prompt] if isinstance(prompt, str) else prompt or None
+            conditions, _, _ = self.conditions(labels, texts, n, chosen)
+        size, parts = min(n, _BATCH), []
+
+        def sampler(params: Params, rng: jax.Array, given: Any) -> Any:
+            return self._programs["sample"](params, rng, size, given, chosen)
+
+        for first in range(0, n, size):
+            rows = np.arange(first, min(first + size, n))
+            key = "tokens" if is_text(self.task) else "image"
+            parts.append(finite(sampler, self.params, seed, rows, conditions, size, key)[0])
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def nll(self, batch: Mapping[str, Any], seed: int = 0) -> jax.Array:
+        """-log p [B] in nats; the noise of example i follows from (seed, i)."""
+        check_needs(self.task, (Likely,), "Model.nll")
+        count = self._check("nll", batch)
+        return self._programs["nll"](self.params, dict(batch), keys(seed, np.arange(count)))
+
+    def features(self, batch: Mapping[str, Any]) -> jax.Array:
+        """Features [B, D]."""
+        check_needs(self.task, (Encodes,), "Model.features")
+        self._check("features", batch)
+        return self._programs["features"](self.params, dict(batch))
+
+    def denoise(self, x: Any, sigma: Any, conditions: Mapping[str, Any] | None = None) -> jax.Array:
+        """E[x0 | x] of x = x0 + sigma n; sigma is a scalar or [B], between the two of `task.sigmas`."""
+        check_needs(self.task, (Denoises,), "Model.denoise")
+        low, high = self.task.sigmas
+        if not np.all((low <= np.asarray(sigma)) & (np.asarray(sigma) <= high)):
+            raise UserError(f"sigma={sigma} is out of range; {type(self.task).__name__} was made for {low} to {high}")
+        self._check("denoise", conditions or {}, np.shape(x)[0])
+        return self._programs["denoise"](self.params, x, sigma, conditions)
+
+    def sheet(self, images: Any, captions: Sequence[str] | None = None) -> Image.Image:
+        """One picture of images [N, H, W, C] in [-1, 1], or of those that `sample` gave, above their classes."""
+        if isinstance(images, Mapping):
+            if "image" not in images:
+                raise UserError(f"sheet: these samples are no images; they hold {', '.join(images)}")
+            if captions is None and "label" in images:
+                captions = [class_name(self.labels, int(i)) for i in images["label"]]
+            images = images["image"]
+        return grid(images, captions)
+
+    def _check(self, what: str, batch: Mapping[str, Any], n: int | None = None) -> int:
+        """How many examples a batch has, or n of whose conditions it consists.
+
+        UserError for a key that is missing or unknown, or another shape than the task's.
+        """
+        spec, about = self.task.spec(1), self.task.about
+        told = ("label", *about.conditions)
+        needed = [key for key in spec if key not in told] if n is None else []
+        known = {k: v for k, v in spec.items() if n is None or k in (*told, *about.completes)}
+        for key in (*needed, *batch):
+            if key not in known:
+                raise UserError(f"{what}: {type(self.task).__name__} takes no {key!r} here; {suggest(key, known)}")
+            shape, wanted = np.shape(batch[key]) if key in batch else (), spec[key].shape
+            n = shape[0] if n is None and shape else n
+            same = len(shape) == len(wanted) if about.grid else shape[1:] == wanted[1:]
+            if not shape or not same or shape[0] != n:
+                given = f"has the shape {list(shape)}" if key in batch else "is missing"
+                wide = ", ".join(map(str, ("N" if n is None else n, *wanted[1:])))
+                raise UserError(f"{what}: {key} {given}; give an array of the shape [{wide}]")
+        return n or 0
+
+    def conditions(
+        self,
+        labels: np.ndarray | None,
+        texts: Sequence[str] | None,
+        n: int,
+        options: Any,
+        aspect: str | None = None,
+        tokenizer: str | None = None,
+    ) -> tuple[dict[str, np.ndarray] | None, list[str] | None, dict[str, str]]:
+        """Arrays that lead with n for the task's sampler, n words for people, and what to remember of the tokeniser.
+
+        Sample i has caption i modulo their number.
+
+        Args:
+            labels: class numbers [n] of a task with classes.
+            texts: captions; None: drawn without any.
+            options: of the sampler, whose `grid` tells the aspect ratio where `aspect` does not.
+            tokenizer: file of the tokeniser; None: the one that belongs to the model.
+        """
+        task = self.task
+        if labels is not None:
+            return {"label": labels}, [class_name(self.labels, i) for i in labels], {}
+        wanted = task.about.conditions
+        if "text" in wanted:
+            raise UserError(
+                "this model was trained on stored features of captions (task.captions='features'), and what stands for no "
+                f"caption is not stored with it; {ENCODER}"
+            )
+        if "tokens" not in wanted:
+            return None, None, {}
+        around = framed(task, None if task.about.grid is None else options.grid, aspect)
+        if texts is None:
+            _log.info("no prompt=: samples are drawn without a caption")
+            if around is None:
+                return None, None, {}
+        encode, digest = open_tokenizer(task, self.homes, tokenizer)
+        words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
+        return as_tokens(task, encode, texts, n, around), words, {"tokenizer": digest}
+
+
+def paper(task: Any) -> str:
+    """Title line of the paper's file, or of its package."""
+    module = type(task).__module__
+    if module.startswith("zoo.papers."):
+        module = ".".join(module.split(".")[:3])
+    return (importlib.import_module(module).__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
@@ -61,22 +282,51 @@ def read_config(folder: Folder) -> dict[str, Any]:
     return data
 
 
-def locate(name: str | Folder) -> Folder:
-    """The folder of a run, an export or a shipped name."""
+def _folder(name: str | Folder) -> Folder | None:
+    """The folder of a run, an export or a shipped name; None where there is none."""
     folder = paths.reach(name)
-    if paths.in_bucket(folder):
+    return folder if paths.in_bucket(folder) or folder.is_dir() else shipped().get(str(name))
+
+
+def locate(name: str | Folder, configs: Iterable[str] = ()) -> Folder:
+    """The folder of a run, an export or a shipped name.
+
+    Args:
+        configs: names of what would do as well, for the error.
+    """
+    folder = _folder(name)
+    if folder is not None:
         return folder
-    if folder.is_dir():
-        return folder
-    known = shipped()
-    if str(name) in known:
-        return known[str(name)]
     here = [str(p) for p in Path("runs").glob("*") if p.is_dir()]
-    raise UserError(f"{name} is neither a folder nor a shipped model; {suggest(str(name), [*known, *here])}")
+    known = [*shipped(), *here, *configs]
+    other = ", and no config either" if configs else ""
+    raise UserError(f"{name} is neither a folder nor a shipped model{other}; {suggest(str(name), known)}")
 
 
-def open_task(name: str | Folder, allow: Sequence[str] = ()) -> tuple[Any, Folder]:
-    """The task of a run, an export or a shipped name, without its parameters, and its folder."""
+def is_config(name: str | Folder) -> bool:
+    """Whether a model is a config; a folder or a shipped name comes before it. UserError where it is neither."""
+    if _folder(name) is not None:
+        return False
+    try:
+        config.locate(str(name))
+    except UserError:
+        locate(name, config.shipped())
+    return True
+
+
+def _read_run(name: str | Folder, fields: Sequence[str]) -> tuple[Run, Folder]:
+    """The run that a config describes, and its file."""
+    run = config.load(str(name), fields)
+    if not isinstance(run, Run):
+        raise UserError(f"{name} holds a {type(run).__name__}, not a Run; name a run, an export, or a config of a Run")
+    return run, config.locate(str(name))[0]
+
+
+def open_task(name: str | Folder, allow: Sequence[str] = (), fields: Sequence[str] = ()) -> tuple[Any, Folder]:
+    """The task of a model, without its parameters, and its folder, or its file where it is a config; as `open_model`."""
+    if is_config(name):
+        run, file = _read_run(name, fields)
+        return run.task, file
     folder = locate(name)
     about = read_config(folder)
     described = about["run"]["task"] if "run" in about else about["task"]
@@ -90,17 +340,32 @@ def _one_device(on_host: bool) -> list[jax.Device]:
     return jax.local_devices()[:1]
 
 
-def open_model(name: str | Folder, *, raw: bool = False, allow: Sequence[str] = (), on_host: bool = False) -> Model:
-    """Open a run folder (its newest checkpoint), an export, or a shipped name such as `tarflow-digits`.
+def open_model(
+    name: str | Folder,
+    fields: Sequence[str] = (),
+    *,
+    raw: bool = False,
+    allow: Sequence[str] = (),
+    on_host: bool = False,
+) -> Model:
+    """Open a run folder (its newest checkpoint), an export, a shipped name such as `tarflow-digits`, or a config.
+
+    A config, by its path or name, is opened without training where its `weights` give every parameter.
 
     Args:
+        fields: overrides of a config, such as `weights.vae=OUT`.
         raw: the last weights even where the run keeps an average.
         allow: packages besides zoo whose classes the config may name.
         on_host: leave the parameters in the host's memory, for who shares them out among devices himself.
 
     Raises:
-        UserError: not a run or export, damaged, or naming foreign classes (nothing is imported then).
+        UserError: nothing of these, damaged, naming foreign classes (nothing is imported then), or a config some of whose
+            parameters would stay random.
     """
+    if is_config(name):
+        if raw:
+            raise UserError(f"--raw is for runs, and the weights of {name} are those that it names; leave it out")
+        return _open_config(*_read_run(name, fields), allow, on_host)
     folder = locate(name)
     about = read_config(folder)
     labels = tuple(about.get("labels", ()))
@@ -130,6 +395,55 @@ def open_model(name: str | Folder, *, raw: bool = False, allow: Sequence[str] = 
     return Model(run.task, params, "ema" if average else "raw", step, run.data, labels, folder, run)
 
 
+def _open_config(run: Run, file: Folder, allow: Sequence[str], on_host: bool) -> Model:
+    """The model of a config whose every parameter comes from `Run.weights`."""
+    given = run.weights or {}
+    abstract = weights.abstract(run.task)
+    params, _ = weights.fill(abstract, given_weights(given, run.task, allow), given, run.task)
+    check_filled(run, params, dict.fromkeys([*(k for k in run.task.about.networks if k in params), *params]))
+    params = params if on_host else jax.tree.map(jnp.asarray, params)
+    labels: tuple[str, ...] = ()
+    if run.task.about.classes:
+        with contextlib.suppress(UserError):  # the data need not be here
+            labels = run.labels()
+    kind = ", ".join(f"{key}={where}" if key else where for key, where in given.items())
+    return Model(run.task, params, kind or "none", None, run.data, labels, file, run)
+
+
+def check_filled(run: Run, filled: Params, keys: Iterable[str]) -> None:
+    """UserError where parameters under one of these keys would stay random.
+
+    Args:
+        filled: abstract parameters with the trees of `Run.weights` put in, so that what stays fresh has no numbers.
+    """
+    task, name, given = run.task, type(run.task).__name__, run.weights or {}
+    parts = {key: weights.flatten({key: filled[key]}) for key in keys}
+    fresh = {k: [n for n, x in part.items() if isinstance(x, jax.ShapeDtypeStruct)] for k, part in parts.items()}
+    key = next((key for key, names in fresh.items() if names), None)
+    if key is None:
+        return
+    network, first = key in task.about.networks, fresh[key][0]
+    without = _without(task, key) if network else ""
+    if len(fresh[key]) < len(parts[key]):
+        raise UserError(
+            f"weights['']={given['']} leaves {len(fresh[key])} of the {len(parts[key])} tensors of {key} random ({first} ...); "
+            f"give the task the sizes of that network, or another one{without}"
+        )
+    left = weights.grouped(n for names in fresh.values() for n in names)
+    why = f"weights.{key} is missing: {name} takes this network from elsewhere"
+    why = why if network else f"weights[''] is missing: this {name} is not trained here"
+    raise UserError(f"{why}, and {left} would stay random; {must_add(key, task)}{without}")
+
+
+def _without(task: Any, key: str) -> str:
+    """The way out of a network that the task can do without."""
+    try:
+        dataclasses.replace(task, **{key: None})
+    except (TypeError, UserError):
+        return ""
+    return f"; or set task.{key}=none"
+
+
 def export_config(model: Model, metrics: dict[str, Any] | None = None) -> dict[str, Any]:
     """What config.json of an export says: enough to rebuild the task, and where the weights come from."""
     return {
@@ -145,12 +459,8 @@ def export_config(model: Model, metrics: dict[str, Any] | None = None) -> dict[s
 
 def _hint(task: Any, key: str) -> tuple[str, str]:
     """How to come by the network that a task takes from `Run.weights` under `key`, "" where it does not say, and the entry."""
-    network = task.about.networks.get(key, Network())
-    return network.how, network.entry or _entry(key)
-
-
-def _entry(key: str) -> str:
-    return f"weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
+    network = task.about.networks.get(key, Network(entry="weights={'': 'OUT'}"))
+    return network.how, network.entry or f"weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
 
 
 def given_weights(wanted: Mapping[str, str], task: Any, allow: Sequence[str] = ()) -> dict[str, Params]:

@@ -10,6 +10,7 @@ B examples, N samples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -416,7 +417,7 @@ def check_needs(task: Any, needs: Iterable[type], what: str) -> None:
     """UserError when the task lacks an ability that `what` needs."""
     for ability in needs:
         if not isinstance(task, ability):
-            name = next((name for name, known in ABILITIES.items() if known is ability), ability.__name__.lower())
+            name = next(name for name, member in vars(ability).items() if inspect.isfunction(member) and name[0] != "_")
             can = ", ".join(abilities(task)) or "train alone"
             raise UserError(f"{what} needs {name!r}, which {type(task).__name__} has not; it can: {can}")
 

@@ -7,8 +7,9 @@ import pytest
 
 from zoo.commands.conditions import read
 from zoo.errors import UserError
+from zoo.task import About
 
-TASK = SimpleNamespace(given=("tokens",))
+TASK = SimpleNamespace(about=About(conditions=("tokens",)))
 
 
 @pytest.mark.parametrize(

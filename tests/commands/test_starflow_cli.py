@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from zoo import cli, config, models, weights
+from zoo.commands import bench
 from zoo.commands.weights import _licence, export
 from zoo.data.captions import template
 from zoo.data.synthetic import Synthetic
@@ -250,6 +251,53 @@ def test_samples_of_other_shapes_and_without_captions(capsys, root, model, tmp_p
     assert "no prompt=: samples are drawn without a caption" in caplog.messages
 
 
+def test_a_config_whose_weights_are_all_given_needs_no_training(capsys, root, model, tmp_path):
+    """It is the export whose parts it names, to every command; what it does not name is told."""
+    parts = '"vae": "exports/vae", "text": "exports/t5"'
+    (root / "whole.py").write_text(CONFIG.replace('"vae": "none", "text": "none"', f'{parts}, "": "exports/flow"'))
+    opened, whole = models.open_model("whole.py"), models.open_model(model)
+    assert (opened.task, opened.step, opened.run.batch) == (TASK, None, 8)
+    assert opened.kind == "vae=exports/vae, text=exports/t5, exports/flow"
+    for name, array in weights.flatten(whole.params).items():
+        np.testing.assert_array_equal(weights.flatten(opened.params)[name], array, err_msg=name)
+    assert bench.open_weights(TASK, "whole.py").kind == opened.kind
+
+    arguments = ["prompt=a red cat", "n=2", "seed=3", "guidance=1.5", "--out"]
+    for i, name in enumerate((str(model), "whole.py")):
+        ran(capsys, "sample", name, *arguments, str(tmp_path / f"{i}"))
+    first, found = images(tmp_path / "0"), images(tmp_path / "1")
+    drawn = opened.sample(2, seed=3, prompt="a red cat", guidance=1.5)["image"]
+    for (a, _), (b, _), image in zip(first, found, drawn):
+        np.testing.assert_array_equal(a, b)
+        assert np.abs(b - (image + 1) * 127.5).max() <= 1.5
+    # an override makes another model, which does not fill the same folder
+    again = [*arguments, str(tmp_path / "1"), "task.noise=0.2"]
+    assert "other settings (task:" in refused(capsys, "sample", "whole.py", *again)
+
+    lines = [json.loads(ran(capsys, "eval", name, "bpd", "limit=8", "batch=8")) for name in (str(model), "whole.py")]
+    assert lines[0] | {"weights": opened.kind} == lines[1]
+    ran(capsys, "export", "whole.py", str(tmp_path / "out"))
+    exported = models.open_model(tmp_path / "out")
+    assert (exported.task, exported.kind) == (TASK, opened.kind)
+    assert weights.digest(exported.params) == weights.digest(whole.params)
+    assert (tmp_path / "out" / "spiece.model").is_file()
+
+    fields = ["weights.vae=exports/vae", "weights.text=exports/t5"]
+    said = refused(capsys, "sample", "config.py", "n=1", *fields)
+    assert "weights[''] is missing: this StarFlow is not trained here, and block0 (" in said
+    assert "would stay random; add weights={'': 'OUT'}" in said
+    (root / "less.py").write_text(CONFIG.replace('"vae": "none", "text": "none"', '"text": "exports/t5"'))
+    for verb in (["eval", "less.py", "bpd"], ["export", "less.py", "lost"]):
+        said = refused(capsys, *verb)
+        assert "weights.vae is missing: StarFlow takes this network from elsewhere, and block0 (" in said
+        assert "vae (" in said
+        assert "`zoo import starflow/sd_vae FILE OUT`, or train a small one" in said
+    assert not (root / "lost").exists()
+    assert "--raw is for runs" in refused(capsys, "export", "whole.py", "lost", "--raw")
+    assert "did you mean 'whole.py'" not in refused(capsys, "sample", "hole.py")
+    assert "less.py:text holds a T5, not a Run" in refused(capsys, "sample", "less.py:text")
+
+
 @dataclass(frozen=True)
 class Nothing:
     pass
@@ -265,6 +313,12 @@ class Echo:
         return {key: jax.ShapeDtypeStruct((batch, 3), "int32") for key in (*self.about.conditions, "other")}
 
     Sampling = Nothing
+
+    def init(self, rng):
+        return {}
+
+    def loss(self, params, batch, rng):
+        return 0.0, {}
 
     def sample(self, params, rng, n, conditions=None, options=None):
         assert isinstance(conditions["null_tokens"], jax.core.Tracer)  # else they would be part of the program

@@ -9,21 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from zoo import models
-from zoo.data.captions import as_tokens, bucket, framed
+from zoo.data.captions import bucket
 from zoo.errors import UserError
 from zoo.files import reading, sha256
-from zoo.models import Model
+from zoo.models import ENCODER
 from zoo.task import is_text
-from zoo.train.report import class_name
 
 _log = logging.getLogger("zoo")
-_WAY = (
-    "give it a text encoder: `zoo export MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.text=ENCODER` "
-    "with a config whose task has text and captions='tokens'"
-)
 
 
 def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] | None, dict[str, Any]]:
@@ -42,7 +34,7 @@ def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] 
     given = task.about.conditions
     if "text" in given:
         raise UserError(
-            f"{field}: this model was trained on stored features of captions and holds no text encoder; {_WAY}"
+            f"{field}: this model was trained on stored features of captions and holds no text encoder; {ENCODER}"
         )
     what = "caption"
     if "tokens" not in given:
@@ -86,43 +78,3 @@ def shaped(task: Any, aspect: str | None, options: Any) -> tuple[Any, dict[str, 
     side = round(math.sqrt(math.prod(grid.trained)) * grid.pixels)
     height, width = bucket(side, aspect, grid.multiple)
     return replace(options, grid=(height // grid.pixels, width // grid.pixels)), {"aspect": aspect}
-
-
-def given(
-    model: Model,
-    labels: np.ndarray | None,
-    texts: Sequence[str] | None,
-    n: int,
-    options: Any,
-    aspect: str | None,
-    tokenizer: str | None,
-) -> tuple[dict[str, np.ndarray] | None, list[str] | None, dict[str, str]]:
-    """Arrays that lead with n for the task's sampler, n words for people, and what to remember of the tokeniser.
-
-    Sample i has caption i modulo their number.
-
-    Args:
-        labels: class numbers [n] of a task with classes.
-        texts: captions; None: drawn without any.
-        options: of the sampler, whose `grid` tells the aspect ratio where `aspect` does not.
-        tokenizer: file of the tokeniser; None: the one that belongs to the model.
-    """
-    task = model.task
-    if labels is not None:
-        return {"label": labels}, [class_name(model.labels, i) for i in labels], {}
-    wanted = task.about.conditions
-    if "text" in wanted:
-        raise UserError(
-            "this model was trained on stored features of captions (task.captions='features'), and what stands for no "
-            f"caption is not stored with it; {_WAY}"
-        )
-    if "tokens" not in wanted:
-        return None, None, {}
-    around = framed(task, None if task.about.grid is None else options.grid, aspect)
-    if texts is None:
-        _log.info("no prompt=: samples are drawn without a caption")
-        if around is None:
-            return None, None, {}
-    encode, digest = models.open_tokenizer(task, model.homes, tokenizer)
-    words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
-    return as_tokens(task, encode, texts, n, around), words, {"tokenizer": digest}

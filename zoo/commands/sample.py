@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from zoo import config, dist, paths
 from zoo.commands import strategy
+from zoo.draws import RETRIES, finite, keys, rows_of
 from zoo.encoders.vae import HOW
 from zoo.errors import UserError
 from zoo.files import differences
@@ -25,7 +25,6 @@ from zoo.paths import Folder
 from zoo.train.report import grid, save_png
 
 _log = logging.getLogger("zoo")
-_RETRIES = 3  # times that a sample which overflowed is drawn again, from new noise
 _SHEET = 256  # images on a sheet at most
 
 
@@ -76,12 +75,6 @@ def _plain(options: Any) -> dict[str, Any]:
     return {k: config.dump(v) for k, v in found.items() if (k, v) != ("method", "auto")}
 
 
-def keys(seed: int, indices: np.ndarray, attempt: int = 0) -> jax.Array:
-    """One key per sample: sample i depends on (seed, i) and the attempt alone, whatever the batch."""
-    base = jax.random.fold_in(jax.random.key(seed), attempt)
-    return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.asarray(indices))
-
-
 def draw(
     model: Model,
     out: Folder,
@@ -116,6 +109,7 @@ def draw(
         "model": str(model.folder),
         "step": model.step,
         "weights": model.kind,
+        **({"task": config.digest(model.task)} if model.run is not None and model.step is None else {}),  # of a config
         "seed": seed,
         **asked,
         **_plain(options),
@@ -127,7 +121,7 @@ def draw(
     mesh, params = dist.spread(model.params, batch, boxed)
     with dist.use(mesh):
         first = np.zeros(batch, int)
-        if form.key not in sampler.eval_shape(params, keys(seed, first), _rows(conditions, first)):
+        if form.key not in sampler.eval_shape(params, keys(seed, first), rows_of(conditions, first)):
             raise UserError(
                 f"{model.folder}: this model draws latents and names no autoencoder: set task.vae and weights.vae ({HOW}), or "
                 "bring its weights into a config that does (`zoo export "
@@ -140,7 +134,7 @@ def draw(
     for begin in range(0, len(missing), batch):
         rows = np.array(missing[begin : begin + batch])
         with dist.use(mesh):
-            drawn, lost = _finite(sampler, params, seed, rows, conditions, batch, form.key)
+            drawn, lost = finite(sampler, params, seed, rows, conditions, batch, form.key)
         strategy.tell(drawn, method)
         for k, i in enumerate(rows):
             about = {**{k: str(v) for k, v in settings.items()}, "index": str(i)}
@@ -153,7 +147,7 @@ def draw(
             _log.warning(
                 "samples %s are not finite after %d tries; their missing %s are marked",
                 ", ".join(map(str, lost)),
-                _RETRIES + 1,
+                RETRIES + 1,
                 "pixels" if form.key == "image" else form.key,
             )
         _log.info("%d of %d samples", n - len(missing) + begin + len(rows), n)
@@ -172,7 +166,7 @@ def save_pictures(model: Model, pictures: Mapping[str, Image.Image]) -> dict[str
     """
     about = {"model": str(model.folder), "step": str(model.step), "weights": model.kind}
     here = paths.where("samples")
-    out, saved = here if model.run is None else model.folder / "samples", {}
+    out, saved = model.samples_folder, {}
     for name, picture in pictures.items():
         file = f"{name}.png" if model.step is None else f"{name}-{model.step:07d}.png"
         try:
@@ -198,41 +192,6 @@ def _free(folder: Folder, file: str) -> Folder:
     stem, dot, suffix = file.rpartition(".")
     names = itertools.chain([file], (f"{stem}-{k}{dot}{suffix}" for k in itertools.count(2)))
     return folder / next(name for name in names if name not in taken)
-
-
-def _rows(conditions: Mapping[str, np.ndarray] | None, rows: np.ndarray) -> dict[str, jax.Array] | None:
-    return None if conditions is None else {key: jnp.asarray(array[rows]) for key, array in conditions.items()}
-
-
-def _finite(
-    sampler: Any,
-    params: Any,
-    seed: int,
-    rows: np.ndarray,
-    conditions: Mapping[str, np.ndarray] | None,
-    batch: int,
-    key: str,
-) -> tuple[dict[str, np.ndarray], list[int]]:
-    """What the sampler gives for these rows, drawn again from new noise where `key` overflows; which overflowed to the last."""
-    padded = np.resize(rows, batch)  # one compiled shape, whatever is left
-    given = _rows(conditions, padded)
-    drawn = {k: np.array(x)[: len(rows)] for k, x in sampler(params, keys(seed, padded), given).items()}
-    for attempt in range(1, _RETRIES + 1):
-        bad = [k for k in range(len(rows)) if _lost(drawn[key][k])]
-        if not bad:
-            return drawn, []
-        _log.warning("samples %s overflowed and are drawn again", ", ".join(str(rows[k]) for k in bad))
-        again = sampler(params, keys(seed, padded, attempt), given)
-        for name, kept in drawn.items():  # its passes and sweeps as well
-            kept[bad] = np.array(again[name])[bad]
-    return drawn, [int(rows[k]) for k in range(len(rows)) if _lost(drawn[key][k])]
-
-
-def _lost(sample: np.ndarray) -> bool:
-    """Whether a sample overflowed: a pixel that is not finite, or a token below 0."""
-    if np.issubdtype(sample.dtype, np.integer):
-        return bool((sample < 0).any())
-    return not np.isfinite(sample).all()
 
 
 def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:

@@ -21,16 +21,6 @@ from zoo.task import Noted, Published, Samples, abilities, call, is_text, speed
 from zoo.train.report import read_metrics
 
 
-def _paper(task: Any) -> str:
-    """Title line of the paper's file, or of its package."""
-    import importlib
-
-    module = type(task).__module__
-    if module.startswith("zoo.papers."):
-        module = ".".join(module.split(".")[:3])
-    return (importlib.import_module(module).__doc__ or "").partition("\n")[0].rstrip(".")
-
-
 def _last_eval(model: Model) -> dict[str, Any]:
     """Held-out figures of a run, measured on just these weights: same step, same kind (average or raw)."""
     if not (model.folder / "metrics.jsonl").exists():
@@ -61,7 +51,7 @@ def _write(model: Model, out: Path, metrics: dict[str, Any], files: Mapping[str,
     count = sum(np.size(x) for x in jax.tree.leaves(model.params))
     card = weights.card(
         task=type(model.task).__name__,
-        paper=_paper(model.task),
+        paper=models.paper(model.task),
         data=repr(model.data),
         steps=model.step,
         metrics=metrics,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -218,39 +217,6 @@ def _check_tokenizer(run: Run, made: str) -> None:
             f"(digest {here}), beside weights.text; encode the captions again with `zoo prepare --encode text={found}`, or "
             "put the file there that they were encoded with"
         )
-
-
-def _check_needed(run: Run, filled: Params) -> None:
-    """UserError when a frozen network that must come from `Run.weights` would stay random.
-
-    Args:
-        filled: abstract parameters with the trees of `Run.weights` put in, so that what stays fresh has no numbers.
-    """
-    if run.data.made_up:
-        return
-    for key in (key for key, network in run.task.about.networks.items() if network.required):
-        leaves = {f"{key}/{name}": leaf for name, leaf in weights.flatten(filled[key]).items()}
-        fresh = [name for name, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
-        name, without = type(run.task).__name__, _without(run.task, key)
-        if fresh and len(fresh) == len(leaves):
-            raise UserError(
-                f"weights.{key} is missing: {name} holds this network frozen, and it would stay random; "
-                f"{models.must_add(key, run.task)}{without}"
-            )
-        if fresh:
-            raise UserError(
-                f"weights['']={(run.weights or {})['']} leaves {len(fresh)} of the {len(leaves)} tensors of the "
-                f"frozen {key} random ({fresh[0]} ...); give the task the sizes of that network, or another one{without}"
-            )
-
-
-def _without(task: Any, key: str) -> str:
-    """The way out of a network that the task can do without."""
-    try:
-        dataclasses.replace(task, **{key: None})
-    except (TypeError, UserError):
-        return ""
-    return f"; or set task.{key}=none"
 
 
 def _first(state: State, given: Mapping[str, Params], where: Any) -> State:
@@ -512,7 +478,9 @@ def train(
         # before the folder is claimed: it would belong to the wrong weights
         filled, _ = weights.fill(abstract.params, given, run.weights, run.task)
         if not begun:
-            _check_needed(run, filled)
+            if not run.data.made_up:
+                needed = [key for key, network in run.task.about.networks.items() if network.required]
+                models.check_filled(run, filled, needed)
             _check_encoders(run, given)
         del filled
         checkpoints = state = about = None

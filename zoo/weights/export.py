@@ -137,7 +137,8 @@ def card(
 
 ```python
 import zoo
-task, params = zoo.load("this/folder")
+model = zoo.load("this/folder")
+print(model)
 ```
 
 ## Licence

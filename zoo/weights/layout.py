@@ -282,9 +282,9 @@ def fill(
         filled |= set(fits)
         unused += [name for name in new if name not in flat]
     fresh = [name for name in flat if name not in filled]
-    report = [f"filled: {_parts(filled)}"] if filled else []
-    report += [f"left fresh: {_parts(fresh)}"] if fresh else []
-    report += [f"not used: {_parts(unused)}"] if unused else []
+    report = [f"filled: {grouped(filled)}"] if filled else []
+    report += [f"left fresh: {grouped(fresh)}"] if fresh else []
+    report += [f"not used: {grouped(unused)}"] if unused else []
     return {**params, **unflatten(flat)}, report
 
 
@@ -375,7 +375,7 @@ def _like(value: Any, old: Any) -> Any:
     return jax.device_put(value, old.sharding) if old.committed else jnp.asarray(value)
 
 
-def _parts(names: Iterable[str]) -> str:
+def grouped(names: Iterable[str]) -> str:
     """Names grouped by top-level key."""
     groups: dict[str, int] = {}
     for name in sorted(names):

@@ -1,0 +1,84 @@
+"""Drawing samples: which key each has, what is drawn again, and the classes that they are of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.errors import UserError, suggest
+
+_log = logging.getLogger("zoo")
+RETRIES = 3  # times that a sample which overflowed is drawn again, from new noise
+
+
+def keys(seed: int, indices: np.ndarray, attempt: int = 0) -> jax.Array:
+    """One key per sample: sample i depends on (seed, i) and the attempt alone, whatever the batch."""
+    base = jax.random.fold_in(jax.random.key(seed), attempt)
+    return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.asarray(indices))
+
+
+def rows_of(conditions: Mapping[str, Any] | None, rows: np.ndarray) -> dict[str, jax.Array] | None:
+    """The conditions of some of the samples."""
+    return None if conditions is None else {key: jnp.asarray(array[rows]) for key, array in conditions.items()}
+
+
+def finite(
+    sampler: Any,
+    params: Any,
+    seed: int,
+    rows: np.ndarray,
+    conditions: Mapping[str, Any] | None,
+    batch: int,
+    key: str,
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """What the sampler gives for these rows, drawn again from new noise where `key` overflows; which overflowed to the last."""
+    padded = np.resize(rows, batch)  # one compiled shape, whatever is left
+    given = rows_of(conditions, padded)
+    drawn = {k: np.array(x)[: len(rows)] for k, x in sampler(params, keys(seed, padded), given).items()}
+    for attempt in range(1, RETRIES + 1):
+        bad = [k for k in range(len(rows)) if key in drawn and _lost(drawn[key][k])]
+        if not bad:
+            return drawn, []
+        _log.warning("samples %s overflowed and are drawn again", ", ".join(str(rows[k]) for k in bad))
+        again = sampler(params, keys(seed, padded, attempt), given)
+        for name, kept in drawn.items():  # its passes and sweeps as well
+            kept[bad] = np.array(again[name])[bad]
+    return drawn, [int(rows[k]) for k in range(len(rows)) if key in drawn and _lost(drawn[key][k])]
+
+
+def _lost(sample: np.ndarray) -> bool:
+    """Whether a sample overflowed: a pixel that is not finite, or a token below 0."""
+    if np.issubdtype(sample.dtype, np.integer):
+        return bool((sample < 0).any())
+    return not np.isfinite(sample).all()
+
+
+def label_numbers(text: str | None, classes: int, names: Sequence[str], n: int) -> np.ndarray | None:
+    """Class numbers [n] from `label=`: names or numbers, separated by commas and repeated in turn; balanced by default.
+
+    UserError for an unknown name or a number out of range; `none` draws without labels.
+    """
+    if not classes:
+        if text is not None:
+            raise UserError(f"label={text}: this model is unconditional (task.classes=0); leave label= out")
+        return None
+    if text is None:
+        return (np.arange(n) % classes).astype(np.int32)
+    chosen = []
+    for word in text.split(","):
+        if word == "none":
+            chosen.append(-1)
+        elif word in names:
+            chosen.append(list(names).index(word))
+        elif word.lstrip("-").isdigit():
+            if not 0 <= int(word) < classes:
+                raise UserError(f"label={word} is out of range; this model has classes 0 to {classes - 1}")
+            chosen.append(int(word))
+        else:
+            raise UserError(f"label={word!r} is no class; {suggest(word, names)}")
+    return np.resize(np.array(chosen, np.int32), n)
