@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from zoo import config
 from zoo.commands import listing
 from zoo.errors import UserError
-from zoo.task import abilities
+from zoo.task import ABILITIES, abilities
 
 ROOT = Path(__file__).parent.parent / "zoo"
 
@@ -159,6 +160,13 @@ def test_sources_tell_the_list_what_the_classes_can_do() -> None:
         tasks = {c.__name__: abilities(c) for c in classes if hasattr(c, "spec") and hasattr(c, "loss")}
         alone = {c.__name__: ["zoo eval CONFIG"] for c in classes if getattr(c, "standalone", False)}
         assert list(paper["tasks"].items()) == list((tasks | alone).items())
+        for name, can in tasks.items():  # a method that happens to be called like an ability would be taken for one
+            for ability in can:
+                promised, given = (
+                    list(inspect.signature(getattr(cls, ability)).parameters)
+                    for cls in (ABILITIES[ability], getattr(module, name))
+                )
+                assert given[: len(promised)] == promised, (name, ability)
 
 
 # --- the engine knows no paper, and asks a task for nothing by name -------------------------------
