@@ -2,10 +2,11 @@
 # Run a command of the project in its own virtual environment, which is made on the first call.
 #   launch/local.sh zoo train configs/tarflow/digits.py
 #   launch/local.sh pytest
-# Only Python 3.11 or 3.12 with venv is needed. EXTRAS=dev,torch adds extras; PYTHON=python3.12 chooses the interpreter.
+# Only Python 3.11 to 3.14 with venv is needed: the newest one found is taken, and JAX's newest release with it.
+# EXTRAS=dev,torch adds extras; PYTHON=python3.12 chooses the interpreter.
 set -euo pipefail
 if [ $# -eq 0 ]; then
-  sed -n '2,5s/^# \{0,1\}//p' "$0"
+  sed -n '2,6s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -13,16 +14,10 @@ venv=${VENV:-$root/.venv}
 
 python=${PYTHON:-}
 if [ -z "$python" ]; then
-  for candidate in python3 python3.12 python3.11 python; do
-    # "Really starts": version managers leave shims that name a version and then refuse to run it.
-    if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
-      python=$candidate
-      break
-    fi
-  done
+  python=$("$root/launch/pythons.sh" | head -n 1)
 fi
 if [ -z "$python" ]; then
-  echo "launch/local.sh: no Python 3.11 or 3.12 with venv found; install one, or set PYTHON=/path/to/python3.12" >&2
+  echo "launch/local.sh: no Python 3.11 to 3.14 with venv found; install one, or set PYTHON=/path/to/python3.13" >&2
   exit 2
 fi
 

@@ -15,6 +15,8 @@ from zoo.commands.flops import count, training_example
 from zoo.nn.attention import splash
 from zoo.papers.tarflow import TarFlow
 
+pytestmark = pytest.mark.devices8
+
 A = jnp.ones((3, 4))
 B = jnp.ones((4, 5))
 PRODUCT = 2 * 3 * 4 * 5

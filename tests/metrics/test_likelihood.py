@@ -291,6 +291,7 @@ def test_numbers_below_one_are_refused(make: Any) -> None:
         make()
 
 
+@pytest.mark.devices8
 def test_eight_devices_measure_what_one_does() -> None:
     task = TarFlow(image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8)
     params = jax.jit(lambda: dist.unbox(task.init(RNG)))()
