@@ -12,15 +12,6 @@ fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 
-python=${PYTHON:-}
-if [ -z "$python" ]; then
-  python=$("$root/launch/pythons.sh" | head -n 1)
-fi
-if [ -z "$python" ]; then
-  echo "launch/local.sh: no Python 3.11 to 3.14 with venv found; install one, or set PYTHON=/path/to/python3.13" >&2
-  exit 2
-fi
-
 extras=${EXTRAS:-dev}
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
   extras=$extras,cuda
@@ -34,6 +25,12 @@ want="$( (cat "$root/pyproject.toml"; echo "$extras $root") | cksum)"
 if [ ! -x "$venv/bin/python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   echo "launch/local.sh: installing zoo[$extras] into $venv (once; takes a minute or two)" >&2
   if ! [ -x "$venv/bin/pip" ]; then
+    python=${PYTHON:-$("$root/launch/pythons.sh")} # the newest comes first
+    python=${python%%$'\n'*}
+    if [ -z "$python" ]; then
+      echo "launch/local.sh: no Python 3.11 to 3.14 with venv found; install one, or set PYTHON=/path/to/python3.13" >&2
+      exit 2
+    fi
     rm -rf "$venv" # a half-made one has no pip
     "$python" -m venv "$venv" >&2 || {
       echo "launch/local.sh: $python could not make a virtual environment in $venv; see the message above" >&2

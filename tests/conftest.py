@@ -2,18 +2,22 @@
 
 Programs are compiled with LLVM's optimisations off: they compile three times faster, and test sizes need no speed.
 `XLA_FLAGS=--xla_backend_optimization_level=3 pytest` runs the suite on the code that users run. Every program is kept in the
-persistent cache. The seconds of processor time of every file are written to `$ZOO_SECONDS`, a JSON object a line.
+persistent cache. Seconds of processor time by file are written to `$ZOO_SECONDS`, and a whole run that costs too much fails.
 """
 
 import gc
 import json
 import os
 import resource
-import time
+import statistics
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
+import seconds
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -28,7 +32,9 @@ for flag in flags:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}".strip()
 
 _DEFAULT = 2  # devices that tests see: what is cut in two is cut, and compiles in half the time of eight parts
+_WHOLE = 40  # files that a run must have more of for its cost to be judged
 _seen = _DEFAULT
+_reference = 0.0  # seconds of a program of known cost, timed with every file
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,7 +60,8 @@ def _house() -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before the fixtures, those of a whole file too: so a file whose fixtures place arrays is marked whole."""
-    global _seen
+    global _seen, _began
+    _began = _processor()
     _seen = 8 if item.get_closest_marker("devices8") else _DEFAULT
 
 
@@ -63,12 +70,18 @@ def _forget() -> Iterator[None]:
     """The programs of a file are forgotten with it: all of them together would take gigabytes."""
     import jax
 
+    global _reference
+    _reference = seconds.reference()
     yield
     jax.clear_caches()
     gc.collect()
 
 
 # --- seconds by file ------------------------------------------------------------------------------
+
+_began = 0.0
+_files: Counter[str] = Counter()
+_speeds: list[float] = []
 
 
 def _processor() -> float:
@@ -78,19 +91,35 @@ def _processor() -> float:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """One line a test: file, test, seconds of processor and clock, largest memory of the worker in MiB."""
-    used, clock = _processor(), time.perf_counter()
-    yield
-    if "ZOO_SECONDS" in os.environ:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        name, _, test = item.nodeid.partition("::")
-        record = {
-            "file": name,
-            "test": test,
-            "cpu": _processor() - used,
-            "wall": time.perf_counter() - clock,
-            "MiB": memory,
-        }
-        with open(os.environ["ZOO_SECONDS"], "a") as f:
-            f.write(json.dumps(record) + "\n")
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """What a test cost goes to the process that reports, which may be another."""
+    outcome: Any = yield
+    if call.when == "teardown":
+        outcome.get_result().user_properties += [("seconds", _processor() - _began), ("reference", _reference)]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    found = dict(report.user_properties)
+    if report.when == "teardown" and "seconds" in found:
+        _files[report.nodeid.partition("::")[0]] += found["seconds"]
+        _speeds.append(found["reference"])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run of the whole suite fails where it costs too much."""
+    if len(_files) > _WHOLE and seconds.report(_files, _speed())[1]:
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+    if _files and "ZOO_SECONDS" in os.environ:
+        Path(os.environ["ZOO_SECONDS"]).write_text(json.dumps({"reference": _speed(), "files": _files}, indent=1))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if len(_files) > _WHOLE:
+        lines, over = seconds.report(_files, _speed())
+        terminalreporter.section(f"seconds of processor time, reference {_speed():.3f} s")
+        terminalreporter.write("\n".join([*lines, *over, ""]))
+
+
+def _speed() -> float:
+    return statistics.mean(_speeds)
