@@ -49,7 +49,7 @@ def test_there_are_configs() -> None:
 def test_full_config_is_built_abstractly_and_survives_json(name: str) -> None:
     run = config.load(name)
     run.mesh.build(jax.devices()[:1])  # one GPU is enough to start any of them
-    mesh = dist.Mesh(data=2, fsdp=4).build()
+    mesh = dist.Mesh(data=2, fsdp=4).abstract(8)
     with dist.use(mesh, run.rules):
         state = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
     assert sum(x.size for x in jax.tree.leaves(state.params)) > 1000
