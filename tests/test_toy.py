@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from toy import TOYS
 
-from zoo import cli, metrics, task
+from zoo import cli, encoders, metrics, papers, task
 from zoo.train import loop
 
 CONFIG = """
@@ -120,6 +123,38 @@ def test_the_toys_have_one_ability_each() -> None:
     for name, cls in TOYS.items():
         assert isinstance(cls(), task.Task)
         assert task.abilities(cls()) == task.abilities(cls) == [name] * (name in task.ABILITIES)
+
+
+def shipped_tasks() -> list[type]:
+    found = [
+        importlib.import_module(m.name)
+        for p in (papers, encoders)
+        for m in pkgutil.walk_packages(p.__path__, f"{p.__name__}.")
+    ]
+    classes = {
+        cls for module in found for cls in vars(module).values() if isinstance(cls, type) and hasattr(cls, "about")
+    }
+    return sorted(classes, key=lambda cls: cls.__name__)
+
+
+def strangers(cls: type) -> list[str]:
+    """Methods of a task that are called like an ability and take something else."""
+    pairs = [(getattr(cls, name), getattr(task.ABILITIES[name], name)) for name in task.abilities(cls)]
+    words = [
+        (
+            own.__name__,
+            *(list(inspect.signature(f).parameters)[: len(inspect.signature(like).parameters)] for f in (own, like)),
+        )
+        for own, like in pairs
+    ]
+    return [name for name, own, like in words if own[: len(like)] != like[: len(own)] or len(own) < len(like)]
+
+
+def test_what_is_called_like_an_ability_is_one() -> None:
+    assert len(shipped_tasks()) >= 10
+    assert {cls.__name__: strangers(cls) for cls in shipped_tasks() if strangers(cls)} == {}
+    other = type("Other", (TOYS[""],), {"predict": lambda self, params, z, i, j: z})
+    assert strangers(other) == ["<lambda>"]
 
 
 def test_a_violation_is_found(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
