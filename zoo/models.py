@@ -92,14 +92,19 @@ class Model:
         )
 
     @property
+    def untrained(self) -> bool:
+        """Whether it is that of a config, and so has a file and no folder."""
+        return self.run is not None and self.step is None
+
+    @property
     def homes(self) -> list[Folder]:
-        """Where its tokeniser may lie."""
-        return homes(self.folder, self.run.weights if self.run is not None else None)
+        """Where its tokeniser or vocabulary may lie."""
+        return homes(None if self.untrained else self.folder, self.run.weights if self.run is not None else None)
 
     @property
     def samples_folder(self) -> Folder:
         """Where samples go: `samples/` of a run folder, of others `samples/` here."""
-        return paths.where("samples") if self.run is None or self.step is None else self.folder / "samples"
+        return paths.where("samples") if self.run is None or self.untrained else self.folder / "samples"
 
     @cached_property
     def _programs(self) -> dict[str, Any]:
