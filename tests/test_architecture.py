@@ -1,12 +1,19 @@
 """Who may import whom, where Flax may live, and what every paper file must say."""
 
 import ast
+import functools
 import graphlib
+import importlib
+import inspect
 import re
 from pathlib import Path
 
+import pytest
+
+from zoo import config
 from zoo.commands import listing
 from zoo.errors import UserError
+from zoo.task import ABILITIES, abilities
 
 ROOT = Path(__file__).parent.parent / "zoo"
 
@@ -45,7 +52,7 @@ MAY = {
         "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",
     },
     "commands": {
-        "config", "dist", "data", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights", "metrics", "papers",
+        "config", "dist", "data", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights", "metrics",
         "train.optim", "train.report", "train.step",
     },
     "cli": {"config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop"},
@@ -63,6 +70,7 @@ def room(module: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "train" else parts[0]
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
@@ -131,11 +139,11 @@ def test_flax_stays_behind_its_fence() -> None:
             assert flax == {"flax.struct.PyTreeNode"}
 
 
-def test_importing_zoo_does_not_import_jax() -> None:
+def test_importing_zoo_and_listing_what_it_has_do_not_import_jax() -> None:
     import subprocess
     import sys
 
-    code = "import sys, zoo; sys.exit('jax' in sys.modules)"
+    code = "import sys, zoo; from zoo.commands import listing; listing.listing(); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -143,6 +151,144 @@ def test_every_paper_names_its_arxiv_number() -> None:
     for paper in listing.papers():
         assert re.fullmatch(r"\d{4}\.\d{4,5}", paper["arxiv"]), paper["module"]
         assert paper["tasks"], paper["module"]
+
+
+def test_sources_tell_the_list_what_the_classes_can_do() -> None:
+    for paper in listing.papers():
+        module = importlib.import_module(f"zoo.papers.{paper['module']}")
+        classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__.startswith(module.__name__)]
+        tasks = {c.__name__: abilities(c) for c in classes if hasattr(c, "spec") and hasattr(c, "loss")}
+        alone = {c.__name__: ["zoo eval CONFIG"] for c in classes if getattr(c, "standalone", False)}
+        assert list(paper["tasks"].items()) == list((tasks | alone).items())
+        for name, can in tasks.items():  # a method that happens to be called like an ability would be taken for one
+            for ability in can:
+                promised, given = (
+                    list(inspect.signature(getattr(cls, ability)).parameters)
+                    for cls in (ABILITIES[ability], getattr(module, name))
+                )
+                assert given[: len(promised)] == promised, (name, ability)
+
+
+# --- the engine knows no paper, and asks a task for nothing by name -------------------------------
+
+LOOKUPS = {
+    "getattr", "hasattr", "setattr", "delattr", "vars", "dir", "signature", "getattr_static", "getmembers", "getfullargspec",
+}  # fmt: skip
+GETTERS = {"attrgetter", "methodcaller"}
+HIDDEN = {"__dict__", "__getattribute__", "__getattr__"}
+
+
+def word(node: ast.AST) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def asked_by_name(tree: ast.AST) -> list[int]:
+    """Lines that look something up by a string on what is called a task: task, self.task, type(task), guide_task."""
+
+    def is_task(node: ast.AST) -> bool:
+        return any(re.fullmatch(r"(\w*_)?tasks?", word(part), re.IGNORECASE) for part in ast.walk(node))
+
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            made = word(node.func.func) if isinstance(node.func, ast.Call) else ""  # attrgetter("nll")(task)
+            if (word(node.func) in LOOKUPS or made in GETTERS) and node.args and is_task(node.args[0]):
+                found.append(node.lineno)
+        elif isinstance(node, ast.Attribute) and node.attr in HIDDEN and is_task(node.value):
+            found.append(node.lineno)
+    return found
+
+
+def test_abilities_are_looked_up_in_one_file() -> None:
+    wrong = {name: asked_by_name(tree) for name, tree in modules().items() if name != "zoo.task"}
+    assert not {name: lines for name, lines in wrong.items() if lines}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'getattr(task, "bound", False)',
+        'hasattr(run.task, "sample")',
+        'hasattr(type(self.task), "nll")',
+        "inspect.signature(model.task.sample)",
+        "signature(task.sample).parameters",
+        "getattr(network.task, name)(params)",
+        'operator.attrgetter("sample")(guide_task)',
+        'vars(task)["unit"]',
+        'task.__dict__["unit"]',
+    ],
+)
+def test_a_planted_lookup_is_found(line: str) -> None:
+    assert asked_by_name(ast.parse(f"def f(task):\n    return {line}")) == [2]
+
+
+def test_what_a_task_says_in_the_open_is_no_lookup() -> None:
+    fair = "isinstance(task, Samples) and task.about.unit and getattr(metric, name)(task) and hasattr(data, 'hop')"
+    assert asked_by_name(ast.parse(fair)) == []
+
+
+@functools.cache
+def names_of_papers() -> re.Pattern[str]:
+    """Titles, modules, configs and tasks. Of words that are English too (PART, `Compare`) only the unmistakable forms."""
+    exact, coined = [*map(re.escape, config.shipped())], []
+    for paper in listing.papers():
+        exact += [rf"configs/{paper['module']}\b", rf"zoo[./]papers[./]{paper['module']}\b"]
+        short = paper["title"].partition(":")[0].split(" (")[0]
+        if short.isupper():
+            exact.append(rf"\b{short}\b")
+        else:
+            coined.append(rf"(?<![a-z]){short}(?![a-z])")  # in names too: tarflow_grid
+        exact += [rf"\b{name}\b" for name in paper["tasks"] if re.search(r".[A-Z]", name)]
+    return re.compile(rf"{'|'.join(exact)}|(?i:{'|'.join(coined)})")
+
+
+def papers_named(tree: ast.AST) -> list[str]:
+    """Names of papers in strings, f-strings and docstrings, which may cite a number, and among identifiers."""
+    names = names_of_papers()
+    said = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            said.append(node.value)
+        elif isinstance(node, ast.ImportFrom):
+            said += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, (ast.alias, ast.FunctionDef, ast.ClassDef)):
+            said.append(node.name)
+        else:
+            said.append(word(node))
+    return [text for text in said if names.search(text)]
+
+
+def test_the_engine_names_no_paper() -> None:
+    rooms = ("zoo.train", "zoo.data", "zoo.metrics", "zoo.commands")
+    wrong = {name: papers_named(tree) for name, tree in modules().items() if name.startswith(rooms)}
+    assert not {name: texts for name, texts in wrong.items() if texts}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'raise UserError("write zoo eval configs/typescore/rapidocr.py")',
+        'print(f"train {name} by part/digits first")',
+        '"""The rule of TarFlow."""',
+        '"zoo import starflow/sd_vae FILE OUT"',
+        "from zoo.papers.part import Part",
+        "from zoo.papers import tarflow",
+        "import zoo.papers.tarflow_lm.task as t",
+        "isinstance(task, TarFlow)",
+        'type(task).__name__ == "MaskedAutoencoder"',
+        "starflow_grid = 3",
+        '"compared as in PART"',
+    ],
+)
+def test_a_planted_name_of_a_paper_is_found(line: str) -> None:
+    assert papers_named(ast.parse(line))
+
+
+def test_ordinary_words_and_citations_are_no_names_of_papers() -> None:
+    fair = (
+        'def render(part, compare):\n    "Compare part of it (arXiv:2412.06329)"\n    return part / 2, "Render", Part'
+    )
+    assert papers_named(ast.parse(fair)) == []
 
 
 def test_readme_lists_what_zoo_list_lists() -> None:

@@ -201,16 +201,19 @@ MISTAKES = {
     "label of an unconditional model": ("sample run label=1", "label=1: this model is unconditional"),
     "no such option": ("sample run guidence=1", "no option 'guidence' of this sampler; did you mean 'guidance'?"),
     "option of another type": ("sample run temperature=hot", "temperature=hot must be a finite number"),
-    "whole and part": ("sample run guidance=2 guidance.what=a", "guidance is set both as a whole and in part"),
-    "part of an option": ("sample run guidance.wight=1", "no field wight in Guidance; did you mean 'weight'?"),
-    "unknown method": ("sample run method=fast", "method='fast' is unknown; choose one of auto, sequential, jacobi,"),
+    "whole and part": ("sample run guidance=2 guidance.what=a", "guidance.what is set both as a whole and in part"),
+    "part of an option": ("sample run guidance.wight=1", "no field guidance.wight in Guidance; did you mean 'weight'?"),
+    "unknown method": (
+        "sample run method=fast",
+        "method=fast must be one of auto, sequential, jacobi, gs_jacobi or a Jacobi",
+    ),
     "modules of other blocks": (
         "sample run method.modules=1,1,1",
         "method.modules=1,1,1: 3 values for the 2 blocks of this model; give one, or one for each block",
     ),
     "method as a whole and in part": (
         "sample run method=jacobi method.modules=2",
-        "method is set both as a whole and in part; keep one of method= and method.modules",
+        "method.modules is set both as a whole and in part",
     ),
     "nothing to time strategies for": ("eval run convergence batches=1,0", "batches=1,0 must be a tuple (each a whole"),
     "a number that no step has": (
@@ -271,7 +274,7 @@ MISTAKES = {
     ),
     "flag of models": ("eval typescore/oracle --raw images=x", "--raw is for models"),
     "prompts for a model without captions": (
-        "eval run typescore/model options.a=1",
+        "eval run typescore/model options.guidance=1",
         "takes captions, and this TarFlow takes none",
     ),
     "no scorer": ("eval run prompted", "the metric prompted has no scorer"),
@@ -323,7 +326,7 @@ MISTAKES = {
         "train part/digits:smoke task.patch=3",
         "task.patch=3 does not divide task.image=8; choose a divisor, e.g. task.patch=2",
     ),
-    "samples of what draws none": ("sample part", "Part has no sampler; it can: features, feature_map, off_grid,"),
+    "samples of what draws none": ("sample part", "Part has no sampler; it can: features, feature_map, crops,"),
     "a likelihood of what has none": ("eval part bpd", "bpd needs 'nll', which Part has not; it can: features,"),
     "probe without features": ("eval discrete probe", "probe needs 'features', which DiscreteLM has not; it can:"),
     "features without features": (

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import zoo
-from zoo import config, models
+from zoo import config, paths
 from zoo.data.images import Digits
 from zoo.metrics.likelihood import Bits
 from zoo.train.loop import train
 
-SHIPPED = models.shipped()
+SHIPPED = paths.shipped()
 
 
 def test_the_shipped_weights_are_what_their_card_says() -> None:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from PIL import Image
 
 import zoo
-from zoo import cli, config, dist, models, weights
+from zoo import cli, config, dist, models, paths, weights
 from zoo.data.synthetic import Synthetic
 from zoo.draws import keys
 from zoo.errors import UserError
@@ -236,9 +236,9 @@ def test_an_export_opens_in_either_layout_of_layers(run: Path, tmp_path: Path):
 def test_a_shipped_name_opens_from_anywhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = models.open_model(run)
     weights.save(tmp_path / "pretrained" / "tiny-flow", model.params, models.export_config(model), "a card")
-    monkeypatch.setattr(models, "_PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.setattr(paths, "_PRETRAINED", tmp_path / "pretrained")
     monkeypatch.chdir(run)
-    assert list(models.shipped()) == ["tiny-flow"]
+    assert list(paths.shipped()) == ["tiny-flow"]
     same(models.open_model("tiny-flow").params, model.params)
     with pytest.raises(
         UserError,

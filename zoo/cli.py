@@ -38,15 +38,13 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("fields", nargs="*", metavar="field=value", help=fields)
         return sub
 
+    def allows(sub: argparse.ArgumentParser) -> None:
+        words = "trust the classes of this package in the config"
+        sub.add_argument("--allow", action="append", default=[], metavar="PACKAGE", help=words)
+
     def opens(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--raw", action="store_true", help="the last weights, even where the run keeps an average")
-        sub.add_argument(
-            "--allow",
-            action="append",
-            default=[],
-            metavar="PACKAGE",
-            help="trust the classes of this package in the config",
-        )
+        allows(sub)
 
     sub = verb("train", "Start or resume a run.", "CONFIG", fields="override fields, e.g. optim.lr=3e-4 mesh.fsdp=8")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -210,8 +208,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--flip", action="store_true", help="mirror a random half of the images of --statistics")
     opens(sub)
     verb("list", "Papers, their abilities, shipped configs and weights.")
-    sub = verb("show", "One config in full.", "CONFIG", fields="override fields")
-    sub.add_argument("--shardings", action="store_true", help="where every parameter of a run lies on its mesh")
+    sub = verb(
+        "show",
+        "One config in full, or that of a run, an export or a shipped model; or the options of its sampler.",
+        "CONFIG",
+        fields="override fields",
+    )
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--shardings", action="store_true", help="where every parameter of a run lies on its mesh")
+    what.add_argument("--sampler", action="store_true", help="what `zoo sample` and samples.options take")
+    allows(sub)
     sub.add_argument(
         "--devices", default=None, metavar="N", help="a mesh of so many devices, or of a topology: v5e:4x4"
     )
@@ -719,16 +725,15 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from zoo import config
-    from zoo.commands import listing
+    from zoo.commands import show
 
-    value = config.load(args.config, args.fields)
     if args.devices and not args.shardings:
         raise UserError("--devices says nothing without --shardings; add it, or leave --devices out")
+    value = show.opened(args.config, args.fields, args.allow)
     if args.shardings:
-        print(listing.shardings(_run(value, args.config), listing.count_devices(args.devices)))
+        print(show.shardings(_run(value, args.config), show.count_devices(args.devices)))
     else:
-        print(listing.show(value, args.config))
+        print((show.sampler if args.sampler else show.show)(value, args.config))
     return 0
 
 

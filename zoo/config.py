@@ -276,7 +276,14 @@ def undump(data: Any, allow: Sequence[str] = (), where: str = "config") -> Any:
         ) from None
 
 
+_MOVED = {  # classes that configs written before know elsewhere
+    "zoo.metrics.relations.Relations": "zoo.papers.part.metrics.Relations",
+    "zoo.metrics.probe.Localise": "zoo.papers.part.metrics.Localise",
+}
+
+
 def _resolve(name: Any, allow: Sequence[str], where: str) -> type:
+    name = _MOVED.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
         raise UserError(f"{where}: {name!r} is no class name; the file is damaged or not a zoo config")
     module, _, attribute = name.rpartition(".")

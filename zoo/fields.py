@@ -26,10 +26,10 @@ Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # of what is gone t
 AtLeast2: TypeAlias = Annotated[int, Meta(ge=2, le=2**31 - 1)]  # likewise, of what is compared
 Whole: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # likewise, where 0 means none, all or off
 Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 2)]  # `jax.random.key` takes it and the next one
-Size: TypeAlias = Annotated[int, Meta(ge=1, le=2**20)]  # of an axis of an array
+Size: TypeAlias = Annotated[int, Meta(ge=1, le=2**18)]  # of an axis of an array
 Side: TypeAlias = Annotated[int, Meta(ge=1, le=2**14)]  # of an image, in pixels
 Layers: TypeAlias = Annotated[int, Meta(ge=1, le=2**10)]  # of what is built one after the other
-SizeOr0: TypeAlias = Annotated[int, Meta(ge=0, le=2**20)]  # 0: there is no such axis
+SizeOr0: TypeAlias = Annotated[int, Meta(ge=0, le=2**18)]  # 0: there is no such axis
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Below1: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]  # a share that leaves something
 Positive: TypeAlias = Annotated[float, Meta(gt=0)]

@@ -26,7 +26,7 @@ from zoo.encoders.tokenizer import Tokenizer
 from zoo.errors import UserError, suggest
 from zoo.fields import Count, Seed, fits, sentence
 from zoo.files import sha256
-from zoo.paths import Folder
+from zoo.paths import Folder, shipped
 from zoo.run import Run
 from zoo.task import (
     Denoises,
@@ -47,7 +47,6 @@ from zoo.train.report import class_name, grid
 from zoo.train.step import abstract_state
 
 _log = logging.getLogger("zoo")
-_PRETRAINED = Path(__file__).parent / "pretrained"
 _BATCH = 64  # samples drawn at a time
 ENCODER = (
     "give it a text encoder: `zoo export MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.text=ENCODER` "
@@ -267,15 +266,6 @@ def paper(task: Any) -> str:
     if module.startswith("zoo.papers."):
         module = ".".join(module.split(".")[:3])
     return (importlib.import_module(module).__doc__ or "").partition("\n")[0].rstrip(".")
-
-
-def shipped() -> dict[str, Path]:
-    """Weights that come with the package, by name."""
-    return (
-        {p.name: p for p in sorted(_PRETRAINED.iterdir()) if (p / "config.json").is_file()}
-        if _PRETRAINED.is_dir()
-        else {}
-    )
 
 
 def read_config(folder: Folder) -> dict[str, Any]:

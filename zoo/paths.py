@@ -29,6 +29,7 @@ from zoo.files import write as write_here
 
 Folder: TypeAlias = Path | epath.Path
 
+_PRETRAINED = Path(__file__).parent / "pretrained"
 _log = logging.getLogger("zoo")
 _ANSWER = 60  # seconds that a bucket may take to say whether it can be used
 _REQUEST = 15  # seconds for one request of that question
@@ -40,6 +41,12 @@ _LOGIN = (
     "VM a service account that may use the bucket"
 )
 _ROLES = "it needs the roles Storage Object User and Storage Legacy Bucket Reader on the bucket"
+
+
+def shipped() -> dict[str, Path]:
+    """Weights that come with the package, by name."""
+    here = sorted(_PRETRAINED.iterdir()) if _PRETRAINED.is_dir() else []
+    return {p.name: p for p in here if (p / "config.json").is_file()}
 
 
 def where(name: str | os.PathLike[str]) -> Folder:

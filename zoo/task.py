@@ -10,19 +10,20 @@ B examples, N samples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
-
-import jax
-import jax.numpy as jnp
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from zoo.errors import UserError, suggest
 
+if TYPE_CHECKING:  # seconds of start-up, which configs and lists do not need
+    import jax
+
 Params = dict[str, Any]  # nested dict of arrays; top-level keys are the unit of what is held and of `Run.weights`
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, "jax.Array"]
 Options = Annotated[Mapping[str, Any], "of a task's sampler"]  # by name: fields of its `Sampling`
 
 
@@ -49,10 +50,11 @@ class Likelihood:
     """What the `nll` of a task is of, and how its nats become bits."""
 
     event: tuple[int, ...]  # shape of what is modelled
-    kind: Literal["exact", "bound", "noisy"] = "exact"  # "bound": nll is above -log p; "noisy": of examples with noise,
-    # whose standard deviation is the field `noise` of the task
+    kind: Literal["exact", "bound", "noisy"] = "exact"  # "bound": nll is above -log p; "noisy": of examples with noise
     name: str = "bpd"  # of the bits per dimension, among figures
     bins: float = 1.0  # of the data per unit of what is modelled: grey levels 2/256 apart have 128
+    noise: float = 0.0  # standard deviation of the noise, where it is "noisy"
+    clean: Any = None  # the same task without that noise
 
     def bits(self, nats: Any) -> Any:
         """Bits per dimension from nats per dimension of a density: those of a bin that is 1 / bins wide."""
@@ -192,7 +194,13 @@ class Predicts(Protocol):
 
 @runtime_checkable
 class Inverts(Protocol):
-    """A flow of affine blocks whose sampler has the option `method`: the metric `convergence`, `zoo bench --model`."""
+    """A flow of affine blocks: the metric `convergence`, and where its sampler has the options `guidance` and `method`
+    (`zoo.flows.inverse.Jacobi`) also `zoo bench --model` and the strategies of `zoo sample`."""
+
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        ...
 
     def chain(self, params: Params, batch: Batch, rng: jax.Array, *, guidance: Any = 0.0) -> tuple[jax.Array, Any]:
         """Noisy tokens [B, T, D] and the flow's blocks (`zoo.flows.inverse.Chain`), as they are inverted."""
@@ -409,7 +417,7 @@ def check_needs(task: Any, needs: Iterable[type], what: str) -> None:
     """UserError when the task lacks an ability that `what` needs."""
     for ability in needs:
         if not isinstance(task, ability):
-            name = next((name for name, known in ABILITIES.items() if known is ability), ability.__name__.lower())
+            name = next(name for name, member in vars(ability).items() if inspect.isfunction(member) and name[0] != "_")
             can = ", ".join(abilities(task)) or "train alone"
             raise UserError(f"{what} needs {name!r}, which {type(task).__name__} has not; it can: {can}")
 
@@ -429,6 +437,9 @@ def speed(task: Any) -> dict[str, Any]:
 
 def sample_keys(rng: jax.Array, n: int) -> jax.Array:
     """n keys of one key, or those given: sample i depends on (rng, i) alone."""
+    import jax
+    import jax.numpy as jnp
+
     return rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
 
 
@@ -449,6 +460,11 @@ def option_names(task: Any) -> tuple[str, ...]:
     """The options of a task's sampler."""
     kind = sampling(task)
     return () if kind is None else tuple(f.name for f in dataclasses.fields(kind))
+
+
+def has_methods(task: Any) -> bool:
+    """Whether the sampler of a task inverts a flow by a method that can be chosen."""
+    return isinstance(task, Inverts) and {"guidance", "method"} <= set(option_names(task))
 
 
 def options_of(task: Any, given: Options, where: str) -> Any:

@@ -92,7 +92,7 @@ def test_figures_hang_together(tmp_path: Path) -> None:
         for side in ("ours", "peer"):
             times = figures[f"{what} ms, {side}"]
             assert 0 < times["min"] <= times["median"] <= times["max"]
-            assert figures[f"{what} examples/s, {side}"] == pytest.approx(1e3 * items / times["median"])
+            assert figures[f"{what} images/s, {side}"] == pytest.approx(1e3 * items / times["median"])
         assert figures[f"{what} ms, peer"]["min"] >= 20
         ours, theirs, ratio = (figures[k] for k in (f"{what} ms, ours", f"{what} ms, peer", f"{what}, ours / peer"))
         lowest, highest = ours["min"] / theirs["max"], ours["max"] / theirs["min"]
@@ -100,7 +100,7 @@ def test_figures_hang_together(tmp_path: Path) -> None:
     each = figures["train each step ms"]
     assert 0 < each["p10"] <= each["p50"] <= each["p90"] <= each["max"]
     assert 2 <= each["steps"] <= 100
-    assert figures["train model TFLOP/s"] * 1e12 == pytest.approx(TASK.flops() * figures["train examples/s, ours"])
+    assert figures["train model TFLOP/s"] * 1e12 == pytest.approx(TASK.flops() * figures["train images/s, ours"])
     assert 0 < figures["train trace s"] < figures["train compile s"]
     assert figures["train compile s, warm"] > 0  # a sentence where the second compilation read nothing
     assert "train utilisation of bf16 peak" not in figures  # a CPU has no entry in the table
@@ -286,7 +286,7 @@ def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypat
     assert [k for k in figures if k.startswith("sample 1 ms, ")] == [f"sample 1 ms, {side}" for side in sides]
     for method in methods:
         times, ours, theirs = (figures[f"sample 1 ms, {side}"] for side in (method, "ours", "peer"))
-        assert figures[f"sample 1 examples/s, {method}"] == pytest.approx(1e3 / times["median"])
+        assert figures[f"sample 1 images/s, {method}"] == pytest.approx(1e3 / times["median"])
         for other, of in (("ours", ours), ("peer", theirs)):
             ratio = figures[f"sample 1, {method} / {other}"]
             assert times["min"] / of["max"] <= ratio["min"] * 1.001 <= ratio["max"] * 1.002
@@ -409,9 +409,9 @@ def test_the_pipeline_alone_and_feeding_the_step() -> None:
     assert figures["data first batch ms"] > 0
     for where in ("host", "devices"):
         times = figures[f"data ms, {where}"]
-        assert figures[f"data examples/s, {where}"] == pytest.approx(8e3 / times["median"])
-    ratio = figures["data, devices / train examples/s"]
-    assert ratio == pytest.approx(figures["data examples/s, devices"] * 0.005 / 8)
+        assert figures[f"data images/s, {where}"] == pytest.approx(8e3 / times["median"])
+    ratio = figures["data, devices / train images/s"]
+    assert ratio == pytest.approx(figures["data images/s, devices"] * 0.005 / 8)
     fed = figures["train ms, fed by the data"]["median"]
     assert figures["train, fed by the data / ours"] == pytest.approx(fed / 1e3 / 0.005)
     # what the step was fed are the run's own training batches, in their order
@@ -423,7 +423,7 @@ def test_the_pipeline_alone_and_feeding_the_step() -> None:
 
 def test_data_without_a_step_has_nothing_to_keep_up_with() -> None:
     figures = bench(replace(RUN, data=Synthetic(values=3)), what="data", rounds=1).figures
-    assert "data examples/s, devices" in figures
+    assert "data images/s, devices" in figures
     assert not any("train" in k for k in figures)
     assert "parameters" not in figures  # no model was made for it
 
@@ -575,7 +575,7 @@ def test_another_config_takes_turns_with_ours(tmp_path: Path, capsys: pytest.Cap
         ratio = figures[f"{what}, ours / against"]
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
         assert f"{what}, against / ours" not in figures
-    assert not any("examples/s" in key for key in figures)
+    assert not any("images/s" in key for key in figures)
     assert main(f"bench {two}:ours --against {two}:number".split()) == 2
     assert "two.py:number holds a Unigram, not a Run" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ import pytest
 from jax import export as jax_export
 
 from zoo import cli, models, weights
-from zoo.commands import bench, listing
+from zoo.commands import bench, listing, show
 from zoo.data.images import Digits
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -226,8 +226,8 @@ def test_bench_times_the_crops_of_a_task_that_has_some(task: Any, monkeypatch: p
 def test_a_package_lists_its_tasks_and_not_what_they_share() -> None:
     (paper,) = [paper for paper in listing.papers() if paper["module"] == "part"]
     assert set(paper["tasks"]) == {"Part", "AbsolutePosition", "MaskedAutoencoder", "PartClassifier"}
-    assert {"features", "feature_map", "relations", "crops"} <= set(paper["tasks"]["Part"])
-    assert "relations" not in paper["tasks"]["PartClassifier"]
+    assert {"features", "feature_map", "crops"} <= set(paper["tasks"]["Part"])
+    assert "crops" not in paper["tasks"]["PartClassifier"]
 
 
 def test_inherited_fields_are_shown_with_their_comments() -> None:
@@ -246,7 +246,7 @@ def test_inherited_fields_are_shown_with_their_comments() -> None:
         )
         # fmt: on
 
-    assert listing._comments(Own) == {"one": "of the base", "two": "its own", "four": "in brackets"}
-    comments = listing._comments(Part)
+    assert show._comments(Own) == {"one": "of the base", "two": "its own", "four": "in brackets"}
+    comments = show._comments(Part)
     assert comments["patch"].startswith("pixels or samples a side")  # of what the tasks share
     assert comments["pairs"].startswith("in a step")

@@ -24,7 +24,7 @@ from PIL import Image
 from zoo.data import documents, tokens
 from zoo.data import vocabulary as vocabularies
 from zoo.data.documents import cuts, list_texts, pieces
-from zoo.data.images import Images
+from zoo.data.images import Digits, Images
 from zoo.data.latents import Latents
 from zoo.data.pipeline import batches, epoch
 from zoo.data.prepare import prepare
@@ -32,6 +32,7 @@ from zoo.data.prepare_text import prepare_text
 from zoo.data.tokens import Docstrings, Text, check_vocabulary
 from zoo.data.vocabulary import normalise, open_vocabulary
 from zoo.errors import UserError
+from zoo.task import About
 from zoo.train.loop import _keep_vocabulary
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "a", "dog", "ran", "to", "1", "red", "house,", "slept.", ""]
@@ -458,19 +459,19 @@ def test_other_mistakes(book, tmp_path):
 
 def test_the_vocabulary_of_a_task_must_be_that_of_the_data(book):
     source = Text(str(book)).source("train", spec())
-    check_vocabulary(SimpleNamespace(vocab=27), source)
-    check_vocabulary(SimpleNamespace(), source)
-    check_vocabulary(SimpleNamespace(vocab=5), SimpleNamespace())
+
+    def task(vocab):
+        return SimpleNamespace(about=About(vocabulary=vocab))
+
+    check_vocabulary(task(27), source)
+    check_vocabulary(task(None), source)
+    check_vocabulary(task(5), Digits().source("train"))
     with pytest.raises(UserError, match=r"^the data has 27 symbols, task.vocab=50257; set task.vocab=27$"):
-        check_vocabulary(SimpleNamespace(vocab=50257), source)
-    with pytest.raises(UserError, match=r"; set task.vocab=27 task.layers.0.components=27$"):
-        check_vocabulary(SimpleNamespace(vocab=5, is_tied=lambda l: l == 0), source)
-    with pytest.raises(UserError, match=r"; set task.vocab=27$"):
-        check_vocabulary(SimpleNamespace(vocab=5, is_tied=lambda l: False), source)
+        check_vocabulary(task(50257), source)
 
 
 def test_a_run_does_not_go_on_with_another_text(book, tmp_path):
-    task = SimpleNamespace(spec=lambda batch: spec(batch=batch))
+    task = SimpleNamespace(spec=lambda batch: spec(batch=batch), about=About())
 
     def keep(data):
         _keep_vocabulary(SimpleNamespace(task=task, data=data, source=lambda split: data.source(split, spec())), run)

@@ -43,7 +43,7 @@ class Template:
 
     @property
     def about(self) -> About:
-        noisy = Likelihood((8, 8, 1), "noisy", "noisy_bits_per_dim")
+        noisy = Likelihood((8, 8, 1), "noisy", "noisy_bits_per_dim", 1.0, self.noise, replace(self, noise=0.0))
         return About(
             classes=self.classes, likelihood=Likelihood((8, 8, 1), "bound", bins=17 / 2) if self.uniform else noisy
         )
@@ -219,7 +219,7 @@ def test_the_gaussian_of_latents_knows_the_spread_of_each() -> None:
             return Listed({"latent": m, "latent_std": abs(s)} for m, s in zip(mean[part], std[part]))
 
     class Latent(Template):
-        about = About(likelihood=Likelihood((2, 2, 2), "noisy", "noisy_bits_per_dim"))
+        about = About(likelihood=Likelihood((2, 2, 2), "noisy", "noisy_bits_per_dim", noise=0.1))
 
         def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
             return {k: jax.ShapeDtypeStruct((batch, 2, 2, 2), jnp.float32) for k in ("latent", "latent_std")}

@@ -656,7 +656,7 @@ class Knows(Part):
         assert positions is None
         return patches, None
 
-    def predict(self, params: Any, z: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+    def relate(self, params: Any, z: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
         assert i.ndim == j.ndim == 1  # one choice for the whole batch
         i, j = (j, i) if self.swapped else (i, j)
         axes = len(self.extent)
@@ -721,7 +721,7 @@ def test_a_task_that_knows_the_answers_has_no_loss(fields: dict[str, Any]) -> No
 class Silent(Knows):
     """Answers nothing."""
 
-    def predict(self, params: Any, z: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+    def relate(self, params: Any, z: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
         return jnp.zeros((len(z), len(i), len(self.relation_names)))
 
 

@@ -20,7 +20,7 @@ def run(name: str, fields: Sequence[str]) -> dict[str, Any]:
 
             raise UserError(
                 f"what of {name} shall be measured? Write zoo eval {name} METRIC; {suggest('', metrics.named())}; a config that "
-                "measures by itself needs none, such as configs/typescore/rapidocr.py"
+                "measures by itself needs none"
             ) from None
         raise
     value = config.load(name)
@@ -28,8 +28,8 @@ def run(name: str, fields: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"{name} holds the metric {value.name}, which measures models; write zoo eval MODEL {name}")
     if not getattr(value, "standalone", False):
         raise UserError(
-            f"{name} holds a {type(value).__name__}, which measures nothing by itself; write zoo eval MODEL METRIC, or name a "
-            "config such as configs/typescore/rapidocr.py"
+            f"{name} holds a {type(value).__name__}, which measures nothing by itself; write zoo eval MODEL METRIC, or name "
+            "a config of what `zoo list` marks with zoo eval CONFIG"
         )
     found: dict[str, Any] = config.override(value, fields).run()
     return found

@@ -34,7 +34,7 @@ from zoo.errors import UserError
 from zoo.files import differences
 from zoo.flows.inverse import Jacobi
 from zoo.run import Run
-from zoo.task import Cached, Crops, Inverts, Samples, option_names, speed
+from zoo.task import Cached, Crops, Samples, has_methods, option_names, speed
 from zoo.train import optim
 from zoo.train.step import compile_step, make_sampler, sampler_spec
 
@@ -159,7 +159,7 @@ def bench(
                     figures["sampler weights"] = f"{model}, {opened.kind}{at}"
                     if twin is not None:
                         twin.load(weights.to_official(run.task, params))
-                elif _is_flow(run.task):
+                elif has_methods(run.task):
                     figures["sampler weights"] = (
                         "fresh: sweeps converge at once on them, and are timed with --model only"
                     )
@@ -461,17 +461,12 @@ def time_crops(run: Run, step: _Stepper, rounds: int) -> Figures:
 # --- the sampler ----------------------------------------------------------------------------------
 
 
-def _is_flow(task: Any) -> bool:
-    """Whether the sampler inverts blocks by a method that can be chosen."""
-    return isinstance(task, Inverts) and "method" in option_names(task)
-
-
 def open_weights(task: Any, name: str) -> models.Model:
     """The model behind `--model`, with parameters in the layout of `task`, in the host's memory.
 
     UserError where the task is no flow, and where the model's task differs in more than what makes it fast.
     """
-    if not _is_flow(task):
+    if not has_methods(task):
         raise UserError(
             f"--model times the methods that invert a flow, and {type(task).__name__} is none; leave it out: its "
             "sampler takes as long with fresh weights"
@@ -502,7 +497,7 @@ def inverses(task: Any, model: models.Model | None, methods: Sequence[str] = ())
     if methods and model is None:
         raise UserError("--method needs --model: fresh weights converge at once, so that sweeps tell nothing on them")
     if model is None:
-        return {"ours": "sequential" if _is_flow(task) else None}
+        return {"ours": "sequential" if has_methods(task) else None}
     sides: dict[str, Any] = {"ours": "sequential", "jacobi": "jacobi", "gs_jacobi": "gs_jacobi"}
     for text in (" ".join(method.split()) for method in methods):
         try:
@@ -575,7 +570,7 @@ def time_sampler(
             told = _told({name: jax.device_get(draw(program, 0)) for name, program in programs.items()}, n)
     times: Figures = {}
     _compare(times, f"sample {n}", found, n, _unit(task))
-    if _is_flow(task) and isinstance(task, Cached):
+    if has_methods(task) and isinstance(task, Cached):
         sizes = task.cache_bytes(n, guided=False).items()
         figures[f"sample {n} caches of a block MiB"] = {block: size / 2**20 for block, size in sizes}
     return times | told | figures

@@ -1,49 +1,77 @@
-"""`zoo list` and `zoo show`."""
+"""`zoo list`: what there is, read from sources. Importing every paper to know its name would take seconds."""
 
 from __future__ import annotations
 
 import ast
-import dataclasses
-import inspect
-import math
+import functools
 import re
-import typing
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.extend.core import jaxprs_in_params
+from zoo import config, paths
+from zoo.task import abilities
 
-from zoo import config, dist, models, weights
-from zoo.commands import chips
-from zoo.errors import UserError
-from zoo.run import Run
-from zoo.task import Cached, abilities
-from zoo.train import optim
-from zoo.train.step import abstract_state
+_ROOT = Path(__file__).parents[2]  # of the package
 
 
 def papers() -> list[dict[str, Any]]:
     """Each paper file: module, title, arXiv number, and its tasks with their abilities, or what measures without a model."""
-    import importlib
-
     found = []
-    folder = Path(__file__).parent.parent / "papers"
-    for path in sorted(folder.iterdir()):
+    for path in sorted((_ROOT / "zoo" / "papers").iterdir()):
         if path.name.startswith("_") or not (path.suffix == ".py" or (path / "__init__.py").exists()):
             continue
-        module = importlib.import_module(f"zoo.papers.{path.stem}")
-        title = (module.__doc__ or "").partition("\n")[0].rstrip(".")
+        module = f"zoo.papers.{path.stem}"
+        title = (ast.get_docstring(_tree(module)) or "").partition("\n")[0].rstrip(".")
         number = re.search(r"arXiv:(\d{4}\.\d{4,5})", title)
-        own = {
-            name: cls
-            for name, cls in vars(module).items()
-            if inspect.isclass(cls) and cls.__module__.startswith(module.__name__)
-        }
+        own = _classes(module)
         tasks = {name: abilities(cls) for name, cls in own.items() if hasattr(cls, "spec") and hasattr(cls, "loss")}
         tasks |= {name: ["zoo eval CONFIG"] for name, cls in own.items() if getattr(cls, "standalone", False)}
         found.append({"module": path.stem, "title": title, "arxiv": number.group(1) if number else "", "tasks": tasks})
+    return found
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    path = _ROOT.joinpath(*module.split("."))
+    return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+
+
+def _classes(module: str) -> dict[str, type]:
+    """The classes of a paper by the names that its module gives them: those it defines or imports from its own package."""
+    names: list[str] = []
+    for node in _tree(module).body:
+        if isinstance(node, ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{module}."):
+            names += [alias.asname or alias.name for alias in node.names]
+    found = {name: _stand_in(module, name) for name in names}
+    return {name: cls for name, cls in found.items() if cls is not None}
+
+
+@functools.cache
+def _stand_in(module: str, name: str) -> type | None:
+    """A class with the names that the source of this one has in it, and its bases of zoo; None where it is no such class."""
+    for node in _tree(module).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            bases = [_stand_in(module, base.id) for base in node.bases if isinstance(base, ast.Name)]
+            return type(name, tuple(base for base in bases if base is not None), _members(node))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("zoo."):
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    return _stand_in(node.module or "", alias.name)
+    return None
+
+
+def _members(node: ast.ClassDef) -> dict[str, Any]:
+    """What stands in a class: constants as they are, all else as True."""
+    found: dict[str, Any] = {}
+    for inner in node.body:
+        if isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
+            found[inner.name] = True
+        elif isinstance(inner, (ast.Assign, ast.AnnAssign)) and inner.value is not None:
+            value = inner.value.value if isinstance(inner.value, ast.Constant) else True
+            targets = inner.targets if isinstance(inner, ast.Assign) else [inner.target]
+            found |= {target.id: value for target in targets if isinstance(target, ast.Name)}
     return found
 
 
@@ -53,196 +81,13 @@ def listing() -> str:
     for paper in papers():
         lines.append(f"  {paper['title']}")
         lines += [f"    {name}: {', '.join(can)}" for name, can in paper["tasks"].items()]
-    lines += ["", "Configs (zoo train NAME; NAME:smoke for a tiny one; typescore/...: see `zoo show NAME`)"]
+    lines += [
+        "",
+        "Configs (zoo train NAME, of a metric zoo eval NAME; NAME:smoke for a tiny one; `zoo show NAME` for all of it)",
+    ]
     known = config.shipped()
     width = max(map(len, known), default=0)
     lines += [f"  {name:<{width}}  {config.describe(name)}" for name in known]
     lines += ["", "Weights (zoo sample NAME)"]
-    lines += [f"  {name}" for name in models.shipped()] or ["  none"]
+    lines += [f"  {name}" for name in paths.shipped()] or ["  none"]
     return "\n".join(lines)
-
-
-def _comments(cls: type) -> dict[str, str]:
-    """The comment behind each field of a dataclass, from its source and that of the classes whose fields it inherits."""
-    found: dict[str, str] = {}
-    for base in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
-        found |= _own_comments(base)
-    return found
-
-
-def _own_comments(cls: type) -> dict[str, str]:
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):
-        return {}
-    lines, found = source.splitlines(), {}
-    for node in ast.walk(ast.parse(inspect.cleandoc(source) if source.startswith(" ") else source)):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
-            for line in reversed(lines[node.lineno - 1 : node.end_lineno]):  # a long one lies inside of brackets
-                _, mark, text = line.partition("# ")
-                if mark:
-                    found[node.target.id] = text.strip()
-                    break
-    return found
-
-
-def _kind(annotation: Any) -> str:
-    if typing.get_origin(annotation) is typing.Union:
-        return " | ".join(map(_kind, typing.get_args(annotation)))
-    if annotation is type(None):
-        return "None"
-    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return re.sub(r"\b(typing|collections\.abc|zoo\.[\w.]+)\.", "", name)
-
-
-def _rows(value: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """(field, value, type, comment) of a tree of dataclasses, depth first."""
-    rows: list[tuple[str, str, str, str]] = []
-    hints, comments = typing.get_type_hints(type(value)), _comments(type(value))
-    for f in dataclasses.fields(value):
-        inner, name = getattr(value, f.name), f"{prefix}{f.name}"
-        parts = (
-            {str(i): v for i, v in enumerate(inner)}
-            if isinstance(inner, tuple)
-            else inner
-            if isinstance(inner, dict)
-            else {}
-        )
-        if dataclasses.is_dataclass(inner):
-            rows.append((name, f"{type(inner).__name__}", "", (inspect.getdoc(type(inner)) or "").partition("\n")[0]))
-            rows += _rows(inner, f"{name}.")
-        elif parts and all(dataclasses.is_dataclass(v) for v in parts.values()):
-            for key, part in parts.items():
-                rows.append(
-                    (f"{name}.{key}", type(part).__name__, "", (inspect.getdoc(type(part)) or "").partition("\n")[0])
-                )
-                rows += _rows(part, f"{name}.{key}.")
-        else:
-            rows.append((name, repr(inner), _kind(hints[f.name]), comments.get(f.name, "")))
-    return rows
-
-
-def show(value: Any, name: str) -> str:
-    """Every field, value, type and comment of a config; for a run also its size and which precision computes what."""
-    rows = _rows(value)
-    widths = [min(max(len(r[i]) for r in rows), limit) for i, limit in enumerate((36, 34, 28))]
-    lines = [f"{name}: {config.describe(name)}", ""]
-    lines += [
-        "  ".join(text.ljust(w) for text, w in zip(row[:3], widths)).rstrip() + (f"  {row[3]}" if row[3] else "")
-        for row in rows
-    ]
-    if isinstance(value, Run):
-        lines += ["", *_facts(value)]
-    return "\n".join(lines)
-
-
-def _facts(run: Run) -> list[str]:
-    shapes = weights.flatten(weights.abstract(run.task))
-    count = sum(int(np.prod(x.shape)) for x in shapes.values())
-    held = list(run.task.about.held)
-    lines = [
-        f"{count:,} parameters in {len(shapes)} arrays"
-        + (f", held without gradient: {', '.join(held)}" if held else "")
-    ]
-    lines.append(f"one batch: {', '.join(f'{k} {v.dtype}{list(v.shape)}' for k, v in run.spec().items())}")
-    if isinstance(run.task, Cached):
-        n = run.samples.n or 16
-        deep, shallow = (run.task.cache_bytes(n)[block] / 2**30 for block in ("deep", "shallow"))
-        lines.append(
-            f"key/value caches while {n} samples are drawn with guidance, one block at a time: {deep:.3g} GiB for the deep "
-            f"block, {shallow:.3g} GiB for a shallow one"
-        )
-    lines += ["", "Precision"]
-    lines.append(
-        f"  {_dtypes(shapes)}  parameters, gradients, optimiser state" + (", average of the weights" if run.ema else "")
-    )
-    lines += [f"  {dtype:<9} {what}" for dtype, what in _activations(run)]
-    return lines
-
-
-def _dtypes(shapes: dict[str, Any]) -> str:
-    return ", ".join(sorted({str(x.dtype) for x in shapes.values()})).ljust(8)
-
-
-def _activations(run: Run) -> list[tuple[str, str]]:
-    """Which kinds of operation run in which float type, read off the traced loss."""
-    spec = run.task.spec(1)
-    params = weights.abstract(run.task)
-    traced = jax.make_jaxpr(run.task.loss)(params, spec, jax.eval_shape(lambda: jax.random.key(0)))
-    kinds: dict[str, set[str]] = {}
-    names = {
-        "dot_general": "matrix products",
-        "exp": "exponentials",
-        "reduce_sum": "sums",
-        "erf": "GELU",
-        "rsqrt": "norms",
-        "tanh": "tanh",
-    }
-
-    def walk(jaxpr: Any) -> None:
-        for eqn in jaxpr.eqns:
-            for inner in jaxprs_in_params(eqn.params):
-                walk(inner)
-            if eqn.primitive.name in names:
-                dtypes = {str(v.aval.dtype) for v in eqn.invars if hasattr(v.aval, "dtype")} & {
-                    "float32",
-                    "bfloat16",
-                    "float16",
-                }
-                if dtypes:
-                    kinds.setdefault("bfloat16" if dtypes == {"bfloat16"} else "float32", set()).add(
-                        names[eqn.primitive.name]
-                    )
-
-    walk(traced.jaxpr)
-    return [(dtype, ", ".join(sorted(what))) for dtype, what in sorted(kinds.items())]
-
-
-def shardings(run: Run, devices: int) -> str:
-    """Where every parameter lies on a mesh of so many devices, what it takes there, and what stayed whole."""
-    mesh = run.mesh.abstract(devices)
-    with dist.use(mesh, run.rules):
-        state = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
-    rows, whole = [("parameter", "shape", "cut along", "KiB per device")], []
-    for name, leaf in weights.flatten(state.params).items():
-        spec = ["+".join((p,) if isinstance(p, str) else p or ("-",)) for p in leaf.sharding.spec]
-        here = dist.shard_bytes(leaf)
-        size = dist.whole_bytes(leaf)
-        cut = here < size
-        rows.append(
-            (
-                name,
-                "x".join(map(str, leaf.shape)) or "scalar",
-                ", ".join(spec) if cut else "whole",
-                f"{here / 1024:,.1f}",
-            )
-        )
-        whole += [] if cut else [(size, name)]
-    widths = [max(len(r[i]) for r in rows) for i in range(4)]
-    lines = ["  ".join((*(t.ljust(w) for t, w in zip(r[:3], widths)), r[3].rjust(widths[3]))) for r in rows]
-    total = sum(map(dist.whole_bytes, jax.tree.leaves(state)))
-    here = sum(map(dist.shard_bytes, jax.tree.leaves(state)))
-    shape = " x ".join(f"{k}={v}" for k, v in mesh.shape.items() if v > 1) or "one device"
-    kept = "parameters, optimiser state" + (", average of the weights" if run.ema else "")
-    lines += [
-        "",
-        f"mesh {shape} ({devices} devices)",
-        f"state ({kept}): {total / 2**30:.3f} GiB, {here / 2**30:.3f} GiB per device",
-        f"whole on every device: {sum(s for s, _ in whole) / 2**20:.2f} MiB of parameters"
-        + (f", the largest: {max(whole)[1]}" if whole else ""),
-    ]
-    return "\n".join(lines)
-
-
-def count_devices(text: str | None) -> int:
-    """What `--devices` means: a number, the devices of a topology, or those here. UserError for anything else."""
-    if text is None:
-        return jax.device_count()
-    if text.isdecimal() and int(text):
-        return int(text)
-    found = chips.read_topology(text)
-    if found is None:
-        raise UserError(f"--devices {text} is neither a number nor a topology; write 64, or v5p:4x4x4")
-    chip, sizes = found
-    each = 1 if "v4" in chip.prefixes else chip.devices  # a TPU VM joins the cores of a v4 chip
-    return math.prod(sizes) * each

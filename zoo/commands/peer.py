@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -13,6 +13,18 @@ import numpy as np
 from zoo import weights
 from zoo.errors import UserError
 from zoo.task import speed
+
+
+@runtime_checkable
+class Inverse(Protocol):
+    """A flow of images, whose inverse a peer may have as well."""
+
+    tokens: int
+    dims: int
+
+    def inverse(self, params: Any, z: jax.Array, label: Any = None) -> jax.Array:
+        """Images [B, S, S, C] of z [B, T, D]."""
+        ...
 
 
 def load_peer(path: str, task: Any) -> Any:
@@ -51,7 +63,7 @@ def parity(task: Any, params: Any, twin: Any, host: dict[str, np.ndarray]) -> di
     with jax.default_matmul_precision("default" if half else "float32"):
         ours = float(jax.jit(lambda p, b: clean.loss(p, b, jax.random.key(0))[0])(moved, host))
         found["loss"] = abs(ours - float(twin.loss(host)))
-        if hasattr(task, "inverse") and hasattr(twin, "inverse"):
+        if isinstance(task, Inverse) and hasattr(twin, "inverse"):
             label = host["label"][:2] if "label" in host else None
             z = jax.random.normal(jax.random.key(2), (2, task.tokens, task.dims))
             inverse = jax.jit(lambda p, z: task.inverse(p, z, label))

@@ -17,6 +17,7 @@ from PIL import Image
 from zoo import config, dist, paths
 from zoo.commands import strategy
 from zoo.draws import RETRIES, finite, keys, rows_of
+from zoo.encoders.vae import HOW
 from zoo.errors import UserError
 from zoo.files import differences
 from zoo.models import Model
@@ -122,8 +123,8 @@ def draw(
         first = np.zeros(batch, int)
         if form.key not in sampler.eval_shape(params, keys(seed, first), rows_of(conditions, first)):
             raise UserError(
-                f"{model.folder}: this model draws latents and names no autoencoder: set task.vae and weights.vae "
-                "(`zoo import starflow/sd_vae FILE OUT`), or bring its weights into a config that does (`zoo export "
+                f"{model.folder}: this model draws latents and names no autoencoder: set task.vae and weights.vae ({HOW}), or "
+                "bring its weights into a config that does (`zoo export "
                 "MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.vae=...`)"
             )
     _claim(out, settings, form.suffix)

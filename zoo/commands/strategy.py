@@ -15,9 +15,9 @@ from zoo import files, paths
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Jacobi
 from zoo.metrics.convergence import Convergence
-from zoo.models import Model, shipped
-from zoo.paths import Folder
-from zoo.task import Inverts
+from zoo.models import Model
+from zoo.paths import Folder, shipped
+from zoo.task import has_methods
 
 _log = logging.getLogger("zoo")
 
@@ -111,7 +111,7 @@ def resolve(model: Model, options: Any, batch: int, *, measure: bool) -> Any:
     Raises:
         UserError: the data to measure on cannot be read.
     """
-    if not isinstance(model.task, Inverts) or options.method != "auto":
+    if not has_methods(model.task) or options.method != "auto":
         return options
     plan = chosen(model, options, batch)
     if plan is None and measure:

@@ -59,7 +59,7 @@ class Chirps(Data):
 
     train: Count = 10_000
     test: Count = 2_000
-    length: Annotated[int, Meta(ge=2, le=2**20)] = 256
+    length: Annotated[int, Meta(ge=2, le=2**18)] = 256
     seed: Seed = 0
 
     def __post_init__(self) -> None:

@@ -154,7 +154,7 @@ class T5:
     depth: Layers = 24
     vocab: Size = 32128
     gated: bool = True  # False: a plain MLP with ReLU, as in the first T5
-    buckets: Annotated[int, Meta(ge=4, le=2**20, multiple_of=4)] = 32  # of relative positions, half for each direction
+    buckets: Annotated[int, Meta(ge=4, le=2**18, multiple_of=4)] = 32  # of relative positions, half for each direction
     distance: Count = 128  # beyond which all positions share a bucket
     tokens: Size = 128  # S, of a caption; `encode` takes any number
     dtype: Dtype = "float32"  # of most products; norms, softmax and features stay float32

@@ -76,7 +76,7 @@ def _root(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quantise(image: jax.Array) -> jax.Array:
-    """Images in [-1, 1] as the grey levels 0..255 of an 8-bit file, clipped and truncated as in TarFlow's evaluation."""
+    """Images in [-1, 1] as the grey levels 0..255 of an 8-bit file, clipped and truncated as arXiv:2412.06329 evaluates."""
     return jnp.floor(0.5 * (jnp.clip(image, -1, 1) + 1) * 255)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ def per_example(task: Any, draws: int, combine: Callable[[jax.Array], Any] = ove
 
 @dataclass(frozen=True)
 class Bits(Metric):
-    """Bits per dimension of held-out images, a mean over images and draws of noise (TarFlow's protocol: no label).
+    """Bits per dimension of held-out images, a mean over images and draws of noise (as arXiv:2412.06329: no label).
 
     Without `label` captions are left out too, and the bits are those of an unconditional model.
 
@@ -168,7 +167,7 @@ def _noisy_moments(task: Any, data: Any, split: str, limit: int | None) -> tuple
             yield batch[key][:count].reshape(count, dims)
 
     found = moments(rows())
-    return found, squares / found.count + task.noise**2
+    return found, squares / found.count + of(task).noise ** 2
 
 
 def gaussian_nats(train: Moments, variance: np.ndarray, test: Moments, test_variance: np.ndarray) -> float:
@@ -221,7 +220,7 @@ def gaussian_bits(train: np.ndarray, test: np.ndarray, levels: int) -> float:
 
 @dataclass(frozen=True)
 class BayesAccuracy(Metric):
-    """Accuracy of argmin over classes of nll(image | class), a uniform prior over classes (TarFlow's MNIST notebook).
+    """Accuracy of argmin over classes of nll(image | class), a uniform prior over classes (arXiv:2412.06329).
 
     Images go in without noise where the model was trained with Gaussian noise; with dequantisation, draws are averaged.
     """
@@ -249,10 +248,9 @@ class BayesAccuracy(Metric):
         """`accuracy`, its standard error and the images it was measured on. UserError for an unconditional model."""
         self.check(task)
         likelihood = task.about.likelihood
-        noisy = likelihood is not None and likelihood.kind == "noisy"
-        clean = dataclasses.replace(task, noise=0.0) if noisy else task
-        draws = 1 if noisy else self.draws
-        nll = per_example(clean, draws)
+        clean = None if likelihood is None else likelihood.clean
+        draws = self.draws if clean is None else 1
+        nll = per_example(task if clean is None else clean, draws)
         spec, right, first = task.spec(self.batch), [], 0
 
         @jax.jit

@@ -1,6 +1,6 @@
 """Images drawn from a list of prompts and scored: how well a text-to-image model does what it is asked for.
 
-What is asked for and how images are scored is a scorer's own matter; TypeScore is one. While a run trains it is looked at
+What is asked for and how images are scored is a scorer's own matter. While a run trains it is looked at
 every so many steps, so the list and the scorer are those of the finished model from the first look on.
 """
 
@@ -47,7 +47,7 @@ class Scorer(Protocol):
 class Prompted(Metric):
     """The figures that a scorer gives images of its prompts; for tasks whose captions are tokens."""
 
-    scorer: Any = None  # such as zoo.papers.typescore.TypeScore; a config sets it
+    scorer: Any = None  # a paper's; a config sets it
     images: Count = 1  # of each prompt
     options: Options = field(default_factory=dict)  # of the task's `sample`
     tokenizer: str = ""  # file of the tokeniser; empty: the one beside the model or its text encoder
@@ -77,7 +77,7 @@ class Prompted(Metric):
         if not isinstance(self.scorer, Scorer):
             raise UserError(
                 "the metric prompted has no scorer, which knows the prompts and judges the images; name one in a config "
-                "file, as configs/typescore/model.py does"
+                "file, config = Prompted(SCORER)"
             )
         kind, given = type(task).__name__, task.about.conditions
         if "text" in given:

@@ -235,7 +235,7 @@ def the_passes(drawn: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
 
 @dataclass(frozen=True)
 class LatentPasses(Metric):
-    """What each flow layer does to a text while it is generated, noise first (TarFlowLM, section 4 and appendix G)."""
+    """What each flow layer does to a text while it is generated, noise first (arXiv:2507.00425, section 4 and appendix G)."""
 
     samples: Count = 64
     options: Options = field(default_factory=dict)  # of the task's `sample`

@@ -169,7 +169,8 @@ class TarFlow:
     def _likelihood(self) -> Likelihood:
         event, bins = (self.image, self.image, self.channels), self.levels / 2
         if self.noise_type == "gaussian":
-            return Likelihood(event, "noisy", "noisy_bits_per_dim", bins)
+            clean = dataclasses.replace(self, noise=0.0)
+            return Likelihood(event, "noisy", "noisy_bits_per_dim", bins, self.noise, clean)
         return Likelihood(event, "bound", bins=bins)
 
     @property

@@ -35,7 +35,7 @@ class AdamW:
         check_fields(self, "optim.")
 
     def learning_rate(self, steps: int) -> optax.Schedule:
-        """Learning rate at optimiser step n (0-based) of `steps` (TarFlow's rule).
+        """Learning rate at optimiser step n (0-based) of `steps` (arXiv:2412.06329).
 
         n <= w: lo + n/w (hi - lo); after it lo + (1 + cos(pi (n - w)/(steps - w)))/2 (hi - lo).
         """

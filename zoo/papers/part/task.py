@@ -257,7 +257,7 @@ class Part(Vit):
         head = self._head().init(two, jnp.zeros((1, self.count, self.width)), pair, pair)["params"]
         return {"encoder": self.init_encoder(one), "head": head}
 
-    def predict(self, params: Params, z: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+    def relate(self, params: Params, z: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
         """Relations [B, n, R] of the patches i to j from their tokens [B, N, D], normalised."""
         found: Any = self._head().apply({"params": params["head"]}, z, i, j)
         return found
@@ -269,7 +269,7 @@ class Part(Vit):
         i, j = self.draw_pairs(pick)
         seen = _some(hide, len(patches), self.count, _left(self.count, self.mask)) if self.mask else None
         z, _ = self.encode(params, patches, seen=seen, rng=drop)
-        predicted = self.predict(params, z, i, j)
+        predicted = self.relate(params, z, i, j)
         wanted = self.compared(boxes[:, i], boxes[:, j])
         off = predicted - self.normalised(wanted)
         errors = {"squared": jnp.square, "absolute": jnp.abs, "huber": optax.losses.huber_loss}
@@ -290,7 +290,7 @@ class Part(Vit):
         n = self.count
         i, j = np.divmod(np.arange(n * n), n)
         z, _ = self.encode(params, patches)
-        predicted = self.raw(self.predict(params, z, jnp.asarray(i), jnp.asarray(j)))
+        predicted = self.raw(self.relate(params, z, jnp.asarray(i), jnp.asarray(j)))
         predicted = predicted.reshape(len(patches), n, n, -1)
         return {
             "patches": patches,
@@ -450,7 +450,7 @@ class MaskedAutoencoder(Vit):
 class PartClassifier(Vit):
     """A classifier on an encoder that one of the pretexts has trained: fine-tuning, with positions it never had."""
 
-    classes: Annotated[int, Meta(ge=2, le=2**20)] = 10
+    classes: Annotated[int, Meta(ge=2, le=2**18)] = 10
     start: Literal["fresh", "sincos"] = (
         "fresh"  # of the learned positions: "fresh" (truncated normal), or "sincos", as a masked autoencoder knew them
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -164,9 +164,8 @@ class StarFlow:
     @property
     def _likelihood(self) -> Likelihood:
         event = (*self.latent, self.channels)
-        if self.inputs == "pixels":
-            return Likelihood(event, "noisy", "noisy_bits_per_dim", bins=255 / 2)
-        return Likelihood(event, "noisy", "noisy_latent_bits_per_dim")
+        name, bins = ("noisy_bits_per_dim", 255 / 2) if self.inputs == "pixels" else ("noisy_latent_bits_per_dim", 1.0)
+        return Likelihood(event, "noisy", name, bins, self.noise, replace(self, noise=0.0))
 
     @property
     def blocks(self) -> int:

@@ -1,0 +1,170 @@
+"""A paper of forty lines, with each single ability and with none: every command does its work or says in a sentence why not."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from toy import TOYS
+
+from zoo import cli, encoders, metrics, papers, task
+from zoo.train import loop
+
+CONFIG = """
+from toy import TOYS
+from zoo.data.images import Arrays
+from zoo.run import Checkpoint, Run, Samples
+from zoo.train.optim import AdamW
+
+config = Run(
+    TOYS["{name}"](), Arrays("data.npz"), steps=4, batch=8, optim=AdamW(lr=0.01), checkpoint=Checkpoint(every=2),
+    samples=Samples(n=4), workdir="run",
+)
+"""
+# what a metric wants to be told before it measures anything
+FIELDS = {
+    "features": ["out=out.npz", "maps=false"],
+    "frechet": ["features=pixels", "samples=8", "batch=8"],
+    "convergence": ["samples=8", "batches=2", "modules=1", "rounds=1"],
+    "agreement": ["samples=8", "batch=8"],
+}
+# metrics by the ability that they need and that is enough for them; `bpd` also wants to know how nats become bits
+ENOUGH = {
+    "sample": {"frechet"},
+    "nll": set(),
+    "chain": {"convergence"},
+    "features": {"probe", "knn", "features"},
+    "logits": {"accuracy"},
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 255, (64, 4, 4), np.uint8), np.arange(64) % 2
+    np.savez(tmp_path / "data.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    monkeypatch.chdir(tmp_path)
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)  # compiles fastest
+    return tmp_path
+
+
+def run(capsys: Any, *words: str) -> tuple[int, str, str]:
+    """The exit code of a command, and what it printed; a mistake is a sentence without a traceback."""
+    code = cli.main(list(words))
+    out, err = capsys.readouterr()
+    assert code in (0, 2), (words, code, err)
+    assert "Traceback" not in err, (words, err)
+    if code == 2:
+        assert err.startswith(f"zoo {words[0]}: "), (words, err)
+    return code, out, err
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_every_command_works_or_says_why_not(name: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "config.py").write_text(CONFIG.format(name=name))
+    allow = ("--allow", "toy")
+    assert run(capsys, "train", "config.py", "--quiet", "steps=2")[0] == 0
+    assert run(capsys, "train", "config.py", "--quiet")[0] == 0  # goes on
+    steps = [json.loads(line)["step"] for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (steps[0], steps[-1]) == (1, 4)
+    assert run(capsys, "show", "config.py")[0] == 0
+    draws = run(capsys, "sample", "run", "n=2", *allow)
+    assert draws[0] == (0 if name == "sample" else 2)
+    assert name == "sample" or "has no sampler" in draws[2]
+    for metric in metrics.named():
+        code, _, err = run(capsys, "eval", "run", metric, *FIELDS.get(metric, []), *allow)
+        assert code == (0 if metric in ENOUGH.get(name, ()) else 2), (metric, err)
+    forms = {"zoo": {*TOYS}, "official": {"import_names"}, "stablehlo": {"sample", "features"}}
+    for form, can in forms.items():
+        code, _, err = run(capsys, "export", "run", f"out-{form}.npz", "--format", form, "--samples", "2", *allow)
+        assert code == (0 if name in can else 2), (form, err)
+
+
+@pytest.mark.parametrize("name", ["", "sample", "crops"])
+def test_what_can_be_timed_and_compiled_is(name: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "config.py").write_text(CONFIG.format(name=name))
+    bench = ["bench", "config.py", "--rounds", "1", "--samples", "2"]
+    code, out, _ = run(capsys, *bench)
+    assert (code, "sample 2 images/s, ours" in out) == ((0, True) if name == "sample" else (2, False))
+    code, out, _ = run(capsys, *bench[:4], "--what", "train")
+    assert code == 0
+    assert ("sampler and crops" in out) == (name == "crops")
+    for what in ("train", "sample"):  # where the compiler of TPUs is missing it says so
+        run(capsys, "compile", "config.py", "--topology", "v5e:2x2", "--what", what)
+
+
+@pytest.mark.parametrize("options", ["{'spraed': 1.0}", "{'spread': 1.0}"])
+def test_options_have_one_grammar(options: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelt option is told alike by the sampler, a run's sheets and a metric, as a whole and in part."""
+    (home / "config.py").write_text(CONFIG.format(name="sample"))
+    wrong, name = "spraed" in options, "spraed" if "spraed" in options else "spread"
+    run(capsys, "train", "config.py", "--quiet", "steps=2")
+    for words in (
+        ["train", "config.py", "--quiet", "workdir=a", f"samples.options={options}"],
+        ["train", "config.py", "--quiet", "workdir=b", f"samples.options.{name}=0.5"],
+        ["sample", "run", "n=2", f"{name}=0.5", "--allow", "toy"],
+        ["eval", "run", "frechet", *FIELDS["frechet"], f"options.{name}=0.5", "--allow", "toy"],
+        ["eval", "run", "frechet", *FIELDS["frechet"], f"options={options}", "--allow", "toy"],
+    ):
+        code, _, err = run(capsys, *words)
+        assert code == (2 if wrong else 0), (words, err)
+        assert not wrong or "did you mean 'spread'" in err, err
+
+
+def test_the_toys_have_one_ability_each() -> None:
+    for name, cls in TOYS.items():
+        assert isinstance(cls(), task.Task)
+        assert task.abilities(cls()) == task.abilities(cls) == [name] * (name in task.ABILITIES)
+
+
+def shipped_tasks() -> list[type]:
+    found = [
+        importlib.import_module(m.name)
+        for p in (papers, encoders)
+        for m in pkgutil.walk_packages(p.__path__, f"{p.__name__}.")
+    ]
+    classes = {
+        cls for module in found for cls in vars(module).values() if isinstance(cls, type) and hasattr(cls, "about")
+    }
+    return sorted(classes, key=lambda cls: cls.__name__)
+
+
+def strangers(cls: type) -> list[str]:
+    """Methods of a task that are called like an ability and take something else."""
+    pairs = [(getattr(cls, name), getattr(task.ABILITIES[name], name)) for name in task.abilities(cls)]
+    words = [
+        (
+            own.__name__,
+            *(list(inspect.signature(f).parameters)[: len(inspect.signature(like).parameters)] for f in (own, like)),
+        )
+        for own, like in pairs
+    ]
+    return [name for name, own, like in words if own[: len(like)] != like[: len(own)] or len(own) < len(like)]
+
+
+def test_what_is_called_like_an_ability_is_one() -> None:
+    assert len(shipped_tasks()) >= 10
+    assert {cls.__name__: strangers(cls) for cls in shipped_tasks() if strangers(cls)} == {}
+    other = type("Other", (TOYS[""],), {"predict": lambda self, params, z, i, j: z})
+    assert strangers(other) == ["<lambda>"]
+
+
+def test_a_violation_is_found(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that reads what the contract does not promise ends in a traceback here."""
+    (home / "config.py").write_text(CONFIG.format(name=""))
+    monkeypatch.setattr(loop, "_check_looks", lambda run: run.task.patch)
+    with pytest.raises(AttributeError, match="patch"):
+        run(capsys, "train", "config.py", "--quiet")
+
+
+def test_a_misspelt_word_is_an_error_at_once() -> None:
+    with pytest.raises(TypeError, match="units"):
+        task.About(units="texts")  # type: ignore[call-arg]
