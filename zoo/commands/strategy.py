@@ -27,9 +27,9 @@ def save(folder: Folder, found: Mapping[str, Any]) -> None:
 
     A damaged file is replaced.
     """
-    if folder in shipped().values() or folder.is_file():
+    if folder in shipped().values():
         _log.warning(
-            "the strategies are not kept: no shipped model or config is written to; export it, and measure the export"
+            "the strategies are not kept: a shipped model is not written to; export it, and measure the export"
         )
         return
     path = folder / Convergence.saves
