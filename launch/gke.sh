@@ -4,7 +4,7 @@
 #   launch/gke.sh [options] CONFIG [field=value ...] [--quiet]
 #   launch/gke.sh --image IMAGE --accelerator tpu-v6e-slice --topology 4x4 --bucket gs://B configs/tarflow/imagenet64.py
 # The image holds the repository in /zoo. From a fresh clone:
-#   printf '%s\n' 'FROM python:3.12-slim' 'COPY . /zoo' 'RUN EXTRAS=dev,gcs,tpu /zoo/launch/local.sh true' >Dockerfile
+#   printf '%s\n' 'FROM python:3.13-slim' 'COPY . /zoo' 'RUN EXTRAS=dev,gcs,tpu /zoo/launch/local.sh true' >Dockerfile
 #   docker build -t IMAGE . && docker push IMAGE
 # A host that fails or is taken away makes all start again, from the last checkpoint; exit code 2 (a wrong config) does not.
 # The same line again continues a JobSet that has ended. `kubectl delete jobset NAME` saves and ends it.

@@ -2,29 +2,15 @@
 # Run a command of the project in its own virtual environment, which is made on the first call.
 #   launch/local.sh zoo train configs/tarflow/digits.py
 #   launch/local.sh pytest
-# Only Python 3.11 or 3.12 with venv is needed. EXTRAS=dev,torch adds extras; PYTHON=python3.12 chooses the interpreter.
+# Only Python 3.11 to 3.14 with venv is needed: the newest one found is taken, and JAX's newest release with it.
+# EXTRAS=dev,torch adds extras; PYTHON=python3.12 chooses the interpreter.
 set -euo pipefail
 if [ $# -eq 0 ]; then
-  sed -n '2,5s/^# \{0,1\}//p' "$0"
+  sed -n '2,6s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
-
-python=${PYTHON:-}
-if [ -z "$python" ]; then
-  for candidate in python3 python3.12 python3.11 python; do
-    # "Really starts": version managers leave shims that name a version and then refuse to run it.
-    if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
-      python=$candidate
-      break
-    fi
-  done
-fi
-if [ -z "$python" ]; then
-  echo "launch/local.sh: no Python 3.11 or 3.12 with venv found; install one, or set PYTHON=/path/to/python3.12" >&2
-  exit 2
-fi
 
 extras=${EXTRAS:-dev}
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
@@ -39,6 +25,12 @@ want="$( (cat "$root/pyproject.toml"; echo "$extras $root") | cksum)"
 if [ ! -x "$venv/bin/python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   echo "launch/local.sh: installing zoo[$extras] into $venv (once; takes a minute or two)" >&2
   if ! [ -x "$venv/bin/pip" ]; then
+    python=${PYTHON:-$("$root/launch/pythons.sh")} # the newest comes first
+    python=${python%%$'\n'*}
+    if [ -z "$python" ]; then
+      echo "launch/local.sh: no Python 3.11 to 3.14 with venv found; install one, or set PYTHON=/path/to/python3.13" >&2
+      exit 2
+    fi
     rm -rf "$venv" # a half-made one has no pip
     "$python" -m venv "$venv" >&2 || {
       echo "launch/local.sh: $python could not make a virtual environment in $venv; see the message above" >&2

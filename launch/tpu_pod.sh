@@ -12,7 +12,7 @@
 #   --internal-ip    reach the hosts by their internal addresses
 #   --bucket gs://B  (ZOO_BUCKET); not needed with workdir=gs://...
 #   --name NAME      of the run (by default that of the config, e.g. tarflow-imagenet64)
-#   --setup COMMAND  once on every host before installing, e.g. 'sudo apt-get update && sudo apt-get install -y python3.11-venv'
+#   --setup COMMAND  once on every host before installing, e.g. 'sudo apt-get update && sudo apt-get install -y python3.12 python3.12-venv'
 #   --retries N      at most so many times (10)
 #   --dry-run        print what would run
 set -euo pipefail

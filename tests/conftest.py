@@ -1,22 +1,125 @@
-"""Every test runs on eight simulated CPU devices, set up before jax is imported anywhere.
+"""Every test runs on simulated CPU devices, set up before jax is imported anywhere: two, or eight where it is marked `devices8`.
 
 Programs are compiled with LLVM's optimisations off: they compile three times faster, and test sizes need no speed.
-`XLA_FLAGS=--xla_backend_optimization_level=3 pytest` runs the suite on the code that users run.
+`XLA_FLAGS=--xla_backend_optimization_level=3 pytest` runs the suite on the code that users run. Every program is kept in the
+persistent cache. Seconds of processor time by file are written to `$ZOO_SECONDS`, and a whole run that costs too much fails.
 """
 
+import gc
+import json
 import os
+import resource
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
+import seconds
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-for flag in ("xla_force_host_platform_device_count=8", "xla_backend_optimization_level=0"):
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+flags = ["xla_force_host_platform_device_count=8", "xla_backend_optimization_level=0"]
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (
+    0,
+    12,
+):  # where it is no longer there, the default compiles as fast
+    flags.append("xla_cpu_use_fusion_emitters=false")
+for flag in flags:
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}".strip()
 
+_DEFAULT = 2  # devices that tests see: what is cut in two is cut, and compiles in half the time of eight parts
+_WHOLE = 40  # files that a run must have more of for its cost to be judged
+_seen = _DEFAULT
+_reference = 0.0  # seconds of a program of known cost, timed with every file
+
 
 @pytest.fixture(scope="session", autouse=True)
-def _compile_cache() -> None:
-    """One persistent compilation cache: a second run of the suite spends its time on tests."""
+def _house() -> Iterator[None]:
+    """One persistent compilation cache, and as many devices as the test that runs asks for."""
+    import jax
+
     from zoo import dist
 
     dist.start()
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # lines of source in programs take time and are not read
+    gc.freeze()  # what is imported by now stays
+    devices, local = jax.devices, jax.local_devices
+    patch = pytest.MonkeyPatch()
+    patch.setattr(jax, "devices", lambda *a, **k: devices(*a, **k)[:_seen])
+    patch.setattr(jax, "local_devices", lambda *a, **k: local(*a, **k)[:_seen])
+    patch.setattr(jax, "device_count", lambda *a: len(jax.devices(*a)))
+    patch.setattr(jax, "local_device_count", lambda *a: len(jax.local_devices()))
+    yield
+    patch.undo()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures, those of a whole file too: so a file whose fixtures place arrays is marked whole."""
+    global _seen, _began
+    _began = _processor()
+    _seen = 8 if item.get_closest_marker("devices8") else _DEFAULT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    """The programs of a file are forgotten with it: all of them together would take gigabytes."""
+    import jax
+
+    global _reference
+    _reference = seconds.reference()
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+# --- seconds by file ------------------------------------------------------------------------------
+
+_began = 0.0
+_files: Counter[str] = Counter()
+_speeds: list[float] = []
+
+
+def _processor() -> float:
+    """Seconds of processor time of this process and of those it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """What a test cost goes to the process that reports, which may be another."""
+    outcome: Any = yield
+    if call.when == "teardown":
+        outcome.get_result().user_properties += [("seconds", _processor() - _began), ("reference", _reference)]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    found = dict(report.user_properties)
+    if report.when == "teardown" and "seconds" in found:
+        _files[report.nodeid.partition("::")[0]] += found["seconds"]
+        _speeds.append(found["reference"])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run of the whole suite fails where it costs too much."""
+    if len(_files) > _WHOLE and seconds.report(_files, _speed())[1]:
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+    if _files and "ZOO_SECONDS" in os.environ:
+        Path(os.environ["ZOO_SECONDS"]).write_text(json.dumps({"reference": _speed(), "files": _files}, indent=1))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if len(_files) > _WHOLE:
+        lines, over = seconds.report(_files, _speed())
+        terminalreporter.section(f"seconds of processor time, reference {_speed():.3f} s")
+        terminalreporter.write("\n".join([*lines, *over, ""]))
+
+
+def _speed() -> float:
+    return statistics.mean(_speeds)

@@ -21,6 +21,8 @@ from zoo.papers.tarflow import TarFlow
 from zoo.train import optim
 from zoo.train.step import abstract_state
 
+pytestmark = pytest.mark.devices8
+
 MESH = dist.Mesh(data=2, fsdp=2, tensor=2)
 
 

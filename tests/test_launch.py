@@ -200,7 +200,7 @@ def train(*words: str, config: str = "configs/tarflow/digits.py") -> list[str]:
 
 def test_shellcheck() -> None:
     scripts = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"]
-    assert len(scripts) == 7
+    assert len(scripts) == 8
     found = subprocess.run(
         [Path(sys.executable).parent / "shellcheck", "--external-sources", *scripts],
         cwd=ROOT,

@@ -25,6 +25,8 @@ from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
 from zoo.task import About
 
+pytestmark = pytest.mark.devices8
+
 TASK = TarFlow(
     image=16, channels=3, patch=4, width=128, depth=2, blocks=2, head_dim=64, dtype="bfloat16", attention="auto"
 )

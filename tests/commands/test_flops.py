@@ -16,6 +16,8 @@ from zoo.nn.attention import splash
 from zoo.papers.tarflow import TarFlow
 from zoo.task import About
 
+pytestmark = pytest.mark.devices8
+
 A = jnp.ones((3, 4))
 B = jnp.ones((4, 5))
 PRODUCT = 2 * 3 * 4 * 5

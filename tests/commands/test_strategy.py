@@ -20,6 +20,8 @@ from zoo.flows.inverse import Guidance, Jacobi
 from zoo.metrics.convergence import Convergence
 from zoo.papers.tarflow import TarFlow
 
+pytestmark = pytest.mark.devices8
+
 TASK = TarFlow(
     image=6, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, noise_type="uniform", scan=False, classes=2
 )

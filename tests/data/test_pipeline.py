@@ -17,6 +17,8 @@ from zoo.data.pipeline import Data, Source, _local_rows, batches, epoch, label_n
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 
+pytestmark = pytest.mark.devices8
+
 SPEC = {
     "image": jax.ShapeDtypeStruct((4, 8, 8, 1), np.float32),
     "label": jax.ShapeDtypeStruct((4,), np.int32),

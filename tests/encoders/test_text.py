@@ -163,6 +163,7 @@ def test_scanned_and_unrolled_agree(tiny):
     np.testing.assert_allclose(jax.jit(task.encode)(params, tokens), features, atol=1e-6)
 
 
+@pytest.mark.devices8
 def test_eight_devices_agree_with_one(tiny):
     params, tokens, features = tiny
     boxed = jax.eval_shape(TINY.init, jax.random.key(0))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import fresh
 
 from zoo import dist
 from zoo.errors import UserError
@@ -505,7 +506,7 @@ LABEL = jnp.array([0, 2, -1])
 
 def randomised(task):
     """Fresh parameters are constant maps: here every kernel, those that make scale and shift too, has noise."""
-    params = jax.jit(lambda key: dist.unbox(task.init(key)))(jax.random.key(0))
+    params = fresh(task)
     rng = np.random.default_rng(0)
 
     def noisy(path, x):
@@ -562,6 +563,7 @@ def test_bfloat16_converges_or_falls_back(task):
         assert name == "few" or not out.report["unconverged"].any()
 
 
+@pytest.mark.devices8
 def test_samples_of_a_mesh_are_those_of_one_device():
     """Some converge and some fall back, on every number of devices the same."""
     params, key, mesh = randomised(TAR), jax.random.key(4), dist.Mesh(data=4, tensor=2).build()

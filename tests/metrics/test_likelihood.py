@@ -294,6 +294,7 @@ def test_an_unconditional_model_has_no_classes_to_choose_from() -> None:
         BayesAccuracy()(Template(), {"mean": 0.0}, Digits(), RNG)
 
 
+@pytest.mark.devices8
 def test_eight_devices_measure_what_one_does() -> None:
     task = TarFlow(image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8)
     params = jax.jit(lambda: dist.unbox(task.init(RNG)))()

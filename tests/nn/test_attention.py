@@ -33,6 +33,8 @@ from zoo.nn.attention import (
 from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 
+pytestmark = pytest.mark.devices8
+
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import fresh
 
 from zoo import dist, weights
 from zoo.encoders.text import T5
@@ -400,7 +401,7 @@ TINY = starflow.StarFlow(
 
 def randomised(task, seed=0):
     """Parameters in which masks, orders and shifts show, and which still invert well."""
-    params = jax.jit(lambda key: dist.unbox(task.init(key)))(jax.random.key(seed))
+    params = fresh(task, seed)
     rng = np.random.default_rng(seed)
 
     def noisy(path, x):
@@ -532,6 +533,7 @@ def test_guidance_laws():
         np.testing.assert_allclose(score(x, scale, shift), (1 + w) * score(x, s, m) - w * score(x, t, n), rtol=1e-5)
 
 
+@pytest.mark.devices8
 @pytest.mark.parametrize("mesh", [dist.Mesh(data=2, fsdp=2, tensor=2)], ids=["all"])
 def test_loss_and_samples_are_those_of_one_device(mesh):
     """On a mesh that six samples do not fill: two more are drawn, and left out."""
@@ -582,7 +584,7 @@ def test_sample_i_depends_on_its_key_alone():
 def test_denoising_a_gaussian_is_exact():
     """Fresh parameters are one affine map per block: x is Gaussian, and Tweedie's formula its posterior mean."""
     task = dataclasses.replace(TINY, depths=(1,), classes=0, head_dim=16, noise=0.5)
-    params = jax.jit(lambda key: dist.unbox(task.init(key)))(jax.random.key(0))
+    params = fresh(task)
     a, b = block(task.stack, params, 0, jnp.zeros((1, 16, 2)))
     var, mean = jnp.exp(2 * a[0, 0]), b[0, 0]
     x = latents(task, 1)
@@ -645,7 +647,7 @@ TUNE = starflow.DecoderTune(vae=SMALL, width=4, stages=2, network=SMALL)
 
 @pytest.fixture(scope="module")
 def tuning():
-    params = jax.jit(lambda key: dist.unbox(TUNE.init(key)))(jax.random.key(0))
+    params = fresh(TUNE)
     batch = {"image": jax.random.uniform(jax.random.key(1), (4, 8, 8, 1), minval=-1.0)}
 
     def gradient(task):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import fresh
 
 from zoo import dist, weights
 from zoo.errors import UserError
@@ -264,7 +265,7 @@ def test_learning_rate_equals_the_official_schedule():
 
 def randomised(task, seed=0):
     """Parameters in which masks, orders and shifts show, and which still invert well."""
-    params = jax.jit(lambda key: dist.unbox(task.init(key)))(jax.random.key(seed))
+    params = fresh(task, seed)
     rng = np.random.default_rng(seed)
     half = task.dims if task.scale else 0
 
@@ -388,6 +389,7 @@ def test_scanned_and_unrolled_agree_whatever_is_recomputed():
             np.testing.assert_allclose(found[name], g, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.devices8
 @pytest.mark.parametrize("mesh", [dist.Mesh(data=8), dist.Mesh(data=2, fsdp=2, tensor=2)], ids=["data", "all"])
 def test_eight_devices_agree_with_one(mesh):
     params, x = randomised(TINY), picture(TINY, 8)

@@ -25,6 +25,8 @@ from zoo.train.optim import AdamW
 from zoo.train.step import State, compile_step
 from zoo.weights.layout import named_leaves
 
+pytestmark = pytest.mark.devices8
+
 
 @dataclass(frozen=True)
 class Layers:

@@ -21,6 +21,8 @@ from zoo.train.optim import AdamW
 from zoo.train.step import State, Step, compile_step, init_state, make_train_step, split
 from zoo.weights.layout import named_leaves
 
+pytestmark = pytest.mark.devices8
+
 
 @dataclass(frozen=True)
 class Line:

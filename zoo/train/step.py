@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -170,7 +171,8 @@ def compile_step(
     abstract = abstract_state(task, optimizer, mesh, ema)
     where = jax.tree.map(lambda x: x.sharding, abstract)
     # It runs once: on a CPU, optimising it takes longer than it ever could save. Its numbers are the same to the bit.
-    once = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
+    asked = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    once = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" and not asked else None
     fresh = jax.jit(
         lambda seed: dist.unbox(init_state(task, optimizer, seed, ema)), out_shardings=where, compiler_options=once
     )
