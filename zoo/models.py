@@ -435,7 +435,7 @@ def check_filled(run: Run, filled: Params, keys: Iterable[str]) -> None:
             f"give the task the sizes of that network, or another one{without}"
         )
     left = weights.grouped(n for names in fresh.values() for n in names)
-    why = f"weights.{key} is missing: {name} takes this network from elsewhere"
+    why = f"weights.{key} is missing: {name} holds this network"
     why = why if network else f"weights[''] is missing: this {name} is not trained here"
     raise UserError(f"{why}, and {left} would stay random; {must_add(key, task)}{without}")
 

@@ -289,7 +289,7 @@ def test_a_config_whose_weights_are_all_given_needs_no_training(capsys, root, mo
     (root / "less.py").write_text(CONFIG.replace('"vae": "none", "text": "none"', '"text": "exports/t5"'))
     for verb in (["eval", "less.py", "bpd"], ["export", "less.py", "lost"]):
         said = refused(capsys, *verb)
-        assert "weights.vae is missing: StarFlow takes this network from elsewhere, and block0 (" in said
+        assert "weights.vae is missing: StarFlow holds this network, and block0 (" in said
         assert "vae (" in said
         assert "`zoo import starflow/sd_vae FILE OUT`, or train a small one" in said
     assert not (root / "lost").exists()

@@ -93,7 +93,7 @@ def test_passes_lie_beside_a_text_and_are_shown_with_what_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, out = model(Editor(), tmp_path, Windows()), tmp_path / "out"
-    sampled(made, out, 2, None, made.task.Sampling(passes=True))
+    sampled(made, out, 2, passes=True)
     drawn = made.task.sample(made.params, keys(3, np.arange(2)), 2, None, made.task.Sampling(passes=True))
     assert lines(out, "000000.txt") == text8().decode(drawn["tokens"][0]) + "\n"
     passes = lines(out, "000000.passes.txt")
@@ -102,7 +102,7 @@ def test_passes_lie_beside_a_text_and_are_shown_with_what_changed(
     assert passes.rstrip("\n") in capsys.readouterr().out
     (out / "000001.txt").unlink()  # as a call that was killed leaves it
     (out / "000001.passes.txt").write_text("torn")
-    sampled(made, out, 2, None, made.task.Sampling(passes=True))
+    sampled(made, out, 2, passes=True)
     assert lines(out, "000001.passes.txt").startswith("pass 0 of 2: noise\n")
 
 
