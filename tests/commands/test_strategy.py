@@ -330,7 +330,8 @@ def test_auto_that_is_asked_for_measures_once(
     said, _ = sample("measured", "method=auto")
     assert not any("measuring" in line for line in said)
     assert measured == [((2,), 0.0)]
-    options = {"method": "auto", "guidance": Guidance(1.5)}
-    assert strategy.resolve(model, options, 6, measure=True) == OPTIONS(method=plan((2, 0)))
+    asked = OPTIONS(guidance=Guidance(1.5))
+    wanted = dataclasses.replace(asked, method=plan((2, 0)))
+    assert strategy.resolve(model, asked, 6, measure=True) == wanted
     assert measured[1:] == [((6,), 1.5)]
     assert len(saved(model)["strategies"]) == 2
