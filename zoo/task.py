@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from zoo.errors import UserError, suggest
+from zoo.fields import check_fields
 
 if TYPE_CHECKING:  # seconds of start-up, which configs and lists do not need
     import jax
@@ -481,6 +482,8 @@ def options_of(task: Any, given: Options, where: str) -> Any:
         way = suggest(unknown[0], known) if known else "it has none"
         raise UserError(f"{where}: the sampler of {type(task).__name__} has no option {unknown[0]!r}; {way}")
     try:
-        return kind(**given)
+        options = kind(**given)
+        check_fields(options)
+        return options
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

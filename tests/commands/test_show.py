@@ -72,4 +72,4 @@ def test_foreign_classes_of_a_run_are_refused_until_they_are_allowed(
     (tmp_path / "config.json").write_text('{"run": {"class": "foreign.Run"}}')
     assert "--allow foreign" in refused(capsys, str(tmp_path))
     assert "foreign.Run, which does not exist here" in refused(capsys, str(tmp_path), "--allow", "foreign")
-    assert "no config file" in refused(capsys, "nonsuch")
+    assert "neither a folder nor a shipped model, and no config either" in refused(capsys, "nonsuch")

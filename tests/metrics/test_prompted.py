@@ -129,7 +129,7 @@ def test_captions_name_the_aspect_ratio_where_they_did_in_training():
         (Draws(given=()), {}, "takes captions, and this Draws takes none"),
         (Draws(image=False), {}, "scores images, and Draws draws none"),
         (Draws(), {"options": {"gird": (1, 1)}}, "no option 'gird'; did you mean 'grid'"),
-        (Draws(), {"options": {"grid": "wide"}}, "grid='wide' is no"),
+        (Draws(), {"options": {"grid": "wide"}}, "grid='wide' must be"),
         (Draws(), {"scorer": Notes({"a": "1"}, missing="no reader here")}, "no reader here"),
     ],
 )

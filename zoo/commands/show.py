@@ -9,14 +9,13 @@ import math
 import re
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from zoo import config, dist, models, paths, weights
+from zoo import config, dist, models, weights
 from zoo.commands import chips
 from zoo.errors import UserError
 from zoo.fields import kinds, words
@@ -32,14 +31,10 @@ def opened(name: str, fields: Sequence[str] = (), allow: Sequence[str] = ()) -> 
     Args:
         allow: packages besides zoo whose classes a run or an export may name.
     """
-    try:
-        config.locate(name)
-    except UserError:
-        if not (Path(name).is_dir() or "://" in name or name in paths.shipped()):
-            raise
-        about = models.read_config(models.locate(name))
-        return config.override(config.undump(about.get("run", about.get("task")), allow), fields)
-    return config.load(name, fields)
+    if models.is_config(name):
+        return config.load(name, fields)
+    about = models.read_config(models.locate(name))
+    return config.override(config.undump(about.get("run", about.get("task")), allow), fields)
 
 
 def _comments(cls: type) -> dict[str, str]:
@@ -135,10 +130,8 @@ def sampler(value: Any, name: str) -> str:
 
 def show(value: Any, name: str) -> str:
     """Every field, value, type and comment of a config; for a run also its size and which precision computes what."""
-    try:
-        title = config.describe(name)
-    except UserError:  # a run or an export
-        title = (inspect.getdoc(type(value.task if isinstance(value, Run) else value)) or "").partition("\n")[0]
+    cls = type(value.task if isinstance(value, Run) else value)
+    title = config.describe(name) if models.is_config(name) else (inspect.getdoc(cls) or "").partition("\n")[0]
     lines = [f"{name}: {title}", "", *_table(_rows(value))]
     if isinstance(value, Run):
         lines += ["", *_facts(value)]
