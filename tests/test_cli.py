@@ -460,6 +460,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.devices8
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(
     root: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, name: str
@@ -689,6 +690,7 @@ def test_show_says_types_comments_sizes_and_precision(capsys: pytest.CaptureFixt
     assert f"{count:,} parameters in" in succeeds(capsys, "show", SMOKE)
 
 
+@pytest.mark.devices8
 @pytest.mark.parametrize(
     "devices, mesh, count",
     [
