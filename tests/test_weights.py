@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from zoo import weights
 from zoo.errors import UserError
-from zoo.task import About, Name
+from zoo.task import About, Name, Network
 
 CONFIG = {"task": {"class": "zoo.papers.fake.Fake", "width": 3}, "noise": 0.05, "labels": ["nought", "naïve"]}
 
@@ -534,8 +534,9 @@ def test_the_field_for_the_depth_is_that_of_the_network():
         depth: int = 3
         head_depth: int = 3
 
-        def head(self) -> None:
-            """No description of a network."""
+        @property
+        def about(self) -> About:
+            return About(networks={"net": Network(self.net)})
 
     params, tree = {"net": fresh()["net"]}, fresh(depth=2)["net"]
     with pytest.raises(UserError, match=r"this task has 3 \(task\.net\.depth\): set task\.net\.depth=2"):

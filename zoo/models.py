@@ -91,14 +91,19 @@ class Model:
         )
 
     @property
+    def untrained(self) -> bool:
+        """Whether it is that of a config, and so has a file and no folder."""
+        return self.run is not None and self.step is None
+
+    @property
     def homes(self) -> list[Folder]:
-        """Where its tokeniser may lie."""
-        return homes(self.folder, self.run.weights if self.run is not None else None)
+        """Where its tokeniser or vocabulary may lie."""
+        return homes(None if self.untrained else self.folder, self.run.weights if self.run is not None else None)
 
     @property
     def samples_folder(self) -> Folder:
         """Where samples go: `samples/` of a run folder, of others `samples/` here."""
-        return paths.where("samples") if self.run is None or self.step is None else self.folder / "samples"
+        return paths.where("samples") if self.run is None or self.untrained else self.folder / "samples"
 
     @cached_property
     def _programs(self) -> dict[str, Any]:
@@ -430,7 +435,7 @@ def check_filled(run: Run, filled: Params, keys: Iterable[str]) -> None:
             f"give the task the sizes of that network, or another one{without}"
         )
     left = weights.grouped(n for names in fresh.values() for n in names)
-    why = f"weights.{key} is missing: {name} takes this network from elsewhere"
+    why = f"weights.{key} is missing: {name} holds this network"
     why = why if network else f"weights[''] is missing: this {name} is not trained here"
     raise UserError(f"{why}, and {left} would stay random; {must_add(key, task)}{without}")
 

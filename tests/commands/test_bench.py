@@ -370,7 +370,8 @@ def test_a_model_that_is_none(tmp_path: Path) -> None:
             bench(RUN, what=what, methods=["jacobi"])
     with pytest.raises(UserError, match="--method needs --model"):
         bench(RUN, what="sample", methods=["jacobi"])
-    other = SimpleNamespace(held=(), spec=TASK.spec, init=TASK.init, loss=TASK.loss, sample=TASK.sample)
+    names = ("about", "spec", "init", "loss", "Sampling", "sample")
+    other = SimpleNamespace(**{name: getattr(TASK, name) for name in names})
     with pytest.raises(UserError, match="invert a flow, and SimpleNamespace is none; leave it out"):
         bench(replace(RUN, task=other), what="sample", model=name)
 

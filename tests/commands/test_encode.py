@@ -24,6 +24,7 @@ from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
 from zoo.papers.starflow import DecoderTune, StarFlow
 from zoo.run import Run
+from zoo.task import About, Captions, Network
 from zoo.train.loop import _check_encoders, train
 
 VAE = AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=2, scale=20.0)
@@ -164,8 +165,8 @@ def test_buckets_may_be_multiples_of_more_than_the_factor(root, fitting, capsys)
 def test_a_run_refuses_captions_of_another_tokenizer(root):
     assert models.TOKENIZER == tokenizer.NAME
     made = {"tokenizer": models.tokenizer_digest(root.path / "text")}
-    data = SimpleNamespace(path="out", made_with=lambda: made)
-    run = SimpleNamespace(data=data, task=SimpleNamespace(given=("tokens",)), weights={"text": "text"})
+    data = SimpleNamespace(place="out", made_with=lambda: made)
+    run = SimpleNamespace(data=data, task=SimpleNamespace(about=About(captions=Captions(4))), weights={"text": "text"})
     _check_encoders(run, {})
     made["tokenizer"] = "0"
     with pytest.raises(
@@ -178,10 +179,14 @@ def test_a_run_refuses_captions_of_another_tokenizer(root):
 def test_a_run_refuses_latents_of_another_autoencoder(root, fitting):
     task, params = fitting
     made = {"vae": weights.encoder_digest(params), "vae_scale": str(task.scale), "tokenizer": "0"}
-    data = SimpleNamespace(path="out", made_with=lambda: made)
+    data = SimpleNamespace(place="out", made_with=lambda: made)
 
     def run(vae, *given):
-        return SimpleNamespace(data=data, task=SimpleNamespace(vae=vae), weights=dict.fromkeys(given, "vae2"))
+        return SimpleNamespace(
+            data=data,
+            task=SimpleNamespace(about=About(networks={"vae": Network(vae)})),
+            weights=dict.fromkeys(given, "vae2"),
+        )
 
     _check_encoders(run(task), {})
     _check_encoders(run(task), {"vae": params})
@@ -195,18 +200,19 @@ def test_a_run_refuses_latents_of_another_autoencoder(root, fitting):
         _check_encoders(run(task, "vae"), {"vae": other})
     with pytest.raises(UserError, match=r"task\.vae\.scale=20\.0, but the latents in data\.path=out were made with"):
         _check_encoders(run(VAE), {})
-    _check_encoders(SimpleNamespace(data=Synthetic(), task=SimpleNamespace(vae=task), weights=None), {})
+    _check_encoders(SimpleNamespace(data=Synthetic(), task=run(task).task, weights=None), {})
 
 
 def test_a_run_refuses_captions_of_another_template():
     made = {"template": "aspect"}
-    data = SimpleNamespace(path="out", made_with=lambda: made)
+    data = SimpleNamespace(place="out", made_with=lambda: made)
 
-    def check(template, given=("tokens",)):
-        _check_encoders(SimpleNamespace(data=data, task=SimpleNamespace(template=template, given=given)), {})
+    def check(template):
+        about = About(captions=None if template is None else Captions(4, template=template))
+        _check_encoders(SimpleNamespace(data=data, task=SimpleNamespace(about=about)), {})
 
     check("aspect")
-    check("plain", ())  # a model that sees no caption
+    check(None)  # a model that sees no caption
     with pytest.raises(
         UserError, match=r"task\.template='plain', but .* data\.path=out were .*'aspect'; set task\.temp"
     ):

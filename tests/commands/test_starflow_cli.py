@@ -289,7 +289,7 @@ def test_a_config_whose_weights_are_all_given_needs_no_training(capsys, root, mo
     (root / "less.py").write_text(CONFIG.replace('"vae": "none", "text": "none"', '"text": "exports/t5"'))
     for verb in (["eval", "less.py", "bpd"], ["export", "less.py", "lost"]):
         said = refused(capsys, *verb)
-        assert "weights.vae is missing: StarFlow takes this network from elsewhere, and block0 (" in said
+        assert "weights.vae is missing: StarFlow holds this network, and block0 (" in said
         assert "vae (" in said
         assert "`zoo import starflow/sd_vae FILE OUT`, or train a small one" in said
     assert not (root / "lost").exists()
@@ -340,7 +340,7 @@ def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):
     opened = models.open_model(model)
     for given in ({"text": "exports/t5"}, {"": "exports/flow"}, {"vae": "lost", "text": "exports/t5"}):
         run = Run(TASK, Synthetic(), steps=1, batch=8, weights=given)
-        asked = dataclasses.replace(opened, folder=tmp_path, run=run)
+        asked = dataclasses.replace(opened, folder=tmp_path, run=run, step=1)
         assert models.open_tokenizer(asked.task, asked.homes)[0](["a red cat"], 24)[0].any()
     export(asked, tmp_path / "out", "zoo", 1)
     assert (tmp_path / "out" / "spiece.model").read_bytes() == (root / "t5" / "spiece.model").read_bytes()

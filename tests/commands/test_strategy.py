@@ -26,6 +26,7 @@ TASK = TarFlow(
     image=6, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, noise_type="uniform", scan=False, classes=2
 )
 FILE = Convergence.saves
+OPTIONS = TASK.Sampling
 HERE = jax.devices()[0].device_kind
 
 
@@ -118,18 +119,18 @@ def test_a_damaged_file_is_told_and_may_be_measured_again(model: models.Model, n
     path = model.folder / FILE
     path.write_text(DAMAGED[name])
     with pytest.raises(UserError) as told:
-        strategy.chosen(model, {}, 1)
+        strategy.chosen(model, OPTIONS(), 1)
     assert (
         str(told.value) == f"{path} is damaged; remove it, or measure again with `zoo eval {model.folder} convergence`"
     )
     keep(model, entry())
-    assert strategy.chosen(model, {}, 1) == plan((2, 0))
+    assert strategy.chosen(model, OPTIONS(), 1) == plan((2, 0))
 
 
 def test_bytes_that_are_no_text_are_damage_too(model: models.Model) -> None:
     (model.folder / FILE).write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UserError, match=r"convergence\.json is damaged; remove it, or measure again"):
-        strategy.chosen(model, {}, 1)
+        strategy.chosen(model, OPTIONS(), 1)
 
 
 def test_a_file_that_cannot_be_read_is_told(model: models.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +141,7 @@ def test_a_file_that_cannot_be_read_is_told(model: models.Model, monkeypatch: py
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(UserError, match=r"convergence\.json cannot be read \(Permission denied\); remove it, or give"):
-        strategy.chosen(model, {}, 1)
+        strategy.chosen(model, OPTIONS(), 1)
 
 
 # what is picked up
@@ -148,7 +149,7 @@ def test_a_file_that_cannot_be_read_is_told(model: models.Model, monkeypatch: py
 
 def test_the_smallest_batch_that_is_large_enough_is_chosen(model: models.Model) -> None:
     """For each device: 8 share a batch of 8, and 3 samples are drawn by one."""
-    assert strategy.chosen(model, {}, 1) is None
+    assert strategy.chosen(model, OPTIONS(), 1) is None
     keep(
         model,
         entry((4, 0), batch=16),
@@ -158,50 +159,49 @@ def test_the_smallest_batch_that_is_large_enough_is_chosen(model: models.Model) 
     )
     assert jax.local_device_count() == 8
     for batch, modules in ((1, 1), (8, 1), (16, 3), (24, 2), (3, 2), (5, 4), (128, 4)):
-        assert strategy.chosen(model, {}, batch) == plan((modules, 0)), batch
-    assert strategy.chosen(model, {}, 136) is None  # 17 on each
-    assert strategy.chosen(model, {}, 17) is None
+        assert strategy.chosen(model, OPTIONS(), batch) == plan((modules, 0)), batch
+    assert strategy.chosen(model, OPTIONS(), 136) is None  # 17 on each
+    assert strategy.chosen(model, OPTIONS(), 17) is None
 
 
 def test_guided_samples_have_strategies_of_their_own(model: models.Model) -> None:
     keep(model, entry((1, 1)), entry((2, 2), guidance=1.5))
-    assert strategy.chosen(model, {"guidance": 0.0}, 1) == plan((1, 1))
-    assert strategy.chosen(model, {"guidance": 3.0}, 1) == plan((2, 2))
-    assert strategy.chosen(model, {"guidance": Guidance(0.5)}, 1) == plan((2, 2))
-    assert strategy.chosen(model, {"guidance": Guidance(0.0)}, 1) == plan((1, 1))
+    assert strategy.chosen(model, OPTIONS(guidance=0.0), 1) == plan((1, 1))
+    assert strategy.chosen(model, OPTIONS(guidance=3.0), 1) == plan((2, 2))
+    assert strategy.chosen(model, OPTIONS(guidance=Guidance(0.5)), 1) == plan((2, 2))
+    assert strategy.chosen(model, OPTIONS(guidance=Guidance(0.0)), 1) == plan((1, 1))
     (model.folder / FILE).unlink()
     keep(model, entry((2, 2), guidance=1.5))
-    assert strategy.chosen(model, {}, 1) is None
+    assert strategy.chosen(model, OPTIONS(), 1) is None
 
 
 def test_other_devices_say_nothing(model: models.Model) -> None:
     keep(model, entry(device="TPU v9"))
-    assert strategy.chosen(model, {}, 1) is None
+    assert strategy.chosen(model, OPTIONS(), 1) is None
     keep(model, entry((1, 1), batch=2))
-    assert strategy.chosen(model, {}, 1) == plan((1, 1))
+    assert strategy.chosen(model, OPTIONS(), 1) == plan((1, 1))
 
 
 def test_a_method_that_is_asked_for_stands(model: models.Model) -> None:
     keep(model, entry())
     for method in ("sequential", "jacobi", Jacobi(2)):
-        assert strategy.resolve(model, {"method": method}, 1, measure=False) == {}
-    assert strategy.resolve(model, {"method": "auto"}, 1, measure=False) == {"method": plan((2, 0))}
+        assert strategy.resolve(model, OPTIONS(method=method), 1, measure=False) == OPTIONS(method=method)
+    assert strategy.resolve(model, OPTIONS(), 1, measure=False) == OPTIONS(method=plan((2, 0)))
     mute = dataclasses.replace(model, task=object())
-    assert strategy.resolve(mute, {"method": "auto"}, 1, measure=False) == {}
-    assert strategy.resolve(model, {}, 1, measure=False) == {}
+    assert strategy.resolve(mute, OPTIONS(), 1, measure=False) == OPTIONS()
 
 
 def test_auto_is_token_by_token_where_nothing_is_known(model: models.Model) -> None:
-    assert strategy.resolve(model, {"method": "auto"}, 1, measure=False) == {"method": Jacobi.of("sequential")}
+    assert strategy.resolve(model, OPTIONS(), 1, measure=False) == OPTIONS(method=Jacobi.of("sequential"))
     assert not (model.folder / FILE).exists()
 
 
 def test_auto_without_data_to_measure_on_is_a_sentence(model: models.Model) -> None:
     undated = dataclasses.replace(model, data=None)
     with pytest.raises(UserError, match=r"method=auto: .* give method=sequential or method=jacobi"):
-        strategy.resolve(undated, {"method": "auto"}, 1, measure=True)
+        strategy.resolve(undated, OPTIONS(), 1, measure=True)
     keep(model, entry())
-    assert strategy.resolve(undated, {"method": "auto"}, 1, measure=True) == {"method": plan((2, 0))}
+    assert strategy.resolve(undated, OPTIONS(), 1, measure=True) == OPTIONS(method=plan((2, 0)))
 
 
 # what is told
@@ -330,7 +330,8 @@ def test_auto_that_is_asked_for_measures_once(
     said, _ = sample("measured", "method=auto")
     assert not any("measuring" in line for line in said)
     assert measured == [((2,), 0.0)]
-    options = {"method": "auto", "guidance": Guidance(1.5)}
-    assert strategy.resolve(model, options, 6, measure=True) == {"method": plan((2, 0))}
+    asked = OPTIONS(guidance=Guidance(1.5))
+    wanted = dataclasses.replace(asked, method=plan((2, 0)))
+    assert strategy.resolve(model, asked, 6, measure=True) == wanted
     assert measured[1:] == [((6,), 1.5)]
     assert len(saved(model)["strategies"]) == 2

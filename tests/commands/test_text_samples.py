@@ -18,9 +18,11 @@ from zoo import models, weights
 from zoo.commands import conditions, text
 from zoo.commands import weights as exports
 from zoo.commands.sample import draw, keys
+from zoo.data.synthetic import Synthetic
 from zoo.data.vocabulary import characters, open_vocabulary, raw_bytes, text8
 from zoo.errors import UserError
 from zoo.paths import Folder
+from zoo.run import Run
 
 
 def model(task: Any, folder: Folder, data: Any = None) -> models.Model:
@@ -34,6 +36,13 @@ def sampled(made: models.Model, out: Path, n: int, texts: list[str] | None = Non
     form = text.Texts(vocabulary, starts)
     draw(made, out, n=n, seed=3, conditions=given, captions=starts, asked={"prompt": None}, batch=3,
          options=made.task.Sampling(**options), form=form)  # fmt: skip
+
+
+def test_a_config_has_the_vocabulary_of_its_weights(tmp_path: Path) -> None:
+    text8().save(tmp_path)
+    run = Run(Unigram(), Synthetic(), steps=1, batch=8, weights={"": str(tmp_path)})
+    made = models.Model(run.task, {}, str(tmp_path), None, None, (), tmp_path / "config.py", run)
+    assert text.vocabulary_of(made) == text8()
 
 
 def lines(out: Path, name: str) -> str:
@@ -93,7 +102,7 @@ def test_passes_lie_beside_a_text_and_are_shown_with_what_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, out = model(Editor(), tmp_path, Windows()), tmp_path / "out"
-    sampled(made, out, 2, None, made.task.Sampling(passes=True))
+    sampled(made, out, 2, passes=True)
     drawn = made.task.sample(made.params, keys(3, np.arange(2)), 2, None, made.task.Sampling(passes=True))
     assert lines(out, "000000.txt") == text8().decode(drawn["tokens"][0]) + "\n"
     passes = lines(out, "000000.passes.txt")
@@ -102,7 +111,7 @@ def test_passes_lie_beside_a_text_and_are_shown_with_what_changed(
     assert passes.rstrip("\n") in capsys.readouterr().out
     (out / "000001.txt").unlink()  # as a call that was killed leaves it
     (out / "000001.passes.txt").write_text("torn")
-    sampled(made, out, 2, None, made.task.Sampling(passes=True))
+    sampled(made, out, 2, passes=True)
     assert lines(out, "000001.passes.txt").startswith("pass 0 of 2: noise\n")
 
 

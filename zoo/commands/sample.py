@@ -109,7 +109,7 @@ def draw(
         "model": str(model.folder),
         "step": model.step,
         "weights": model.kind,
-        **({"task": config.digest(model.task)} if model.run is not None and model.step is None else {}),  # of a config
+        **({"task": config.digest(model.task)} if model.untrained else {}),  # its overrides
         "seed": seed,
         **asked,
         **_plain(options),

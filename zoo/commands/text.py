@@ -28,10 +28,12 @@ _MARKED = 0.5  # share of a pass that must have stayed for the rest to be marked
 
 
 def vocabulary_of(model: Model) -> Vocabulary | None:
-    """The vocabulary in the folder of a model, else that of the data it was trained on; None, and a note, where neither is."""
-    with paths.sentence(model.folder):
-        found = open_vocabulary(model.folder)
-    why = ""
+    """The vocabulary in the folder of a model, or in that of its weights, else that of the data it was trained on; None, and a
+    note, where none is."""
+    found, why = None, ""
+    for folder in model.homes:
+        with paths.sentence(folder):
+            found = found or open_vocabulary(folder)
     if found is None and model.data is not None:
         try:
             found = model.data.vocabulary()

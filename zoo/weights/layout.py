@@ -357,7 +357,7 @@ def _depths(tree: Any, path: str = "") -> dict[str, int]:
 
 def _depth_field(task: Any, key: str, layers: int) -> str:
     """The field of a task that gives the network under a key so many layers; "" where that is not known."""
-    held = task.about.networks.get(key)
+    held = None if task is None else task.about.networks.get(key)
     own = [] if held is None or held.task is None else [(held.task, "depth", f"task.{key}.depth")]
     places = own or [(task, n, f"task.{n}") for n in (f"{key}_depth", "depth")]
     for holder, name, written in places:
