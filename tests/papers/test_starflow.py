@@ -610,9 +610,9 @@ def test_grids_that_patches_do_not_fill_are_refused():
     task = VARIANTS["patch"]
     with pytest.raises(UserError, match=r"task.patch=2 does not divide latents of 4 x 5"):
         jax.eval_shape(lambda x: tokens(task, x), jnp.zeros((1, 4, 5, 2)))
-    with pytest.raises(UserError, match=r"grid=0,8"):
+    with pytest.raises(UserError, match=r"grid=1,8"):
         jax.eval_shape(
-            lambda p: task.sample(p, jax.random.key(0), 1, None, task.Sampling(grid=(0, 8))), randomised(task)
+            lambda p: task.sample(p, jax.random.key(0), 1, None, task.Sampling(grid=(1, 8))), randomised(task)
         )
 
 
