@@ -172,8 +172,8 @@ MISTAKES = {
     "no run": ("train folder.py:number", "folder.py:number holds a TarFlow, not a Run"),
     "head_dim": (f"train {SMOKE} task.head_dim=3", "task.head_dim=3 does not divide task.width=8"),
     "patch": (f"train {SMOKE} task.patch=3", "task.patch=3 does not divide task.image=4"),
-    "devices": (f"train {SMOKE} batch=12", "batch=12 does not divide over 8 devices; choose a multiple of 8"),
-    "mesh": (f"train {SMOKE} mesh.fsdp=3", "does not fill the 8 devices here"),
+    "devices": (f"train {SMOKE} batch=13", "batch=13 does not divide over 2 devices; choose a multiple of 2"),
+    "mesh": (f"train {SMOKE} mesh.fsdp=3", "does not fill the 2 devices here"),
     "more classes than the task": (f"train {SMOKE} task.classes=1", "the data has 2 classes, task.classes=1"),
     "unlabelled data": ("train folder.py task.classes=2", "task.classes=0"),
     "missing data": ("train folder.py data.path=colours", "colours does not exist; did you mean"),
@@ -692,6 +692,7 @@ def test_show_says_types_comments_sizes_and_precision(capsys: pytest.CaptureFixt
     assert f"{count:,} parameters in" in succeeds(capsys, "show", SMOKE)
 
 
+@pytest.mark.devices8
 @pytest.mark.parametrize(
     "devices, mesh, count",
     [
