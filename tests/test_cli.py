@@ -201,7 +201,7 @@ MISTAKES = {
     "label of an unconditional model": ("sample run label=1", "label=1: this model is unconditional"),
     "no such option": ("sample run guidence=1", "no option 'guidence' of this sampler; did you mean 'guidance'?"),
     "option of another type": ("sample run temperature=hot", "temperature=hot must be a finite number"),
-    "whole and part": ("sample run guidance=2 guidance.what=a", "guidance.what is set both as a whole and in part"),
+    "whole and part": ("sample run guidance=2 guidance.what=a", "guidance is set both as a whole and in part"),
     "part of an option": ("sample run guidance.wight=1", "no field guidance.wight in Guidance; did you mean 'weight'?"),
     "unknown method": (
         "sample run method=fast",
@@ -213,7 +213,7 @@ MISTAKES = {
     ),
     "method as a whole and in part": (
         "sample run method=jacobi method.modules=2",
-        "method.modules is set both as a whole and in part",
+        "method is set both as a whole and in part",
     ),
     "nothing to time strategies for": ("eval run convergence batches=1,0", "batches=1,0 must be a tuple (each a whole"),
     "a number that no step has": (

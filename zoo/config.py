@@ -116,10 +116,11 @@ def override(config: Any, assignments: Iterable[str], options: type | None = Non
         if not equals or not key:
             raise UserError(f"{text!r} is no override; write field=value, e.g. optim.lr=3e-4")
         node, parts = tree, key.split(".")
-        for part in parts[:-1]:
+        for i, part in enumerate(parts[:-1], 1):
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                raise UserError(f"{key} is set both as a whole and in part; keep one of them")
+                whole = ".".join(parts[:i])
+                raise UserError(f"{whole} is set both as a whole and in part; keep one of {whole}= and {key}=")
         if parts[-1] in node:
             raise UserError(f"{key} is set twice; keep one of them")
         node[parts[-1]] = value
@@ -140,6 +141,9 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
         options = _sampling.get()
         if options is None:
             raise UserError(f"{prefix}{next(iter(changes))}: there is no sampler that takes options; leave it out")
+        unknown = [k for k in node if k not in {f.name for f in dataclasses.fields(options)}]
+        if unknown:
+            raise UserError(f"{prefix}{unknown[0]}: {options.__name__} has no such option; leave it out")
         new = _replace(options(**node), changes, prefix)
         return {**node, **{k: getattr(new, k) for k in changes}}
     if isinstance(node, dict):
@@ -184,9 +188,19 @@ def _either(kind: Any) -> list[Any]:
     return [k for k in typing.get_args(kind) if union and k is not type(None)]
 
 
+def _is_plain(kind: Any) -> bool:
+    """Whether a type is of numbers and words alone."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    return (
+        kind in (int, float, str, bool)
+        or origin is typing.Literal
+        or (origin is typing.Annotated and _is_plain(inner[0]))
+    )
+
+
 def parse(text: str, kind: Any, name: str, old: Any = None) -> Any:
     """`text` as a value of type `kind`; UserError naming the field when it is none."""
-    if _is_config(old) and (simple := [k for k in _either(kind) if not dataclasses.is_dataclass(k)]):
+    if _is_config(old) and (simple := [k for k in _either(kind) if _is_plain(k)]):
         kind, old = typing.Union[tuple(simple)], None  # noqa: UP007
     inside = _inside(old)
     if inside:

@@ -35,20 +35,28 @@ def finite(
     conditions: Mapping[str, Any] | None,
     batch: int,
     key: str,
-) -> tuple[dict[str, np.ndarray], list[int]]:
-    """What the sampler gives for these rows, drawn again from new noise where `key` overflows; which overflowed to the last."""
+) -> dict[str, np.ndarray]:
+    """What the sampler gives for these rows, drawn again from new noise where `key` overflows; a warning where it did to the last."""
     padded = np.resize(rows, batch)  # one compiled shape, whatever is left
     given = rows_of(conditions, padded)
     drawn = {k: np.array(x)[: len(rows)] for k, x in sampler(params, keys(seed, padded), given).items()}
     for attempt in range(1, RETRIES + 1):
         bad = [k for k in range(len(rows)) if key in drawn and _lost(drawn[key][k])]
         if not bad:
-            return drawn, []
+            return drawn
         _log.warning("samples %s overflowed and are drawn again", ", ".join(str(rows[k]) for k in bad))
         again = sampler(params, keys(seed, padded, attempt), given)
         for name, kept in drawn.items():  # its passes and sweeps as well
             kept[bad] = np.array(again[name])[bad]
-    return drawn, [int(rows[k]) for k in range(len(rows)) if key in drawn and _lost(drawn[key][k])]
+    lost = [int(rows[k]) for k in range(len(rows)) if key in drawn and _lost(drawn[key][k])]
+    if lost:
+        _log.warning(
+            "samples %s are not finite after %d tries; their missing %s are marked",
+            ", ".join(map(str, lost)),
+            RETRIES + 1,
+            "pixels" if key == "image" else key,
+        )
+    return drawn
 
 
 def _lost(sample: np.ndarray) -> bool:
@@ -58,24 +66,30 @@ def _lost(sample: np.ndarray) -> bool:
     return not np.isfinite(sample).all()
 
 
-def label_numbers(text: str | None, classes: int, names: Sequence[str], n: int) -> np.ndarray | None:
-    """Class numbers [n] from `label=`: names or numbers, separated by commas and repeated in turn; balanced by default.
+def label_numbers(
+    label: str | Sequence[str | int] | None, classes: int, names: Sequence[str], n: int
+) -> np.ndarray | None:
+    """Class numbers [n] of names and numbers, repeated in turn; balanced by default.
+
+    Args:
+        label: a text as of `label=`, separated by commas, in which names come before numbers; or words, which are names, and
+            whole numbers.
 
     UserError for an unknown name or a number out of range; `none` draws without labels.
     """
     if not classes:
-        if text is not None:
-            raise UserError(f"label={text}: this model is unconditional (task.classes=0); leave label= out")
+        if label is not None:
+            raise UserError(f"label={label}: this model is unconditional (task.classes=0); leave label= out")
         return None
-    if text is None:
+    if label is None:
         return (np.arange(n) % classes).astype(np.int32)
-    chosen = []
-    for word in text.split(","):
+    chosen, split = [], isinstance(label, str)
+    for word in label.split(",") if isinstance(label, str) else label:
         if word == "none":
             chosen.append(-1)
         elif word in names:
-            chosen.append(list(names).index(word))
-        elif word.lstrip("-").isdigit():
+            chosen.append(list(names).index(str(word)))
+        elif isinstance(word, int) or (split and word.lstrip("-").isdigit()):
             if not 0 <= int(word) < classes:
                 raise UserError(f"label={word} is out of range; this model has classes 0 to {classes - 1}")
             chosen.append(int(word))

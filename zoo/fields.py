@@ -29,6 +29,7 @@ Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 2)]  # `jax.random.key` t
 Size: TypeAlias = Annotated[int, Meta(ge=1, le=2**18)]  # of an axis of an array
 Side: TypeAlias = Annotated[int, Meta(ge=1, le=2**14)]  # of an image, in pixels
 Layers: TypeAlias = Annotated[int, Meta(ge=1, le=2**10)]  # of what is built one after the other
+Vocabulary: TypeAlias = Annotated[int, Meta(ge=1, le=2**20)]  # symbols or pieces
 SizeOr0: TypeAlias = Annotated[int, Meta(ge=0, le=2**18)]  # 0: there is no such axis
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Below1: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]  # a share that leaves something
@@ -73,6 +74,8 @@ def kinds(cls: type) -> dict[str, Any]:
 def fits(value: Any, kind: Any) -> bool:
     """Whether `value` is a `kind` and keeps to its ranges. Whole numbers count as numbers; arrays pass, traced ones too."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if hasattr(value, "dtype") and hasattr(value, "item") and not hasattr(value, "aval") and not value.shape:
+        value = value.item()  # a number of NumPy's
     if kind is Any or (hasattr(value, "shape") and hasattr(value, "dtype")):
         return True
     if origin is Annotated:

@@ -28,6 +28,7 @@ def whole(path: Path, sync: bool = True) -> Iterator[Path]:
 
     With `sync` it is on the disk before it has its name, and a power cut leaves the old one or the new one. Raises OSError.
     """
+    path = path.resolve()  # what a link points to
     part = _part(path)
     part.touch(exist_ok=False)
     try:

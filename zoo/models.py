@@ -76,6 +76,9 @@ class Model:
     def __getitem__(self, index: int) -> Any:
         return (self.task, self.params)[index]
 
+    def __len__(self) -> int:
+        return 2
+
     def __repr__(self) -> str:
         """Five lines: what it is, its size, what it can do, which weights it has, where they are."""
         spec = ", ".join(f"{key} {list(leaf.shape[1:])}" for key, leaf in self.task.spec(1).items())
@@ -140,7 +143,7 @@ class Model:
             if not fits(value, kind):
                 raise UserError(sentence(name, repr(value), kind))
         for name, value in options.items():
-            if isinstance(value, jax.Array | np.ndarray):
+            if isinstance(value, jax.Array | np.ndarray | np.generic):
                 raise UserError(
                     f"{name}={value!r} is an array, and options are parts of the program; give float({name})"
                 )
@@ -153,8 +156,8 @@ class Model:
         else:
             if prompt is not None and not {"tokens", "text"} & set(about.conditions):
                 raise UserError(f"prompt={prompt!r}: this model is not conditioned on captions; leave it out")
-            names = None if label is None else ",".join(map(str, np.atleast_1d(label).tolist()))
-            labels = label_numbers(names, about.classes, self.labels, n)
+            words = None if label is None else np.atleast_1d(np.asarray(label, object)).tolist()
+            labels = label_numbers(words, about.classes, self.labels, n)
             texts = [prompt] if isinstance(prompt, str) else prompt or None
             conditions, _, _ = self.conditions(labels, texts, n, chosen)
         size, parts = min(n, _BATCH), []
@@ -165,7 +168,7 @@ class Model:
         for first in range(0, n, size):
             rows = np.arange(first, min(first + size, n))
             key = "tokens" if is_text(self.task) else "image"
-            parts.append(finite(sampler, self.params, seed, rows, conditions, size, key)[0])
+            parts.append(finite(sampler, self.params, seed, rows, conditions, size, key))
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def nll(self, batch: Mapping[str, Any], seed: int = 0) -> jax.Array:
@@ -404,12 +407,12 @@ def _open_config(run: Run, file: Folder, allow: Sequence[str], on_host: bool) ->
     """The model of a config whose every parameter comes from `Run.weights`."""
     given = run.weights or {}
     abstract = weights.abstract(run.task)
-    params, _ = weights.fill(abstract, given_weights(given, run.task, allow), given, run.task)
+    params, _ = weights.fill(abstract, given_weights(given, run.task, allow, on_host), given, run.task)
     check_filled(run, params, dict.fromkeys([*(k for k in run.task.about.networks if k in params), *params]))
     params = params if on_host else jax.tree.map(jnp.asarray, params)
     labels: tuple[str, ...] = ()
     if run.task.about.classes:
-        with contextlib.suppress(UserError):  # the data need not be here
+        with contextlib.suppress(UserError, OSError, ImportError):  # the data need not be here
             labels = run.labels()
     kind = ", ".join(f"{key}={where}" if key else where for key, where in given.items())
     return Model(run.task, params, kind or "none", None, run.data, labels, file, run)
@@ -468,7 +471,9 @@ def _hint(task: Any, key: str) -> tuple[str, str]:
     return network.how, network.entry or f"weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
 
 
-def given_weights(wanted: Mapping[str, str], task: Any, allow: Sequence[str] = ()) -> dict[str, Params]:
+def given_weights(
+    wanted: Mapping[str, str], task: Any, allow: Sequence[str] = (), on_host: bool = False
+) -> dict[str, Params]:
     """Parameter trees for `Run.weights`: {"vae": EXPORT} a whole one, {"flow0": "RUN:flow0"} one key of it.
 
     Args:
@@ -487,7 +492,7 @@ def given_weights(wanted: Mapping[str, str], task: Any, allow: Sequence[str] = (
             hint, _ = _hint(task, name)
             field = f"weights.{key}" if key else "weights['']"
             raise UserError(f"{field}: {error}{f'; {hint}' if hint else ''}") from None
-        found[key] = weights.resolve(where, lambda name: open_model(name, allow=allow).params)
+        found[key] = weights.resolve(where, lambda name: open_model(name, allow=allow, on_host=on_host).params)
     return found
 
 

@@ -453,7 +453,12 @@ def call(task: Any, ability: str, *arguments: Any) -> Any:
 
 
 def sampling(task: Any) -> type | None:
-    """The class of the options of a task's sampler; None where it has no sampler."""
+    """The class of the options of a task's sampler; None where it has no sampler. UserError for one without such a class."""
+    if hasattr(task, "sample") and not hasattr(task, "Sampling"):
+        raise UserError(
+            f"{type(task).__name__} has a sampler and no `Sampling`, the frozen dataclass of its options; give it one, without "
+            "fields where there are no options"
+        )
     return task.Sampling if isinstance(task, Samples) else None
 
 

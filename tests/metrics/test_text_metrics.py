@@ -32,6 +32,7 @@ from zoo.metrics.text import (
     unigram_kl,
 )
 from zoo.papers.tarflow import TarFlow
+from zoo.task import About, Likelihood
 
 RNG = jax.random.key(0)
 UNIFORM = {"logits": jnp.zeros(27)}
@@ -115,7 +116,7 @@ def test_a_keyed_task_is_asked_for_whole_batches_and_gives_the_same_numbers() ->
 
 def test_an_exact_model_says_that_its_bits_are_no_bound() -> None:
     class Exact(Unigram):
-        bound = False
+        about = About(likelihood=Likelihood((8,)), vocabulary=27)
 
     assert TextBound(batch=8, limit=8)(Exact(), UNIFORM, Windows(), RNG)["bound"] is False
 

@@ -217,7 +217,7 @@ def test_stages_hold_what_is_trained():
     assert dataclasses.replace(task, stage=1).about.held == ()
     assert dataclasses.replace(task, stage=1).depth == 1
     assert dataclasses.replace(task, stage=2).about.held == ("codebook", "layer0")
-    assert dataclasses.replace(task, stage=2).needs == ("codebook", "layer0")
+    assert all(network.required for network in dataclasses.replace(task, stage=2).about.networks.values())
     assert dataclasses.replace(task, stage=2).depth == 3
     assert dataclasses.replace(STACK, stage=3).about.held == ("codebook", "layer0", "layer1")
     assert set(jax.eval_shape(dataclasses.replace(STACK, stage=2).init, jax.random.key(0))) == {

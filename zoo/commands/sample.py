@@ -16,7 +16,7 @@ from PIL import Image
 
 from zoo import config, dist, paths
 from zoo.commands import strategy
-from zoo.draws import RETRIES, finite, keys, rows_of
+from zoo.draws import finite, keys, rows_of
 from zoo.encoders.vae import HOW
 from zoo.errors import UserError
 from zoo.files import differences
@@ -134,7 +134,7 @@ def draw(
     for begin in range(0, len(missing), batch):
         rows = np.array(missing[begin : begin + batch])
         with dist.use(mesh):
-            drawn, lost = finite(sampler, params, seed, rows, conditions, batch, form.key)
+            drawn = finite(sampler, params, seed, rows, conditions, batch, form.key)
         strategy.tell(drawn, method)
         for k, i in enumerate(rows):
             about = {**{k: str(v) for k, v in settings.items()}, "index": str(i)}
@@ -143,13 +143,6 @@ def draw(
             if captions is not None:
                 about[word] = captions[i]
             form.save(out, i, {key: x[k] for key, x in drawn.items()}, about)
-        if lost:
-            _log.warning(
-                "samples %s are not finite after %d tries; their missing %s are marked",
-                ", ".join(map(str, lost)),
-                RETRIES + 1,
-                "pixels" if form.key == "image" else form.key,
-            )
         _log.info("%d of %d samples", n - len(missing) + begin + len(rows), n)
     shown = form.show(out, n)
     print(f"{n} samples in {out} ({shown}; {'average' if model.kind == 'ema' else model.kind} weights, seed {seed})")

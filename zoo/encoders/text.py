@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from zoo.encoders.tokenizer import PAD
 from zoo.errors import UserError
-from zoo.fields import Count, Dtype, Layers, Size, check_fields
+from zoo.fields import Count, Dtype, Layers, Size, Vocabulary, check_fields
 from zoo.nn.layers import Dense, RMSNorm, Table, normal
 from zoo.nn.transformer import Trunk
 from zoo.task import About, Name, Params
@@ -152,7 +152,7 @@ class T5:
     head_dim: Size = 64
     mlp: Size = 5120
     depth: Layers = 24
-    vocab: Size = 32128
+    vocab: Vocabulary = 32128
     gated: bool = True  # False: a plain MLP with ReLU, as in the first T5
     buckets: Annotated[int, Meta(ge=4, le=2**18, multiple_of=4)] = 32  # of relative positions, half for each direction
     distance: Count = 128  # beyond which all positions share a bucket

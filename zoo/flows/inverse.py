@@ -120,7 +120,7 @@ class Jacobi:
     """
 
     modules: ByBlock[Whole] = 1  # 0: this block goes token by token
-    sweeps: ByBlock[Count] | None = None  # in a module at most; None: until it is exact
+    sweeps: ByBlock[Count | None] = None  # in a module at most; None: until it is exact
     tol: ByBlock[NonNegative] = 1e-5  # 0: until nothing moves any more
     start: ByBlock[Literal["v", "zeros"]] = "v"  # the first guess: what goes in, or zeros
     clamp: Positive | None = (

@@ -145,6 +145,11 @@ class Generation(Metric):
     def check(self, task: Any) -> None:
         """UserError for a task that draws no texts, or not with these options; asked before a run's first step."""
         _check_texts(task, self)
+        if task.about.vocabulary is None:
+            raise UserError(
+                f"the metric generation counts symbols, and {type(task).__name__} does not say how many there are; set "
+                "`vocabulary` in its About"
+            )
         options_of(task, self.options, "options of the metric generation")
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:

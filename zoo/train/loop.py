@@ -24,7 +24,7 @@ from zoo.errors import UserError
 from zoo.files import differences
 from zoo.paths import Folder
 from zoo.run import MAY_DIFFER, Run
-from zoo.task import Params, Samples, check_needs, is_text, options_of
+from zoo.task import Params, Samples, check_needs, is_text, options_of, sampling
 from zoo.train import optim, tracking
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.report import Report, class_name, spelled
@@ -115,7 +115,7 @@ def _check_labels(run: Run, labels: tuple[str, ...]) -> None:
 
 def _check_looks(run: Run) -> None:
     """UserError for samples and evaluations that could not be made; better now than after the first thousand steps."""
-    if run.samples.n and isinstance(run.task, Samples):
+    if run.samples.n and sampling(run.task) is not None:
         options_of(run.task, run.samples.options, "samples.options")
     for i, metric in enumerate(run.evals):
         check_needs(run.task, metric.needs, f"evals.{i}: the metric {metric.name}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from zoo.dist import constrain, whole
 from zoo.errors import UserError, check_divisor
-from zoo.fields import Count, Dtype, Layers, Positive, Share, Size, Some, Whole, check_fields
+from zoo.fields import Count, Dtype, Layers, Positive, Share, Size, Some, Vocabulary, Whole, check_fields
 from zoo.flows.inverse import Jacobi, Method, Stepper, invert, sequential, swept
 from zoo.flows.transforms import shift_right
 from zoo.nn.attention import Backend, check_backend
@@ -90,7 +90,7 @@ class TarFlowLMSampling:
 class TarFlowLM:
     """A Gaussian for every token, and flows over the vectors; trained on a lower bound of the likelihood."""
 
-    vocab: Size = 27  # V
+    vocab: Vocabulary = 27  # V
     length: Size = 256  # T, tokens of a text
     dims: Size = 5  # d, numbers per token
     patch: Size = 1  # P, tokens that a step models together
@@ -327,7 +327,7 @@ class DiscreteLMSampling:
 class DiscreteLM:
     """The usual language model with the same transformer, by which the flows are measured: p(x_t | x_<t) as a softmax."""
 
-    vocab: Size = 27
+    vocab: Vocabulary = 27
     length: Size = 256
     width: Size = 768
     depth: Layers = 12

@@ -115,37 +115,39 @@ class Calibrate:
                         | {"error": read.error, "seconds": read.seconds}
                     )
                     bar.update()
-        good = [row for row in rows if row["error"] is None]
-        if not good:
-            raise UserError(f"extractor {reader.name} read none of {len(rows)} pictures; the first: {rows[0]['error']}")
-        wanted = [normalise(row["wanted"]) for row in good]
-        by_read = batch(wanted, [normalise(row["read"]) for row in good])
-        by_text = batch(wanted, [normalise(row["drawn"]) for row in good])
-        for row, ours, text in zip(good, by_read, by_text):
-            row["parts"] = {name: round(float(value), 6) for name, value in zip(Parts._fields, ours)}
-            row["score"], row["text_score"] = round(float(typescore(ours)), 4), round(float(typescore(text)), 4)
-        levels = [
-            level_figures(style, level, [row for row in good if row["style"] == style and row["level"] == level])
-            for style in _STYLES
-            for level in self.levels
-        ]
-        levels = [one for one in levels if one["read"]]
-        figures = {
-            "metric": "typescore calibration",
-            **about,
-            "verdict": verdict(levels),
-            "largest_difference": max((one["difference"] for one in levels), key=abs),
-            "spearman": {style: _spearman([row for row in good if row["style"] == style]) for style in _STYLES},
-            "levels": levels,
-            "read": len(good),
-            "failed": len(rows) - len(good),
-            "seconds": round(sum(row["seconds"] for row in rows), 2),
-        }
-        with writing(out):
-            whole = {**figures, "setting": setting, "pictures": rows}
-            write(out / _RESULT, as_json(whole, indent=1))
-            write(out / "calibration.md", table(figures).encode())
-            write(out / "calibration.png", plot(levels))
+            good = [row for row in rows if row["error"] is None]
+            if not good:
+                raise UserError(
+                    f"extractor {reader.name} read none of {len(rows)} pictures; the first: {rows[0]['error']}"
+                )
+            wanted = [normalise(row["wanted"]) for row in good]
+            by_read = batch(wanted, [normalise(row["read"]) for row in good])
+            by_text = batch(wanted, [normalise(row["drawn"]) for row in good])
+            for row, ours, text in zip(good, by_read, by_text):
+                row["parts"] = {name: round(float(value), 6) for name, value in zip(Parts._fields, ours)}
+                row["score"], row["text_score"] = round(float(typescore(ours)), 4), round(float(typescore(text)), 4)
+            levels = [
+                level_figures(style, level, [row for row in good if row["style"] == style and row["level"] == level])
+                for style in _STYLES
+                for level in self.levels
+            ]
+            levels = [one for one in levels if one["read"]]
+            figures = {
+                "metric": "typescore calibration",
+                **about,
+                "verdict": verdict(levels),
+                "largest_difference": max((one["difference"] for one in levels), key=abs),
+                "spearman": {style: _spearman([row for row in good if row["style"] == style]) for style in _STYLES},
+                "levels": levels,
+                "read": len(good),
+                "failed": len(rows) - len(good),
+                "seconds": round(sum(row["seconds"] for row in rows), 2),
+            }
+            with writing(out):
+                whole = {**figures, "setting": setting, "pictures": rows}
+                write(out / _RESULT, as_json(whole, indent=1))
+                write(out / "calibration.md", table(figures).encode())
+                write(out / "calibration.png", plot(levels))
         if figures["failed"]:
             _log.warning("typescore: %d of %d pictures were not read and are left out", figures["failed"], len(rows))
         _log.info("typescore: %s %s; see %s", self.extractor.name, figures["verdict"], out / "calibration.md")

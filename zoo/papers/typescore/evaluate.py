@@ -257,21 +257,21 @@ class TypeScore:
         described = describe(self.extractor)
         out = Path(self.out) if self.out else self._beside(folder)
         own = {"wanted_sha256": _digest(instructions), "images": relative(folder, out), "style": self.style}
+        from zoo.papers.typescore import report
+
         with claim(out, {**self.about(described), **own}, "results"):
             reader = self.reader()  # whose cache may lie in there
             records = self._records(files, out / RECORDS, reader, described)
-        summary = self.summarise(records, instructions, described) | {
-            "wanted": self.wanted,
-            "images": self.images,
-            "missing": {"count": len(lacking), "ids": lacking[:10]},
-            "out": str(out),
-        }
-        from zoo.papers.typescore import report
-
-        with writing(out):
-            write(out / SUMMARY, as_json(summary, indent=1))
-            write(out / PLOT, report.plot(summary, records))
-            report.write(out / REPORT, summary, records, folder)
+            summary = self.summarise(records, instructions, described) | {
+                "wanted": self.wanted,
+                "images": self.images,
+                "missing": {"count": len(lacking), "ids": lacking[:10]},
+                "out": str(out),
+            }
+            with writing(out):
+                write(out / SUMMARY, as_json(summary, indent=1))
+                write(out / PLOT, report.plot(summary, records))
+                report.write(out / REPORT, summary, records, folder)
         for one in summary["failures"]:
             _log.warning("typescore: %s was not read: %s", one["image"], one["error"])
         if summary["failed"]:
