@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 from zoo import dist
 from zoo.commands.hlo import BETWEEN, Collective, Program, replica_groups
 
+pytestmark = pytest.mark.devices8
+
 
 def program(*lines: str, before: str = "", header: str = "HloModule m") -> Program:
     """A program whose entry holds these lines, with other computations before it."""
