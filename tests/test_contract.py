@@ -24,9 +24,10 @@ def smoke(name: str) -> Run:
 
 
 def shape(value: Any) -> Any:
-    """What of a task decides its program: not its rates, nor how many classes and grey levels there are."""
+    """What of a task decides its program: not its rates or dtype, how many classes and grey levels there are, or its frozen autoencoder."""
     if isinstance(value, dict):
-        return {k: bool(v) if k in ("classes", "levels") else shape(v) for k, v in value.items()}
+        kinds = ("classes", "levels", "vae")
+        return {k: bool(v) if k in kinds else shape(v) for k, v in value.items() if k != "dtype"}
     if isinstance(value, list):
         return [shape(v) for v in value]
     return bool(value) if isinstance(value, float) else value

@@ -77,6 +77,7 @@ def test_topologies_find_their_chip_and_have_its_dimensions() -> None:
     assert chip_of_topology("v9:2x2") is None
 
 
+@pytest.mark.devices8
 def test_cores_that_share_coordinates_are_one_chip() -> None:
     cores = [SimpleNamespace(coords=[x, 0, 0], slice_index=s) for s in (0, 1) for x in (0, 1) for _ in (0, 1)]
     assert count_chips(cores) == 4

@@ -306,6 +306,7 @@ def test_eight_devices_measure_what_one_does() -> None:
         assert bits(task, spread, Digits(), RNG)["noisy_bits_per_dim"] == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.devices8
 def test_devices_share_the_images() -> None:
     task = TarFlow(image=4, channels=1, patch=2, width=16, depth=1, blocks=2, head_dim=8)
     params = jax.jit(lambda: dist.unbox(task.init(RNG)))()

@@ -321,7 +321,7 @@ def test_a_folder_that_cannot_be_written_ends_in_a_sentence(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ZOO_CACHE", str(runs.root / "cache"))
     (tmp_path / "file").write_text("mine")
-    fields = [f"workdir={place}", "mesh.data=8", "batch=8"]
+    fields = [f"workdir={place}", "mesh.data=2", "batch=8"]
     assert cli.main(["train", str(runs.root / "config.py"), *fields]) == 2
     words = capsys.readouterr().err.splitlines()
     assert words[-1].startswith("zoo train: cannot write the run folder")
