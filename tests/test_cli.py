@@ -460,7 +460,6 @@ MISTAKES = {
 }
 
 
-@pytest.mark.devices8
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(
     root: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, name: str
