@@ -1,8 +1,7 @@
 """Reference statistics made ahead: the metric takes those of the same images, wherever these lie, and no others."""
 
 import shutil
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -11,10 +10,12 @@ from PIL import Image
 
 from zoo import cli, models, weights
 from zoo.data.images import Arrays, Digits, Images
+from zoo.data.pipeline import Data
 from zoo.errors import UserError
 from zoo.metrics import frechet
 from zoo.metrics.frechet import Frechet
 from zoo.papers.tarflow import TarFlow
+from zoo.task import About
 
 TASK = TarFlow(image=8, channels=3, patch=4, width=8, depth=1, blocks=1, head_dim=8)
 
@@ -63,8 +64,16 @@ def made(capsys, source, file, features="pixels", *flags):
     return out
 
 
+@dataclass(frozen=True)
+class Nothing:
+    """No options."""
+
+
 class Noise:
     """A sampler of noise; the metric asks it for nothing else."""
+
+    about = About()
+    Sampling = Nothing
 
     def __init__(self, size=8):
         self.size = size
@@ -72,7 +81,7 @@ class Noise:
     def spec(self, batch):
         return {"image": jax.ShapeDtypeStruct((batch, self.size, self.size, 3), "float32")}
 
-    def sample(self, params, rng, n, conditions=None):
+    def sample(self, params, rng, n, conditions=None, options=None):
         shape = (self.size, self.size, 3)
         return {"image": jax.vmap(lambda key: jax.random.uniform(key, shape, minval=-1, maxval=1))(rng)}
 
@@ -162,12 +171,21 @@ def test_fingerprints_know_the_images_and_not_the_place(root, tmp_path):
         assert data.fingerprint("train") != data.fingerprint("test")
 
 
+class Untold(Data):
+    """The digits, without a word of what they are."""
+
+    source = Digits().source
+
+    def __repr__(self):
+        return "Untold()"
+
+
 def test_data_that_cannot_tell_are_compared_by_their_fields(tmp_path):
     metric = Frechet("pixels", samples=4, limit=20, batch=4, reference=str(tmp_path / "s.npz"))
     spec = {"image": jax.ShapeDtypeStruct((1, 8, 8, 1), "float32")}
     assert metric.statistics(Digits(), spec).count == 20
-    shape = SimpleNamespace(source=Digits().source)
-    with pytest.raises(UserError, match=r"other settings \(data: Digits\(\) -> namespace"):
+    shape = Untold()
+    with pytest.raises(UserError, match=r"other settings \(data: Digits\(\) -> Untold"):
         metric.statistics(shape, spec)
 
 
