@@ -40,7 +40,7 @@ def uniform_fan_in(fan_in: int) -> Init:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for kernels and biases alike."""
     bound = 1 / math.sqrt(fan_in)
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init

@@ -266,7 +266,7 @@ def _median_angle(angles: np.ndarray, weights: np.ndarray) -> float:
     mean = np.angle(np.sum(weights * np.exp(1j * angles)))
     apart = np.angle(np.exp(1j * (angles - mean)))
     order = np.argsort(apart, kind="stable")
-    middle = np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)
+    middle = int(np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2))
     return float(mean + apart[order[min(middle, len(order) - 1)]])
 
 
