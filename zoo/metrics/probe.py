@@ -105,6 +105,7 @@ def _for_more(data: Any) -> str:
 
 
 def spec_of(task: Any, batch: int, *, label: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the task reads of a batch, with `label` int32 [B] or without."""
     spec = {key: leaf for key, leaf in task.spec(batch).items() if key != "label"}
     return {**spec, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)} if label else spec
 
