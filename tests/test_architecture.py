@@ -301,3 +301,9 @@ def test_readme_lists_what_zoo_list_lists() -> None:
 
 def test_a_user_error_is_a_value_error() -> None:
     assert issubclass(UserError, ValueError)
+
+
+def test_contributing_lists_the_abilities() -> None:
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text()
+    for name, ability in ABILITIES.items():
+        assert f"| `{name}` | {ability.__name__} | {' '.join(inspect.getdoc(ability).split())} |" in text, name
