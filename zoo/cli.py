@@ -441,9 +441,8 @@ def _eval(args: argparse.Namespace) -> int:
         found = alone.run(args.model, args.fields)
         print(_json(found))
         return 1 if found.get("failed") or found.get("unanswered") else 0
-    import jax
-
     from zoo import config, dist, metrics, models
+    from zoo.draws import Use, key_of
     from zoo.task import Metric, check_needs, sampling
 
     known = metrics.named()
@@ -468,7 +467,7 @@ def _eval(args: argparse.Namespace) -> int:
     others = [f for f in fields if f not in own]
     data = _measured(model, args.model, others) if others or metric.uses_data else model.data
     loaded = models.loaded_for(metric, args.allow, model.task, model.homes)
-    found = metric(model.task, model.params, data, jax.random.key(0), **loaded)
+    found = metric(model.task, model.params, data, key_of(0, Use.LOOKS), **loaded)
     if metric.saves:
         from zoo.commands import strategy
 

@@ -1,7 +1,8 @@
-"""Drawing samples: which key each has, what is drawn again, and the classes that they are of."""
+"""Keys of a seed; and drawing samples: which key each has, what is drawn again, and the classes that they are of."""
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +17,23 @@ _log = logging.getLogger("zoo")
 RETRIES = 3  # times that a sample which overflowed is drawn again, from new noise
 
 
+class Use(enum.IntEnum):
+    """What a seed is drawn upon for. Each has a key of its own, so that no two draw the same numbers."""
+
+    PARAMETERS = 0
+    STEPS = 1  # noise of the loss, dropped labels
+    LOOKS = 2  # pictures and metrics while a run trains, and `zoo eval` after it
+    SAMPLES = 3  # `zoo sample` and the methods of a loaded model
+
+
+def key_of(seed: int | jax.Array, use: Use) -> jax.Array:
+    """The key of a seed for one use."""
+    return jax.random.fold_in(jax.random.key(seed), use)
+
+
 def keys(seed: int, indices: np.ndarray, attempt: int = 0) -> jax.Array:
     """One key per sample: sample i depends on (seed, i) and the attempt alone, whatever the batch."""
-    base = jax.random.fold_in(jax.random.key(seed), attempt)
+    base = jax.random.fold_in(key_of(seed, Use.SAMPLES), attempt)
     return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.asarray(indices))
 
 

@@ -15,6 +15,7 @@ import pytest
 from flax import linen as nn
 
 from zoo import dist, weights
+from zoo.draws import Use, key_of, keys
 from zoo.papers.tarflow import TarFlow
 from zoo.task import About, Batch, Network, Params
 from zoo.train.optim import AdamW
@@ -141,6 +142,17 @@ def test_micro_batches_draw_different_noise() -> None:
     _, metrics = step_four(four, same)
     assert float(metrics["draw"]) == pytest.approx(np.mean(draws), rel=1e-6)
     assert float(step(one, same)[1]["loss"]) != float(metrics["loss"])
+
+
+def test_parameters_steps_looks_and_samples_of_all_seeds_draw_from_keys_of_their_own() -> None:
+    """The keys of neighbouring seeds, and those that a use splits or folds its own into: no two are the same."""
+    bases = [key_of(seed, use) for seed in range(4) for use in Use]
+    used = [*bases, *(k for base in bases for k in jax.random.split(base, 64)), *keys(0, np.arange(64), attempt=1)]
+    assert len({jax.random.key_data(k).tobytes() for k in used}) == len(used)
+    state = jax.jit(lambda seed: dist.unbox(init_state(Line(), optax.sgd(1.0), seed, 0.0)))
+    one, other = state(np.uint32(0)), state(np.uint32(2**32 - 1))
+    chex.assert_trees_all_equal(one.params, dist.unbox(Line().init(key_of(0, Use.PARAMETERS))))
+    assert one.rng == key_of(0, Use.STEPS) != other.rng
 
 
 # ------------------------------------------------------------------------------------------------------ skipped steps

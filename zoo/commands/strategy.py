@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from zoo import files, paths
+from zoo.draws import Use, key_of
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Jacobi
 from zoo.metrics.convergence import Convergence
@@ -124,7 +125,7 @@ def resolve(model: Model, options: Any, batch: int, *, measure: bool) -> Any:
         weight = Guidance.of(options.guidance, "linear", annealed=True).weight
         metric = Convergence(batches=(batch,), guidance=float(weight))
         params = jax.device_put(model.params, jax.local_devices()[0])
-        found = metric(model.task, params, model.data, jax.random.key(0))
+        found = metric(model.task, params, model.data, key_of(0, Use.LOOKS))
         save(model.folder, found)
         plan = _plan(found["strategies"][0])
     return replace(options, method=plan or Jacobi.of("sequential"))

@@ -20,6 +20,7 @@ from zoo import config, dist, files, hosts, models, paths, weights
 from zoo.data.pipeline import epoch, label_names
 from zoo.data.tokens import check_vocabulary
 from zoo.data.vocabulary import Vocabulary, open_vocabulary
+from zoo.draws import Use, key_of
 from zoo.errors import UserError
 from zoo.files import differences
 from zoo.paths import Folder
@@ -278,7 +279,7 @@ class _Watch:
         params: Params = {**state.params, **state.ema}
         with self.report.away():
             if sheet and self.draw is not None:
-                drawn = hosts.fetch(self.draw(params, jax.random.key(run.seed), self.conditions))
+                drawn = hosts.fetch(self.draw(params, key_of(run.seed, Use.LOOKS), self.conditions))
                 if "image" in drawn:
                     names = [class_name(self.labels, i) for i in drawn["label"]] if "label" in drawn else None
                     self.report.sheet("samples", drawn["image"], names, step=step, metadata=about)
@@ -286,7 +287,7 @@ class _Watch:
                     texts = [spelled(ids, self.vocabulary) for ids in drawn["tokens"]]
                     self.report.texts("samples", texts, step=step)
             for i, metric in evals:
-                measured = dict(metric(run.task, params, run.data, jax.random.key(run.seed), **self.loaded[i]))
+                measured = dict(metric(run.task, params, run.data, key_of(run.seed, Use.LOOKS), **self.loaded[i]))
                 for name, picture in measured.pop("pictures", {}).items():
                     told = f"{name}-{self.series[i]}" if self.series[i] else name
                     self.report.picture(told, picture, step=step, metadata=about)

@@ -13,6 +13,7 @@ import optax
 from flax.struct import PyTreeNode
 
 from zoo import dist
+from zoo.draws import Use, key_of
 from zoo.task import Buffered, Options, Params, Task, options_of
 
 
@@ -39,9 +40,9 @@ def split(task: Task, params: Params) -> tuple[Params, Params]:
     return trained, {k: v for k, v in params.items() if k in held}
 
 
-def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: float) -> State:
+def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int | jax.Array, ema: float) -> State:
     """A fresh state, leaves still boxed with their logical axes."""
-    params = task.init(jax.random.key(seed))
+    params = task.init(key_of(seed, Use.PARAMETERS))
     trained, _ = split(task, params)
     zero = jnp.zeros((), jnp.int32)
     return State(
@@ -49,7 +50,7 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int, e
         params=params,
         ema=trained if ema else {},
         opt=optimizer.init(trained),
-        rng=jax.random.key(seed + 1),
+        rng=key_of(seed, Use.STEPS),
         skipped=zero,
         streak=zero,
     )
