@@ -41,8 +41,10 @@ _reference = 0.0  # seconds of a program of known cost, timed with every file
 def _house() -> Iterator[None]:
     """One persistent compilation cache, and as many devices as the test that runs asks for."""
     import jax
+    from fresh import placed
 
     from zoo import dist
+    from zoo.train import step
 
     dist.start()
     jax.config.update("jax_traceback_in_locations_limit", 0)  # lines of source in programs take time and are not read
@@ -53,6 +55,10 @@ def _house() -> Iterator[None]:
     patch.setattr(jax, "local_devices", lambda *a, **k: local(*a, **k)[:_seen])
     patch.setattr(jax, "device_count", lambda *a: len(jax.devices(*a)))
     patch.setattr(jax, "local_device_count", lambda *a: len(jax.local_devices()))
+    compiled = (
+        step.compile_init
+    )  # what it gives to the bit, in a third of the time; those with eight devices test the program
+    patch.setattr(step, "compile_init", lambda *args: (placed if _seen == _DEFAULT else compiled)(*args))
     yield
     patch.undo()
 

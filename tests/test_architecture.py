@@ -39,7 +39,7 @@ MAY = {
     "metrics": {"encoders", "flows", "diffusion", "data", "dist", "hosts", "weights"},
     "train.optim": set(),
     "train.report": {"paths", "train.tracking"},
-    "train.step": {"dist"},
+    "train.step": {"draws", "dist"},
     "train.tracking": set(),
     "train.checkpoint": {"hosts", "paths", "weights", "train.step"},
     "run": {"dist", "data", "train.optim"},

@@ -16,6 +16,7 @@ from zoo.commands import bench
 from zoo.commands.weights import _licence, export
 from zoo.data.captions import template
 from zoo.data.synthetic import Synthetic
+from zoo.draws import keys
 from zoo.encoders.text import T5
 from zoo.encoders.tokenizer import NAME, Tokenizer
 from zoo.encoders.vae import AutoEncoder
@@ -215,8 +216,9 @@ def test_samples_have_captions(capsys, root, model, tmp_path):
     task, opened = TASK, models.open_model(model)
     tokens = Tokenizer(root / "t5")([template(text, aspect="1:1") for text in ("a red cat", "")], 24)[0]
     given = {"tokens": tokens[[0, 0]], "null_tokens": tokens[[1, 1]]}
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), i))(np.arange(2))
-    image = jax.jit(lambda p: task.sample(p, keys, 2, given, task.Sampling(guidance=1.5)))(opened.params)["image"]
+    image = jax.jit(lambda p: task.sample(p, keys(3, np.arange(2)), 2, given, task.Sampling(guidance=1.5)))(
+        opened.params
+    )["image"]
     for (found, _), wanted in zip(first, np.asarray(image)):
         assert np.abs(found - (wanted + 1) * 127.5).max() <= 1.5
 

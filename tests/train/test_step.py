@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import chex
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,17 +145,6 @@ def test_micro_batches_draw_different_noise() -> None:
     assert float(step(one, same)[1]["loss"]) != float(metrics["loss"])
 
 
-def test_parameters_steps_looks_and_samples_of_all_seeds_draw_from_keys_of_their_own() -> None:
-    """The keys of neighbouring seeds, and those that a use splits or folds its own into: no two are the same."""
-    bases = [key_of(seed, use) for seed in range(4) for use in Use]
-    used = [*bases, *(k for base in bases for k in jax.random.split(base, 64)), *keys(0, np.arange(64), attempt=1)]
-    assert len({jax.random.key_data(k).tobytes() for k in used}) == len(used)
-    state = jax.jit(lambda seed: dist.unbox(init_state(Line(), optax.sgd(1.0), seed, 0.0)))
-    one, other = state(np.uint32(0)), state(np.uint32(2**32 - 1))
-    chex.assert_trees_all_equal(one.params, dist.unbox(Line().init(key_of(0, Use.PARAMETERS))))
-    assert one.rng == key_of(0, Use.STEPS) != other.rng
-
-
 # ------------------------------------------------------------------------------------------------------ skipped steps
 
 
@@ -240,6 +230,17 @@ def test_after_step_writes_held_keys_from_the_mean_over_micro_batches(accumulate
 
 
 # ----------------------------------------------------------------------------------------------------- keys and seeds
+
+
+def test_parameters_steps_looks_and_samples_of_all_seeds_draw_from_keys_of_their_own() -> None:
+    """The keys of neighbouring seeds, and those that a use splits or folds its own into: no two are the same."""
+    bases = [key_of(seed, use) for seed in range(4) for use in Use]
+    used = [*bases, *(k for base in bases for k in jax.random.split(base, 64)), *keys(0, np.arange(64), attempt=1)]
+    assert len({jax.random.key_data(k).tobytes() for k in used}) == len(used)
+    state = jax.jit(lambda seed: dist.unbox(init_state(Line(), optax.sgd(1.0), seed, 0.0)))
+    one, other = state(np.uint32(0)), state(np.uint32(2**32 - 1))
+    chex.assert_trees_all_equal(one.params, dist.unbox(Line().init(key_of(0, Use.PARAMETERS))))
+    assert one.rng == key_of(0, Use.STEPS) != other.rng
 
 
 def test_one_seed_gives_one_run_and_another_a_different_one() -> None:
@@ -351,6 +352,20 @@ def flow() -> tuple[State, dict[str, Any]]:
     state = jax.device_get(jax.jit(lambda: dist.unbox(init_state(FLOW, optax.sgd(1.0), 0, 0.0)))())
     params = jax.tree.map(lambda x: np.float32(x + 0.05 * rng.normal(size=x.shape)), state.params)
     return state.replace(params=params), {"image": rng.uniform(-1, 1, (16, 4, 4, 1)).astype(np.float32)}
+
+
+def test_the_fresh_states_of_other_tests_are_those_of_the_program() -> None:
+    mesh = dist.Mesh(data=2, fsdp=4).build()
+    with dist.use(mesh):
+        optimizer = AdamW().build(10)
+        init, _, abstract = compile_step(FLOW, optimizer, mesh, ema=0.9)
+        other = fresh.placed(
+            lambda seed: dist.unbox(init_state(FLOW, optimizer, seed, 0.9)),
+            jax.tree.map(lambda x: x.sharding, abstract),
+        )
+        for one, two in zip(jax.tree.leaves(init(7)), jax.tree.leaves(other(np.uint32(7)))):
+            assert one.sharding == two.sharding
+            chex.assert_trees_all_equal(one, two)
 
 
 def descended(flow: tuple[State, dict[str, Any]], mesh: dist.Mesh, accumulate: int) -> tuple[float, Params]:

@@ -160,6 +160,15 @@ def abstract_state(
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), dist.unbox(boxed), shardings)
 
 
+def compile_init(init: Callable[[Any], State], where: Any) -> Callable[[Any], State]:
+    """`init` as one program whose results lie at `where`."""
+    # It runs once: on a CPU, optimising it takes longer than it ever could save. Its numbers are the same to the bit.
+    asked = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    cpu = jax.tree.leaves(where)[0].mesh.devices.flat[0].platform == "cpu"
+    once = {"xla_backend_optimization_level": 1} if cpu and not asked else None
+    return jax.jit(init, out_shardings=where, compiler_options=once)
+
+
 def compile_step(
     task: Task,
     optimizer: optax.GradientTransformation,
@@ -171,12 +180,7 @@ def compile_step(
     """(sharded init by seed, jitted step with the state donated, abstract state). Call all within `dist.use(mesh)`."""
     abstract = abstract_state(task, optimizer, mesh, ema)
     where = jax.tree.map(lambda x: x.sharding, abstract)
-    # It runs once: on a CPU, optimising it takes longer than it ever could save. Its numbers are the same to the bit.
-    asked = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
-    once = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" and not asked else None
-    fresh = jax.jit(
-        lambda seed: dist.unbox(init_state(task, optimizer, seed, ema)), out_shardings=where, compiler_options=once
-    )
+    fresh = compile_init(lambda seed: dist.unbox(init_state(task, optimizer, seed, ema)), where)
     step = jax.jit(
         make_train_step(task, optimizer, ema=ema, accumulate=accumulate),
         in_shardings=(where, dist.batch_sharding(mesh)),
