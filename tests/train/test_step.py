@@ -145,6 +145,25 @@ def test_micro_batches_draw_different_noise() -> None:
     assert float(step(one, same)[1]["loss"]) != float(metrics["loss"])
 
 
+@dataclass(frozen=True)
+class Weak(Line):
+    """A line with a parameter that starts as a Python number."""
+
+    def init(self, rng: jax.Array) -> Params:
+        params = super().init(rng)
+        return {**params, "mean": jnp.full(4, 0.0)}
+
+
+def test_the_step_is_compiled_once_whatever_parameters_start_as() -> None:
+    mesh = dist.Mesh(data=1).build(jax.devices()[:1])
+    with dist.use(mesh):
+        init, step, _ = compile_step(Weak(), AdamW().build(10), mesh)
+        state = init(0)
+        for k in range(2):
+            state, _ = step(state, batch_of(seed=k))
+    assert step._cache_size() == 1
+
+
 # ------------------------------------------------------------------------------------------------------ skipped steps
 
 
