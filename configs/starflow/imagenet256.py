@@ -18,7 +18,7 @@ from zoo.papers import starflow
 from zoo.run import Checkpoint, Run, Samples
 from zoo.train.optim import AdamW
 
-SMALL = AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=4, scale=1.0)
+SMALL = AutoEncoder(image=4, channels=3, latent=2, widths=(4,), layers=1, groups=4, scale=1.0)
 
 config = Run(
     task=starflow.class_conditional(vae=sd(), dtype="bfloat16", remat="full", attention="auto"),

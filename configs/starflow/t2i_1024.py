@@ -52,7 +52,7 @@ smoke = replace(
         text_width=8,
         reach=4.0,
         dtype="bfloat16",
-        vae=AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=4, scale=1.0),
+        vae=AutoEncoder(image=4, channels=3, latent=2, widths=(4,), layers=1, groups=4, scale=1.0),
         text=T5(width=8, heads=2, head_dim=4, mlp=16, depth=1, vocab=16, tokens=4),
     ),
     data=Synthetic(),

@@ -68,7 +68,7 @@ class Slow(Data):
 
 config = Run(
     task=TarFlow(
-        image=8, channels=1, patch=4, width=16, depth=1, blocks=2, head_dim=8, noise_type="uniform", levels=17
+        image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8, noise_type="uniform", levels=17
     ),
     data=Slow(),
     steps=16,
