@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import fresh
 
 from zoo import dist, weights
 from zoo.encoders import text
@@ -120,7 +121,7 @@ def test_the_other_mlp_does_not_fit(case):
 @pytest.fixture(scope="module")
 def tiny():
     """Parameters of TINY, its tokens (one row without padding), and the features of these."""
-    params = jax.jit(lambda: dist.unbox(TINY.init(jax.random.key(0))))()
+    params = fresh(TINY)
     tokens = np.random.default_rng(0).integers(2, TINY.vocab, (8, 8)).astype(np.int32)
     for row in range(1, 8):
         tokens[row, row] = END
@@ -192,7 +193,7 @@ def test_bfloat16_keeps_float32_where_it_matters(tiny):
 
 def test_fresh_kernels_start_as_published():
     task = dataclasses.replace(TINY, width=64, head_dim=16, mlp=128)
-    block = dist.unbox(jax.jit(task.init)(jax.random.key(0)))["trunk"]["block"]
+    block = fresh(task)["trunk"]["block"]
     for name, std in {"q": 1024**-0.5, "k": 64**-0.5, "out": 32**-0.5, "gate": 64**-0.5, "down": 128**-0.5}.items():
         np.testing.assert_allclose(np.std(block[name]["kernel"]), std, rtol=0.1, err_msg=name)
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fresh import fresh
 
-from zoo import dist, weights
+from zoo import weights
 from zoo.encoders import vae
 from zoo.errors import UserError
 from zoo.task import abilities
@@ -165,7 +166,7 @@ def trained():
     """25 steps of Adam on eight images of one colour each: params before and after, metrics of every step."""
     colours = jax.random.uniform(jax.random.key(1), (8, 1, 1, 3), minval=-1.0)
     batch = {"image": jnp.broadcast_to(colours, (8, 8, 8, 3)) + jnp.zeros((8, 8, 8, 3))}
-    before = jax.jit(lambda: dist.unbox(TINY.init(jax.random.key(0))))()
+    before = fresh(TINY)
     optimizer = optax.adam(5e-3)
 
     @jax.jit

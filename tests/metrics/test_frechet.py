@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import fresh
 from unigram import Listed
 
 from zoo import config, dist
@@ -196,7 +197,7 @@ def test_a_place_that_cannot_hold_statistics_is_refused_before_measuring(
 
 def test_features_of_a_network_on_one_device_and_eight(tmp_path: Path) -> None:
     flow = TarFlow(image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8)
-    params = jax.jit(lambda: dist.unbox(flow.init(RNG)))()
+    params = fresh(flow)
     params = jax.device_put(params, jax.sharding.NamedSharding(dist.Mesh(data=1).build(jax.devices()[:1]), jax.P()))
     network = SimpleNamespace(task=flow, params=params)
     metric = replace(PIXELS, features="runs/flow", reference=str(tmp_path / "stats.npz"), options={"shift": 0.3})
@@ -216,7 +217,7 @@ def test_features_of_a_network_on_one_device_and_eight(tmp_path: Path) -> None:
 
 def test_a_conditional_flow_is_sampled() -> None:
     task = TarFlow(image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8, classes=3)
-    params = jax.jit(lambda: dist.unbox(task.init(RNG)))()
+    params = fresh(task)
     found = Frechet("pixels", samples=6, limit=20, batch=4)(task, params, Digits(), RNG)
     assert 0 < found["frechet"] < 100
     assert (found["frechet_samples"], found["frechet_labels"]) == (6, "balanced")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import fresh
 from unigram import Listed
 
 from zoo import config, dist, metrics
@@ -297,7 +298,7 @@ def test_an_unconditional_model_has_no_classes_to_choose_from() -> None:
 @pytest.mark.devices8
 def test_eight_devices_measure_what_one_does() -> None:
     task = TarFlow(image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8)
-    params = jax.jit(lambda: dist.unbox(task.init(RNG)))()
+    params = fresh(task)
     bits = Bits(batch=16, limit=24)
     alone = bits(task, params, Digits(), RNG)["noisy_bits_per_dim"]
     mesh = dist.Mesh(fsdp=4).build()
@@ -309,7 +310,7 @@ def test_eight_devices_measure_what_one_does() -> None:
 @pytest.mark.devices8
 def test_devices_share_the_images() -> None:
     task = TarFlow(image=4, channels=1, patch=2, width=16, depth=1, blocks=2, head_dim=8)
-    params = jax.jit(lambda: dist.unbox(task.init(RNG)))()
+    params = fresh(task)
     batch = task.spec(16)
 
     def flops() -> float:

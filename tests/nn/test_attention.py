@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import fresh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -360,7 +361,7 @@ def flow() -> tuple[Callable[[Any], jax.Array], Any, jax.Array, Any]:
     """Loss of a flow, parameters away from its start, where the output kernels are zero, and what they give without a mesh."""
     task = TarFlow(image=8, channels=1, patch=2, width=16, depth=1, blocks=2, head_dim=8, attention="auto")
     rng = np.random.default_rng(0)
-    start = jax.jit(lambda: dist.unbox(task.init(jax.random.key(0))))()
+    start = fresh(task)
     params = jax.tree.map(lambda x: x + 0.1 * jnp.asarray(rng.normal(size=x.shape), x.dtype), start)
     batch = {"image": jnp.asarray(rng.uniform(-1, 1, (8, 8, 8, 1)), jnp.float32)}
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import fresh
 
-from zoo import dist
 from zoo.commands import flops
 from zoo.errors import UserError
 from zoo.flows.inverse import invert
@@ -41,10 +41,6 @@ FLAT = dataclasses.replace(
 
 
 @lru_cache
-def fresh(task):
-    return dist.unbox(jax.jit(task.init)(jax.random.key(0)))
-
-
 def moved(task, scale=0.12):
     """Randomised parameters: fresh heads are zero or nearly so, which would hide what they do."""
     rng = np.random.default_rng(0)
