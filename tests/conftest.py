@@ -5,6 +5,8 @@ Programs are compiled with LLVM's optimisations off: they compile three times fa
 persistent cache. Seconds of processor time by file are written to `$ZOO_SECONDS`, and a whole run that costs too much fails.
 """
 
+import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -81,6 +83,8 @@ def _forget() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed, of hundreds of programs
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # --- seconds by file ------------------------------------------------------------------------------
@@ -88,6 +92,7 @@ def _forget() -> Iterator[None]:
 _began = 0.0
 _files: Counter[str] = Counter()
 _speeds: list[float] = []
+_memory = 0  # KiB that the largest worker has held
 
 
 def _processor() -> float:
@@ -101,14 +106,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """What a test cost goes to the process that reports, which may be another."""
     outcome: Any = yield
     if call.when == "teardown":
-        outcome.get_result().user_properties += [("seconds", _processor() - _began), ("reference", _reference)]
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        used = {"seconds": _processor() - _began, "reference": _reference, "memory": held}
+        outcome.get_result().user_properties += list(used.items())
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    global _memory
     found = dict(report.user_properties)
     if report.when == "teardown" and "seconds" in found:
         _files[report.nodeid.partition("::")[0]] += found["seconds"]
         _speeds.append(found["reference"])
+        _memory = max(_memory, found["memory"])
 
 
 @pytest.hookimpl(trylast=True)
@@ -124,7 +133,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if len(_files) > _WHOLE:
         lines, over = seconds.report(_files, _speed())
         terminalreporter.section(f"seconds of processor time, reference {_speed():.3f} s")
-        terminalreporter.write("\n".join([*lines, *over, ""]))
+        terminalreporter.write("\n".join([*lines, *over, f"{_memory / 2**20:.2f} GiB at most in one process", ""]))
 
 
 def _speed() -> float:
