@@ -1,0 +1,74 @@
+"""Noise levels: the grids that samplers go down, and what training steps draw. sigma is the standard deviation of x - x0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.errors import UserError
+from zoo.fields import Positive, check_fields
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A grid of noise levels, strictly decreasing, in float64 on the host.
+
+    Kinds: `edm`, even in sigma^(1/rho) (arXiv:2206.00364, equation 5); `log`, even in log sigma; `flow`, even in the time
+    1 / (1 + sigma) of a flow from noise to data (arXiv:2506.21757 with the time of rectified flows); `given`, listed.
+    """
+
+    kind: Literal["edm", "log", "flow", "given"] = "edm"
+    low: Positive = 0.002
+    high: Positive = 80.0
+    rho: Positive = 7.0
+    given: tuple[Positive, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, "levels.")
+        if self.low >= self.high:
+            raise UserError(f"levels.low={self.low:g} must be below levels.high={self.high:g}")
+        if (self.kind == "given") != bool(self.given):
+            raise UserError(f"levels.kind={self.kind}: list levels.given for kind=given, and for no other")
+        if any(a <= b for a, b in zip(self.given, self.given[1:])):
+            raise UserError(f"levels.given={self.given} must decrease from each level to the next")
+
+    def grid(self, count: int) -> np.ndarray:
+        """`count` levels from `high` to `low`, both included. UserError for fewer than two, or another number than is listed."""
+        if count < 2 or (self.given and count != len(self.given)):
+            asked = f"the {len(self.given)} that levels.given lists" if self.given else "at least 2"
+            raise UserError(f"a grid of {count} noise levels: choose {asked}")
+        share = np.linspace(0, 1, count)
+
+        def even(to: float, end: float) -> np.ndarray:
+            return to + share * (end - to)
+
+        if self.kind == "edm":
+            return even(self.high ** (1 / self.rho), self.low ** (1 / self.rho)) ** self.rho
+        if self.kind == "log":
+            return np.exp(even(np.log(self.high), np.log(self.low)))
+        if self.kind == "flow":
+            time = even(1 / (1 + self.high), 1 / (1 + self.low))
+            return (1 - time) / time
+        return np.asarray(self.given)
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """Levels of training steps: log sigma is normal (arXiv:2206.00364, section 5)."""
+
+    mean: float = -1.2
+    std: Positive = 1.2
+
+    def __post_init__(self) -> None:
+        check_fields(self, "noise.")
+
+    def draw(self, rng: jax.Array, count: int) -> jax.Array:
+        """[count] levels, one from each part of equal probability in random order: batches differ less than by free draws."""
+        shift, order = jax.random.split(rng)
+        share = (jnp.arange(count) + jax.random.uniform(shift, (count,))) / count
+        normal = jax.scipy.special.ndtri(jnp.clip(share, 1e-6, 1 - 1e-6))
+        return jnp.exp(self.mean + self.std * jax.random.permutation(order, normal))
