@@ -33,7 +33,7 @@ MAY = {
     "nn": {"dist"},
     "flows": {"dist", "nn"},
     "encoders": {"nn"},
-    "diffusion": {"nn"},
+    "diffusion": {"dist", "nn"},
     "papers": {"nn", "flows", "diffusion", "encoders", "dist"},
     "papers.metrics": {"papers", "metrics", "data", "dist", "hosts"},  # a paper's own, in zoo/papers/PAPER/metrics.py
     "metrics": {"encoders", "flows", "diffusion", "data", "dist", "hosts", "weights"},

@@ -29,7 +29,9 @@ class Guidance:
         if self.high is not None and self.low >= self.high:
             raise UserError(f"guidance.low={self.low:g} must be below guidance.high={self.high:g}")
 
-    def denoiser(self, alone: Denoiser, both: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]) -> Denoiser:
+    def denoiser(
+        self, alone: Denoiser, both: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    ) -> Denoiser:
         """The guided one, of the denoiser and of a function that gives its and the weaker one's x0 in one pass."""
         if not self.weight:
             return alone

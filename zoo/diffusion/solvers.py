@@ -174,7 +174,9 @@ class Heun(Solver):
     def nodes(self, calls: int) -> int:
         if calls < 3 or calls % 2 == 0:
             near = (3,) if calls < 3 else (calls - 1, calls + 1)
-            raise UserError(f"nfe={calls}: {self.name} takes an odd number of calls; give {' or '.join(map(str, near))}")
+            raise UserError(
+                f"nfe={calls}: {self.name} takes an odd number of calls; give {' or '.join(map(str, near))}"
+            )
         return (calls + 1) // 2
 
     def plan(self, levels: np.ndarray) -> Plan:
@@ -196,7 +198,9 @@ def _lagrange(nodes: Sequence[float], at: np.ndarray) -> np.ndarray:
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
-def integrals(nodes: Sequence[float], begin: float, end: float, weight: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def integrals(
+    nodes: Sequence[float], begin: float, end: float, weight: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
     """[nodes] the integrals from `begin` to `end` of `weight` times each of `nodes`' Lagrange polynomials, by Gauss's rule."""
     at = (begin + end) / 2 + (end - begin) / 2 * _POINTS
     return _lagrange(nodes, at) @ (weight(at) * _WEIGHTS) * (end - begin) / 2
@@ -224,7 +228,7 @@ class DPMSolver(Solver):
 
         def step(i: int, order: int) -> Callable[[Array, Array, Array], Sequence[Array]]:
             to, ratio = levels[i + 1], levels[i + 1] / levels[i]
-            if order == 2:
+            if self.order == 2 and order == 2:
                 slope = (log[i + 1] - log[i]) / (2 * (log[i] - log[i - 1]))
                 weights = (1 - ratio) * np.asarray([1 + slope, -slope])
             else:
@@ -276,7 +280,9 @@ class UniPC(Solver):
             def read(x: Array, h: Array, e: Array, base: Any = base, mixed: Any = mixed, w: Any = ahead) -> Array:
                 return base(x, h) - mixed(h, w)
 
-            def move(x: Array, h: Array, e: Array, base: Any = base, mixed: Any = mixed, w: Any = behind, s: float = scale) -> Any:
+            def move(
+                x: Array, h: Array, e: Array, base: Any = base, mixed: Any = mixed, w: Any = behind, s: float = scale
+            ) -> Any:
                 old = h[1:]
                 return [base(x, old) - mixed(old, w[:-1]) - s * w[-1] * (h[0] - old[0])]
 

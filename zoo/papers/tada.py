@@ -11,9 +11,9 @@ the solver, the comparison of solvers on exact denoisers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from msgspec import Meta
@@ -64,7 +64,8 @@ class Dynamics:
         scaled = u / self.prior**2 * s**n / total
         return np.asarray(
             [
-                s**q / math.factorial(q) + sum(scaled[j] * (-t) ** (q - j) / math.factorial(q - j) for j in range(q + 1))
+                s**q / math.factorial(q)
+                + sum(scaled[j] * (-t) ** (q - j) / math.factorial(q - j) for j in range(q + 1))
                 for q in range(n)
             ]
         )
@@ -80,7 +81,9 @@ class Dynamics:
     def free(self, h: float) -> np.ndarray:
         """[N, N] the transition over a time h without force."""
         n = self.variables
-        return np.asarray([[h ** (k - j) / math.factorial(k - j) if k >= j else 0.0 for k in range(n)] for j in range(n)])
+        return np.asarray(
+            [[h ** (k - j) / math.factorial(k - j) if k >= j else 0.0 for k in range(n)] for j in range(n)]
+        )
 
     def transition(self, t: float) -> np.ndarray:
         """[N, N] the transition from 0 to t with the force to a known data point: the part of the prior."""

@@ -1,0 +1,162 @@
+"""Solvers are tables: golden values, orders, the number of calls, and one program for all."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from by_hand import by_hand, gaussian
+
+from zoo.diffusion.levels import Levels, LogNormal
+from zoo.diffusion.solvers import DEIS, IPNDM, Ancestral, Churn, DPMSolver, Euler, Heun, Plan, Solver, UniPC, run
+from zoo.errors import UserError
+from zoo.papers.tada import Tada
+
+EXACT = 0.3499903644  # of the flow from 56 at level 80 to 0.002
+SETTINGS = [
+    Euler(), Heun(), Ancestral(), Ancestral(0.5), Churn(6.0),
+    *(DPMSolver(order, low) for order in (1, 2, 3) for low in (False, True)),
+    *(UniPC(order, variant, low) for order in (1, 2, 3) for variant in ("bh1", "bh2") for low in (False, True)),
+    *(kind(order) for kind in (DEIS, IPNDM) for order in (1, 2, 3, 4)),
+    *(Tada(n, k, order) for n in (1, 2, 3, 4) for k in (0.5, 1.0, 2.0) for order in (1, 2, 3)),
+]  # fmt: skip
+
+
+def plan_of(solver: Solver, calls: int, kind: Any = "edm") -> Plan:
+    return solver.plan(Levels(kind).grid(solver.nodes(calls)))
+
+
+def from_56(solver: Solver, calls: int) -> float:
+    plan = plan_of(solver, calls)
+    return float(by_hand(plan, gaussian(), np.full((plan.start.shape[1], 1), 56 / 80))[0])
+
+
+@pytest.mark.parametrize(
+    ("solver", "calls", "value"),
+    [
+        (Euler(), 6, 0.19173113),
+        (DPMSolver(2), 6, 0.35537872),
+        (UniPC(2), 6, 0.27217523),
+        (UniPC(3), 6, 0.2768542),
+        (UniPC(2, lower_last=False), 6, 0.3631270355),
+        (UniPC(3, lower_last=False), 6, 0.7729967406),
+        (Heun(), 11, 0.59711792),
+        (DEIS(3), 6, 0.2063569653),
+    ],
+)
+def test_values_of_a_gaussian(solver: Solver, calls: int, value: float) -> None:
+    assert from_56(solver, calls) == pytest.approx(value, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [
+        (Euler(), 1), (Heun(), 2), (DPMSolver(2), 2), (DPMSolver(3), 3), (UniPC(2), 2), (UniPC(3), 3), (DEIS(2), 2),
+        (DEIS(3), 3), (IPNDM(1), 1), (IPNDM(2), 2),
+    ],
+)  # fmt: skip
+def test_halved_steps_divide_the_error_by_two_to_the_order(solver: Solver, order: int) -> None:
+    errors = [abs(from_56(solver, calls) - EXACT) for calls in ((401, 801) if order < 3 else (101, 201))]
+    assert np.log2(errors[0] / errors[1]) > order - 0.3
+
+
+def test_one_program_runs_all_solvers_and_gives_what_they_give_by_hand() -> None:
+    """On a denoiser that is not linear, at 11 calls."""
+
+    def curved(x: Any, sigma: Any, numpy: Any = np) -> Any:
+        return numpy.tanh(x / (0.6 + sigma**2)) * (0.6 + 0.1 * sigma) / (1 + sigma)
+
+    @jax.jit
+    def program(plan: Plan, noise: jax.Array, e: jax.Array) -> jax.Array:
+        return run(plan, lambda x, sigma: curved(x, sigma, jnp), noise, lambda i: e[i])
+
+    rng = np.random.default_rng(0)
+    noise, e = rng.normal(size=(4, 16)).astype(np.float32), rng.normal(size=(11, 16)).astype(np.float32)
+    kinds = {"edm", "log", "flow"}
+    for kind in kinds:
+        for solver in SETTINGS:
+            plan = plan_of(solver, 11, kind)
+            assert plan.random == (solver.name in ("ancestral", "churn"))
+            wanted = by_hand(plan, curved, noise[: plan.start.shape[1]], e)
+            found = program(plan.padded(6, 4, 4), noise, e)
+            off = 1e-4 if getattr(solver, "variables", 0) == 4 else 1e-5  # four variables cancel more in float32
+            np.testing.assert_allclose(found, wanted, atol=off * np.abs(wanted).max(), err_msg=f"{solver}")
+    assert len(SETTINGS) * len(kinds) >= 60
+    assert program._cache_size() == 1
+
+
+@pytest.mark.parametrize("solver", SETTINGS, ids=str)
+def test_the_denoiser_is_called_as_often_as_was_asked(solver: Solver) -> None:
+    for calls in (5, 8, 9):
+        if solver.name in ("heun", "churn") and calls % 2 == 0:
+            with pytest.raises(UserError, match=rf"nfe=8: {solver.name} takes an odd number of calls; give 7 or 9"):
+                solver.nodes(calls)
+            continue
+        seen = []
+
+        def denoise(x: Any, sigma: Any, seen: list[float] = seen) -> Any:
+            seen.append(sigma)
+            return x / (1 + sigma)
+
+        plan = plan_of(solver, calls)
+        by_hand(plan, denoise, np.ones((plan.start.shape[1], 1)))
+        assert len(seen) == calls
+        assert seen[0] == pytest.approx(80, rel=1e-6) or solver.name == "churn"
+        assert seen[-1] == pytest.approx(0.002, rel=1e-6)
+
+
+def test_the_loop_calls_the_denoiser_once_a_row() -> None:
+    seen: list[Any] = []
+
+    def denoise(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        seen.append(sigma)
+        return x
+
+    with jax.disable_jit():
+        run(plan_of(UniPC(), 4), denoise, jnp.ones((1, 2)))
+    assert len(seen) == 4
+
+
+def test_a_gaussian_keeps_its_variance_under_fresh_noise() -> None:
+    """Random solvers have the right distribution in the limit: coefficients of all noises, squared and added up."""
+    for solver in (Ancestral(), Ancestral(0.5), Churn(40.0, noise=1.0)):
+        calls = 801
+        plan = plan_of(solver, calls)
+        parts = by_hand(plan, gaussian(), np.eye(1, calls + 1, 0)[:, None], np.eye(calls, calls + 1, 1)[:, None])
+        assert np.square(parts).sum() == pytest.approx(0.25, rel=0.03)
+
+
+def test_grids_of_levels() -> None:
+    for kind in ("edm", "log", "flow"):
+        grid = Levels(kind).grid(9)
+        assert (np.diff(grid) < 0).all()
+        np.testing.assert_allclose(grid[[0, -1]], (80, 0.002), rtol=1e-9)
+    np.testing.assert_allclose(np.diff(1 / (1 + Levels("flow").grid(5)), 2), 0, atol=1e-12)
+    np.testing.assert_array_equal(Levels("given", given=(3.0, 1.0)).grid(2), (3, 1))
+    for wrong, field in (
+        ({"low": 2.0, "high": 1.0}, "levels.low=2 must be below levels.high=1"),
+        ({"given": (1.0,)}, "levels.kind=edm"),
+        ({"kind": "given"}, "levels.kind=given"),
+        ({"kind": "given", "given": (1.0, 2.0)}, "must decrease"),
+    ):
+        with pytest.raises(UserError, match=field):
+            Levels(**wrong)
+    with pytest.raises(UserError, match="a grid of 1 noise levels"):
+        Levels().grid(1)
+    with pytest.raises(UserError, match=r"the 2 that levels\.given lists"):
+        Levels("given", given=(3.0, 1.0)).grid(3)
+    with pytest.raises(UserError, match="nfe=2 is too few for dpm"):
+        DPMSolver(3).nodes(2)
+
+
+def test_levels_of_a_step_are_log_normal_and_cover_it_evenly() -> None:
+    found = np.log(np.stack([LogNormal(-0.4, 1.0).draw(jax.random.key(k), 64) for k in range(50)]))
+    assert found.mean() == pytest.approx(-0.4, abs=0.02)
+    assert found.std() == pytest.approx(1.0, abs=0.03)
+    assert found.mean(1).std() < 0.2 / np.sqrt(64)  # free draws: 1 / sqrt(64)
+    assert abs(np.corrcoef(found[:, 0], found[:, 1])[0, 1]) < 0.5
+    assert dataclasses.asdict(LogNormal()) == {"mean": -1.2, "std": 1.2}
