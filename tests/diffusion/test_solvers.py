@@ -83,7 +83,8 @@ def test_one_program_runs_all_solvers_and_gives_what_they_give_by_hand() -> None
             assert plan.random == (solver.name in ("ancestral", "churn"))
             wanted = by_hand(plan, curved, noise[: plan.start.shape[1]], e)
             found = program(plan.padded(6, 4, 4), noise, e)
-            off = 1e-4 if getattr(solver, "variables", 0) == 4 else 1e-5  # four variables cancel more in float32
+            # float32 against float64: the parabola of UniPC and four variables cancel more
+            off = {0: 3e-5, 4: 1e-4}.get(getattr(solver, "variables", 0), 1e-5)
             np.testing.assert_allclose(found, wanted, atol=off * np.abs(wanted).max(), err_msg=f"{solver}")
     assert len(SETTINGS) * len(kinds) >= 60
     assert program._cache_size() == 1

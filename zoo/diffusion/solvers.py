@@ -101,12 +101,12 @@ def run(
         fresh: i -> standard normal [*x], the noise of call i; None: calls have none.
     """
     dtype = noise.dtype
-    table = jax.tree.map(lambda a: jnp.asarray(a, dtype), plan)
+    table: Any = jax.tree.map(lambda a: jnp.asarray(a, dtype), plan)
 
     def mix(weights: jax.Array, arrays: jax.Array) -> jax.Array:
         return jnp.tensordot(weights, arrays, 1, precision=jax.lax.Precision.HIGHEST)
 
-    def call(carry: tuple[jax.Array, jax.Array], row: tuple[jax.Array, Plan]) -> tuple[Any, None]:
+    def call(carry: tuple[jax.Array, jax.Array], row: tuple[jax.Array, Any]) -> tuple[Any, None]:
         (x, h), (i, now) = carry, row
         e = None if fresh is None else fresh(i).astype(dtype)
         y = mix(now.read_x, x) + mix(now.read_h, h)
@@ -186,7 +186,7 @@ class Heun(Solver):
 # --- a memory of outputs --------------------------------------------------------------------------
 
 
-def _lagrange(nodes: Sequence[float], at: np.ndarray) -> np.ndarray:
+def _lagrange(nodes: np.ndarray, at: np.ndarray) -> np.ndarray:
     """[nodes, at] the polynomials that are 1 at one node and 0 at the others."""
     rows = []
     for i, node in enumerate(nodes):
@@ -198,9 +198,7 @@ def _lagrange(nodes: Sequence[float], at: np.ndarray) -> np.ndarray:
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
-def integrals(
-    nodes: Sequence[float], begin: float, end: float, weight: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+def integrals(nodes: np.ndarray, begin: float, end: float, weight: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """[nodes] the integrals from `begin` to `end` of `weight` times each of `nodes`' Lagrange polynomials, by Gauss's rule."""
     at = (begin + end) / 2 + (end - begin) / 2 * _POINTS
     return _lagrange(nodes, at) @ (weight(at) * _WEIGHTS) * (end - begin) / 2
@@ -253,40 +251,35 @@ class UniPC(Solver):
 
     def plan(self, levels: np.ndarray) -> Plan:
         log = -np.log(levels)
-        calls = [Call(levels[0], _first, keep)]
-        for i, order in enumerate(_orders(self.order, len(levels) - 1, self.lower_last)):
-            back = -(log[i + 1] - log[i])
-            ratios = (log[i - np.arange(1, order)] - log[i]) / -back
+
+        def step(i: int, order: int) -> Call:
+            """To level i + 1, and its correction. Weights are those of differences to the newest output."""
+            back = log[i] - log[i + 1]
+            ratios = (log[i] - log[i - np.arange(1, order)]) / back
             scale = back if self.variant == "bh1" else math.expm1(back)
             phi, right = math.expm1(back) / back - 1, []
             for q in range(1, order + 1):
                 right.append(phi * math.factorial(q) / scale)
                 phi = phi / back - 1 / math.factorial(q + 1)
 
-            def solved(ratios: np.ndarray, right: list[float]) -> np.ndarray:
-                """Weights of the differences to the newest output; half of one difference, whatever its place."""
+            def solved(ratios: np.ndarray) -> np.ndarray:
                 if len(ratios) == 1:
-                    return np.asarray([0.5])
+                    return np.asarray([0.5])  # the paper's, whatever the ratio
                 return np.linalg.solve(np.vander(ratios, increasing=True).T, right[: len(ratios)])
 
-            ahead, behind = solved(ratios, right), solved(np.append(ratios, 1.0), right)
+            ahead, behind = solved(ratios), solved(np.append(ratios, 1.0))
 
-            def base(x: Array, h: Array, i: int = i, back: float = back) -> Array:
-                return levels[i + 1] / levels[i] * x[0] - math.expm1(back) * h[0]
+            def moved(x: Array, h: Array, weights: np.ndarray) -> Array:
+                differences = sum(w * (h[j + 1] - h[0]) / r for j, (w, r) in enumerate(zip(weights, ratios)))
+                return levels[i + 1] / levels[i] * x[0] - math.expm1(back) * h[0] - scale * differences
 
-            def mixed(h: Array, weights: np.ndarray, ratios: np.ndarray = ratios, scale: float = scale) -> Array:
-                return scale * sum(w * (h[j + 1] - h[0]) / r for j, (w, r) in enumerate(zip(weights, ratios)))
+            def correct(x: Array, h: Array, e: Array) -> Sequence[Array]:
+                return [moved(x, h[1:], behind) - scale * behind[-1] * (h[0] - h[1])]
 
-            def read(x: Array, h: Array, e: Array, base: Any = base, mixed: Any = mixed, w: Any = ahead) -> Array:
-                return base(x, h) - mixed(h, w)
+            return Call(levels[i + 1], lambda x, h, e: moved(x, h, ahead), correct)
 
-            def move(
-                x: Array, h: Array, e: Array, base: Any = base, mixed: Any = mixed, w: Any = behind, s: float = scale
-            ) -> Any:
-                old = h[1:]
-                return [base(x, old) - mixed(old, w[:-1]) - s * w[-1] * (h[0] - old[0])]
-
-            calls.append(Call(levels[i + 1], read, move))
+        orders = _orders(self.order, len(levels) - 1, self.lower_last)
+        calls = [Call(levels[0], _first, keep), *(step(i, order) for i, order in enumerate(orders))]
         return probe(calls, _from_highest(levels), self.order + 1)
 
 
@@ -369,26 +362,27 @@ class Churn(Heun):
     noise: Positive = 1.003
 
     def plan(self, levels: np.ndarray) -> Plan:
-        calls: list[Call] = []
-        for i, at in enumerate(levels):
+        def step(i: int) -> list[Call]:
+            at = levels[i]
             more = min(self.churn / len(levels), math.sqrt(2) - 1) if self.low <= at <= self.high else 0.0
             high = at * (1 + more)
             extra = self.noise * math.sqrt(high**2 - at**2)
 
-            def noised(x: Array, h: Array, e: Array, extra: float = extra) -> Array:
+            def noised(x: Array, h: Array, e: Array) -> Array:
                 return x[0] + extra * e
 
-            calls.append(Call(high, noised, lambda x, h, e, noised=noised: [noised(x, h, e)]))
+            first = Call(high, noised, lambda x, h, e: [noised(x, h, e)])
             if i + 1 == len(levels):
-                break
+                return [first]
             to = levels[i + 1]
 
-            def euler(x: Array, h: Array, e: Array, high: float = high, to: float = to) -> Array:
+            def euler(x: Array, h: Array, e: Array) -> Array:
                 return h[0] + to / high * (x[0] - h[0])
 
-            def heun(x: Array, h: Array, e: Array, euler: Any = euler, high: float = high, to: float = to) -> Any:
-                first, second = (x[0] - h[1]) / high, (euler(x, h[1:], e) - h[0]) / to
-                return [x[0] + (to - high) / 2 * (first + second)]
+            def heun(x: Array, h: Array, e: Array) -> Sequence[Array]:
+                slopes = (x[0] - h[1]) / high, (euler(x, h[1:], e) - h[0]) / to
+                return [x[0] + (to - high) / 2 * sum(slopes)]
 
-            calls.append(Call(to, euler, heun))
-        return probe(calls, _from_highest(levels), 2)
+            return [first, Call(to, euler, heun)]
+
+        return probe([call for i in range(len(levels)) for call in step(i)], _from_highest(levels), 2)

@@ -124,10 +124,12 @@ class Tada(Solver):
             if i + 1 == len(times):
                 return Call(levels[i], read, keep)
             to, nodes = times[i + 1], times[i - np.arange(min(self.order, i + 1))]
-            pushes = [
-                integrals(nodes, t, to, lambda at, j=j: (to - at) ** (n - 1 - j) / math.factorial(n - 1 - j))
-                for j in range(n)
-            ]
+
+            def push(j: int) -> np.ndarray:
+                """What forces at the nodes add to variable j."""
+                return integrals(nodes, t, to, lambda at: (to - at) ** (n - 1 - j) / math.factorial(n - 1 - j))
+
+            pushes = [push(j) for j in range(n)]
 
             def move(x: Array, h: Array, e: Array) -> Sequence[Array]:
                 missing = h[0] - sum(a * part for a, part in zip(dynamics.ahead(s), x))
