@@ -38,6 +38,7 @@ INSIDE = {
     "zoo.flows.stack": "",
     "zoo.papers.tarflow_lm.model": "Flow",
     "zoo.metrics.frechet": "Moments",
+    "zoo.papers.tada": "Dynamics",
     "zoo.papers.typescore.coarse": "Clip Coarse",
     "zoo.papers.typescore.evaluate": "File",
     "zoo.papers.typescore.extractors.base": "Extraction Line",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
 from zoo.errors import UserError
 from zoo.fields import Positive, check_fields
@@ -60,7 +61,7 @@ class Levels:
 class LogNormal:
     """Levels of training steps: log sigma is normal (arXiv:2206.00364, section 5)."""
 
-    mean: float = -1.2
+    mean: Annotated[float, Meta(ge=-20, le=20)] = -1.2
     std: Positive = 1.2
 
     def __post_init__(self) -> None:
