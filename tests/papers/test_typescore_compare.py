@@ -11,12 +11,12 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from typescore_list import TEXTS, drawn, score
+from typescore_list import TEXTS, Fake, score
 
 from zoo.errors import UserError
 from zoo.papers.typescore import instructions as lists
@@ -24,38 +24,10 @@ from zoo.papers.typescore import render as drawing
 from zoo.papers.typescore.agreement import agreement
 from zoo.papers.typescore.coarse import Clip, Coarse, scored
 from zoo.papers.typescore.compare import Compare
-from zoo.papers.typescore.extractors import Extraction, Oracle
+from zoo.papers.typescore.extractors import Oracle
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import Corruption, save_all
 from zoo.papers.typescore.results import Result, load_all, pair, pairs, resolution, z_of
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """What `drawn` leaves."""
-    return drawn(tmp_path)
-
-
-@dataclasses.dataclass(frozen=True)
-class Fake:
-    """Reads what the renderer drew, with every "e" read as `e_as`."""
-
-    e_as: str = "e"
-
-    name: ClassVar[str] = "fake"
-    batch: ClassVar[int] = 2
-
-    def version(self) -> str:
-        return "1"
-
-    def check(self) -> None: ...
-
-    @property
-    def described(self) -> dict[str, Any]:
-        return {"name": "fake", "version": "1", "config": {"e_as": self.e_as}}
-
-    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
-        return [Extraction(image.info[drawing.TEXT].replace("e", self.e_as)) for image in images]
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +96,7 @@ def test_pictures_are_scored_for_the_texts_that_they_were_evaluated_for(models: 
     result = load_all([str(models / "good-typescore")])[0]
     known = {i.id: i for i in lists.read(models / "wanted.jsonl")}
     known["t-1"] = dataclasses.replace(known["t-1"], text="Another text")
-    with pytest.raises(
-        UserError, match="wanted says 'Another text' of instruction 't-1', and good was evaluated for 'Open"
-    ):
+    with pytest.raises(UserError, match="'Another text' of instruction 't-1', and good was evaluated for 'Open"):
         scored(result, Coarse(), known)
     known = {i.id: i for i in lists.read(models / "wanted.jsonl")}
     (models / "good" / "t-1_0.png").write_bytes(b"no picture")
@@ -223,7 +193,6 @@ def test_results_that_do_not_compare_are_refused(models: Path, folder: Path) -> 
     good = str(models / "good-typescore")
     for fields, what in (
         ({"case_sensitive": True}, "normalisation.case_sensitive"),
-        ({"weights": (1.0, 1.0, 0.0)}, "weights"),
         ({"extractor": Fake()}, "extractor.name"),
     ):
         out = models / f"other-{what}"
@@ -288,10 +257,8 @@ def test_where_less_is_better_the_right_order_and_infinite_z_keep_their_sign(mod
     assert [one["label"] for one in found["ranking"]] == list(truth)
     assert found["resolution"]["TypeScore"]["right"] == 1
     assert all(one["z"] < -1.96 for one in found["pairs"])
-    assert (
-        Compare(tuple(out), str(models / "x"), truth=truth[::-1], resamples=5).run()["resolution"]["TypeScore"]["right"]
-        == 0
-    )
+    found = Compare(tuple(out), str(models / "x"), truth=truth[::-1], resamples=5).run()
+    assert found["resolution"]["TypeScore"]["right"] == 0
     text = (models / "x" / "comparison.md").read_text()
     assert "kind=dissimilarity, weights NED 2, NLCS 1, SW 0" in text
     assert "case_sensitive=false, ignore_punct=false, piece_mode=join" in text
@@ -320,9 +287,8 @@ def test_one_result_is_enough_to_compare_it_with_people(models: Path) -> None:
     assert "Agreement with people: 8 ratings on 8 instructions; 0 lines" in text
     assert "| by picture: accuracy on pairs | 0.50" in text  # all score 100, and a tie is half right
     assert "| 28 |" in text
-    for field in ({"surrogate": True}, {"clip": "weights"}):
-        with pytest.raises(UserError, match="one model; name two results, or leave"):
-            Compare((good,), human=str(path), **field)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="one model; name two results, or leave"):
+        Compare((good,), human=str(path), surrogate=True)
 
 
 def test_a_comparison_is_never_put_in_place_of_that_of_other_results(models: Path) -> None:
@@ -330,9 +296,7 @@ def test_a_comparison_is_never_put_in_place_of_that_of_other_results(models: Pat
     out = models / "x"
     Compare((good, fair), str(out), resamples=5).run()
     before = (out / "comparison.json").read_bytes()
-    with pytest.raises(
-        UserError, match=r"x holds a comparison of other results \(\.\./fair-typescore, .*name another .*out=FOLDER"
-    ):
+    with pytest.raises(UserError, match=r"comparison of other results \(\.\./fair-typescore, .*out=FOLDER"):
         Compare((good, poor), str(out), resamples=5).run()
     assert (out / "comparison.json").read_bytes() == before
     Compare((fair, good), str(out), resamples=9, seed=3).run()  # the same results
@@ -391,13 +355,11 @@ def test_extractors_are_compared_on_the_same_pictures(models: Path) -> None:
         with pytest.raises(UserError, match=message):
             Compare(some, str(models / "y"), extractors=True).run()
     score(models, "good", out=str(models / "strict"), extractor=Fake(), case_sensitive=True).run()
-    with pytest.raises(
-        UserError, match=r"differ in normalisation\.case_sensitive: false -> true; evaluate both in one way$"
-    ):
+    with pytest.raises(UserError, match=r"normalisation\.case_sensitive: false -> true; evaluate both"):
         Compare((good, str(models / "strict")), str(models / "y"), extractors=True).run()
     for field, value in (("truth", ("good",)), ("human", "ratings.csv"), ("surrogate", True)):
         with pytest.raises(UserError, match=f"compares extractors, and {field} is for models"):
-            Compare(names, extractors=True, **{field: value})  # type: ignore[arg-type]
+            Compare(names, extractors=True, **{field: value})
     path = Path(mine) / "records.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     lost = [rows[0] | {"error": "no answer", "score": None}, *rows[1:]]
@@ -584,10 +546,8 @@ def test_models_whose_folders_share_a_name_are_told_apart(models: Path, monkeypa
     assert [one["label"] for one in found["models"]["of"]] == ["runs/a/out", "runs/b/out", "runs/c/out"]
     assert found["models"]["spearman"][0] == pytest.approx(1)
     shutil.copytree("runs/a/out-typescore", "runs/a/out")
-    assert [one.label for one in load_all(["runs/a/out", "runs/a/out-typescore"])] == [
-        "runs/a/out",
-        "runs/a/out-typescore",
-    ]
+    both = ["runs/a/out", "runs/a/out-typescore"]
+    assert [one.label for one in load_all(both)] == both
 
 
 def test_judgements_of_pictures_that_were_not_read_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -602,9 +562,7 @@ def test_judgements_of_pictures_that_were_not_read_are_counted_and_left_out(tmp_
     assert "models" not in found
     with pytest.raises(UserError, match=r"rates 0 pictures that were read \(1 lines are of others\)"):
         agreement(judged(path, RATED, [("t7_0.png", 1)]), [one])
-    with pytest.raises(
-        UserError, match=r"line 2: the results have no picture 'zzz'; known: t0_0\.png, .* and 195 more"
-    ) as told:
+    with pytest.raises(UserError, match=r"no picture 'zzz'; known: t0_0\.png, .* and 195 more") as told:
         agreement(judged(path, RATED, [("zzz", 1)]), [one])
     assert len(str(told.value)) < 300
 
