@@ -1,9 +1,12 @@
-"""How a mistake of the user is told."""
+"""How a mistake of the user is told, and a pickle that nobody should load."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,3 +21,13 @@ def told(*words: str) -> Iterator[None]:
     said = str(error.value)
     assert "\n" not in said, said
     assert [word for word in words if word not in said] == [], said
+
+
+class Payload:
+    """Pickled, this makes a folder when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)

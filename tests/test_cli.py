@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mistakes import Payload
 from PIL import Image
 
 import zoo
@@ -37,16 +37,6 @@ TEXT = dataclasses.replace(
     text=T5(width=8, heads=1, head_dim=8, mlp=8, depth=1, vocab=40, tokens=4),
 )
 LM = TarFlowLM(length=8, dims=2, layers=(Layer("mixd", depth=1, components=27),), width=8, head_dim=8)
-
-
-class Payload:
-    """Pickled, this makes a file when it is loaded."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
 
 
 def export_of(folder: Path, task: Any, /, **about: Any) -> Path:
