@@ -264,15 +264,8 @@ def test_truncated_missing_and_foreign_exports_are_refused(tmp_path):
 
 
 def test_card_tells_the_facts():
-    text = weights.card(
-        task="zoo.papers.tarflow.TarFlow",
-        paper="TarFlow (arXiv:2412.06329)",
-        data="digits, 1,500 scans",
-        steps=2600,
-        metrics={"bpd": 2.2034567},
-        kind="raw",
-        parameters=407328,
-    )
+    about = {"paper": "TarFlow (arXiv:2412.06329)", "data": "digits, 1,500 scans", "steps": 2600, "kind": "raw"}
+    text = weights.card(task="zoo.papers.tarflow.TarFlow", metrics={"bpd": 2.2034567}, parameters=407328, **about)
     for fact in ("# TarFlow", "arXiv:2412.06329", "1,500 scans", "2,600", "2.20346", "407,328", "raw", "No licence"):
         assert fact in text
     assert "EMA" not in text
@@ -363,9 +356,8 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
 
 
 def test_prefixes_go_only_when_all_names_carry_them(tmp_path):
-    path = tmp_path / "a.npz"
-    np.savez(path, **{"module.a": np.zeros(1), "b": np.ones(1)})
-    assert set(weights.read_state_dict(path)) == {"module.a", "b"}
+    np.savez(tmp_path / "a.npz", **{"module.a": np.zeros(1), "b": np.ones(1)})
+    assert set(weights.read_state_dict(tmp_path / "a.npz")) == {"module.a", "b"}
 
 
 def test_nested_torch_checkpoints_are_unwrapped(tmp_path):
