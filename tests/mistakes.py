@@ -15,11 +15,12 @@ from zoo.errors import UserError
 
 @contextlib.contextmanager
 def told(*words: str) -> Iterator[None]:
-    """The block ends in a sentence of one line, in which all these words are."""
+    """The block ends in a sentence of one line, of a length that is read, in which all these words are."""
     with pytest.raises(UserError) as error:
         yield
     said = str(error.value)
     assert "\n" not in said, said
+    assert len(said) < 1200, said
     assert [word for word in words if word not in said] == [], said
 
 

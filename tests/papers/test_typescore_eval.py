@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mistakes import told
 from PIL import Image
 from typescore_list import LIST, TEXTS, Fake, line, score
 
@@ -136,7 +137,7 @@ def test_a_second_run_that_is_stopped_leaves_nothing_that_looks_finished(folder:
     with pytest.raises(KeyboardInterrupt):
         dataclasses.replace(first, extractor=Fake(stops_after=1)).run()
     assert not any((out / name).exists() for name in made)
-    with pytest.raises(UserError, match="has not come to its end"):
+    with told("end"):
         load_all([str(out)])
     first.run()
     assert all((out / name).stat().st_mtime_ns > before[name] for name in made)
@@ -151,15 +152,15 @@ def test_results_of_another_setting_are_never_overwritten(folder: Path) -> None:
         ({"case_sensitive": True}, "normalisation.case_sensitive: false -> true"),
         ({"limit": 3, "out": out}, "wanted_sha256"),
     ):
-        with pytest.raises(UserError, match=f"another setting .*{what}.*out=FOLDER"):
+        with told(what, "out=FOLDER"):
             score(folder, **fields).run()
     (folder / "b").mkdir()
     save_all(LIST[:2], folder / "b", size=64)
-    with pytest.raises(UserError, match=r'images: "\.\./a" -> "\.\./b"'):
+    with told('images: "../a" -> "../b"'):
         score(folder, "b", out=out).run()
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.txt").write_text("dear to me")
-    with pytest.raises(UserError, match="no folder of results"):
+    with told("mine", "no folder of results"):
         score(folder, out=str(folder / "mine")).run()
     assert (folder / "a-typescore" / "records.jsonl").read_bytes() == before
     os.rename(folder, folder.with_name("moved"))  # pictures and results together
@@ -186,9 +187,8 @@ def test_a_mistake_is_named_before_anything_is_read(
 ) -> None:
     monkeypatch.chdir(folder)
     (folder / "odd.jsonl").write_text('{"id": "t-0", "text": "?!"}\n')
-    with pytest.raises(UserError) as told:
+    with told(*named.split()):
         dataclasses.replace(score(folder, extractor=Fake(stops_after=-1)), **fields).run()
-    assert [word for word in named.split() if word not in str(told.value)] == []
     assert not (folder / "a-typescore").exists()
 
 
@@ -206,10 +206,10 @@ def test_pictures_are_found_by_id_and_number(tmp_path: Path) -> None:
         ("a_x_0.jpeg", "a_x", 0),
     ]
     (tmp_path / "a_02.png").touch()
-    with pytest.raises(UserError, match="one picture of 'a'"):
+    with told("one picture of 'a'"):
         find(tmp_path, some)
     (tmp_path / "a_02.png").unlink()
-    with pytest.raises(UserError, match=r"a_2\.JPG is a picture of 'a_2' and number 2 of 'a'"):
+    with told("a_2.JPG", "'a_2'", "2 of 'a'"):
         find(tmp_path, [*some, dataclasses.replace(LIST[0], id="a_2")])
 
 
@@ -257,15 +257,11 @@ def test_a_scorer_of_a_run_is_checked_before_the_first_step(folder: Path, monkey
     made = TypeScore(wanted, extractor=Oracle(), limit=2)
     made.check()
     assert made.prompts() == {one.id: one.instruction for one in LIST[:2]}
-    for fields, message in (
-        ({"images": "somewhere"}, "images=somewhere is for a folder of pictures"),
-        ({"out": "here"}, "out=here is for a folder of pictures"),
-        ({"wanted": "none.jsonl"}, "none.jsonl"),
-    ):
-        with pytest.raises(UserError, match=message):
-            dataclasses.replace(made, **fields).check()
+    for field, value in (("images", "somewhere"), ("out", "here"), ("wanted", "none.jsonl")):
+        with told(value):
+            dataclasses.replace(made, **{field: value}).check()
     monkeypatch.setattr(Oracle, "check", lambda self: (_ for _ in ()).throw(UserError("no package")))
-    with pytest.raises(UserError, match="no package"):
+    with told("no package"):
         made.check()
 
 
@@ -424,7 +420,7 @@ def test_an_extractor_that_repairs_is_told_from_one_that_reads(tmp_path: Path) -
     part = dataclasses.replace(few, extractor=Fake(fails=("bread",)), out=str(tmp_path / "part")).run()
     assert part["failed"] == 2
     assert part["verdict"] == "faithful"
-    with pytest.raises(UserError, match="read none of 24 pictures; the first: no answer"):
+    with told("none of 24", "no answer"):
         dataclasses.replace(few, extractor=Fake(fails=("",)), out=str(tmp_path / "none")).run()
 
 
@@ -441,26 +437,24 @@ def test_a_calibration_of_another_setting_is_never_overwritten(tmp_path: Path, m
         ({"case_sensitive": True}, "normalisation.case_sensitive: false -> true"),
         ({"texts": tuple("many words " * 9 + str(i) for i in range(99))}, "texts: "),
     ):
-        with pytest.raises(UserError, match=r"a calibration of another setting .*out=FOLDER") as caught:
+        with told("calibration", what, "out=FOLDER"):
             dataclasses.replace(first, **fields).run()
-        assert what in str(caught.value)
-        assert len(str(caught.value)) < 1200
     assert file.read_bytes() == before
     dataclasses.replace(first, cache="kept").run()  # of the same setting, made anew
     assert json.loads(file.read_bytes())["setting"] == json.loads(before)["setting"]
     (file.parent / "setting.json").write_text("[]")
-    with pytest.raises(UserError, match=r"setting\.json is damaged; name another folder with out=FOLDER"):
+    with told("setting.json", "damaged", "out=FOLDER"):
         first.run()
     for _ in range(2):  # a cache within it is no stranger
         dataclasses.replace(first, out="cal", cache="cal/cache").run()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "calibration.md").write_text("dear to me")
-    with pytest.raises(UserError, match="out=mine is no folder of a calibration"):
+    with told("out=mine", "calibration"):
         dataclasses.replace(first, extractor=unread, out="mine").run()
 
 
 def test_a_text_of_punctuation_alone_calibrates_nothing_where_it_is_ignored() -> None:
-    with pytest.raises(UserError, match=r"texts: '\?!' is nothing without its punctuation; leave ignore_punct out"):
+    with told("'?!'", "ignore_punct"):
         Calibrate(texts=("Open daily", "?!"), ignore_punct=True)
     assert Calibrate(texts=("Open daily", "?!")).texts[1] == "?!"
 
@@ -475,15 +469,15 @@ def test_eval_runs_a_config_without_a_model(folder: Path, capsys: pytest.Capture
     (folder / "a" / "t-0_0.png").write_bytes(b"")
     assert cli.main(["eval", "typescore/oracle", *fields]) == 1  # done, with losses
     assert json.loads(capsys.readouterr().out)["failed"] == 1
-    for words, message in (
-        (["typescore/oracle", "images=nowhere"], "images=nowhere does not exist"),
-        (["tarflow/digits"], "holds a Run, which measures nothing by itself"),
-        (["runs/none", "draws=3"], "zoo eval runs/none METRIC"),
-        (["lost.py"], "no config file 'lost.py'"),
-        (["runs/none", "--raw", "bpdd"], "no metric 'bpdd'"),  # a metric behind a flag is one still
+    for words, named in (
+        ("typescore/oracle images=nowhere", "images=nowhere"),
+        ("tarflow/digits", "a Run"),
+        ("runs/none draws=3", "METRIC"),
+        ("lost.py", "'lost.py'"),
+        ("runs/none --raw bpdd", "'bpdd'"),  # a metric behind a flag is one still
     ):
-        assert cli.main(["eval", *words]) == 2
-        assert message in capsys.readouterr().err
+        assert cli.main(["eval", *words.split()]) == 2
+        assert named in capsys.readouterr().err
 
 
 def test_every_config_of_typescore_opens_and_stands_alone() -> None:
