@@ -406,7 +406,7 @@ def test_an_export_is_the_run(root: Path, tmp_path: Path, capsys: pytest.Capture
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pth"])
+@pytest.mark.parametrize("suffix", [".npz", ".pth"])
 def test_the_published_layout_and_back(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str):
     if suffix == ".pth":
         pytest.importorskip("torch")
