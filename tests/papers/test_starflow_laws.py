@@ -26,23 +26,12 @@ WORDS = {"classes": 0, "text_tokens": 3, "text_width": 32, "captions": "features
 VARIANTS = {
     "start": TINY,
     "shifted": dataclasses.replace(
-        TINY,
-        start=False,
-        scale="exp",
-        clip=0.0,
-        final_norm=False,
-        condition="all",
-        positions="learned",
-        scan=False,
+        TINY, start=False, scale="exp", clip=0.0, final_norm=False, condition="all", positions="learned", scan=False
     ),
     "lm": dataclasses.replace(TINY, lm=starflow.LanguageModel(32, 4, 2, 8, 48), **WORDS),
-    "patch": dataclasses.replace(  # without a condition, and with a language model without norms
-        TINY,
-        patch=2,
-        order="R2L",
-        classes=0,
-        head_dim=16,
-        lm=starflow.LanguageModel(32, 4, 4, 8, 48, qk_norm=False, post_norm=False),
+    # without a condition, and with a language model without norms
+    "patch": dataclasses.replace(
+        TINY, patch=2, order="R2L", classes=0, head_dim=16, lm=starflow.LanguageModel(32, 4, 4, 8, 48, False, False)
     ),
 }
 

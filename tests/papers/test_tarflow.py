@@ -81,9 +81,6 @@ class Case:
     def labels(self, *rows):
         return jnp.concatenate(rows) if self.task.classes else None
 
-    def times(self, x, n):
-        return jnp.concatenate([x] * n)
-
     def loss(self, params, label):
         z, logdet = forward(self.task, params, self.x, label)
         return 0.5 * jnp.square(z).mean() - logdet.mean()
@@ -92,7 +89,7 @@ class Case:
         kinds = ("", "_nolabel", "_droplabel") if self.task.classes else ("",)
         patches = patchify(self.x, self.task.patch)
         label = self.labels(self.label, self.none, self.drop)
-        states, logdets = self.task.stack.flow(params, self.times(patches, len(kinds)), label)
+        states, logdets = self.task.stack.flow(params, jnp.concatenate([patches] * len(kinds)), label)
         n = len(patches)
         out = {
             "patches": states[0][:n],
@@ -138,7 +135,10 @@ class Case:
         # denoised data and denoised samples
         kinds = {"denoised": self.label, **({"denoised_nolabel": self.none} if task.classes else {})}
         both = patchify(jnp.concatenate([self.x, nhwc(self.f["out/sample_plain"])]), task.patch)
-        x, label = self.times(both, len(kinds)), self.labels(*(y for y in (self.label, self.none) for _ in range(2)))
+        x, label = (
+            jnp.concatenate([both] * len(kinds)),
+            self.labels(*(y for y in (self.label, self.none) for _ in range(2))),
+        )
         score, clean = task.stack.score(params, x, label), task.stack.denoise(params, x, task.noise, label)
         found = [jnp.split(unpatchify(y, task.patch, task.channels), 2 * len(kinds)) for y in (score, clean)]
         for i, name in enumerate(kinds):
@@ -159,7 +159,7 @@ class Case:
             kinds["sample_nolabel_guided_annealed"] = Guidance(w), tau, self.none
         parts, taus, labels = zip(*kinds.values())
         guidance = Rows.by(task.stack, parts, attention_temperature=jnp.repeat(jnp.array(taus), n))
-        drawn = inverse(task, params, self.times(self.z0, len(kinds)), self.labels(*labels), guidance)[-1]
+        drawn = inverse(task, params, jnp.concatenate([self.z0] * len(kinds)), self.labels(*labels), guidance)[-1]
         return dict(zip(kinds, jnp.split(drawn, len(kinds))))
 
     def _trained(self):
@@ -256,7 +256,7 @@ def test_full_sweeps_equal_the_official_samples(case):
     def run(params):
         guidance = Rows.by(case.task.stack, [Guidance(0.0), Guidance(w)], attention_temperature=tau)
         label = case.labels(case.label, case.label)
-        return inverse(case.task, params, case.times(case.z0, 2), label, guidance, method)[-1]
+        return inverse(case.task, params, jnp.concatenate([case.z0] * 2), label, guidance, method)[-1]
 
     drawn = run(case.params)
     for ours, name in zip((drawn[:n], drawn[n:]), ("sample_plain", "sample_guided_annealed"), strict=True):
@@ -287,7 +287,6 @@ def test_learning_rate_equals_the_official_schedule():
 
 
 # --- laws, with random weights: fresh ones give constant outputs and hide every mistake -------------
-
 
 OUT = np.repeat((0.015, 0.05), TINY.dims)  # smaller log-scales than shifts
 
@@ -439,7 +438,7 @@ def test_eight_devices_agree_with_one():
         built = mesh.build()
         with dist.use(built):
             placed = jax.device_put(params, dist.shardings(boxed, built))
-            got = jax.jit(loss)(placed, {"image": jax.device_put(x, dist.batch_sharding(built))})
+            got = jax.jit(lambda p, b: loss(p, b))(placed, {"image": jax.device_put(x, dist.batch_sharding(built))})
         assert abs(float(got) - float(want)) < 1e-6, mesh
 
 
