@@ -22,7 +22,7 @@ from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 
 TAR = TarFlow(image=6, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=2, scan=False)
-SHIFTS = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=3, head_dim=8, scale=False, scan=False)
+SHIFTS = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, scale=False, scan=False)
 STAR = StarFlow(
     latent=(2, 3), channels=2, width=20, depths=(1, 1), head_dim=20, classes=2, reach=3.0, condition="all", scan=False
 )
@@ -149,8 +149,9 @@ def test_statistics_of_shifts_alone_and_of_a_start_token(task: Any, monkeypatch:
     metric = Convergence(samples=4)
     want = by_hand(task, params, [(first_rows(task, 4), 4, jax.random.fold_in(RNG, 0))])
     compare(metric(task, params, DATA, RNG)["blocks"], want)
-    other = Convergence(samples=4, split="test")(task, params, DATA, RNG)["blocks"]
-    assert abs(other[0]["igm_v"] - want[0]["igm_v"]) > 1e-3
+    if task is SHIFTS:
+        other = Convergence(samples=4, split="test")(task, params, DATA, RNG)["blocks"]
+        assert abs(other[0]["igm_v"] - want[0]["igm_v"]) > 1e-3
 
 
 def test_a_block_that_changes_nothing_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
