@@ -1,12 +1,14 @@
-"""Fresh parameters for tests, without a program of their own to compile."""
+"""Fresh and random parameters for tests, without a program of their own to compile."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from zoo import dist
+from zoo import dist, weights
 
 
 def drawn(init: Callable[[Any], Any], seed: Any) -> Any:
@@ -28,3 +30,27 @@ def fresh(task: Any, seed: int = 0) -> Any:
 def placed(init: Callable[[Any], Any], where: Any) -> Callable[[Any], Any]:
     """Instead of `zoo.train.step.compile_init`."""
     return lambda seed: jax.device_put(drawn(init, seed), where, may_alias=False)
+
+
+def randomised(task: Any, out: Any = 0.05, seed: int = 0) -> Any:
+    """Parameters of a flow in which masks, orders and shifts show, and which still invert well: fresh blocks are affine maps.
+
+    Args:
+        out: standard deviation of the kernels that make log-scale and shift, one for all columns or one for each.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, x: Any) -> jax.Array:
+        *_, module, name = (key.key for key in path)
+        normal = rng.normal(size=x.shape)
+        if name == "var":
+            value = np.ones(x.shape) if task.scale else 1 + 0.3 * np.tanh(normal)
+        elif name == "scale":
+            value = 0.5 + 0.1 * normal
+        elif len(path) == 3 and (module, name) == ("out", "kernel"):
+            value = out * normal
+        else:
+            value = (0.2 if name == "kernel" else 0.1) * normal
+        return jnp.asarray(value, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, weights.abstract(task))

@@ -48,7 +48,7 @@ MAY = {
         "train.optim", "train.step", "train.checkpoint", "train.report",
     },
     "train.loop": {
-        "config", "dist", "data", "hosts", "models", "paths", "run", "weights",
+        "config", "dist", "data", "draws", "hosts", "models", "paths", "run", "weights",
         "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",
     },
     "commands": {

@@ -1,11 +1,11 @@
 """Laws of zoo.weights: layouts, exports, published checkpoints, filling, StableHLO."""
 
+import hashlib
 import json
 import os
 import pickle
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,10 +14,12 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from mistakes import Payload, told
 
 from zoo import weights
 from zoo.errors import UserError
 from zoo.task import About, Name, Network
+from zoo.weights import export
 
 CONFIG = {"task": {"class": "zoo.papers.fake.Fake", "width": 3}, "noise": 0.05, "labels": ["nought", "naïve"]}
 
@@ -97,11 +99,9 @@ def test_flatten_and_back():
 @pytest.mark.parametrize("convert", [lambda x: x, np.asarray], ids=["jax", "numpy"])
 def test_unrolled_and_stacked_are_the_same_to_the_bit(convert):
     unrolled = jax.tree.map(convert, fresh(scan=False, depth=11))
-    flat = weights.flatten(weights.stacked(unrolled))
-    assert flat["net/trunk/block/qkv/bias"].shape == (11, 3, 2, 2)
-    np.testing.assert_array_equal(
-        flat["net/trunk/block/qkv/bias"][10], unrolled["net"]["trunk"]["layer10"]["qkv"]["bias"]
-    )
+    bias = weights.flatten(weights.stacked(unrolled))["net/trunk/block/qkv/bias"]
+    assert bias.shape == (11, 3, 2, 2)
+    np.testing.assert_array_equal(bias[10], unrolled["net"]["trunk"]["layer10"]["qkv"]["bias"])
     same(weights.matching(weights.stacked(unrolled), unrolled), unrolled)
     same(weights.matching(unrolled, weights.stacked(unrolled)), weights.stacked(unrolled))
     same(weights.stacked(weights.stacked(unrolled)), weights.stacked(unrolled))
@@ -158,11 +158,9 @@ def test_layouts_work_on_shapes_and_inside_jit():
 
 def test_matching_names_what_differs():
     params = fresh()
-    with pytest.raises(UserError, match=r"trunk/block has 3 layers, but 2 are expected"):
+    with told("trunk/block", "3 layers", "2"):
         weights.matching(params, fresh(scan=False, depth=2))
-    with pytest.raises(
-        UserError, match=r"missing \(1\): prior/var; unexpected \(1\): net/new; wrong shape \(1\): prior/count"
-    ):
+    with told("missing (1): prior/var", "unexpected (1): net/new", "wrong shape (1): prior/count"):
         weights.matching({"net": {**params["net"], "new": jnp.zeros(1)}, "prior": {"count": jnp.zeros(3)}}, params)
 
 
@@ -184,8 +182,6 @@ def test_export_round_trip_to_the_bit(tmp_path):
 
 
 def test_equal_weights_make_equal_files_and_the_card_names_the_sum(tmp_path):
-    import hashlib
-
     for name in ("a", "b"):
         weights.save(tmp_path / name, fresh(), CONFIG, "# card")
     for file in ("model.safetensors", "config.json", "README.md"):
@@ -200,31 +196,28 @@ def test_save_replaces_an_export_and_nothing_else(tmp_path):
     weights.save(out, fresh(1), {"x": 1}, "new")
     same(weights.load(out)[0], jax.device_get(fresh(1)))
     (out / "thesis.tex").write_text("dear")
-    with pytest.raises(UserError, match=r"not an export: it holds thesis.tex"):
-        weights.save(out, fresh(2), CONFIG, "")
-    assert weights.load(out)[1] == {"x": 1}
-    run = tmp_path / "run"
-    run.mkdir()
+    (run := tmp_path / "run").mkdir()
     (run / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"has no model.safetensors"):
-        weights.save(run, fresh(), CONFIG, "")
-    with pytest.raises(UserError, match=r"is a file"):
-        weights.save(run / "config.json", fresh(), CONFIG, "")
-    with pytest.raises(UserError, match=r"cannot write"):
-        weights.save(run / "config.json" / "below", fresh(), CONFIG, "")
+    for place, word in (
+        (out, "thesis.tex"),
+        (run, "no model.safetensors"),
+        (run / "config.json", "is a file"),
+        (run / "config.json" / "below", "cannot write"),
+    ):
+        with told(str(place), word):
+            weights.save(place, fresh(2), CONFIG, "")
+    assert weights.load(out)[1] == {"x": 1}
     assert sorted(os.listdir(tmp_path)) == ["out", "run"]
 
 
 def test_a_failed_save_leaves_the_earlier_export(tmp_path, monkeypatch):
-    from zoo.weights import export
-
     weights.save(tmp_path / "out", fresh(0), CONFIG, "")
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "save_file", fail)
-    with pytest.raises(UserError, match=r"\(No space left on device\); free some space"):
+    with told("(No space left on device)"):
         weights.save(tmp_path / "out", fresh(1), CONFIG, "")
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["out"]
@@ -232,12 +225,12 @@ def test_a_failed_save_leaves_the_earlier_export(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_every_flipped_byte_is_detected(tmp_path, file):
+def test_every_flipped_byte_is_detected_and_the_file_named(tmp_path, file):
     params = {"a": {"w": jnp.arange(4.0)}, "h": jnp.ones((2, 2), jnp.bfloat16)}
     weights.save(tmp_path, params, CONFIG, "")
     want = weights.load(tmp_path)
     whole = (tmp_path / file).read_bytes()
-    silent = []
+    refused, silent = [], 0
     for place in range(len(whole)):
         for bits in (0x01, 0x0F, 0xFF):  # 0x0F turns the dtype F32 into I32
             broken = bytearray(whole)
@@ -246,51 +239,33 @@ def test_every_flipped_byte_is_detected(tmp_path, file):
             try:
                 params, config = weights.load(tmp_path)
             except UserError as error:
-                message = str(error)
-            else:
-                same(params, want[0])  # a flip in white space may pass when nothing came of it
-                assert config == want[1]
-                silent.append(place)
+                refused.append(str(error))
                 continue
-            assert file in message
-    assert len(silent) < 0.1 * len(whole)
-
-
-def test_a_flipped_byte_of_a_tensor_is_named(tmp_path):
-    weights.save(tmp_path, fresh(), CONFIG, "")
-    path = tmp_path / "model.safetensors"
-    broken = bytearray(path.read_bytes())
-    broken[-1] ^= 1  # tensors lie in order of dtype and name: the last is prior/count or prior/var
-    path.write_bytes(broken)
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged: the sha256 of 'prior/\w+' .* again"):
-        weights.load(tmp_path)
+            same(params, want[0])  # a flip in white space may pass when nothing came of it
+            assert config == want[1]
+            silent += 1
+    assert all(file in said for said in refused)
+    assert silent < 0.1 * len(whole)
 
 
 def test_truncated_missing_and_foreign_exports_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"is no export: it has no model\.safetensors"):
+    with told("nowhere", "no model.safetensors"):
         weights.load(tmp_path / "nowhere")
     weights.save(tmp_path / "out", fresh(), CONFIG, "")
     path = tmp_path / "out" / "model.safetensors"
     whole = path.read_bytes()
     for length in (0, 4, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="not a whole safetensors file"):
+        with told("not a whole"):
             weights.load(tmp_path / "out")
     weights.write_state_dict(path, {"w": np.zeros(2)})
-    with pytest.raises(UserError, match="was not written by `zoo export`"):
+    with told("`zoo export`"):
         weights.load(tmp_path / "out")
 
 
 def test_card_tells_the_facts():
-    text = weights.card(
-        task="zoo.papers.tarflow.TarFlow",
-        paper="TarFlow (arXiv:2412.06329)",
-        data="digits, 1,500 scans",
-        steps=2600,
-        metrics={"bpd": 2.2034567},
-        kind="raw",
-        parameters=407328,
-    )
+    about = {"paper": "TarFlow (arXiv:2412.06329)", "data": "digits, 1,500 scans", "steps": 2600, "kind": "raw"}
+    text = weights.card(task="zoo.papers.tarflow.TarFlow", metrics={"bpd": 2.2034567}, parameters=407328, **about)
     for fact in ("# TarFlow", "arXiv:2412.06329", "1,500 scans", "2,600", "2.20346", "407,328", "raw", "No licence"):
         assert fact in text
     assert "EMA" not in text
@@ -328,13 +303,12 @@ def test_official_lists_every_mismatch():
     state = official(depth=9)
     state["extra"], state["class_embed"] = np.zeros(1), np.zeros((6, 1, 4))
     del state["var"], state["0.qkv.bias"]
-    with pytest.raises(UserError) as error:
+    with told(
+        "missing (2): var, 0.qkv.bias",
+        "unexpected (13): 3.qkv.bias, 3.qkv.weight, 4.qkv.bias, 4.qkv.weight, 5.qkv.bias, and 8 more",
+        "wrong shape (1): class_embed is 6x1x4 (expected 5x1x4)",
+    ):
         weights.from_official(Fake(depth=3), state)
-    text = str(error.value)
-    assert "missing (2): var, 0.qkv.bias" in text
-    assert "unexpected (13): 3.qkv.bias, 3.qkv.weight, 4.qkv.bias, 4.qkv.weight, 5.qkv.bias, and 8 more" in text
-    assert "wrong shape (1): class_embed is 6x1x4 (expected 5x1x4)" in text
-    assert "\n" not in text
 
 
 def test_official_wants_a_complete_table():
@@ -343,14 +317,8 @@ def test_official_wants_a_complete_table():
             return [name for name in super().import_names() if name.source not in ("count", "1.qkv.bias")]
 
     state = {name: x for name, x in official().items() if name not in ("count", "1.qkv.bias")}
-    with pytest.raises(UserError, match=r"no tensor fills \(2\): net/trunk/block/qkv/bias, prior/count"):
+    with told("(2): net/trunk/block/qkv/bias, prior/count"):
         weights.from_official(Partial(), state)
-
-    class Without:
-        init = Fake().init
-
-    with pytest.raises(UserError, match="Without knows no published layout"):
-        weights.from_official(Without(), state)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pth"])
@@ -367,7 +335,7 @@ def test_state_dict_files_round_trip(tmp_path, suffix):
     same({n: read[n] for n in sorted(read)}, {n: state[n] for n in sorted(state)})
     assert os.listdir(path.parent) == [path.name]
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match=path.name):
+    with told(path.name):
         weights.read_state_dict(path)
 
 
@@ -380,20 +348,16 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
         raise RuntimeError("enforce fail: unexpected pos")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(UserError, match=r"cannot write .*a\.pth"):
-        weights.write_state_dict(path, {"w": np.zeros(2)})
-    with pytest.raises(UserError, match=r"cannot write .*b\.npz"):
-        weights.write_state_dict(path / "b.npz", {"w": np.zeros(2)})
-    with pytest.raises(UserError, match=r"ends in '\.txt'"):
-        weights.write_state_dict(tmp_path / "b.txt", {"w": np.zeros(2)})
+    for place, words in ((path, "cannot write"), (path / "b.npz", "cannot write"), (tmp_path / "b.txt", "'.txt'")):
+        with told(place.name, words):
+            weights.write_state_dict(place, {"w": np.zeros(2)})
     assert os.listdir(tmp_path) == ["a.pth"]
     assert weights.read_state_dict(path)["w"].tolist() == [1, 1]
 
 
 def test_prefixes_go_only_when_all_names_carry_them(tmp_path):
-    path = tmp_path / "a.npz"
-    np.savez(path, **{"module.a": np.zeros(1), "b": np.ones(1)})
-    assert set(weights.read_state_dict(path)) == {"module.a", "b"}
+    np.savez(tmp_path / "a.npz", **{"module.a": np.zeros(1), "b": np.ones(1)})
+    assert set(weights.read_state_dict(tmp_path / "a.npz")) == {"module.a", "b"}
 
 
 def test_nested_torch_checkpoints_are_unwrapped(tmp_path):
@@ -406,28 +370,16 @@ def test_nested_torch_checkpoints_are_unwrapped(tmp_path):
     np.testing.assert_array_equal(read["w"], tensor.detach().float().numpy())
     torch.save({"model": torch.zeros(2)}, path)
     assert list(weights.read_state_dict(path)) == ["model"]
-    torch.save({"w": torch.zeros(2), "epoch": 3}, path)
-    with pytest.raises(UserError, match="entries that are not tensors: epoch"):
-        weights.read_state_dict(path)
-    torch.save([torch.zeros(2)], path)
-    with pytest.raises(UserError, match="holds a list"):
-        weights.read_state_dict(path)
-
-
-class Malicious:
-    """Unpickling this makes a file."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
+    for held, word in (({"w": torch.zeros(2), "epoch": 3}, "epoch"), ([torch.zeros(2)], "list")):
+        torch.save(held, path)
+        with told(word):
+            weights.read_state_dict(path)
 
 
 @pytest.mark.parametrize("name", ["zip.pth", "plain.pth", "plain4.pt", "array.npz", "plain.npz", "plain.safetensors"])
 def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, name):
     mark, path = tmp_path / "ran", tmp_path / name
-    payload = {"w": Malicious(mark)}
+    payload = {"w": Payload(mark)}
     if name == "zip.pth":
         pytest.importorskip("torch").save(payload, path)
     elif name == "array.npz":
@@ -446,18 +398,21 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, name):
 
 
 def test_unreadable_state_dicts_end_in_a_sentence(tmp_path, monkeypatch):
-    for name, text in {"a.txt": "one of .safetensors", "b": "ends in 'nothing'", "c.npz": "not a plain .npz"}.items():
+    for name in ("a.txt", "b", "c.npz"):
         (tmp_path / name).write_bytes(b"hello")
-        with pytest.raises(UserError, match=text):
-            weights.read_state_dict(tmp_path / name)
-    with pytest.raises(UserError, match="is no file"):
-        weights.read_state_dict(tmp_path / "none.pth")
     np.savez(tmp_path / "words.npz", w=np.zeros(1), names=np.array(["a"]))
-    with pytest.raises(UserError, match="not numbers: names"):
-        weights.read_state_dict(tmp_path / "words.npz")
+    for name, word in (
+        ("a.txt", ".npz"),
+        ("b", "'nothing'"),
+        ("c.npz", "plain"),
+        ("words.npz", "names"),
+        ("no.pth", ""),
+    ):
+        with told(name, word):
+            weights.read_state_dict(tmp_path / name)
     (tmp_path / "d.pth").write_bytes(b"hello")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"install the extra `torch`"):
+    with told("`torch`"):
         weights.read_state_dict(tmp_path / "d.pth")
 
 
@@ -466,7 +421,7 @@ def test_junk_torch_files_end_in_a_sentence(tmp_path):
     pytest.importorskip("torch")
     for junk in (b"", b"hello", b"PK\x03\x04junk", pickle.dumps({"w": 1})):
         (tmp_path / "d.pth").write_bytes(junk)
-        with pytest.raises(UserError, match=r"d\.pth"):
+        with told("d.pth"):
             weights.read_state_dict(tmp_path / "d.pth")
 
 
@@ -497,18 +452,16 @@ def test_fill_puts_trees_where_they_belong_and_reports(scan):
 
 def test_fill_refuses_what_does_not_fit():
     params = fresh()
-    with pytest.raises(UserError, match=r"'nett' is no part .* did you mean 'net'"):
-        weights.fill(params, {"nett": {}})
-    with pytest.raises(UserError, match=r"net/embed is 5x6 \(expected 5x4\)"):
-        weights.fill(params, {"": fresh(width=6)})
-    with pytest.raises(UserError, match=r"qkv/kernel is 2x4x3x2x2 \(expected 3x4x3x2x2\)"):
-        weights.fill(params, {"": {"net": fresh(depth=2, scan=False)["net"]}})
-    with pytest.raises(UserError, match=r"net/trunk/block has 2 layers, but 3 are expected"):
-        weights.fill(fresh(scan=False), {"": {"net": fresh(depth=2)["net"]}})
-    with pytest.raises(UserError, match=r"nothing given for 'net' has a place: it holds net/w"):
-        weights.fill(params, {"net": {"w": np.zeros(1)}})
-    with pytest.raises(UserError, match=r"nothing given for 'net' has a place: it holds net, the task has net/"):
-        weights.fill(params, {"net": np.zeros(1)})
+    net = fresh(depth=2, scan=False)["net"]
+    for into, given, words in (
+        (params, {"nett": {}}, ["'nett'", "'net'"]),
+        (params, {"": fresh(width=6)}, ["net/embed is 5x6 (expected 5x4)"]),
+        (params, {"": {"net": net}}, ["qkv/kernel is 2x4x3x2x2 (expected 3x4x3x2x2)"]),
+        (fresh(scan=False), {"": {"net": weights.stacked(net)}}, ["net/trunk/block", "2 layers", "3"]),
+        (params, {"net": {"w": np.zeros(1)}}, ["'net'", "net/w"]),
+    ):
+        with told(*words):
+            weights.fill(into, given)
 
 
 @pytest.mark.parametrize("theirs", [True, False])
@@ -516,14 +469,9 @@ def test_fill_refuses_what_does_not_fit():
 @pytest.mark.parametrize("depth", [2, 4])
 def test_a_part_of_another_depth_is_refused(depth, ours, theirs):
     params, tree = fresh(scan=ours), fresh(scan=theirs, depth=depth)["net"]
-    said = (
-        rf"^weights\.net=RUN:net has {depth} layers, this task has 3 \(task\.depth\): set task\.depth={depth}, or give"
-    )
-    with pytest.raises(UserError, match=said):
+    with told("weights.net=RUN:net", f"task.depth={depth}", "3"):
         weights.fill(params, {"net": tree}, {"net": "RUN:net"}, Fake())
-    with pytest.raises(
-        UserError, match=rf"weights\.net has {depth} layers, this task has 3; use a task of the same size"
-    ):
+    with told("weights.net", f"{depth} layers", "3"):
         weights.fill(params, {"net": tree})
 
 
@@ -539,12 +487,12 @@ def test_the_field_for_the_depth_is_that_of_the_network():
             return About(networks={"net": Network(self.net)})
 
     params, tree = {"net": fresh()["net"]}, fresh(depth=2)["net"]
-    with pytest.raises(UserError, match=r"this task has 3 \(task\.net\.depth\): set task\.net\.depth=2"):
+    with told("task.net.depth=2"):
         weights.fill(params, {"net": tree}, task=Holder())
-    with pytest.raises(UserError, match=r"this task has 3; use a task of the same size"):
+    with told("this task has 3; use"):
         weights.fill(params, {"net": tree}, task=Holder(net=Fake(depth=9)))
     for key, field in (("head", "head_depth"), ("body", "depth")):
-        with pytest.raises(UserError, match=rf"this task has 3 \(task\.{field}\): set task\.{field}=2"):
+        with told(f"task.{field}=2"):
             weights.fill({key: params["net"]}, {key: tree}, task=Holder())
 
 
@@ -552,36 +500,26 @@ def test_what_is_given_by_name_is_whole_and_nothing_is_left_over():
     params = fresh()
     net = jax.device_get(fresh(1)["net"])
     for tree, said in (
-        ({"trunk": net["trunk"]}, r"does not fit: missing \(1\): net/embed; use a task of the same size"),
-        ({"embed": net["embed"]}, r"missing \(2\): net/trunk/block/qkv/bias, net/trunk/block/qkv/kernel;"),
-        ({**net, "trunk": {**net["trunk"], "norm": np.zeros(2)}}, r"does not fit: left over \(1\): net/trunk/norm;"),
-        ({"trunk": net["trunk"], "embed": np.zeros(3)}, r"wrong shape \(1\): net/embed is 3 \(expected 5x4\)"),
+        ({"trunk": net["trunk"]}, "missing (1): net/embed;"),
+        ({**net, "trunk": {**net["trunk"], "norm": np.zeros(2)}}, "left over (1): net/trunk/norm;"),
+        ({"trunk": net["trunk"], "embed": np.zeros(3)}, "wrong shape (1): net/embed is 3 (expected 5x4)"),
     ):
         for reference in ("RUN:net", "RUN"):
-            with pytest.raises(UserError, match=rf"^weights\.net={reference} .*{said}"):
+            with told(f"weights.net={reference}", said):
                 weights.fill(params, {"net": tree}, {"net": reference})
-    more = {**net, "discriminator": {"w": np.zeros(2)}}
-    filled, report = weights.fill(
-        params, {"net": more}, {"net": "RUN"}
-    )  # a model that holds the part and something beside it
+    more = {**net, "discriminator": {"w": np.zeros(2)}}  # a model that holds the part and something beside it
+    filled, report = weights.fill(params, {"net": more}, {"net": "RUN"})
     same(filled["net"], jax.tree.map(jnp.asarray, net))
     assert report[-1] == "not used: net (1 tensor)"
-    with pytest.raises(
-        UserError, match=r"weights\.net=RUN:net does not fit: left over \(1\): net/discriminator/w; use"
-    ):
+    with told("weights.net=RUN:net", "left over (1): net/discriminator/w;"):
         weights.fill(params, {"net": more}, {"net": "RUN:net"})
 
 
 def test_a_model_in_the_place_of_its_part_is_told_how_to_be_written():
     params = fresh()
-    said = (
-        r"^weights\.net=runs/a is a whole model \(net, prior\), and .* part 'net' here; give weights\.net=runs/a:net$"
-    )
     for tree in (fresh(1), {**fresh(1, depth=2), "embed": np.zeros((5, 4))}):  # nothing fits, or little does
-        with pytest.raises(UserError, match=said.replace("net, prior", r"[\w, ]+")):
+        with told("weights.net=runs/a is a whole model", "weights.net=runs/a:net"):
             weights.fill(params, {"net": tree}, {"net": "runs/a"})
-    with pytest.raises(UserError, match=said):
-        weights.fill(params, {"net": fresh(1)}, {"net": "runs/a"})
     tree = {**fresh(1)["net"], "net": {"w": np.zeros(1)}}  # its own part of that name is another thing
     assert weights.fill(params, {"net": tree}, {"net": "runs/a"})[1][-1] == "not used: net (1 tensor)"
 
@@ -600,7 +538,7 @@ def test_resolve_reads_the_reference():
     assert weights.resolve("runs/a", trees.__getitem__) == trees["runs/a"]
     assert weights.resolve("runs/a:flow1", trees.__getitem__) == 2
     assert weights.resolve("C:/x/y", trees.__getitem__) == {"z": 3}
-    with pytest.raises(UserError, match=r"runs/a has no parameters named 'flow9'; did you mean"):
+    with told("runs/a", "'flow9'"):
         weights.resolve("runs/a:flow9", trees.__getitem__)
 
 
@@ -626,7 +564,7 @@ def sampler(params: Any, rng: jax.Array, guidance: jax.Array) -> dict[str, jax.A
 
 def test_stablehlo_sampler_equals_the_jitted_one(tmp_path):
     params = fresh(scan=False)
-    with pytest.raises(UserError, match="export the weights there first"):
+    with told("first"):
         weights.export_stablehlo(tmp_path, sampler, params)
     weights.save(tmp_path / "out", params, CONFIG, "")
     arguments = (jax.random.key(3), jnp.float32(0.5))
@@ -646,11 +584,11 @@ def test_stablehlo_sampler_equals_the_jitted_one(tmp_path):
     broken = bytearray(blob.read_bytes())
     broken[200] ^= 1
     blob.write_bytes(broken)
-    with pytest.raises(UserError, match="is damaged"):
+    with told("damaged"):
         weights.load_stablehlo(tmp_path / "out")
     weights.export_stablehlo(tmp_path / "out", sampler, *shapes, platforms=("tpu",))
-    with pytest.raises(UserError, match="exported for tpu, not for cpu"):
+    with told("tpu", "cpu"):
         weights.load_stablehlo(tmp_path / "out")
     weights.save(tmp_path / "out", params, CONFIG, "")  # new weights take the earlier sampler with them
-    with pytest.raises(UserError, match="holds no readable program"):
+    with told("no readable program"):
         weights.load_stablehlo(tmp_path / "out")

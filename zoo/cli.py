@@ -454,7 +454,7 @@ def _eval(args: argparse.Namespace) -> int:
             way = f"; write zoo eval {args.metric}" if hasattr(metric, "standalone") else ""
             raise UserError(f"{args.metric} holds a {type(metric).__name__}, which is no metric of models{way}")
     else:
-        raise UserError(f"no metric {args.metric!r}; {suggest(args.metric, known)}, or a config file that defines one")
+        raise UserError(f"no metric {args.metric!r}, nor a config file that defines one; {suggest(args.metric, known)}")
     overrides, fields = _of_config(args.model, args.fields)
     own = [f for f in fields if not f.startswith(("data.", "data="))]
     task, _ = models.open_task(args.model, args.allow, overrides)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mistakes import told
 from unigram import Unigram, Windows
 
 from zoo import models, weights
@@ -345,39 +346,33 @@ def test_samples_that_differ_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ("newton", "method='newton' is unknown"),
-        ("", "method='' is unknown"),
-        ("auto", "leaves the choice open"),
-        ("module=4", "no field module in Jacobi; did you mean 'modules'"),
-        ("modules=x", "modules=x must be"),
-        ("modules=-1", "modules=-1 must be"),
-        ("modules=4 jacobi", "'jacobi' is no override"),
-        ("modules=1,2,3", "3 values for the 2 blocks"),
+        ("newton", "'newton'"),
+        ("auto", "open"),
+        ("module=4", "module Jacobi 'modules'"),
+        ("modules=4 jacobi", "'jacobi'"),
+        ("modules=1,2,3", "3 2"),
     ],
 )
 def test_a_method_that_is_none(tmp_path: Path, method: str, says: str) -> None:
     model = models.Model(TASK, {}, "raw", None, None, (), tmp_path)
-    with pytest.raises(UserError, match=f"--method '{method}': .*{says}"):
+    with told(f"--method '{method}'", *says.split()):
         module.inverses(TASK, model, [method])
 
 
 def test_a_model_that_is_none(tmp_path: Path) -> None:
     name = export_of(tmp_path / "model", replace(TASK, dtype="bfloat16", width=16, blocks=1))
-    with pytest.raises(UserError, match=r"another model than the config's \(task.width: 8 -> 16\)"):
-        bench(RUN, what="sample", model=name)
-    with pytest.raises(UserError, match="nowhere is neither a folder nor a shipped model"):
-        bench(RUN, what="sample", model="nowhere")
-    for what in ("train", "data"):
-        with pytest.raises(UserError, match=f"--model has no part in --what {what}"):
-            bench(RUN, what=what, model=name)
-        with pytest.raises(UserError, match=f"--method has no part in --what {what}"):
-            bench(RUN, what=what, methods=["jacobi"])
-    with pytest.raises(UserError, match="--method needs --model"):
-        bench(RUN, what="sample", methods=["jacobi"])
     names = ("about", "spec", "init", "loss", "Sampling", "sample")
-    other = SimpleNamespace(**{name: getattr(TASK, name) for name in names})
-    with pytest.raises(UserError, match="invert a flow, and SimpleNamespace is none; leave it out"):
-        bench(replace(RUN, task=other), what="sample", model=name)
+    other = replace(RUN, task=SimpleNamespace(**{name: getattr(TASK, name) for name in names}))
+    for run, fields, words in (
+        (RUN, {"what": "sample", "model": name}, "task.width: 8 -> 16"),
+        (RUN, {"what": "sample", "model": "nowhere"}, "nowhere"),
+        (RUN, {"what": "train", "model": name}, "--model --what train"),
+        (RUN, {"what": "data", "methods": ["jacobi"]}, "--method --what data"),
+        (RUN, {"what": "sample", "methods": ["jacobi"]}, "--method --model"),
+        (other, {"what": "sample", "model": name}, "flow SimpleNamespace"),
+    ):
+        with told(*words.split()):
+            bench(run, **fields)
 
 
 # --- the data -------------------------------------------------------------------------------------
@@ -448,7 +443,7 @@ def test_data_that_cannot_be_read_is_a_line_and_the_rest_goes_on(
     assert str(figures["data"]).startswith("not measured: ")
     assert ("nowhere does not exist" in figures["data"]) or ("example 5 cannot be read" in figures["data"])
     assert {"train ms, ours", "sample 1 ms, ours", "peak host memory MiB"} <= set(figures)
-    with pytest.raises(UserError, match=r"nowhere does not exist|example 5 cannot"):
+    with told(data.path if isinstance(data, Images) else "example 5"):
         bench(replace(RUN, data=data), what="data", rounds=1)
 
 
@@ -478,10 +473,10 @@ def test_the_command_passes_on_sizes_model_and_methods(monkeypatch: pytest.Monke
     )
 
 
-@pytest.mark.parametrize("samples", ["x", "16,", "16;64", "1.5", ""])
+@pytest.mark.parametrize("samples", ["16,", "1.5", ""])
 def test_batch_sizes_that_are_none(samples: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "tarflow/digits:smoke", "--samples", samples]) == 2
-    assert f"--samples {samples} is no batch size and no list of them".replace("  ", " ") in capsys.readouterr().err
+    assert f"--samples {samples}".strip() in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there_is_found_before_anything_is_measured(
@@ -516,10 +511,9 @@ def test_a_record_says_where_it_was_measured(device: str, says: str, tmp_path: P
 # --- the peer -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", ["loss", "inverse"])
-@pytest.mark.parametrize("by", ["0.01", "float('nan')"])
+@pytest.mark.parametrize(("wrong", "by"), [("loss", "0.01"), ("inverse", "float('nan')")])
 def test_a_peer_that_differs_is_no_twin(tmp_path: Path, wrong: str, by: str) -> None:
-    with pytest.raises(UserError, match=f"peer's {wrong} differs"):
+    with told(wrong, "differs"):
         bench(RUN, peer=peer(tmp_path, **{wrong: by}), what="sample")
 
 
@@ -531,30 +525,30 @@ def test_bf16_allows_what_float32_does_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (None, "no such file"),
-        ("x = 1\n", r"no function build\(task\)"),
-        ("import torch_that_is_not_there\n", "'torch_that_is_not_there', which is not installed"),
-        ("raise ModuleNotFoundError(name='torch')\n", "`torch` extra"),
+        (None, "file"),
+        ("x = 1\n", "build(task)"),
+        ("import torch_that_is_not_there\n", "'torch_that_is_not_there'"),
+        ("raise ModuleNotFoundError(name='torch')\n", "`torch`"),
     ],
 )
 def test_a_peer_file_that_is_none(tmp_path: Path, text: str | None, says: str) -> None:
     path = tmp_path / "bad.py"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UserError, match=says):
+    with told("bad.py", says):
         bench(RUN, peer=str(path))
 
 
 def test_nothing_to_time(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--rounds 0"):
-        bench(RUN, rounds=0)
-    with pytest.raises(UserError, match="--samples 0"):
-        bench(RUN, samples=(16, 0))
-    with pytest.raises(UserError, match="--peer has no part in --what data"):
-        bench(RUN, peer=peer(tmp_path), what="data")
-    mute = SimpleNamespace(about=TASK.about, spec=TASK.spec, init=TASK.init, loss=TASK.loss)
-    with pytest.raises(UserError, match="no sampler; use --what train"):
-        bench(replace(RUN, task=mute))
+    mute = replace(RUN, task=SimpleNamespace(about=TASK.about, spec=TASK.spec, init=TASK.init, loss=TASK.loss))
+    for run, fields, words in (
+        (RUN, {"rounds": 0}, "--rounds 0"),
+        (RUN, {"samples": (16, 0)}, "--samples 0"),
+        (RUN, {"peer": peer(tmp_path), "what": "data"}, "--peer --what data"),
+        (mute, {}, "--what train"),
+    ):
+        with told(*words.split()):
+            bench(run, **fields)
 
 
 # --- another config -------------------------------------------------------------------------------
@@ -590,15 +584,13 @@ def test_another_config_takes_turns_with_ours(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_another_config_must_have_what_is_timed() -> None:
-    silent = SimpleNamespace(task=SimpleNamespace())
-    with pytest.raises(UserError, match="--against: SimpleNamespace has no sampler; use --what train"):
-        bench(RUN, against=silent, what="both")  # type: ignore[arg-type]
+    silent: Any = SimpleNamespace(task=SimpleNamespace())
     texts = Run(Unigram(), Windows(), steps=1, batch=8)
-    with pytest.raises(
-        UserError, match=r"--against: Unigram models sequences and TarFlow images, .*another config of images"
+    for run, against, what, words in (
+        (RUN, silent, "both", "SimpleNamespace --what train"),
+        (RUN, texts, "both", "Unigram sequences TarFlow images"),
+        (texts, RUN, "train", "TarFlow images Unigram sequences"),
+        (RUN, RUN, "data", "--what data"),
     ):
-        bench(RUN, against=texts)
-    with pytest.raises(UserError, match="--against: TarFlow models images and Unigram sequences"):
-        bench(texts, against=RUN, what="train")
-    with pytest.raises(UserError, match="--against has no part in --what data; leave it out"):
-        bench(RUN, against=RUN, what="data")
+        with told("--against", *words.split()):
+            bench(run, against=against, what=what)

@@ -14,15 +14,19 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import msgspec
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from mistakes import told
 from PIL import Image
 
 from zoo.data.images import Images
 from zoo.data.pipeline import epoch
 from zoo.data.prepare import prepare
-from zoo.data.records import Info, Record, Shard, open_shards, read_info
-from zoo.errors import UserError
+from zoo.data.records import Info, Record, Shard, open_shards, read_info, write_shard
+from zoo.data.sources import _index, _Pairs
 
 
 def photo(seed, size=8):
@@ -55,9 +59,7 @@ def read(path, split, size=8, **kw):
 
 def test_prepared_set_gives_what_the_folder_gives(photos, tmp_path):
     report = run(photos, tmp_path / "out", size=8)
-    assert report.ok
-    assert report.counts == {"train": 12, "test": 2}
-    assert report.labels == ("cat", "dog")
+    assert (report.ok, report.counts, report.labels) == (True, {"train": 12, "test": 2}, ("cat", "dog"))
     shards = ["test-00000", *(f"train-{i:05d}" for i in range(3))]
     assert sorted(files(tmp_path / "out")) == ["info.json", *(f"{s}.array_record" for s in shards)]
     for split in ("train", "test"):
@@ -74,9 +76,8 @@ def test_resized_grey_and_unlabelled(photos, tmp_path):
     report = run(flat, tmp_path / "out", size=4, channels=1, convert=True, test_fraction=0.5)
     assert report.counts == {"train": 3, "test": 3}
     b = read(tmp_path / "out", "train", size=4, channels=1)
-    assert set(b) == {"image"}
-    assert b["image"].shape == (3, 4, 4, 1)
-    with pytest.raises(UserError, match=r"1 channel\(s\), but data\.channels=3; set data\.channels=1"):
+    assert {name: value.shape for name, value in b.items()} == {"image": (3, 4, 4, 1)}
+    with told("data.channels=3", "data.channels=1"):
         read(tmp_path / "out", "train", size=4)
 
 
@@ -84,20 +85,20 @@ def test_arrays(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (7, 5, 5), np.uint8)
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(7) % 3)
     report = run(tmp_path / "a.npz", tmp_path / "out", channels=1, test_fraction=0.0)
-    assert report.counts == {"train": 7, "test": 0}
-    assert report.labels == ("0", "1", "2")
+    assert (report.counts, report.labels) == ({"train": 7, "test": 0}, ("0", "1", "2"))
     b = read(tmp_path / "out", "train", size=5, channels=1)
     np.testing.assert_allclose(b["image"][..., 0], images / 127.5 - 1, atol=1e-6)
     np.testing.assert_array_equal(b["label"], np.arange(7) % 3)
-    with pytest.raises(UserError, match=r"not one of \d+ images .* train row 0 is grey, but channels=3"):
+    with told("row 0", "channels=3"):
         run(tmp_path / "a.npz", tmp_path / "rgb")
     assert not (tmp_path / "rgb").exists()  # so that the next try, with channels=1, meets no other settings
-    np.savez(tmp_path / "f.npz", images=images / 255.0)
-    with pytest.raises(UserError, match="images is float64, prepared sets hold 8-bit images"):
-        run(tmp_path / "f.npz", tmp_path / "f", channels=1)
-    np.savez(tmp_path / "g.npz", pictures=images)
-    with pytest.raises(UserError, match="has the arrays pictures; expected train_images"):
-        run(tmp_path / "g.npz", tmp_path / "g")
+    for arrays, words in (
+        ({"images": images / 255.0}, "images float64"),
+        ({"pictures": images}, "pictures train_images"),
+    ):
+        np.savez(tmp_path / "f.npz", **arrays)
+        with told("f.npz", *words.split()):
+            run(tmp_path / "f.npz", tmp_path / "f", channels=1)
 
 
 def test_unreadable_files_are_skipped_and_listed(photos, tmp_path):
@@ -108,15 +109,13 @@ def test_unreadable_files_are_skipped_and_listed(photos, tmp_path):
         photo(7).save(file, "JPEG")
     photo(1).convert("L").save(photos / "test" / "dog" / "grey.jpg")
     report = run(photos, tmp_path / "out", size=8)
-    assert not report.ok
-    assert report.counts == {"train": 10, "test": 3}
+    assert (report.ok, report.counts) == (False, {"train": 10, "test": 3})
     names = [name for name, _ in report.unreadable]
     assert names == ["train/cat/2.jpg", "train/dog/5.jpg", "test/cat/link.jpg", "test/dog/grey.jpg"]
     listed = (tmp_path / "out" / "unreadable.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == names
     assert "is grey, but channels=3" in listed[3]
-    assert "skipped 4" in str(report)
-    assert "train/cat/2.jpg" in str(report)
+    assert all(word in str(report) for word in ("skipped 4", "train/cat/2.jpg"))
     assert len(read(tmp_path / "out", "train")["label"]) == 10
     allowed = run(photos, tmp_path / "out", size=8, allow_unreadable=True)  # nothing to do, the same report
     assert allowed.ok
@@ -150,7 +149,7 @@ def test_killed_run_continues_and_ends_with_the_same_bytes(photos, tmp_path, sha
     assert killed.returncode == -signal.SIGKILL
     left = files(tmp_path / "out")
     assert "info.json" not in left
-    with pytest.raises(UserError, match="is not finished; run the same `zoo prepare` again"):
+    with told("not finished", "`zoo prepare`"):
         read(tmp_path / "out", "train")
     if shards == 2:
         with open(tmp_path / "out" / "progress.jsonl", "ab") as log:
@@ -167,21 +166,21 @@ def test_damaged_sets_are_noticed_and_mended(photos, tmp_path):
     run(photos, out, size=8)
     whole, shard = files(out), out / "train-00001.array_record"
     shard.write_bytes(whole[shard.name][:-100])
-    with pytest.raises(UserError, match=rf"{shard} has .* bytes in place of .* run the same `zoo prepare` again"):
+    with told(f"{shard}", "bytes", "`zoo prepare`"):
         read(out, "train")
     run(photos, out, size=8)
     assert files(out) == whole
     shard.unlink()
-    with pytest.raises(UserError, match="has 0 bytes"):
+    with told("0 bytes"):
         read(out, "train")
     shard.write_bytes(bytes(len(whole[shard.name])))  # another file of the same length
-    with pytest.raises(UserError, match=r"damaged in its train split .*zoo prepare"):
+    with told("train", "`zoo prepare`"):
         read(out, "train")
     flipped = bytearray(whole[shard.name])
     at = flipped.index(b"JFIF") + 200
     flipped[at] ^= 1
     shard.write_bytes(flipped)
-    with pytest.raises(UserError, match=r"damaged in its train split .*zoo prepare"):
+    with told("train", "`zoo prepare`"):
         read(out, "train")
     run(photos, out, size=8)
     assert files(out) == whole
@@ -190,25 +189,23 @@ def test_damaged_sets_are_noticed_and_mended(photos, tmp_path):
 def test_other_destinations_are_refused(photos, tmp_path):
     out = tmp_path / "out"
     run(photos, out, size=8)
-    with pytest.raises(UserError, match=r"size=8 there, 4 now; choose a new folder"):
+    with told("size=8", "4", "new folder"):
         run(photos, out, size=4)
-    with pytest.raises(UserError, match="already a prepared set"):
-        run(out, tmp_path / "again")
     (photos / "train" / "cat" / "0.jpg").unlink()
-    with pytest.raises(UserError, match="the source has other files"):
+    with told("other files"):
         run(photos, out, size=8)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="not empty and no prepared set"):
-        run(photos, tmp_path / "mine")
-    with pytest.raises(UserError, match="is a file"):
-        run(photos, tmp_path / "mine" / "thesis.txt")
-    with pytest.raises(UserError, match="lies inside SOURCE"):
-        run(photos, photos / "out")
-    with pytest.raises(UserError, match="does not exist; did you mean"):
-        run(tmp_path / "photo", tmp_path / "x")
-    with pytest.raises(UserError, match=r"cannot write .*Not a directory"):
-        run(photos, tmp_path / "mine" / "thesis.txt" / "out")
+    for source, dest, word in (
+        (out, tmp_path / "again", "set"),
+        (photos, tmp_path / "mine", "empty"),
+        (photos, tmp_path / "mine" / "thesis.txt", "file"),
+        (photos, tmp_path / "mine" / "thesis.txt" / "out", "directory"),
+        (photos, photos / "out", "inside SOURCE"),
+        (tmp_path / "photo", tmp_path / "x", "photos"),
+    ):
+        with told(word):
+            run(source, dest)
 
 
 def test_full_disk_ends_in_a_sentence_and_can_be_continued(photos, tmp_path):
@@ -277,18 +274,7 @@ def test_folder_with_captions(pairs, tmp_path):
     assert set(read(tmp_path / "out", "train")) == {"image"}
     (pairs / "a" / "0" / "00.txt").write_bytes(b"\xff\xfe")
     report = run(pairs, tmp_path / "again", size=8)
-    assert [r for n, r in report.unreadable if n == "a/0/00.jpg"] == [
-        "has a caption that is no UTF-8 (a/0/00.txt); write it again as UTF-8"
-    ]
-
-
-@pytest.mark.parametrize("shards, where", [(1, "inside"), (1, "before")])
-def test_killed_run_with_captions_ends_with_the_same_bytes(pairs, tmp_path, shards, where):
-    run(pairs, tmp_path / "whole", size=8)
-    killed = subprocess.run([sys.executable, "-c", KILLED, pairs, tmp_path / "out", str(shards), where], timeout=60)
-    assert killed.returncode == -signal.SIGKILL
-    run(pairs, tmp_path / "out", size=8)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert "a/0/00.txt" in dict(report.unreadable)["a/0/00.jpg"]
 
 
 def test_folder_with_captions_and_splits(tmp_path):
@@ -302,10 +288,6 @@ def test_folder_with_captions_and_splits(tmp_path):
 
 
 def test_records_of_earlier_versions_have_no_caption(tmp_path):
-    import msgspec
-
-    from zoo.data.records import write_shard
-
     old = [msgspec.msgpack.encode([jpeg(i), i, str(i)]) for i in range(2)]
     shard = write_shard(tmp_path / "0.array_record", old)
     assert isinstance(shard, Shard)
@@ -335,8 +317,7 @@ def test_tar_files(tmp_path):
         "test": [("test-0.tar:7.jpg", "seven")],
     }
     assert [name for name, _ in report.unreadable] == ["train-0.tar:x/001.jpg", "train-0.tar:002.seg.png"]
-    assert 'no "caption"' in report.unreadable[0][1]
-    assert "has no caption; add a .txt file" in report.unreadable[1][1]
+    assert all(word in said for word, (_, said) in zip(('"caption"', ".txt"), report.unreadable))
     one = run(shards / "test-0.tar", tmp_path / "one", test_fraction=0)
     assert (one.counts, one.ok) == ({"train": 1, "test": 0}, True)
     assert captions(tmp_path / "one")["train"] == [("test-0.tar:7.jpg", "seven")]
@@ -350,20 +331,13 @@ def test_tar_files_that_cannot_be_read(tmp_path):
     whole = (tmp_path / "a.tar").read_bytes()
     with tarfile.open(tmp_path / "b.tar.gz", "w:gz"):
         pass
-    with pytest.raises(UserError, match="is compressed and cannot be read at random; unpack it"):
-        run(tmp_path / "b.tar.gz", tmp_path / "out")
-    (tmp_path / "c.tar").write_bytes((tmp_path / "b.tar.gz").read_bytes())
-    with pytest.raises(UserError, match="is no tar file that can be read at random"):
-        run(tmp_path / "c.tar", tmp_path / "out")
     (tmp_path / "d.tar").write_bytes(whole[: len(whole) - 25_000])
-    with pytest.raises(UserError, match=r"d\.tar is no tar file that can be read at random"):
-        run(tmp_path / "d.tar", tmp_path / "out")
+    for name, word in (("b.tar.gz", "unpack"), ("d.tar", "tar file")):
+        with told(name, word):
+            run(tmp_path / name, tmp_path / "out")
 
 
 def parquet(path, **columns):
-    import pyarrow
-    import pyarrow.parquet
-
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
 
@@ -381,43 +355,37 @@ def test_parquet_files(tmp_path):
         "train": [(f"data/train-0.parquet row {i}", f"n{i}") for i in range(6)],
         "test": [("data/test-0.parquet row 1", "u")],
     }
-    assert report.unreadable == (
-        ("data/train-0.parquet row 6", "has no caption in the column 'text'; fill it in, or remove the row"),
-        (
-            "data/test-0.parquet row 0",
-            "has no bytes in the column 'image'; store the image itself in it, not its path",
-        ),
-    )
+    assert [(name, reason.partition(";")[0]) for name, reason in report.unreadable] == [
+        ("data/train-0.parquet row 6", "has no caption in the column 'text'"),
+        ("data/test-0.parquet row 0", "has no bytes in the column 'image'"),
+    ]
     plain = tmp_path / "a.parquet"
     parquet(plain, thumb=[jpeg(0)], full=[jpeg(1)], short=["s"], long=["l"])
-    with pytest.raises(
-        UserError, match=r"does not tell which column holds the images: thumb \(binary\), .*--image-column NAME"
+    for columns, words in (
+        ({}, "thumb full --image-column"),
+        ({"image_column": "full"}, "short long --caption-column"),
+        ({"image_column": "ful"}, "'ful' --image-column 'full'"),
+        ({"image_column": "short"}, "'short' --image-column thumb"),
     ):
-        run(plain, tmp_path / "b")
-    with pytest.raises(
-        UserError, match=r"which column holds the captions: .*--caption-column NAME, or --caption-column=\"\" where"
-    ):
-        run(plain, tmp_path / "b", image_column="full")
-    with pytest.raises(UserError, match=r"has no column 'ful' \(--image-column\); did you mean 'full'"):
-        run(plain, tmp_path / "b", image_column="ful")
-    with pytest.raises(UserError, match=r"the column 'short' \(--image-column\) holds no images; its columns: thumb"):
-        run(plain, tmp_path / "b", image_column="short")
+        with told(*words.split()):
+            run(plain, tmp_path / "b", **columns)
     kw = {"image_column": "full", "test_fraction": 0}
     assert run(plain, tmp_path / "b", caption_column="long", **kw).ok
     assert captions(tmp_path / "b")["train"] == [("a.parquet row 0", "l")]
-    with pytest.raises(UserError, match="the source has other files"):
+    with told("other files"):
         run(plain, tmp_path / "b", caption_column="short", **kw)
     assert run(plain, tmp_path / "mute", caption_column="", **kw).ok
     assert not read_info(tmp_path / "mute", Info).captions
     parquet(tmp_path / "c.parquet", name=["x"])
-    with pytest.raises(UserError, match=r"has no column of images .* it has name \(string\)"):
-        run(tmp_path / "c.parquet", tmp_path / "c")
     (tmp_path / "d.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="is no parquet file that can be read"):
-        run(tmp_path / "d.parquet", tmp_path / "d")
     (tmp_path / "c.npz").touch()
-    with pytest.raises(UserError, match="--image-column names a column of parquet files, and"):
-        run(tmp_path / "c.npz", tmp_path / "e", image_column="x")
+    for name, column, words in (
+        ("c.parquet", None, "name (string)"),
+        ("d.parquet", None, "parquet"),
+        ("c.npz", "x", "--image-column"),
+    ):
+        with told(name, *words.split()):
+            run(tmp_path / name, tmp_path / "c", image_column=column)
 
 
 def labels(folder):
@@ -441,10 +409,9 @@ def test_texts_of_any_case_are_captions(tmp_path):
 
 
 def test_a_caption_edited_to_the_same_length_makes_other_files(pairs, tmp_path):
-    run(pairs, tmp_path / "out", size=8)
     assert "with captions" in str(run(pairs, tmp_path / "out", size=8))
     (pairs / "a" / "0" / "00.txt").write_text(" number 9 ü\n")
-    with pytest.raises(UserError, match="the source has other files"):
+    with told("other files"):
         run(pairs, tmp_path / "out", size=8)
 
 
@@ -453,20 +420,15 @@ def test_folders_of_several_kinds_are_refused(tmp_path):
     parquet(mixed / "data/train-0.parquet", image=[jpeg(0)], text=["zero"])
     (mixed / "assets").mkdir()
     (mixed / "assets" / "preview.png").write_bytes(jpeg(1))
-    with pytest.raises(UserError, match=r"several kinds \(data/train-0\.parquet beside assets/preview\.png\)"):
+    with told("data/train-0.parquet", "assets/preview.png"):
         run(mixed, tmp_path / "out")
     (mixed / "assets" / "preview.png").rename(mixed / "assets" / ".preview.png")
     assert run(mixed, tmp_path / "out", test_fraction=0).counts["train"] == 1
-    tar(mixed / "0.tar", {"0.jpg": jpeg(0)})
-    with pytest.raises(UserError, match=r"several kinds \(0\.tar beside data/train-0\.parquet\)"):
-        run(mixed, tmp_path / "again")
 
 
 def test_a_stray_text_does_not_make_captions_of_classes(photos, tmp_path):
     (photos / "train" / "cat" / "0.txt").write_text("notes")
-    with pytest.raises(
-        UserError, match=r"class folders, and 1 of 14 images have a caption \(train/cat/0\.txt, \.\.\.\)"
-    ):
+    with told("1 of 14", "train/cat/0.txt"):
         run(photos, tmp_path / "out")
     for path in photos.glob("*/cat/*.jpg"):  # half of them
         path.with_suffix(".txt").write_text("a cat")
@@ -477,15 +439,12 @@ def test_a_stray_text_does_not_make_captions_of_classes(photos, tmp_path):
 def test_a_third_split_is_named(photos, tmp_path, caplog):
     shutil.copytree(photos / "test", photos / "val")
     (photos / "docs").mkdir()
-    assert run(photos, tmp_path / "out").counts == {"train": 12, "test": 2}
-    said = f"{photos}: test is the test split, and the images of val are left out"
-    assert [record.getMessage() for record in caplog.records] == [said]
-    for path in photos.glob("*/*/*.jpg"):
-        path.with_suffix(".txt").write_text("a photo")
-    caplog.clear()
-    assert run(photos, tmp_path / "told").counts == {"train": 12, "test": 2}
-    said = f"{photos}: test is the test split, and the 2 images of val are left out"
-    assert [record.getMessage() for record in caplog.records] == [said]
+    for said in ("the images of val", "the 2 images of val"):
+        caplog.clear()
+        assert run(photos, tmp_path / said).counts == {"train": 12, "test": 2}
+        assert caplog.messages == [f"{photos}: test is the test split, and {said} are left out"]
+        for path in photos.glob("*/*/*.jpg"):
+            path.with_suffix(".txt").write_text("a photo")
 
 
 def test_tar_names_with_several_dots(tmp_path):
@@ -498,8 +457,7 @@ def test_tar_names_with_several_dots(tmp_path):
         "x/7.right.json": b'{"caption": "right"}',
     }
     tar(tmp_path / "a.tar", members)
-    report = run(tmp_path / "a.tar", tmp_path / "out", test_fraction=0)
-    assert report.ok
+    assert run(tmp_path / "a.tar", tmp_path / "out", test_fraction=0).ok
     assert [caption for _, caption in captions(tmp_path / "out")["train"]] == ["number 0", "number 1", "both", "right"]
 
 
@@ -513,12 +471,10 @@ def test_tar_labels(tmp_path):
     more = {"0.jpg": jpeg(0), "0.cls": b"1", "1.jpg": jpeg(1), "2.jpg": jpeg(2), "2.cls": b"cat"}
     tar(tmp_path / "a.tar", more)
     report = run(tmp_path / "a.tar", tmp_path / "bad", test_fraction=0)
-    assert [reason.partition(";")[0] for _, reason in report.unreadable] == [
-        "has no label",
-        "has a label that is no class number",
-    ]
+    reasons = [reason.partition(";")[0] for _, reason in report.unreadable]
+    assert reasons == ["has no label", "has a label that is no class number"]
     tar(tmp_path / "a.tar", {**more, "1.cls": b"1", "2.cls": b"0  "})
-    with pytest.raises(UserError, match="the source has other files"):
+    with told("other files"):
         run(tmp_path / "a.tar", tmp_path / "bad", test_fraction=0)
 
 
@@ -570,8 +526,6 @@ def test_tar_texts_and_names_that_are_no_unicode(tmp_path):
 
 
 def test_the_index_of_a_tar_file_is_small(tmp_path):
-    from zoo.data.sources import _index, _Pairs
-
     count = 3000
     with tarfile.open(tmp_path / "a.tar", "w") as file:
         for i in range(count):
@@ -589,42 +543,32 @@ def test_the_index_of_a_tar_file_is_small(tmp_path):
 
 
 def test_parquet_captions_of_other_types(tmp_path):
-    import pyarrow
-
     images = [jpeg(i) for i in range(2)]
     coded = pyarrow.array(["zero", "one"]).dictionary_encode()
     parquet(tmp_path / "a.parquet", image=images, caption=coded)
     assert run(tmp_path / "a.parquet", tmp_path / "a", test_fraction=0).ok
     assert [caption for _, caption in captions(tmp_path / "a")["train"]] == ["zero", "one"]
     parquet(tmp_path / "b.parquet", image=images, captions=[["a", "b"], ["c"]], url=["x", "y"])
-    with pytest.raises(
-        UserError, match=r"'captions' holds list<.*string> and not one text a row.*--caption-column=\"\""
-    ):
+    with told("'captions'", "list<", '--caption-column=""'):
         run(tmp_path / "b.parquet", tmp_path / "b")
     report = run(tmp_path / "b.parquet", tmp_path / "b", caption_column="", test_fraction=0)
     assert str(report).endswith("no classes, no captions")
 
 
 def test_parquet_columns_of_one_name_and_broken_text(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     broken = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"\xff\xfe", b"fine"]).buffers())
     parquet(tmp_path / "a.parquet", image=[jpeg(0), jpeg(1)], text=broken)
     report = run(tmp_path / "a.parquet", tmp_path / "a", test_fraction=0)
     assert [caption for _, caption in captions(tmp_path / "a")["train"]] == ["fine"]
-    said = "has text that is no UTF-8 in the column 'text'; write it again as UTF-8"
-    assert report.unreadable == (("a.parquet row 0", said),)
+    ((name, reason),) = report.unreadable
+    assert (name, "UTF-8" in reason) == ("a.parquet row 0", True)
     table = pyarrow.table([[jpeg(0)], ["a"], ["b"]], names=["image", "caption", "caption"])
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"b\.parquet has 2 columns named 'caption'; rename all but one"):
+    with told("b.parquet", "2", "'caption'"):
         run(tmp_path / "b.parquet", tmp_path / "b")
 
 
 def test_parquet_labels(tmp_path, caplog):
-    import pyarrow
-    import pyarrow.parquet
-
     images = [jpeg(i) for i in range(3)]
     parquet(tmp_path / "a.parquet", image=images, label=[1, None, 3], text=["a", "b", "c"])
     report = run(tmp_path / "a.parquet", tmp_path / "a", test_fraction=0)
@@ -636,10 +580,8 @@ def test_parquet_labels(tmp_path, caplog):
     named = table.replace_schema_metadata({"huggingface": json.dumps(about)})
     pyarrow.parquet.write_table(named, tmp_path / "b.parquet")
     assert run(tmp_path / "b.parquet", tmp_path / "b", test_fraction=0).ok
-    assert labels(tmp_path / "b") == (
-        ["cat", "dog"],
-        {f"b.parquet row {i}": label for i, label in enumerate((1, 0, 1))},
-    )
+    rows = {f"b.parquet row {i}": label for i, label in enumerate((1, 0, 1))}
+    assert labels(tmp_path / "b") == (["cat", "dog"], rows)
     parquet(tmp_path / "c.parquet", image=images, label=[10**9, 0, 1])
     assert run(tmp_path / "c.parquet", tmp_path / "c", test_fraction=0).labels == ()
     assert "'label' goes up to 1000000000, which are no classes" in caplog.text

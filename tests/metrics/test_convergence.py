@@ -1,7 +1,7 @@
 """How hard blocks are to invert by sweeps: the statistics against numpy, and that strategies are what was timed."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 
 TAR = TarFlow(image=6, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=2, scan=False)
-SHIFTS = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=3, head_dim=8, scale=False, scan=False)
+SHIFTS = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, scale=False, scan=False)
 STAR = StarFlow(
     latent=(2, 3), channels=2, width=20, depths=(1, 1), head_dim=20, classes=2, reach=3.0, condition="all", scan=False
 )
@@ -30,6 +30,7 @@ RNG = jax.random.key(4)
 DATA = Synthetic(examples=53)
 
 
+@cache
 def randomised(task: Any) -> Any:
     """Parameters whose every number matters."""
     rng = np.random.default_rng(0)
@@ -40,31 +41,35 @@ def first_rows(task: Any, n: int) -> Any:
     return next(iter(epoch(DATA, n, split="train", spec=task.spec(n), limit=n)))[0]
 
 
+@cache
+def programs(task: Any) -> tuple[Any, Any]:
+    """(params, rows, key) -> states of the flow and what blocks see; (i, params, u, seen) -> log-scale and shift of block i."""
+
+    def flow(params: Any, rows: Any, rng: jax.Array) -> tuple[Any, Any]:
+        if isinstance(task, StarFlow):
+            draw, noise = jax.random.split(rng)
+            x, _ = task.in_tokens(task.add_noise(noise, task.clean(params, rows, draw)))
+            seen = task.conditions(params, rows)
+        else:
+            x, seen = patchify(task.add_noise(rng, rows["image"]), task.patch), rows.get("label")
+        return task.stack.flow(params, x, seen)[0], seen
+
+    network = lambda i, params, *inputs: apply(task.stack.nets[i], params[f"block{i}"], *inputs)[:2]  # noqa: E731
+    return jax.jit(flow), jax.jit(network, static_argnums=0)
+
+
 def passes(task: Any, params: Any, rows: Any, rng: jax.Array) -> list[Any]:
     """Of every block: u, v and how the network makes scale and shift of a guess, without steppers and caches."""
-    if isinstance(task, StarFlow):
-        draw, noise = jax.random.split(rng)
-        x, _ = task.in_tokens(task.add_noise(noise, task.clean(params, rows, draw)))
-        seen, odd = task.conditions(params, rows), 0
-    else:
-        x = patchify(task.add_noise(rng, rows["image"]), task.patch)
-        seen, odd = rows.get("label"), 1
-    states = jax.jit(lambda x: task.stack.flow(params, x, seen)[0])(x)
+    flow, network = programs(task)
+    states, seen = flow(params, rows, rng)
+    states, odd = [np.asarray(x, np.float64) for x in states], 0 if isinstance(task, StarFlow) else 1
     turn = lambda x, i: x[:, ::-1] if i % 2 == odd else x  # noqa: E731
 
-    @partial(jax.jit, static_argnums=0)
-    def network(i: int, u: Any) -> Any:
-        return apply(task.stack.nets[i], params[f"block{i}"], u, seen)[:2]
+    def affine(i: int, u: Any) -> tuple[np.ndarray, np.ndarray]:
+        a, b = (np.asarray(x, np.float64) for x in network(i, params, np.float32(u), seen))
+        return np.exp(a), b
 
-    def affine(i: int) -> Any:
-        def of(u: Any) -> tuple[np.ndarray, np.ndarray]:
-            a, b = (np.asarray(x, np.float64) for x in network(i, jnp.asarray(u, jnp.float32)))
-            return np.exp(a), b
-
-        return of
-
-    ends = [[np.asarray(turn(x, i), np.float64) for x in states[i : i + 2]] for i in range(task.blocks)]
-    return [(u, v, affine(i)) for i, (u, v) in enumerate(ends)]
+    return [(turn(states[i], i), turn(states[i + 1], i), partial(affine, i)) for i in range(task.blocks)]
 
 
 def by_hand(task: Any, params: Any, batches: list[Any]) -> list[dict[str, float]]:
@@ -103,7 +108,7 @@ def compare(found: list[dict[str, float]], want: list[dict[str, float]]) -> None
 
 @pytest.mark.parametrize("task", [TAR, SHIFTS, STAR], ids=["tarflow", "shifts", "starflow"])
 def test_a_walk_goes_through_the_states_of_the_flow(task: Any) -> None:
-    params, rows = randomised(task), first_rows(task, 3)
+    params, rows = randomised(task), first_rows(task, 4)
     starts = []
 
     @jax.jit
@@ -141,18 +146,19 @@ def test_statistics_follow_from_their_formulas(found: dict[str, Any]) -> None:
 def test_statistics_of_shifts_alone_and_of_a_start_token(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Convergence, "_strategy", lambda *_: {})
     params = randomised(task)
-    metric = Convergence(samples=7)
-    want = by_hand(task, params, [(first_rows(task, 7), 7, jax.random.fold_in(RNG, 0))])
+    metric = Convergence(samples=4)
+    want = by_hand(task, params, [(first_rows(task, 4), 4, jax.random.fold_in(RNG, 0))])
     compare(metric(task, params, DATA, RNG)["blocks"], want)
-    other = Convergence(samples=7, split="test")(task, params, DATA, RNG)["blocks"]
-    assert abs(other[0]["igm_v"] - want[0]["igm_v"]) > 1e-3
+    if task is SHIFTS:
+        other = Convergence(samples=4, split="test")(task, params, DATA, RNG)["blocks"]
+        assert abs(other[0]["igm_v"] - want[0]["igm_v"]) > 1e-3
 
 
 def test_a_block_that_changes_nothing_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Convergence, "_strategy", lambda *_: {})
     params = randomised(TAR)
     still = {**params, "block0": {**params["block0"], "out": jax.tree.map(jnp.zeros_like, params["block0"]["out"])}}
-    metric = Convergence(samples=3)
+    metric = Convergence(samples=4)
     first, second = metric(TAR, still, DATA, RNG)["blocks"]
     assert (first["crm"], second["crm"]) == (0, 1)
     assert first["igm_v"] == pytest.approx(0, abs=1e-6)
@@ -167,7 +173,7 @@ def test_a_guess_that_overflows_is_infinitely_bad(monkeypatch: pytest.MonkeyPatc
     params = randomised(TAR)
     bias = params["block1"]["out"]["bias"].at[: TAR.dims].set(-60.0)  # of the log-scale: v is u times exp(60)
     steep = {**params, "block1": {**params["block1"], "out": {**params["block1"]["out"], "bias": bias}}}
-    _, block = Convergence(samples=3, batches=(1,))(TAR, steep, DATA, RNG)["blocks"]
+    _, block = Convergence(samples=4)(TAR, steep, DATA, RNG)["blocks"]
     assert block["igm_v"] is None  # JSON has no infinity
     assert np.isfinite(block["igm_zeros"])
     assert starts[0][1] == "zeros"
@@ -194,7 +200,7 @@ def test_there_is_a_strategy_for_each_batch_size(found: dict[str, Any]) -> None:
 def test_what_is_timed_inverts_each_block_from_where_a_sampler_does(
     monkeypatch: pytest.MonkeyPatch, weight: float
 ) -> None:
-    params, rows, ways = randomised(TAR), first_rows(TAR, 2), []
+    params, rows, ways = randomised(TAR), first_rows(TAR, 4), []
 
     def medians(calls: Any, rounds: int) -> list[float]:
         assert rounds == 7
@@ -203,19 +209,22 @@ def test_what_is_timed_inverts_each_block_from_where_a_sampler_does(
 
     monkeypatch.setattr(convergence, "_medians", medians)
     monkeypatch.setattr(Convergence, "_statistics", lambda *_: [{"igm_v": 2.0, "igm_zeros": 1.0}] * 2)
-    metric = Convergence(batches=(2,), modules=(2,), rounds=7, guidance=weight)
+    metric = Convergence(batches=(4,), modules=(2,), rounds=7, guidance=weight)
     (strategy,) = metric(TAR, params, DATA, RNG)["strategies"]
     assert (strategy["guidance"], strategy["start"]) == (weight, ["zeros", "zeros"])
 
-    @jax.jit
-    def wanted(params: Any) -> tuple[Any, Any]:
-        x, chain = TAR.chain(params, rows, RNG)
-        z = chain.order(list(walk(chain, x))[-1][1], 1)
-        states = invert(TAR.chain(params, rows, RNG, guidance=weight)[1], z).states
-        return x, [chain.order(states[-1], 0), chain.order(states[-2], 1)]
+    (u, *_), (_, z, _) = gone = passes(TAR, params, rows, RNG)
+    want = [u for u, *_ in gone]
+    if weight:
 
-    x, want = wanted(params)
-    assert (np.abs(want[0] - x).max() < 1e-4) == (weight == 0)
+        @jax.jit
+        def guided(params: Any) -> Any:
+            chain = TAR.chain(params, rows, RNG, guidance=weight)[1]
+            states = invert(chain, chain.order(jnp.asarray(z, jnp.float32), 1)).states
+            return [chain.order(states[-1], 0), chain.order(states[-2], 1)]
+
+        want = guided(params)
+        assert np.abs(want[0] - u).max() > 1e-4
     for found, u in zip(ways, want, strict=True):
         assert len(found) == 2
         for one in found:

@@ -6,13 +6,19 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from typescore_stub import (
-    Stub,
-)
+from typescore_list import drawn
+from typescore_stub import Stub
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What `drawn` leaves."""
+    return drawn(tmp_path)
 
 
 @pytest.fixture

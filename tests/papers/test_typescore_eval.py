@@ -1,28 +1,27 @@
 """Folders of pictures scored and calibrated: means, resuming, refusals, the page, the command line."""
 
-import contextlib
 import dataclasses
 import html.parser
 import json
 import os
 import re
 import shutil
-import string
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
+from mistakes import told
 from PIL import Image
-from typescore_list import LIST, TEXTS, drawn, score
+from typescore_list import LIST, TEXTS, Fake, line, score
 
 from zoo import cli, config
 from zoo.errors import UserError
 from zoo.papers.typescore import instructions as lists
 from zoo.papers.typescore import render as drawing
-from zoo.papers.typescore import report, style, synth
+from zoo.papers.typescore import report
 from zoo.papers.typescore.calibrate import Calibrate
 from zoo.papers.typescore.evaluate import TypeScore, find
 from zoo.papers.typescore.extractors import Extraction, Line, Oracle
@@ -33,68 +32,8 @@ from zoo.papers.typescore.results import load_all
 from zoo.papers.typescore.score import parts, typescore
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """What `drawn` leaves."""
-    return drawn(tmp_path)
-
-
 def records(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
-
-
-def line(text: str, box: Sequence[float]) -> Line:
-    left, top, right, bottom = map(float, box)
-    return Line(text, ((left, top), (right, top), (right, bottom), (left, bottom)), 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Fake:
-    """Reads what the renderer drew, with a box around the ink; answers every question with `answer`; notes its calls."""
-
-    answer: str = "Yes."
-    fails: tuple[str, ...] = ()
-    stops_after: int = 0
-    calls: list[Any] = dataclasses.field(default_factory=list, compare=False)
-
-    name: ClassVar[str] = "fake"
-    batch: ClassVar[int] = 2
-
-    def __deepcopy__(self, memo: Any) -> "Fake":
-        return self
-
-    def version(self) -> str:
-        return "1"
-
-    def check(self) -> None: ...
-
-    @property
-    def described(self) -> dict[str, Any]:
-        return {"name": "fake", "version": "1", "config": {}}
-
-    def extract(self, images: Sequence[Image.Image]) -> list[Extraction]:
-        if self.stops_after and len(self.calls) >= self.stops_after:
-            raise KeyboardInterrupt
-        self.calls.append(len(images))
-        found = []
-        for image in images:
-            text = image.info[drawing.TEXT]
-            pixels = np.asarray(image.convert("RGB"), float)
-            far = np.linalg.norm(pixels - np.median(pixels, (0, 1)), axis=-1)
-            y, x = np.nonzero(far > 0.5 * far.max())
-            box = (x.min() - 3, y.min() - 3, x.max() + 4, y.max() + 4)
-            failed = any(word in text for word in self.fails)
-            found.append(Extraction("", error="no answer") if failed else Extraction(text, (line(text, box),)))
-        return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked(Fake):
-    """One that answers questions as well."""
-
-    def ask(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Extraction]:
-        self.calls.append(list(questions))
-        return [Extraction(self.answer) for _ in questions]
 
 
 # --- one folder -----------------------------------------------------------------------------------
@@ -162,7 +101,7 @@ def test_where_nothing_is_read_there_is_no_score(folder: Path) -> None:
 
 
 def test_a_stopped_run_goes_on_where_it_stopped_and_failed_pictures_are_tried_again(folder: Path) -> None:
-    stopped = dataclasses.replace(score(folder), extractor=Fake(stops_after=2))  # type: ignore[arg-type]
+    stopped = score(folder, extractor=Fake(stops_after=2))
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     out = folder / "a-typescore"
@@ -170,23 +109,23 @@ def test_a_stopped_run_goes_on_where_it_stopped_and_failed_pictures_are_tried_ag
     with open(out / "records.jsonl", "a") as file:
         file.write('{"image": "t-2_0.png", "id": "t-')  # killed within a line
     once = Fake(fails=("entry",))
-    found = dataclasses.replace(stopped, extractor=once).run()  # type: ignore[arg-type]
+    found = dataclasses.replace(stopped, extractor=once).run()
     assert sum(once.calls) == 8
     assert (found["read"], found["failed"]) == (11, 1)
     assert len(records(out)) == 12
     again = Fake()
-    whole = dataclasses.replace(stopped, extractor=again).run()  # type: ignore[arg-type]
+    whole = dataclasses.replace(stopped, extractor=again).run()
     assert again.calls == [1]
     assert whole["failed"] == 0
     save(plain("Something else", size=64, points=8), folder / "a" / "t-0_0.png")
     changed = Fake()
-    assert dataclasses.replace(stopped, extractor=changed).run()["score"] < whole["score"]  # type: ignore[arg-type]
+    assert dataclasses.replace(stopped, extractor=changed).run()["score"] < whole["score"]
     assert changed.calls == [1]
     assert len(records(out)) == 12
 
 
 def test_a_second_run_that_is_stopped_leaves_nothing_that_looks_finished(folder: Path) -> None:
-    first = dataclasses.replace(score(folder), extractor=Fake())  # type: ignore[arg-type]
+    first = score(folder, extractor=Fake())
     first.run()
     out = folder / "a-typescore"
     made = ("summary.json", "plot.png", "report.html")
@@ -196,9 +135,9 @@ def test_a_second_run_that_is_stopped_leaves_nothing_that_looks_finished(folder:
     for one in LIST:
         save(plain("Something else", size=64, points=8), folder / "a" / f"{one.id}_0.png")
     with pytest.raises(KeyboardInterrupt):
-        dataclasses.replace(first, extractor=Fake(stops_after=1)).run()  # type: ignore[arg-type]
+        dataclasses.replace(first, extractor=Fake(stops_after=1)).run()
     assert not any((out / name).exists() for name in made)
-    with pytest.raises(UserError, match="has not come to its end"):
+    with told("end"):
         load_all([str(out)])
     first.run()
     assert all((out / name).stat().st_mtime_ns > before[name] for name in made)
@@ -211,19 +150,17 @@ def test_results_of_another_setting_are_never_overwritten(folder: Path) -> None:
     before = (folder / "a-typescore" / "records.jsonl").read_bytes()
     for fields, what in (
         ({"case_sensitive": True}, "normalisation.case_sensitive: false -> true"),
-        ({"piece_mode": "set"}, "piece_mode"),
-        ({"weights": (1.0, 0.0, 0.0)}, "weights"),
         ({"limit": 3, "out": out}, "wanted_sha256"),
     ):
-        with pytest.raises(UserError, match=f"another setting .*{what}.*out=FOLDER"):
+        with told(what, "out=FOLDER"):
             score(folder, **fields).run()
     (folder / "b").mkdir()
     save_all(LIST[:2], folder / "b", size=64)
-    with pytest.raises(UserError, match=r'images: "\.\./a" -> "\.\./b"'):
+    with told('images: "../a" -> "../b"'):
         score(folder, "b", out=out).run()
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.txt").write_text("dear to me")
-    with pytest.raises(UserError, match="no folder of results"):
+    with told("mine", "no folder of results"):
         score(folder, out=str(folder / "mine")).run()
     assert (folder / "a-typescore" / "records.jsonl").read_bytes() == before
     os.rename(folder, folder.with_name("moved"))  # pictures and results together
@@ -233,39 +170,26 @@ def test_results_of_another_setting_are_never_overwritten(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "break_, message",
+    "fields, named",
     [
-        (lambda f: {"images": str(f / "nowhere")}, "images=.*nowhere does not exist"),
-        (lambda f: {"images": str(f / "wanted.jsonl")}, "is no folder"),
-        (lambda f: {"images": ""}, "images is empty"),
-        (lambda f: {"images": str(f)}, r"no picture of the 6 instructions; .* t-0_0.png"),
-        (lambda f: {"wanted": ""}, "wanted is empty"),
-        (lambda f: {"wanted": str(f / "lost.jsonl")}, "cannot be read"),
+        ({"images": "nowhere"}, "images= nowhere"),
+        ({"images": "wanted.jsonl"}, "wanted.jsonl folder"),
+        ({"images": ""}, "images"),
+        ({"images": "."}, "6 t-0_0.png"),
+        ({"wanted": ""}, "wanted"),
+        ({"wanted": "lost.jsonl"}, "lost.jsonl"),
+        ({"wanted": "odd.jsonl", "ignore_punct": True}, "'t-0' '?!' ignore_punct"),
+        ({"weights": (0.0, 0.0, 0.0)}, "weights"),
     ],
 )
-def test_what_is_not_there_is_told_before_anything_is_read(folder: Path, break_: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        dataclasses.replace(score(folder, extractor=Fake(stops_after=-1)), **break_(folder)).run()
+def test_a_mistake_is_named_before_anything_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], named: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "odd.jsonl").write_text('{"id": "t-0", "text": "?!"}\n')
+    with told(*named.split()):
+        dataclasses.replace(score(folder, extractor=Fake(stops_after=-1)), **fields).run()
     assert not (folder / "a-typescore").exists()
-
-
-@pytest.mark.parametrize(
-    "lines, message",
-    [
-        ([{"id": "t-0", "instruction": "a sign"}], "quotes no text"),
-        ([{"id": "t-0", "text": "x"}, {"id": "t-0", "text": "y"}], "line 1 too"),
-        ([{"id": "t-0", "text": "?!"}], "nothing without its punctuation"),
-    ],
-)
-def test_mistakes_of_the_list_are_told(folder: Path, lines: list[Any], message: str) -> None:
-    (folder / "wanted.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
-    with pytest.raises(UserError, match=message):
-        score(folder, ignore_punct=True).run()
-
-
-def test_weights_that_make_no_evaluation_are_refused() -> None:
-    with pytest.raises(UserError, match="weights"):
-        TypeScore(weights=(0.0, 0.0, 0.0))
 
 
 def test_pictures_are_found_by_id_and_number(tmp_path: Path) -> None:
@@ -282,10 +206,10 @@ def test_pictures_are_found_by_id_and_number(tmp_path: Path) -> None:
         ("a_x_0.jpeg", "a_x", 0),
     ]
     (tmp_path / "a_02.png").touch()
-    with pytest.raises(UserError, match="one picture of 'a'"):
+    with told("one picture of 'a'"):
         find(tmp_path, some)
     (tmp_path / "a_02.png").unlink()
-    with pytest.raises(UserError, match=r"a_2\.JPG is a picture of 'a_2' and number 2 of 'a'"):
+    with told("a_2.JPG", "'a_2'", "2 of 'a'"):
         find(tmp_path, [*some, dataclasses.replace(LIST[0], id="a_2")])
 
 
@@ -328,166 +252,22 @@ def test_pictures_in_memory_are_measured_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
-# --- style ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("colour", drawing.COLOURS)
-def test_the_colour_of_the_ink_is_seen_in_the_box(colour: str) -> None:
-    ground = "cloth" if colour in ("red", "purple") else "stone"
-    picture = plain(
-        "Open daily", colour=colour, size=256, points=28, rotation=4, noise=8, texture=True, material=ground
-    )
-    found = Fake().extract([picture])[0]
-    for other in drawing.COLOURS:
-        verdict = style.measured({"colour": other}, picture, found.lines)["colour"]
-        assert verdict.followed is (other == colour), (other, verdict)
-
-
-def test_case_and_place_are_seen_and_what_boxes_do_not_tell_is_not_evaluated() -> None:
-    picture = Image.new("RGB", (300, 300), "white")
-
-    def followed(attribute: str, value: str, text: str = "OPEN DAILY", box: Sequence[float] = (10, 10, 90, 30)) -> Any:
-        return style.measured({attribute: value}, picture, [line(text, box)])[attribute].followed
-
-    assert followed("case", "capitals")
-    assert not followed("case", "lowercase")
-    assert followed("case", "lowercase", "sSsing it daily")  # S and s look alike
-    assert not followed("case", "lowercase", "The bread is here")
-    assert followed("case", "capitals", "12") is None
-    assert followed("case", "sarcastic") is None
-    assert followed("placement", "top")
-    assert followed("placement", "left")
-    assert not followed("placement", "centre")
-    assert not followed("placement", "bottom")
-    assert followed("placement", "centre", box=(110, 110, 190, 190))
-    assert followed("placement", "right", box=(210, 110, 290, 190))
-    assert followed("placement", "nowhere") is None
-    assert followed("font", "serif") is None
-    assert followed("colour", "mauvish") is None
-    assert followed("colour", "red") is None  # no ink on plain white
-    assert style.measured({"case": "capitals"}, picture, [])["case"].followed is None
-
-
-@pytest.mark.parametrize(
-    "text, capitals, lowercase",
-    [
-        ("Stay Curious", False, False),
-        ("Open Special Week", False, False),
-        ("stay curious and open every week for all that come by", False, True),
-        ("Come early and bring a blanket for the show", False, False),  # one capital among 34 letters
-        ("the Plover sails", False, False),
-        ("LP", True, False),
-        ("Lp", False, False),
-        ("Dj", False, False),
-        ("So", False, False),
-        ("C", True, False),
-        # as readers err
-        ("oPen Xylophone cOncerts", False, False),
-        ("all yOu Vegans knoW", False, False),
-        ("all yOu kNow of Bread", False, False),
-        ("all yOu kNow of the bread", False, True),  # N once
-        ("all yOu kNow of thE bread", False, False),
-        ("send an sOs, aII of you, 2O times", False, True),
-        ("vitamin C for all", False, True),  # the letter alone does not tell
-        ("all that I know", False, False),
-        ("for 5O crowns or O5", False, True),
-        ("cOME EARLY", True, False),
-        ("MlND THE sTEP AT 1o", True, False),
-        ("don't go past Nora's", False, False),
-        ("cafe\u0301s open daily", False, True),
-        ("DON’T GO", True, False),
-    ],
-)
-def test_case_is_told_by_the_letters_that_tell(text: str, capitals: bool, lowercase: bool) -> None:
-    assert style._case("capitals", text).followed is capitals
-    assert style._case("lowercase", text).followed is lowercase
-
-
-@pytest.mark.parametrize("drawn", [str, str.upper, str.lower, str.title, string.capwords, str.capitalize])
-def test_the_case_of_all_shipped_texts_is_told_however_they_are_drawn(drawn: Callable[[str], str]) -> None:
-    for one in synth.generate():
-        text = drawn(one.text)
-        cased = text.upper() != text.lower()
-        for value, right in (("capitals", text.upper()), ("lowercase", text.lower())):
-            assert style._case(value, text).followed is ((text == right) if cased else None), (value, text)
-
-
-def test_boxes_and_ink_are_of_the_picture_as_it_is_seen(tmp_path: Path) -> None:
-    seen = plain("Open", colour="red", placement="top", size=240).crop((0, 0, 240, 150))
-    exif = Image.Exif()
-    exif[0x0112] = 8  # to be turned by a quarter
-    seen.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png", exif=exif)
-    with Image.open(tmp_path / "turned.png") as turned:
-        turned.load()
-    assert turned.size == (150, 240)
-    x, y = 120, 40  # of the ink's middle, by the renderer
-    lines = [line("Open", (x - 60, y - 25, x + 60, y + 25))]
-    for picture in (seen, turned):
-        found = style.measured({"placement": "top", "colour": "red"}, picture, lines)
-        assert found["placement"] == style.Verdict(True, "centre at 50%, 27%")
-        assert found["colour"].followed
-
-
-def test_a_model_that_sees_is_asked_for_the_rest_without_a_word_of_the_text(folder: Path) -> None:
-    for answer, followed in (("Yes.", True), ("no", False), ("**No**, it is not", False), ("It may be", None)):
-        asked = Asked(answer=answer)
-        made = dataclasses.replace(score(folder, out=str(folder / f"out{followed}{len(answer)}")), extractor=asked)  # type: ignore[arg-type]
-        found = made.run()
-        questions = [call for call in asked.calls if isinstance(call, list)]
-        assert len(questions) == 12
-        assert questions[0] == ["Is the text in this image drawn in a serif typeface? Answer yes or no."]
-        by = found["style"]["by"]
-        assert by["colour"]["followed"] == 0  # measured: they are drawn in black
-        assert (by["font"]["evaluated"], by["font"]["not_evaluated"]) == ((12, 0) if followed is not None else (0, 12))
-        assert found["style"]["score"] == (50 if followed else 0)
-        assert found["score"] > 80  # of another matter
-    without = Asked()
-    found = dataclasses.replace(score(folder, out=str(folder / "bare"), style=False), extractor=without).run()  # type: ignore[arg-type]
-    assert found["style"] is None
-    assert not [call for call in without.calls if isinstance(call, list)]
-    assert style.answered(Extraction("", error="HTTP 500")).followed is None
-    silent = Asked()
-    assert style.evaluate({"font": "serif"}, Image.new("RGB", (9, 9)), Extraction(""), silent)["font"].followed is None
-    assert not silent.calls
-
-
-def test_questions_that_were_not_answered_are_counted_and_asked_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    asked = Asked()
-    made = dataclasses.replace(score(folder), extractor=asked)  # type: ignore[arg-type]
-    with monkeypatch.context() as patch:
-        patch.setattr(Asked, "ask", lambda self, images, questions: [Extraction("", error="HTTP 500")] * len(questions))
-        found = made.run()
-    assert (found["failed"], found["unanswered"], found["style"]["by"]["font"]["evaluated"]) == (0, 12, 0)
-    assert "12 questions of style were not answered" in caplog.text
-    found = made.run()
-    assert (found["unanswered"], found["style"]["by"]["font"]["evaluated"]) == (0, 12)
-    asked.calls.clear()
-    made.run()
-    assert not asked.calls
-
-
 def test_a_scorer_of_a_run_is_checked_before_the_first_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = str(folder / "wanted.jsonl")
     made = TypeScore(wanted, extractor=Oracle(), limit=2)
     made.check()
     assert made.prompts() == {one.id: one.instruction for one in LIST[:2]}
-    for fields, message in (
-        ({"images": "somewhere"}, "images=somewhere is for a folder of pictures"),
-        ({"out": "here"}, "out=here is for a folder of pictures"),
-        ({"wanted": "none.jsonl"}, "none.jsonl"),
-    ):
-        with pytest.raises(UserError, match=message):
-            dataclasses.replace(made, **fields).check()  # type: ignore[arg-type]
+    for field, value in (("images", "somewhere"), ("out", "here"), ("wanted", "none.jsonl")):
+        with told(value):
+            dataclasses.replace(made, **{field: value}).check()
     monkeypatch.setattr(Oracle, "check", lambda self: (_ for _ in ()).throw(UserError("no package")))
-    with pytest.raises(UserError, match="no package"):
+    with told("no package"):
         made.check()
 
 
 def test_records_that_do_not_know_of_questions_are_whole(folder: Path) -> None:
     fake = Fake()
-    made = dataclasses.replace(score(folder, cache=str(folder / "a-typescore" / "cache")), extractor=fake)  # type: ignore[arg-type]
+    made = score(folder, cache=str(folder / "a-typescore" / "cache"), extractor=fake)
     made.run()
     file = folder / "a-typescore" / "records.jsonl"
     file.write_text(file.read_text().replace(', "failed": false', ""))
@@ -495,14 +275,6 @@ def test_records_that_do_not_know_of_questions_are_whole(folder: Path) -> None:
     fake.calls.clear()
     assert made.run()["unanswered"] == 0
     assert not fake.calls
-
-
-def test_style_shares() -> None:
-    yes, no, open_ = (style.Verdict(value, "") for value in (True, False, None))
-    assert style.share({"a": yes, "b": no, "c": open_}) == 50
-    assert style.share({"c": open_}) is None
-    np.testing.assert_allclose(style.lab([255, 255, 255]), [100, 0, 0], atol=0.02)
-    np.testing.assert_allclose(style.lab([255, 0, 0]), [53.24, 80.09, 67.2], atol=0.05)
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -642,14 +414,14 @@ def test_an_extractor_that_repairs_is_told_from_one_that_reads(tmp_path: Path) -
     assert "| clean | 20% |" in (tmp_path / "oracle" / "calibration.md").read_text()
     assert Image.open(tmp_path / "oracle" / "calibration.png").width > 400
     assert len(json.loads((tmp_path / "oracle" / "calibration.json").read_text())["pictures"]) == 24
-    mends = dataclasses.replace(few, extractor=Repairs(texts=few.texts), out=str(tmp_path / "mends")).run()  # type: ignore[arg-type]
+    mends = dataclasses.replace(few, extractor=Repairs(texts=few.texts), out=str(tmp_path / "mends")).run()
     assert mends["verdict"] == "repairs"
     assert mends["largest_difference"] > 20
-    part = dataclasses.replace(few, extractor=Fake(fails=("bread",)), out=str(tmp_path / "part")).run()  # type: ignore[arg-type]
+    part = dataclasses.replace(few, extractor=Fake(fails=("bread",)), out=str(tmp_path / "part")).run()
     assert part["failed"] == 2
     assert part["verdict"] == "faithful"
-    with pytest.raises(UserError, match="read none of 24 pictures; the first: no answer"):
-        dataclasses.replace(few, extractor=Fake(fails=("",)), out=str(tmp_path / "none")).run()  # type: ignore[arg-type]
+    with told("none of 24", "no answer"):
+        dataclasses.replace(few, extractor=Fake(fails=("",)), out=str(tmp_path / "none")).run()
 
 
 def test_a_calibration_of_another_setting_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -661,35 +433,28 @@ def test_a_calibration_of_another_setting_is_never_overwritten(tmp_path: Path, m
     unread = Fake(stops_after=-1)
     for fields, what in (
         ({"extractor": unread}, 'extractor.name: "oracle" -> "fake"'),
-        ({"texts": TEXTS[:3]}, "texts: "),
         ({"levels": (0.0, 0.25)}, "levels.1: 0.5 -> 0.25"),
         ({"case_sensitive": True}, "normalisation.case_sensitive: false -> true"),
-        ({"seed": 1}, "seed: 0 -> 1"),
-        ({"size": 128}, "size: 64 -> 128"),
         ({"texts": tuple("many words " * 9 + str(i) for i in range(99))}, "texts: "),
     ):
-        with pytest.raises(UserError, match=r"a calibration of another setting .*out=FOLDER") as caught:
-            dataclasses.replace(first, **fields).run()  # type: ignore[arg-type]
-        assert what in str(caught.value)
-        assert len(str(caught.value)) < 1200
+        with told("calibration", what, "out=FOLDER"):
+            dataclasses.replace(first, **fields).run()
     assert file.read_bytes() == before
     dataclasses.replace(first, cache="kept").run()  # of the same setting, made anew
     assert json.loads(file.read_bytes())["setting"] == json.loads(before)["setting"]
     (file.parent / "setting.json").write_text("[]")
-    with pytest.raises(UserError, match=r"setting\.json is damaged; name another folder with out=FOLDER"):
+    with told("setting.json", "damaged", "out=FOLDER"):
         first.run()
     for _ in range(2):  # a cache within it is no stranger
         dataclasses.replace(first, out="cal", cache="cal/cache").run()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "calibration.md").write_text("dear to me")
-    with pytest.raises(UserError, match="out=mine is no folder of a calibration"):
-        dataclasses.replace(first, extractor=unread, out="mine").run()  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"out=mine/calibration\.md is no folder of a calibration"):
-        dataclasses.replace(first, extractor=unread, out="mine/calibration.md").run()  # type: ignore[arg-type]
+    with told("out=mine", "calibration"):
+        dataclasses.replace(first, extractor=unread, out="mine").run()
 
 
 def test_a_text_of_punctuation_alone_calibrates_nothing_where_it_is_ignored() -> None:
-    with pytest.raises(UserError, match=r"texts: '\?!' is nothing without its punctuation; leave ignore_punct out"):
+    with told("'?!'", "ignore_punct"):
         Calibrate(texts=("Open daily", "?!"), ignore_punct=True)
     assert Calibrate(texts=("Open daily", "?!")).texts[1] == "?!"
 
@@ -704,21 +469,15 @@ def test_eval_runs_a_config_without_a_model(folder: Path, capsys: pytest.Capture
     (folder / "a" / "t-0_0.png").write_bytes(b"")
     assert cli.main(["eval", "typescore/oracle", *fields]) == 1  # done, with losses
     assert json.loads(capsys.readouterr().out)["failed"] == 1
-    with contextlib.suppress(SystemExit):
-        assert cli.main(["eval", "typescore/oracle", "images=nowhere"]) == 2
-    assert "images=nowhere does not exist" in capsys.readouterr().err
-    for words, message in (
-        (["tarflow/digits"], "holds a Run, which measures nothing by itself"),
-        (["runs/none"], "zoo eval runs/none METRIC"),
-        (["runs/none", "draws=3"], "zoo eval runs/none METRIC"),
-        (["lost.py"], "no config file 'lost.py'"),
-        (["runs/none", "bpdd"], "no metric 'bpdd'; did you mean 'bpd'"),
-        (["runs/none", "--raw", "bpdd"], "no metric 'bpdd'"),  # a metric behind a flag is one still
-        (["runs/none", "draws=3", "bpdd"], "no metric 'bpdd'"),
-        (["typescore/oracle", "image=x"], "no field image in TypeScore; did you mean 'images'?"),
+    for words, named in (
+        ("typescore/oracle images=nowhere", "images=nowhere"),
+        ("tarflow/digits", "a Run"),
+        ("runs/none draws=3", "METRIC"),
+        ("lost.py", "'lost.py'"),
+        ("runs/none --raw bpdd", "'bpdd'"),  # a metric behind a flag is one still
     ):
-        assert cli.main(["eval", *words]) == 2
-        assert message in capsys.readouterr().err
+        assert cli.main(["eval", *words.split()]) == 2
+        assert named in capsys.readouterr().err
 
 
 def test_every_config_of_typescore_opens_and_stands_alone() -> None:
@@ -757,15 +516,8 @@ def test_pictures_with_known_faults_are_rendered_and_scored(tmp_path: Path, caps
     assert len(list((tmp_path / "made").glob("*_[01].png"))) == 4
     assert cli.main(["eval", "typescore/oracle", f"images={out}", "limit=2"]) == 0
     assert 20 < json.loads(capsys.readouterr().out)["score"] < 80
-    for fields, message in (
-        ([f"out={out}"], "is there and not empty; name a new folder"),
-        ([f"out={out}2", "each=0"], "each=0 must be a whole number from 1"),
-        ([f"out={out}2", "wanted=none.jsonl"], "none.jsonl"),
-    ):
-        assert cli.main(["eval", "typescore/render", *fields]) == 2
-        err = capsys.readouterr().err
-        assert message in err
-        assert err.count("\n") == 1
+    assert cli.main(["eval", "typescore/render", f"out={out}"]) == 2
+    assert "is there and not empty; name a new folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("there", [False, True])

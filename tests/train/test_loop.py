@@ -10,7 +10,6 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import chex
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mistakes import told
 
 from zoo import config, dist, models, weights
 from zoo.data.pipeline import Data, Source
@@ -27,7 +27,7 @@ from zoo.metrics.likelihood import BayesAccuracy, Bits
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Checkpoint, Run, Samples
 from zoo.task import About, Batch, Metric, Network, Params
-from zoo.train.loop import Diverged, _check_looks, _check_shapes, train
+from zoo.train.loop import Diverged, train
 from zoo.train.optim import AdamW
 from zoo.train.report import Report, read_metrics
 from zoo.train.step import State
@@ -161,8 +161,12 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "zoo"]
 
 
+Finished = tuple[Path, dict[str, np.ndarray]]
+Export = tuple[Path, Params]
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A run of six steps with everything on, and its state."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
@@ -175,24 +179,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
-def test_a_run_leaves_what_it_promises(finished: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_a_run_leaves_what_it_promises(finished: Finished) -> None:
     folder, state = finished
     assert state["step"] == 6
-    assert {p.name for p in folder.iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "curve.png",
-        "tensorboard",
-        "checkpoints",
-    }
+    names = {"config.json", "metrics.jsonl", "curve.png", "tensorboard", "checkpoints"}
+    assert {p.name for p in folder.iterdir()} == names
     assert steps_of(folder) == ["3", "6"]
-    about = json.loads((folder / "config.json").read_text())
-    assert about["run"]["batch"] == 8
-    assert about["run"]["task"]["class"].endswith(".Wide")
+    about = json.loads((folder / "config.json").read_text())["run"]
+    assert (about["batch"], about["task"]["class"].rpartition(".")[2]) == (8, "Wide")
 
 
 def test_three_steps_and_three_more_equal_six(
-    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, straight = finished
     half = plain(go(tmp_path / "run", steps=3))
@@ -211,16 +209,14 @@ def test_three_steps_and_three_more_equal_six(
 
 
 def test_without_a_folder_nothing_is_written(
-    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     chex.assert_trees_all_equal(plain(go(None)), finished[1])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_run_says_so_and_changes_nothing(
-    finished: tuple[Path, dict[str, np.ndarray]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_says_so_and_changes_nothing(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     folder, state = finished
     before = {k: v for k, v in contents(folder).items() if not k.startswith("tensorboard")}
     again, history = train(dataclasses.replace(RUN, workdir=str(folder), evals=(Held(every=3),)), quiet=False)
@@ -231,12 +227,11 @@ def test_a_finished_run_says_so_and_changes_nothing(
 
 
 def test_sigterm_saves_and_the_same_run_goes_on_to_the_same_end(
-    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM)
-    run = dataclasses.replace(RUN, workdir=str(folder), evals=(Held(every=2, kill=True),))
-    state, _ = train(run)
+    state, _ = train(dataclasses.replace(RUN, workdir=str(folder), evals=(Held(every=2, kill=True),)))
     assert int(state.step) == 3
     assert steps_of(folder) == ["3"]
     assert "asked to stop: step 3 is saved" in capsys.readouterr().out
@@ -258,7 +253,7 @@ def test_sigterm_loses_no_evaluation(tmp_path: Path) -> None:
 
 
 def test_a_truncated_newest_checkpoint_costs_its_steps_only(
-    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
     go(folder)
@@ -282,26 +277,22 @@ def test_a_truncated_newest_checkpoint_costs_its_steps_only(
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"batch": 16}, ["batch: 8 -> 16"]),
         ({"seed": 1, "optim": AdamW(lr=0.2, schedule="constant", clip=1.0)}, ["seed: 0 -> 1", "optim.lr: 0.1 -> 0.2"]),
         ({"task": Wide(height=9)}, ["task.height: 8 -> 9"]),
         ({"data": Synthetic(examples=65)}, ["data.examples: 64 -> 65"]),
-        ({"ema": 0.0}, ["ema: 0.9 -> 0.0"]),
     ],
 )
-def test_a_folder_of_another_run_is_refused(
-    finished: tuple[Path, dict[str, np.ndarray]], fields: dict[str, Any], named: list[str]
-) -> None:
+def test_a_folder_of_another_run_is_refused(finished: Finished, fields: dict[str, Any], named: list[str]) -> None:
     folder, _ = finished
     before = contents(folder)
-    with pytest.raises(UserError, match="belongs to a run with another config") as error:
+    with pytest.raises(UserError, match="another config") as error:
         go(folder, **fields)
     assert all(name in str(error.value) for name in named)
     assert str(error.value).count(" -> ") == len(named)
     assert contents(folder) == before
 
 
-def test_what_changes_no_number_may_differ(finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
+def test_what_changes_no_number_may_differ(finished: Finished, tmp_path: Path) -> None:
     go(tmp_path / "run", steps=3)
     state = go(
         tmp_path / "run",
@@ -315,53 +306,50 @@ def test_what_changes_no_number_may_differ(finished: tuple[Path, dict[str, np.nd
     )
     chex.assert_trees_all_equal(plain(state), finished[1])
     assert steps_of(tmp_path / "run") == ["3", "4", "6"]
-    assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == [
-        "samples-0000004.png",
-        "samples-0000006.png",
-    ]
+    sheets = {p.name for p in (tmp_path / "run" / "samples").iterdir()}
+    assert sheets == {"samples-0000004.png", "samples-0000006.png"}
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 6]
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("words")
-    with pytest.raises(UserError, match=r"not empty and is no run \(thesis.tex ...\)"):
-        go(tmp_path)
-    assert contents(tmp_path) == {"thesis.tex": b"words"}
+@pytest.mark.parametrize(
+    ("there", "where", "words"),
+    [
+        ({"thesis.tex": "words"}, "", "thesis.tex"),
+        ({"file": "mine"}, "file/run", "file/run directory"),
+        ({"config.json": json.dumps({"task": {"class": "zoo.papers.tarflow.TarFlow"}})}, "", "export"),
+        *(({"config.json": text}, "", "config.json") for text in ("", "{", "[]", '{"a": 1}')),
+    ],
+)
+def test_a_folder_of_something_else_is_refused_and_stays(
+    there: dict[str, str], where: str, words: str, tmp_path: Path
+) -> None:
+    for name, text in there.items():
+        (tmp_path / name).write_text(text)
+    with told(str(tmp_path), *words.split()):
+        go(tmp_path / where)
+    assert contents(tmp_path) == {name: text.encode() for name, text in there.items()}
 
 
-def test_an_export_is_no_run(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"task": {"class": "zoo.papers.tarflow.TarFlow"}}))
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match="is an export, not a run"):
-        go(tmp_path)
-    assert contents(tmp_path) == before
+SMALL = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}'])
-def test_a_damaged_config_is_refused_and_not_overwritten(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json"):
-        go(tmp_path)
-    assert contents(tmp_path) == {"config.json": text.encode()}
-
-
-def test_a_run_folder_below_a_file_ends_in_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"cannot write the run folder .*file/run \(Not a directory\); choose another"):
-        go(tmp_path / "file" / "run")
-    assert contents(tmp_path) == {"file": b"mine"}
-
-
-def test_data_that_does_not_fit_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Bad does not fit the task: 'x': the data gives float32\[3\]"):
-        go(tmp_path / "run", data=Bad(0, numbers=3))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_batch_that_does_not_divide_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="batch=8 does not divide over 1 devices x 3 micro-batches"):
-        go(tmp_path / "run", accumulate=3)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"data": Bad(0, numbers=3)}, "Bad 'x' float32[3]"),
+        ({"accumulate": 3}, "batch=8 1 3"),
+        ({"task": SMALL, "samples": Samples(n=4, options={"guidence": 2})}, "samples.options 'guidence' mean"),
+        ({"task": SMALL, "evals": (BayesAccuracy(),)}, "unconditional"),
+        ({"task": dataclasses.replace(SMALL, image=66), "evals": (Bits(baselines=True),)}, "baselines=True"),
+        ({"evals": (BayesAccuracy(),)}, "evals.0 bayes 'nll' Wide"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_a_folder_is_made(
+    fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with told(*words.split()):
+        go(tmp_path / "run", **fields)
     assert not (tmp_path / "run").exists()
 
 
@@ -387,7 +375,7 @@ def test_fewer_bad_steps_are_lived_through_and_counted() -> None:
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
-FLOW = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=1, head_dim=8)
+FLOW = dataclasses.replace(SMALL, blocks=1)
 
 
 @dataclass(frozen=True)
@@ -400,7 +388,7 @@ class Taught(Wide):
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
+def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """An export of a TarFlow whose first layer has the shapes of `Wide`."""
     task = FLOW
     rng = np.random.default_rng(0)
@@ -411,7 +399,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
 
 
 def test_weights_of_another_model_fill_what_fits_and_are_reported(
-    export: tuple[Path, Params], caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, given = export
     monkeypatch.setattr(models, "given_weights", lambda *_, **__: {"": {"net": given["block0"]}})
@@ -430,7 +418,7 @@ def test_weights_of_another_model_fill_what_fits_and_are_reported(
     assert any(w.startswith("parameters: not used: net (") for w in words)
 
 
-def test_weights_are_read_at_the_start_only(export: tuple[Path, Params], tmp_path: Path) -> None:
+def test_weights_are_read_at_the_start_only(export: Export, tmp_path: Path) -> None:
     folder, _ = export
     gone = tmp_path / "moved"
     os.symlink(folder, gone)
@@ -451,9 +439,8 @@ def test_frozen_networks_that_would_stay_random_are_refused(tmp_path: Path, monk
     given: Params
     monkeypatch.setattr(models, "given_weights", lambda *_, **__: given)
     fields = {"task": Pupil(), "data": Bad(since=10**6), "steps": 1}
-    words = r"weights\.teacher is missing: Pupil holds .* add weights\.teacher=OUT .*, OUT being a run or an export$"
     for given in ({}, {"": {"net": Wide().init(jax.random.key(0))["net"]}}):  # noqa: B007
-        with pytest.raises(UserError, match=words):
+        with told("weights.teacher=OUT", "Pupil"):
             go(tmp_path / "run", **fields)
     assert not (tmp_path / "run").exists()
     go(None, task=Pupil(), steps=1)  # made-up data
@@ -468,45 +455,33 @@ def test_frozen_networks_that_would_stay_random_are_refused(tmp_path: Path, monk
 def test_frozen_networks_that_are_filled_in_part_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "given_weights", lambda *_, **__: {"": {"net": {"last": {"kernel": np.ones((8, 1))}}}})
     monkeypatch.setattr(Pupil, "about", About(networks={"net": Network(), "teacher": Network(required=False)}))
-    with pytest.raises(UserError, match=r"weights\[''\]=x leaves 2 of the 3 tensors of net random \(net/in/b"):
+    with told("weights['']=x", "2 of the 3", "net/in/b"):
         go(None, task=Pupil(), data=Bad(since=10**6), weights={"": "x"})
 
 
 @pytest.mark.parametrize(
-    ("reference", "words"),
+    ("part", "reference", "words"),
     [
-        ("nowhere", "neither a folder nor a shipped model"),
-        (":block9", "no parameters named"),
-        (":prior", r"weights: nothing given for 'teacher' has a place: it holds teacher"),
+        ("teacher", "nowhere", "folder"),
+        ("teacher", ":block9", "block9"),
+        ("teacher", ":prior", "'teacher'"),
+        ("net", ":block0", "(1) net/last/kernel"),  # would be filled by half
     ],
 )
 def test_wrong_weights_leave_the_folder_to_the_right_ones(
-    export: tuple[Path, Params], tmp_path: Path, reference: str, words: str
+    export: Export, tmp_path: Path, part: str, reference: str, words: str
 ) -> None:
     folder, _ = export
-    with pytest.raises(UserError, match=words):
-        go(tmp_path / "run", task=Taught(), weights={"teacher": f"{folder}{reference}"})
+    with told("weights", *words.split()):
+        go(tmp_path / "run", task=Taught(), weights={part: f"{folder}{reference}"})
     state = go(tmp_path / "run", task=Taught(), weights={"teacher": f"{folder}:block0"}, steps=1)
     chex.assert_trees_all_equal(jax.device_get(state.params["teacher"]["in"]), export[1]["block0"]["in"])
-
-
-def test_parts_that_would_be_filled_by_half_leave_the_folder_to_the_right_ones(
-    export: tuple[Path, Params], tmp_path: Path
-) -> None:
-    folder, _ = export
-    with pytest.raises(
-        UserError, match=rf"weights\.net={folder}:block0 does not fit: missing \(1\): net/last/kernel; left"
-    ):
-        go(tmp_path / "run", weights={"net": f"{folder}:block0"})
-    assert not (tmp_path / "run").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
-def test_metrics_hold_each_step_once_and_bpd_is_the_held_out_figure_alone(
-    finished: tuple[Path, dict[str, np.ndarray]],
-) -> None:
+def test_metrics_hold_each_step_once_and_bpd_is_the_held_out_figure_alone(finished: Finished) -> None:
     folder, _ = finished
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     training = [r for r in records if "loss" in r]
@@ -518,9 +493,7 @@ def test_metrics_hold_each_step_once_and_bpd_is_the_held_out_figure_alone(
     assert {r["weights"] for r in held} == {"ema"}
 
 
-def test_an_evaluation_sees_the_average_where_there_is_one_and_says_so(
-    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
-) -> None:
+def test_an_evaluation_sees_the_average_where_there_is_one_and_says_so(finished: Finished, tmp_path: Path) -> None:
     folder, state = finished
     (last,) = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] == 6 and "bpd" in r]
     sums = {k: float(np.abs(state[f"{k}/net/in/kernel"]).sum()) for k in ("ema", "params")}
@@ -543,22 +516,8 @@ class Failing(Held):
         raise UserError("no room for the statistics")
 
 
-def test_samples_and_evaluations_that_cannot_be_made_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:
-    small = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8)
-    bayes, bits = BayesAccuracy(), Bits(baselines=True)
-    for fields, words in (
-        ({"samples": Samples(n=4, options={"guidence": 2})}, "samples.options: .*no option 'guidence'; did you mean"),
-        ({"evals": (bayes,)}, r"unconditional"),
-        ({"evals": (bits,), "task": dataclasses.replace(small, image=66)}, r"baselines=True"),
-        ({"evals": (bayes,), "task": Wide()}, r"evals.0: the metric bayes needs 'nll', which Wide has not"),
-    ):
-        with pytest.raises(UserError, match=words):
-            go(tmp_path / "run", **{"task": small, **fields})
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_figure_that_fails_costs_no_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no room"):
+    with told("no room"):
         go(tmp_path / "run", steps=2, evals=(Failing(),), checkpoint=Checkpoint(every=100))
     assert steps_of(tmp_path / "run") == ["2"]
     assert int(go(tmp_path / "run", steps=2, checkpoint=Checkpoint(every=100)).step) == 2
@@ -570,7 +529,7 @@ def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path) -> None:
     before = contents(folder)
     handle = os.open(folder, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match=r"workdir=.*run is in use by another process"):
+    with told(f"workdir={folder}", "another process"):
         go(folder, steps=1)
     assert contents(folder) == before
     os.close(handle)
@@ -578,7 +537,7 @@ def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path) -> None:
 
 
 def test_classes_that_the_data_has_not_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    task = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=5)
+    task = dataclasses.replace(SMALL, classes=5)
     with caplog.at_level(logging.WARNING, "zoo"), pytest.raises(UserError, match=r"samples\.options"):
         go(None, task=task, samples=Samples(n=1, options={"x": 1}))
     assert any("2 classes and task.classes=5" in m and "set task.classes=2" in m for m in said(caplog))
@@ -588,7 +547,7 @@ def test_classes_that_the_data_has_not_are_told(tmp_path: Path, caplog: pytest.L
 
 
 def test_a_profile_covers_its_steps_and_changes_no_number(
-    finished: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marks: list[str] = []
     start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
@@ -605,28 +564,21 @@ def test_a_profile_covers_its_steps_and_changes_no_number(
     assert "perfetto_trace.json.gz" in names
 
 
-@pytest.mark.parametrize(
-    ("span", "words"),
-    [
-        ((0, 2), "--profile 0:2 is no range of steps"),
-        ((3, 2), "--profile 3:2 is no range of steps"),
-        ((5, 7), r"--profile 5:7 is not among the steps that this run takes now \(1 to 6\)"),
-    ],
-)
-def test_other_profiles_are_refused_before_a_folder_is_made(tmp_path: Path, span: tuple[int, int], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize("span", [(0, 2), (3, 2), (5, 7)])
+def test_other_profiles_are_refused_before_a_folder_is_made(tmp_path: Path, span: tuple[int, int]) -> None:
+    with told("--profile {}:{}".format(*span)):
         train(dataclasses.replace(RUN, workdir=str(tmp_path / "run")), quiet=True, profile=span)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="needs a run folder"):
+    with told("--profile", "folder"):
         train(RUN, quiet=True, profile=(1, 2))
 
 
 def test_a_profile_of_steps_that_were_taken_before_is_refused(tmp_path: Path) -> None:
     go(tmp_path / "run", steps=3)
     run = dataclasses.replace(RUN, workdir=str(tmp_path / "run"))
-    with pytest.raises(UserError, match=r"\(4 to 6\)"):
+    with told("(4 to 6)"):
         train(run, quiet=True, profile=(3, 5))
-    with pytest.raises(UserError, match=r"\(none: it is finished at 3\)"):
+    with told("finished at 3"):
         train(dataclasses.replace(run, steps=3), quiet=True, profile=(2, 3))
 
 
@@ -646,79 +598,3 @@ def test_a_run_that_ends_within_a_profile_keeps_it_and_one_that_cannot_be_made_c
         state, _ = train(dataclasses.replace(run, evals=()), quiet=True, profile=(4, 5))
     assert int(state.step) == 6
     assert any("the profile could not be made (RuntimeError: No space left" in w for w in said(caplog))
-
-
-class Shapes(list, Source):
-    """A source with one latent of each shape, each a group of its own."""
-
-    def __init__(self, **shapes: tuple[int, int]) -> None:
-        super().__init__({"latent": np.zeros((*shape, 1), np.float32)} for shape in shapes.values())
-        self.aspects = tuple(shapes)
-        self.groups = tuple(np.array([i]) for i in range(len(shapes))) if len(shapes) > 1 else ()
-
-
-class Looks(Metric):
-    """A metric of the test split; `path` and what `check_data` was asked are kept."""
-
-    name = "bits"
-    split = "test"
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def check_data(self, task: Any, data: Any) -> None:
-        self.seen.append((task, data))
-
-    def __call__(self, *_: Any, **__: Any) -> dict[str, Any]:
-        return {}
-
-
-@dataclass(frozen=True)
-class Patched:
-    """A task whose patches must fill its latents."""
-
-    patch: int = 1
-
-    def init(self, rng: jax.Array) -> Params:
-        return {}
-
-    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        if batch["latent"].shape[1] % self.patch:
-            raise UserError(f"task.patch={self.patch} does not divide {batch['latent'].shape[1]}")
-        return batch["latent"].mean(), {}
-
-
-def shaped(test: Shapes, train: Shapes, patch: int = 1) -> SimpleNamespace:
-    spec = {"latent": jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)}
-    return SimpleNamespace(
-        task=Patched(patch),
-        data=SimpleNamespace(place="out"),
-        source={"test": test, "train": train}.get,
-        spec=lambda: spec,
-        samples=Samples(n=0),
-        evals=(Looks(),),
-    )
-
-
-def test_metrics_need_held_out_examples_of_the_shape_of_the_task() -> None:
-    both = Shapes(square=(4, 4), wide=(2, 6))
-    _check_looks(shaped(both, both))
-    _check_looks(shaped(Shapes(square=(4, 4)), both))
-    for test in (Shapes(wide=(2, 6)), Shapes(wide=(2, 6), tall=(6, 2))):
-        run = shaped(test, both)
-        with pytest.raises(
-            UserError, match=r"evals\.0: the metric bits .* test split of data\.path=out has none: .*\[2, 6, 1\]"
-        ):
-            _check_looks(run)
-        run.evals[0].path = "images"  # a metric that looks elsewhere
-        _check_looks(run)
-    run = shaped(both, both)
-    _check_looks(run)
-    assert run.evals[0].seen == [(run.task, run.data)]
-
-
-def test_every_shape_of_the_data_must_fit_the_task() -> None:
-    data = Shapes(square=(4, 4), wide=(3, 6))
-    _check_shapes(shaped(data, data))
-    with pytest.raises(UserError, match=r"the bucket wide of data\.path=out: task\.patch=2 does not divide 3"):
-        _check_shapes(shaped(data, data, patch=2))

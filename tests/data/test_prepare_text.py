@@ -1,0 +1,235 @@
+"""`zoo prepare --text`: sets of tokens, killed runs, damage, and places that are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from mistakes import told
+from PIL import Image
+from texts import files, prose, spec
+
+from zoo.data import documents
+from zoo.data import vocabulary as vocabularies
+from zoo.data.documents import pieces
+from zoo.data.images import Images
+from zoo.data.latents import Latents
+from zoo.data.prepare import prepare
+from zoo.data.prepare_text import prepare_text
+from zoo.data.tokens import Text
+
+
+@pytest.fixture
+def library(tmp_path):
+    """Forty documents in two files of JSON lines."""
+    folder = tmp_path / "library"
+    folder.mkdir()
+    for part in range(2):
+        lines = [json.dumps({"text": prose(20 * part + i, 50 + 5 * i)}) for i in range(20)]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["text8", "chars", "bytes", "hf"])
+def test_a_prepared_set_gives_the_same_as_the_texts_themselves(kind, request, library, tmp_path):
+    name = str(request.getfixturevalue(kind)) if kind == "hf" else kind
+    report = prepare_text(str(library), str(tmp_path / "set"), name, progress=False)
+    assert {"info.json", "vocabulary.json", "train.bin", "valid.bin", "test.bin"} <= set(files(tmp_path / "set"))
+    assert not [name for name in files(tmp_path / "set") if "tmp" in name or "progress" in name]
+    made, plain = Text(str(tmp_path / "set")), Text(str(library), name)
+    assert made.vocabulary() == plain.vocabulary()
+    for split in documents.SPLITS:
+        ours, theirs = made.source(split, spec()), plain.source(split, spec())
+        assert isinstance(ours.tokens, np.memmap)
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        assert ours.characters == theirs.characters
+        assert ours[0]["tokens"].dtype == np.int32
+        assert report.counts[split] == len(ours.tokens)
+        if kind == "hf":  # documents go whole to a split
+            assert ours.tokens[-1] == ours.vocabulary.end
+    assert f"{plain.vocabulary()}, 40 documents" in str(report)
+    made.source("train", spec())
+    Text(str(tmp_path / "set"), name).source("train", spec())
+    before = files(tmp_path / "set")
+    prepare_text(str(library), str(tmp_path / "set"), name, progress=False)  # is done already
+    assert files(tmp_path / "set") == before
+
+
+def test_texts_that_name_their_split_are_prepared_as_they_say(tmp_path):
+    (tmp_path / "in").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "in" / f"{split}.txt").write_text(f"{split} ink " * 9)
+    report = prepare_text(str(tmp_path / "in"), str(tmp_path / "out"), "text8", progress=False)
+    assert report.counts == {"train": 89, "valid": 0, "test": 80}
+    assert Text(str(tmp_path / "out")).source("test", spec()).characters == 80
+    with told("out", "valid.txt"):
+        Text(str(tmp_path / "out")).source("valid", spec())
+
+
+KILL = """
+import os, signal, sys
+from zoo.data import prepare_text as module
+
+note, left = module._note, [int(sys.argv[3])]
+def counted(*args):
+    note(*args)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+module._note = counted
+module.prepare_text(sys.argv[1], sys.argv[2], sys.argv[4], keep=500, progress=False)
+"""
+
+
+def test_a_killed_run_looks_unfinished_and_ends_with_the_same_bytes(library, tmp_path, hf, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 200)
+    whole_set, killed = tmp_path / "whole", tmp_path / "killed"
+    prepare_text(str(library), str(whole_set), str(hf), keep=500, progress=False)
+    code = KILL.replace(
+        "note, left",
+        "module.documents_of.__globals__; from zoo.data import documents; documents.PIECE = 200\nnote, left",
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(library), str(killed), "4", str(hf)], check=False)
+    assert found.returncode == -signal.SIGKILL
+    with told("killed", "`zoo prepare`"):
+        Text(str(killed)).source("train", spec())
+    with open(killed / "train.tmp", "ab") as file:  # what came after the last mark, and a torn line
+        file.write(b"torn")
+    with open(killed / "progress.jsonl", "ab") as file:
+        file.write(b'{"stream": "tr')
+    encoded = []
+    encode = vocabularies._Tokenizer.encode_all
+    monkeypatch.setattr(
+        vocabularies._Tokenizer, "encode_all", lambda self, some, *a: encoded.extend(some) or encode(self, some, *a)
+    )
+    with told("test_fraction=0.05", "0.1"):
+        prepare_text(str(library), str(killed), str(hf), test_fraction=0.1, progress=False)
+    prepare_text(str(library), str(killed), str(hf), keep=500, progress=False)
+    assert files(killed) == files(whole_set)
+    assert sum(map(len, encoded)) < sum(len(text) for file in sorted(library.iterdir()) for text, _ in pieces(file))
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_run_stopped_while_it_finishes_is_made_whole(library, tmp_path, monkeypatch, at):
+    from zoo.data import prepare_text as module
+
+    prepare_text(str(library), str(tmp_path / "whole"), "text8", keep=500, progress=False)
+    calls = {0: (module, "_copy"), 1: (vocabularies.Vocabulary, "save"), 2: (module.os, "replace")}
+    replace = os.replace
+
+    def stop(*args):
+        if at == 2 and "info.json" not in str(args[1]):
+            return replace(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(*calls[at], stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_text(str(library), str(tmp_path / "cut"), "text8", keep=500, progress=False)
+    assert not (tmp_path / "cut" / "info.json").exists()
+    with told("not finished"):
+        Text(str(tmp_path / "cut")).vocabulary()
+    prepare_text(str(library), str(tmp_path / "cut"), "text8", keep=500, progress=False)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_an_edit_that_keeps_the_size_makes_another_source(book, tmp_path):
+    from zoo.data import prepare_text as module
+
+    text, times = book.read_bytes(), book.stat()
+    prepare_text(str(book), str(tmp_path / "set"), "text8", progress=False)
+    with pytest.MonkeyPatch.context() as stopped:
+        stopped.setattr(module, "_finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_text(str(book), str(tmp_path / "half"), "text8", progress=False)
+    half = len(text) // 2
+    book.write_bytes(text[:half] + text[half:].replace(b"cat", b"cow", 1))
+    os.utime(book, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for name in ("set", "half"):
+        with told("other files"):
+            prepare_text(str(book), str(tmp_path / name), "text8", progress=False)
+    book.write_bytes(text)  # a copy has another time
+    for name in ("set", "half"):
+        prepare_text(str(book), str(tmp_path / name), "text8", progress=False)
+    assert files(tmp_path / "half") == files(tmp_path / "set")
+
+
+def test_a_damaged_set_is_refused_and_made_again(library, tmp_path, hf):
+    made = tmp_path / "set"
+
+    def again():
+        prepare_text(str(library), str(made), str(hf), progress=False)
+        return files(made)
+
+    before = again()
+    data = Text(str(made))
+    for name, damage, word in (
+        ("train.bin", before["train.bin"][:-2], "bytes in place of"),
+        ("test.bin", None, "0 bytes in place of"),
+        ("train.bin", b"\xff" * len(before["train.bin"]), "65535"),
+        ("vocabulary.json", None, "missing"),
+        ("vocabulary.json", b"{", "damaged"),
+        ("tokenizer.json", None, "missing"),
+    ):
+        (made / name).write_bytes(damage) if damage is not None else (made / name).unlink()
+        with told(word, "set" if word == "65535" else name):
+            data.source("train", spec())[0]
+        assert again() == before
+    vocabularies.text8().save(made)
+    with told("vocabulary.json"):
+        data.source("train", spec())
+    assert again() == before
+    (made / "info.json").write_text("{")
+    with told("info.json"):
+        data.source("train", spec())
+
+
+def test_a_set_is_not_read_as_what_it_is_not(library, book, tmp_path, hf):
+    made = tmp_path / "set"
+    prepare_text(str(library), str(made), "text8", progress=False)
+    with told("text8", "data.tokenizer=bytes"):
+        Text(str(made), "bytes").source("train", spec())
+    with told("data.tokenizer=", "tokenizer.json"):
+        Text(str(made), str(hf)).source("train", spec())
+    with told("set", "tokens", "images", "data=Text"):
+        Images(str(made), size=4).source("train")
+    with told("set", "tokens", "latents", "data=Text"):
+        Latents(str(made)).source("train")
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        Image.new("RGB", (4, 4)).save(tmp_path / "in" / f"{i}.png")
+    prepare(str(tmp_path / "in"), str(tmp_path / "images"), progress=False)
+    with told("images", "tokens", "data=Images"):
+        Text(str(tmp_path / "images")).source("train", spec())
+    with told("zoo-images", "new folder"):
+        prepare_text(str(book), str(tmp_path / "images"), "text8", progress=False)
+    with told("zoo-tokens", "new folder"):
+        prepare(str(tmp_path / "in"), str(made), progress=False)
+
+
+def test_places_that_cannot_be_written_to_or_prepared(library, book, tmp_path):
+    made = tmp_path / "set"
+    prepare_text(str(library), str(made), "text8", progress=False)
+    before = files(made)
+    for source, dest, kind, words in (
+        (book, made, "text8", "other files"),
+        (library, made, "chars", "'text8' 'chars'"),
+        (made, tmp_path / "new", "text8", "SOURCE set"),
+        (library, library / "in", "text8", "SOURCE inside"),
+        (library, book, "text8", "DEST book.txt"),
+        (library, library.parent, "text8", "DEST empty"),
+        (library, book / "new", "text8", "book.txt/new directory"),
+    ):
+        with told(*words.split()):
+            prepare_text(str(source), str(dest), kind, progress=False)
+    assert files(made) == before
+    for content, kind, word in (("!", "text8", "letter"), ("", "chars", "empty")):
+        book.write_text(content)
+        with told("book.txt", word):
+            prepare_text(str(book), str(tmp_path / "new"), kind, progress=False)
+    assert not (tmp_path / "new").exists()
