@@ -54,6 +54,13 @@ def sincos(positions: np.ndarray, width: int, base: float = 10_000.0) -> np.ndar
     return np.concatenate(parts, -1).astype(np.float32)
 
 
+def waves(x: jax.Array, width: int, base: float = 10_000.0) -> jax.Array:
+    """Codes float32 [B, width] of numbers [B]: sines, then cosines, of x times rates from 1 to 1 / base, both included."""
+    half = width // 2
+    angles = x.astype(jnp.float32)[:, None] * base ** -jnp.linspace(0, 1, half)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
 def rope_angles(positions: np.ndarray, pairs: Sequence[int], base: float = 10_000.0) -> np.ndarray:
     """Angles float32 [T, K/2] of rotary embeddings over several axes.
 

@@ -36,6 +36,11 @@ def lecun_normal() -> Init:
     return nn.initializers.lecun_normal()
 
 
+def xavier_uniform(gain: float = 1.0) -> Init:
+    """`gain` times U(-a, a), a = sqrt(6 / (fan_in + fan_out)); the fans of a convolution count its pixels."""
+    return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
+
+
 def uniform_fan_in(fan_in: int) -> Init:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for kernels and biases alike."""
     bound = 1 / math.sqrt(fan_in)
@@ -102,7 +107,7 @@ class Dense(nn.Module):
 class Conv(nn.Module):
     """A two-dimensional convolution of channels-last images; kernel [size, size, inputs, features], whole on every device.
 
-    Kernel and bias start uniform in +-1/sqrt(fan_in) unless another initialiser is given for the kernel.
+    Kernel and bias start uniform in +-1/sqrt(fan_in) unless other initialisers are given.
     """
 
     features: int
@@ -111,6 +116,7 @@ class Conv(nn.Module):
     padding: int | tuple[tuple[int, int], tuple[int, int]] | None = None  # None: keeps height and width at stride 1
     dtype: str = "float32"
     kernel_init: Init | None = None
+    bias_init: Init | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -118,7 +124,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         init = uniform_fan_in(math.prod(shape[:3]))
         kernel: Any = self.param("kernel", self.kernel_init or init, shape, jnp.float32)
-        bias: Any = self.param("bias", init, (self.features,), jnp.float32)
+        bias: Any = self.param("bias", self.bias_init or init, (self.features,), jnp.float32)
         edge = self.size // 2 if self.padding is None else self.padding
         around = ((edge, edge), (edge, edge)) if isinstance(edge, int) else edge
         y = jax.lax.conv_general_dilated(

@@ -1,0 +1,1 @@
+"""EDM: Elucidating the Design Space of Diffusion-Based Generative Models (arXiv:2206.00364)."""
