@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from scipy.stats import multivariate_normal
 
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.solvers import DPMSolver, Euler, Solver, UniPC
-from zoo.papers.tada import Dynamics, Tada
+from zoo.errors import UserError
+from zoo.papers.tada import Dynamics, Solvers, Tada, distance, spectrum
 
 ALL = list(itertools.product((1, 2, 3, 4), (0.5, 1.0, 2.0)))
 START = np.asarray([1.0, -0.5, 0.25, -0.125])
@@ -135,31 +137,27 @@ def test_the_mixture_knows_all_that_the_variables_know(n: int, k: float) -> None
 # --- a Gaussian of images' spectrum, on which every solver is linear --------------------------------
 
 
-def spectrum(side: int, power: float, mean: float) -> np.ndarray:
-    """Variances of the directions of an image: frequency^-power, mean `mean`."""
-    frequency = np.fft.fftfreq(side) * side
-    size = np.maximum(np.hypot(*np.meshgrid(frequency, frequency)), 1.0)
-    found = (size**-power).ravel()
-    return found * mean / found.mean()
+def reached(solver: Solver, calls: int, kind: Any, variance: np.ndarray, rho: float = 7.0) -> float:
+    return distance(solver.plan(Levels(kind, rho=rho).grid(solver.nodes(calls))), variance)
 
 
-def distance(solver: Solver, calls: int, kind: Any, variance: np.ndarray, rho: float = 7.0) -> float:
-    """Frechet's between samples and data, exactly: sum of squared differences of standard deviations."""
-    plan = solver.plan(Levels(kind, rho=rho).grid(solver.nodes(calls)))
-    normals = plan.start.shape[1]
-    parts = by_hand(plan, gaussian(variance), np.repeat(np.eye(normals)[..., None], len(variance), -1))
-    return float(np.square(np.sqrt(np.square(parts).sum(0)) - np.sqrt(variance)).sum())
+def test_the_distance_is_that_of_samples() -> None:
+    variance = np.asarray([0.04, 1.0])
+    plan = Tada(2, 2.0, 2).plan(Levels("flow").grid(6))
+    noise = np.random.default_rng(0).normal(size=(2, 200_000, 2))
+    drawn = by_hand(plan, gaussian(variance), noise)
+    assert distance(plan, variance) == pytest.approx(np.square(drawn.std(0) - variance**0.5).sum(), rel=0.05)
 
 
 @pytest.mark.parametrize(("calls", "bar"), [(8, 0.035), (10, 0.025)])
 def test_eight_and_ten_calls_on_a_spectrum_of_images(calls: int, bar: float) -> None:
     variance = spectrum(16, 2.0, 0.25)
-    ours = distance(Tada(2, 2.0, 2), calls, "flow", variance)
+    ours = reached(Tada(2, 2.0, 2), calls, "flow", variance)
     assert ours <= bar
     grids = [("edm", 7.0), ("log", 7.0), ("flow", 7.0), ("edm", 3.0), ("edm", 5.0)]
     others = [DPMSolver(order, low) for order in (2, 3) for low in (False, True)]
     others += [UniPC(order, kind, low) for order in (2, 3) for kind in ("bh1", "bh2") for low in (False, True)]
-    found = {(other, *grid): distance(other, calls, grid[0], variance, grid[1]) for other in others for grid in grids}
+    found = {(other, *grid): reached(other, calls, grid[0], variance, grid[1]) for other in others for grid in grids}
     lowered = found.pop((DPMSolver(2, True), "log", 7.0))  # the one baseline that is ahead, at 8 calls
     assert lowered == pytest.approx({8: 0.0179, 10: 0.0862}[calls], abs=1e-4)
     assert ours < min(found.values())
@@ -180,3 +178,19 @@ def test_detail_leaves_more_of_a_sample_open_after_the_first_call() -> None:
     shares = [left(Tada(2, k, 2)) for k in (0.5, 1.0, 2.0, 4.0)]
     assert (np.diff(shares) > 0).all()
     assert shares[0] < 0.05
+
+
+def test_the_comparison_writes_a_table_that_says_where_it_loses(tmp_path: Path) -> None:
+    figures = Solvers(calls=(8, 10), out=str(tmp_path / "new")).run()
+    rows = {row["solver"]: row for row in figures["solvers"]}
+    assert rows["heun"]["distance"] == [None, None]  # takes an odd number of calls
+    assert rows["tada detail=2.0"]["distance"] == pytest.approx([0.0301, 0.0209], abs=1e-4)
+    assert rows["tada detail=2.0"]["grid"] == ["flow", "flow"]
+    assert rows["dpm++ lower_last=True"]["distance"][0] == pytest.approx(0.0179, abs=1e-4)
+    table = (tmp_path / "new" / "solvers.md").read_text()
+    assert "| ipndm | **0.00149** (log) | **0.00962** (flow) |" in table
+    assert (tmp_path / "new" / "solvers.png").read_bytes()[1:4] == b"PNG"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="is no folder of compared solvers"):
+        Solvers(out=str(tmp_path / "mine")).run()

@@ -10,16 +10,39 @@ the solver, the comparison of solvers on exact denoisers.
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from msgspec import Meta
 
-from zoo.diffusion.solvers import Array, Call, Plan, Solver, integrals, keep, probe
-from zoo.fields import Positive
+from zoo import files
+from zoo.diffusion.levels import Levels
+from zoo.diffusion.solvers import (
+    DEIS,
+    IPNDM,
+    Array,
+    Call,
+    DPMSolver,
+    Euler,
+    Heun,
+    Plan,
+    Solver,
+    UniPC,
+    integrals,
+    keep,
+    probe,
+)
+from zoo.errors import UserError
+from zoo.fields import AtLeast2, NotEmpty, Positive, Side, Some, check_fields
+
+_log = logging.getLogger("zoo")
 
 
 @dataclass(frozen=True)
@@ -145,3 +168,127 @@ class Tada(Solver):
         start = np.zeros((n + self.order - 1, n))
         start[:n] = dynamics.transition(times[0]) * dynamics.prior
         return probe([step(i) for i in range(len(times))], start, 1)
+
+
+# --- solvers side by side -------------------------------------------------------------------------
+
+
+def spectrum(side: int, power: float, mean: float) -> np.ndarray:
+    """[side^2] variances of the directions of an image: frequency^-power, of mean `mean`."""
+    frequency = np.fft.fftfreq(side) * side
+    variance = np.maximum(np.hypot(*np.meshgrid(frequency, frequency)), 1.0).ravel() ** -power
+    return variance * mean / variance.mean()
+
+
+def distance(plan: Plan, variance: np.ndarray) -> float:
+    """Frechet's distance between samples and N(0, variance), exactly: the exact denoiser is linear, and so is the solver.
+
+    The squared differences of standard deviations, added up. UserError for a solver with noise of its own.
+    """
+    if plan.random:
+        raise UserError("solvers with noise of their own are not compared here; leave ancestral and churn out")
+    x, h = (
+        np.repeat(plan.start[:, None], len(variance), 1),
+        np.zeros((plan.read_h.shape[1], len(variance), plan.start.shape[1])),
+    )
+    for i, sigma in enumerate(plan.sigma):
+        x0 = (np.tensordot(plan.read_x[i], x, 1) + np.tensordot(plan.read_h[i], h, 1)) * (
+            variance / (variance + sigma**2)
+        )[:, None]
+        h = np.concatenate([x0[None], h[:-1]])
+        x = np.tensordot(plan.move_x[i], x, 1) + np.tensordot(plan.move_h[i], h, 1)
+    return float(np.square(np.sqrt(np.square(h[0]).sum(-1)) - np.sqrt(variance)).sum())
+
+
+_RESULT = "solvers.json"
+_BASELINES = (
+    Euler(), Heun(), DPMSolver(2), DPMSolver(2, lower_last=True), DPMSolver(3), UniPC(2), UniPC(2, lower_last=False),
+    UniPC(3), UniPC(3, lower_last=False), DEIS(3), IPNDM(3),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Solvers:
+    """Solvers side by side on a Gaussian with the spectrum of images, whose denoiser is exact; each on its best grid."""
+
+    solvers: Some[Solver] = (*_BASELINES, Tada(1, 1.0, 3), Tada(), Tada(detail=2.0), Tada(3))
+    calls: Some[AtLeast2] = (5, 6, 8, 10, 15, 20)
+    grids: Some[Literal["edm", "log", "flow"]] = ("edm", "log", "flow")
+    side: Side = 16
+    power: Positive = 2.0  # of the frequency, by which variances fall
+    variance: Positive = 0.25  # mean over the pixels
+    out: NotEmpty = "solvers"  # folder of the results
+
+    standalone = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def run(self) -> dict[str, Any]:
+        """Writes solvers.json, solvers.md and solvers.png into `out`; returns the first.
+
+        UserError where `out` is no folder of such results.
+        """
+        out = Path(self.out)
+        if out.exists() and not (out / _RESULT).exists() and any(out.iterdir()):
+            raise UserError(f"out={out} is no folder of compared solvers; name a new or an empty one with out=FOLDER")
+        variance = spectrum(self.side, self.power, self.variance)
+        rows = [{"solver": _spelled(solver), **self._best(solver, variance)} for solver in self.solvers]
+        figures = {"variance": float(variance.sum()), "calls": list(self.calls), "solvers": rows}
+        out.mkdir(parents=True, exist_ok=True)
+        files.write(out / _RESULT, json.dumps(figures, indent=1) + "\n")
+        files.write(out / "solvers.md", self.table(rows))
+        files.write(out / "solvers.png", self._plot(rows))
+        _log.info("Frechet distance by calls of the denoiser, on the best grid of each:\n%s", self.table(rows))
+        return {**figures, "out": str(out)}
+
+    def _best(self, solver: Solver, variance: np.ndarray) -> dict[str, list[Any]]:
+        """For each number of calls the least distance and its grid; None where the solver cannot."""
+        found: list[tuple[float | None, str]] = []
+        for calls in self.calls:
+            try:
+                nodes = solver.nodes(calls)
+            except UserError:
+                found.append((None, ""))
+                continue
+            found.append(min((distance(solver.plan(Levels(kind).grid(nodes)), variance), kind) for kind in self.grids))
+        return {"distance": [one for one, _ in found], "grid": [kind for _, kind in found]}
+
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """The comparison as Markdown, the least distance of each column in bold."""
+        best = [
+            min((row["distance"][i] for row in rows if row["distance"][i]), default=None)
+            for i in range(len(self.calls))
+        ]
+        lines = [f"| solver | {' | '.join(map(str, self.calls))} |", "|---" * (len(self.calls) + 1) + "|"]
+        for row in rows:
+            cells = [
+                "" if value is None else f"{'**' * (value == least)}{value:.3g}{'**' * (value == least)} ({kind})"
+                for value, kind, least in zip(row["distance"], row["grid"], best)
+            ]
+            lines.append(f"| {row['solver']} | {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+    def _plot(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        for row in rows:
+            points = [(calls, value) for calls, value in zip(self.calls, row["distance"]) if value is not None]
+            axes.plot(
+                *zip(*points), marker="o", ms=3, lw=2 if row["solver"].startswith("tada") else 1, label=row["solver"]
+            )
+        axes.set(yscale="log", xlabel="calls of the denoiser", ylabel="Frechet distance to the data")
+        axes.grid(color="#e4e4e4")
+        axes.legend(fontsize=6, ncols=2)
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        return file.getvalue()
+
+
+def _spelled(solver: Solver) -> str:
+    """Its name and the fields that are not its defaults."""
+    fields: dict[str, Any] = vars(solver)
+    default: dict[str, Any] = vars(type(solver)())
+    return " ".join([solver.name, *(f"{key}={value}" for key, value in fields.items() if value != default[key])])
