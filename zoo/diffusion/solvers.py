@@ -127,6 +127,7 @@ class Solver:
     """What solvers share. One of your own is a frozen dataclass with `plan`; `nodes` says how many levels so many calls take."""
 
     name: ClassVar[str]
+    grid: ClassVar[Literal["edm", "log", "flow"]] = "edm"  # of levels, where none is asked for
 
     def __post_init__(self) -> None:
         check_fields(self, "solver.")

@@ -129,6 +129,7 @@ class Tada(Solver):
     """
 
     name = "tada"
+    grid = "flow"  # forces are polynomials in t: the orders need it
 
     variables: Annotated[int, Meta(ge=1, le=4)] = 2
     detail: Positive = 1.0

@@ -1,0 +1,203 @@
+"""EDM's task: a denoiser of images by class, trained at all noise levels (arXiv:2206.00364, section 5).
+
+B images, S pixels a side, C channels; x = x0 + sigma n. Its samples come from any solver of `zoo.diffusion.solvers`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from zoo.diffusion.guidance import Guidance
+from zoo.diffusion.levels import Levels, LogNormal
+from zoo.diffusion.precondition import Precondition
+from zoo.diffusion.solvers import Heun, Solver, run
+from zoo.dist import constrain
+from zoo.errors import UserError
+from zoo.fields import AtLeast2, Below1, Dtype, Layers, NonNegative, Positive, Side, Size, SizeOr0, Some, check_fields
+from zoo.papers.edm.networks import DDPMpp
+from zoo.task import About, Batch, Params, sample_keys
+
+
+@dataclass(frozen=True)
+class UNet:
+    """The U-Net of DDPM++; its defaults are those of CIFAR-10."""
+
+    width: Size = 128
+    multiples: Some[Size] = (2, 2, 2)  # of the width, a level each
+    blocks: Layers = 4  # of a level on the way down; one more on the way up
+    attention: tuple[Side, ...] = (16,)  # sides of the levels that attend; the coarsest always does
+    dropout: Below1 = 0.13
+
+    def __post_init__(self) -> None:
+        check_fields(self, "task.network.")
+        if self.width % 4:
+            raise UserError(
+                f"task.network.width={self.width} must be a multiple of 4, e.g. task.network.width={max(4, self.width // 4 * 4)}"
+            )
+
+
+@dataclass(frozen=True)
+class EdmSampling:
+    """How images are drawn."""
+
+    solver: Solver = Heun()
+    nfe: AtLeast2 = 35  # calls of the denoiser; a guided one counts once
+    guidance: NonNegative | Guidance = (
+        0.0  # a weight, or with an interval of levels; 0: off (the papers' scale is 1 + weight)
+    )
+    levels: Levels | None = None  # the grid; None: the solver's own kind from the task's highest level to its lowest
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.solver.nodes(self.nfe)
+
+
+@dataclass(frozen=True)
+class Edm:
+    """A denoiser of images, conditioned on the class where there are classes."""
+
+    image: Side = 32
+    channels: Size = 3
+    classes: SizeOr0 = 0  # 0: unconditional
+    network: UNet = UNet()
+    data: Positive = 0.5  # standard deviation of the data
+    noise: LogNormal = LogNormal()  # levels of training steps
+    drop: Below1 = 0.1  # probability that a label is dropped in training
+    low: Positive = 0.002  # levels that it is asked for in sampling
+    high: Positive = 80.0
+    dtype: Dtype = "float32"  # of hidden layers; x0 and losses stay float32
+
+    Sampling = EdmSampling
+
+    def __post_init__(self) -> None:
+        check_fields(self, "task.")
+        step = 2 ** (len(self.network.multiples) - 1)
+        if self.image % step:
+            raise UserError(
+                f"task.image={self.image} is no multiple of {step}, by which {len(self.network.multiples)} levels "
+                f"(task.network.multiples) shrink it; choose one, e.g. task.image={max(1, round(self.image / step)) * step}"
+            )
+        if self.low >= self.high:
+            raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
+
+    @property
+    def about(self) -> About:
+        """Nothing but its classes."""
+        return About(classes=self.classes)
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """Lowest and highest level."""
+        return self.low, self.high
+
+    @property
+    def _net(self) -> DDPMpp:
+        n = self.network
+        return DDPMpp(
+            n.width, n.multiples, n.blocks, n.attention, self.classes, dropout=n.dropout, dtype=self.dtype, parent=None
+        )
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """`image` [B, S, S, C] in [-1, 1], and `label` [B] for a class-conditional model."""
+        spec = {"image": jax.ShapeDtypeStruct((batch, self.image, self.image, self.channels), jnp.float32)}
+        if self.classes:
+            spec["label"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        return spec
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters: the output is nearly zero, so x0 begins as c_skip x."""
+        image = jnp.zeros((1, self.image, self.image, self.channels))
+        made: Any = self._net.init(rng, image, jnp.zeros(1))
+        return {"net": made["params"]}
+
+    def _x0(
+        self, params: Params, x: jax.Array, sigma: jax.Array, label: jax.Array | None, rngs: Any = None
+    ) -> jax.Array:
+        hot = None if label is None or not self.classes else jax.nn.one_hot(label, self.classes)
+
+        def network(z: jax.Array, noise: jax.Array) -> jax.Array:
+            found: Any = self._net.apply({"params": params["net"]}, z, noise, hot, rngs=rngs)
+            return found
+
+        return Precondition("edm", self.data).denoise(network, x, sigma)
+
+    def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
+        """E[x0 | x] [B, S, S, C] in float32; a label below 0, or none, is no class."""
+        return self._x0(params, x, sigma, (conditions or {}).get("label"))
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean over images and numbers of (sigma^2 + data^2) / (sigma data)^2 |x0 - image|^2.
+
+        Metrics: `x0_error`, the root mean square of x0 - image without the weight.
+        """
+        image, label = batch["image"], batch.get("label") if self.classes else None
+        level_rng, noise_rng, drop_rng, net_rng = jax.random.split(rng, 4)
+        sigma = self.noise.draw(level_rng, len(image))
+        if label is not None and self.drop:
+            label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
+        x = image + sigma[:, None, None, None] * jax.random.normal(noise_rng, image.shape)
+        rngs = {"dropout": net_rng} if self.network.dropout else None
+        square = jnp.square(self._x0(params, x, sigma, label, rngs) - image).mean((1, 2, 3))
+        loss = (Precondition("edm", self.data).weight(sigma) * square).mean()
+        return loss, {"x0_error": jnp.sqrt(square.mean())}
+
+    def sample(
+        self,
+        params: Params,
+        rng: jax.Array,
+        n: int,
+        conditions: Batch | None = None,
+        options: EdmSampling | None = None,
+    ) -> dict[str, jax.Array]:
+        """n images; image i depends on (rng, i) alone.
+
+        Args:
+            rng: one key, or n keys.
+            conditions: `label` [n]; negative numbers for "no label". None: no labels.
+            options: None: the defaults.
+
+        Returns:
+            `image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), and `label` [n] where given.
+
+        UserError for levels outside those of the task, and for guidance without classes.
+        """
+        o = options or EdmSampling()
+        levels = o.levels or Levels(o.solver.grid, self.low, self.high)
+        grid = levels.grid(o.solver.nodes(o.nfe))
+        if grid[-1] < self.low * (1 - 1e-6) or grid[0] > self.high * (1 + 1e-6):
+            raise UserError(
+                f"levels from {grid[-1]:g} to {grid[0]:g} reach beyond those of the model, {self.low:g} to {self.high:g} "
+                "(task.low, task.high); set levels.low and levels.high"
+            )
+        guidance = o.guidance if isinstance(o.guidance, Guidance) else Guidance(o.guidance)
+        label = (conditions or {}).get("label") if self.classes else None
+        if guidance.weight and label is None:
+            raise UserError("guidance compares a class with none, and there is no class here; leave guidance out")
+        plan, keys = o.solver.plan(grid), sample_keys(rng, n)
+        shape = (self.image, self.image, self.channels)
+
+        def normal(i: Any) -> jax.Array:
+            return constrain(jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), shape))(keys), "batch")
+
+        def alone(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            return self._x0(params, x, sigma, label)
+
+        def both(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """One pass of twice the batch: labelled rows, then the same without."""
+            labels = None if label is None else jnp.concatenate([label, jnp.full_like(label, -1)])
+            strong, weak = jnp.split(self._x0(params, jnp.concatenate([x, x]), sigma, labels), 2)
+            return strong, weak
+
+        starts = plan.start.shape[1]
+        image = run(
+            plan,
+            guidance.denoiser(alone, both),
+            jnp.stack([normal(i) for i in range(starts)]),
+            (lambda i: normal(starts + i)) if plan.random else None,
+        )
+        drawn = {"image": jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)}
+        return drawn if label is None else {**drawn, "label": label}
