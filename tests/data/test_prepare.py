@@ -141,9 +141,11 @@ module.prepare(sys.argv[1], sys.argv[2], size=8, shard_examples=5, progress=Fals
 """
 
 
-@pytest.mark.parametrize("shards, where", [(0, "inside"), (2, "inside"), (1, "before")])
-def test_killed_run_continues_and_ends_with_the_same_bytes(photos, tmp_path, shards, where):
+@pytest.mark.parametrize("shards, where, captions", [(0, "inside", 0), (2, "inside", 0), (1, "before", 1)])
+def test_killed_run_continues_and_ends_with_the_same_bytes(photos, tmp_path, shards, where, captions):
     (photos / "train" / "cat" / "2.jpg").write_bytes(b"")
+    for path in sorted(photos.rglob("*.jpg")) if captions else ():
+        path.with_suffix(".txt").write_text(f"the picture {path.stem} ü")
     run(photos, tmp_path / "whole", size=8)
     killed = subprocess.run([sys.executable, "-c", KILLED, photos, tmp_path / "out", str(shards), where], timeout=60)
     assert killed.returncode == -signal.SIGKILL
