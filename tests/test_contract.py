@@ -26,7 +26,12 @@ def smoke(name: str) -> Run:
 def choices(value: Any, place: str = "") -> set[str]:
     """What of a task decides its program, choice by choice: not its rates, dtypes, sizes or frozen autoencoder."""
     if isinstance(value, dict):
-        return {c for k, v in value.items() if k not in ("dtype", "vae", "levels") for c in choices(v, f"{place}.{k}")}
+        return {
+            c
+            for k, v in value.items()
+            if k not in ("dtype", "levels")
+            for c in choices(bool(v) if k == "vae" else v, f"{place}.{k}")
+        }
     if isinstance(value, list):
         return {c for v in value for c in choices(v, place)}
     return {f"{place}={bool(value) if isinstance(value, int | float) else value}"}
@@ -61,6 +66,21 @@ def test_full_config_is_built_abstractly_and_survives_json(name: str) -> None:
     assert config.undump(config.dump(run)) == run
     assert run.workdir == "runs/" + name.replace("/", "-")
     assert config.describe(name)
+
+
+@pytest.mark.parametrize("name", sorted({*CONFIGS} - {*SMOKES}))
+def test_a_smoke_config_that_is_not_trained_has_a_loss_and_samples(name: str) -> None:
+    run = smoke(name)
+    params = weights.abstract(run.task)
+    loss, _ = jax.eval_shape(run.task.loss, params, run.spec(), jax.random.key(0))
+    assert loss.shape == ()
+    batch = next(iter(run.batches()))
+    assert {key: (x.shape, x.dtype) for key, x in run.spec().items()} == {
+        k: (x.shape, x.dtype) for k, x in batch.items()
+    }
+    if run.samples.n:
+        draw = make_sampler(run.task, run.samples.n, run.samples.options)
+        assert jax.eval_shape(draw, params, jax.random.key(0), sampler_spec(run.task, run.samples.n))
 
 
 @pytest.fixture(scope="module", params=SMOKES)

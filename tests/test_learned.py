@@ -25,6 +25,9 @@ def test_the_shipped_weights_are_what_their_card_says() -> None:
     run = config.load("tarflow/digits")
     task, params = zoo.load("tarflow-digits")
     assert (task, about["step"]) == (run.task, run.steps), "train and export the shipped weights anew"
+    assert about["metrics"]["bpd"] == figures.read()["digits"]["figures"]["bpd"], (
+        "keep the figures of the run that ships"
+    )
     found = Bits(draws=2)(task, params, Digits(), jax.random.key(1))
     assert abs(found["bpd"] - about["metrics"]["bpd"]) < 0.01
     assert found["bpd"] < 2.30 < about["metrics"]["histogram_bpd"]

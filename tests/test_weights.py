@@ -319,6 +319,8 @@ def test_official_wants_a_complete_table():
     state = {name: x for name, x in official().items() if name not in ("count", "1.qkv.bias")}
     with told("(2): net/trunk/block/qkv/bias, prior/count"):
         weights.from_official(Partial(), state)
+    with told("object knows no published layout", "zoo export"):
+        weights.from_official(object(), state)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pth"])

@@ -23,7 +23,11 @@ class Use(enum.IntEnum):
     PARAMETERS = 0
     STEPS = 1  # noise of the loss, dropped labels
     LOOKS = 2  # pictures and metrics while a run trains, and `zoo eval` after it
-    SAMPLES = 3  # `zoo sample` and the methods of a loaded model
+    SAMPLES = 3  # `zoo sample` and `Model.sample`
+    LIKELIHOOD = 4  # noise of examples that are not drawn: `Model.nll`
+
+
+KEYS = 2  # which way from a seed to its keys this is; a folder of samples that began on another is not filled up
 
 
 def key_of(seed: int | jax.Array, use: Use) -> jax.Array:
@@ -31,9 +35,9 @@ def key_of(seed: int | jax.Array, use: Use) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), use)
 
 
-def keys(seed: int, indices: np.ndarray, attempt: int = 0) -> jax.Array:
+def keys(seed: int, indices: np.ndarray, attempt: int = 0, use: Use = Use.SAMPLES) -> jax.Array:
     """One key per sample: sample i depends on (seed, i) and the attempt alone, whatever the batch."""
-    base = jax.random.fold_in(key_of(seed, Use.SAMPLES), attempt)
+    base = jax.random.fold_in(key_of(seed, use), attempt)
     return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.asarray(indices))
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from zoo import config, dist, paths, weights
 from zoo.data.captions import as_tokens, framed
-from zoo.draws import finite, keys, label_numbers
+from zoo.draws import Use, finite, keys, label_numbers
 from zoo.encoders.tokenizer import NAME as TOKENIZER
 from zoo.encoders.tokenizer import Tokenizer
 from zoo.errors import UserError, suggest
@@ -175,7 +175,7 @@ class Model:
         """-log p [B] in nats; the noise of example i follows from (seed, i)."""
         check_needs(self.task, (Likely,), "Model.nll")
         count = self._check("nll", batch)
-        return self._programs["nll"](self.params, dict(batch), keys(seed, np.arange(count)))
+        return self._programs["nll"](self.params, dict(batch), keys(seed, np.arange(count), use=Use.LIKELIHOOD))
 
     def features(self, batch: Mapping[str, Any]) -> jax.Array:
         """Features [B, D]."""

@@ -22,6 +22,7 @@ from mistakes import told
 from zoo import config, dist, models, weights
 from zoo.data.pipeline import Data, Source
 from zoo.data.synthetic import Synthetic
+from zoo.draws import Use, key_of
 from zoo.errors import UserError
 from zoo.metrics.likelihood import BayesAccuracy, Bits
 from zoo.papers.tarflow import TarFlow
@@ -115,7 +116,8 @@ class Held(Metric):
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         if self.kill:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"bpd": float(np.abs(params["net"]["in"]["kernel"]).sum()), "bpd_examples": 3}
+        drawn = float(jax.random.uniform(rng))
+        return {"bpd": float(np.abs(params["net"]["in"]["kernel"]).sum()), "bpd_examples": 3, "drawn": drawn}
 
 
 RUN = Run(
@@ -489,7 +491,8 @@ def test_metrics_hold_each_step_once_and_bpd_is_the_held_out_figure_alone(finish
     assert [r["step"] for r in training] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in held] == [3, 6]
     assert all(set(r) >= {"loss", "bits", "grad_norm", "skipped"} and "bpd" not in r for r in training)
-    assert all(set(r) == {"step", "time", "bpd", "bpd_examples", "weights"} for r in held)
+    assert all(set(r) == {"step", "time", "bpd", "bpd_examples", "drawn", "weights"} for r in held)
+    assert {r["drawn"] for r in held} == {float(jax.random.uniform(key_of(RUN.seed, Use.LOOKS)))}
     assert {r["weights"] for r in held} == {"ema"}
 
 
@@ -559,9 +562,8 @@ def test_a_profile_covers_its_steps_and_changes_no_number(
     state, _ = train(run, quiet=True, profile=(2, 3))
     chex.assert_trees_all_equal(plain(state), finished[1])
     assert [m for m in marks if m in ("on", "off") or m in "23"][:4] == ["on", "2", "off", "3"]
-    names = [p.name for p in (tmp_path / "run" / "profile").rglob("*") if p.is_file()]
-    assert any(name.endswith(".xplane.pb") for name in names)
-    assert "perfetto_trace.json.gz" in names
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert list((tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz"))
 
 
 @pytest.mark.parametrize("span", [(0, 2), (3, 2), (5, 7)])
@@ -575,11 +577,9 @@ def test_other_profiles_are_refused_before_a_folder_is_made(tmp_path: Path, span
 
 def test_a_profile_of_steps_that_were_taken_before_is_refused(tmp_path: Path) -> None:
     go(tmp_path / "run", steps=3)
-    run = dataclasses.replace(RUN, workdir=str(tmp_path / "run"))
-    with told("(4 to 6)"):
-        train(run, quiet=True, profile=(3, 5))
-    with told("finished at 3"):
-        train(dataclasses.replace(run, steps=3), quiet=True, profile=(2, 3))
+    for steps, span, words in ((6, (3, 5), "(4 to 6)"), (3, (2, 3), "finished at 3")):
+        with told(words):
+            train(dataclasses.replace(RUN, workdir=str(tmp_path / "run"), steps=steps), quiet=True, profile=span)
 
 
 def test_a_run_that_ends_within_a_profile_keeps_it_and_one_that_cannot_be_made_costs_no_step(

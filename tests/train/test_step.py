@@ -151,7 +151,7 @@ class Weak(Line):
 
     def init(self, rng: jax.Array) -> Params:
         params = super().init(rng)
-        return {**params, "mean": jnp.full(4, 0.0)}
+        return {**params, "mean": jnp.full(4, 0.0), "number": 0.0}
 
 
 def test_the_step_is_compiled_once_whatever_parameters_start_as() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from zoo import config, dist, paths
 from zoo.commands import strategy
-from zoo.draws import finite, keys, rows_of
+from zoo.draws import KEYS, finite, keys, rows_of
 from zoo.encoders.vae import HOW
 from zoo.errors import UserError
 from zoo.files import differences
@@ -111,6 +111,7 @@ def draw(
         "weights": model.kind,
         **({"task": config.digest(model.task)} if model.untrained else {}),  # its overrides
         "seed": seed,
+        "keys": KEYS,
         **asked,
         **_plain(options),
     }

@@ -43,7 +43,9 @@ def split(task: Task, params: Params) -> tuple[Params, Params]:
 def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int | jax.Array, ema: float) -> State:
     """A fresh state, leaves still boxed with their logical axes."""
     # Of a leaf that starts as a Python number ("weakly typed") the first step would make another type, and compile twice.
-    params = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), task.init(key_of(seed, Use.PARAMETERS)))
+    params = jax.tree.map(
+        lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), task.init(key_of(seed, Use.PARAMETERS))
+    )
     trained, _ = split(task, params)
     zero = jnp.zeros((), jnp.int32)
     return State(
