@@ -1,0 +1,261 @@
+"""EDM: the U-Net, its denoiser, loss and samplers against the official numbers; and what the task promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fresh import fresh, randomised
+from mistakes import told
+
+from zoo.diffusion.guidance import Guidance
+from zoo.diffusion.levels import Levels
+from zoo.diffusion.precondition import Precondition
+from zoo.diffusion.solvers import Churn, Euler, Heun, run
+from zoo.papers.edm import DDPMpp, Edm, EdmSampling, UNet
+from zoo.papers.tada import Tada
+from zoo.task import Denoises, Samples
+
+NET = DDPMpp(16, (1, 2), 1, (4,), 5, 9)
+
+
+def nhwc(x: np.ndarray) -> jax.Array:
+    return jnp.asarray(np.moveaxis(x, -3, -1))
+
+
+class Golden:
+    """The official arrays, and their weights in our layout."""
+
+    def __init__(self) -> None:
+        self.f = dict(np.load(Path(__file__).parent.parent / "golden" / "edm" / "edm_ddpmpp.npz"))
+        self.meta = json.loads(bytes(self.f["meta_json"]).decode())
+        self.params: dict[str, Any] = {}
+        for key in (k for k in self.f if k.startswith("w:") and "resample_filter" not in k):
+            self.put(self.params, key.removeprefix("w:"), self.f[key])
+
+    @staticmethod
+    def name(key: str) -> str:
+        key = key.removeprefix("model.").replace("map_layer", "embed").replace("map_", "")
+        key = re.sub(r"(enc|dec)\.(\d+)x\d+_", r"\1_\2_", key)
+        return key.replace("dec_8_aux_norm", "norm").replace("dec_8_aux_conv", "out")
+
+    def put(self, tree: dict[str, Any], key: str, array: np.ndarray) -> None:
+        *path, leaf = self.name(key).split(".")
+        for part in path:
+            tree = tree.setdefault(part, {})
+        if array.ndim == 4:
+            array = array.transpose(2, 3, 1, 0)
+            array = array[0, 0] if path[-1] in ("qkv", "proj") else array
+        elif array.ndim == 2:
+            array = array.T
+        tree["bias" if leaf == "bias" else "scale" if array.ndim == 1 else "kernel"] = jnp.asarray(array)
+
+    def denoise(
+        self, x: Any, sigma: Any, label: Any, augment: Any = None, kind: Any = "edm", params: Any = None
+    ) -> Any:
+        own = self.params if params is None else params
+        return Precondition(kind).denoise(lambda z, n: NET.apply({"params": own}, z, n, label, augment), x, sigma)
+
+
+@pytest.fixture(scope="module")
+def golden() -> Golden:
+    return Golden()
+
+
+def test_the_network_and_its_parts_equal_the_official_numbers(golden: Golden) -> None:
+    f = golden.f
+    call = jax.jit(lambda p, *args: NET.apply({"params": p}, *args, capture_intermediates=True))
+    found, state = call(golden.params, nhwc(f["unet_in_x"]), f["c_noise"], f["class_labels"])
+    np.testing.assert_allclose(found, nhwc(f["F"]), atol=1e-5, rtol=1e-5)
+    parts = [key for key in f if key.startswith("act:")]
+    assert len(parts) == 13
+    for key in parts:
+        ours = state["intermediates"][golden.name(key.removeprefix("act:"))]["__call__"][0]
+        np.testing.assert_allclose(ours, nhwc(f[key]), atol=2e-5, rtol=1e-4, err_msg=key)
+
+
+def test_denoisers_equal_the_official_numbers(golden: Golden) -> None:
+    f, x, sigma, label = golden.f, nhwc(golden.f["x"]), golden.f["sigma"], golden.f["class_labels"]
+
+    @jax.jit
+    def all_of_them(p: Any) -> dict[str, jax.Array]:
+        of = functools.partial(golden.denoise, params=p)
+        return {
+            "D": of(x, sigma, label),
+            "D_no_label": of(x, sigma, None),
+            "D_augment": of(x, sigma, label, f["augment_labels"]),
+            "D_vp_precond": of(x, sigma, label, kind="vp"),
+            "D_ve_precond": of(x, sigma, label, kind="ve"),
+        }
+
+    for name, found in all_of_them(golden.params).items():
+        loose = 2e-4 if "precond" in name else 1e-5
+        np.testing.assert_allclose(found, nhwc(f[name]), atol=loose, rtol=loose, err_msg=name)
+    np.testing.assert_allclose(Precondition("vp").coefficients(sigma)[3], f["vp_c_noise"], atol=2e-4)
+
+
+def test_loss_and_gradients_equal_the_official_numbers(golden: Golden) -> None:
+    f = golden.f
+    sigma = jnp.exp(-1.2 + 1.2 * jnp.asarray(f["loss_rnd"]).ravel())
+    y = nhwc(f["images"])
+    x = y + sigma[:, None, None, None] * nhwc(f["loss_noise_unit"])
+
+    def loss(p: Any) -> tuple[jax.Array, jax.Array]:
+        square = jnp.square(golden.denoise(x, sigma, f["class_labels"], f["augment_labels"], params=p) - y)
+        each = Precondition().weight(sigma)[:, None, None, None] * square
+        return each.sum() / len(y), each
+
+    grads, each = jax.jit(jax.grad(loss, has_aux=True))(golden.params)
+    np.testing.assert_allclose(each, nhwc(f["loss_map"]), atol=2e-4, rtol=1e-4)
+    wanted: dict[str, Any] = {}
+    for key in (k for k in f if k.startswith("grad:")):
+        golden.put(wanted, key.removeprefix("grad:"), f[key])
+    flat = dict(jax.tree_util.tree_leaves_with_path(grads))
+    checked = jax.tree_util.tree_leaves_with_path(wanted)
+    assert len(checked) > 20
+    for path, array in checked:
+        np.testing.assert_allclose(flat[path], array, atol=1e-4 * np.abs(array).max(), rtol=1e-4, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", ["heun", "churn"])
+def test_samples_equal_the_official_numbers(golden: Golden, name: str) -> None:
+    f, steps, churn = golden.f, golden.meta["num_steps"], golden.meta["churn"]
+    stochastic = Churn(churn["S_churn"], churn["S_min"], churn["S_max"], churn["S_noise"])
+    plan = (Heun() if name == "heun" else stochastic).plan(Levels().grid(steps))
+    draws = jnp.repeat(nhwc(f["churn_noise"]), 2, 0)  # one a step; its second call has none
+
+    def denoise(p: Any, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        return golden.denoise(x, sigma, f["sample_labels"], params=p)
+
+    @jax.jit
+    def sample(p: Any) -> jax.Array:
+        fresh = (lambda i: draws[i]) if name == "churn" else None
+        return run(plan, functools.partial(denoise, p), nhwc(f["noise"])[None], fresh)
+
+    np.testing.assert_allclose(sample(golden.params), nhwc(f[f"{name}_out"]), atol=2e-4, rtol=1e-4)
+    if name == "heun":
+        np.testing.assert_allclose(plan.sigma, f["heun_eval_sigma"], rtol=1e-6)
+
+
+# --- the task -------------------------------------------------------------------------------------
+
+TASK = Edm(image=4, channels=1, classes=3, network=UNet(width=8, multiples=(1, 1), blocks=1, attention=(), dropout=0.2))
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    return randomised(TASK)
+
+
+def test_it_denoises_in_float32_at_all_levels_and_knows_its_class(params: Any) -> None:
+    assert isinstance(TASK, Denoises)
+    assert isinstance(TASK, Samples)
+    x = jax.random.normal(jax.random.key(0), (3, 4, 4, 1))
+    denoise = jax.jit(dataclasses.replace(TASK, dtype="bfloat16").denoise)
+    for sigma in TASK.sigmas:
+        found = denoise(params, x * sigma, jnp.float32(sigma), {"label": jnp.arange(3)})
+        assert found.dtype == jnp.float32
+        assert np.isfinite(found).all()
+    one, other, none = (
+        jax.jit(TASK.denoise)(params, x, jnp.float32(1.0), {"label": jnp.full(3, label)}) for label in (0, 1, -1)
+    )
+    assert np.abs(one - other).max() > 1e-4
+    np.testing.assert_allclose(none, jax.jit(TASK.denoise)(params, x, jnp.ones(3)), atol=1e-6)
+
+
+def test_the_loss_of_fresh_parameters_is_that_of_the_best_guess_without_a_network() -> None:
+    """x0 = c_skip x, whose weighted error on data of variance v is (v + data^2) / 2 data^2 on average near sigma = data."""
+    task = dataclasses.replace(TASK, noise=dataclasses.replace(TASK.noise, mean=float(np.log(0.5)), std=1e-3))
+    batch = {"image": 0.5 * jax.random.normal(jax.random.key(1), (512, 4, 4, 1)), "label": jnp.zeros(512, jnp.int32)}
+    loss, metrics = jax.jit(task.loss)(fresh(task), batch, jax.random.key(2))
+    assert float(loss) == pytest.approx(1.0, rel=0.05)
+    assert float(metrics["x0_error"]) == pytest.approx(0.5 / 2**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("options", [EdmSampling(Euler(), 4, 1.5), EdmSampling(Tada(), 5), EdmSampling(Churn(), 3)])
+def test_sample_i_depends_on_its_key_alone(params: Any, options: EdmSampling) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    draw = jax.jit(lambda k, label: TASK.sample(params, k, len(label), {"label": label}, options)["image"])
+    label = jnp.asarray([0, 1, -1])
+    whole = draw(keys, label)
+    assert np.isfinite(whole).all()
+    assert np.abs(whole[0] - whole[1]).max() > 1e-3
+    np.testing.assert_allclose(draw(keys[::-1], label[::-1])[::-1], whole, atol=1e-5)
+
+
+def test_options_that_do_not_fit_are_told(params: Any) -> None:
+    with told("nfe=8", "heun", "7 or 9"):
+        EdmSampling(nfe=8)
+    with told("levels from", "task.low, task.high", "levels.high"):
+        TASK.sample(params, jax.random.key(0), 1, None, EdmSampling(levels=Levels(high=100.0)))
+    with told("guidance", "no class"):
+        TASK.sample(params, jax.random.key(0), 1, None, EdmSampling(guidance=1.0))
+    with told("task.image=5", "task.image=4"):
+        dataclasses.replace(TASK, image=5)
+    with told("guidance.low=2", "guidance.high=1"):
+        Guidance(1.0, 2.0, 1.0)
+
+
+# --- guidance -------------------------------------------------------------------------------------
+
+
+def test_a_guided_mixture_is_the_closed_form_and_an_interval_costs_one_pass_elsewhere() -> None:
+    """Two Gaussians of variance v at -1 and 1: the posterior mean of one, of both, and their combination."""
+    v, calls = 0.1, {"alone": 0, "both": 0}
+
+    def one(x: Any, sigma: Any) -> Any:
+        return (v * x + sigma**2) / (v + sigma**2)
+
+    def mixed(x: Any, sigma: Any) -> Any:
+        other = (v * x - sigma**2) / (v + sigma**2)
+        share = jax.nn.sigmoid(2 * x / (v + sigma**2))
+        return share * one(x, sigma) + (1 - share) * other
+
+    def alone(x: Any, sigma: Any) -> Any:
+        jax.debug.callback(lambda: calls.__setitem__("alone", calls["alone"] + 1))
+        return one(x, sigma)
+
+    def both(x: Any, sigma: Any) -> Any:
+        jax.debug.callback(lambda: calls.__setitem__("both", calls["both"] + 1))
+        return one(x, sigma), mixed(x, sigma)
+
+    x = jnp.linspace(-2, 2, 9)
+    guided = jax.jit(Guidance(1.5, low=0.5, high=2.0).denoiser(alone, both))
+    for sigma in (0.5, 1.0, 2.0, 2.1):
+        inside = 0.5 < sigma <= 2.0
+        plain = one(x, sigma)
+        wanted = plain + 1.5 * (plain - mixed(x, sigma)) if inside else plain
+        before = dict(calls)
+        found = guided(x, jnp.float32(sigma))
+        jax.effects_barrier()
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        assert {k: calls[k] - before[k] for k in calls} == {"alone": int(not inside), "both": int(inside)}
+    assert Guidance(0.0, low=1.0).denoiser(alone, both) is alone
+
+
+def test_functions_of_other_parametrisations_come_through_the_same_door() -> None:
+    """The exact functions of N(0, 0.25): velocity, v and eps give the denoiser of all of them."""
+    x, sigma = jnp.linspace(-3, 3, 7), jnp.float32(0.8)
+    x0, root = x * 0.25 / (0.25 + sigma**2), 1 / jnp.sqrt(1 + sigma**2)
+    n = (x - x0) / sigma
+    for kind, value, scale in (
+        ("flow", n - x0, 1 / (1 + sigma)),
+        ("v", root * n - sigma * root * x0, root),
+        ("eps", n, root),
+        ("x0", x0, None),
+    ):
+
+        def network(z: jax.Array, noise: jax.Array, value: Any = value, scale: Any = scale) -> jax.Array:
+            if scale is not None:
+                np.testing.assert_allclose(z, x * scale, rtol=1e-6)
+            return value
+
+        np.testing.assert_allclose(Precondition(kind).denoise(network, x, sigma), x0, atol=1e-6)
