@@ -19,7 +19,7 @@ import zoo
 from zoo import cli, models, weights
 from zoo.data.synthetic import Synthetic
 from zoo.data.vocabulary import text8
-from zoo.draws import label_numbers
+from zoo.draws import KEYS, label_numbers
 from zoo.encoders.text import T5
 from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
@@ -318,7 +318,7 @@ def test_samples_depend_on_seed_and_number_alone(root: Path, tmp_path: Path, cap
     assert sorted(p.name for p in out.iterdir()) == [*files, "settings.json", "sheet.png"]
     settings = json.loads((out / "settings.json").read_text())
     assert settings == {
-        "model": "run", "step": 4, "weights": "ema", "seed": 7, "label": None,
+        "model": "run", "step": 4, "weights": "ema", "seed": 7, "keys": KEYS, "label": None,
         "guidance": 0.0, "denoise": None, "temperature": 1.0,
     }  # fmt: skip
     first = [png(out / name) for name in files]
@@ -341,6 +341,10 @@ def test_samples_depend_on_seed_and_number_alone(root: Path, tmp_path: Path, cap
         assert cli.main(["sample", "run", "n=4", "--out", str(out), *other]) == 2
         assert "holds samples drawn with other settings (" in capsys.readouterr().err
     assert snapshot(out) == before
+    del settings["keys"]  # begun by a version whose seeds made other keys
+    (out / "settings.json").write_text(json.dumps(settings))
+    assert cli.main(["sample", "run", "n=5", "seed=7", "--out", str(out)]) == 2
+    assert "holds samples drawn with other settings (keys" in capsys.readouterr().err
 
 
 def test_samples_of_a_run_lie_in_its_folder_by_default(root: Path, capsys: pytest.CaptureFixture[str]):
