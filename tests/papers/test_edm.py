@@ -16,6 +16,7 @@ import pytest
 from fresh import fresh, randomised
 from mistakes import told
 
+from zoo import dist
 from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.precondition import Precondition
@@ -189,6 +190,37 @@ def test_sample_i_depends_on_its_key_alone(params: Any, options: EdmSampling) ->
     assert np.isfinite(whole).all()
     assert np.abs(whole[0] - whole[1]).max() > 1e-3
     np.testing.assert_allclose(draw(keys[::-1], label[::-1])[::-1], whole, atol=1e-5)
+    np.testing.assert_allclose(draw(keys[:1], label[:1]), whole[:1], atol=1e-5)
+
+
+@pytest.mark.devices8
+def test_samples_of_a_mesh_are_those_of_one_device(params: Any) -> None:
+    options = EdmSampling(Tada(), 5, 1.5)
+    keys, label = jax.random.split(jax.random.key(0), 8), jnp.arange(8) % 3
+    found = []
+    for devices in (1, 8):
+        with dist.use(dist.Mesh(data=devices).build(jax.devices()[:devices])):
+            draw = jax.jit(lambda p, k, y: TASK.sample(p, k, 8, {"label": y}, options)["image"])
+            found.append(np.asarray(draw(params, keys, label)))
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
+def test_dropout_and_dropped_labels_act_in_training_alone(params: Any) -> None:
+    batch = {"image": jax.random.normal(jax.random.key(1), (8, 4, 4, 1)), "label": jnp.zeros(8, jnp.int32)}
+
+    def loss(**fields: Any) -> float:
+        network = dataclasses.replace(TASK.network, dropout=fields.pop("dropout", 0.0))
+        task = dataclasses.replace(TASK, network=network, **{"drop": 0.0, **fields})
+        return float(jax.jit(task.loss)(params, batch, jax.random.key(2))[0])
+
+    assert len({loss(), loss(dropout=0.5), loss(drop=0.99)}) == 3
+    x, other = (
+        batch["image"],
+        dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, dropout=0.0), drop=0.0),
+    )
+    np.testing.assert_array_equal(
+        *(jax.jit(task.denoise)(params, x, jnp.ones(8), {"label": batch["label"]}) for task in (TASK, other))
+    )
 
 
 def test_options_that_do_not_fit_are_told(params: Any) -> None:
@@ -200,6 +232,14 @@ def test_options_that_do_not_fit_are_told(params: Any) -> None:
         TASK.sample(params, jax.random.key(0), 1, None, EdmSampling(guidance=1.0))
     with told("task.image=5", "task.image=4"):
         dataclasses.replace(TASK, image=5)
+    with told("task.network.width=48", "multiple of 32", "task.network.width=64"):
+        UNet(width=48)
+    with told("task.network.attention=3", "[4, 2]"):
+        dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, attention=(3,)))
+    with told("nfe=35 takes 18 levels", "lists 2"):
+        EdmSampling(levels=Levels("given", given=(2.0, 1.0)))
+    with told("solver.low=2", "solver.high=1"):
+        Churn(low=2.0, high=1.0)
     with told("guidance.low=2", "guidance.high=1"):
         Guidance(1.0, 2.0, 1.0)
 
@@ -250,12 +290,11 @@ def test_functions_of_other_parametrisations_come_through_the_same_door() -> Non
         ("flow", n - x0, 1 / (1 + sigma)),
         ("v", root * n - sigma * root * x0, root),
         ("eps", n, root),
-        ("x0", x0, None),
+        ("x0", x0, 1 / jnp.sqrt(0.25 + sigma**2)),
     ):
 
         def network(z: jax.Array, noise: jax.Array, value: Any = value, scale: Any = scale) -> jax.Array:
-            if scale is not None:
-                np.testing.assert_allclose(z, x * scale, rtol=1e-6)
+            np.testing.assert_allclose(z, x * scale, rtol=1e-6)
             return value
 
         np.testing.assert_allclose(Precondition(kind).denoise(network, x, sigma), x0, atol=1e-6)

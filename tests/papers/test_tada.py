@@ -88,6 +88,7 @@ def drawn(solver: Tada, kind: Any, calls: int) -> float:
         ("edm", 2, 2, 8, (-0.2207249869, -0.2992110039, -0.3552498439)),
         ("edm", 3, 1, 8, (0.1074422839, 0.1798297589, 0.2148119513)),
         ("edm", 3, 2, 8, (0.0997773517, 0.1509438401, 0.1907435603)),
+        # the first of these is said to be -0.0434475520 elsewhere, with two digits in each other's place
         ("edm", 4, 1, 8, (-0.0435474552, -0.1004654191, -0.0709488452)),
     ],
 )

@@ -25,7 +25,7 @@ class Levels:
     kind: Literal["edm", "log", "flow", "given"] = "edm"
     low: Positive = 0.002
     high: Positive = 80.0
-    rho: Positive = 7.0
+    rho: Annotated[float, Meta(ge=1, le=100)] = 7.0
     given: tuple[Positive, ...] = ()
 
     def __post_init__(self) -> None:

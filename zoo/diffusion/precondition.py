@@ -6,14 +6,12 @@ for a model of rectified flows, "v" and "eps" for models of variance-preserving 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from zoo.fields import Positive, check_fields
 
@@ -25,12 +23,12 @@ class Precondition:
     """Coefficients at a level sigma, all in float32.
 
     `edm` (arXiv:2206.00364, table 1) has inputs and targets of variance 1 where the data's standard deviation is `data`.
-    `vp`, `ve` and `iddpm` are its forms of the older models, with the times that their networks know. `flow`: the network gives
+    `vp` and `ve` are its forms of the older models, with the times that their networks know. `flow`: the network gives
     the velocity n - x0 at (1 - s) x0 + s n and is told s. `v`, `eps`: it gives v or n at a x0 + b n, a^2 + b^2 = 1, and is
-    told sigma. `x0`: it gives x0 itself.
+    told sigma. `x0`: it gives x0 itself, with the input and the noise of `edm`.
     """
 
-    kind: Literal["edm", "vp", "ve", "iddpm", "flow", "v", "eps", "x0"] = "edm"
+    kind: Literal["edm", "vp", "ve", "flow", "v", "eps", "x0"] = "edm"
     data: Positive = 0.5
 
     def __post_init__(self) -> None:
@@ -48,10 +46,6 @@ class Precondition:
                 return one, -sigma, root, 999 * _vp_time(sigma)
             case "ve":
                 return one, sigma, one, jnp.log(sigma / 2)
-            case "iddpm":
-                levels = jnp.asarray(_iddpm_levels(), jnp.float32)
-                nearest = jnp.abs(sigma[..., None] - levels).argmin(-1)
-                return one, -sigma, root, (len(levels) - 2 - nearest).astype(jnp.float32)
             case "flow":
                 return 1 / (1 + sigma), -sigma / (1 + sigma), 1 / (1 + sigma), sigma / (1 + sigma)
             case "v":
@@ -77,13 +71,3 @@ class Precondition:
 def _vp_time(sigma: jax.Array) -> jax.Array:
     """t of sigma(t)^2 + 1 = exp(19.9 t^2 / 2 + 0.1 t)."""
     return (jnp.sqrt(0.1**2 + 2 * 19.9 * jnp.log1p(sigma**2)) - 0.1) / 19.9
-
-
-@functools.cache
-def _iddpm_levels() -> np.ndarray:
-    """[1001] levels of iDDPM's cosine schedule, from the highest to 0 (arXiv:2206.00364, table 1)."""
-    alpha = np.sin(0.5 * np.pi * np.arange(1001) / (1000 * 1.008)) ** 2
-    levels = np.zeros(1001)
-    for j in range(1000, 0, -1):
-        levels[j - 1] = np.sqrt((levels[j] ** 2 + 1) / max(alpha[j - 1] / alpha[j], 0.001) - 1)
-    return levels

@@ -237,7 +237,7 @@ class DPMSolver(Solver):
 
         moves = [step(i, order) for i, order in enumerate(_orders(self.order, len(levels) - 1, self.lower_last))]
         calls = [Call(sigma, _first, move) for sigma, move in zip(levels, [*moves, keep])]
-        return probe(calls, _from_highest(levels), max(self.order, 1))
+        return probe(calls, _from_highest(levels), self.order)
 
 
 @dataclass(frozen=True)
@@ -361,6 +361,11 @@ class Churn(Heun):
     low: NonNegative = 0.05
     high: Positive = 50.0
     noise: Positive = 1.003
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low >= self.high:
+            raise UserError(f"solver.low={self.low:g} must be below solver.high={self.high:g}")
 
     def plan(self, levels: np.ndarray) -> Plan:
         def step(i: int) -> list[Call]:

@@ -185,10 +185,10 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C]."""
-        channels = x.shape[-1]
+        batch, height, width, channels = x.shape
         scale: Any = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias: Any = self.param("bias", zeros, (channels,), jnp.float32)
-        h = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+        h = x.astype(jnp.float32).reshape(batch, height * width, self.groups, channels // self.groups)
         h = h - h.mean((1, 3), keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean((1, 3), keepdims=True) + self.epsilon)
         return (h.reshape(x.shape) * scale + bias).astype(x.dtype)

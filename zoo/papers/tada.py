@@ -10,6 +10,7 @@ the solver, the comparison of solvers on exact denoisers.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -132,7 +133,7 @@ class Tada(Solver):
     grid = "flow"  # forces are polynomials in t: the orders need it
 
     variables: Annotated[int, Meta(ge=1, le=4)] = 2
-    detail: Positive = 1.0
+    detail: Annotated[float, Meta(ge=1e-3, le=1e3)] = 1.0
     order: Literal[1, 2, 3] = 2
 
     def plan(self, levels: np.ndarray) -> Plan:
@@ -231,12 +232,15 @@ class Solvers:
         UserError where `out` is no folder of such results.
         """
         out = Path(self.out)
-        if out.exists() and not (out / _RESULT).exists() and any(out.iterdir()):
+        if out.exists() and (not out.is_dir() or (not (out / _RESULT).exists() and any(out.iterdir()))):
             raise UserError(f"out={out} is no folder of compared solvers; name a new or an empty one with out=FOLDER")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out={out} cannot be made ({error}); name another folder with out=FOLDER") from None
         variance = spectrum(self.side, self.power, self.variance)
         rows = [{"solver": _spelled(solver), **self._best(solver, variance)} for solver in self.solvers]
         figures = {"variance": float(variance.sum()), "calls": list(self.calls), "solvers": rows}
-        out.mkdir(parents=True, exist_ok=True)
         files.write(out / _RESULT, json.dumps(figures, indent=1) + "\n")
         files.write(out / "solvers.md", self.table(rows))
         files.write(out / "solvers.png", self._plot(rows))
@@ -290,6 +294,6 @@ class Solvers:
 
 def _spelled(solver: Solver) -> str:
     """Its name and the fields that are not its defaults."""
+    default = {f.name: f.default for f in dataclasses.fields(type(solver))}  # type: ignore[arg-type]
     fields: dict[str, Any] = vars(solver)
-    default: dict[str, Any] = vars(type(solver)())
     return " ".join([solver.name, *(f"{key}={value}" for key, value in fields.items() if value != default[key])])

@@ -111,7 +111,7 @@ class DDPMpp(nn.Module):
         for i in range(2):
             embedding = nn.silu(_dense(4 * self.width, name=f"embed{i}")(embedding))
 
-        def block(width: int, side: int, name: str, resize: Resize = "same", attention: bool = False) -> Any:
+        def block(width: int, name: str, resize: Resize = "same", attention: bool = False) -> Any:
             made = UNetBlock(width, resize, attention, self.dropout, self.dtype, name=name)
             return functools.partial(made, embedding=embedding)
 
@@ -121,21 +121,21 @@ class DDPMpp(nn.Module):
             if level:
                 skips.append(h)
                 side //= 2
-                h = block(h.shape[-1], side, f"enc_{side}_down", "half")(h)
+                h = block(h.shape[-1], f"enc_{side}_down", "half")(h)
             for i in range(self.blocks):
                 skips.append(h)
-                h = block(multiple * self.width, side, f"enc_{side}_block{i}", attention=side in self.attention)(h)
+                h = block(multiple * self.width, f"enc_{side}_block{i}", attention=side in self.attention)(h)
         skips.append(h)
         for level, multiple in reversed(list(enumerate(self.multiples))):
             if level == len(self.multiples) - 1:
-                h = block(h.shape[-1], side, f"dec_{side}_in0", attention=True)(h)
-                h = block(h.shape[-1], side, f"dec_{side}_in1")(h)
+                h = block(h.shape[-1], f"dec_{side}_in0", attention=True)(h)
+                h = block(h.shape[-1], f"dec_{side}_in1")(h)
             else:
                 side *= 2
-                h = block(h.shape[-1], side, f"dec_{side}_up", "twice")(h)
+                h = block(h.shape[-1], f"dec_{side}_up", "twice")(h)
             for i in range(self.blocks + 1):
                 attends = side in self.attention and i == self.blocks
                 h = jnp.concatenate([h, skips.pop()], -1)
-                h = block(multiple * self.width, side, f"dec_{side}_block{i}", attention=attends)(h)
+                h = block(multiple * self.width, f"dec_{side}_block{i}", attention=attends)(h)
         # float32: x0 has more levels than bfloat16
         return _conv(channels, gain=1e-5, dtype="float32", name="out")(nn.silu(_norm(h, "norm")))

@@ -24,19 +24,22 @@ from zoo.task import About, Batch, Params, sample_keys
 
 @dataclass(frozen=True)
 class UNet:
-    """The U-Net of DDPM++; its defaults are those of CIFAR-10."""
+    """The U-Net of DDPM++; with `attention=(16,)` that of CIFAR-10."""
 
     width: Size = 128
     multiples: Some[Size] = (2, 2, 2)  # of the width, a level each
     blocks: Layers = 4  # of a level on the way down; one more on the way up
-    attention: tuple[Side, ...] = (16,)  # sides of the levels that attend; the coarsest always does
+    attention: tuple[Side, ...] = ()  # sides of the levels that attend; the coarsest always does, once
     dropout: Below1 = 0.13
 
     def __post_init__(self) -> None:
         check_fields(self, "task.network.")
-        if self.width % 4:
+        # Group norms take 32 groups, or one for every four channels, of each level and of two beside each other.
+        step = 4 if 2 * max(self.multiples) * self.width <= 128 else 32
+        if self.width % step:
+            best = max(step, round(self.width / step) * step)
             raise UserError(
-                f"task.network.width={self.width} must be a multiple of 4, e.g. task.network.width={max(4, self.width // 4 * 4)}"
+                f"task.network.width={self.width} must be a multiple of {step}, e.g. task.network.width={best}"
             )
 
 
@@ -53,7 +56,11 @@ class EdmSampling:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.solver.nodes(self.nfe)
+        nodes, given = self.solver.nodes(self.nfe), self.levels.given if self.levels else ()
+        if given and nodes != len(given):
+            raise UserError(
+                f"nfe={self.nfe} takes {nodes} levels and levels.given lists {len(given)}; change one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,9 @@ class Edm:
                 f"task.image={self.image} is no multiple of {step}, by which {len(self.network.multiples)} levels "
                 f"(task.network.multiples) shrink it; choose one, e.g. task.image={max(1, round(self.image / step)) * step}"
             )
+        sides = [self.image >> i for i in range(len(self.network.multiples))]
+        if foreign := [side for side in self.network.attention if side not in sides]:
+            raise UserError(f"task.network.attention={foreign[0]}: no level has this side; they have {sides}")
         if self.low >= self.high:
             raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
 
@@ -167,7 +177,9 @@ class Edm:
         """
         o = options or EdmSampling()
         levels = o.levels or Levels(o.solver.grid, self.low, self.high)
-        grid = levels.grid(o.solver.nodes(o.nfe))
+        grid = levels.grid(
+            o.solver.nodes(o.nfe)
+        )  # a solver that adds noise may ask a little above it, as the paper's does
         if grid[-1] < self.low * (1 - 1e-6) or grid[0] > self.high * (1 + 1e-6):
             raise UserError(
                 f"levels from {grid[-1]:g} to {grid[0]:g} reach beyond those of the model, {self.low:g} to {self.high:g} "
