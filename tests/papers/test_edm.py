@@ -16,7 +16,7 @@ import pytest
 from fresh import fresh, randomised
 from mistakes import told
 
-from zoo import dist
+from zoo import config, dist
 from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.precondition import Precondition
@@ -24,6 +24,7 @@ from zoo.diffusion.solvers import Churn, Euler, Heun, run
 from zoo.papers.edm import DDPMpp, Edm, EdmSampling, UNet
 from zoo.papers.tada import Tada
 from zoo.task import Denoises, Samples
+from zoo.train.loop import train
 
 NET = DDPMpp(16, (1, 2), 1, (4,), 5, 9)
 
@@ -224,6 +225,12 @@ def test_dropout_and_dropped_labels_act_in_training_alone(params: Any) -> None:
 
 
 def test_options_that_do_not_fit_are_told(params: Any) -> None:
+    smoke = config.load("edm/digits:smoke")
+    unconditional = dataclasses.replace(smoke, workdir=None, task=dataclasses.replace(smoke.task, classes=0))
+    for options, words in (({"levels": Levels(high=100.0)}, "task.high"), ({"guidance": 1.0}, "guidance")):
+        drawn = dataclasses.replace(smoke.samples, options={"nfe": 3, **options})
+        with told(words):  # before the first step
+            train(dataclasses.replace(unconditional, samples=drawn), quiet=True)
     with told("nfe=8", "heun", "7 or 9"):
         EdmSampling(nfe=8)
     with told("levels from", "task.low, task.high", "levels.high"):

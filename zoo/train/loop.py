@@ -89,9 +89,7 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
             steps = old["run"].get("steps")
             if steps != run.steps:
                 _log.warning(
-                    "this run was made for %s steps and now has %d: schedules that end with the run stretch",
-                    steps,
-                    run.steps,
+                    f"this run was made for {steps} steps and now has {run.steps}: schedules that end with the run stretch"
                 )
         elif inside:
             raise UserError(f"workdir={folder} is not empty and is no run ({inside[0]} ...); choose another workdir=")
@@ -107,17 +105,19 @@ def _check_labels(run: Run, labels: tuple[str, ...]) -> None:
         )
     if 0 < len(labels) < classes:
         _log.warning(
-            "the data has %d classes and task.classes=%d: the others are never seen, yet drawn in samples; set task.classes=%d",
-            len(labels),
-            classes,
-            len(labels),
+            f"the data has {len(labels)} classes and task.classes={classes}: the others are never seen, yet drawn in samples; "
+            f"set task.classes={len(labels)}"
         )
 
 
 def _check_looks(run: Run) -> None:
     """UserError for samples and evaluations that could not be made; better now than after the first thousand steps."""
     if run.samples.n and sampling(run.task) is not None:
-        options_of(run.task, run.samples.options, "samples.options")
+        options = options_of(run.task, run.samples.options, "samples.options")
+        if run.samples.options:  # what the task alone knows its sampler says when it is traced
+            n = run.samples.n
+            drawn = weights.abstract(run.task), jax.random.key(0), sampler_spec(run.task, n)
+            jax.eval_shape(make_sampler(run.task, n, options), *drawn)
     for i, metric in enumerate(run.evals):
         check_needs(run.task, metric.needs, f"evals.{i}: the metric {metric.name}")
         metric.check(run.task)
