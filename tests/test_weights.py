@@ -18,6 +18,7 @@ from mistakes import Payload, told
 
 from zoo import weights
 from zoo.errors import UserError
+from zoo.papers.tarflow_lm import DiscreteLM
 from zoo.task import About, Name, Network
 from zoo.weights import export
 
@@ -319,8 +320,8 @@ def test_official_wants_a_complete_table():
     state = {name: x for name, x in official().items() if name not in ("count", "1.qkv.bias")}
     with told("(2): net/trunk/block/qkv/bias, prior/count"):
         weights.from_official(Partial(), state)
-    with told("object knows no published layout", "zoo export"):
-        weights.from_official(object(), state)
+    with told("DiscreteLM knows no published layout", "zoo export"):
+        weights.from_official(DiscreteLM(vocab=3, length=4, width=8, depth=1, head_dim=8), state)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pth"])
