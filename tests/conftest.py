@@ -57,9 +57,8 @@ def _house() -> Iterator[None]:
     patch.setattr(jax, "local_devices", lambda *a, **k: local(*a, **k)[:_seen])
     patch.setattr(jax, "device_count", lambda *a: len(jax.devices(*a)))
     patch.setattr(jax, "local_device_count", lambda *a: len(jax.local_devices()))
-    compiled = (
-        step.compile_init
-    )  # what it gives to the bit, in a third of the time; those with eight devices test the program
+    # What it gives to the bit, in a third of the time; tests with eight devices run the program itself.
+    compiled = step.compile_init
     patch.setattr(step, "compile_init", lambda *args: (placed if _seen == _DEFAULT else compiled)(*args))
     yield
     patch.undo()

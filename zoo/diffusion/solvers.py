@@ -12,6 +12,7 @@ Order of this file: tables and the loop, solvers of one step, solvers with a mem
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def run(
     return h[0]
 
 
-class Solver:
+class Solver(abc.ABC):
     """What solvers share. One of your own is a frozen dataclass with `plan`; `nodes` says how many levels so many calls take."""
 
     name: ClassVar[str]
@@ -139,9 +140,9 @@ class Solver:
             raise UserError(f"nfe={calls} is too few for {self.name}; give {least} or more")
         return calls
 
+    @abc.abstractmethod
     def plan(self, levels: np.ndarray) -> Plan:
         """The table on a strictly decreasing grid."""
-        raise NotImplementedError
 
 
 def _from_highest(levels: np.ndarray, states: int = 1) -> np.ndarray:

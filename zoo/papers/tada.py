@@ -109,16 +109,14 @@ class Dynamics:
             [[h ** (k - j) / math.factorial(k - j) if k >= j else 0.0 for k in range(n)] for j in range(n)]
         )
 
-    def transition(self, t: float) -> np.ndarray:
-        """[N, N] the transition from 0 to t with the force to a known data point: the part of the prior."""
-        n = self.variables
-        fall = [math.factorial(n) / math.factorial(n - j) * t ** (n - j) for j in range(n)]
-        return self.free(t) - np.outer(fall, [1 / math.factorial(k) for k in range(n)])
-
     def mean(self, t: float) -> np.ndarray:
         """[N] the part of the data point."""
         n = self.variables
         return np.asarray([math.factorial(n) / math.factorial(n - j) * t ** (n - j) for j in range(n)])
+
+    def transition(self, t: float) -> np.ndarray:
+        """[N, N] the transition from 0 to t with the force to a known data point: the part of the prior."""
+        return self.free(t) - np.outer(self.mean(t), self.ahead(1.0))
 
 
 @dataclass(frozen=True)
