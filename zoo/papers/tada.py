@@ -63,9 +63,7 @@ class Dynamics:
 
     def _ends(self, t: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """u [N, ...] and U [...], of which level and mixture are made."""
-        n, t = self.variables, np.asarray(t, np.float64)
-        signs = [(-1) ** (n - j - 1) * math.factorial(n) / math.factorial(n - j) for j in range(n)]
-        u = np.stack([sign * t ** (n - j) for j, sign in enumerate(signs)])
+        u = np.stack([(-1) ** (self.variables - j - 1) * part for j, part in enumerate(self.mean(t))])
         return u, np.tensordot(self.prior**-2, u**2, 1)
 
     def sigma(self, t: float | np.ndarray) -> np.ndarray:
@@ -83,16 +81,8 @@ class Dynamics:
 
     def mixture(self, t: float) -> np.ndarray:
         """r [N]: r . X is the data plus noise of level sigma(t), and holds all that X knows of the data."""
-        n, s = self.variables, 1 - t
         u, total = self._ends(t)
-        scaled = u / self.prior**2 * s**n / total
-        return np.asarray(
-            [
-                s**q / math.factorial(q)
-                + sum(scaled[j] * (-t) ** (q - j) / math.factorial(q - j) for j in range(q + 1))
-                for q in range(n)
-            ]
-        )
+        return self.ahead(1 - t) + (1 - t) ** self.variables / total * (u / self.prior**2) @ self.free(-t)
 
     def ahead(self, s: float) -> np.ndarray:
         """[N] Taylor's weights: where the first variable would be after a time s without force."""
@@ -109,8 +99,8 @@ class Dynamics:
             [[h ** (k - j) / math.factorial(k - j) if k >= j else 0.0 for k in range(n)] for j in range(n)]
         )
 
-    def mean(self, t: float) -> np.ndarray:
-        """[N] the part of the data point."""
+    def mean(self, t: float | np.ndarray) -> np.ndarray:
+        """[N, ...] the part of the data point."""
         n = self.variables
         return np.asarray([math.factorial(n) / math.factorial(n - j) * t ** (n - j) for j in range(n)])
 
