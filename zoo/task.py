@@ -436,6 +436,15 @@ def speed(task: Any) -> dict[str, Any]:
     return {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name in _SPEED}
 
 
+def image_spec(batch: int, side: int, channels: int, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """`image` [B, S, S, C] float32, and `label` [B] where there are classes: the `spec` of square images by class."""
+    import jax
+    import jax.numpy as jnp
+
+    spec = {"image": jax.ShapeDtypeStruct((batch, side, side, channels), jnp.float32)}
+    return {**spec, "label": jax.ShapeDtypeStruct((batch,), jnp.int32)} if classes else spec
+
+
 def sample_keys(rng: jax.Array, n: int) -> jax.Array:
     """n keys of one key, or those given: sample i depends on (rng, i) alone."""
     import jax

@@ -28,7 +28,7 @@ from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.layers import Dense, Table, zeros
 from zoo.nn.transformer import Block, Remat, Trunk, init_trunk_cache
-from zoo.task import About, Batch, Likelihood, Name, Params, sample_keys
+from zoo.task import About, Batch, Likelihood, Name, Params, image_spec, sample_keys
 
 
 class FlowNet(nn.Module):
@@ -217,10 +217,7 @@ class TarFlow:
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1], and `label` [B] for a class-conditional model."""
-        spec = {"image": jax.ShapeDtypeStruct((batch, self.image, self.image, self.channels), jnp.float32)}
-        if self.classes:
-            spec["label"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        return spec
+        return image_spec(batch, self.image, self.channels, self.classes)
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output kernels are zero, their biases are not (a constant affine map at the start)."""

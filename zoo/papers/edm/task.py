@@ -19,7 +19,7 @@ from zoo.dist import constrain
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, Below1, Dtype, Layers, NonNegative, Positive, Side, Size, SizeOr0, Some, check_fields
 from zoo.papers.edm.networks import DDPMpp
-from zoo.task import About, Batch, Params, sample_keys
+from zoo.task import About, Batch, Params, image_spec, sample_keys
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,7 @@ class Edm:
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1], and `label` [B] for a class-conditional model."""
-        spec = {"image": jax.ShapeDtypeStruct((batch, self.image, self.image, self.channels), jnp.float32)}
-        if self.classes:
-            spec["label"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        return spec
+        return image_spec(batch, self.image, self.channels, self.classes)
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output is nearly zero, so x0 begins as c_skip x."""
