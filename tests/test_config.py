@@ -1,6 +1,8 @@
 """Laws of zoo.config: finding, overriding, writing and reading configs."""
 
+import abc
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -33,6 +35,31 @@ class Inner:
     rate: float = 0.5
 
 
+class Form(abc.ABC):
+    """Chosen by name."""
+
+    @abc.abstractmethod
+    def area(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Square(Form):
+    """One of them."""
+
+    name = "square"
+    side: float = 1.0
+
+    def area(self) -> float:
+        return self.side**2
+
+
+@dataclass(frozen=True)
+class Circle(Square):
+    """Another."""
+
+    name = "circle"
+
+
 @dataclass(frozen=True)
 class Outer:
     """One field of every kind that a config may hold."""
@@ -50,6 +77,9 @@ class Outer:
     parts: tuple[Inner, ...] = (Inner(), Inner(2))
     by_key: Mapping[str, Inner] = field(default_factory=lambda: {"net": Inner(), "head": Inner()})
     options: Options = field(default_factory=lambda: {"temperature": 0.5})
+    form: Form = Square()
+    forms: tuple[Form, ...] = ()
+    maybe: Inner | None = None
 
 
 # finding
@@ -145,6 +175,13 @@ def test_values_take_the_type_of_their_field(text: str, expected: dict[str, Any]
         (["options.temperature=nan"], r"options.temperature=nan must be a finite number from 0"),
         (["options.temprature=1"], r"no field options.temprature in TarFlowSampling; did you mean 'temperature'\?"),
         (["options.guidance.wieght=1"], r"no field options.guidance.wieght in Guidance; did you mean 'weight'\?"),
+        (["form=cirle"], r"form=cirle is no Form; did you mean 'circle'\?"),
+        (["form=circle", "form.sides=2"], r"no field form.sides in Circle; did you mean 'side'\?"),
+        (["form=circle", "form=square"], r"form is set twice"),
+        (["form=zoo.run.Samples"], r"form=zoo.run.Samples is no Form; name one of square, circle"),
+        (["form=os.system"], r"form names the class os.system, which is not part of zoo.*--allow os"),
+        (["forms=square,cirle"], r"forms=cirle is no Form; did you mean 'circle'\?"),
+        (["maybe=1"], r"maybe=1 must be a Inner or none"),
         (["options.denoise.x=1"], r"options.denoise=None has no fields"),
         (["on=maybe"], r"on=maybe must be true or false"),
         (["kind=twoo"], r"kind=twoo must be one of one, two; did you mean 'two'\?"),
@@ -164,6 +201,21 @@ def test_values_take_the_type_of_their_field(text: str, expected: dict[str, Any]
 def test_overrides_that_do_not_fit(texts: list[str], message: str):
     with pytest.raises(UserError, match=message):
         config.override(Outer(), texts, TarFlow.Sampling)
+
+
+def test_a_class_is_chosen_by_name_and_its_fields_are_set_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for texts in itertools.permutations(["form=circle", "form.side=2", "maybe.rate=1"]):
+        assert config.override(Outer(), texts) == replace(Outer(), form=Circle(2.0), maybe=Inner(rate=1.0))
+    several = config.override(Outer(), ["forms=circle,square", "forms.1.side=3"]).forms
+    assert several == (Circle(), Square(3.0))
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nimport test_config\n@dataclass(frozen=True)\n"
+        "class Own(test_config.Square):\n    name = 'own'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "test_config", sys.modules[__name__])
+    own = config.override(Outer(), ["form=mine.Own", "form.side=4"], allow=["mine"]).form
+    assert (type(own).__name__, own.area()) == ("Own", 16)
 
 
 def test_fields_of_one_object_change_together():

@@ -333,7 +333,7 @@ def _of_config(name: str, fields: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, [f for f in fields if f not in own]
 
 
-def _options(model: Any, fields: Sequence[str]) -> tuple[dict[str, Any], Any]:
+def _options(model: Any, fields: Sequence[str], allow: Sequence[str]) -> tuple[dict[str, Any], Any]:
     """What samples are asked for, and the sampler's own options, from `field=value`."""
     from zoo import config
     from zoo.fields import Count, Seed
@@ -357,7 +357,7 @@ def _options(model: Any, fields: Sequence[str]) -> tuple[dict[str, Any], Any]:
             asked[key] = config.parse(value, kinds[key], key) if key in kinds else value
         else:
             own.append(text)
-    return asked, config.override(kind(), own)
+    return asked, config.override(kind(), own, allow=allow)
 
 
 def _sample(args: argparse.Namespace) -> int:
@@ -366,7 +366,7 @@ def _sample(args: argparse.Namespace) -> int:
     dist.start(batch=max(args.batch, 1))
     own, fields = _of_config(args.model, args.fields)
     model = models.open_model(args.model, own, raw=args.raw, allow=args.allow, on_host=True)
-    words, options = _options(model, fields)
+    words, options = _options(model, fields, args.allow)
     n, seed, label, prompt, prompts, aspect = words.values()
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}; draw at least one sample at a time")
@@ -458,7 +458,7 @@ def _eval(args: argparse.Namespace) -> int:
     overrides, fields = _of_config(args.model, args.fields)
     own = [f for f in fields if not f.startswith(("data.", "data="))]
     task, _ = models.open_task(args.model, args.allow, overrides)
-    metric = config.override(metric, own, sampling(task))
+    metric = config.override(metric, own, sampling(task), args.allow)
     dist.start(batch=metric.shares)
     model = models.open_model(args.model, overrides, raw=args.raw, allow=args.allow)
     check_needs(model.task, metric.needs, args.metric)

@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import inspect
+import pkgutil
 import re
 import sys
 import types
@@ -102,13 +104,16 @@ def describe(name: str) -> str:
 # --- overrides ------------------------------------------------------------------------------------
 
 
-def override(config: Any, assignments: Iterable[str], options: type | None = None) -> Any:
+def override(config: Any, assignments: Iterable[str], options: type | None = None, allow: Sequence[str] = ()) -> Any:
     """Apply `field.sub=value` assignments to a tree of frozen dataclasses; each value is parsed for its field's type.
 
-    All fields of one object change together, so that `task.width=96 task.head_dim=24` needs no order.
+    All fields of one object change together, so that `task.width=96 task.head_dim=24` needs no order. A field of an
+    abstract type takes the name of a class below it, and its fields: `solver=tada solver.detail=2`; one of several such,
+    names: `solvers=heun,tada`.
 
     Args:
         options: the class of what fields of the type `Options` hold, the sampler's options; None: that of `config.task`.
+        allow: packages besides zoo whose classes may be named.
     """
     tree: dict[str, Any] = {}
     for text in assignments:
@@ -116,29 +121,27 @@ def override(config: Any, assignments: Iterable[str], options: type | None = Non
         if not equals or not key:
             raise UserError(f"{text!r} is no override; write field=value, e.g. optim.lr=3e-4")
         node, parts = tree, key.split(".")
-        for i, part in enumerate(parts[:-1], 1):
+        for part in parts:
             node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                whole = ".".join(parts[:i])
-                raise UserError(f"{whole} is set both as a whole and in part; keep one of {whole}= and {key}=")
-        if parts[-1] in node:
+        if _WHOLE in node:
             raise UserError(f"{key} is set twice; keep one of them")
-        node[parts[-1]] = value
+        node[_WHOLE] = value
     if options is None and _is_config(config) and any(f.name == "task" for f in dataclasses.fields(config)):
         options = sampling(config.task)
-    known = _sampling.set(options)
+    known = _around.set((options, allow))
     try:
         return _replace(config, tree, "")
     finally:
-        _sampling.reset(known)
+        _around.reset(known)
 
 
-_sampling: ContextVar[type | None] = ContextVar("sampling", default=None)
+_WHOLE = ""  # in a tree of changes, the key of what an object is set to as a whole
+_around: ContextVar[tuple[type | None, Sequence[str]]] = ContextVar("around", default=(None, ()))
 
 
 def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = None) -> Any:
     if kind == Options:
-        options = _sampling.get()
+        options, _ = _around.get()
         if options is None:
             raise UserError(f"{prefix}{next(iter(changes))}: there is no sampler that takes options; leave it out")
         unknown = [k for k in node if k not in {f.name for f in dataclasses.fields(options)}]
@@ -161,8 +164,8 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
             items[int(k)] = _change(items[int(k)], None, v, f"{prefix}{k}")
         return tuple(items)
     classes = [k for k in _either(kind) if dataclasses.is_dataclass(k)]
-    if node is not None and not _is_config(node) and classes:
-        node = typing.cast(Any, classes[0])()  # a weight, or a name, that stands for such an object
+    if not _is_config(node) and classes:  # a weight, or a name, that stands for such an object; or none
+        node = _built(typing.cast(Any, classes[0]), {}, prefix.rstrip("."))
     if not _is_config(node):
         raise UserError(f"{prefix.rstrip('.')}={node!r} has no fields; set it as a whole")
     names = [f.name for f in dataclasses.fields(node)]
@@ -176,10 +179,48 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
     )
 
 
-def _change(old: Any, kind: Any, new: Any, name: str) -> Any:
-    if isinstance(new, dict):
-        return _replace(old, new, f"{name}.", kind)
-    return parse(new, kind if kind is not None else type(old), name, old)
+def _change(old: Any, kind: Any, new: Mapping[str, Any], name: str) -> Any:
+    parts, own = {k: v for k, v in new.items() if k != _WHOLE}, kind
+    if _WHOLE in new:
+        whole, inner = new[_WHOLE], typing.get_args(kind)
+        while typing.get_origin(kind) is typing.Annotated:
+            kind, inner = inner[0], typing.get_args(inner[0])
+        several = typing.get_origin(kind) is tuple and inspect.isabstract(inner[0])
+        if parts and not several and not inspect.isabstract(kind):
+            raise UserError(
+                f"{name} is set both as a whole and in part; keep one of {name}= and {name}.{next(iter(parts))}="
+            )
+        if several:
+            old = tuple(_chosen(word, inner[0], name) for word in whole.split(","))
+        elif inspect.isabstract(kind):
+            old = _chosen(whole, kind, name)
+        else:
+            old = parse(whole, type(old) if kind is None else own, name, old)
+    return _replace(old, parts, f"{name}.", own) if parts else old
+
+
+def _chosen(text: str, base: type, name: str) -> Any:
+    """A fresh object of the class that `text` names, among those below `base`, or by its import path."""
+    known = named(base)
+    if text not in known and "." not in text:
+        raise UserError(f"{name}={text} is no {base.__name__}; {suggest(text, known)}")
+    cls = known.get(text) or _resolve(text, _around.get()[1], name)
+    if not issubclass(cls, base):
+        raise UserError(f"{name}={text} is no {base.__name__}; name one of {', '.join(known)}, or a class below it")
+    return _built(cls, {}, name)
+
+
+def named(base: type) -> dict[str, type]:
+    """The classes below an abstract one by their `name`: those of zoo's papers, and of what is imported."""
+    papers = importlib.import_module("zoo.papers")
+    for info in pkgutil.iter_modules(papers.__path__):
+        importlib.import_module(f"zoo.papers.{info.name}")
+    found, below = {}, [base]
+    for cls in below:
+        below += cls.__subclasses__()
+        if not inspect.isabstract(cls):
+            found[typing.cast(Any, cls).name] = cls
+    return found
 
 
 def _either(kind: Any) -> list[Any]:
@@ -281,13 +322,20 @@ def undump(data: Any, allow: Sequence[str] = (), where: str = "config") -> Any:
         raise UserError(
             f"{where}: {cls.__name__} has no field {unknown[0]!r}; {suggest(unknown[0], names)} (was it written by another version?)"
         )
-    fields = {k: undump(v, allow, f"{where}.{k}") for k, v in values.items()}
+    return _built(
+        cls,
+        {k: undump(v, allow, f"{where}.{k}") for k, v in values.items()},
+        where,
+        "; the file is damaged or of another version",
+    )
+
+
+def _built(cls: type, fields: Mapping[str, Any], where: str, why: str = "") -> Any:
+    """An object of a class; UserError for a field that is missing and has no default, or holds another type."""
     try:
         return cls(**fields)
-    except TypeError as error:  # a field without a default is missing, or holds another type
-        raise UserError(
-            f"{where}: these fields make no {cls.__name__} ({error}); the file is damaged or of another version"
-        ) from None
+    except TypeError as error:
+        raise UserError(f"{where}: these fields make no {cls.__name__} ({error}){why}") from None
 
 
 _MOVED = {  # classes that configs written before know elsewhere

@@ -137,19 +137,17 @@ def test_grids_of_levels() -> None:
         assert (np.diff(grid) < 0).all()
         np.testing.assert_allclose(grid[[0, -1]], (80, 0.002), rtol=1e-9)
     np.testing.assert_allclose(np.diff(1 / (1 + Levels("flow").grid(5)), 2), 0, atol=1e-12)
-    np.testing.assert_array_equal(Levels("given", given=(3.0, 1.0)).grid(2), (3, 1))
+    np.testing.assert_array_equal(Levels(given=(3.0, 1.0)).grid(2), (3, 1))
     for wrong, field in (
         ({"low": 2.0, "high": 1.0}, "levels.low=2 must be below levels.high=1"),
-        ({"given": (1.0,)}, "levels.kind=edm"),
-        ({"kind": "given"}, "levels.kind=given"),
-        ({"kind": "given", "given": (1.0, 2.0)}, "must decrease"),
+        ({"given": (1.0, 2.0)}, "must decrease"),
     ):
         with pytest.raises(UserError, match=field):
-            Levels(**wrong)
+            Levels(**wrong).grid(2)
     with pytest.raises(UserError, match="a grid of 1 noise levels"):
         Levels().grid(1)
     with pytest.raises(UserError, match=r"the 2 that levels\.given lists"):
-        Levels("given", given=(3.0, 1.0)).grid(3)
+        Levels(given=(3.0, 1.0)).grid(3)
     with pytest.raises(UserError, match="nfe=2 is too few for dpm"):
         DPMSolver(3).nodes(2)
 

@@ -244,7 +244,7 @@ def test_options_that_do_not_fit_are_told(params: Any) -> None:
     with told("task.network.attention=3", "[4, 2]"):
         dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, attention=(3,)))
     with told("nfe=35 takes 18 levels", "lists 2"):
-        EdmSampling(levels=Levels("given", given=(2.0, 1.0)))
+        EdmSampling(levels=Levels(given=(2.0, 1.0)))
     with told("solver.low=2", "solver.high=1"):
         Churn(low=2.0, high=1.0)
     with told("guidance.low=2", "guidance.high=1"):

@@ -91,7 +91,10 @@ def _rows(value: Any, prefix: str = "", ranges: bool = False) -> _Rows:
             else {}
         )
         if dataclasses.is_dataclass(inner):
-            rows.append((name, f"{type(inner).__name__}", "", (inspect.getdoc(type(inner)) or "").partition("\n")[0]))
+            one_of = (
+                f"one of {', '.join(config.named(own[f.name]))}" if ranges and inspect.isabstract(own[f.name]) else ""
+            )
+            rows.append((name, type(inner).__name__, one_of, (inspect.getdoc(type(inner)) or "").partition("\n")[0]))
             rows += _rows(inner, f"{name}.", ranges)
         elif parts and all(dataclasses.is_dataclass(v) for v in parts.values()):
             for key, part in parts.items():

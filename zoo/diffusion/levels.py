@@ -19,42 +19,45 @@ class Levels:
     """A grid of noise levels, strictly decreasing, in float64 on the host.
 
     Kinds: `edm`, even in sigma^(1/rho) (arXiv:2206.00364, equation 5); `log`, even in log sigma; `flow`, even in the time
-    1 / (1 + sigma) of a flow from noise to data (arXiv:2506.21757 with the time of rectified flows); `given`, listed.
+    1 / (1 + sigma) of a flow from noise to data (arXiv:2506.21757 with the time of rectified flows). None: what the solver
+    and the model say. Levels that are `given` stand in the place of all that.
     """
 
-    kind: Literal["edm", "log", "flow", "given"] = "edm"
-    low: Positive = 0.002
-    high: Positive = 80.0
+    kind: Literal["edm", "log", "flow"] | None = None
+    low: Positive | None = None
+    high: Positive | None = None
     rho: Annotated[float, Meta(ge=1, le=100)] = 7.0
     given: tuple[Positive, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, "levels.")
-        if self.low >= self.high:
-            raise UserError(f"levels.low={self.low:g} must be below levels.high={self.high:g}")
-        if (self.kind == "given") != bool(self.given):
-            raise UserError(f"levels.kind={self.kind}: list levels.given for kind=given, and for no other")
         if any(a <= b for a, b in zip(self.given, self.given[1:])):
             raise UserError(f"levels.given={self.given} must decrease from each level to the next")
 
-    def grid(self, count: int) -> np.ndarray:
-        """`count` levels from `high` to `low`, both included. UserError for fewer than two, or another number than is listed."""
+    def grid(self, count: int, kind: str = "edm", low: float = 0.002, high: float = 80.0) -> np.ndarray:
+        """`count` levels from the highest to the lowest, both included; the arguments stand in for fields that are None.
+
+        UserError for fewer than two, another number than is listed, or a lowest that is not below the highest.
+        """
         if count < 2 or (self.given and count != len(self.given)):
             asked = f"the {len(self.given)} that levels.given lists" if self.given else "at least 2"
             raise UserError(f"a grid of {count} noise levels: choose {asked}")
+        if self.given:
+            return np.asarray(self.given)
+        kind, low, high = self.kind or kind, self.low or low, self.high or high
+        if low >= high:
+            raise UserError(f"levels.low={low:g} must be below levels.high={high:g}")
         share = np.linspace(0, 1, count)
 
         def even(to: float, end: float) -> np.ndarray:
             return to + share * (end - to)
 
-        if self.kind == "edm":
-            return even(self.high ** (1 / self.rho), self.low ** (1 / self.rho)) ** self.rho
-        if self.kind == "log":
-            return np.exp(even(np.log(self.high), np.log(self.low)))
-        if self.kind == "flow":
-            time = even(1 / (1 + self.high), 1 / (1 + self.low))
-            return (1 - time) / time
-        return np.asarray(self.given)
+        if kind == "edm":
+            return even(high ** (1 / self.rho), low ** (1 / self.rho)) ** self.rho
+        if kind == "log":
+            return np.exp(even(np.log(high), np.log(low)))
+        time = even(1 / (1 + high), 1 / (1 + low))
+        return (1 - time) / time
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,11 @@ class EdmSampling:
     guidance: NonNegative | Guidance = (
         0.0  # a weight, or with an interval of levels; 0: off (the papers' scale is 1 + weight)
     )
-    levels: Levels | None = None  # the grid; None: the solver's own kind from the task's highest level to its lowest
+    levels: Levels = Levels()  # the grid: if not given the solver's kind, from the task's highest level to its lowest
 
     def __post_init__(self) -> None:
         check_fields(self)
-        nodes, given = self.solver.nodes(self.nfe), self.levels.given if self.levels else ()
+        nodes, given = self.solver.nodes(self.nfe), self.levels.given
         if given and nodes != len(given):
             raise UserError(
                 f"nfe={self.nfe} takes {nodes} levels and levels.given lists {len(given)}; change one of them"
@@ -173,10 +173,8 @@ class Edm:
         UserError for levels outside those of the task, and for guidance without classes.
         """
         o = options or EdmSampling()
-        levels = o.levels or Levels(o.solver.grid, self.low, self.high)
-        grid = levels.grid(
-            o.solver.nodes(o.nfe)
-        )  # a solver that adds noise may ask a little above it, as the paper's does
+        # a solver that adds noise may ask a little above the grid, as the paper's does
+        grid = o.levels.grid(o.solver.nodes(o.nfe), o.solver.grid, self.low, self.high)
         if grid[-1] < self.low * (1 - 1e-6) or grid[0] > self.high * (1 + 1e-6):
             raise UserError(
                 f"levels from {grid[-1]:g} to {grid[0]:g} reach beyond those of the model, {self.low:g} to {self.high:g} "
