@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import pkgutil
 import re
 import sys
 import types
@@ -27,7 +26,7 @@ from typing import Any
 import msgspec
 
 from zoo.errors import UserError, suggest
-from zoo.fields import fits, kinds, sentence
+from zoo.fields import fits, kinds, named, sentence
 from zoo.files import sha256, sha256_of_json
 from zoo.task import Options, sampling
 
@@ -208,19 +207,6 @@ def _chosen(text: str, base: type, name: str) -> Any:
     if not issubclass(cls, base):
         raise UserError(f"{name}={text} is no {base.__name__}; name one of {', '.join(known)}, or a class below it")
     return _built(cls, {}, name)
-
-
-def named(base: type) -> dict[str, type]:
-    """The classes below an abstract one by their `name`: those of zoo's papers, and of what is imported."""
-    papers = importlib.import_module("zoo.papers")
-    for info in pkgutil.iter_modules(papers.__path__):
-        importlib.import_module(f"zoo.papers.{info.name}")
-    found, below = {}, [base]
-    for cls in below:
-        below += cls.__subclasses__()
-        if not inspect.isabstract(cls):
-            found[typing.cast(Any, cls).name] = cls
-    return found
 
 
 def _either(kind: Any) -> list[Any]:

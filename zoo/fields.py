@@ -10,8 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib
+import inspect
 import math
 import operator
+import pkgutil
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -69,6 +72,19 @@ def kinds(cls: type) -> dict[str, Any]:
     """The type of every field of a dataclass, with its ranges."""
     found = typing.get_type_hints(cls, include_extras=True)
     return {field.name: found[field.name] for field in dataclasses.fields(cls)}
+
+
+def named(base: type) -> dict[str, type]:
+    """The classes below an abstract one by their `name`: those of zoo's papers, and of what is imported."""
+    papers = importlib.import_module("zoo.papers")
+    for info in pkgutil.iter_modules(papers.__path__):
+        importlib.import_module(f"zoo.papers.{info.name}")
+    found, below = {}, [base]
+    for cls in below:
+        below += cls.__subclasses__()
+        if not inspect.isabstract(cls):
+            found[typing.cast(Any, cls).name] = cls
+    return found
 
 
 def fits(value: Any, kind: Any) -> bool:

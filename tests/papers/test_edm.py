@@ -20,8 +20,9 @@ from zoo import config, dist
 from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.precondition import Precondition
+from zoo.diffusion.sampling import DenoiserSampling
 from zoo.diffusion.solvers import Churn, Euler, Heun, run
-from zoo.papers.edm import DDPMpp, Edm, EdmSampling, UNet
+from zoo.papers.edm import DDPMpp, Edm, UNet
 from zoo.papers.tada import Tada
 from zoo.task import Denoises, Samples
 from zoo.train.loop import train
@@ -182,8 +183,10 @@ def test_the_loss_of_fresh_parameters_is_that_of_the_best_guess_without_a_networ
     assert float(metrics["x0_error"]) == pytest.approx(0.5 / 2**0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("options", [EdmSampling(Euler(), 4, 1.5), EdmSampling(Tada(), 5), EdmSampling(Churn(), 3)])
-def test_sample_i_depends_on_its_key_alone(params: Any, options: EdmSampling) -> None:
+@pytest.mark.parametrize(
+    "options", [DenoiserSampling(Euler(), 4, 1.5), DenoiserSampling(Tada(), 5), DenoiserSampling(Churn(), 3)]
+)
+def test_sample_i_depends_on_its_key_alone(params: Any, options: DenoiserSampling) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     draw = jax.jit(lambda k, label: TASK.sample(params, k, len(label), {"label": label}, options)["image"])
     label = jnp.asarray([0, 1, -1])
@@ -196,7 +199,7 @@ def test_sample_i_depends_on_its_key_alone(params: Any, options: EdmSampling) ->
 
 @pytest.mark.devices8
 def test_samples_of_a_mesh_are_those_of_one_device(params: Any) -> None:
-    options = EdmSampling(Tada(), 5, 1.5)
+    options = DenoiserSampling(Tada(), 5, 1.5)
     keys, label = jax.random.split(jax.random.key(0), 8), jnp.arange(8) % 3
     found = []
     for devices in (1, 8):
@@ -227,16 +230,16 @@ def test_dropout_and_dropped_labels_act_in_training_alone(params: Any) -> None:
 def test_options_that_do_not_fit_are_told(params: Any) -> None:
     smoke = config.load("edm/digits:smoke")
     unconditional = dataclasses.replace(smoke, workdir=None, task=dataclasses.replace(smoke.task, classes=0))
-    for options, words in (({"levels": Levels(high=100.0)}, "task.high"), ({"guidance": 1.0}, "guidance")):
+    for options, words in (({"levels": Levels(high=100.0)}, "levels.high"), ({"guidance": 1.0}, "guidance")):
         drawn = dataclasses.replace(smoke.samples, options={"nfe": 3, **options})
         with told(words):  # before the first step
             train(dataclasses.replace(unconditional, samples=drawn), quiet=True)
     with told("nfe=8", "heun", "7 or 9"):
-        EdmSampling(nfe=8)
-    with told("levels from", "task.low, task.high", "levels.high"):
-        TASK.sample(params, jax.random.key(0), 1, None, EdmSampling(levels=Levels(high=100.0)))
+        DenoiserSampling(nfe=8)
+    with told("levels from", "levels.high"):
+        TASK.sample(params, jax.random.key(0), 1, None, DenoiserSampling(levels=Levels(high=100.0)))
     with told("guidance", "no class"):
-        TASK.sample(params, jax.random.key(0), 1, None, EdmSampling(guidance=1.0))
+        TASK.sample(params, jax.random.key(0), 1, None, DenoiserSampling(guidance=1.0))
     with told("task.image=5", "task.image=4"):
         dataclasses.replace(TASK, image=5)
     with told("task.network.width=48", "multiple of 32", "task.network.width=64"):
@@ -244,7 +247,7 @@ def test_options_that_do_not_fit_are_told(params: Any) -> None:
     with told("task.network.attention=3", "[4, 2]"):
         dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, attention=(3,)))
     with told("nfe=35 takes 18 levels", "lists 2"):
-        EdmSampling(levels=Levels(given=(2.0, 1.0)))
+        DenoiserSampling(levels=Levels(given=(2.0, 1.0)))
     with told("solver.low=2", "solver.high=1"):
         Churn(low=2.0, high=1.0)
     with told("guidance.low=2", "guidance.high=1"):

@@ -133,6 +133,12 @@ class Solver(abc.ABC):
     def __post_init__(self) -> None:
         check_fields(self, "solver.")
 
+    def __str__(self) -> str:
+        """Its name and the fields that are not its defaults."""
+        fields: Any = vars(type(self))["__dataclass_fields__"]
+        own = {name: getattr(self, name) for name, field in fields.items() if getattr(self, name) != field.default}
+        return " ".join([self.name, *(f"{name}={value}" for name, value in own.items())])
+
     def nodes(self, calls: int) -> int:
         """Levels of a grid on which it takes so many calls. UserError where it cannot."""
         least = max(2, getattr(self, "order", 1))

@@ -144,7 +144,7 @@ class Frechet(Metric):
                 statistics made with other settings.
         """
         shape = self._shape(task, params)
-        features, about = self._features(shape, network)
+        features, about = self.extractor(shape, network)
         images = data if self.path is None else self.path
         check_images(self.path, data, self.split, shape, self.name)
         spec = {"image": jax.ShapeDtypeStruct((1, *shape), jnp.float32)}
@@ -178,7 +178,7 @@ class Frechet(Metric):
         Raises:
             UserError: features that do not fit, statistics made with other settings.
         """
-        return self._statistics(data, spec, *self._features(spec["image"].shape[1:], network))
+        return self._statistics(data, spec, *self.extractor(spec["image"].shape[1:], network))
 
     def _conditions(self, task: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of what a batch of samples is conditioned on."""
@@ -219,7 +219,7 @@ class Frechet(Metric):
         }
         return _kept(Path(self.reference), settings, measure)
 
-    def _features(self, shape: tuple[int, ...], network: Any) -> tuple[Callable[[Any], np.ndarray], str]:
+    def extractor(self, shape: tuple[int, ...], network: Any) -> tuple[Callable[[Any], np.ndarray], str]:
         """A function from images [N, S, S, C] in [-1, 1] to [N, D], and what identifies it."""
         name = self.network()
         if name is None:

@@ -10,12 +10,11 @@ the solver, the comparison of solvers on exact denoisers.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +23,7 @@ import numpy as np
 from msgspec import Meta
 
 from zoo import files
+from zoo.diffusion.compare import chart, table
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.solvers import (
     DEIS,
@@ -227,12 +227,18 @@ class Solvers:
         except OSError as error:
             raise UserError(f"out={out} cannot be made ({error}); name another folder with out=FOLDER") from None
         variance = spectrum(self.side, self.power, self.variance)
-        rows = [{"solver": _spelled(solver), **self._best(solver, variance)} for solver in self.solvers]
+        rows: list[dict[str, Any]] = [
+            {"solver": str(solver), **self._best(solver, variance)} for solver in self.solvers
+        ]
         figures = {"variance": float(variance.sum()), "calls": list(self.calls), "solvers": rows}
         files.write(out / _RESULT, json.dumps(figures, indent=1) + "\n")
-        files.write(out / "solvers.md", self.table(rows))
-        files.write(out / "solvers.png", self._plot(rows))
-        _log.info("Frechet distance by calls of the denoiser, on the best grid of each:\n%s", self.table(rows))
+        values = {row["solver"]: row["distance"] for row in rows}
+        written = table(self.calls, values, {row["solver"]: row["grid"] for row in rows})
+        files.write(out / "solvers.md", written)
+        buffer = io.BytesIO()
+        chart(self.calls, values, "Frechet distance to the data").save(buffer, "PNG")
+        files.write(out / "solvers.png", buffer.getvalue())
+        _log.info("Frechet distance by calls of the denoiser, on the best grid of each:\n%s", written)
         return {**figures, "out": str(out)}
 
     def _best(self, solver: Solver, variance: np.ndarray) -> dict[str, list[Any]]:
@@ -246,42 +252,3 @@ class Solvers:
                 continue
             found.append(min((distance(solver.plan(Levels(kind).grid(nodes)), variance), kind) for kind in self.grids))
         return {"distance": [one for one, _ in found], "grid": [kind for _, kind in found]}
-
-    def table(self, rows: Sequence[Mapping[str, Any]]) -> str:
-        """The comparison as Markdown, the least distance of each column in bold."""
-        best = [
-            min((row["distance"][i] for row in rows if row["distance"][i]), default=None)
-            for i in range(len(self.calls))
-        ]
-        lines = [f"| solver | {' | '.join(map(str, self.calls))} |", "|---" * (len(self.calls) + 1) + "|"]
-        for row in rows:
-            cells = [
-                "" if value is None else f"{'**' * (value == least)}{value:.3g}{'**' * (value == least)} ({kind})"
-                for value, kind, least in zip(row["distance"], row["grid"], best)
-            ]
-            lines.append(f"| {row['solver']} | {' | '.join(cells)} |")
-        return "\n".join(lines) + "\n"
-
-    def _plot(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
-        axes = figure.subplots()
-        for row in rows:
-            points = [(calls, value) for calls, value in zip(self.calls, row["distance"]) if value is not None]
-            axes.plot(
-                *zip(*points), marker="o", ms=3, lw=2 if row["solver"].startswith("tada") else 1, label=row["solver"]
-            )
-        axes.set(yscale="log", xlabel="calls of the denoiser", ylabel="Frechet distance to the data")
-        axes.grid(color="#e4e4e4")
-        axes.legend(fontsize=6, ncols=2)
-        file = io.BytesIO()
-        figure.savefig(file, format="png")
-        return file.getvalue()
-
-
-def _spelled(solver: Solver) -> str:
-    """Its name and the fields that are not its defaults."""
-    default = {f.name: f.default for f in dataclasses.fields(type(solver))}  # type: ignore[arg-type]
-    fields: dict[str, Any] = vars(solver)
-    return " ".join([solver.name, *(f"{key}={value}" for key, value in fields.items() if value != default[key])])

@@ -4,6 +4,6 @@
 """
 
 from zoo.papers.edm.networks import DDPMpp
-from zoo.papers.edm.task import Edm, EdmSampling, UNet
+from zoo.papers.edm.task import Edm, UNet
 
-__all__ = ["DDPMpp", "Edm", "EdmSampling", "UNet"]
+__all__ = ["DDPMpp", "Edm", "UNet"]

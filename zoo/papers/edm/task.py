@@ -11,13 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zoo.diffusion.guidance import Guidance
-from zoo.diffusion.levels import Levels, LogNormal
+from zoo.diffusion.levels import LogNormal
 from zoo.diffusion.precondition import Precondition
-from zoo.diffusion.solvers import Heun, Solver, run
-from zoo.dist import constrain
+from zoo.diffusion.sampling import Conditions, DenoiserSampling, draw, guided
 from zoo.errors import UserError
-from zoo.fields import AtLeast2, Below1, Dtype, Layers, NonNegative, Positive, Side, Size, SizeOr0, Some, check_fields
+from zoo.fields import Below1, Dtype, Layers, Positive, Side, Size, SizeOr0, Some, check_fields
 from zoo.papers.edm.networks import DDPMpp
 from zoo.task import About, Batch, Params, image_spec, sample_keys
 
@@ -44,26 +42,6 @@ class UNet:
 
 
 @dataclass(frozen=True)
-class EdmSampling:
-    """How images are drawn."""
-
-    solver: Solver = Heun()
-    nfe: AtLeast2 = 35  # calls of the denoiser; a guided one counts once
-    guidance: NonNegative | Guidance = (
-        0.0  # a weight, or with an interval of levels; 0: off (the papers' scale is 1 + weight)
-    )
-    levels: Levels = Levels()  # the grid: if not given the solver's kind, from the task's highest level to its lowest
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        nodes, given = self.solver.nodes(self.nfe), self.levels.given
-        if given and nodes != len(given):
-            raise UserError(
-                f"nfe={self.nfe} takes {nodes} levels and levels.given lists {len(given)}; change one of them"
-            )
-
-
-@dataclass(frozen=True)
 class Edm:
     """A denoiser of images, conditioned on the class where there are classes."""
 
@@ -78,7 +56,7 @@ class Edm:
     high: Positive = 80.0
     dtype: Dtype = "float32"  # of hidden layers; x0 and losses stay float32
 
-    Sampling = EdmSampling
+    Sampling = DenoiserSampling
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
@@ -158,7 +136,7 @@ class Edm:
         rng: jax.Array,
         n: int,
         conditions: Batch | None = None,
-        options: EdmSampling | None = None,
+        options: DenoiserSampling | None = None,
     ) -> dict[str, jax.Array]:
         """n images; image i depends on (rng, i) alone.
 
@@ -172,39 +150,13 @@ class Edm:
 
         UserError for levels outside those of the task, and for guidance without classes.
         """
-        o = options or EdmSampling()
-        # a solver that adds noise may ask a little above the grid, as the paper's does
-        grid = o.levels.grid(o.solver.nodes(o.nfe), o.solver.grid, self.low, self.high)
-        if grid[-1] < self.low * (1 - 1e-6) or grid[0] > self.high * (1 + 1e-6):
-            raise UserError(
-                f"levels from {grid[-1]:g} to {grid[0]:g} reach beyond those of the model, {self.low:g} to {self.high:g} "
-                "(task.low, task.high); set levels.low and levels.high"
-            )
-        guidance = o.guidance if isinstance(o.guidance, Guidance) else Guidance(o.guidance)
-        label = (conditions or {}).get("label") if self.classes else None
-        if guidance.weight and label is None:
-            raise UserError("guidance compares a class with none, and there is no class here; leave guidance out")
-        plan, keys = o.solver.plan(grid), sample_keys(rng, n)
-        shape = (self.image, self.image, self.channels)
+        o, label = options or DenoiserSampling(), (conditions or {}).get("label") if self.classes else None
 
-        def normal(i: Any) -> jax.Array:
-            return constrain(jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), shape))(keys), "batch")
+        def denoise(x: jax.Array, sigma: jax.Array, given: Conditions) -> jax.Array:
+            return self.denoise(params, x, sigma, given)
 
-        def alone(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return self._x0(params, x, sigma, label)
-
-        def both(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """One pass of twice the batch: labelled rows, then the same without."""
-            labels = None if label is None else jnp.concatenate([label, jnp.full_like(label, -1)])
-            strong, weak = jnp.split(self._x0(params, jnp.concatenate([x, x]), sigma, labels), 2)
-            return strong, weak
-
-        starts = plan.start.shape[1]
-        image = run(
-            plan,
-            guidance.denoiser(alone, both),
-            jnp.stack([normal(i) for i in range(starts)]),
-            (lambda i: normal(starts + i)) if plan.random else None,
-        )
+        plan, keys = o.plan(self.sigmas), sample_keys(rng, n)
+        guide = guided(denoise, None if label is None else {"label": label}, o.guidance)
+        image = draw(plan, guide, keys, (self.image, self.image, self.channels), plan.random)
         drawn = {"image": jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)}
         return drawn if label is None else {**drawn, "label": label}

@@ -1,0 +1,86 @@
+"""Samples of a denoiser: which solver, in how many calls, guided or not, over which levels; and the one function that draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from zoo.diffusion.guidance import Denoiser, Guidance
+from zoo.diffusion.levels import Levels
+from zoo.diffusion.solvers import Heun, Plan, Solver, run
+from zoo.dist import constrain
+from zoo.errors import UserError
+from zoo.fields import AtLeast2, NonNegative, check_fields
+
+Conditions = Mapping[str, jax.Array] | None
+Door = Callable[[jax.Array, jax.Array, Conditions], jax.Array]  # (x [n, *x], sigma [], conditions) -> x0 [n, *x]
+
+
+@dataclass(frozen=True)
+class DenoiserSampling:
+    """How a denoiser is sampled."""
+
+    solver: Solver = Heun()
+    nfe: AtLeast2 = 35  # calls of the denoiser; a guided one counts once
+    guidance: NonNegative | Guidance = (
+        0.0  # a weight, or with an interval of levels; 0: off (the papers' scale is 1 + weight)
+    )
+    levels: Levels = Levels()  # the grid: where nothing is said the solver's kind, from the highest level to the lowest
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        nodes, given = self.solver.nodes(self.nfe), self.levels.given
+        if given and nodes != len(given):
+            raise UserError(
+                f"nfe={self.nfe} takes {nodes} levels and levels.given lists {len(given)}; change one of them"
+            )
+
+    def plan(self, sigmas: tuple[float, float]) -> Plan:
+        """The solver's table for a denoiser of levels from `sigmas[0]` to `sigmas[1]`. UserError for a grid beyond those."""
+        low, high = sigmas
+        # a solver that adds noise may ask a little above the grid, as the paper's does
+        grid = self.levels.grid(self.solver.nodes(self.nfe), self.solver.grid, low, high)
+        if grid[-1] < low * (1 - 1e-6) or grid[0] > high * (1 + 1e-6):
+            raise UserError(
+                f"levels from {grid[-1]:g} to {grid[0]:g} reach beyond those of the model, {low:g} to {high:g}; set levels.low "
+                "and levels.high"
+            )
+        return self.solver.plan(grid)
+
+
+def guided(denoise: Door, conditions: Conditions, by: float | Guidance) -> Denoiser:
+    """The denoiser under these conditions, away from that without a class. UserError for guidance where there is no class."""
+    guidance, given = by if isinstance(by, Guidance) else Guidance(by), dict(conditions or {})
+    if guidance.weight and "label" not in given:
+        raise UserError("guidance compares a class with none, and there is no class here; leave guidance out")
+
+    def alone(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        return denoise(x, sigma, conditions)
+
+    def both(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One pass of twice the batch: labelled rows, then the same without."""
+        twice = {k: jnp.concatenate([v, jnp.full_like(v, -1) if k == "label" else v]) for k, v in given.items()}
+        strong, weak = jnp.split(denoise(jnp.concatenate([x, x]), sigma, twice), 2)
+        return strong, weak
+
+    return guidance.denoiser(alone, both)
+
+
+def noises(keys: jax.Array, shape: tuple[int, ...]) -> Callable[[Any], jax.Array]:
+    """i -> the i-th standard normal [n, *shape] of n samples, each from its own key."""
+
+    def normal(i: Any) -> jax.Array:
+        return constrain(jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys), "batch")
+
+    return normal
+
+
+def draw(plan: Plan, denoise: Denoiser, keys: jax.Array, shape: tuple[int, ...], random: bool) -> jax.Array:
+    """One sample [n, *shape] for each of n keys; `plan` may be an input of the program, `random` says whether it has noise."""
+    starts, normal = plan.start.shape[1], noises(keys, shape)
+    start = jnp.stack([normal(i) for i in range(starts)])
+    return run(plan, denoise, start, (lambda i: normal(starts + i)) if random else None)
