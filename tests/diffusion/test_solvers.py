@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import pytest
 from by_hand import by_hand, gaussian
 
 from zoo.diffusion.levels import Levels, LogNormal
+from zoo.diffusion.sampling import draw
 from zoo.diffusion.solvers import DEIS, IPNDM, Ancestral, Churn, DPMSolver, Euler, Heun, Plan, Solver, UniPC, run
 from zoo.errors import UserError
 from zoo.papers.tada import Tada
@@ -159,3 +162,25 @@ def test_levels_of_a_step_are_log_normal_and_cover_it_evenly() -> None:
     assert found.mean(1).std() < 0.2 / np.sqrt(64)  # free draws: 1 / sqrt(64)
     assert abs(np.corrcoef(found[:, 0], found[:, 1])[0, 1]) < 0.5
     assert dataclasses.asdict(LogNormal()) == {"mean": -1.2, "std": 1.2}
+
+
+def test_a_denoiser_of_ones_own_is_drawn_from_as_the_readme_says_and_behind_a_callback() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = next(part for part in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "def denoise(" in part)
+    made: dict[str, Any] = {}
+    exec(code, made)
+    images, plan, calls = made["images"], made["plan"], []
+    assert images.shape == (16, 8, 8, 1)
+    assert float(images.std()) == pytest.approx(0.5, rel=0.1)
+
+    def there(x: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        calls.append(float(sigma))
+        return np.asarray(x * 0.25 / (0.25 + sigma**2), np.float32)
+
+    def denoise(x: jax.Array, sigma: jax.Array) -> Any:
+        return jax.pure_callback(there, jax.ShapeDtypeStruct(x.shape, x.dtype), x, sigma)
+
+    keys = jax.random.split(jax.random.key(0), 16)
+    found = jax.jit(lambda keys: draw(plan, denoise, keys, (8, 8, 1)))(keys)
+    np.testing.assert_allclose(found, images, atol=1e-5)
+    np.testing.assert_allclose(calls, plan.sigma, rtol=1e-5)

@@ -79,8 +79,14 @@ def noises(keys: jax.Array, shape: tuple[int, ...]) -> Callable[[Any], jax.Array
     return normal
 
 
-def draw(plan: Plan, denoise: Denoiser, keys: jax.Array, shape: tuple[int, ...], random: bool) -> jax.Array:
-    """One sample [n, *shape] for each of n keys; `plan` may be an input of the program, `random` says whether it has noise."""
+def draw(
+    plan: Plan, denoise: Denoiser, keys: jax.Array, shape: tuple[int, ...], random: bool | None = None
+) -> jax.Array:
+    """One sample [n, *shape] for each of n keys.
+
+    `random` says whether the solver has noise of its own; None: as `plan` does, where it is no input of the program.
+    """
     starts, normal = plan.start.shape[1], noises(keys, shape)
     start = jnp.stack([normal(i) for i in range(starts)])
-    return run(plan, denoise, start, (lambda i: normal(starts + i)) if random else None)
+    has_noise = plan.random if random is None else random
+    return run(plan, denoise, start, (lambda i: normal(starts + i)) if has_noise else None)

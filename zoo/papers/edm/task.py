@@ -157,6 +157,6 @@ class Edm:
 
         plan, keys = o.plan(self.sigmas), sample_keys(rng, n)
         guide = guided(denoise, None if label is None else {"label": label}, o.guidance)
-        image = draw(plan, guide, keys, (self.image, self.image, self.channels), plan.random)
+        image = draw(plan, guide, keys, (self.image, self.image, self.channels))
         drawn = {"image": jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)}
         return drawn if label is None else {**drawn, "label": label}
