@@ -1,4 +1,4 @@
-"""EDM: the U-Net, its denoiser, loss and samplers against the official numbers; and what the task promises."""
+"""EDM: the U-Net, its denoiser, loss and samplers against the official numbers; and what the task promises of both networks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zoo.diffusion.levels import Levels
 from zoo.diffusion.precondition import Precondition
 from zoo.diffusion.sampling import DenoiserSampling
 from zoo.diffusion.solvers import Churn, Euler, Heun, run
-from zoo.papers.edm import DDPMpp, Edm, UNet
+from zoo.papers.edm import DDPMpp, Edm, Transformer, UNet
 from zoo.papers.tada import Tada
 from zoo.task import Denoises, Samples
 from zoo.train.loop import train
@@ -151,6 +151,7 @@ def test_samples_equal_the_official_numbers(golden: Golden, name: str) -> None:
 # --- the task -------------------------------------------------------------------------------------
 
 TASK = Edm(image=4, channels=1, classes=3, network=UNet(width=8, multiples=(1, 1), blocks=1, attention=(), dropout=0.2))
+DIT = dataclasses.replace(TASK, network=Transformer(width=8, depth=3, head_dim=4, patch=2))
 
 
 @pytest.fixture(scope="module")
@@ -158,20 +159,51 @@ def params() -> Any:
     return randomised(TASK)
 
 
-def test_it_denoises_in_float32_at_all_levels_and_knows_its_class(params: Any) -> None:
-    assert isinstance(TASK, Denoises)
-    assert isinstance(TASK, Samples)
+@pytest.fixture(scope="module")
+def dit_params() -> Any:
+    return randomised(DIT)
+
+
+@pytest.mark.parametrize("task", [TASK, DIT], ids=["unet", "dit"])
+def test_it_denoises_in_float32_at_all_levels_and_knows_its_class(task: Edm, params: Any, dit_params: Any) -> None:
+    assert isinstance(task, Denoises)
+    assert isinstance(task, Samples)
+    own = params if task is TASK else dit_params
     x = jax.random.normal(jax.random.key(0), (3, 4, 4, 1))
-    denoise = jax.jit(dataclasses.replace(TASK, dtype="bfloat16").denoise)
-    for sigma in TASK.sigmas:
-        found = denoise(params, x * sigma, jnp.float32(sigma), {"label": jnp.arange(3)})
+    plain, denoise = jax.jit(task.denoise), jax.jit(dataclasses.replace(task, dtype="bfloat16").denoise)
+    for sigma in task.sigmas:
+        found = denoise(own, x * sigma, jnp.float32(sigma), {"label": jnp.arange(3)})
         assert found.dtype == jnp.float32
         assert np.isfinite(found).all()
-    one, other, none = (
-        jax.jit(TASK.denoise)(params, x, jnp.float32(1.0), {"label": jnp.full(3, label)}) for label in (0, 1, -1)
-    )
+    one, other, none = (plain(own, x, jnp.float32(1.0), {"label": jnp.full(3, label)}) for label in (0, 1, -1))
     assert np.abs(one - other).max() > 1e-4
-    np.testing.assert_allclose(none, jax.jit(TASK.denoise)(params, x, jnp.ones(3)), atol=1e-6)
+    np.testing.assert_allclose(none, plain(own, x, jnp.ones(3)), atol=1e-6)
+    rough = denoise(own, x, jnp.float32(1.0), {"label": jnp.zeros(3, jnp.int32)})
+    np.testing.assert_allclose(rough, one, atol=0.02)
+    assert np.abs(rough - one).max() > 1e-6
+
+
+def test_a_fresh_transformer_says_nothing_and_a_trained_one_takes_images_one_by_one(dit_params: Any) -> None:
+    x, sigma = jax.random.normal(jax.random.key(0), (3, 4, 4, 1)), jnp.array([0.1, 1.0, 9.0])
+    conditions, denoise = {"label": jnp.array([0, 2, -1])}, jax.jit(DIT.denoise)
+    skip = Precondition("edm", DIT.data).coefficients(sigma)[0][:, None, None, None]
+    np.testing.assert_array_equal(denoise(fresh(DIT), x, sigma, conditions), skip * x)
+    found = denoise(dit_params, x, sigma, conditions)
+    assert np.abs(found - skip * x).max() > 1e-2
+    turned = denoise(dit_params, x[::-1], sigma[::-1], {"label": conditions["label"][::-1]})
+    np.testing.assert_allclose(turned[::-1], found, atol=1e-6)
+
+
+def test_gradients_reach_all_parameters_and_remat_acts(params: Any, dit_params: Any) -> None:
+    batch = {"image": jax.random.normal(jax.random.key(1), (4, 4, 4, 1)), "label": jnp.arange(4) % 3}
+    grads, _ = jax.jit(jax.grad(DIT.loss, has_aux=True))(dit_params, batch, jax.random.key(2))
+    assert [path for path, g in jax.tree_util.tree_leaves_with_path(grads) if np.abs(g).max() < 1e-7] == []
+    for task, own in ((TASK, params), (DIT, dit_params)):
+        plain, saving = (
+            str(jax.make_jaxpr(dataclasses.replace(task, remat=remat).loss)(own, batch, jax.random.key(2)))
+            for remat in ("none", "full")
+        )
+        assert saving.count("checkpoint[") + saving.count("remat") > plain.count("checkpoint[") + plain.count("remat")
 
 
 def test_the_loss_of_fresh_parameters_is_that_of_the_best_guess_without_a_network() -> None:
@@ -198,14 +230,18 @@ def test_sample_i_depends_on_its_key_alone(params: Any, options: DenoiserSamplin
 
 
 @pytest.mark.devices8
-def test_samples_of_a_mesh_are_those_of_one_device(params: Any) -> None:
+@pytest.mark.parametrize(
+    ("task", "mesh"), [(TASK, dist.Mesh(data=8)), (DIT, dist.Mesh(data=2, fsdp=2, tensor=2))], ids=["unet", "dit"]
+)
+def test_samples_of_a_mesh_are_those_of_one_device(task: Edm, mesh: dist.Mesh, params: Any, dit_params: Any) -> None:
+    own = params if task is TASK else dit_params
     options = DenoiserSampling(Tada(), 5, 1.5)
     keys, label = jax.random.split(jax.random.key(0), 8), jnp.arange(8) % 3
     found = []
-    for devices in (1, 8):
-        with dist.use(dist.Mesh(data=devices).build(jax.devices()[:devices])):
-            draw = jax.jit(lambda p, k, y: TASK.sample(p, k, 8, {"label": y}, options)["image"])
-            found.append(np.asarray(draw(params, keys, label)))
+    for built in (dist.Mesh(data=1).build(jax.devices()[:1]), mesh.build(jax.devices())):
+        with dist.use(built):
+            draw = jax.jit(lambda p, k, y: task.sample(p, k, 8, {"label": y}, options)["image"])
+            found.append(np.asarray(draw(own, keys, label)))
     np.testing.assert_allclose(*found, atol=1e-5)
 
 
@@ -246,6 +282,16 @@ def test_options_that_do_not_fit_are_told(params: Any) -> None:
         UNet(width=48)
     with told("task.network.attention=3", "[4, 2]"):
         dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, attention=(3,)))
+    with told("task.network.patch=3", "task.image=4", "task.network.patch=2"):
+        config.override(dataclasses.replace(smoke, task=DIT), ["task.network.patch=3"])
+    with told("task.network.head_dim=3", "task.network.width=8", "task.network.head_dim=2"):
+        config.override(dataclasses.replace(smoke, task=DIT), ["task.network.head_dim=3"])
+    for task in (TASK, DIT):
+        with told("task.attention='cudnn'", "task.dtype"):
+            dataclasses.replace(task, attention="cudnn")
+        fast = dataclasses.replace(task, attention="cudnn", dtype="bfloat16")
+        with told("task.attention='cudnn'", "task.attention=xla"):
+            jax.eval_shape(fast.init, jax.random.key(0))
     with told("nfe=35 takes 18 levels", "lists 2"):
         DenoiserSampling(levels=Levels(given=(2.0, 1.0)))
     with told("solver.low=2", "solver.high=1"):

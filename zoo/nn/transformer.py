@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -12,7 +12,7 @@ from flax import linen as nn
 from zoo.dist import check_divides, constrain
 from zoo.nn.attention import attend, attend_cached, init_cache, write_cache
 from zoo.nn.embed import rotate
-from zoo.nn.layers import Dense, LayerNorm, gelu
+from zoo.nn.layers import Dense, LayerNorm, RMSNorm, gelu
 
 Remat: TypeAlias = Literal["none", "dots", "full"]  # what the backward pass recomputes
 REMAT: dict[str, Any] = {
@@ -57,6 +57,7 @@ class Attention(nn.Module):
     causal: bool
     dtype: str = "float32"
     backend: str = "xla"
+    qk_norm: bool = False  # RMS norms of each head's queries and keys
 
     @nn.compact
     def __call__(
@@ -82,6 +83,8 @@ class Attention(nn.Module):
         check_divides(heads, "heads", f"{'/'.join(self.path)}: the number of heads, task.width / task.head_dim,")
         qkv = Dense((3, width), ("embed", None, "heads"), dtype=self.dtype, name="qkv")(x)
         q, k, v = (qkv[..., i, :].reshape(*qkv.shape[:-2], heads, self.head_dim) for i in range(3))
+        if self.qk_norm:
+            q, k = (RMSNorm(axis=None, name=f"{name}_norm")(x) for x, name in ((q, "query"), (k, "key")))
         y, cache = attend_layer(
             q, k, v, cache, index, layer, temperature, rope, causal=self.causal, backend=self.backend, seen=seen
         )
@@ -101,6 +104,23 @@ class MLP(nn.Module):
         h = Dense(self.expand * x.shape[-1], ("embed", "mlp"), dtype=self.dtype, name="up")(x)
         h = gelu(h)
         return Dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="down")(h)
+
+
+class GatedMLP(nn.Module):
+    """Three dense layers without biases: down(activation(gate x) up x), by default a SwiGLU (arXiv:2002.05202)."""
+
+    hidden: int
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        gate, up = (
+            Dense(self.hidden, ("embed", "mlp"), dtype=self.dtype, bias=False, name=name)(x) for name in ("gate", "up")
+        )
+        down = Dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, bias=False, name="down")
+        return down(self.activation(gate) * up)
 
 
 class Block(nn.Module):

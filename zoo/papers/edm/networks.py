@@ -1,4 +1,4 @@
-"""Networks of denoisers: the U-Net of DDPM++ as EDM trains it (arXiv:2206.00364, its code's `SongUNet`).
+"""Networks of denoisers: the U-Net of DDPM++ as EDM trains it (arXiv:2206.00364, its code's `SongUNet`), and a transformer.
 
 B images, R pixels a side, C channels, N the width of the finest level. Levels halve the side one after the other. The noise is
 a number for each image, as `zoo.diffusion.precondition` makes it.
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from zoo.nn.attention import attend
-from zoo.nn.embed import waves
-from zoo.nn.layers import Conv, Dense, GroupNorm, Init, xavier_uniform, zeros
+from zoo.nn.embed import patchify, unpatchify, waves
+from zoo.nn.layers import Conv, Dense, GroupNorm, Init, Table, xavier_uniform, zeros
+from zoo.nn.modulated import ModulatedBlock, modulated
+from zoo.nn.transformer import REMAT, Trunk
 
 Resize = Literal["same", "half", "twice"]
 
@@ -39,6 +41,7 @@ class UNetBlock(nn.Module):
     attention: bool = False
     dropout: float = 0.0
     dtype: str = "float32"
+    backend: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
@@ -59,7 +62,8 @@ class UNetBlock(nn.Module):
         tokens = _norm(x, "norm2").reshape(batch, height * wide, width)
         qkv = _dense(3 * width, self.dtype, gain=0.2**0.5, name="qkv")(tokens).reshape(*tokens.shape, 3)
         q, k, v = (qkv[..., i][:, :, None] for i in range(3))
-        h = _dense(width, self.dtype, gain=1e-5, name="proj")(attend(q, k, v, causal=False)[:, :, 0])
+        h = attend(q, k, v, causal=False, backend=self.backend)[:, :, 0]
+        h = _dense(width, self.dtype, gain=1e-5, name="proj")(h)
         return (h.reshape(x.shape) + x) * 0.5**0.5
 
 
@@ -87,6 +91,8 @@ class DDPMpp(nn.Module):
     augment: int = 0  # numbers that tell how an image was augmented
     dropout: float = 0.0
     dtype: str = "float32"
+    remat: str = "none"
+    backend: str = "xla"
 
     @nn.compact
     def __call__(
@@ -111,8 +117,10 @@ class DDPMpp(nn.Module):
         for i in range(2):
             embedding = nn.silu(_dense(4 * self.width, name=f"embed{i}")(embedding))
 
+        kind: Any = UNetBlock if self.remat == "none" else nn.remat(UNetBlock, policy=REMAT[self.remat])
+
         def block(width: int, name: str, resize: Resize = "same", attention: bool = False) -> Any:
-            made = UNetBlock(width, resize, attention, self.dropout, self.dtype, name=name)
+            made = kind(width, resize, attention, self.dropout, self.dtype, self.backend, name=name)
             return functools.partial(made, embedding=embedding)
 
         side, channels, skips = x.shape[1], x.shape[-1], []
@@ -139,3 +147,50 @@ class DDPMpp(nn.Module):
                 h = block(multiple * self.width, f"dec_{side}_block{i}", attention=attends)(h)
         # float32: x0 has more levels than bfloat16
         return _conv(channels, gain=1e-5, dtype="float32", name="out")(nn.silu(_norm(h, "norm")))
+
+
+class DiT(nn.Module):
+    """The transformer of arXiv:2212.09748 over patches, its modulation shared by all layers: image, noise and class -> image.
+
+    One map of the condition modulates every layer, and a table of each layer's own is added (adaLN-single, arXiv:2310.00426,
+    section 2.3): a map for each layer would hold half as many weights as the rest of it.
+    """
+
+    width: int
+    depth: int
+    head_dim: int
+    patch: int
+    classes: int
+    dtype: str = "float32"
+    remat: str = "none"
+    backend: str = "xla"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, noise: jax.Array, label: jax.Array | None = None) -> jax.Array:
+        """[B, R, R, C] -> [B, R, R, C] float32; zeros from fresh parameters.
+
+        Args:
+            noise: [B] or [].
+            label: [B, classes], one-hot, all zeros for no class; None: no class.
+        """
+        condition = waves(jnp.broadcast_to(noise, x.shape[:1]), self.width)
+        condition = _dense(self.width, name="embed1")(nn.silu(_dense(self.width, name="embed0")(condition)))
+        if self.classes:
+            label = jnp.zeros((1, self.classes)) if label is None else label
+            condition = condition + _dense(self.width, bias=False, name="label")(label * self.classes**0.5)
+        condition = nn.silu(condition)
+
+        def fresh_zeros(features: int, name: str, *, bias: bool = True) -> Dense:
+            return Dense(features, ("embed", None), kernel_init=zeros, bias_init=zeros, bias=bias, name=name)
+
+        tokens = patchify(x, self.patch)
+        h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(tokens)
+        # as large as what pixels bring: smaller ones are heard late
+        h = h + Table(h.shape[1], self.width, std=0.5, name="positions")().astype(self.dtype)
+        block = ModulatedBlock(self.head_dim, dtype=self.dtype, backend=self.backend, parent=None)
+        trunk = Trunk(self.depth, block, remat=self.remat, name="trunk")
+        h, _ = trunk(h, modulation=fresh_zeros(6 * self.width, "modulation", bias=False)(condition))
+        shift, scale = jnp.split(fresh_zeros(2 * self.width, "last")(condition)[:, None], 2, axis=-1)
+        # float32: x0 has more levels than bfloat16
+        out = fresh_zeros(tokens.shape[-1], "out")(modulated(h.astype(jnp.float32), shift, scale))
+        return unpatchify(out, self.patch, x.shape[-1])

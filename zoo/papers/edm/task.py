@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from zoo.diffusion.levels import LogNormal
 from zoo.diffusion.precondition import Precondition
 from zoo.diffusion.sampling import Conditions, DenoiserSampling, draw, guided
-from zoo.errors import UserError
+from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Dtype, Layers, Positive, Side, Size, SizeOr0, Some, check_fields
-from zoo.papers.edm.networks import DDPMpp
+from zoo.nn.attention import Backend, check_backend
+from zoo.nn.transformer import Remat
+from zoo.papers.edm.networks import DDPMpp, DiT
 from zoo.task import About, Batch, Params, image_spec, sample_keys
 
 
@@ -40,6 +42,37 @@ class UNet:
                 f"task.network.width={self.width} must be a multiple of {step}, e.g. task.network.width={best}"
             )
 
+    def check_image(self, side: int) -> None:
+        """UserError where it takes no images of this side."""
+        levels = len(self.multiples)
+        step = 2 ** (levels - 1)
+        if side % step:
+            raise UserError(
+                f"task.image={side} is no multiple of {step}, by which {levels} levels "
+                f"(task.network.multiples) shrink it; choose one, e.g. task.image={max(1, round(side / step)) * step}"
+            )
+        sides = [side >> i for i in range(levels)]
+        if foreign := [one for one in self.attention if one not in sides]:
+            raise UserError(f"task.network.attention={foreign[0]}: no level has this side; they have {sides}")
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A transformer over patches, modulated by noise and class; the defaults are DiT-S/2's (arXiv:2212.09748, table 1)."""
+
+    width: Size = 384
+    depth: Layers = 12
+    head_dim: Size = 64
+    patch: Side = 2
+
+    def __post_init__(self) -> None:
+        check_fields(self, "task.network.")
+        check_divisor("network.head_dim", self.head_dim, "network.width", self.width)
+
+    def check_image(self, side: int) -> None:
+        """UserError where it takes no images of this side."""
+        check_divisor("network.patch", self.patch, "image", side)
+
 
 @dataclass(frozen=True)
 class Edm:
@@ -48,27 +81,22 @@ class Edm:
     image: Side = 32
     channels: Size = 3
     classes: SizeOr0 = 0  # 0: unconditional
-    network: UNet = UNet()
+    network: UNet | Transformer = UNet()
     data: Positive = 0.5  # standard deviation of the data
     noise: LogNormal = LogNormal()  # levels of training steps
     drop: Below1 = 0.1  # probability that a label is dropped in training
     low: Positive = 0.002  # levels that it is asked for in sampling
     high: Positive = 80.0
     dtype: Dtype = "float32"  # of hidden layers; x0 and losses stay float32
+    remat: Remat = "none"  # none, dots or full: what the backward pass recomputes
+    attention: Backend = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
     Sampling = DenoiserSampling
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
-        step = 2 ** (len(self.network.multiples) - 1)
-        if self.image % step:
-            raise UserError(
-                f"task.image={self.image} is no multiple of {step}, by which {len(self.network.multiples)} levels "
-                f"(task.network.multiples) shrink it; choose one, e.g. task.image={max(1, round(self.image / step)) * step}"
-            )
-        sides = [self.image >> i for i in range(len(self.network.multiples))]
-        if foreign := [side for side in self.network.attention if side not in sides]:
-            raise UserError(f"task.network.attention={foreign[0]}: no level has this side; they have {sides}")
+        check_backend(self.attention, self.dtype)
+        self.network.check_image(self.image)
         if self.low >= self.high:
             raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
 
@@ -83,11 +111,18 @@ class Edm:
         return self.low, self.high
 
     @property
-    def _net(self) -> DDPMpp:
+    def _net(self) -> DDPMpp | DiT:
         n = self.network
-        return DDPMpp(
-            n.width, n.multiples, n.blocks, n.attention, self.classes, dropout=n.dropout, dtype=self.dtype, parent=None
-        )
+        same: dict[str, Any] = {
+            "classes": self.classes,
+            "dtype": self.dtype,
+            "remat": self.remat,
+            "backend": self.attention,
+            "parent": None,
+        }
+        if isinstance(n, Transformer):
+            return DiT(n.width, n.depth, n.head_dim, n.patch, **same)
+        return DDPMpp(n.width, n.multiples, n.blocks, n.attention, dropout=n.dropout, **same)
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1], and `label` [B] for a class-conditional model."""
@@ -125,8 +160,7 @@ class Edm:
         if label is not None and self.drop:
             label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
         x = image + sigma[:, None, None, None] * jax.random.normal(noise_rng, image.shape)
-        rngs = {"dropout": net_rng} if self.network.dropout else None
-        square = jnp.square(self._x0(params, x, sigma, label, rngs) - image).mean((1, 2, 3))
+        square = jnp.square(self._x0(params, x, sigma, label, {"dropout": net_rng}) - image).mean((1, 2, 3))
         loss = (Precondition("edm", self.data).weight(sigma) * square).mean()
         return loss, {"x0_error": jnp.sqrt(square.mean())}
 

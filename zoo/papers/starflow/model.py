@@ -19,7 +19,7 @@ from zoo.fields import Positive, Size, check_fields
 from zoo.flows.transforms import shift_right
 from zoo.nn.embed import grid_positions, rope_angles
 from zoo.nn.layers import Dense, RMSNorm, Table, normal, zeros
-from zoo.nn.transformer import Block, Trunk, attend_layer, init_trunk_cache
+from zoo.nn.transformer import Block, GatedMLP, Trunk, attend_layer, init_trunk_cache
 from zoo.task import Params
 
 UNIT = math.log(math.e - 1)  # softplus of it is 1: a network that says nothing leaves the scale at 1
@@ -84,9 +84,9 @@ class LanguageModelBlock(nn.Module):
         y, cache = attend_layer(q, k, v, cache, index, layer, temperature, rope, causal=True, backend=self.backend)
         y = dense(y.reshape(*h.shape[:2], -1), width, ("heads", "embed"), "out")
         h = h + (norm(y, "attention_post_norm") if m.post_norm else y)
-        x = norm(h, "mlp_norm")
-        gate = jax.nn.gelu(dense(x, m.mlp, ("embed", "mlp"), "gate"), approximate=True)
-        y = dense(gate * dense(x, m.mlp, ("embed", "mlp"), "up"), width, ("mlp", "embed"), "down")
+        mlp = GatedMLP(m.mlp, jax.nn.gelu, self.dtype)  # by tanh
+        nn.share_scope(self, mlp)  # its kernels lie beside the others
+        y = mlp(norm(h, "mlp_norm"))
         return h + (norm(y, "mlp_post_norm") if m.post_norm else y), cache
 
 
