@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from by_hand import by_hand, gaussian
 
+from zoo import dist
 from zoo.diffusion.levels import Levels, LogNormal
 from zoo.diffusion.sampling import draw
 from zoo.diffusion.solvers import DEIS, IPNDM, Ancestral, Churn, DPMSolver, Euler, Heun, Plan, Solver, UniPC, run
@@ -184,3 +185,23 @@ def test_a_denoiser_of_ones_own_is_drawn_from_as_the_readme_says_and_behind_a_ca
     found = jax.jit(lambda keys: draw(plan, denoise, keys, (8, 8, 1)))(keys)
     np.testing.assert_allclose(found, images, atol=1e-5)
     np.testing.assert_allclose(calls, plan.sigma, rtol=1e-5)
+
+
+@pytest.mark.devices8
+def test_every_solver_draws_the_same_on_one_two_and_eight_devices() -> None:
+    keys, found = jax.random.split(jax.random.key(0), 8), {}
+    for count in (1, 2, 8):
+        with dist.use(dist.Mesh(data=count).build(jax.devices()[:count])):
+            for random in (False, True):
+
+                def one(keys: jax.Array, plan: Plan, random: bool = random) -> jax.Array:
+                    return draw(plan, lambda x, sigma: jnp.tanh(x / (1 + sigma)), keys, (4, 4), random)
+
+                program = jax.jit(one)
+                for solver in SETTINGS:
+                    plan = plan_of(solver, 9).padded(6, 4, 4)
+                    if plan.random == random:
+                        found.setdefault(solver, []).append(np.asarray(program(keys, plan)))
+    for drawn in found.values():
+        np.testing.assert_allclose(drawn[1], drawn[0], atol=1e-6)
+        np.testing.assert_allclose(drawn[2], drawn[0], atol=1e-6)
