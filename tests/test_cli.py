@@ -428,7 +428,7 @@ def test_the_published_layout_and_back(root: Path, tmp_path: Path, capsys: pytes
 def test_list_names_papers_configs_and_weights(capsys: pytest.CaptureFixture[str]):
     out = succeeds(capsys, "list")
     assert "arXiv:2412.06329" in out
-    assert "TarFlow: sample, nll, chain, features, after_step, import_names" in out
+    assert "TarFlow: sample, nll, denoise, chain, features, after_step, import_names" in out
     assert "tarflow/digits " in out
     assert "TarFlow on the bundled scans of digits" in out
 
