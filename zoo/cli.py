@@ -78,13 +78,19 @@ def _parser() -> argparse.ArgumentParser:
         fields="fields of the metric, e.g. draws=16; data=PATH for other data, data.FIELD=value for fields of the run's data",
     )
     opens(sub)
-    sub = verb("export", "Write the weights of a run, or of a config that are all given, for others.", "MODEL", "OUT")
+    sub = verb(
+        "export",
+        "Write the weights of a run, or of a config that are all given, for others.",
+        "MODEL",
+        "OUT",
+        fields="options of the sampler that --format stablehlo writes, e.g. solver=tada nfe=8 guidance=1",
+    )
     sub.add_argument("--format", choices=("zoo", "official", "stablehlo"), default="zoo")
     sub.add_argument(
         "--samples",
         type=int,
         default=16,
-        help="batch size of a stablehlo program: its sampler, or its features where there is no sampler",
+        help="batch size of stablehlo programs: the sampler (or the features where there is none), and the denoiser",
     )
     opens(sub)
     verb(
@@ -553,7 +559,7 @@ def _export(args: argparse.Namespace) -> int:
             f"{args.out}: exports are written here; give a local folder and copy it with `gcloud storage cp -r`"
         )
     model = models.open_model(args.model, raw=args.raw, allow=args.allow)
-    print(export(model, Path(args.out), args.format, args.samples))
+    print(export(model, Path(args.out), args.format, args.samples, args.fields, args.allow))
     return 0
 
 

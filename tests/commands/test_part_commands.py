@@ -92,7 +92,8 @@ def test_a_program_of_features_is_the_tasks_own(
     assert about["results"]["features"] == {"shape": [5, 8], "dtype": "float32"}
 
     # a program of another name takes its place
-    weights.export_stablehlo(out, lambda p: {"x": jnp.zeros(())}, stored, platforms=("cpu",))
+    other = {"sampler": weights.Program(lambda p: {"x": jnp.zeros(())})}
+    weights.export_stablehlo(out, other, stored, platforms=("cpu",))
     assert sorted(p.name for p in (out / "stablehlo").iterdir()) == ["sampler.bin", "sampler.json"]
     assert set(weights.load_stablehlo(out)(stored)) == {"x"}
 
