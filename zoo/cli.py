@@ -138,6 +138,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELDS",
         help="one more way beside sequential, jacobi and gs_jacobi, e.g. 'modules=0,1,1,8 tol=1e-3'; may be repeated",
     )
+    sub.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        dest="options",
+        metavar="FIELDS",
+        help="options of the sampler, e.g. 'solver=heun nfe=35'; repeated, each set is timed in turn with the first",
+    )
     sub.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, in turn")
     sub.add_argument("--json", default=None, metavar="FILE", help="write the figures here as well")
     sub = verb(
@@ -604,6 +612,7 @@ def _bench(args: argparse.Namespace) -> int:
     names = ("what", "samples", "rounds", "peer", "against", "model")
     flags = [f"--{k} {getattr(args, k)}" for k in names if getattr(args, k) is not None]
     flags += [f"--method {shlex.quote(text)}" for text in args.method]
+    flags += [f"--with {shlex.quote(text)}" for text in args.options]
     about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
     result = bench(
         run,
@@ -614,6 +623,7 @@ def _bench(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         model=args.model,
         methods=args.method,
+        options=args.options,
         about=about,
     )
     print(result.table())
