@@ -13,7 +13,7 @@ import pytest
 from jax import export as jax_export
 
 from zoo import cli, models, weights
-from zoo.commands import bench, listing, show
+from zoo.commands import bench, clocks, listing, show
 from zoo.data.images import Digits
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -198,7 +198,7 @@ def test_a_run_measures_no_features_while_it_trains(tmp_path: Path) -> None:
 
 
 def test_crops_are_timed_beside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_ROUND", 0.01)
+    monkeypatch.setattr(clocks, "ROUND", 0.01)
     run = Run(TASK, Synthetic(), steps=2, batch=8)
     step = bench._Stepper(None, None, {"image": jnp.zeros((8, 8, 8, 1))})
     step.median = 0.25
