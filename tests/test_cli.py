@@ -195,6 +195,11 @@ MISTAKES = {  # a command, and what its sentence must name
     "export run unfit.npz --format official": "unfit.npz",
     "export run weights.xyz --format official": "weights.xyz '.xyz'",
     "export run new --format stablehlo --samples 0": "--samples 0",
+    "export run new temperature=2": "temperature=2 --format zoo stablehlo",
+    "export run new --format stablehlo temprature=2": "temprature 'temperature'?",
+    "export run new --format stablehlo guidance=-1": "guidance",
+    "export run new --format stablehlo method=newton": "method=newton gs_jacobi",
+    "export latents new --format stablehlo grid=0,4": "grid",
     f"import {SMOKE} no.npz new": "no.npz",
     f"import {SMOKE} unfit.npz new": "(1): blocks.0.proj_in.bias blocks.7.extra",
     f"import {SMOKE} unfit.npz new task.width=16": "shape",
@@ -428,7 +433,7 @@ def test_the_published_layout_and_back(root: Path, tmp_path: Path, capsys: pytes
 def test_list_names_papers_configs_and_weights(capsys: pytest.CaptureFixture[str]):
     out = succeeds(capsys, "list")
     assert "arXiv:2412.06329" in out
-    assert "TarFlow: sample, nll, chain, features, after_step, import_names" in out
+    assert "TarFlow: sample, nll, denoise, chain, features, after_step, import_names" in out
     assert "tarflow/digits " in out
     assert "TarFlow on the bundled scans of digits" in out
 

@@ -165,13 +165,21 @@ def test_a_model_gives_what_its_task_gives(small: Path):
     np.testing.assert_allclose(model.features(batch), TASK.features(model.params, batch), rtol=1e-4, atol=1e-5)
     other = models.Model(Denoiser(), {"square": jnp.ones((2, 2))}, "raw", None, None, (), small)
     np.testing.assert_allclose(other.denoise(jnp.ones((2, 2)), jnp.array([1.0, 2.0])), [[0.5] * 2, [0.2] * 2])
+    label = {"label": batch["label"]}
+    for sigma in (0.05, np.full(3, 0.05, np.float32)):  # the one level of a flow
+        np.testing.assert_allclose(
+            model.denoise(batch["image"], sigma, label),
+            TASK.denoise(model.params, batch["image"], 0.05, label),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_a_model_is_told_in_five_lines(small: Path):
     assert repr(zoo.load(str(small))).splitlines() == [
         "TarFlow, of TarFlow: Normalizing Flows are Capable Generative Models (arXiv:2412.06329)",
         f"size: {sum(x.size for x in jax.tree.leaves(weights.abstract(TASK))):,} parameters; images as image [4, 4, 1], label []",
-        "can: sample, nll, chain, features, after_step, import_names",
+        "can: sample, nll, denoise, chain, features, after_step, import_names",
         "weights: of the last step, step 1,234",
         f"from: {small}",
     ]
@@ -180,9 +188,14 @@ def test_a_model_is_told_in_five_lines(small: Path):
 def test_mistakes_are_told_before_anything_is_computed(small: Path):
     model = zoo.load(str(small))
     bare = models.Model(Denoiser(), {}, "raw", None, None, (), small)
+    square, uniform = replace(bare, task=Square()), replace(model, task=replace(TASK, noise_type="uniform"))
     image = np.zeros((2, 4, 4, 1), np.float32)
     wrong = {
-        r"Model.denoise needs 'denoise', which TarFlow has not; it can: sample, nll": lambda: model.denoise(image, 1.0),
+        r"Model.denoise needs 'denoise', which Square has not; it can: train alone": lambda: square.denoise(image, 1.0),
+        r"'denoise', which TarFlow has not \(task.noise_type='uniform'; .*\); it can: sample, nll, chain": lambda: (
+            uniform.denoise(image, 0.05)
+        ),
+        r"sigma=1.0 is out of range; TarFlow was made for 0.05 alone": lambda: model.denoise(image, 1.0),
         r"Model.sample needs 'sample', which Denoiser has not; it can: denoise": lambda: bare.sample(1),
         r"Model.nll needs 'nll'": lambda: bare.nll({}),
         r"Model.features needs 'features'": lambda: bare.features({}),

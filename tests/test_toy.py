@@ -82,7 +82,7 @@ def test_every_command_works_or_says_why_not(name: str, home: Path, capsys: pyte
     for metric in metrics.named():
         code, _, err = run(capsys, "eval", "run", metric, *FIELDS.get(metric, []), *allow)
         assert code == (0 if metric in ENOUGH.get(name, ()) else 2), (metric, err)
-    forms = {"zoo": {*TOYS}, "official": {"import_names"}, "stablehlo": {"sample", "features"}}
+    forms = {"zoo": {*TOYS}, "official": {"import_names"}, "stablehlo": {"sample", "features", "denoise"}}
     for form, can in forms.items():
         code, _, err = run(capsys, "export", "run", f"out-{form}.npz", "--format", form, "--samples", "2", *allow)
         assert code == (0 if name in can else 2), (form, err)

@@ -568,11 +568,12 @@ def sampler(params: Any, rng: jax.Array, guidance: jax.Array) -> dict[str, jax.A
 def test_stablehlo_sampler_equals_the_jitted_one(tmp_path):
     params = fresh(scan=False)
     with told("first"):
-        weights.export_stablehlo(tmp_path, sampler, params)
+        weights.export_stablehlo(tmp_path, {"sampler": weights.Program(sampler)}, params)
     weights.save(tmp_path / "out", params, CONFIG, "")
     arguments = (jax.random.key(3), jnp.float32(0.5))
     shapes = jax.eval_shape(lambda: (params, *arguments))
-    weights.export_stablehlo(tmp_path / "out", sampler, *shapes)
+    programs = {"sampler": weights.Program(sampler, shapes[1:], {"options": {"steps": 3}})}
+    weights.export_stablehlo(tmp_path / "out", programs, shapes[0])
     stored, _ = weights.load(tmp_path / "out")
     call = weights.load_stablehlo(tmp_path / "out")
     same(call(stored, *arguments), jax.jit(sampler)(params, *arguments))
@@ -582,6 +583,9 @@ def test_stablehlo_sampler_equals_the_jitted_one(tmp_path):
     assert about["results"] == {"image": {"shape": [2, 5], "dtype": "float32"}}
     assert about["arguments"][0].keys() == weights.flatten(stored).keys()
     assert about["arguments"][1] == {"shape": [], "dtype": "key<fry>"}
+    assert about["options"] == {"steps": 3}
+    with told("no readable denoiser"):
+        weights.load_stablehlo(tmp_path / "out", "denoiser")
 
     blob = tmp_path / "out" / "stablehlo" / "sampler.bin"
     broken = bytearray(blob.read_bytes())
@@ -589,9 +593,9 @@ def test_stablehlo_sampler_equals_the_jitted_one(tmp_path):
     blob.write_bytes(broken)
     with told("damaged"):
         weights.load_stablehlo(tmp_path / "out")
-    weights.export_stablehlo(tmp_path / "out", sampler, *shapes, platforms=("tpu",))
+    weights.export_stablehlo(tmp_path / "out", programs, shapes[0], platforms=("tpu",))
     with told("tpu", "cpu"):
         weights.load_stablehlo(tmp_path / "out")
     weights.save(tmp_path / "out", params, CONFIG, "")  # new weights take the earlier sampler with them
-    with told("no readable program"):
+    with told("no readable sampler"):
         weights.load_stablehlo(tmp_path / "out")

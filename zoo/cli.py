@@ -78,13 +78,19 @@ def _parser() -> argparse.ArgumentParser:
         fields="fields of the metric, e.g. draws=16; data=PATH for other data, data.FIELD=value for fields of the run's data",
     )
     opens(sub)
-    sub = verb("export", "Write the weights of a run, or of a config that are all given, for others.", "MODEL", "OUT")
+    sub = verb(
+        "export",
+        "Write the weights of a run, or of a config that are all given, for others.",
+        "MODEL",
+        "OUT",
+        fields="options of the sampler that --format stablehlo writes, e.g. solver=tada nfe=8 guidance=1",
+    )
     sub.add_argument("--format", choices=("zoo", "official", "stablehlo"), default="zoo")
     sub.add_argument(
         "--samples",
         type=int,
         default=16,
-        help="batch size of a stablehlo program: its sampler, or its features where there is no sampler",
+        help="batch size of stablehlo programs: the sampler (or the features where there is none), and the denoiser",
     )
     opens(sub)
     verb(
@@ -131,6 +137,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FIELDS",
         help="one more way beside sequential, jacobi and gs_jacobi, e.g. 'modules=0,1,1,8 tol=1e-3'; may be repeated",
+    )
+    sub.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        dest="options",
+        metavar="FIELDS",
+        help="options of the sampler, e.g. 'solver=heun nfe=35'; repeated, each set is timed in turn with the first",
     )
     sub.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, in turn")
     sub.add_argument("--json", default=None, metavar="FILE", help="write the figures here as well")
@@ -553,7 +567,7 @@ def _export(args: argparse.Namespace) -> int:
             f"{args.out}: exports are written here; give a local folder and copy it with `gcloud storage cp -r`"
         )
     model = models.open_model(args.model, raw=args.raw, allow=args.allow)
-    print(export(model, Path(args.out), args.format, args.samples))
+    print(export(model, Path(args.out), args.format, args.samples, args.fields, args.allow))
     return 0
 
 
@@ -598,6 +612,7 @@ def _bench(args: argparse.Namespace) -> int:
     names = ("what", "samples", "rounds", "peer", "against", "model")
     flags = [f"--{k} {getattr(args, k)}" for k in names if getattr(args, k) is not None]
     flags += [f"--method {shlex.quote(text)}" for text in args.method]
+    flags += [f"--with {shlex.quote(text)}" for text in args.options]
     about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
     result = bench(
         run,
@@ -608,6 +623,7 @@ def _bench(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         model=args.model,
         methods=args.method,
+        options=args.options,
         about=about,
     )
     print(result.table())

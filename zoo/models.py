@@ -188,7 +188,8 @@ class Model:
         check_needs(self.task, (Denoises,), "Model.denoise")
         low, high = self.task.sigmas
         if not np.all((low <= np.asarray(sigma)) & (np.asarray(sigma) <= high)):
-            raise UserError(f"sigma={sigma} is out of range; {type(self.task).__name__} was made for {low} to {high}")
+            made = f"{low} alone" if low == high else f"{low} to {high}"
+            raise UserError(f"sigma={sigma} is out of range; {type(self.task).__name__} was made for {made}")
         self._check("denoise", conditions or {}, np.shape(x)[0])
         return self._programs["denoise"](self.params, x, sigma, conditions)
 

@@ -101,6 +101,9 @@ class About:
     grid: Grid | None = None  # where samples may have other shapes than examples
     tokens: int = 0  # of an example in the network, by which `zoo compile` estimates what must be sent
     licence: str = ""  # terms of its published weights
+    lacks: Mapping[str, str] = field(
+        default_factory=dict
+    )  # abilities of its class that its fields forbid, each with why
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -411,16 +414,24 @@ class Metric(ABC):
 
 def abilities(task: Any) -> list[str]:
     """The abilities of a task (or of its class), in the order of `ABILITIES`."""
-    return [name for name, ability in ABILITIES.items() if isinstance(task, ability)]
+    return [name for name, ability in ABILITIES.items() if isinstance(task, ability) and name not in _lacks(task)]
+
+
+def _lacks(task: Any) -> Mapping[str, str]:
+    about = getattr(task, "about", None)  # of a class it may be a property
+    return about.lacks if isinstance(about, About) else {}
 
 
 def check_needs(task: Any, needs: Iterable[type], what: str) -> None:
     """UserError when the task lacks an ability that `what` needs."""
     for ability in needs:
-        if not isinstance(task, ability):
-            name = next(name for name, member in vars(ability).items() if inspect.isfunction(member) and name[0] != "_")
-            can = ", ".join(abilities(task)) or "train alone"
-            raise UserError(f"{what} needs {name!r}, which {type(task).__name__} has not; it can: {can}")
+        name = next(name for name, member in vars(ability).items() if inspect.isfunction(member) and name[0] != "_")
+        if name in _lacks(task) or not isinstance(task, ability):
+            can, why = (
+                ", ".join(abilities(task)) or "train alone",
+                f" ({_lacks(task)[name]})" if name in _lacks(task) else "",
+            )
+            raise UserError(f"{what} needs {name!r}, which {type(task).__name__} has not{why}; it can: {can}")
 
 
 def is_text(task: Any) -> bool:

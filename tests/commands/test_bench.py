@@ -20,6 +20,7 @@ from unigram import Unigram, Windows
 from zoo import models, weights
 from zoo.cli import main
 from zoo.commands import bench as module
+from zoo.commands import bench_sampler, clocks
 from zoo.commands.bench import Result, bench
 from zoo.commands.chips import Chip
 from zoo.data.images import Images
@@ -27,6 +28,7 @@ from zoo.data.pipeline import Data, Source
 from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.errors import UserError
+from zoo.papers.edm import Edm, UNet
 from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
@@ -81,7 +83,7 @@ def on_one_device(self: Mesh, devices: Any = None, *rest: Any, build: Any = Mesh
 
 @pytest.fixture(autouse=True)
 def _short_rounds_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ROUND", 0.01)
+    monkeypatch.setattr(clocks, "ROUND", 0.01)
     monkeypatch.setattr(Mesh, "build", on_one_device)
 
 
@@ -135,7 +137,7 @@ def test_the_place_is_described() -> None:
 
 def test_unsteady_rounds_are_named_and_steady_ones_not() -> None:
     figures: dict[str, object] = {}
-    module._compare(figures, "train", {"ours": [1.0, 1.1], "peer": [0.1, 4.0]}, 8)
+    clocks.compare(figures, "train", {"ours": [1.0, 1.1], "peer": [0.1, 4.0]}, 8)
     assert "train unsteady, ours" not in figures
     assert "factor of 40.0" in str(figures["train unsteady, peer"])
     assert "do not quote" in Result(figures).table()
@@ -320,7 +322,7 @@ def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypat
 def test_latents_are_compared_and_caches_counted() -> None:
     task = StarFlow(latent=(4, 4), channels=2, width=8, depths=(1, 1), head_dim=8)
     params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), weights.abstract(task))
-    sides = {"ours": "sequential", "jacobi": "jacobi"}
+    sides = {"ours": {"method": "sequential"}, "jacobi": {"method": "jacobi"}}
     figures = module.time_sampler(replace(RUN, task=task), params, None, 2, 1, sides)
     assert figures["sample 2 error, jacobi"] < 1e-4
     assert len(figures["sample 2 sweeps, jacobi"]) == 2
@@ -333,7 +335,7 @@ def test_samples_that_differ_are_told_apart() -> None:
     near = {"image": ours["image"] + 0.25}
     far = {"image": np.array([[0.0, 1.0], [0.0, np.nan]]), "sweeps": np.array([[1, 4], [3, 2]])}
     far["unconverged"] = np.array([[False, True], [False, False]])
-    figures = module._told({"ours": ours, "near": near, "far": far}, 2)
+    figures = bench_sampler._told({"ours": ours, "near": near, "far": far}, 2)
     assert figures == {
         "sample 2 error, near": 0.25,
         "sample 2 sweeps, near": "none: every block goes token by token",
@@ -341,6 +343,47 @@ def test_samples_that_differ_are_told_apart() -> None:
         "sample 2 sweeps, far": [3, 4],
         "sample 2 unconverged, far": 1,
     }
+
+
+EDM = Edm(image=4, channels=1, classes=3, network=UNet(width=8, multiples=(1,), blocks=1))
+
+
+def test_options_are_timed_in_turn_with_the_first_of_them(tmp_path: Path) -> None:
+    run, first, second = replace(RUN, task=EDM), "solver=tada nfe=4", "solver=heun nfe=9 guidance=1"
+    figures = bench(run, what="sample", samples=1, rounds=2, options=["solver=tada  nfe=4", second]).figures
+    json.dumps(figures)
+    assert [k for k in figures if k.startswith("sample 1 ms, ")] == [f"sample 1 ms, {k}" for k in (first, second)]
+    for side, calls in ((first, 4), (second, 9)):
+        assert figures[f"sample 1 ms a call, {side}"] == pytest.approx(
+            figures[f"sample 1 ms, {side}"]["median"] / calls
+        )
+    one, other, ratio = (figures[f"sample 1{k}"] for k in (f" ms, {first}", f" ms, {second}", f", {second} / {first}"))
+    assert other["min"] / one["max"] <= ratio["min"] * 1.001 <= ratio["max"] * 1.002
+    assert f"sample 1, {first} / {second}" not in figures
+    assert not any("error" in key or "ours" in key for key in figures)
+    # a flow's method among its options, with fresh weights and beside another config
+    flow = bench(RUN, what="sample", samples=1, rounds=1, options=["", "method.modules=2"], against=RUN).figures
+    assert {"sample 1, method.modules=2 / defaults", "sample 1, defaults / against"} <= set(flow)
+    assert not any("a call" in key for key in flow)
+
+
+def test_options_that_are_none_are_told_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "compile_step", lambda *_, **__: pytest.fail("compiled"))
+    run, mute = replace(RUN, task=EDM), SimpleNamespace(about=EDM.about, spec=EDM.spec, init=EDM.init, loss=EDM.loss)
+    for one, fields, words in (
+        (run, {"options": ["nfe=35", "solvr=heun"]}, "--with 'solvr=heun': solvr 'solver'?"),
+        (run, {"options": ["solver=heum"]}, "--with 'solver=heum': 'heun'?"),
+        (run, {"options": ["heun"]}, "--with 'heun' field=value"),
+        (run, {"options": ["solver=heun nfe=8"]}, "nfe=8 odd 7 9"),
+        (run, {"options": ["levels.high=99"]}, "--with 'levels.high=99': 80 task.high"),  # the task is asked as well
+        (run, {"options": ["nfe=5"], "what": "train"}, "--with --what train"),
+        (RUN, {"options": ["guidance=1"], "methods": ["jacobi"]}, "--with --method"),
+        (replace(RUN, task=mute), {"options": ["nfe=5"]}, "SimpleNamespace sampler"),
+    ):
+        with told(*words.split()):
+            bench(one, **fields)
 
 
 @pytest.mark.parametrize(
@@ -460,16 +503,18 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == list(figures)
 
 
-def test_the_command_passes_on_sizes_model_and_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_passes_on_sizes_model_methods_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(module, "bench", lambda run, **given: asked.update(given) or Result({"x": 1}))
     command = "bench tarflow/digits:smoke --what sample --samples 16,64 --model m --method jacobi"
-    assert main([*command.split(), "--method", "modules=2 tol=1e-3"]) == 0
+    extra = ["--method", "modules=2 tol=1e-3", "--with", "temperature=0.5 denoise=0", "--with", "guidance=1"]
+    assert main([*command.split(), *extra]) == 0
     assert (asked["samples"], asked["model"]) == ((16, 64), "m")
     assert asked["methods"] == ["jacobi", "modules=2 tol=1e-3"]
+    assert asked["options"] == ["temperature=0.5 denoise=0", "guidance=1"]
     assert asked["about"]["command"] == (
         "zoo bench tarflow/digits:smoke --what sample --samples 16,64 --rounds 5 --model m --method jacobi "
-        "--method 'modules=2 tol=1e-3'"
+        "--method 'modules=2 tol=1e-3' --with 'temperature=0.5 denoise=0' --with guidance=1"
     )
 
 

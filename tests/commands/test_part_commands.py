@@ -13,7 +13,7 @@ import pytest
 from jax import export as jax_export
 
 from zoo import cli, models, weights
-from zoo.commands import bench, listing, show
+from zoo.commands import bench, clocks, listing, show
 from zoo.data.images import Digits
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -92,7 +92,8 @@ def test_a_program_of_features_is_the_tasks_own(
     assert about["results"]["features"] == {"shape": [5, 8], "dtype": "float32"}
 
     # a program of another name takes its place
-    weights.export_stablehlo(out, lambda p: {"x": jnp.zeros(())}, stored, platforms=("cpu",))
+    other = {"sampler": weights.Program(lambda p: {"x": jnp.zeros(())})}
+    weights.export_stablehlo(out, other, stored, platforms=("cpu",))
     assert sorted(p.name for p in (out / "stablehlo").iterdir()) == ["sampler.bin", "sampler.json"]
     assert set(weights.load_stablehlo(out)(stored)) == {"x"}
 
@@ -197,7 +198,7 @@ def test_a_run_measures_no_features_while_it_trains(tmp_path: Path) -> None:
 
 
 def test_crops_are_timed_beside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_ROUND", 0.01)
+    monkeypatch.setattr(clocks, "ROUND", 0.01)
     run = Run(TASK, Synthetic(), steps=2, batch=8)
     step = bench._Stepper(None, None, {"image": jnp.zeros((8, 8, 8, 1))})
     step.median = 0.25

@@ -16,7 +16,7 @@ from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, feed
 from zoo.papers import starflow
-from zoo.task import sample_keys
+from zoo.task import Denoises, sample_keys
 from zoo.train.step import make_sampler
 
 TINY = starflow.StarFlow(
@@ -210,6 +210,32 @@ def test_denoising_a_gaussian_is_exact():
     run = jax.jit(lambda p: (*block(task.stack, p, 0, jnp.zeros((1, 16, 2))), denoise(task, p, x)))
     a, b, clean = run(randomised(task, out=0.0))
     np.testing.assert_allclose(clean, x - 0.25 * (x - b[0, 0]) / jnp.exp(2 * a[0, 0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["start", "lm"])
+def test_denoising_is_a_step_along_the_gradient_of_the_likelihood(name):
+    task = dataclasses.replace(VARIANTS[name], noise=0.5)
+    clean, params, x = dataclasses.replace(task, noise=0.0), randomised(task), latents(task, 2)
+    text = condition_of(task, 2)
+    rows = {"label": jnp.array([0, -1])} if task.classes else {"text": text, "null_text": text[::-1].at[1].set(text[1])}
+    none = {} if task.classes else {"null_text": rows["null_text"]}
+
+    @jax.jit
+    def run(x, sigma):
+        def nats(latent):
+            batch = {"latent": latent, "latent_std": jnp.zeros_like(latent), **rows}
+            return clean.nll(params, batch, jax.random.split(jax.random.key(0), 2)).sum()
+
+        return task.denoise(params, x, sigma, rows), x - 0.25 * jax.grad(nats)(x), task.denoise(params, x, sigma, none)
+
+    found, want, without = run(x, jnp.float32(0.5))
+    assert isinstance(task, Denoises)
+    assert (task.sigmas, found.dtype) == ((0.5, 0.5), jnp.float32)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+    moved = np.abs(found - without).max((1, 2, 3))
+    assert moved[0] > 1e-4
+    assert moved[1] < 1e-5  # a label of -1, or the caption that stands for none
+    assert np.abs(found - x).max() > 0.05
 
 
 def test_a_dropped_class_is_none_and_a_dropped_caption_the_null():

@@ -19,7 +19,7 @@ from zoo.flows.stack import apply
 from zoo.flows.transforms import LOG_2PI, affine_inverse
 from zoo.nn.embed import patchify, unpatchify
 from zoo.papers import tarflow
-from zoo.task import sample_keys
+from zoo.task import Denoises, abilities, sample_keys
 from zoo.train.optim import AdamW
 from zoo.train.step import split
 
@@ -473,7 +473,35 @@ def test_fields_that_do_not_fit_are_named(field, value):
         dataclasses.replace(TINY, **{field: value})
 
 
+def test_denoising_is_a_step_along_the_gradient_of_the_likelihood():
+    task = dataclasses.replace(TINY, classes=3, noise=0.5)
+    clean, params, x = dataclasses.replace(task, noise=0.0), weights_of(task), picture(task, 3)
+    rows = {"label": jnp.array([0, 1, -1])}
+
+    @jax.jit
+    def run(x, sigma):
+        def nats(image):
+            return clean.nll(params, {"image": image, **rows}, jax.random.split(jax.random.key(0), 3)).sum()
+
+        return task.denoise(params, x, sigma, rows), x - 0.25 * jax.grad(nats)(x), task.denoise(params, x, sigma)
+
+    found, want, without = run(x, jnp.full(3, 0.5))
+    assert isinstance(task, Denoises)
+    assert (task.sigmas, found.dtype) == ((0.5, 0.5), jnp.float32)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+    moved = np.abs(found - without).max((1, 2, 3))
+    assert moved[:2].min() > 1e-4
+    assert moved[2] < 1e-5  # a label of -1 is none
+    assert np.abs(found - x).max() > 0.1
+    half = jax.jit(dataclasses.replace(task, dtype="bfloat16").denoise)(params, x.astype(jnp.bfloat16), 0.5, rows)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, found, atol=0.05)
+
+
 def test_denoising_refuses_uniform_noise():
     task = dataclasses.replace(TINY, noise_type="uniform")
+    assert "denoise" not in abilities(task)
+    with pytest.raises(UserError, match=r"denoise.*task\.noise_type='uniform'"):
+        task.denoise({}, picture(task, 1), 0.05)
     with pytest.raises(UserError, match="noise_type"):
         task.sample({}, jax.random.key(0), 1, None, task.Sampling(denoise=1.0))

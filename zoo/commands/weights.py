@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import dist, models, paths, weights
+from zoo import config, dist, models, paths, weights
 from zoo.commands.text import files, vocabulary_of
 from zoo.errors import UserError
 from zoo.models import TOKENIZER, Model, has_tokenizer, homes
 from zoo.paths import Folder
 from zoo.run import Run
-from zoo.task import Noted, Published, Samples, abilities, call, is_text, speed
+from zoo.task import Noted, Published, Samples, abilities, call, is_text, sampling, speed
 from zoo.train.report import read_metrics
 
 
@@ -62,13 +62,24 @@ def _write(model: Model, out: Path, metrics: dict[str, Any], files: Mapping[str,
     weights.save(out, model.params, models.export_config(model, metrics), card, files)
 
 
-def export(model: Model, out: Path, form: str, samples: int) -> str:
+def export(
+    model: Model, out: Path, form: str, samples: int, fields: Sequence[str] = (), allow: Sequence[str] = ()
+) -> str:
     """Write an export in one of the forms; returns what to tell the user.
 
     zoo: safetensors, config and card. official: the published key layout, to the file `out` (.safetensors, .npz or
-    .pth). stablehlo: a zoo export and beside it a portable program (cpu, cuda, tpu): the sampler, or for a task that has
-    none its features, of `samples` examples a call.
+    .pth). stablehlo: a zoo export and beside it portable programs (cpu, cuda, tpu) of `samples` examples a call: the sampler,
+    or for a task that has none its features; and the denoiser of a task that has one.
+
+    Args:
+        fields: options of the sampler of a stablehlo program, `field=value`.
+        allow: packages besides zoo whose classes they may name.
     """
+    if fields and form != "stablehlo":
+        raise UserError(
+            f"{fields[0]}: options are those of a portable sampler, which --format {form} does not write; leave them out, or "
+            "add --format stablehlo"
+        )
     which = {"ema": "the average of the weights", "raw": "the weights of the last step"}.get(
         model.kind, f"{model.kind} weights"
     )
@@ -80,63 +91,80 @@ def export(model: Model, out: Path, form: str, samples: int) -> str:
         note = f"\n{model.task.import_note()}" if isinstance(model.task, Noted) else ""
         return f"{out}: {len(state)} tensors in the official layout ({which}){note}"
     metrics = _last_eval(model) if model.run is not None else models.read_config(model.folder).get("metrics", {})
-    program = _program(model.task, samples) if form == "stablehlo" else None
+    programs = _programs(model.task, samples, fields, allow) if form == "stablehlo" else {}
+    with dist.portable():
+        for program in programs.values():  # what does not fit is told before anything is written
+            jax.eval_shape(program.call, model.params, *program.arguments)
     beside = _tokenizer(model.homes)
     if is_text(model.task) and (vocabulary := vocabulary_of(model)) is not None:
         beside |= files(vocabulary)
     _write(model, out, metrics, beside)
-    if program is None:
+    if not programs:
         return f"{out}: model.safetensors, config.json, README.md ({which})"
     with dist.portable():
-        weights.export_stablehlo(out, program.call, model.params, *program.arguments, name=program.name)
+        weights.export_stablehlo(out, programs, model.params)
     unit = model.task.about.unit
-    what = {"sampler": "a sampler", "features": "a program for the features"}[program.name]
+    names = {"sampler": "a sampler", "features": "a program for the features", "denoiser": "a denoiser"}
+    what = " and ".join(names[name] for name in programs)
     return f"{out}: as a zoo export, and stablehlo/ with {what} of {samples} {unit} a call ({which})"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """What a task does in a portable program, as `weights.export_stablehlo` takes it."""
+def _programs(task: Any, samples: int, fields: Sequence[str], allow: Sequence[str]) -> dict[str, weights.Program]:
+    """What a task does in portable programs, N = samples.
 
-    name: str
-    call: Callable[..., dict[str, jax.Array]]
-    arguments: tuple[Any, ...]  # shapes of what follows the parameters
+    sampler: (params, key uint32 [2], label int32 [N] where there are classes) -> what it draws. features, of a task that has
+    no sampler: (params, batch) -> `features` [N, D] and where the task has one a `feature_map`. denoiser: (params, x [N, ...],
+    sigma [N], label) -> `x0` [N, ...].
 
-
-def _program(task: Any, samples: int) -> _Program:
-    """The sampler, (params, key uint32 [2], labels [samples] where there are classes) -> what it draws; of a task that has
-    none the features, (params, batch) -> `features` [samples, D] and where the task has one a `feature_map`.
-
-    UserError where there is neither, for no samples, and for a sampler that needs captions.
+    UserError where there is none of them, for no samples, for options that the sampler has not, and for captions.
     """
     kind = type(task).__name__
     if samples < 1:
         raise UserError(f"--samples {samples} leaves a portable program nothing to do; give 1 or more")
     can = abilities(task)
-    if not {"sample", "features"} & set(can):
-        raise UserError(f"{kind} has neither a sampler nor features to export; use --format zoo")
-    if "sample" in can and task.about.conditions:
+    if not {"sample", "features", "denoise"} & set(can):
+        raise UserError(f"{kind} has no sampler, features or denoiser to export; use --format zoo")
+    if fields and "sample" not in can:
+        raise UserError(f"{fields[0]}: {kind} has no sampler, so it takes no options; leave them out")
+    if {"sample", "denoise"} & set(can) and task.about.conditions:
         raise UserError(
-            f"--format stablehlo: the sampler of this {kind} takes captions, which a portable program has no place for "
+            f"--format stablehlo: this {kind} takes captions, which a portable program has no place for "
             "yet; use --format zoo"
         )
     if "attention" in speed(task):  # a kernel of this machine would not run on the others
         task = dataclasses.replace(task, attention="xla")
 
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def told(label: jax.Array | None) -> dict[str, jax.Array] | None:
+        return None if label is None else {"label": label}
+
     def sampler(params: Any, key: jax.Array, label: jax.Array | None = None) -> dict[str, jax.Array]:
-        rng = jax.random.wrap_key_data(key)
-        return task.sample(params, rng, samples, None if label is None else {"label": label})
+        return task.sample(params, jax.random.wrap_key_data(key), samples, told(label), options)
+
+    def denoiser(params: Any, x: jax.Array, sigma: jax.Array, label: jax.Array | None = None) -> dict[str, jax.Array]:
+        return {"x0": task.denoise(params, x, sigma, told(label))}
 
     def features(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {
             name: call(task, name, params, batch) for name in abilities(task) if name in ("features", "feature_map")
         }
 
-    if "sample" not in can:
-        batch = {key: leaf for key, leaf in task.spec(samples).items() if key != "label"}
-        return _Program("features", features, (batch,))
-    label = (jax.ShapeDtypeStruct((samples,), jnp.int32),) if task.about.classes else ()
-    return _Program("sampler", sampler, (jax.ShapeDtypeStruct((2,), jnp.uint32), *label))
+    batch = {key: leaf for key, leaf in task.spec(samples).items() if key != "label"}
+    label = (array(samples, dtype=jnp.int32),) if task.about.classes else ()
+    found = {}
+    if (chosen := sampling(task)) is not None:
+        options = config.override(chosen(), fields, allow=allow)
+        key = array(2, dtype=jnp.uint32)
+        found["sampler"] = weights.Program(sampler, (key, *label), {"options": config.dump(options)})
+    elif "features" in can:
+        found["features"] = weights.Program(features, (batch,))
+    if "denoise" in can:
+        known = task.about.likelihood  # what is modelled, which need not be what a batch holds
+        x = array(samples, *known.event) if known else next(iter(batch.values()))
+        found["denoiser"] = weights.Program(denoiser, (x, array(samples), *label), {"sigmas": task.sigmas})
+    return found
 
 
 def import_checkpoint(config: Any, file: Path, out: Path) -> str:

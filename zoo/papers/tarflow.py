@@ -28,7 +28,7 @@ from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.layers import Dense, Table, zeros
 from zoo.nn.transformer import Block, Remat, Trunk, init_trunk_cache
-from zoo.task import About, Batch, Likelihood, Name, Params, image_spec, sample_keys
+from zoo.task import About, Batch, Denoises, Likelihood, Name, Params, check_needs, image_spec, sample_keys
 
 
 class FlowNet(nn.Module):
@@ -163,7 +163,14 @@ class TarFlow:
 
         `bpd` is a bound on the data's own bits; with Gaussian noise only those of noisy data can be told.
         """
-        return About(classes=self.classes, buffers=("prior",), likelihood=self._likelihood, tokens=self.tokens)
+        why = f"task.noise_type={self.noise_type!r}; what is trained with task.noise_type=gaussian has it"
+        return About(
+            classes=self.classes,
+            buffers=("prior",),
+            likelihood=self._likelihood,
+            tokens=self.tokens,
+            lacks={} if self.noise_type == "gaussian" else {"denoise": why},
+        )
 
     @property
     def _likelihood(self) -> Likelihood:
@@ -258,6 +265,22 @@ class TarFlow:
         label = batch.get("label") if self.classes else None
         image = jax.vmap(self.add_noise)(keys, batch["image"])
         return -self.stack.log_prob(params, patchify(image, self.patch), label)
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """The one level of noise that it models."""
+        return self.noise, self.noise
+
+    def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
+        """Tweedie's formula x + sigma^2 grad log p(x), [B, S, S, C] in float32; a label below 0, or none, is no class.
+
+        UserError where the noise is uniform, whose mean it does not give.
+        """
+        check_needs(self, (Denoises,), "TarFlow.denoise")
+        label = (conditions or {}).get("label") if self.classes else None
+        tokens = patchify(x.astype(jnp.float32), self.patch)
+        tokens = self.stack.denoise(params, tokens, jnp.reshape(sigma, (-1, 1, 1)), label)
+        return unpatchify(tokens, self.patch, self.channels)
 
     def features(self, params: Params, batch: Batch) -> jax.Array:
         """Mean over tokens of the middle block's last hidden layer, [B, width]; image without noise, no label."""

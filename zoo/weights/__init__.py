@@ -5,7 +5,7 @@ layouts: *stacked*, `trunk/block/<leaf>` with a leading axis L, and *unrolled*, 
 `trunk/layer1/<leaf>` and so on. On disk there is only the stacked one.
 """
 
-from zoo.weights.export import card, export_stablehlo, load, load_stablehlo, save
+from zoo.weights.export import Program, card, export_stablehlo, load, load_stablehlo, save
 from zoo.weights.layout import (
     abstract,
     digest,
@@ -23,6 +23,7 @@ from zoo.weights.layout import (
 from zoo.weights.official import from_official, read_state_dict, to_official, write_state_dict
 
 __all__ = [
+    "Program",
     "abstract",
     "card",
     "digest",

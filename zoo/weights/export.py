@@ -1,4 +1,4 @@
-"""Exports on disk: safetensors with a checksum per tensor, config, card, and a sampler or features as StableHLO."""
+"""Exports on disk: safetensors with a checksum per tensor, config, card, and what the model does as StableHLO."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from zoo.weights.layout import few, flatten, matching, named_leaves, stacked, un
 
 FORMAT = 1  # of exports; a reader refuses any other
 
-_PROGRAMS = ("sampler", "features")  # what a portable program gives; its files are named so
+_PROGRAMS = ("sampler", "features", "denoiser")  # what a portable program gives; its files are named so
 _STABLEHLO = tuple(f"{name}.{end}" for name in _PROGRAMS for end in ("bin", "json"))
 _EXPORT = (
     "model.safetensors",
@@ -183,69 +184,85 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         raise UserError(f"{path} holds a dtype that numpy lacks ({error}); convert it to float32 or bfloat16") from None
 
 
+@dataclass(frozen=True)
+class Program:
+    """What a model does, (params, *arguments) -> arrays by name, as `export_stablehlo` writes it."""
+
+    call: Callable[..., Mapping[str, Any]]
+    arguments: tuple[Any, ...] = ()  # trees of arrays or ShapeDtypeStructs
+    about: Mapping[str, Any] = field(default_factory=dict)  # what else NAME.json says of it
+
+
 def export_stablehlo(
     folder: str | Path,
-    function: Callable[..., Mapping[str, Any]],
+    programs: Mapping[str, Program],
     params: Params,
-    *arguments: Any,
-    name: str = "sampler",
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> None:
-    """Write `function(params, *arguments)` as a portable program to `folder/stablehlo`, beside the weights.
+    """Write portable programs to `folder/stablehlo`, beside the weights, in the place of earlier ones.
 
-    `params` and `arguments` may be arrays or ShapeDtypeStructs, or trees of them. The program takes the parameters in
-    stacked layout, just as `model.safetensors` holds them, so no weights are baked into it. `NAME.json` says how to call
-    `NAME.bin`. The program may stop loading with later versions of jax; weights and config are what lasts. One program
-    takes the place of another. UserError when `folder` is no export yet.
+    `params` are arrays or ShapeDtypeStructs. A program takes the parameters in stacked layout, just as `model.safetensors`
+    holds them, so no weights are baked into it. `NAME.json` says how to call `NAME.bin`. Programs may stop loading with later
+    versions of jax; weights and config are what lasts. UserError when `folder` is no export yet.
 
     Args:
-        name: "sampler" or "features".
+        programs: by name, "sampler", "features" or "denoiser".
     """
-    from jax import export
-
     if not (Path(folder) / "model.safetensors").is_file():
         raise UserError(
-            f"{folder} has no model.safetensors for the {name} to lie beside; export the weights there first"
+            f"{folder} has no model.safetensors for the programs to lie beside; export the weights there first"
         )
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), (params, *arguments))
+    made = {name: _exported(name, program, params, platforms) for name, program in programs.items()}
+    with _replacing(Path(folder) / "stablehlo", _STABLEHLO, needed=()) as new:
+        for name, (blob, about) in made.items():
+            (new / f"{name}.bin").write_bytes(blob)
+            (new / f"{name}.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _exported(name: str, made: Program, params: Params, platforms: Sequence[str]) -> tuple[bytes, dict[str, Any]]:
+    from jax import export
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), (params, *made.arguments))
 
     def call(stacked_params: Params, *rest: Any) -> dict[str, Any]:
-        return dict(function(matching(stacked_params, shapes[0]), *rest))
+        return dict(made.call(matching(stacked_params, shapes[0]), *rest))
 
     inputs = (stacked(shapes[0]), *shapes[1:])
     program = export.export(jax.jit(call), platforms=tuple(platforms))(*inputs)
     blob = bytes(program.serialize())
     outputs = jax.eval_shape(call, *inputs)
-    about = {
+    return blob, {
         "format": FORMAT,
         "program": f"{name}.bin",
         "sha256": sha256(blob),
         "jax": jax.__version__,
         "calling_convention": program.calling_convention_version,
         "platforms": list(program.platforms),
-        "call": "jax.export.deserialize(bytearray(program)).call(params, ...), or zoo.weights.load_stablehlo(folder); "
+        "call": "jax.export.deserialize(bytearray(program)).call(params, ...), or zoo.weights.load_stablehlo(folder, name); "
         "params: the tensors of ../model.safetensors as nested dicts, names split at '/'",
         "arguments": [_describe(x) for x in inputs],
         "results": _describe(outputs),
+        **made.about,
     }
-    with _replacing(Path(folder) / "stablehlo", _STABLEHLO, needed=()) as new:
-        (new / f"{name}.bin").write_bytes(blob)
-        (new / f"{name}.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def load_stablehlo(folder: str | Path) -> Callable[..., dict[str, jax.Array]]:
-    """The program that `export_stablehlo` wrote: a function of the parameters of `load` and the other arguments."""
+def load_stablehlo(folder: str | Path, name: str | None = None) -> Callable[..., dict[str, jax.Array]]:
+    """A program that `export_stablehlo` wrote: a function of the parameters of `load` and the other arguments.
+
+    Args:
+        name: "sampler", "features" or "denoiser"; None: the first of these that is there.
+    """
     from jax import export
 
     folder = Path(folder) / "stablehlo"
-    name = next((name for name in _PROGRAMS if (folder / f"{name}.json").exists()), _PROGRAMS[0])
+    name = name or next((name for name in _PROGRAMS if (folder / f"{name}.json").exists()), _PROGRAMS[0])
     try:
         about = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         blob = (folder / f"{name}.bin").read_bytes()
         digest, platforms = about["sha256"], about["platforms"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder} holds no readable program ({error}); `zoo export RUN OUT --format stablehlo` makes one"
+            f"{folder} holds no readable {name} ({error}); `zoo export RUN OUT --format stablehlo` makes one"
         ) from None
     if sha256(blob) != digest:
         raise UserError(f"{folder / f'{name}.bin'} is damaged: its sha256 is not the one it was written with; {AGAIN}")

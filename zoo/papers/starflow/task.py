@@ -412,6 +412,22 @@ class StarFlow:
         x, stack = self.in_tokens(jax.vmap(noisy)(keys, *self.posterior(params, batch)))
         return -stack.log_prob(params, x, self.conditions(params, batch))
 
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """The one level of noise that it models."""
+        return self.noise, self.noise
+
+    def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
+        """Tweedie's formula x + sigma^2 grad log p(x) of noisy latents, or pixels, [B, H, W, C] in float32.
+
+        Args:
+            conditions: as of `sample`.
+        """
+        tokens, stack = self.in_tokens(x.astype(jnp.float32))
+        seen = self.conditions(params, {**(conditions or {}), "x": x})
+        tokens = stack.denoise(params, tokens, jnp.reshape(sigma, (-1, 1, 1)), seen)
+        return unpatchify(tokens, self.patch, self.channels, rows=x.shape[1] // self.patch, channel_first=False)
+
     def sample(
         self,
         params: Params,
