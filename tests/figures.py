@@ -26,6 +26,7 @@ HEADS = {
     "noisy_bits_per_dim": "bits of noisy images, held out",
     "noisy_latent_bits_per_dim": "bits of noisy latents, held out",
     "gaussian_noisy_latent_bits_per_dim": "Gaussian on noisy latents",
+    "denoising": "denoising error, held out",
     "accuracy": "accuracy of Bayes' rule",
     "histogram_bpd": "histogram",
     "gaussian_bpd": "Gaussian",
@@ -35,7 +36,13 @@ HEADS = {
 
 FIGURES = {*HEADS, "bits_per_token"}  # that a metric is told by
 # kinds of JSON by a key of theirs
-KINDS = {"compile": "topology", "agreement": "agreement", "texts": "bits_per_token", "rows": "rows"}
+KINDS = {
+    "solvers": "solvers",
+    "compile": "topology",
+    "agreement": "agreement",
+    "texts": "bits_per_token",
+    "rows": "rows",
+}
 # what the table of encoders shows: column, keys of one figure each
 ENCODERS = {
     "R2 of dx, dy, dw, dh": ("r2_dx", "r2_dy", "r2_dt", "r2_dw", "r2_dh"),
@@ -199,6 +206,22 @@ def _figures(figures: dict[str, Any], keys: tuple[str, ...]) -> str:
     return ", ".join(found) + "".join(untrained)
 
 
+def solvers_table(records: dict[str, dict[str, Any]]) -> str:
+    """Solvers by calls: the difference to where each converges, and the Frechet distance to the data."""
+    chosen = {name: r for name, r in records.items() if r["kind"] == "solvers"}
+    calls = next(iter(chosen.values()))["figures"]["nfe"]
+    lines = [_row(["solver", *map(str, calls)]), _row(["---"] * (len(calls) + 1))]
+    for r in chosen.values():
+        for row in r["figures"]["solvers"]:
+            cells = []
+            for error, distance, spread in zip(row["error"], row["frechet"], row["frechet_std"]):
+                near = "" if error is None else f"{100 * error:.2g} %, "
+                cells.append("" if distance is None else f"{near}{distance:.3f} ({spread:.3f})")
+            lines.append(_row([row["solver"], *cells]))
+    notes = [f"- {r['date']}, {r['hardware']}: `{r['command']}`" for r in chosen.values()]
+    return "\n".join([*lines, "", *notes])
+
+
 def inverse_table(records: dict[str, dict[str, Any]]) -> str:
     """Samplers of trained flows by method of inversion: medians, and how far samples are from the sequential ones."""
     heads = ["model", "samples", "token by token", "peer", "peer / token by token", "method", "time"]
@@ -305,6 +328,7 @@ def rendered(text: str) -> str:
         "agreement": agreement_table(records),
         "texts": texts_table(records),
         "encoders": encoders_table(records),
+        "solvers": solvers_table(records),
         "rows": rows_table(records),
         "bench": bench_table(records),
         "inverse": inverse_table(records),

@@ -47,7 +47,8 @@ def sheet(calls: Sequence[int], samples: Mapping[tuple[str, int], np.ndarray]) -
 
     names = list(dict.fromkeys(name for name, _ in samples))
     n, high, wide, _ = next(iter(samples.values())).shape
-    page = Figure(figsize=(1.5 + 2.2 * len(calls), 0.4 + 2.2 * high / (n * wide) * len(names)), dpi=110)
+    size = (1.5 + 2.2 * len(calls), 0.4 + 2.4 * high / (n * wide) * len(names))
+    page = Figure(figsize=size, dpi=110, layout="constrained")
     for i, axes in enumerate(page.subplots(len(names), len(calls), squeeze=False).ravel()):
         name, count = names[i // len(calls)], calls[i % len(calls)]
         axes.set(xticks=[], yticks=[])
@@ -58,7 +59,6 @@ def sheet(calls: Sequence[int], samples: Mapping[tuple[str, int], np.ndarray]) -
             axes.imshow(strip if strip.shape[-1] == 3 else strip.mean(-1), cmap="gray", vmin=0, vmax=1)
         else:
             axes.axis("off")
-    page.subplots_adjust(0.12, 0.02, 0.99, 0.94, 0.03, 0.06)
     return _drawn(page)
 
 

@@ -134,6 +134,7 @@ class Solvers(Metric):
             found = {"open": 0.0}
             if arrays > 1:
                 other = draws(branched(plan), k)
+                shown.setdefault((f"{solver}, same first input", len(plan.sigma)), other[:_SHOWN])
                 found["open"] = float(np.square(x - other).mean() / 2 / x.var(0).mean())
             if not plan.random:
                 found["error"] = (
