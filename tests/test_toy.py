@@ -30,6 +30,7 @@ config = Run(
 """
 # what a metric wants to be told before it measures anything
 FIELDS = {
+    "solvers": ["nfe=5", "samples=8", "sets=1", "converged=9"],
     "features": ["out=out.npz", "maps=false"],
     "frechet": ["features=pixels", "samples=8", "batch=8"],
     "convergence": ["samples=8", "batches=2", "modules=1", "rounds=1"],
@@ -39,6 +40,7 @@ FIELDS = {
 ENOUGH = {
     "sample": {"frechet"},
     "nll": set(),
+    "denoise": {"denoising", "solvers"},
     "chain": {"convergence"},
     "features": {"probe", "knn", "features"},
     "logits": {"accuracy"},

@@ -377,7 +377,7 @@ def test_options_that_are_none_are_told_before_anything_is_timed(
         (run, {"options": ["solver=heum"]}, "--with 'solver=heum': 'heun'?"),
         (run, {"options": ["heun"]}, "--with 'heun' field=value"),
         (run, {"options": ["solver=heun nfe=8"]}, "nfe=8 odd 7 9"),
-        (run, {"options": ["levels.high=99"]}, "--with 'levels.high=99': 80 task.high"),  # the task is asked as well
+        (run, {"options": ["levels.high=99"]}, "--with 'levels.high=99': 80 levels.high"),  # the task is asked as well
         (run, {"options": ["nfe=5"], "what": "train"}, "--with --what train"),
         (RUN, {"options": ["guidance=1"], "methods": ["jacobi"]}, "--with --method"),
         (replace(RUN, task=mute), {"options": ["nfe=5"]}, "SimpleNamespace sampler"),
