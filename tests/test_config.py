@@ -16,6 +16,7 @@ import pytest
 from zoo import config
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
+from zoo.fields import Named
 from zoo.files import differences
 from zoo.flows.inverse import Guidance, Jacobi
 from zoo.papers.tarflow import TarFlow
@@ -35,7 +36,7 @@ class Inner:
     rate: float = 0.5
 
 
-class Form(abc.ABC):
+class Form(Named):
     """Chosen by name."""
 
     @abc.abstractmethod
@@ -180,7 +181,8 @@ def test_values_take_the_type_of_their_field(text: str, expected: dict[str, Any]
         (["form=circle", "form=square"], r"form is set twice"),
         (["form=zoo.run.Samples"], r"form=zoo.run.Samples is no Form; name one of square, circle"),
         (["form=os.system"], r"form names the class os.system, which is not part of zoo.*--allow os"),
-        (["forms=square,cirle"], r"forms=cirle is no Form; did you mean 'circle'\?"),
+        (["forms=square", "forms.1.side=2"], r"no element forms.1; forms has 1 elements"),
+        (["forms=square,cirle"], r"forms.1=cirle is no Form; did you mean 'circle'\?"),
         (["maybe=1"], r"maybe=1 must be a Inner or none"),
         (["options.denoise.x=1"], r"options.denoise=None has no fields"),
         (["on=maybe"], r"on=maybe must be true or false"),
@@ -210,12 +212,19 @@ def test_a_class_is_chosen_by_name_and_its_fields_are_set_beside(tmp_path: Path,
     assert several == (Circle(), Square(3.0))
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\nimport test_config\n@dataclass(frozen=True)\n"
-        "class Own(test_config.Square):\n    name = 'own'\n"
+        "class Own(test_config.Square):\n    name = 'square'\n"
+        "@dataclass(frozen=True)\nclass Bare(test_config.Form):\n    knob: int\n    def area(self): return self.knob\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "test_config", sys.modules[__name__])
     own = config.override(Outer(), ["form=mine.Own", "form.side=4"], allow=["mine"]).form
     assert (type(own).__name__, own.area()) == ("Own", 16)
+    assert type(config.override(Outer(), ["form=square"]).form) is Square  # whatever else has that name
+    bare = config.override(Outer(), ["form=mine.Bare", "form.knob=7"], allow=["mine"]).form
+    assert bare.area() == 7
+    with pytest.raises(UserError, match=r"form: these fields make no Bare .*'knob'"):
+        config.override(Outer(), ["form=mine.Bare"], allow=["mine"])
+    assert config.override(replace(Outer(), forms=(Square(),)), ["forms="]).forms == ()
 
 
 def test_fields_of_one_object_change_together():

@@ -192,7 +192,7 @@ def test_mistakes_are_told_before_anything_is_computed(small: Path):
     image = np.zeros((2, 4, 4, 1), np.float32)
     wrong = {
         r"Model.denoise needs 'denoise', which Square has not; it can: train alone": lambda: square.denoise(image, 1.0),
-        r"'denoise', which TarFlow has not \(task.noise_type='uniform'; .*\); it can: sample, nll, chain": lambda: (
+        r"'denoise', which TarFlow has not \(task.noise_type='uniform'.*\); it can: sample, nll, chain": lambda: (
             uniform.denoise(image, 0.05)
         ),
         r"sigma=1.0 is out of range; TarFlow was made for 0.05 alone": lambda: model.denoise(image, 1.0),

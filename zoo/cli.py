@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELDS",
         help="options of the sampler, e.g. 'solver=heun nfe=35'; repeated, each set is timed in turn with the first",
     )
+    allows(sub)
     sub.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, in turn")
     sub.add_argument("--json", default=None, metavar="FILE", help="write the figures here as well")
     sub = verb(
@@ -624,6 +625,7 @@ def _bench(args: argparse.Namespace) -> int:
         model=args.model,
         methods=args.method,
         options=args.options,
+        allow=args.allow,
         about=about,
     )
     print(result.table())

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
-import inspect
 import re
 import sys
 import types
@@ -26,7 +25,7 @@ from typing import Any
 import msgspec
 
 from zoo.errors import UserError, suggest
-from zoo.fields import fits, kinds, named, sentence
+from zoo.fields import Named, fits, kinds, required, sentence
 from zoo.files import sha256, sha256_of_json
 from zoo.task import Options, sampling
 
@@ -106,9 +105,8 @@ def describe(name: str) -> str:
 def override(config: Any, assignments: Iterable[str], options: type | None = None, allow: Sequence[str] = ()) -> Any:
     """Apply `field.sub=value` assignments to a tree of frozen dataclasses; each value is parsed for its field's type.
 
-    All fields of one object change together, so that `task.width=96 task.head_dim=24` needs no order. A field of an
-    abstract type takes the name of a class below it, and its fields: `solver=tada solver.detail=2`; one of several such,
-    names: `solvers=heun,tada`.
+    All fields of one object change together, so that `task.width=96 task.head_dim=24` needs no order. What is chosen
+    by name takes its fields beside: `solver=tada solver.detail=2`; several are `solvers=heun,tada solvers.1.detail=2`.
 
     Args:
         options: the class of what fields of the type `Options` hold, the sampler's options; None: that of `config.task`.
@@ -179,34 +177,44 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
 
 
 def _change(old: Any, kind: Any, new: Mapping[str, Any], name: str) -> Any:
-    parts, own = {k: v for k, v in new.items() if k != _WHOLE}, kind
-    if _WHOLE in new:
-        whole, inner = new[_WHOLE], typing.get_args(kind)
-        while typing.get_origin(kind) is typing.Annotated:
-            kind, inner = inner[0], typing.get_args(inner[0])
-        several = typing.get_origin(kind) is tuple and inspect.isabstract(inner[0])
-        if parts and not several and not inspect.isabstract(kind):
-            raise UserError(
-                f"{name} is set both as a whole and in part; keep one of {name}= and {name}.{next(iter(parts))}="
-            )
-        if several:
-            old = tuple(_chosen(word, inner[0], name) for word in whole.split(","))
-        elif inspect.isabstract(kind):
-            old = _chosen(whole, kind, name)
-        else:
-            old = parse(whole, type(old) if kind is None else own, name, old)
-    return _replace(old, parts, f"{name}.", own) if parts else old
+    parts = {k: v for k, v in new.items() if k != _WHOLE}
+    if _WHOLE not in new:
+        return _replace(old, parts, f"{name}.", kind)
+    base, several = _by_name(kind)
+    if base is None:
+        if parts:
+            keep = f"keep one of {name}= and {name}.{next(iter(parts))}="
+            raise UserError(f"{name} is set both as a whole and in part; {keep}")
+        return parse(new[_WHOLE], type(old) if kind is None else kind, name, old)
+    if not several:
+        return _chosen(new[_WHOLE], base, name, parts)
+    words = [word for word in new[_WHOLE].split(",") if word]
+    if foreign := parts.keys() - set(map(str, range(len(words)))):
+        raise UserError(f"no element {name}.{min(foreign)}; {name} has {len(words)} elements, counted from 0")
+    return tuple(_chosen(word, base, f"{name}.{i}", parts.get(str(i), {})) for i, word in enumerate(words))
 
 
-def _chosen(text: str, base: type, name: str) -> Any:
-    """A fresh object of the class that `text` names, among those below `base`, or by its import path."""
-    known = named(base)
+def _by_name(kind: Any) -> tuple[type[Named] | None, bool]:
+    """What a field takes that is chosen by name, or None; and whether it takes several."""
+    while typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    several = typing.get_origin(kind) is tuple
+    one = typing.get_args(kind)[0] if several else kind
+    return (one if isinstance(one, type) and issubclass(one, Named) else None), several
+
+
+def _chosen(text: str, base: type[Named], name: str, parts: Mapping[str, Any]) -> Any:
+    """An object of the class below `base` that `text` names, or of its import path, with these fields."""
+    known = base.named()
     if text not in known and "." not in text:
         raise UserError(f"{name}={text} is no {base.__name__}; {suggest(text, known)}")
     cls = known.get(text) or _resolve(text, _around.get()[1], name)
     if not issubclass(cls, base):
         raise UserError(f"{name}={text} is no {base.__name__}; name one of {', '.join(known)}, or a class below it")
-    return _built(cls, {}, name)
+    given = {k: v for k, v in parts.items() if k in required(cls)}
+    made = _built(cls, {k: _change(None, kinds(cls)[k], v, f"{name}.{k}") for k, v in given.items()}, name)
+    rest = {k: v for k, v in parts.items() if k not in given}
+    return _replace(made, rest, f"{name}.") if rest else made
 
 
 def _either(kind: Any) -> list[Any]:

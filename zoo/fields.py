@@ -7,6 +7,7 @@ bounded above too: what no machine can hold, and what would be built for ever, i
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import difflib
 import functools
@@ -18,7 +19,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
 from msgspec import Meta
 
@@ -74,17 +75,31 @@ def kinds(cls: type) -> dict[str, Any]:
     return {field.name: found[field.name] for field in dataclasses.fields(cls)}
 
 
-def named(base: type) -> dict[str, type]:
-    """The classes below an abstract one by their `name`: those of zoo's papers, and of what is imported."""
-    papers = importlib.import_module("zoo.papers")
-    for info in pkgutil.iter_modules(papers.__path__):
-        importlib.import_module(f"zoo.papers.{info.name}")
-    found, below = {}, [base]
-    for cls in below:
-        below += cls.__subclasses__()
-        if not inspect.isabstract(cls):
-            found[typing.cast(Any, cls).name] = cls
-    return found
+class Named(abc.ABC):
+    """Base of what a field takes by name: frozen dataclasses, each with a `name` of its own."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def named(cls) -> dict[str, type[Self]]:
+        """The classes below this one by name: those of zoo and its papers, then what else is imported."""
+        papers = importlib.import_module("zoo.papers")
+        for info in pkgutil.iter_modules(papers.__path__):
+            importlib.import_module(f"zoo.papers.{info.name}")
+        below: list[Any] = [cls]
+        for one in below:
+            below += one.__subclasses__()
+        found: dict[str, Any] = {}
+        for one in sorted(below, key=lambda one: not one.__module__.startswith("zoo.")):
+            if "name" in vars(one) and not inspect.isabstract(one):
+                found.setdefault(one.name, one)
+        return found
+
+
+def required(cls: Any) -> set[str]:
+    """The fields of a dataclass that have no default."""
+    missing = dataclasses.MISSING
+    return {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -1,7 +1,7 @@
 """EDM on CIFAR-10 by class: the DDPM++ U-Net of the paper (56 million parameters) and its recipe, without the augmentation.
 
 Batch 512, 200 million images, learning rate 1e-3 after 10 million images, an average of half-life half a million images
-(arXiv:2206.00364's code). Ours are bfloat16, the labels that are dropped and the decay of weights that is 0 there too.
+(arXiv:2206.00364's code). Ours are bfloat16 and the labels that are dropped.
 `data.path` is a folder of class folders, or what `zoo prepare --size 32` makes of it.
 
     zoo train edm/cifar10 data.path=data/cifar10

@@ -3,8 +3,8 @@
     zoo train configs/edm/digits.py
     zoo sample runs/edm-digits n=64 guidance=1
 
-1,500 scans of 8x8 pixels train, 297 are held out. Samples take 17 calls of the network (Heun's steps); `nfe` and
-`guidance` are options of the sampler; `configs/edm/README.md` has other solvers.
+1,500 scans of 8x8 pixels train, 297 are held out. The sheets of training take 17 calls of the network (Heun's steps), `zoo
+sample` 35 where `nfe` does not say; `configs/edm/README.md` has other solvers.
 """
 
 from dataclasses import replace

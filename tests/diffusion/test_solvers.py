@@ -185,6 +185,8 @@ def test_a_denoiser_of_ones_own_is_drawn_from_as_the_readme_says_and_behind_a_ca
     found = jax.jit(lambda keys: draw(plan, denoise, keys, (8, 8, 1)))(keys)
     np.testing.assert_allclose(found, images, atol=1e-5)
     np.testing.assert_allclose(calls, plan.sigma, rtol=1e-5)
+    with pytest.raises(UserError, match=r"x0 of the shape \[16, 4, 8, 1\] for x of \[16, 8, 8, 1\]"):
+        draw(plan, lambda x, sigma: x[:, :4], keys, (8, 8, 1))
 
 
 @pytest.mark.devices8

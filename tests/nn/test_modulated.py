@@ -57,6 +57,15 @@ def test_every_option_shows() -> None:
     found = [block(**fields).apply(params, H, modulation=MODULATION, rope=rope)[0] for fields, rope in choices]
     assert min(float(jnp.abs(a - b).max()) for a, b in itertools.combinations(found, 2)) > 1e-2
 
+    def weights(**fields: Any) -> int:
+        return sum(x.size for x in jax.tree.leaves(randomised(block(**fields))["params"]["mlp"]) if x.ndim == 2)
+
+    assert (weights(), weights(expand=2), weights(gated=True, expand=6)) == (
+        512,
+        256,
+        768,
+    )  # 2 and 3 kernels of 8 by 32, 16, 32
+
 
 def test_tokens_may_differ_and_a_cache_gives_the_same() -> None:
     made, params = block(**ALL), randomised(block(**ALL))

@@ -298,6 +298,12 @@ def test_options_that_do_not_fit_are_told(params: Any) -> None:
         Churn(low=2.0, high=1.0)
     with told("guidance.low=2", "guidance.high=1"):
         Guidance(1.0, 2.0, 1.0)
+    with told("guidance.weight"):
+        Guidance(low=1.0)
+    with told("levels.rho=3", "flow"):
+        DenoiserSampling(Tada(), 5, levels=Levels(rho=3.0)).plan((0.1, 1.0))
+    with told("churn", "113.1", "0.002 to 80", "solver.high"):
+        DenoiserSampling(Churn(high=100.0), 3).plan((0.002, 80.0))
 
 
 # --- guidance -------------------------------------------------------------------------------------
@@ -334,7 +340,7 @@ def test_a_guided_mixture_is_the_closed_form_and_an_interval_costs_one_pass_else
         jax.effects_barrier()
         np.testing.assert_allclose(found, wanted, atol=1e-5)
         assert {k: calls[k] - before[k] for k in calls} == {"alone": int(not inside), "both": int(inside)}
-    assert Guidance(0.0, low=1.0).denoiser(alone, both) is alone
+    assert Guidance(0.0).denoiser(alone, both) is alone
 
 
 def test_functions_of_other_parametrisations_come_through_the_same_door() -> None:

@@ -72,6 +72,7 @@ def bench(
     model: str | None = None,
     methods: Sequence[str] = (),
     options: Sequence[str] = (),
+    allow: Sequence[str] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Result:
     """Time the parts of a run. The step and the sampler get synthetic data; only the part `data` opens the run's own.
@@ -86,6 +87,7 @@ def bench(
         model: a run, an export or a shipped name whose weights the sampler gets. A flow is then inverted by every method,
             in turn; with fresh weights sweeps converge at once.
         methods: further ones, such as "modules=0,1,1,8 tol=1e-3": fields of `zoo.flows.inverse.Jacobi`.
+        allow: packages besides zoo whose classes these may name.
         options: sets of the sampler's options, such as "solver=heun nfe=35", timed in turn instead of the methods and compared
             with the first of them.
         about: what the command was, kept among the figures.
@@ -118,7 +120,7 @@ def bench(
     opened = open_weights(run.task, model) if model else None
     if options and methods:
         raise UserError("--with and --method both say how samples are drawn; write --with 'method.modules=4' instead")
-    sides = asked(run.task, options) if options else inverses(run.task, opened, methods)
+    sides = asked(run.task, options, allow) if options else inverses(run.task, opened, methods)
     mesh = run.mesh.build()
     twin = load_peer(peer, run.task) if peer else None
     figures = {**(about or {}), **environment(run, mesh), "rounds": rounds}

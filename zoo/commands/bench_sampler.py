@@ -45,7 +45,7 @@ def open_weights(task: Any, name: str) -> models.Model:
     return dataclasses.replace(model, task=task, params=params)
 
 
-def asked(task: Any, texts: Sequence[str]) -> Sides:
+def asked(task: Any, texts: Sequence[str], allow: Sequence[str] = ()) -> Sides:
     """The sides that `--with` asks for, each by its text: `field=value` with blanks between them.
 
     UserError for an option that the sampler has not, or that does not fit the task.
@@ -53,7 +53,7 @@ def asked(task: Any, texts: Sequence[str]) -> Sides:
     sides: Sides = {}
     for text in (" ".join(text.split()) for text in texts):
         try:
-            options = config.override(task.Sampling(), text.split())
+            options = config.override(task.Sampling(), text.split(), allow=allow)
             sampler = make_sampler(task, 1, options)  # traced here: what does not fit is told before anything is timed
             jax.eval_shape(sampler, weights.abstract(task), jax.random.key(0), conditions_of(task, 1))
         except UserError as error:
@@ -113,7 +113,7 @@ def time_sampler(
 
     Returns:
         Times, what each program needs of a device's memory, and of every side besides ours how far its samples are from
-        ours for the same keys and what its sweeps came to. Where the sampler has `nfe` also the time of a call of the denoiser.
+        ours for the same keys and what its sweeps came to. Of options that say `nfe` also the time of a call of the denoiser.
     """
     task, options = run.task, options or {"ours": {}}
     # A peer inverts and no more, so neither do we beside one.
@@ -127,7 +127,7 @@ def time_sampler(
             stack.enter_context(dist.use(mesh, run.rules))
         programs = {}
         for name, own in options.items():
-            lowered = jax.jit(make_sampler(task, n, {**plain, **own})).lower(params, jax.random.key(0), given)
+            lowered = jax.jit(make_sampler(task, n, {**own, **plain})).lower(params, jax.random.key(0), given)
             programs[name] = lowered.compile()
             figures |= program_size(programs[name], f"sample {n} program MiB, {name}")
 

@@ -18,7 +18,7 @@ from jax.extend.core import jaxprs_in_params
 from zoo import config, dist, models, weights
 from zoo.commands import chips
 from zoo.errors import UserError
-from zoo.fields import kinds, named, words
+from zoo.fields import kinds, required, words
 from zoo.run import Run
 from zoo.task import Cached, Samples, Task, check_needs, sampling
 from zoo.train import optim
@@ -91,9 +91,12 @@ def _rows(value: Any, prefix: str = "", ranges: bool = False) -> _Rows:
             else {}
         )
         if dataclasses.is_dataclass(inner):
-            one_of = f"one of {', '.join(named(own[f.name]))}" if ranges and inspect.isabstract(own[f.name]) else ""
-            rows.append((name, type(inner).__name__, one_of, (inspect.getdoc(type(inner)) or "").partition("\n")[0]))
+            rows.append((name, type(inner).__name__, "", (inspect.getdoc(type(inner)) or "").partition("\n")[0]))
             rows += _rows(inner, f"{name}.", ranges)
+            choice: Any = own[f.name]
+            for word, cls in choice.named().items() if ranges and hasattr(choice, "named") else ():
+                rows.append((f"{name}={word}", "", "", (inspect.getdoc(cls) or "").partition("\n")[0]))
+                rows += _rows(cls(), f"{name}.", ranges) if cls is not type(inner) and not required(cls) else []
         elif parts and all(dataclasses.is_dataclass(v) for v in parts.values()):
             for key, part in parts.items():
                 rows.append(

@@ -26,6 +26,10 @@ class Guidance:
 
     def __post_init__(self) -> None:
         check_fields(self, "guidance.")
+        if not self.weight and (self.low or self.high is not None):
+            raise UserError(
+                "guidance.low and guidance.high say where a weight acts; set guidance.weight, or leave them out"
+            )
         if self.high is not None and self.low >= self.high:
             raise UserError(f"guidance.low={self.low:g} must be below guidance.high={self.high:g}")
 

@@ -26,7 +26,7 @@ class Levels:
     kind: Literal["edm", "log", "flow"] | None = None
     low: Positive | None = None
     high: Positive | None = None
-    rho: Annotated[float, Meta(ge=1, le=100)] = 7.0
+    rho: Annotated[float, Meta(ge=1, le=100)] | None = None  # of `edm`, 7 where nothing is said
     given: tuple[Positive, ...] = ()
 
     def __post_init__(self) -> None:
@@ -45,6 +45,10 @@ class Levels:
         if self.given:
             return np.asarray(self.given)
         kind, low, high = self.kind or kind, self.low or low, self.high or high
+        if self.rho is not None and kind != "edm":
+            raise UserError(
+                f"levels.rho={self.rho:g} is of the grid edm, and this one is {kind}; leave it out, or set levels.kind=edm"
+            )
         if low >= high:
             raise UserError(f"levels.low={low:g} must be below levels.high={high:g}")
         share = np.linspace(0, 1, count)
@@ -53,7 +57,8 @@ class Levels:
             return to + share * (end - to)
 
         if kind == "edm":
-            return even(high ** (1 / self.rho), low ** (1 / self.rho)) ** self.rho
+            rho = self.rho or 7.0
+            return even(high ** (1 / rho), low ** (1 / rho)) ** rho
         if kind == "log":
             return np.exp(even(np.log(high), np.log(low)))
         time = even(1 / (1 + high), 1 / (1 + low))

@@ -42,14 +42,19 @@ class DenoiserSampling:
     def plan(self, sigmas: tuple[float, float]) -> Plan:
         """The solver's table for a denoiser of levels from `sigmas[0]` to `sigmas[1]`. UserError for a grid beyond those."""
         low, high = sigmas
-        # a solver that adds noise may ask a little above the grid, as the paper's does
         grid = self.levels.grid(self.solver.nodes(self.nfe), self.solver.grid, low, high)
         if grid[-1] < low * (1 - 1e-6) or grid[0] > high * (1 + 1e-6):
             raise UserError(
                 f"levels from {grid[-1]:g} to {grid[0]:g} reach beyond those of the model, {low:g} to {high:g}; set levels.low "
                 "and levels.high"
             )
-        return self.solver.plan(grid)
+        plan = self.solver.plan(grid)
+        if plan.sigma.max() > high * (1 + 1e-6):
+            raise UserError(
+                f"{self.solver} asks at a level of {plan.sigma.max():.4g} and the model knows {low:g} to {high:g}; set solver.high or "
+                "levels.high lower, so that its noise stays below"
+            )
+        return plan
 
 
 def guided(denoise: Door, conditions: Conditions, by: float | Guidance) -> Denoiser:

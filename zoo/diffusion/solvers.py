@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.errors import UserError
-from zoo.fields import NonNegative, Positive, Share, check_fields
+from zoo.fields import Named, NonNegative, Positive, Share, check_fields
 
 Array = Any  # of NumPy or JAX: formulas work on both
 
@@ -112,6 +112,10 @@ def run(
         e = None if fresh is None else fresh(i).astype(dtype)
         y = mix(now.read_x, x) + mix(now.read_h, h)
         x0 = denoise(y if e is None else y + now.read_e * e, now.sigma).astype(dtype)
+        if x0.shape != y.shape:
+            raise UserError(
+                f"a denoiser gave an x0 of the shape {list(x0.shape)} for x of {list(y.shape)}; both are alike"
+            )
         h = jnp.concatenate([x0[None], h[:-1]])
         x = mix(now.move_x, x) + mix(now.move_h, h)
         if e is not None:
@@ -124,10 +128,9 @@ def run(
     return h[0]
 
 
-class Solver(abc.ABC):
+class Solver(Named):
     """What solvers share. One of your own is a frozen dataclass with `plan`; `nodes` says how many levels so many calls take."""
 
-    name: ClassVar[str]
     grid: ClassVar[Literal["edm", "log", "flow"]] = "edm"  # of levels, where none is asked for
 
     def __post_init__(self) -> None:
@@ -137,7 +140,9 @@ class Solver(abc.ABC):
         """Its name and the fields that are not its defaults."""
         fields: Any = vars(type(self))["__dataclass_fields__"]
         own = {name: getattr(self, name) for name, field in fields.items() if getattr(self, name) != field.default}
-        return " ".join([self.name, *(f"{name}={value}" for name, value in own.items())])
+        return " ".join(
+            [getattr(self, "name", type(self).__name__), *(f"{name}={value}" for name, value in own.items())]
+        )
 
     def nodes(self, calls: int) -> int:
         """Levels of a grid on which it takes so many calls. UserError where it cannot."""

@@ -21,8 +21,15 @@ _LEVELS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 def modelled(task: Any) -> str:
-    """The key of what a task denoises among its examples."""
-    return next(key for key in task.spec(1) if key != "label" and key not in task.about.conditions)
+    """The key of what a task denoises among its examples. UserError where it denoises what it makes of them."""
+    spec, likelihood = task.spec(1), task.about.likelihood
+    key = next(key for key in spec if key != "label" and key not in task.about.conditions)
+    if f"{key}_std" in spec or (likelihood and likelihood.event != spec[key].shape[1:]):
+        raise UserError(
+            f"{type(task).__name__} denoises what it makes of {', '.join(spec)}, and metrics of denoisers measure examples as "
+            "they are; `Model.denoise` takes its latents"
+        )
+    return key
 
 
 def given(task: Any, batch: Any) -> dict[str, Any]:
@@ -30,10 +37,10 @@ def given(task: Any, batch: Any) -> dict[str, Any]:
     return {key: rows for key, rows in batch.items() if key == "label" or key in task.about.conditions}
 
 
-def check_denoiser(task: Any, params: Params, x: Any) -> None:
+def check_denoiser(task: Any, params: Params, x: Any, conditions: Any = None) -> None:
     """UserError for a denoiser that changes the shape of x, or is not finite at one of the levels that it was made for."""
     for sigma in task.sigmas:
-        x0 = jax.jit(task.denoise)(params, sigma * jnp.ones_like(x), jnp.float32(sigma))
+        x0 = jax.jit(task.denoise)(params, x + sigma, jnp.float32(sigma), conditions or None)
         if x0.shape != x.shape or not bool(jnp.isfinite(x0).all()):
             what = f"has the shape {list(x0.shape)}" if x0.shape != x.shape else "is not finite"
             raise UserError(
@@ -66,14 +73,14 @@ def _errors(task: Any, sigmas: tuple[float, ...]) -> Any:
 class Denoising(Metric):
     """Mean squared error of x0 on held-out examples at some noise levels, under the conditions that they have.
 
-    Each times (sigma^2 + data^2) / (sigma data)^2, the weight of arXiv:2206.00364, table 1: the best linear guess
-    for independent numbers of standard deviation `data` has 1 at all levels.
+    Each times (sigma^2 + scale^2) / (sigma scale)^2, the weight of arXiv:2206.00364, table 1: the best linear guess
+    for independent numbers of standard deviation `scale` has 1 at all levels.
     """
 
     sigmas: tuple[Positive, ...] = ()  # (): of .05, .1, .2, .5, 1, 2 and 5 those that the model was made for
-    data: Positive = 0.5
+    scale: Positive = 0.5
     split: str = "test"
-    limit: Count | None = None  # examples at most
+    limit: Count | None = None  # examples at most, a fixed random choice
     batch: Count = 256
     every: Whole = 0  # steps between measurements while training; 0: at the end only
 
@@ -97,12 +104,15 @@ class Denoising(Metric):
         self.check(task)
         low, high = task.sigmas
         sigmas = self.sigmas or tuple(s for s in _LEVELS if low <= s <= high) or tuple({low, high})
-        check_denoiser(task, params, jnp.zeros(task.spec(1)[modelled(task)].shape))
-        errors, found, first = _errors(task, sigmas), [], 0
-        for batch, count in epoch(data, self.batch, split=self.split, spec=task.spec(self.batch), limit=self.limit):
+        errors, found, first, key = _errors(task, sigmas), [], 0, modelled(task)
+        for batch, count in epoch(
+            data, self.batch, split=self.split, spec=task.spec(self.batch), limit=self.limit, seed=0
+        ):
+            if not first:
+                check_denoiser(task, params, batch[key][:1], {k: v[:1] for k, v in given(task, batch).items()})
             found.append(hosts.fetch(errors(params, batch, first + jnp.arange(self.batch), rng))[:, :count])
             first += count
-        weights = [(s**2 + self.data**2) / (s * self.data) ** 2 for s in sigmas]
+        weights = [(s**2 + self.scale**2) / (s * self.scale) ** 2 for s in sigmas]
         weighted = np.concatenate(found, 1).astype(np.float64) * np.asarray(weights)[:, None]
         means, spread = weighted.mean(1), weighted.std(1) / math.sqrt(first)
         return {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from zoo.diffusion.levels import Levels
 from zoo.diffusion.sampling import DenoiserSampling, draw, guided
 from zoo.diffusion.solvers import Heun, Plan, Solver
 from zoo.errors import UserError
-from zoo.fields import AtLeast2, Count, NonNegative, Some, check_fields, named
+from zoo.fields import AtLeast2, Count, NonNegative, Some, check_fields, required
 from zoo.metrics.denoising import check_denoiser, modelled
 from zoo.metrics.frechet import Frechet, frechet_distance, moments
 from zoo.task import Denoises, Metric, Params
@@ -46,6 +46,11 @@ def _program(task: Any, guidance: float | Guidance, random: bool) -> Any:
         return draw(plan, guided(denoise, None if label is None else {"label": label}, guidance), keys, shape, random)
 
     return jax.jit(program)
+
+
+def _ours(cls: type) -> bool:
+    """Whether a solver comes with zoo and is one without being told anything."""
+    return cls.__module__.startswith("zoo.") and not required(cls)
 
 
 def branched(plan: Plan) -> Plan:
@@ -84,6 +89,13 @@ class Solvers(Metric):
 
     def __post_init__(self) -> None:
         check_fields(self, f"metric {self.name}: ")
+        for field, values in (("solvers", [*map(str, self.solvers)]), ("nfe", [*self.nfe])):
+            if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+                raise UserError(
+                    f"{field} of the metric solvers names {twice[0]} twice; keep one of them, or set its fields"
+                )
+        if self.converged <= max(self.nfe):
+            raise UserError(f"converged={self.converged} of the metric solvers must be more than nfe={max(self.nfe)}")
 
     def network(self) -> str | None:
         """The run or export whose features are wanted; None for none."""
@@ -104,12 +116,12 @@ class Solvers(Metric):
         if low >= high:
             raise UserError(f"the metric solvers goes through noise levels, and this model knows one, {high:g}")
         key, seen = modelled(task), task.spec(self.batch)
-        check_denoiser(task, params, jnp.zeros((1, *seen[key].shape[1:])))
         spec = {key: seen[key]}
-        rows, count = next(epoch(data, self.samples, split=self.split, spec=spec, limit=self.samples))
+        rows, count = next(epoch(data, self.samples, split=self.split, spec=spec, limit=self.samples, seed=0))
+        check_denoiser(task, params, jnp.asarray(rows[key][:1]))
         scale = float(np.sqrt(np.square(rows[key][:count], dtype=np.float64).mean()))
         apart = self._frechet(data, spec, network)
-        kinds = self.solvers or tuple(cls() for cls in named(Solver).values())
+        kinds = self.solvers or tuple(cls() for cls in Solver.named().values() if _ours(cls))
         plans = {(solver, calls): self._plan(solver, calls, task) for solver in kinds for calls in self.nfe}
         if not any(plans.values()):
             kinds[0].nodes(self.nfe[0])  # says why not
@@ -121,11 +133,15 @@ class Solvers(Metric):
         def draws(plan: Plan, k: int) -> np.ndarray:
             return self._drawn(task, params, jax.random.fold_in(rng, k), plan.padded(states, outputs, normals))
 
+        given = self.levels.given
+        fine = replace(self, levels=Levels(low=given[-1], high=given[0])) if given else self
+
         @cache
         def solution(solver: Solver, k: int) -> np.ndarray:
-            plan = self._plan(solver, self.converged, task) or self._plan(solver, self.converged + 1, task)
-            assert plan is not None
-            return draws(plan, k)
+            for calls in (self.converged, self.converged + 1):
+                if (plan := fine._plan(solver, calls, task)) is not None:
+                    return draws(plan, k)
+            raise UserError(f"{solver} takes neither {self.converged} calls nor one more; set converged to what it can")
 
         def cell(solver: Solver, plan: Plan, k: int) -> dict[str, float]:
             """Figures of set k of samples."""
@@ -140,7 +156,9 @@ class Solvers(Metric):
                 found["error"] = (
                     float(np.sqrt(np.square(x - solution(Heun() if arrays == 1 else solver, k)).mean())) / scale
                 )
-            return {**found, "frechet": apart(x)} if apart is not None else found
+            if apart is not None:
+                found["frechet"] = apart(x) if np.isfinite(x).all() else float("nan")
+            return found
 
         cells: dict[str, list[list[dict[str, float]]]] = {str(solver): [] for solver in kinds}
         shown: dict[tuple[str, int], np.ndarray] = {}
@@ -194,7 +212,9 @@ class Solvers(Metric):
                 values = [np.asarray([one[figure] for one in sets if figure in one]) for sets in columns]
                 means[name] = [float(v.mean()) if v.size and np.isfinite(v).all() else None for v in values]
                 rows[name][figure] = means[name]
-                rows[name][f"{figure}_std"] = [float(v.std()) if v.size else None for v in values]
+                rows[name][f"{figure}_std"] = [
+                    None if mean is None else float(v.std()) for mean, v in zip(means[name], values)
+                ]
             if figure in words and any(value is not None for row in means.values() for value in row):
                 _log.info("%s, by calls:\n%s", words[figure], table(self.nfe, means))
                 pictures[f"solvers-{figure}"] = chart(self.nfe, means, words[figure])

@@ -163,13 +163,14 @@ class TarFlow:
 
         `bpd` is a bound on the data's own bits; with Gaussian noise only those of noisy data can be told.
         """
-        why = f"task.noise_type={self.noise_type!r}; what is trained with task.noise_type=gaussian has it"
+        noisy = self.noise_type == "gaussian" and self.noise > 0
+        why = f"task.noise_type={self.noise_type!r}, task.noise={self.noise:g}; what is trained with Gaussian noise has it"
         return About(
             classes=self.classes,
             buffers=("prior",),
             likelihood=self._likelihood,
             tokens=self.tokens,
-            lacks={} if self.noise_type == "gaussian" else {"denoise": why},
+            lacks={} if noisy else {"denoise": why},
         )
 
     @property

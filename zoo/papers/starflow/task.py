@@ -159,6 +159,7 @@ class StarFlow:
             grid=Grid(self.latent, self.factor, self.factor * self.patch),
             tokens=self.tokens,
             licence=_LICENCE,
+            lacks={} if self.noise else {"denoise": "task.noise=0; what is trained with noise has it"},
         )
 
     @property
