@@ -44,12 +44,12 @@ def names(params: Mapping[str, Any], side: int, kind: str) -> list[Name]:
         if inner[-1] in ("qkv", "proj") and last == "kernel":  # convolutions of one pixel there
             layout = "o i 1 1 -> i o"
         found.append(Name(source, target, layout))
-    blocks = {re.match(r"model\.(?:enc|dec)\.\w+", name.source) for name in found}
-    for block in sorted(match[0] for match in blocks if match):
-        if block.endswith("_aux_residual"):
-            found.append(_filter(block, kind))
-        if block.endswith(("_down", "_up")):
-            found += [_filter(f"{block}.{part}", kind) for part in ("conv0", "skip")]
+    modules = {match[0] for name in found if (match := re.match(r"model\.(enc|dec)\.\w+", name.source))}
+    for module in sorted(modules):
+        if module.endswith("_aux_residual"):
+            found.append(_filter(module, kind))
+        if module.endswith(("_down", "_up")):
+            found += [_filter(f"{module}.{part}", kind) for part in ("conv0", "skip")]
     return found
 
 
