@@ -6,6 +6,7 @@ Batch 512, 200 million images, learning rate 1e-3 after 10 million images, an av
 
     zoo train edm/cifar10 data.path=data/cifar10
     zoo compile edm/cifar10 --topology v5e:2x2
+    zoo import edm/cifar10:ncsnpp edm-cifar10-32x32-cond-ve.npz cifar10-ve
 """
 
 from dataclasses import replace
@@ -22,7 +23,7 @@ config = Run(
         image=32,
         channels=3,
         classes=10,
-        network=edm.UNet(width=128, multiples=(2, 2, 2), blocks=4, attention=(16,), dropout=0.13),
+        network=edm.UNet(width=128, multiples=(2, 2, 2), blocks=4, attention=(16,), dropout=0.13, augment=9),
         dtype="bfloat16",
     ),
     data=Images("data/cifar10", size=32, flip=True),
@@ -36,10 +37,13 @@ config = Run(
     log_every=50,
 )
 
+# The other network of the paper, published as "ve"; the one above as "vp".
+ncsnpp = replace(config, task=replace(config.task, network=replace(config.task.network, kind="ncsn++")))
+
 # One GPU, minutes: half the width and few images.
 short = replace(
     config,
-    task=replace(config.task, network=replace(config.task.network, width=64)),
+    task=replace(config.task, network=replace(config.task.network, width=64, augment=0)),
     optim=AdamW(lr=1e-3, final_lr=1e-5, warmup=500, weight_decay=0.0, clip=1.0),
     ema=0.999,
     steps=6_000,

@@ -54,10 +54,21 @@ def sincos(positions: np.ndarray, width: int, base: float = 10_000.0) -> np.ndar
     return np.concatenate(parts, -1).astype(np.float32)
 
 
-def waves(x: jax.Array, width: int, base: float = 10_000.0) -> jax.Array:
-    """Codes float32 [B, width] of numbers [B]: sines, then cosines, of x times rates from 1 to 1 / base, both included."""
-    half = width // 2
-    angles = x.astype(jnp.float32)[:, None] * base ** -jnp.linspace(0, 1, half)
+def waves(x: jax.Array, width: int, base: float = 10_000.0, *, last: bool = True) -> jax.Array:
+    """Codes float32 [B, width] of numbers [B]: sines, then cosines, of x times rates from 1 to 1 / base.
+
+    With `last=False` they stop one step before 1 / base, as the transformer's positions do (arXiv:1706.03762, section 3.5).
+    """
+    return _codes(x, base ** -jnp.linspace(0, 1, width // 2, endpoint=last))
+
+
+def fourier(x: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Codes float32 [B, 2 F] of numbers [B]: sines, then cosines, of 2 pi x times frequencies [F] (arXiv:2006.10739)."""
+    return _codes(x, 2 * jnp.pi * frequencies.astype(jnp.float32))
+
+
+def _codes(x: jax.Array, rates: jax.Array) -> jax.Array:
+    angles = x.astype(jnp.float32)[:, None] * rates
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 

@@ -24,6 +24,7 @@ from zoo.weights.export import AGAIN, read_safetensors
 from zoo.weights.layout import abstract, differs, few, fill, flatten, matching, refuse, stacked, unflatten
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+PICKLES = (".pkl", ".pickle")
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
@@ -45,6 +46,13 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         state = _read_npz(path)
     elif path.suffix in TORCH_SUFFIXES:
         state = _read_torch(path)
+    elif path.suffix in PICKLES:
+        raise UserError(
+            f"{path} is a pickle, which runs code as it is opened, and is refused. Where you trust it, save its tensors with the "
+            'code that it was made by, here of the entry `ema`: python -c "import pickle, numpy; '
+            f"net = pickle.load(open('{path.name}', 'rb'))['ema']; numpy.savez('{path.stem}.npz', "
+            '**{k: v.cpu().float().numpy() for k, v in net.state_dict().items()})"'
+        )
     else:
         known = ", ".join((".safetensors", ".npz", *TORCH_SUFFIXES))
         raise UserError(f"{path} ends in {path.suffix or 'nothing'!r}; a checkpoint ends in one of {known}")
@@ -157,9 +165,11 @@ def to_official(task: Task, params: Params) -> dict[str, np.ndarray]:
 
 
 def _import_names(task: Task) -> list[Name]:
-    if not isinstance(task, Published):
+    why = task.about.lacks.get("import_names", "")
+    if not isinstance(task, Published) or why:
         raise UserError(
-            f"{type(task).__name__} knows no published layout; use `zoo export` and zoo.load, which need none"
+            f"{type(task).__name__} knows no published layout{f' ({why})' if why else ''}; use `zoo export` and zoo.load, "
+            "which need none"
         )
     return list(task.import_names())
 

@@ -1,4 +1,4 @@
-"""Networks of denoisers: the U-Net of DDPM++ as EDM trains it (arXiv:2206.00364, its code's `SongUNet`), and a transformer.
+"""Networks of denoisers: the U-Nets that EDM trains (arXiv:2206.00364), DDPM++, NCSN++ and ADM, and a transformer.
 
 B images, R pixels a side, C channels, N the width of the finest level. Levels halve the side one after the other. The noise is
 a number for each image, as `zoo.diffusion.precondition` makes it.
@@ -14,31 +14,59 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from zoo.nn.attention import attend
-from zoo.nn.embed import patchify, unpatchify, waves
-from zoo.nn.layers import Conv, Dense, GroupNorm, Init, Table, xavier_uniform, zeros
+from zoo.nn.embed import fourier, patchify, unpatchify, waves
+from zoo.nn.layers import Conv, Dense, GroupNorm, Init, Table, normal, xavier_uniform, zeros
 from zoo.nn.modulated import ModulatedBlock, modulated
 from zoo.nn.transformer import REMAT, Trunk
 
 Resize = Literal["same", "half", "twice"]
+Kind = Literal["ddpm++", "ncsn++"]
+TAPS = {"ddpm++": (1, 1), "ncsn++": (1, 3, 3, 1), "adm": (1, 1)}  # filters by which sides are halved and doubled
+_NEARLY_0 = 1e-5  # gain of the kernels that end a branch
 
 
-def resized(x: jax.Array, resize: Resize) -> jax.Array:
-    """[B, H, W, C] at half the side by means of four pixels, or at twice by repeating each."""
-    if resize == "half":
+def resized(x: jax.Array, resize: Resize, taps: tuple[int, ...] = (1, 1), edge: int | None = None) -> jax.Array:
+    """[B, H, W, C] at half or twice the side, by a symmetric filter of even length along each side.
+
+    With taps (1, 1) these are means of four pixels, and copies of each.
+
+    Args:
+        edge: zeros around the image when it is halved; when it is doubled, so many of the result's pixels a side are left out.
+            None: as many as keep the sides to exactly a half and twice.
+    """
+    if resize == "same":
+        return x
+    if taps == (1, 1) and not edge:
         b, h, w, c = x.shape
-        return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
-    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2) if resize == "twice" else x
+        if resize == "half":
+            return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+        return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    edge = (len(taps) - 1) // 2 if edge is None else edge
+    twice = resize == "twice"
+    around, step = (len(taps) - 1 - edge, 1) if twice else (edge, 2)
+    for axis in (1, 2):
+        pads = [(0, 0, 0)] * x.ndim
+        pads[axis] = (around, around, int(twice))  # doubled, its pixels stand apart with zeros between
+        padded = jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
+        last = (padded.shape[axis] - len(taps)) // step * step
+        pieces = [jax.lax.slice_in_dim(padded, i, i + last + 1, step, axis) for i in range(len(taps))]
+        weights = [tap * (1 + twice) / sum(taps) for tap in taps]
+        x = functools.reduce(jnp.add, [weight * piece for weight, piece in zip(weights, pieces)])
+    return x
 
 
 class UNetBlock(nn.Module):
     """Two convolutions with the noise's embedding in between, added to the input; with attention of all pixels after it.
 
-    Sums are divided by the root of two, so that variances stay.
+    The embedding is added before the second norm, and sums are divided by the root of two, so that variances stay; in ADM
+    (arXiv:2105.05233) it scales and shifts what the norm gives, and sums are plain.
     """
 
     width: int
     resize: Resize = "same"
-    attention: bool = False
+    heads: int = 0  # of the attention; 0: none
+    taps: tuple[int, ...] = (1, 1)  # of the filter that resizes
+    adm: bool = False
     dropout: float = 0.0
     dtype: str = "float32"
     backend: str = "xla"
@@ -46,90 +74,104 @@ class UNetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         """x [B, H, W, D], embedding [B, E] -> [B, H', W', width]. Dropout acts where a key `dropout` is given."""
-        conv = functools.partial(_conv, dtype=self.dtype)
-        h = resized(nn.silu(_norm(x, "norm0")), self.resize)
+        norm = functools.partial(_norm, adm=self.adm)
+        conv = functools.partial(_conv, dtype=self.dtype, adm=self.adm)
+        dense = functools.partial(_dense, dtype=self.dtype, adm=self.adm)
+        keep = 1.0 if self.adm else 0.5**0.5
+        h = resized(nn.silu(norm(x, name="norm0")), self.resize, self.taps)
         h = conv(self.width, name="conv0")(h)
-        h = h + _dense(self.width, self.dtype, name="affine")(embedding)[:, None, None]
-        h = nn.silu(_norm(h, "norm1"))
-        h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(h)
-        h = conv(self.width, gain=1e-5, name="conv1")(h)
-        if x.shape[-1] != self.width or self.resize != "same":
-            x = conv(self.width, size=1, name="skip")(resized(x, self.resize))
-        x = (h + x) * 0.5**0.5
-        if not self.attention:
+        told = dense((1 + self.adm) * self.width, name="affine")(embedding)[:, None, None]
+        if self.adm:
+            scale, shift = jnp.split(told, 2, -1)
+            h = norm(h, name="norm1") * (1 + scale) + shift
+        else:
+            h = norm(h + told, name="norm1")
+        h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(nn.silu(h))
+        h = conv(self.width, gain=_NEARLY_0, name="conv1")(h)
+        mapped = x.shape[-1] != self.width or (self.resize != "same" and not self.adm)
+        x = resized(x, self.resize, self.taps)
+        if mapped:
+            x = conv(self.width, size=1, name="skip")(x)
+        x = (h + x) * keep
+        if not self.heads:
             return x
         batch, height, wide, width = x.shape
-        tokens = _norm(x, "norm2").reshape(batch, height * wide, width)
-        qkv = _dense(3 * width, self.dtype, gain=0.2**0.5, name="qkv")(tokens).reshape(*tokens.shape, 3)
-        q, k, v = (qkv[..., i][:, :, None] for i in range(3))
-        h = attend(q, k, v, causal=False, backend=self.backend)[:, :, 0]
-        h = _dense(width, self.dtype, gain=1e-5, name="proj")(h)
-        return (h.reshape(x.shape) + x) * 0.5**0.5
+        tokens = norm(x, name="norm2").reshape(batch, height * wide, width)
+        qkv = dense(3 * width, gain=0.2**0.5, name="qkv")(tokens)
+        qkv = qkv.reshape(batch, height * wide, self.heads, width // self.heads, 3)
+        h = attend(*(qkv[..., i] for i in range(3)), causal=False, backend=self.backend).reshape(tokens.shape)
+        h = dense(width, gain=_NEARLY_0, name="proj")(h)
+        return (h.reshape(x.shape) + x) * keep
 
 
-def _norm(x: jax.Array, name: str) -> jax.Array:
-    return GroupNorm(min(32, x.shape[-1] // 4), name=name)(x)
+def _norm(x: jax.Array, *, adm: bool = False, name: str) -> jax.Array:
+    return GroupNorm(min(32, x.shape[-1] // 4), 1e-5 if adm else 1e-6, name=name)(x)
 
 
-def _conv(features: int, *, size: int = 3, gain: float = 1.0, dtype: str, name: str) -> Conv:
-    return Conv(features, size, dtype=dtype, kernel_init=xavier_uniform(gain), bias_init=zeros, name=name)
+def _start(gain: float, adm: bool) -> tuple[Init | None, Init | None]:
+    """How kernel and bias begin: Xavier's kernels; in ADM uniform in +-1/sqrt(fan_in), zeros at the end of a branch."""
+    if not adm:
+        return xavier_uniform(gain), zeros
+    return (zeros, zeros) if gain == _NEARLY_0 else (None, None)
 
 
-def _dense(features: int, dtype: str = "float32", *, gain: float = 1.0, name: str, bias: bool = True) -> Dense:
-    init: Init = xavier_uniform(gain)
-    return Dense(features, (None, None), dtype=dtype, kernel_init=init, bias_init=zeros, bias=bias, name=name)
+def _conv(
+    features: int,
+    *,
+    size: int = 3,
+    gain: float = 1.0,
+    padding: int | None = None,
+    adm: bool = False,
+    dtype: str,
+    name: str,
+) -> Conv:
+    kernel, bias = _start(gain, adm)
+    return Conv(features, size, padding=padding, dtype=dtype, kernel_init=kernel, bias_init=bias, name=name)
 
 
-class DDPMpp(nn.Module):
-    """The U-Net of DDPM++: image, noise and class -> image."""
+def _dense(
+    features: int, dtype: str = "float32", *, gain: float = 1.0, name: str, bias: bool = True, adm: bool = False
+) -> Dense:
+    kernel, begin = _start(gain, adm)
+    return Dense(features, (None, None), dtype=dtype, kernel_init=kernel, bias_init=begin, bias=bias, name=name)
+
+
+class Pyramid(nn.Module):
+    """What the U-Nets share: down through the levels and up again."""
 
     width: int
     multiples: tuple[int, ...]  # of the width, a level each
     blocks: int  # of a level on the way down; one more on the way up
     attention: tuple[int, ...]  # sides of the levels that attend
     classes: int
-    augment: int = 0  # numbers that tell how an image was augmented
     dropout: float = 0.0
+    outputs: int = 1  # numbers that it gives for each of the image's
     dtype: str = "float32"
     remat: str = "none"
     backend: str = "xla"
 
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, noise: jax.Array, label: jax.Array | None = None, augment: jax.Array | None = None
-    ) -> jax.Array:
-        """[B, R, R, C] -> [B, R, R, C] float32.
-
-        Args:
-            noise: [B] or [].
-            label: [B, classes], one-hot, all zeros for no class; None: no class.
-            augment: [B, augment]; None: as it is.
-        """
-        noise = jnp.broadcast_to(noise, x.shape[:1])
-        embedding = waves(noise, self.width)
-        if self.classes:
-            label = jnp.zeros((1, self.classes)) if label is None else label
-            embedding = embedding + _dense(self.width, name="label")(label * self.classes**0.5)
-        if self.augment:
-            extra = _dense(self.width, bias=False, name="augment")
-            augment = jnp.zeros((1, self.augment)) if augment is None else augment
-            embedding = embedding + extra(augment)
-        for i in range(2):
-            embedding = nn.silu(_dense(4 * self.width, name=f"embed{i}")(embedding))
-
-        kind: Any = UNetBlock if self.remat == "none" else nn.remat(UNetBlock, policy=REMAT[self.remat])
+    def levels(self, x: jax.Array, embedding: jax.Array, kind: str, head_dim: int | None = None) -> jax.Array:
+        """Image [B, R, R, C] and embedding [B, E] -> [B, R, R, outputs C] float32. A `head_dim` of None: one head."""
+        adm, taps = kind == "adm", TAPS[kind]
+        made: Any = UNetBlock if self.remat == "none" else nn.remat(UNetBlock, policy=REMAT[self.remat])
+        conv = functools.partial(_conv, dtype=self.dtype, adm=adm)
 
         def block(width: int, name: str, resize: Resize = "same", attention: bool = False) -> Any:
-            made = kind(width, resize, attention, self.dropout, self.dtype, self.backend, name=name)
-            return functools.partial(made, embedding=embedding)
+            heads = (width // head_dim if head_dim else 1) if attention else 0
+            one = made(width, resize, heads, taps, adm, self.dropout, self.dtype, self.backend, name=name)
+            return functools.partial(one, embedding=embedding)
 
-        side, channels, skips = x.shape[1], x.shape[-1], []
-        h = _conv(self.width, dtype=self.dtype, name=f"enc_{side}_conv")(x)
+        side, channels, skips, image = x.shape[1], x.shape[-1], [], x
+        h = conv(self.width * (self.multiples[0] if adm else 1), name=f"enc_{side}_conv")(x)
         for level, multiple in enumerate(self.multiples):
             if level:
                 skips.append(h)
                 side //= 2
                 h = block(h.shape[-1], f"enc_{side}_down", "half")(h)
+                if kind == "ncsn++":
+                    # wide enough for the filter to find no border, and halved after it
+                    image = conv(h.shape[-1], padding=len(taps) // 2, name=f"enc_{side}_aux_residual")(image)
+                    image = h = (h + resized(image, "half", taps, 0)) * 0.5**0.5
             for i in range(self.blocks):
                 skips.append(h)
                 h = block(multiple * self.width, f"enc_{side}_block{i}", attention=side in self.attention)(h)
@@ -142,11 +184,73 @@ class DDPMpp(nn.Module):
                 side *= 2
                 h = block(h.shape[-1], f"dec_{side}_up", "twice")(h)
             for i in range(self.blocks + 1):
-                attends = side in self.attention and i == self.blocks
+                attends = side in self.attention and (adm or i == self.blocks)
                 h = jnp.concatenate([h, skips.pop()], -1)
                 h = block(multiple * self.width, f"dec_{side}_block{i}", attention=attends)(h)
         # float32: x0 has more levels than bfloat16
-        return _conv(channels, gain=1e-5, dtype="float32", name="out")(nn.silu(_norm(h, "norm")))
+        out = _conv(self.outputs * channels, gain=_NEARLY_0, adm=adm, dtype="float32", name="out")
+        return out(nn.silu(_norm(h, adm=adm, name="norm")))
+
+
+class DDPMpp(Pyramid):
+    """The U-Nets DDPM++ and NCSN++ (arXiv:2011.13456, as EDM's `SongUNet` has them): image, noise and class -> image."""
+
+    augment: int = 0  # numbers that tell how an image was augmented
+    kind: Kind = "ddpm++"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        noise: jax.Array,
+        label: jax.Array | None = None,
+        augment: jax.Array | None = None,
+        frequencies: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, R, R, C] -> [B, R, R, outputs C] float32.
+
+        Args:
+            noise: [B] or [].
+            label: [B, classes], one-hot, all zeros for no class; None: no class.
+            augment: [B, augment]; None: as it is.
+            frequencies: [N] of the noise's embedding in NCSN++; DDPM++ has fixed ones.
+        """
+        noise = jnp.broadcast_to(noise, x.shape[:1])
+        embedding = waves(noise, self.width) if frequencies is None else fourier(noise, frequencies)
+        wide = embedding.shape[-1]
+        if self.classes:
+            label = jnp.zeros((1, self.classes)) if label is None else label
+            embedding = embedding + _dense(wide, name="label")(label * self.classes**0.5)
+        if self.augment:
+            extra = _dense(wide, bias=False, name="augment")
+            augment = jnp.zeros((1, self.augment)) if augment is None else augment
+            embedding = embedding + extra(augment)
+        for i in range(2):
+            embedding = nn.silu(_dense(4 * self.width, name=f"embed{i}")(embedding))
+        return self.levels(x, embedding, self.kind)
+
+
+class Ablated(Pyramid):
+    """The U-Net of ADM (arXiv:2105.05233, as EDM's `DhariwalUNet` has it): image, noise and class -> image."""
+
+    head_dim: int = 64  # a block of fewer channels does not attend
+
+    @nn.compact
+    def __call__(self, x: jax.Array, noise: jax.Array, label: jax.Array | None = None) -> jax.Array:
+        """[B, R, R, C] -> [B, R, R, outputs C] float32.
+
+        Args:
+            noise: [B] or [].
+            label: [B, classes], one-hot, all zeros for no class; None: no class.
+        """
+        dense = functools.partial(_dense, 4 * self.width, adm=True)
+        codes = jnp.roll(waves(jnp.broadcast_to(noise, x.shape[:1]), self.width, last=False), self.width // 2, -1)
+        embedding = dense(name="embed1")(nn.silu(dense(name="embed0")(codes)))  # cosines come first
+        if self.classes:
+            label = jnp.zeros((1, self.classes)) if label is None else label
+            table = Dense(4 * self.width, (None, None), kernel_init=normal(1.0), bias=False, name="label")
+            embedding = embedding + table(label)
+        return self.levels(x, nn.silu(embedding), "adm", self.head_dim)
 
 
 class DiT(nn.Module):
@@ -161,13 +265,14 @@ class DiT(nn.Module):
     head_dim: int
     patch: int
     classes: int
+    outputs: int = 1  # numbers that it gives for each of the image's
     dtype: str = "float32"
     remat: str = "none"
     backend: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array, noise: jax.Array, label: jax.Array | None = None) -> jax.Array:
-        """[B, R, R, C] -> [B, R, R, C] float32; zeros from fresh parameters.
+        """[B, R, R, C] -> [B, R, R, outputs C] float32; zeros from fresh parameters.
 
         Args:
             noise: [B] or [].
@@ -192,5 +297,5 @@ class DiT(nn.Module):
         h, _ = trunk(h, modulation=fresh_zeros(6 * self.width, "modulation", bias=False)(condition))
         shift, scale = jnp.split(fresh_zeros(2 * self.width, "last")(condition)[:, None], 2, axis=-1)
         # float32: x0 has more levels than bfloat16
-        out = fresh_zeros(tokens.shape[-1], "out")(modulated(h.astype(jnp.float32), shift, scale))
-        return unpatchify(out, self.patch, x.shape[-1])
+        out = fresh_zeros(self.outputs * tokens.shape[-1], "out")(modulated(h.astype(jnp.float32), shift, scale))
+        return unpatchify(out, self.patch, self.outputs * x.shape[-1])

@@ -5,26 +5,29 @@ B images, S pixels a side, C channels; x = x0 + sigma n. Its samples come from a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from zoo.diffusion.levels import LogNormal
-from zoo.diffusion.precondition import Precondition
+from zoo.diffusion.precondition import Precondition, iddpm_levels
 from zoo.diffusion.sampling import Conditions, DenoiserSampling, draw, guided
+from zoo.dist import unbox
 from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Dtype, Layers, Positive, Side, Size, SizeOr0, Some, check_fields
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.transformer import Remat
-from zoo.papers.edm.networks import DDPMpp, DiT
-from zoo.task import About, Batch, Params, image_spec, sample_keys
+from zoo.papers.edm.networks import Ablated, DDPMpp, DiT, Kind
+from zoo.papers.edm.official import LICENCE, names
+from zoo.task import About, Batch, Name, Params, image_spec, sample_keys
 
 
 @dataclass(frozen=True)
-class UNet:
-    """The U-Net of DDPM++; with `attention=(16,)` that of CIFAR-10."""
+class _Pyramid:
+    """What the U-Nets share."""
 
     width: Size = 128
     multiples: Some[Size] = (2, 2, 2)  # of the width, a level each
@@ -57,6 +60,40 @@ class UNet:
 
 
 @dataclass(frozen=True)
+class UNet(_Pyramid):
+    """The U-Net of DDPM++ or NCSN++; with `attention=(16,)` that of CIFAR-10.
+
+    NCSN++ has random frequencies for the noise, twice as many, a wider filter between levels, and brings the image to each level
+    (arXiv:2206.00364, table 7).
+    """
+
+    kind: Kind = "ddpm++"
+    augment: SizeOr0 = 0  # numbers that tell how an image was augmented: 9 in published networks; unused here
+
+
+@dataclass(frozen=True)
+class ADM(_Pyramid):
+    """The U-Net of ADM (arXiv:2105.05233); the defaults are ImageNet-64's. All blocks of a level that attends do."""
+
+    width: Size = 192
+    multiples: Some[Size] = (1, 2, 3, 4)
+    blocks: Layers = 3
+    attention: tuple[Side, ...] = (32, 16, 8)
+    dropout: Below1 = 0.1
+    head_dim: Size = 64  # channels of a head; blocks with fewer do not attend
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for width in (multiple * self.width for multiple in self.multiples):
+            heads = width // self.head_dim
+            if heads and width % heads:
+                raise UserError(
+                    f"task.network.head_dim={self.head_dim} gives a level of {width} channels {heads} heads, which do not divide "
+                    f"it; choose a divisor, e.g. task.network.head_dim={math.gcd(width, self.head_dim)}"
+                )
+
+
+@dataclass(frozen=True)
 class Transformer:
     """A transformer over patches, modulated by noise and class; the defaults are DiT-S/2's (arXiv:2212.09748, table 1)."""
 
@@ -81,7 +118,8 @@ class Edm:
     image: Side = 32
     channels: Size = 3
     classes: SizeOr0 = 0  # 0: unconditional
-    network: UNet | Transformer = UNet()
+    network: UNet | ADM | Transformer = UNet()
+    precondition: Literal["edm", "vp", "ve", "iddpm"] = "edm"  # others than edm: for published networks of older models
     data: Positive = 0.5  # standard deviation of the data
     noise: LogNormal = LogNormal()  # levels of training steps
     drop: Below1 = 0.1  # probability that a label is dropped in training
@@ -99,22 +137,42 @@ class Edm:
         self.network.check_image(self.image)
         if self.low >= self.high:
             raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
+        low, high = self._door.sigmas
+        if self.low >= high or self.high <= low:
+            raise UserError(
+                f"task.precondition={self.precondition!r} has levels from {low:g} to {high:g}, and task.low={self.low:g} to "
+                f"task.high={self.high:g} has none of them; leave both as they are"
+            )
 
     @property
     def about(self) -> About:
-        """Nothing but its classes."""
-        return About(classes=self.classes)
+        """What the network is told besides parameters that learn is held; a U-Net has a published layout."""
+        buffers = ("buffers",) if self._fourier or self.precondition == "iddpm" else ()
+        if isinstance(self.network, Transformer):
+            lacks = {"import_names": "a transformer has none"}
+            return About(classes=self.classes, buffers=buffers, lacks=lacks)
+        return About(classes=self.classes, buffers=buffers, licence=LICENCE)
 
     @property
     def sigmas(self) -> tuple[float, float]:
-        """Lowest and highest level."""
-        return self.low, self.high
+        """Lowest and highest level: those of the fields, within what the preconditioning knows."""
+        low, high = self._door.sigmas
+        return max(self.low, low), min(self.high, high)
 
     @property
-    def _net(self) -> DDPMpp | DiT:
+    def _door(self) -> Precondition:
+        return Precondition(self.precondition, self.data)
+
+    @property
+    def _fourier(self) -> bool:
+        return isinstance(self.network, UNet) and self.network.kind == "ncsn++"
+
+    @property
+    def _net(self) -> DDPMpp | Ablated | DiT:
         n = self.network
         same: dict[str, Any] = {
             "classes": self.classes,
+            "outputs": self._door.outputs,
             "dtype": self.dtype,
             "remat": self.remat,
             "backend": self.attention,
@@ -122,28 +180,39 @@ class Edm:
         }
         if isinstance(n, Transformer):
             return DiT(n.width, n.depth, n.head_dim, n.patch, **same)
-        return DDPMpp(n.width, n.multiples, n.blocks, n.attention, dropout=n.dropout, **same)
+        same |= {"multiples": n.multiples, "blocks": n.blocks, "attention": n.attention, "dropout": n.dropout}
+        if isinstance(n, ADM):
+            return Ablated(n.width, head_dim=n.head_dim, **same)
+        return DDPMpp(n.width, augment=n.augment, kind=n.kind, **same)
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1], and `label` [B] for a class-conditional model."""
         return image_spec(batch, self.image, self.channels, self.classes)
 
     def init(self, rng: jax.Array) -> Params:
-        """Fresh parameters: the output is nearly zero, so x0 begins as c_skip x."""
-        image = jnp.zeros((1, self.image, self.image, self.channels))
-        made: Any = self._net.init(rng, image, jnp.zeros(1))
-        return {"net": made["params"]}
+        """Fresh parameters: the output is nearly zero, so x0 begins as c_skip x.
+
+        `buffers`: the `frequencies` [N] of NCSN++, the `levels` [1001] of iDDPM.
+        """
+        image, buffers = jnp.zeros((1, self.image, self.image, self.channels)), {}
+        if self._fourier:
+            buffers["frequencies"] = 16 * jax.random.normal(jax.random.fold_in(rng, 1), (self.network.width,))
+        if self.precondition == "iddpm":
+            buffers["levels"] = jnp.asarray(iddpm_levels())
+        made: Any = self._net.init(rng, image, jnp.zeros(1), **_frequencies(buffers))
+        return {"net": made["params"], **({"buffers": buffers} if buffers else {})}
 
     def _x0(
         self, params: Params, x: jax.Array, sigma: jax.Array, label: jax.Array | None, rngs: Any = None
     ) -> jax.Array:
         hot = None if label is None or not self.classes else jax.nn.one_hot(label, self.classes)
+        buffers = params.get("buffers", {})
 
         def network(z: jax.Array, noise: jax.Array) -> jax.Array:
-            found: Any = self._net.apply({"params": params["net"]}, z, noise, hot, rngs=rngs)
+            found: Any = self._net.apply({"params": params["net"]}, z, noise, hot, **_frequencies(buffers), rngs=rngs)
             return found
 
-        return Precondition("edm", self.data).denoise(network, x, sigma)
+        return self._door.denoise(network, x, sigma, buffers.get("levels"))
 
     def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """E[x0 | x] [B, S, S, C] in float32; a label below 0, or none, is no class."""
@@ -151,6 +220,8 @@ class Edm:
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean over images and numbers of (sigma^2 + data^2) / (sigma data)^2 |x0 - image|^2.
+
+        In the older preconditionings the weight is 1 / sigma^2; the levels are those of `noise` all the same.
 
         Metrics: `x0_error`, the root mean square of x0 - image without the weight.
         """
@@ -161,7 +232,7 @@ class Edm:
             label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
         x = image + sigma[:, None, None, None] * jax.random.normal(noise_rng, image.shape)
         square = jnp.square(self._x0(params, x, sigma, label, {"dropout": net_rng}) - image).mean((1, 2, 3))
-        loss = (Precondition("edm", self.data).weight(sigma) * square).mean()
+        loss = (self._door.weight(sigma) * square).mean()
         return loss, {"x0_error": jnp.sqrt(square.mean())}
 
     def sample(
@@ -194,3 +265,15 @@ class Edm:
         image = draw(plan, guide, keys, (self.image, self.image, self.channels))
         drawn = {"image": jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)}
         return drawn if label is None else {**drawn, "label": label}
+
+    def import_names(self) -> list[Name]:
+        """The layout of the official PyTorch networks, `EDMPrecond` and its older siblings."""
+        if isinstance(self.network, Transformer):
+            return []
+        params = jax.eval_shape(lambda: unbox(self.init(jax.random.key(0))))
+        return names(params, self.image, "adm" if isinstance(self.network, ADM) else self.network.kind)
+
+
+def _frequencies(buffers: Params) -> Params:
+    """What of the buffers is an argument of the network."""
+    return {key: value for key, value in buffers.items() if key == "frequencies"}
