@@ -41,7 +41,7 @@ from zoo.task import (
     is_text,
     options_of,
 )
-from zoo.train import optim
+from zoo.train import averages, optim
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.report import class_name, grid
 from zoo.train.step import abstract_state
@@ -400,7 +400,7 @@ def open_model(
     assert found is not None
     step, params, ema = found
     average = bool(run.ema) and not raw
-    params = {**params, **ema} if average else params
+    params = {**params, **averages.first(run.ema, ema)} if average else params
     return Model(run.task, params, "ema" if average else "raw", step, run.data, labels, folder, run)
 
 

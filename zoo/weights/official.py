@@ -39,6 +39,12 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         return _read_folder(path)
     if not path.is_file():
         raise UserError(f"{path} is no file; give a checkpoint in .safetensors, .npz or .pth format")
+    if path.suffix in (".pkl", ".pickle"):
+        raise UserError(
+            f"{path} is a pickle, which may run code when it is read, and is refused; where you trust it, load it with the code "
+            "that wrote it and save the network's tensors alone: safetensors.torch.save_file(loaded['ema'].state_dict(), "
+            f"'{path.with_suffix('.safetensors').name}')"
+        )
     if path.suffix == ".safetensors":
         state = read_safetensors(path)[0]
     elif path.suffix == ".npz":
