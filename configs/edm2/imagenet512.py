@@ -89,7 +89,7 @@ smoke = replace(
         channels=2,
         classes=2,
         inputs="latents",
-        network=edm2.UNet(width=8, multiples=(1, 1), blocks=1, attention=(2,), head_dim=4, uncertainty=8),
+        network=edm2.UNet(width=8, multiples=(1,), blocks=1, attention=(), head_dim=4, uncertainty=8),
         vae=SMALL,
         dtype="bfloat16",
     ),

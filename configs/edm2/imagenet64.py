@@ -62,7 +62,7 @@ smoke = replace(
         image=4,
         channels=3,
         classes=2,
-        network=edm2.UNet(width=8, multiples=(1, 1), blocks=1, attention=(2,), head_dim=4, dropout=0.1, uncertainty=8),
+        network=edm2.UNet(width=8, multiples=(1, 1), blocks=1, attention=(), head_dim=4, dropout=0.1, uncertainty=8),
         dtype="bfloat16",
         remat="full",
     ),
