@@ -30,22 +30,15 @@ from zoo.task import Denoises, Params, Prepares, Samples
 from zoo.train import averages
 from zoo.train.averages import Power
 from zoo.train.optim import AdamW
-from zoo.train.step import init_state, make_train_step
+from zoo.train.step import init_state, make_train_step, split
 from zoo.weights.official import from_official, read_state_dict, to_official, write_state_dict
 
 NAMES = {
-    "model_channels": "width",
-    "num_blocks": "blocks",
-    "channels_per_head": "head_dim",
-    "channel_mult_noise": "noise_multiple",
-    "channel_mult_emb": "embedding_multiple",
-    "res_balance": "residual_balance",
-    "attn_balance": "attention_balance",
-    "concat_balance": "skip_balance",
-    "clip_act": "clip",
-    "logvar_channels": "uncertainty",
-    "dropout": "dropout",
-}
+    "model_channels": "width", "channel_mult": "multiples", "num_blocks": "blocks", "attn_resolutions": "attention", "dropout": "dropout",
+    "channels_per_head": "head_dim", "channel_mult_noise": "noise_multiple", "channel_mult_emb": "embedding_multiple",
+    "res_balance": "residual_balance", "attn_balance": "attention_balance", "concat_balance": "skip_balance", "clip_act": "clip",
+    "resample_filter": "taps", "logvar_channels": "uncertainty",
+}  # fmt: skip
 
 
 def nhwc(x: np.ndarray) -> jax.Array:
@@ -54,16 +47,9 @@ def nhwc(x: np.ndarray) -> jax.Array:
 
 def task_of(given: dict[str, Any]) -> Edm2:
     net = {ours: given[theirs] for theirs, ours in NAMES.items() if theirs in given}
-    for theirs, ours in (("channel_mult", "multiples"), ("attn_resolutions", "attention"), ("resample_filter", "taps")):
-        if theirs in given:
-            net[ours] = tuple(given[theirs])
-    return Edm2(
-        image=given["img_resolution"],
-        channels=given["img_channels"],
-        classes=given["label_dim"],
-        network=UNet(**net),
-        data=given.get("sigma_data", 0.5),
-    )
+    net = {name: tuple(value) if isinstance(value, list) else value for name, value in net.items()}
+    sizes = given["img_resolution"], given["img_channels"], given["label_dim"]
+    return Edm2(*sizes, network=UNet(**net), data=given.get("sigma_data", 0.5))
 
 
 class Golden:
@@ -74,12 +60,8 @@ class Golden:
         self.meta = json.loads(bytes(self.f["meta_json"]).decode())
         if made in self.meta:
             self.task = task_of(self.meta[made])
-            self.params = self.read(prefix)
-
-    def read(self, prefix: str) -> Params:
-        """Official tensors in our layout."""
-        state = {key.removeprefix(prefix): x for key, x in self.f.items() if key.startswith(prefix)}
-        return from_official(self.task, state)
+            state = {key.removeprefix(prefix): x for key, x in self.f.items() if key.startswith(prefix)}
+            self.params = from_official(self.task, state)
 
     def denoise(self, params: Params, x: jax.Array, sigma: Any, hot: Any) -> jax.Array:
         kind = Precondition("edm", self.task.data)
@@ -101,7 +83,7 @@ def near(found: Any, wanted: np.ndarray, atol: float, name: str = "", rtol: floa
 @pytest.mark.parametrize("name", ["cond", "options"])
 def test_network_denoisers_and_loss_equal_the_official_numbers(name: str, golden: Golden) -> None:
     g = golden if name == "cond" else Golden(name)
-    f, task, precondition = g.f, g.task, Precondition("edm", g.task.data)
+    f, task = g.f, g.task
     level = jnp.exp(-0.4 + jnp.asarray(f["loss_rnd_normal"]).ravel())
     y, hot, none = nhwc(f["images"]), f.get("class_labels"), np.zeros((len(f["x"]), 7), np.float32)
     noisy = y + level[:, None, None, None] * nhwc(f["loss_noise_unit"])
@@ -114,6 +96,10 @@ def test_network_denoisers_and_loss_equal_the_official_numbers(name: str, golden
     if hot is not None:
         rows["D_no_label"] = nhwc(f["x"]), f["sigma"], none
         rows["D_soft"] = nhwc(f["x"]), f["sigma"], f["class_labels_soft"]
+        drawn = Golden("sampler", "").f  # the calls of a whole trajectory
+        f = {**f, "heun_eval_D": drawn["heun_eval_D"].reshape(-1, *f["x"].shape[1:])}
+        path = nhwc(drawn["heun_eval_x"].reshape(f["heun_eval_D"].shape))
+        rows["heun_eval_D"] = path, np.repeat(drawn["heun_eval_sigma"], 2), np.tile(drawn["class_labels"], (11, 1))
     x, sigma = (jnp.concatenate([row[i] for row in rows.values()]) for i in range(2))
     label = None if hot is None else jnp.concatenate([row[2] for row in rows.values()])
 
@@ -127,10 +113,11 @@ def test_network_denoisers_and_loss_equal_the_official_numbers(name: str, golden
             seen.update(state["intermediates"], F=raw, emb_fourier=waves)
             return raw
 
-        return precondition.denoise(network, x, sigma), seen, task.log_variance(p, sigma)
+        return Precondition("edm", task.data).denoise(network, x, sigma), seen, task.log_variance(p, sigma)
 
     x0, parts, u = everything(g.params)
-    found = dict(zip(rows, np.split(np.asarray(x0), len(rows))))
+    ends = np.cumsum([len(row[0]) for row in rows.values()])
+    found = dict(zip(rows, np.split(np.asarray(x0), ends[:-1])))
     head = slice(len(f["x"]))
     found |= {"F": parts["F"][head], "emb_fourier": parts["emb_fourier"][head], "logvar": u[head]}
     found["emb_noise"] = parts["noise"]["__call__"][0][head]
@@ -198,7 +185,7 @@ def test_samples_equal_the_official_numbers_guided_by_a_second_network_too(golde
     none = jnp.zeros((len(heun.sigma), *nhwc(f["noise"]).shape))
     near(sample(models, heun, none, jnp.float32(0)), nhwc(f["heun_out"]), 2e-4)
     near(sample(models, heun, none, jnp.float32(meta["guidance"] - 1)), nhwc(f["guided_out"]), 1e-3, rtol=1e-4)
-    churned = Churn(churn["S_churn"], churn["S_min"], churn["S_max"], churn["S_noise"]).plan(Levels().grid(steps))
+    churned = Churn(*churn.values()).plan(Levels().grid(steps))
     used = [i for i, s in enumerate(Levels().grid(steps)) if churn["S_min"] <= s <= churn["S_max"]]
     draws = none.at[2 * np.asarray(used)].set(nhwc(f["churn_noise"]))
     near(sample(models, churned, draws, jnp.float32(0)), nhwc(f["churn_out"]), 2e-4)
@@ -238,23 +225,20 @@ def test_three_training_steps_and_both_averages_equal_the_official_numbers() -> 
     )
     np.testing.assert_allclose([optimiser.learning_rate(3)(i) for i in range(3)], f["lrs"], rtol=1e-6)
     built = optimiser.build(3)
-    prepared = task.before_step({k: v for k, v in g.params.items() if k != "fourier"})
     state = drawn(lambda seed: dist.unbox(init_state(task, built, seed, ema)), 0)
-    trained = {k: v for k, v in g.params.items() if k != "fourier"}
+    trained, _ = split(task, g.params)
     state = state.replace(params=g.params, ema=averages.begin(ema, trained), opt=built.init(trained))
     step = jax.jit(make_train_step(task, built, ema=ema))
-    batches = [
-        {
-            "image": nhwc(f["images"][i]),
-            "sigma": jnp.exp(-0.4 + jnp.asarray(f["loss_rnd_normal"][i]).ravel()),
-            "noise": nhwc(f["loss_noise_unit"][i]),
-            "hot": jnp.asarray(f["class_labels"][i]),
-        }
-        for i in range(3)
-    ]
+    sigma = jnp.exp(-0.4 + jnp.asarray(f["loss_rnd_normal"]))[:, :, 0, 0, 0]
+    batches = {
+        "image": nhwc(f["images"]),
+        "sigma": sigma,
+        "noise": nhwc(f["loss_noise_unit"]),
+        "hot": f["class_labels"],
+    }
     losses = []
-    for i, batch in enumerate(batches):
-        state, metrics = step(state, batch)
+    for i in range(3):
+        state, metrics = step(state, {key: x[i] for key, x in batches.items()})
         losses.append(float(metrics["loss"]) * numbers)
         if i == 0:  # Adam's first moment after a step is a tenth of the gradient
             moments = [s.mu for s in jax.tree.leaves(state.opt, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
@@ -271,12 +255,15 @@ def test_three_training_steps_and_both_averages_equal_the_official_numbers() -> 
                 near(ours[key.removeprefix(prefix)], f[key], bound, key, 1e-5)
 
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads))
-    compare("normalised0:", prepared, 1e-6)
+    compare("normalised0:", task.before_step(trained), 1e-6)
     compare("grad0:", grads, 1e-4, relative=True)
-    compare("after:", {k: v for k, v in state.params.items() if k != "fourier"}, 5e-6)
+    compare("after:", state.params, 5e-6)
     for std in ("0.050", "0.100"):
         compare(f"ema-{std}:", state.ema[f"{float(std):g}"], 5e-6)
-    assert averages.first(ema, state.ema) is state.ema["0.05"]
+    assert averages.chosen(ema, state.ema) is state.ema["0.05"]
+    assert averages.chosen(ema, state.ema, 0.1) is state.ema["0.1"]
+    with told("ema=0.3", "0.05, 0.1"):
+        averages.chosen(ema, state.ema, 0.3)
 
 
 def test_formulas_of_averages_and_learning_rates_equal_the_official_numbers() -> None:
@@ -297,15 +284,15 @@ def test_formulas_of_averages_and_learning_rates_equal_the_official_numbers() ->
 # --- published weights ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("size", "channels", "classes", "count"),
-    [
-        ("xxs", 4, 1000, 31_309_029),
-        ("xs", 4, 0, 124_201_253),
-        ("s", 3, 1000, 280_209_381),
-        ("xxl", 4, 1000, 1_523_164_773),
-    ],
-)
+SIZES = [
+    ("xxs", 4, 1000, 31_309_029),
+    ("xs", 4, 0, 124_201_253),
+    ("s", 3, 1000, 280_209_381),
+    ("xxl", 4, 1000, 1_523_164_773),
+]
+
+
+@pytest.mark.parametrize(("size", "channels", "classes", "count"), SIZES)
 def test_published_sizes_have_the_published_counts(size: Any, channels: int, classes: int, count: int) -> None:
     task = edm2.sized(size, channels=channels, classes=classes)
     shapes = weights.flatten(weights.abstract(task))
@@ -358,15 +345,11 @@ def params() -> Params:
     return jax.tree.map(lambda x: jnp.full_like(x, 0.7) if x.ndim == 0 else x, fresh(TASK))
 
 
-@pytest.fixture(scope="module")
-def denoise() -> Any:
-    return jax.jit(TASK.denoise)
-
-
 X, LEVEL = jax.random.normal(jax.random.key(0), (3, 4, 4, 2)), jnp.array([0.1, 1.0, 9.0])
 
 
-def test_it_denoises_in_float32_whatever_the_length_of_its_weights(params: Params, denoise: Any) -> None:
+def test_it_denoises_in_float32_whatever_the_length_of_its_weights(params: Params) -> None:
+    denoise = jax.jit(TASK.denoise)
     assert isinstance(TASK, Denoises)
     assert isinstance(TASK, Samples)
     one, other, none = (denoise(params, X, LEVEL, {"label": jnp.full(3, label)}) for label in (0, 1, -1))
@@ -377,8 +360,9 @@ def test_it_denoises_in_float32_whatever_the_length_of_its_weights(params: Param
     near(denoise(longer, X, LEVEL, {"label": jnp.zeros(3, jnp.int32)}), one, 1e-3)
     for sigma in TASK.sigmas:
         assert np.isfinite(denoise(params, X * sigma, jnp.full(3, sigma), {"label": jnp.zeros(3, jnp.int32)})).all()
-    rough = jax.jit(dataclasses.replace(TASK, dtype="bfloat16").denoise)
-    half = rough(params, X, LEVEL, {"label": jnp.zeros(3, jnp.int32)})
+    half = jax.jit(dataclasses.replace(TASK, dtype="bfloat16").denoise)(
+        params, X, LEVEL, {"label": jnp.zeros(3, jnp.int32)}
+    )
     assert half.dtype == jnp.float32
     assert 1e-6 < np.abs(half - one).max() < 0.05
     skip = Precondition("edm", TASK.data).coefficients(LEVEL)[0][:, None, None, None]

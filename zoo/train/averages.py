@@ -44,8 +44,9 @@ Average: TypeAlias = Below1 | Power | Some[Power]
 
 def check(ema: Average) -> None:
     """UserError for two averages of one width."""
-    if isinstance(ema, tuple) and (twice := sorted({p.width for p in ema if ema.count(p) > 1})):
-        raise UserError(f"ema lists the width {twice[0]:g} twice; keep one, or give another width")
+    names = [f"{power.width:g}" for power in ema] if isinstance(ema, tuple) else []
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"ema lists the width {twice[0]} twice; keep one, or give another width")
 
 
 def begin(ema: Average, trained: Params) -> Params:
@@ -68,6 +69,16 @@ def update(ema: Average, average: Params, trained: Params, step: jax.Array) -> P
     return optax.incremental_update(trained, average, 1 - decay)
 
 
-def first(ema: Average, average: Params) -> Params:
-    """The average that samples, metrics and exports take: of several the one that is named first."""
-    return average[f"{ema[0].width:g}"] if isinstance(ema, tuple) else average
+def chosen(ema: Average, average: Params, width: float | None = None) -> Params:
+    """The average of this width; None: the one that samples, metrics and exports take, of several that named first.
+
+    UserError where none is kept of this width.
+    """
+    powers = ema if isinstance(ema, tuple) else (ema,) if isinstance(ema, Power) else ()
+    names = [f"{power.width:g}" for power in powers]
+    if width is not None and f"{width:g}" not in names:
+        way = f"choose one of {', '.join(names)}" if names else "leave ema out"
+        raise UserError(f"ema={width:g}: the run keeps no average of this width; {way}")
+    if not isinstance(ema, tuple):
+        return average
+    return average[names[0] if width is None else f"{width:g}"]

@@ -273,7 +273,7 @@ class _Watch:
         evals = [(i, m) for i, m in enumerate(run.evals) if self.due(step, m.every)]
         if not sheet and not evals:
             return []
-        params: Params = {**state.params, **averages.first(run.ema, state.ema)}
+        params: Params = {**state.params, **averages.chosen(run.ema, state.ema)}
         with self.report.away():
             if sheet and self.draw is not None:
                 drawn = hosts.fetch(self.draw(params, key_of(run.seed, Use.LOOKS), self.conditions))
