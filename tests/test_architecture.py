@@ -39,17 +39,18 @@ MAY = {
     "metrics": {"encoders", "flows", "diffusion", "data", "dist", "hosts", "weights"},
     "train.optim": set(),
     "train.report": {"paths", "train.tracking"},
-    "train.step": {"draws", "dist"},
+    "train.averages": set(),
+    "train.step": {"draws", "dist", "train.averages"},
     "train.tracking": set(),
     "train.checkpoint": {"hosts", "paths", "weights", "train.step"},
-    "run": {"dist", "data", "train.optim"},
+    "run": {"dist", "data", "train.averages", "train.optim"},
     "models": {
         "config", "dist", "data", "draws", "encoders", "paths", "run", "weights",
-        "train.optim", "train.step", "train.checkpoint", "train.report",
+        "train.averages", "train.optim", "train.step", "train.checkpoint", "train.report",
     },
     "train.loop": {
         "config", "dist", "data", "draws", "hosts", "models", "paths", "run", "weights",
-        "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",
+        "train.averages", "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",
     },
     "commands": {
         "config", "dist", "data", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights", "metrics",

@@ -59,6 +59,7 @@ ABILITIES: dict[str, dict[str, Any]] = {
     "feature_map": {"feature_map": lambda self, params, batch: batch["image"] + params["mean"]},
     "logits": {"logits": lambda self, params, batch: batch["image"].mean((1, 2)) + params["mean"].ravel()[:2]},
     "crops": {"crops": lambda self, batch, rng: batch["image"][:, 1:, 1:]},
+    "before_step": {"before_step": lambda self, trained: jax.tree.map(lambda x: jnp.clip(x, -1, 1), trained)},
     "after_step": {
         "about": About(buffers=("seen",)),
         "after_step": lambda self, params, metrics: {**params, "seen": params["seen"] + 1},

@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         "Write the weights of a run, or of a config that are all given, for others.",
         "MODEL",
         "OUT",
-        fields="options of the sampler that --format stablehlo writes, e.g. solver=tada nfe=8 guidance=1",
+        fields="options of the sampler that --format stablehlo writes, e.g. solver=tada nfe=8 guidance=1; ema=WIDTH for one of "
+        "several averages",
     )
     sub.add_argument("--format", choices=("zoo", "official", "stablehlo"), default="zoo")
     sub.add_argument(
@@ -559,7 +560,7 @@ def _described(task: Any, path: str, way: str) -> Any:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from zoo import dist, models
+    from zoo import config, dist, models
     from zoo.commands.weights import export
 
     dist.start()
@@ -567,8 +568,11 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError(
             f"{args.out}: exports are written here; give a local folder and copy it with `gcloud storage cp -r`"
         )
-    model = models.open_model(args.model, raw=args.raw, allow=args.allow)
-    print(export(model, Path(args.out), args.format, args.samples, args.fields, args.allow))
+    widths = [field.removeprefix("ema=") for field in args.fields if field.startswith("ema=")]
+    fields = [field for field in args.fields if not field.startswith("ema=")]
+    ema = config.parse(widths[-1], float, "ema") if widths else None
+    model = models.open_model(args.model, raw=args.raw, ema=ema, allow=args.allow)
+    print(export(model, Path(args.out), args.format, args.samples, fields, args.allow))
     return 0
 
 

@@ -41,7 +41,7 @@ from zoo.task import (
     is_text,
     options_of,
 )
-from zoo.train import optim
+from zoo.train import averages, optim
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.report import class_name, grid
 from zoo.train.step import abstract_state
@@ -354,6 +354,7 @@ def open_model(
     fields: Sequence[str] = (),
     *,
     raw: bool = False,
+    ema: float | None = None,
     allow: Sequence[str] = (),
     on_host: bool = False,
 ) -> Model:
@@ -364,6 +365,7 @@ def open_model(
     Args:
         fields: overrides of a config, such as `weights.vae=OUT`.
         raw: the last weights even where the run keeps an average.
+        ema: the width of the average, for a run that keeps several; None: the one named first.
         allow: packages besides zoo whose classes the config may name.
         on_host: leave the parameters in the host's memory, for who shares them out among devices himself.
 
@@ -371,14 +373,19 @@ def open_model(
         UserError: nothing of these, damaged, naming foreign classes (nothing is imported then), or a config some of whose
             parameters would stay random.
     """
+    if raw and ema is not None:
+        raise UserError(f"--raw takes the last weights and ema={ema:g} an average; leave one of them out")
     if is_config(name):
-        if raw:
-            raise UserError(f"--raw is for runs, and the weights of {name} are those that it names; leave it out")
+        if raw or ema is not None:
+            given = "--raw" if raw else f"ema={ema:g}"
+            raise UserError(f"{given} is for runs, and the weights of {name} are those that it names; leave it out")
         return _open_config(*_read_run(name, fields), allow, on_host)
     folder = locate(name)
     about = read_config(folder)
     labels = tuple(about.get("labels", ()))
     if "run" not in about:
+        if ema is not None:
+            raise UserError(f"ema={ema:g} is for runs, and {folder} is an export of one kind of weights; leave it out")
         task = config.undump(about["task"], allow, "task")
         data = config.undump(about.get("data"), allow, "data")
         with paths.here(folder, ("config.json", "model.safetensors")) as near:
@@ -398,10 +405,13 @@ def open_model(
         found = checkpoints.restore_weights(abstract)
     checkpoints.close()
     assert found is not None
-    step, params, ema = found
-    average = bool(run.ema) and not raw
-    params = {**params, **ema} if average else params
-    return Model(run.task, params, "ema" if average else "raw", step, run.data, labels, folder, run)
+    step, params, average = found
+    if raw or not (run.ema or ema):
+        return Model(run.task, params, "raw", step, run.data, labels, folder, run)
+    params = {**params, **averages.chosen(run.ema, average, ema)}
+    # what was measured while training is of the first of several
+    kind = f"ema-{ema:g}" if ema is not None and isinstance(run.ema, tuple) and ema != run.ema[0].width else "ema"
+    return Model(run.task, params, kind, step, run.data, labels, folder, run)
 
 
 def _open_config(run: Run, file: Folder, allow: Sequence[str], on_host: bool) -> Model:

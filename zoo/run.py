@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from zoo.data.pipeline import Data, batches
 from zoo.dist import Mesh
-from zoo.fields import AtLeast2, Below1, Count, Seed, Whole, check_fields
+from zoo.fields import AtLeast2, Count, Seed, Whole, check_fields
 from zoo.task import Metric, Options, Task
+from zoo.train import averages
 from zoo.train.optim import AdamW, Optim
 
 
@@ -45,7 +46,7 @@ class Run:
     steps: Count
     batch: Count
     optim: Optim = AdamW()
-    ema: Below1 = 0.0  # decay of the average of the weights, warmed up; 0: none is kept
+    ema: averages.Average = 0.0  # decay of the average of the weights, warmed up, or its `Power`, or several; 0: none
     accumulate: Count = 1  # micro-batches per step
     seed: Seed = 0
     mesh: Mesh = Mesh()
@@ -59,6 +60,7 @@ class Run:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        averages.check(self.ema)
 
     def spec(self, batch: int | None = None) -> dict[str, Any]:
         """What the task expects of one batch."""

@@ -93,7 +93,7 @@ class About:
     classes: int = 0  # of `label`; 0: none
     conditions: tuple[str, ...] = ()  # keys of a batch that the sampler is given, besides `label`
     completes: tuple[str, ...] = ()  # keys that the sampler takes as a start: texts to rewrite
-    buffers: tuple[str, ...] = ()  # top-level keys of params that are moved by `after_step` and not by a gradient
+    buffers: tuple[str, ...] = ()  # top-level keys of params that no gradient moves: `after_step` does, or they stay
     networks: Mapping[str, Network] = field(default_factory=dict)  # from elsewhere, by top-level key
     likelihood: Likelihood | None = None  # of what `nll` is, where it can be told in bits
     captions: Captions | None = None
@@ -248,6 +248,15 @@ class Crops(Protocol):
 
 
 @runtime_checkable
+class Prepares(Protocol):
+    """Puts what it trains in place before a step."""
+
+    def before_step(self, trained: Params) -> Params:
+        """The trained parameters that a step begins with: its gradient is theirs, and the optimiser moves them."""
+        ...
+
+
+@runtime_checkable
 class Buffered(Protocol):
     """Moves what it holds after a step."""
 
@@ -347,6 +356,7 @@ ABILITIES: dict[str, type] = {
     "feature_map": Maps,
     "logits": Classifies,
     "crops": Crops,
+    "before_step": Prepares,
     "after_step": Buffered,
     "import_names": Published,
     "import_state": Renames,

@@ -222,7 +222,8 @@ def _few_lines(most: int) -> Iterator[None]:
 def _sizes(task: Any) -> str:
     """The fields of an encoder's task that decide its numbers, some of which (groups, heads) its weights do not tell."""
     described = config.dump(task)
-    kept = {key: value for key, value in described.items() if key not in _FREE}
+    # what is off is not named, so that a field which comes later changes no set that is there
+    kept = {key: value for key, value in described.items() if key not in _FREE and value is not False and value != []}
     return ", ".join(f"{key}={value}" for key, value in sorted(kept.items()))
 
 

@@ -95,3 +95,24 @@ def draw(
     start = jnp.stack([normal(i) for i in range(starts)])
     has_noise = plan.random if random is None else random
     return run(plan, denoise, start, (lambda i: normal(starts + i)) if has_noise else None)
+
+
+def sampled(
+    denoise: Door,
+    sigmas: tuple[float, float],
+    shape: tuple[int, ...],
+    keys: jax.Array,
+    conditions: Conditions,
+    options: DenoiserSampling,
+) -> jax.Array:
+    """One sample [n, *shape] of a denoiser for each of n keys, as its options say.
+
+    UserError for levels beyond `sigmas`, and for guidance where there is no class.
+    """
+    plan = options.plan(sigmas)
+    return draw(plan, guided(denoise, conditions, options.guidance), keys, shape)
+
+
+def clipped(image: jax.Array) -> jax.Array:
+    """Images in [-1, 1], NaN where they overflowed."""
+    return jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from msgspec import Meta
 
 from zoo.errors import UserError
 from zoo.fields import Dtype, Layers, NonNegative, Positive, Side, Size, Some, check_fields
@@ -24,6 +25,7 @@ from zoo.nn.attention import attend
 from zoo.nn.layers import Conv, Dense, GroupNorm
 from zoo.task import About, Batch, Name, Params
 
+Offset = Annotated[float, Meta(ge=-1e6, le=1e6)]
 HOW = (
     "get the published one with `zoo import starflow/sd_vae FILE OUT`, or train a small one with "
     "`zoo train starflow/mnist_vae`"
@@ -187,11 +189,19 @@ class AutoEncoder:
     layers: Layers = 2  # residual blocks per stage of the encoder; the decoder has one more
     groups: Size = 32  # of the group norms
     scale: Positive | None = 0.18215  # factor on latents; None: one over their root mean square, measured in training
+    mean: tuple[Offset, ...] = ()  # of the latents, by channel, taken away before the scale; (): nothing
+    std: tuple[Positive, ...] = ()  # likewise, divided by; (): nothing
+    unit: bool = False  # its network sees pixels from 0 to 1, as those of EDM2 do, and not from -1 to 1
     kl: NonNegative = 1e-6  # weight of the KL divergence to N(0, I)
     dtype: Dtype = "float32"  # of hidden layers; latents, images and losses stay float32
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
+        for name, given in (("mean", self.mean), ("std", self.std)):
+            if given and len(given) != self.latent:
+                raise UserError(
+                    f"task.{name}={given} lists {len(given)} channels, and task.latent={self.latent}; give one number for each"
+                )
         if odd := [width for width in self.widths if width % self.groups]:
             best = max(g for g in range(1, self.groups + 1) if all(width % g == 0 for width in self.widths))
             raise UserError(
@@ -240,7 +250,7 @@ class AutoEncoder:
                 f"images of {height}x{width} pixels and {channels} channels do not fit this autoencoder; "
                 f"give sides that {self.factor} divides, and {self.channels} channels"
             )
-        return _apply(_encoder(self), params["encoder"], image)
+        return _apply(_encoder(self), params["encoder"], (image + 1) / 2 if self.unit else image)
 
     def _decode(self, params: Params, latent: jax.Array) -> jax.Array:
         """The image of latents [B, h, w, Z] without a scale."""
@@ -248,7 +258,8 @@ class AutoEncoder:
             raise UserError(
                 f"latents of {latent.shape[-1]} channels do not fit this autoencoder, whose have {self.latent}"
             )
-        return _apply(_decoder(self), params["decoder"], latent)
+        image = _apply(_decoder(self), params["decoder"], latent)
+        return 2 * image - 1 if self.unit else image
 
     def moments(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log-variance of the latent without its scale.
@@ -266,14 +277,19 @@ class AutoEncoder:
         return mean, jnp.clip(logvar, LOW, HIGH)
 
     def encode(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, H, W, C] -> mean and standard deviation of the latent [B, h, w, Z], both times its scale; float32."""
+        """[B, H, W, C] -> mean and standard deviation of the scaled latent [B, h, w, Z] each; float32."""
         mean, logvar = self.moments(params, image)
-        scale = self._scale(params)
-        return mean * scale, jnp.exp(0.5 * logvar) * scale
+        return self.scaled(params, mean, jnp.exp(0.5 * logvar))
+
+    def scaled(self, params: Params, mean: jax.Array, std: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and standard deviation [B, h, w, Z] of latents as the network gives them, brought to those of a set."""
+        scale = self._scale(params) / jnp.asarray(self.std or 1.0)
+        return (mean - jnp.asarray(self.mean or 0.0)) * scale, std * scale
 
     def decode(self, params: Params, latent: jax.Array) -> jax.Array:
         """Latents [B, h, w, Z], scaled as `encode` gives them -> image [B, H, W, C] float32, not clipped."""
-        return self._decode(params, latent.astype(jnp.float32) / self._scale(params))
+        scale = self._scale(params) / jnp.asarray(self.std or 1.0)
+        return self._decode(params, latent.astype(jnp.float32) / scale + jnp.asarray(self.mean or 0.0))
 
     def reconstruct(self, params: Params, image: jax.Array) -> jax.Array:
         """The image [B, H, W, C] of the mean latent of an image."""

@@ -26,7 +26,7 @@ from zoo.files import differences
 from zoo.paths import Folder
 from zoo.run import MAY_DIFFER, Run
 from zoo.task import Params, Samples, check_needs, is_text, options_of, sampling
-from zoo.train import optim, tracking
+from zoo.train import averages, optim, tracking
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.report import Report, class_name, spelled
 from zoo.train.step import Metrics, State, compile_step, make_sampler, sampler_spec
@@ -220,7 +220,7 @@ def _check_tokenizer(run: Run, made: str) -> None:
         )
 
 
-def _first(state: State, given: Mapping[str, Params], where: Any) -> State:
+def _first(run: Run, state: State, given: Mapping[str, Params], where: Any) -> State:
     """Fill a fresh state from the trees of `Run.weights`."""
     if not given:
         _log.info("parameters: fresh")
@@ -229,12 +229,9 @@ def _first(state: State, given: Mapping[str, Params], where: Any) -> State:
     for line in report:
         _log.info("parameters: %s", line)
     params = jax.device_put(params, where.params)
-    trained = {
-        k: jnp.copy(v) if not isinstance(v, dict) else jax.tree.map(jnp.copy, v)
-        for k, v in params.items()
-        if k in state.ema
-    }
-    return state.replace(params=params, ema=trained)
+    trained = {key: tree for key, tree in params.items() if key not in run.task.about.held}
+    ema = jax.tree.map(jnp.copy, averages.begin(run.ema, trained))  # each has arrays of its own
+    return state.replace(params=params, ema=ema)
 
 
 def _held_out(run: Run, n: int) -> dict[str, np.ndarray] | None:
@@ -276,7 +273,7 @@ class _Watch:
         evals = [(i, m) for i, m in enumerate(run.evals) if self.due(step, m.every)]
         if not sheet and not evals:
             return []
-        params: Params = {**state.params, **state.ema}
+        params: Params = {**state.params, **averages.chosen(run.ema, state.ema)}
         with self.report.away():
             if sheet and self.draw is not None:
                 drawn = hosts.fetch(self.draw(params, key_of(run.seed, Use.LOOKS), self.conditions))
@@ -490,7 +487,7 @@ def train(
             checkpoints = Checkpoints(folder, run.checkpoint.keep)
             state = checkpoints.restore(abstract)
         if state is None:
-            state = _first(init(run.seed), given, jax.tree.map(lambda x: x.sharding, abstract))
+            state = _first(run, init(run.seed), given, jax.tree.map(lambda x: x.sharding, abstract))
         else:
             _log.info("parameters: step %d of %s", int(state.step), run.workdir)
             made = run.data.made_with()  # large networks come off the devices for it

@@ -15,7 +15,7 @@ from zoo.fields import Below1, NonNegative, Positive, Whole, check_fields
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW with a linear warm-up from `final_lr` to `lr`, then a cosine back to `final_lr` at the last step.
+    """AdamW with a linear warm-up from `final_lr` to `lr`, then by default a cosine back to `final_lr` at the last step.
 
     Defaults are plain: no clipping, and decay on kernels only. What a paper does otherwise stands in its config.
     """
@@ -23,7 +23,8 @@ class AdamW:
     lr: Positive = 1e-3
     final_lr: NonNegative = 1e-6
     warmup: Whole = 0  # steps
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
+    hold: NonNegative = 0.0  # steps after which "inverse_sqrt" falls as 1 / sqrt(step); 0: it stays as it is
     b1: Below1 = 0.9
     b2: Below1 = 0.999
     eps: NonNegative = 1e-8
@@ -37,13 +38,17 @@ class AdamW:
     def learning_rate(self, steps: int) -> optax.Schedule:
         """Learning rate at optimiser step n (0-based) of `steps` (arXiv:2412.06329).
 
-        n <= w: lo + n/w (hi - lo); after it lo + (1 + cos(pi (n - w)/(steps - w)))/2 (hi - lo).
+        n <= w: lo + n/w (hi - lo); after it lo + (1 + cos(pi (n - w)/(steps - w)))/2 (hi - lo). "inverse_sqrt" divides the
+        warm-up and what follows it by sqrt(max(n / hold, 1)) (arXiv:2312.02696).
         """
         lo, hi, warmup = self.final_lr, self.lr, self.warmup
 
         def rate(n: Any) -> Any:
             n = jnp.asarray(n, jnp.float32)
             up = lo + n / max(warmup, 1) * (hi - lo)
+            if self.schedule == "inverse_sqrt":
+                full = jnp.where(n < warmup, up, hi)
+                return full / jnp.sqrt(jnp.maximum(n / self.hold, 1)) if self.hold else full
             if self.schedule == "constant":
                 after: Any = hi
             else:

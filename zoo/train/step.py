@@ -14,7 +14,9 @@ from flax.struct import PyTreeNode
 
 from zoo import dist
 from zoo.draws import Use, key_of
-from zoo.task import Buffered, Options, Params, Task, options_of
+from zoo.task import Buffered, Options, Params, Prepares, Task, options_of
+from zoo.train import averages
+from zoo.train.averages import Average
 
 
 class State(PyTreeNode):
@@ -22,7 +24,7 @@ class State(PyTreeNode):
 
     step: jax.Array
     params: Params
-    ema: Params  # average of the trained parameters; {} where none is kept
+    ema: Params  # average of the trained parameters, of several each by its name; {} where none is kept
     opt: optax.OptState
     rng: jax.Array
     skipped: jax.Array  # steps whose loss or gradient was not finite
@@ -40,7 +42,7 @@ def split(task: Task, params: Params) -> tuple[Params, Params]:
     return trained, {k: v for k, v in params.items() if k in held}
 
 
-def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int | jax.Array, ema: float) -> State:
+def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int | jax.Array, ema: Average) -> State:
     """A fresh state, leaves still boxed with their logical axes."""
     # Of a leaf that starts as a Python number ("weakly typed") the first step would make another type, and compile twice.
     params = jax.tree.map(
@@ -51,7 +53,7 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int | 
     return State(
         step=zero,
         params=params,
-        ema=trained if ema else {},
+        ema=averages.begin(ema, trained),
         opt=optimizer.init(trained),
         rng=key_of(seed, Use.STEPS),
         skipped=zero,
@@ -60,7 +62,7 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int | 
 
 
 def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, *, ema: float = 0.0, accumulate: int = 1
+    task: Task, optimizer: optax.GradientTransformation, *, ema: Average = 0.0, accumulate: int = 1
 ) -> Step:
     """A pure function (state, batch) -> (state, metrics). Placement belongs to `compile_step`.
 
@@ -75,6 +77,8 @@ def make_train_step(
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
         trained, held = split(task, state.params)
+        if isinstance(task, Prepares):
+            trained = task.before_step(trained)
         rngs = jax.random.split(
             jax.random.fold_in(state.rng, state.step + 1), accumulate
         )  # the key follows from the step alone
@@ -100,10 +104,7 @@ def make_train_step(
         ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt = optimizer.update(grads, state.opt, trained)
         trained = optax.apply_updates(trained, updates)
-        average = state.ema
-        if ema:
-            decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))  # warm-up: a plain average ruins short runs
-            average = optax.incremental_update(trained, state.ema, 1 - decay)
+        average = averages.update(ema, state.ema, trained, state.step)
         params = {**held, **trained}
         if isinstance(task, Buffered):
             params = task.after_step(params, metrics)
@@ -155,7 +156,10 @@ def sampler_spec(task: Any, n: int) -> dict[str, jax.ShapeDtypeStruct] | None:
 
 
 def abstract_state(
-    task: Task, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, ema: float
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    ema: Average,
 ) -> State:
     """Shapes, dtypes and shardings of a state on `mesh`; nothing is allocated."""
     boxed = jax.eval_shape(lambda: init_state(task, optimizer, 0, ema))
@@ -177,7 +181,7 @@ def compile_step(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     *,
-    ema: float = 0.0,
+    ema: Average = 0.0,
     accumulate: int = 1,
 ) -> tuple[Callable[[int], State], Any, State]:
     """(sharded init by seed, jitted step with the state donated, abstract state). Call all within `dist.use(mesh)`."""

@@ -5,6 +5,7 @@ B images, S pixels a side, C channels; x = x0 + sigma n. Its samples come from a
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from zoo.diffusion.levels import LogNormal
 from zoo.diffusion.precondition import Precondition, iddpm_levels
-from zoo.diffusion.sampling import Conditions, DenoiserSampling, draw, guided
+from zoo.diffusion.sampling import DenoiserSampling, clipped, sampled
 from zoo.dist import unbox
 from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Dtype, Layers, Positive, Side, Size, SizeOr0, Some, check_fields
@@ -202,21 +203,26 @@ class Edm:
         made: Any = self._net.init(rng, image, jnp.zeros(1), **_frequencies(buffers))
         return {"net": made["params"], **({"buffers": buffers} if buffers else {})}
 
-    def _x0(
-        self, params: Params, x: jax.Array, sigma: jax.Array, label: jax.Array | None, rngs: Any = None
+    def raw(
+        self, params: Params, z: jax.Array, noise: jax.Array, conditions: Batch | None = None, rngs: Any = None
     ) -> jax.Array:
+        """The network's output for inputs z [B, S, S, C] and what it is told of the noise, [] or [B]; conditions as of `denoise`."""
+        label, buffers = (conditions or {}).get("label"), params.get("buffers", {})
         hot = None if label is None or not self.classes else jax.nn.one_hot(label, self.classes)
-        buffers = params.get("buffers", {})
-
-        def network(z: jax.Array, noise: jax.Array) -> jax.Array:
-            found: Any = self._net.apply({"params": params["net"]}, z, noise, hot, **_frequencies(buffers), rngs=rngs)
-            return found
-
-        return self._door.denoise(network, x, sigma, buffers.get("levels"))
+        found: Any = self._net.apply({"params": params["net"]}, z, noise, hot, **_frequencies(buffers), rngs=rngs)
+        return found
 
     def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """E[x0 | x] [B, S, S, C] in float32; a label below 0, or none, is no class."""
-        return self._x0(params, x, sigma, (conditions or {}).get("label"))
+        return self._x0(params, x, sigma, conditions)
+
+    def _x0(
+        self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None, rngs: Any = None
+    ) -> jax.Array:
+        def network(z: jax.Array, noise: jax.Array) -> jax.Array:
+            return self.raw(params, z, noise, conditions, rngs)
+
+        return self._door.denoise(network, x, sigma, params.get("buffers", {}).get("levels"))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean over images and numbers of (sigma^2 + data^2) / (sigma data)^2 |x0 - image|^2.
@@ -231,7 +237,8 @@ class Edm:
         if label is not None and self.drop:
             label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
         x = image + sigma[:, None, None, None] * jax.random.normal(noise_rng, image.shape)
-        square = jnp.square(self._x0(params, x, sigma, label, {"dropout": net_rng}) - image).mean((1, 2, 3))
+        given = None if label is None else {"label": label}
+        square = jnp.square(self._x0(params, x, sigma, given, {"dropout": net_rng}) - image).mean((1, 2, 3))
         loss = (self._door.weight(sigma) * square).mean()
         return loss, {"x0_error": jnp.sqrt(square.mean())}
 
@@ -256,15 +263,9 @@ class Edm:
         UserError for levels outside those of the task, and for guidance without classes.
         """
         o, label = options or DenoiserSampling(), (conditions or {}).get("label") if self.classes else None
-
-        def denoise(x: jax.Array, sigma: jax.Array, given: Conditions) -> jax.Array:
-            return self.denoise(params, x, sigma, given)
-
-        plan, keys = o.plan(self.sigmas), sample_keys(rng, n)
-        guide = guided(denoise, None if label is None else {"label": label}, o.guidance)
-        image = draw(plan, guide, keys, (self.image, self.image, self.channels))
-        drawn = {"image": jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)}
-        return drawn if label is None else {**drawn, "label": label}
+        given = {} if label is None else {"label": label}
+        denoise, shape = functools.partial(self.denoise, params), (self.image, self.image, self.channels)
+        return {"image": clipped(sampled(denoise, self.sigmas, shape, sample_keys(rng, n), given, o)), **given}
 
     def import_names(self) -> list[Name]:
         """The layout of the official PyTorch networks, `EDMPrecond` and its older siblings."""
