@@ -19,10 +19,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Annotated, Any, BinaryIO, Literal, TypeAlias
 
 import jax
 import numpy as np
+from msgspec import Meta
 from PIL import Image, ImageOps
 
 from zoo.data.pipeline import Data, Source
@@ -50,12 +51,18 @@ class Digits(Data):
     The scans have 17 grey levels k in 0..16; `image` is 2k/16 - 1, `label` is 0..9.
     """
 
+    only: tuple[Annotated[int, Meta(ge=0, le=9)], ...] = ()  # digits that there are; (): all
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
+
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split; the order of the split is fixed."""
         check_split(split)
         images, labels = _digits()
         order = np.random.default_rng(0).permutation(len(images))
         part = order[:1500] if split == "train" else order[1500:]
+        part = part[np.isin(labels[part], self.only)] if self.only else part
         names = tuple(map(str, range(10)))
         return ImageSource(len(part), lambda i: (images[part[i]], labels[part[i]]), names)
 

@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import Meta
 
 from zoo.errors import UserError
-from zoo.fields import Positive, check_fields
+from zoo.fields import Positive, Share, check_fields
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,24 @@ class Levels:
 
 @dataclass(frozen=True)
 class LogNormal:
-    """Levels of training steps: log sigma is normal (arXiv:2206.00364, section 5)."""
+    """Levels of training steps: log sigma is normal (arXiv:2206.00364, section 5), or for a share of them even (our choice)."""
 
     mean: Annotated[float, Meta(ge=-20, le=20)] = -1.2
     std: Positive = 1.2
+    wide: Share = 0.0  # log sigma is even over all levels of the model for this share
 
     def __post_init__(self) -> None:
         check_fields(self, "noise.")
 
-    def draw(self, rng: jax.Array, count: int) -> jax.Array:
-        """[count] levels, one from each part of equal probability in random order: batches differ less than by free draws."""
+    def draw(self, rng: jax.Array, count: int, sigmas: tuple[float, float] = (0.002, 80.0)) -> jax.Array:
+        """[count] levels, one from each part of equal probability in random order: batches differ less than by free draws.
+
+        Args:
+            sigmas: lowest and highest level of the model.
+        """
         shift, order = jax.random.split(rng)
         share = (jnp.arange(count) + jax.random.uniform(shift, (count,))) / count
-        normal = jax.scipy.special.ndtri(jnp.clip(share, 1e-6, 1 - 1e-6))
-        return jnp.exp(self.mean + self.std * jax.random.permutation(order, normal))
+        even = jnp.log(sigmas[0]) + share / max(self.wide, 1e-6) * jnp.log(sigmas[1] / sigmas[0])
+        normal = jax.scipy.special.ndtri(jnp.clip((share - self.wide) / max(1 - self.wide, 1e-6), 1e-6, 1 - 1e-6))
+        log = jnp.where(share < self.wide, even, self.mean + self.std * normal)
+        return jnp.exp(jax.random.permutation(order, log))

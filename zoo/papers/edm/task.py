@@ -265,7 +265,11 @@ class Edm:
         o, label = options or DenoiserSampling(), (conditions or {}).get("label") if self.classes else None
         given = {} if label is None else {"label": label}
         denoise, shape = functools.partial(self.denoise, params), (self.image, self.image, self.channels)
-        return {"image": clipped(sampled(denoise, self.sigmas, shape, sample_keys(rng, n), given, o)), **given}
+        return self.finished(params, sampled(denoise, self.sigmas, shape, sample_keys(rng, n), given, o), given)
+
+    def finished(self, params: Params, x: jax.Array, given: Batch) -> dict[str, jax.Array]:
+        """`image` clipped to [-1, 1], of samples x, with what they were conditioned on."""
+        return {"image": clipped(x), **given}
 
     def import_names(self) -> list[Name]:
         """The layout of the official PyTorch networks, `EDMPrecond` and its older siblings."""

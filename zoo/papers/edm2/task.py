@@ -297,12 +297,15 @@ class Edm2:
         o, label = options or DenoiserSampling(), (conditions or {}).get("label") if self.classes else None
         if (o.guidance if isinstance(o.guidance, float | int) else o.guidance.weight) > 0:
             raise UserError(
-                "guidance compares a class with none, and this network was trained with its class always; leave guidance out"
+                "guidance compares a class with none, and this network was trained with its class always; leave it out, or guide it by another network (edm2/imagenet64:guided)"
             )
         given = {} if label is None else {"label": label}
         shape = (self.image, self.image, self.channels)
         denoise = functools.partial(self.denoise, params)
-        x = sampled(denoise, self.sigmas, shape, sample_keys(rng, n), given, o)
+        return self.finished(params, sampled(denoise, self.sigmas, shape, sample_keys(rng, n), given, o), given)
+
+    def finished(self, params: Params, x: jax.Array, given: Batch) -> dict[str, jax.Array]:
+        """What `sample` gives of samples x, with what they were conditioned on."""
         if self.inputs == "images":
             return {"image": clipped(x), **given}
         if self.vae is None:
