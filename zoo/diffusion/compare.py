@@ -53,7 +53,7 @@ def chart(calls: Sequence[int], rows: Rows, figure: str) -> Image.Image:
     axes.set(yscale="log", xlabel="calls of the denoiser", ylabel=figure)
     axes.grid(color="#e4e4e4")
     axes.legend(fontsize=6, ncols=2)
-    return _drawn(page)
+    return image_of(page)
 
 
 def sheet(calls: Sequence[int], samples: Mapping[tuple[str, int], np.ndarray]) -> Image.Image:
@@ -74,10 +74,11 @@ def sheet(calls: Sequence[int], samples: Mapping[tuple[str, int], np.ndarray]) -
             axes.imshow(strip if strip.shape[-1] == 3 else strip.mean(-1), cmap="gray", vmin=0, vmax=1)
         else:
             axes.axis("off")
-    return _drawn(page)
+    return image_of(page)
 
 
-def _drawn(page: Any) -> Image.Image:
+def image_of(page: Any) -> Image.Image:
+    """What a page of matplotlib shows."""
     file = io.BytesIO()
     page.savefig(file, format="png")
     return Image.open(file)

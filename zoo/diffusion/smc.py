@@ -238,36 +238,91 @@ class Islands(NamedTuple):
     trace: Trace
 
 
-def feynman_kac(
-    keys: jax.Array,
+class Course(NamedTuple):
+    """A form of weights on a grid of levels, as numbers: inputs of the program, so that forms, powers and grids share one."""
+
+    sigma: np.ndarray  # [T]
+    dv: np.ndarray  # [T] variance that the move from each level takes away; 0 at the last
+    noise: np.ndarray  # [T] standard deviation of a move's noise
+    base: np.ndarray  # [T] whether it follows the base's score, not the target's
+    energy: np.ndarray  # [T] whether the weights count by how much energies changed on the way here
+    kernel: np.ndarray  # [] whether they count how much likelier the forward kernel is than the move
+    powers: np.ndarray  # [M] of the target
+    shares: np.ndarray  # [M] of each energy in the log-weights
+    start: np.ndarray  # [] standard deviation of the first particles
+    log_normaliser: np.ndarray  # [] of their law times its weights
+    rho: np.ndarray  # [] power of the weights
+
+
+def course(
     levels: np.ndarray,
-    energies: Sequence[Scored],
-    shape: tuple[int, ...],
+    models: int,
     potentials: Sequence[Potential] = (),
-    particles: Particles = Particles(),
     form: Form = "ratio",
     stop: float = 0.0,
     rho: float = 1.0,
-) -> Islands:
-    """Islands of weighted particles at the lowest level, one for each key; one scan, in which each network stands once.
+    numbers: int = 1,
+) -> Course:
+    """How particles go down `levels` [T], strictly decreasing, with M = `models` energies (gamma = exp(-U) h, s_i = -grad E_i).
 
-    Forms (gamma = exp(-U) h, s_i = -grad E_i, s = sum of a_i s_i):
+    Forms, with s = sum of a_i s_i:
         ratio: the base's reverse kernel, x + dv s_0 and noise of variance dv sigma'^2 / sigma^2; weights: the change of E_0 - U
             + log h. Exact up to the kernel's discretisation.
         kernel: x + dv s and noise of variance dv; weights: the change of -U + log h, and the ratio of the forward kernel to
             this one. Exact for any grid, but noisy.
-        score: moves as kernel; weights: dv / 2 (|s|^2 - sum of a_i |s_i|^2), and the change of log h. Uses no energies.
+        score: x + dv s and noise of variance dv (sigma' / sigma)^(2 / sum of a_i); weights: dv / 2 (|s|^2 - sum of a_i |s_i|^2), and
+            the change of log h. Uses no energies.
         hybrid: ratio down to the level `stop`, score below: learned energies err between modes at low levels, their scores do not.
 
     Args:
-        keys: [I]; island i follows from keys[i] alone.
-        levels: [T] strictly decreasing, on the host.
-        energies: the base's, then the others', each of all particles [I K, *x], island by island, and sigma [].
         rho: power of the weights; below 1 the target is approximate, 0 is no weights at all (a heuristic for many dimensions).
+        numbers: d, of an example; the normaliser of the forms that begin with scores needs it.
+
+    UserError for a target that has no weight at the highest level.
+    """
+    base = powers = np.eye(1, models)[0]
+    for potential in potentials:
+        powers = potential.powers(powers)
+    total = float(powers.sum())
+    if total <= 0:
+        raise UserError(f"powers {powers.tolist()} of the energies add to {total:g}; above 0 the target has a weight to begin with")
+    after = np.append(levels[1:], levels[-1])  # the last moves nothing
+    energy = levels >= stop if form == "hybrid" else np.full(len(levels), form != "score")
+    by_base = np.append(energy[1:], energy[-1]) & (form != "kernel")
+    dv = levels**2 - after**2
+    # a Gaussian to these powers keeps its variance with noise of variance dv (1 - dv / (total sigma^2)) to second order; of one power exactly
+    slow = 0.0 if form == "kernel" else np.where(by_base, 1.0, 1 / total)
+    ratio_first = form != "kernel" and bool(energy[0])
+    # the law at the highest level is taken for N(0, sigma^2) to the target's powers; of the base it has its own weight
+    log_z = 0.0
+    if not energy[0]:
+        log_z = numbers / 2 * ((1 - total) * math.log(2 * math.pi * levels[0] ** 2) - math.log(total))
+    found = Course(
+        levels, dv, np.sqrt(dv) * (after / levels) ** slow, by_base, energy, np.asarray(form == "kernel"), powers,
+        (0.0 if form == "kernel" else base) - powers, levels[0] / np.sqrt(1.0 if ratio_first else total), np.asarray(log_z),
+        np.asarray(rho),
+    )  # fmt: skip
+    return Course(*(a if a.dtype == bool else np.asarray(a, np.float32) for a in found))
+
+
+def feynman_kac(
+    keys: jax.Array,
+    course: Course,
+    energies: Sequence[Scored],
+    shape: tuple[int, ...],
+    potentials: Sequence[Potential] = (),
+    particles: Particles = Particles(),
+) -> Islands:
+    """Islands of weighted particles at the lowest level, one for each key; one scan, in which each network stands once.
+
+    Args:
+        keys: [I]; island i follows from keys[i] alone.
+        course: of the same potentials; may be an input of the program.
+        energies: the base's, then the others', each of all particles [I K, *x], island by island, and sigma [].
+        shape: of an example.
 
     Particles are drawn anew before a move, and not after the last. Islands lie over the mesh's batch axes, or where these do not
-    divide them, the particles of each. UserError for energies or potentials of a wrong shape or type, and for a target without a
-    normaliser at the highest level.
+    divide them, the particles of each. UserError for energies or potentials of a wrong shape or type.
     """
     from blackjax.smc import resampling
     from blackjax.smc.ess import log_ess
@@ -275,17 +330,7 @@ def feynman_kac(
     resample: Any = getattr(resampling, particles.scheme)
     islands, count, size = len(keys), particles.count, math.prod(shape)
     flat, lie = islands * count, ("batch",) if batch_axes(islands) else (None, "batch")
-    base = np.eye(1, len(energies))[0]
-    powers = base
-    for potential in potentials:
-        powers = potential.powers(powers)
-    if (total := float(powers.sum())) <= 0:
-        raise UserError(f"powers {tuple(powers)} of the energies add to {total:g}; above 0 the target has a weight to begin with")
-    first = "score" if form == "hybrid" and levels[0] < stop else "ratio" if form == "hybrid" else form
-    # whether a level is reached by energies; the first from nowhere
-    exact = np.full(len(levels), form != "score") if form != "hybrid" else np.asarray(levels) >= stop
-    shares = jnp.asarray((0.0 if form == "kernel" else base) - powers, jnp.float32)
-    powers32 = jnp.asarray(powers, jnp.float32)
+    fixed: Any = jax.tree.map(jnp.asarray, course)
 
     def evaluate(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Energies [M, I, K] and scores [M, I, K, *x]."""
@@ -322,7 +367,8 @@ def feynman_kac(
 
     def grown(weights: jax.Array, gain: jax.Array) -> jax.Array:
         """Log-weights after a gain; what has none stays so."""
-        return weights if rho == 0 else jnp.where(weights == -jnp.inf, -jnp.inf, weights + rho * gain)
+        more = jnp.where(weights == -jnp.inf, -jnp.inf, weights + fixed.rho * gain)
+        return jnp.where(fixed.rho == 0, weights, more)
 
     class Carry(NamedTuple):
         x: jax.Array
@@ -334,10 +380,10 @@ def feynman_kac(
         log_z: jax.Array
 
     def row(carry: Carry, now: Any) -> tuple[Carry, Any]:
-        i, sigma, to, dv, by_energy, base_moves = now
+        i, sigma, dv, noise, base, by_energy = now
         x = constrain(carry.x, *lie)
         energy, score = evaluate(x, sigma)
-        ratio = jnp.tensordot(shares, energy, 1)
+        ratio = jnp.tensordot(fixed.shares, energy, 1)
         logs = jnp.stack([*logs_of(x, x + sigma**2 * score[0], sigma), jnp.zeros((islands, count))])
         gain = jnp.where(by_energy, ratio - carry.ratio, 0.0) + carry.pending
         weights = grown(carry.weights, gain + (logs - carry.logs).sum(0))
@@ -364,33 +410,22 @@ def feynman_kac(
         log_z = carry.log_z + jnp.where(anew, logsumexp(weights, 1) - math.log(count), 0.0)
         weights = jnp.where(anew[:, None], 0.0, weights)
 
-        e, both = normal(i + 1), jnp.tensordot(powers32, score, 1)
-        if form == "kernel":
-            pending = -dv / 2 * dot(both, both) - jnp.sqrt(dv) * dot(both, e)
-        else:
-            pending = dv / 2 * (dot(both, both) - jnp.tensordot(powers32, dot(score, score), 1))
-            pending = jnp.where(base_moves, 0.0, pending)
-        drift, scale = jnp.where(base_moves, score[0], both), jnp.where(base_moves, to / sigma, 1.0)
-        x = x + dv * drift + jnp.sqrt(dv) * scale * e
+        e, both = normal(i + 1), jnp.tensordot(fixed.powers, score, 1)
+        square = dot(both, both)
+        by_kernel = -dv / 2 * square - jnp.sqrt(dv) * dot(both, e)
+        by_score = dv / 2 * (square - jnp.tensordot(fixed.powers, dot(score, score), 1))
+        pending = jnp.where(fixed.kernel, by_kernel, jnp.where(base, 0.0, by_score))
+        x = x + dv * jnp.where(base, score[0], both) + noise * e
         return Carry(x, weights, ratio, logs, pending, roots, log_z), (ess, anew, distinct, broken)
 
-    # the law at the highest level is N(0, sigma^2 / total), without noise of the data
-    variance = float(levels[0]) ** 2 / (1.0 if first == "ratio" else total)
-    x = math.sqrt(variance) * normal(0)
-    zeros, log_z = jnp.zeros((islands, count)), 0.0
-    pending = zeros
-    if first == "kernel":
-        pending = (dot(x, x) / variance + size * math.log(2 * math.pi * variance)) / 2
-    if first == "score":  # the normaliser of a product of Gaussians N(0, sigma^2) to these powers
-        log_z = size / 2 * ((1 - total) * math.log(2 * math.pi * float(levels[0]) ** 2) - math.log(total))
+    x, zeros = fixed.start * normal(0), jnp.zeros((islands, count))
+    log_q = -(dot(x, x) / fixed.start**2 + size * jnp.log(2 * jnp.pi * fixed.start**2)) / 2
     begin = Carry(
-        x, zeros, zeros, jnp.zeros((len(potentials) + 1, islands, count)), pending,
-        jnp.broadcast_to(jnp.arange(count), (islands, count)), jnp.full(islands, log_z),
+        x, zeros, zeros, jnp.zeros((len(potentials) + 1, islands, count)), jnp.where(fixed.kernel, -log_q, 0.0),
+        jnp.broadcast_to(jnp.arange(count), (islands, count)), jnp.full(islands, fixed.log_normaliser),
     )  # fmt: skip
-    after = np.append(levels[1:], levels[-1])  # the last moves nothing
-    by_base = np.append(exact[1:], exact[-1]) & (form != "kernel")
-    rows = (np.arange(len(levels)), *(np.asarray(a, np.float32) for a in (levels, after, levels**2 - after**2)), exact, by_base)
-    end, (ess, anew, distinct, broken) = jax.lax.scan(row, begin, jax.tree.map(jnp.asarray, rows))
+    rows = (jnp.arange(len(fixed.sigma)), *fixed[:5])
+    end, (ess, anew, distinct, broken) = jax.lax.scan(row, begin, rows)
 
     weights = end.weights
     for i, potential in enumerate(potentials):
@@ -459,7 +494,9 @@ class EnergySampling(DenoiserSampling):
             )
         levels = self.grid(len(self.levels.given) or self.nfe, "edm", sigmas)
         all_of_them = (*potentials, *([Temper(self.temper)] if self.temper != 1 else []), *self.potentials)
-        return feynman_kac(keys, levels, energies, shape, all_of_them, self.particles, self.form, self.stop, self.rho)
+        numbers = math.prod(shape)
+        how = course(levels, len(energies), all_of_them, self.form, self.stop, self.rho, numbers)
+        return feynman_kac(keys, how, energies, shape, all_of_them, self.particles)
 
     def draw(
         self,

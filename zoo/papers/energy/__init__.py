@@ -5,6 +5,6 @@ can be drawn with weights that are right (`zoo.diffusion.smc`).
 `mixtures`: exact energies in two dimensions, where everything can be compared with the truth.
 """
 
-from zoo.papers.energy.mixtures import Mixture, MixtureProduct, Mode
+from zoo.papers.energy.mixtures import Mixture, MixtureProduct, Mixtures, Mode
 
-__all__ = ["Mixture", "MixtureProduct", "Mode"]
+__all__ = ["Mixture", "MixtureProduct", "Mixtures", "Mode"]

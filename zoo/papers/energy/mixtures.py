@@ -20,11 +20,25 @@ import numpy as np
 from msgspec import Meta
 
 from zoo import files
-from zoo.diffusion.compare import folder
+from zoo.diffusion.compare import folder, image_of
 from zoo.diffusion.energies import Scored, denoised, scored
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.sampling import Conditions, draw, guided
-from zoo.diffusion.smc import Coordinate, EnergySampling, Form, HalfSpace, Islands, Particles, Potential, Product, Temper, feynman_kac
+from zoo.diffusion.smc import (
+    Coordinate,
+    EnergySampling,
+    Form,
+    HalfSpace,
+    Islands,
+    Particles,
+    Potential,
+    Powers,
+    Product,
+    Temper,
+    course,
+    drawn,
+    feynman_kac,
+)
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, NotEmpty, Positive, Side, Some, check_fields
 from zoo.task import About, Batch, Params, sample_keys
@@ -206,9 +220,155 @@ def truth(
     return share(parts[0].modes, x, density), float(np.log(density.sum() * step**2))
 
 
-def distance(found: np.ndarray, modes: Sequence[Mode], weights: np.ndarray) -> np.ndarray:
-    """[...] total variation between weights of modes and those [..., m] that points have."""
+def distance(found: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[...] total variation between the weights of modes [..., m] that points have, and those that are true."""
     return np.abs(found - weights).sum(-1) / 2
 
 
 # --- the comparison -------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """What is drawn, and what of it is true."""
+
+    name: str
+    parts: tuple[Mixture, ...]
+    potentials: tuple[Potential, ...]
+    powers: tuple[float, ...]
+    edge: HalfSpace | None = None
+
+    @property
+    def truth(self) -> tuple[np.ndarray, float]:
+        """Weights of the modes, and the log-normaliser."""
+        if (edge := self.edge) is None:
+            return truth(self.parts, self.powers)
+        return truth(self.parts, self.powers, lambda x: x @ np.asarray(edge.normal) < edge.offset)
+
+
+TARGETS = (
+    Target("temper 2", (CORNERS,), (Temper(2.0),), (2.0,)),
+    Target("temper 3", (CORNERS,), (Temper(3.0),), (3.0,)),
+    Target("product", BOTH.parts, (Product(),), (1.0, 1.0)),
+    Target("bounded", (CORNERS,), (EDGE,), (1.0,), EDGE),
+)
+
+
+def projected(edge: HalfSpace, x: np.ndarray) -> np.ndarray:
+    """Points [..., 2] moved into a half-space by the shortest way: what one may do without weights."""
+    normal = np.asarray(edge.normal)
+    return x - np.maximum((x @ normal - edge.offset) / (normal @ normal), 0)[..., None] * normal
+
+
+_RESULT = "mixtures.json"
+_FORMS: tuple[Form, ...] = ("ratio", "kernel", "score", "hybrid")
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """Naive scores beside weighted particles on exact mixtures: tempered, multiplied and bounded."""
+
+    seeds: Side = 5
+    count: AtLeast2 = 2000  # particles
+    levels: AtLeast2 = 101
+    stop: Positive = 1.0  # of the hybrid
+    out: NotEmpty = "mixtures"  # folder of the results
+
+    standalone = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def run(self) -> dict[str, Any]:
+        """Writes mixtures.json, mixtures.md and mixtures.png into `out`; returns the first.
+
+        UserError where `out` is no folder of such results.
+        """
+        out = folder(self.out, _RESULT, "compared mixtures")
+        rows, panels = [], []
+        for target in TARGETS:
+            found = {method: self._drawn(target, method) for method in ("naive", *_FORMS)}
+            weights, log_normaliser = target.truth
+            for method, (islands, x) in found.items():
+                row = self._row(target, islands, x, weights, log_normaliser, method != "naive")
+                rows.append({"target": target.name, "method": method, **row})
+                if method in ("naive", "ratio"):
+                    panels.append((f"{target.name}, {method}", islands, x))
+        figures = {"seeds": self.seeds, "count": self.count, "levels": self.levels, "stop": self.stop, "rows": rows}
+        files.write(out / _RESULT, json.dumps(figures, indent=1) + "\n")
+        written = _table(rows)
+        files.write(out / "mixtures.md", written)
+        buffer = io.BytesIO()
+        _sheet(panels).save(buffer, "PNG")
+        files.write(out / "mixtures.png", buffer.getvalue())
+        _log.info("means over %d islands of %d particles, %d levels:\n%s", self.seeds, self.count, self.levels, written)
+        return {**figures, "out": str(out)}
+
+    def _drawn(self, target: Target, method: str) -> tuple[Islands, np.ndarray]:
+        """Islands, and their points without weights; the naive way is to follow the target's scores, and to project at an edge."""
+        naive = method == "naive"
+        potentials = () if naive and target.edge else target.potentials
+        form: Any = "score" if naive else method
+        sigmas = target.parts[0].sigmas
+        how = course(
+            Levels().grid(self.levels, "edm", *sigmas), len(target.parts), potentials, form,
+            self.stop if form == "hybrid" else 0.0, float(not naive), 2,
+        )  # fmt: skip
+        factors = tuple(one for one in potentials if not isinstance(one, Powers))  # powers are numbers of the course
+        islands, x = _program(target.parts, factors, self.count)(jax.random.split(jax.random.key(0), self.seeds), how)
+        points = np.asarray(x).reshape(self.seeds, self.count, 2)
+        if naive and target.edge:
+            points = projected(target.edge, np.asarray(islands.x))
+            islands = islands._replace(x=points)
+        return islands, points
+
+    def _row(
+        self, target: Target, islands: Islands, x: np.ndarray, weights: np.ndarray, log_normaliser: float, weighted: bool
+    ) -> dict[str, Any]:
+        modes, trace = target.parts[0].modes, islands.trace
+        found = share(modes, np.asarray(islands.x), np.asarray(jax.nn.softmax(islands.log_weights)))
+        error = np.asarray(trace.log_normaliser) - log_normaliser
+        return {
+            "tv": float(distance(found, weights).mean()),
+            "tv_std": float(distance(found, weights).std()),
+            "log_normaliser": float(error.mean()) if weighted else None,
+            "ess": float(trace.ess.min(1).mean()),
+            "resampled": float(trace.resampled.sum(1).mean()),
+            "roots": float(trace.roots[:, -1].mean()),
+        }
+
+
+@functools.cache
+def _program(parts: tuple[Mixture, ...], potentials: tuple[Potential, ...], count: int) -> Any:
+    """(keys, course) -> islands and as many points without weights, compiled once for all forms and powers."""
+    particles = Particles(count, keep=count)
+
+    def both(keys: jax.Array, how: Any) -> tuple[Islands, jax.Array]:
+        islands = feynman_kac(keys, how, [part.scored for part in parts], (2,), potentials, particles)
+        return islands, drawn(keys, islands, particles)
+
+    return jax.jit(both)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| target | method | TV of modes | log-normaliser | least ESS | resamplings | roots |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        z = "" if row["log_normaliser"] is None else f"{row['log_normaliser']:+.3f}"
+        tv, rest = f"{row['tv']:.3f} ({row['tv_std']:.3f})", f"{row['resampled']:.1f} | {row['roots']:.0f}"
+        lines.append(f"| {row['target']} | {row['method']} | {tv} | {z} | {row['ess']:.2f} | {rest} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sheet(panels: Sequence[tuple[str, Islands, np.ndarray]]) -> Any:
+    """Points of one island each, naive above, weighted below."""
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(2.6 * len(panels) / 2, 5.4), dpi=110, layout="constrained")
+    grid = page.subplots(2, len(panels) // 2, sharex=True, sharey=True)
+    for axes, (name, _, x) in zip(grid.T.ravel(), panels):
+        axes.scatter(*x[0].T, s=1, alpha=0.3, linewidths=0)
+        axes.set_title(name, fontsize=8)
+        axes.set(xlim=(-6, 6), ylim=(-6, 6), aspect="equal", xticks=[], yticks=[])
+    return image_of(page)
