@@ -96,12 +96,16 @@ class Product(Powers):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.given and sum(self.given) <= 0:
-            raise UserError(f"potential.given={self.given} must add to more than 0: else noise has no weight to begin with")
+            raise UserError(
+                f"potential.given={self.given} must add to more than 0: else noise has no weight to begin with"
+            )
 
     def powers(self, powers: np.ndarray) -> np.ndarray:
         if len(powers) < 2 or len(self.given) not in (0, len(powers)):
             asked = f"given={self.given} names {len(self.given)}" if self.given else "it takes two or more"
-            raise UserError(f"potential product: there are {len(powers)} models, and {asked}; give as many energies as powers")
+            raise UserError(
+                f"potential product: there are {len(powers)} models, and {asked}; give as many energies as powers"
+            )
         return np.asarray(self.given or (1.0,) * len(powers))
 
 
@@ -109,7 +113,9 @@ def _each(values: tuple[float, ...], x: jax.Array, field: str) -> jax.Array:
     """[d] values for the numbers of an example; one value stands for all."""
     size = math.prod(x.shape[1:])
     if len(values) not in (1, size):
-        raise UserError(f"potential.{field} has {len(values)} values for {size} numbers of an example; give {size}, or 1 for all")
+        raise UserError(
+            f"potential.{field} has {len(values)} values for {size} numbers of an example; give {size}, or 1 for all"
+        )
     return jnp.broadcast_to(jnp.asarray(values, jnp.float32), size)
 
 
@@ -213,7 +219,9 @@ class Trace(NamedTuple):
     ess: jax.Array  # [I, T] effective number of particles, as a share of K
     resampled: jax.Array  # [I, T] whether they were drawn anew
     roots: jax.Array  # [I, T] how many of the first particles have descendants
-    broken: jax.Array  # [I, T] -1; else j K + k: weight j (0: of the energies) of particle k was no number; < -1: none has weight
+    broken: (
+        jax.Array
+    )  # [I, T] -1; else j K + k: weight j (0: of the energies) of particle k was no number; < -1: none has weight
     log_normaliser: jax.Array  # [I] of the target at the lowest level, with energies that are -log p
 
     def check(self, levels: np.ndarray, potentials: Sequence[Potential], count: int) -> None:
@@ -227,7 +235,9 @@ class Trace(NamedTuple):
                     )
                 part, particle = divmod(int(row[n]), count)
                 name = f"potential {potentials[part - 1].name}" if part else "the energies"
-                raise UserError(f"{name}: the weight of particle {particle} is no finite number {where}; look at what it gives there")
+                raise UserError(
+                    f"{name}: the weight of particle {particle} is no finite number {where}; look at what it gives there"
+                )
 
 
 class Islands(NamedTuple):
@@ -285,7 +295,9 @@ def course(
         powers = potential.powers(powers)
     total = float(powers.sum())
     if total <= 0:
-        raise UserError(f"powers {powers.tolist()} of the energies add to {total:g}; above 0 the target has a weight to begin with")
+        raise UserError(
+            f"powers {powers.tolist()} of the energies add to {total:g}; above 0 the target has a weight to begin with"
+        )
     after = np.append(levels[1:], levels[-1])  # the last moves nothing
     energy = levels >= stop if form == "hybrid" else np.full(len(levels), form != "score")
     by_base = np.append(energy[1:], energy[-1]) & (form != "kernel")
@@ -342,7 +354,9 @@ def feynman_kac(
                     "particle and a score like x"
                 )
             if energy.dtype not in (jnp.float32, jnp.float64):
-                raise UserError(f"energies {i} are {energy.dtype}, whose differences are lost in rounding; compute them in float32")
+                raise UserError(
+                    f"energies {i} are {energy.dtype}, whose differences are lost in rounding; compute them in float32"
+                )
         laid = [jnp.stack(parts).astype(jnp.float32) for parts in zip(*found)]
         return laid[0].reshape(-1, islands, count), laid[1].reshape(-1, islands, count, *shape)
 
@@ -352,7 +366,9 @@ def feynman_kac(
         for potential in potentials:
             log = potential.log(x.reshape(flat, *shape), x0.reshape(flat, *shape), sigma)
             if jnp.shape(log) != (flat,):
-                raise UserError(f"potential {potential.name}: {jnp.shape(log)} for {flat} particles; give one number for each")
+                raise UserError(
+                    f"potential {potential.name}: {jnp.shape(log)} for {flat} particles; give one number for each"
+                )
             found.append(log.astype(jnp.float32).reshape(islands, count))
         return found
 
@@ -395,7 +411,9 @@ def feynman_kac(
 
         ess = jnp.nan_to_num(jnp.exp(jax.vmap(log_ess)(weights)) / count)
         anew = (ess < particles.threshold) & (dv > 0) & (broken == -1)
-        drawn = jax.vmap(lambda key, w: resample(jax.random.fold_in(key, 2 * i + 1), w, count))(keys, jax.nn.softmax(weights))
+        drawn = jax.vmap(lambda key, w: resample(jax.random.fold_in(key, 2 * i + 1), w, count))(
+            keys, jax.nn.softmax(weights)
+        )
         # rounding may name a particle without weight
         none = jnp.take_along_axis(weights, drawn, 1) == -jnp.inf
         drawn = jnp.where(none, weights.argmax(1)[:, None], drawn)

@@ -60,18 +60,20 @@ class Mode:
         check_fields(self, "mode.")
 
 
-def log_density(modes: Sequence[Mode], x: Any, sigma: Any, xp: Any = jnp) -> Any:
+Arrays = tuple[Any, Any, Any, Any]  # weight [m], mean [m, 2], std [m, 2], correlation [m]
+
+
+def log_density(modes: Arrays, x: Any, sigma: Any, xp: Any = jnp) -> Any:
     """log p_sigma [N] of points [N, 2], of NumPy (`xp`) or JAX; sigma is a scalar or [N]."""
-    weight, mean, std, correlation = (
-        xp.asarray([getattr(mode, name) for mode in modes], x.dtype) for name in ("weight", "mean", "std", "correlation")
-    )
+    weight, mean, std, correlation = (xp.asarray(values, x.dtype) for values in modes)
     noise = xp.square(xp.asarray(sigma, x.dtype))[..., None]
     a, b, c = std[:, 0] ** 2 + noise, correlation * std[:, 0] * std[:, 1], std[:, 1] ** 2 + noise
     determinant = a * c - b * b
     left, up = x[:, :1] - mean[:, 0], x[:, 1:] - mean[:, 1]
     square = (c * left**2 - 2 * b * left * up + a * up**2) / determinant
     each = xp.log(weight / weight.sum()) - square / 2 - xp.log(determinant) / 2 - np.log(2 * np.pi)
-    most = each.max(-1)
+    # the gradient of a maximum looks for it among terms that the compiler may round otherwise, and is NaN where none is it
+    most = each.max(-1) if xp is np else jax.lax.stop_gradient(each.max(-1))
     return most + xp.log(xp.exp(each - most[:, None]).sum(-1))
 
 
@@ -92,6 +94,12 @@ class Mixture:
             raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
 
     @property
+    def arrays(self) -> Arrays:
+        """Weights, means, standard deviations and correlations of the modes."""
+        weight, mean, std, correlation = zip(*((m.weight, m.mean, m.std, m.correlation) for m in self.modes))
+        return weight, mean, std, correlation
+
+    @property
     def sigmas(self) -> tuple[float, float]:
         """Lowest and highest level."""
         return self.low, self.high
@@ -110,14 +118,19 @@ class Mixture:
 
     def energy(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """-log p_sigma [B] of points [B, 2] in nats, float32."""
-        return -log_density(self.modes, jnp.asarray(x, jnp.float32), sigma)
+        return -log_density(self.arrays, jnp.asarray(x, jnp.float32), sigma)
 
     def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """E[x0 | x] [B, 2]."""
         return denoised(functools.partial(self.energy, params), x, sigma)
 
     def sample(
-        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: EnergySampling | None = None
+        self,
+        params: Params,
+        rng: jax.Array,
+        n: int,
+        conditions: Batch | None = None,
+        options: EnergySampling | None = None,
     ) -> dict[str, jax.Array]:
         """`point` [n, 2]; point i depends on (rng, i) alone, but for those that an island keeps together.
 
@@ -153,6 +166,8 @@ class MixtureProduct:
         check_fields(self, "task.")
         if len(self.parts) < 2:
             raise UserError("task.parts holds one mixture; a product takes two or more")
+        if self.sigmas[0] >= self.sigmas[1]:
+            raise UserError("task.parts have no level in common; let low and high of each meet those of the others")
 
     @property
     def sigmas(self) -> tuple[float, float]:
@@ -172,7 +187,12 @@ class MixtureProduct:
         raise UserError(_EXACT)
 
     def sample(
-        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: EnergySampling | None = None
+        self,
+        params: Params,
+        rng: jax.Array,
+        n: int,
+        conditions: Batch | None = None,
+        options: EnergySampling | None = None,
     ) -> dict[str, jax.Array]:
         """`point` [n, 2], as of a mixture."""
         o = options or EnergySampling()
@@ -215,7 +235,7 @@ def truth(
     mean, reach = np.asarray([mode.mean for mode in modes]), 6 * np.asarray([mode.std for mode in modes])
     axes = (np.arange(low, high, step) for low, high in zip((mean - reach).min(0), (mean + reach).max(0)))
     x = np.stack(np.meshgrid(*axes), -1).reshape(-1, 2)
-    log = sum(power * log_density(part.modes, x, part.low, np) for part, power in zip(parts, powers))
+    log = sum(power * log_density(part.arrays, x, part.low, np) for part, power in zip(parts, powers))
     density = np.exp(log) * (1.0 if inside is None else inside(x))
     return share(parts[0].modes, x, density), float(np.log(density.sum() * step**2))
 
@@ -322,7 +342,13 @@ class Mixtures:
         return islands, points
 
     def _row(
-        self, target: Target, islands: Islands, x: np.ndarray, weights: np.ndarray, log_normaliser: float, weighted: bool
+        self,
+        target: Target,
+        islands: Islands,
+        x: np.ndarray,
+        weights: np.ndarray,
+        log_normaliser: float,
+        weighted: bool,
     ) -> dict[str, Any]:
         modes, trace = target.parts[0].modes, islands.trace
         found = share(modes, np.asarray(islands.x), np.asarray(jax.nn.softmax(islands.log_weights)))
