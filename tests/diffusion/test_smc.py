@@ -20,21 +20,8 @@ from scipy.stats import multivariate_normal, norm
 from zoo import config, dist
 from zoo.diffusion.energies import scored
 from zoo.diffusion.levels import Levels
-from zoo.diffusion.smc import (
-    Box,
-    Course,
-    EnergySampling,
-    HalfSpace,
-    Islands,
-    Particles,
-    Potential,
-    Product,
-    Temper,
-    Tilt,
-    course,
-    drawn,
-    feynman_kac,
-)
+from zoo.diffusion.potentials import Box, HalfSpace, Potential, Product, Temper, Tilt
+from zoo.diffusion.smc import Course, EnergySampling, Islands, Particles, course, drawn, feynman_kac
 from zoo.errors import UserError
 from zoo.papers.energy import Mixture, MixtureProduct, Mixtures, Mode, mixtures
 from zoo.papers.energy.mixtures import (

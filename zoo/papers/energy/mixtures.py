@@ -23,22 +23,9 @@ from zoo import files
 from zoo.diffusion.compare import folder, image_of
 from zoo.diffusion.energies import Scored, denoised, scored
 from zoo.diffusion.levels import Levels
+from zoo.diffusion.potentials import Coordinate, HalfSpace, Potential, Powers, Product, Temper
 from zoo.diffusion.sampling import Conditions, draw, guided
-from zoo.diffusion.smc import (
-    Coordinate,
-    EnergySampling,
-    Form,
-    HalfSpace,
-    Islands,
-    Particles,
-    Potential,
-    Powers,
-    Product,
-    Temper,
-    course,
-    drawn,
-    feynman_kac,
-)
+from zoo.diffusion.smc import EnergySampling, Form, Islands, Particles, course, drawn, feynman_kac
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, NotEmpty, Positive, Side, Some, check_fields
 from zoo.task import About, Batch, Params, sample_keys
