@@ -4,7 +4,7 @@ A base model with energy E_0 goes from noise to data; the target at each level i
 a_i of this and other models' energies and factors h of x. Scores that are merely added up draw something else; here each
 particle's log-weight counts what a step leaves out, and particles are drawn anew by their weights where these are too
 unequal (Feynman-Kac models with sequential Monte Carlo: arXiv:2502.12786, section 4; score-only weights: arXiv:2503.02819).
-Which weights, thresholds and bounds the first paper takes was not to be had: those here are our choice, each derived below.
+Which weights, thresholds and bounds the first paper takes was not to be had: those here are our choice.
 
 An island is K particles that depend on each other, and follows from one key alone. I islands, T levels, M models, P
 potentials, d numbers of an example; x = x0 + sigma n, dv the variance that a step takes away. Log-weights are float32.
@@ -60,9 +60,8 @@ class Trace(NamedTuple):
     ess: jax.Array  # [I, T] effective number of particles, as a share of K
     resampled: jax.Array  # [I, T] whether they were drawn anew
     roots: jax.Array  # [I, T] how many of the first particles have descendants
-    broken: (
-        jax.Array
-    )  # [I, T] -1; else j K + k: weight j (0: of the energies) of particle k was no number; < -1: none has weight
+    # [I, T] -1: none; -2: no particle has weight; else j K + k: weight j (0: of the energies) of particle k is no number
+    broken: jax.Array
     log_normaliser: jax.Array  # [I] of the target at the lowest level, with energies that are -log p
 
     def check(self, levels: np.ndarray, potentials: Sequence[Potential], count: int) -> None:
@@ -349,7 +348,7 @@ class EnergySampling(DenoiserSampling):
         if not isinstance(self.guidance, float | int) or self.guidance:
             raise UserError(
                 "guidance goes with solvers; particles take the model without and with the class as two energies and "
-                "product.given=(-w, 1 + w)"
+                "the potential product with given=(-w, 1 + w)"
             )
         levels = self.grid(len(self.levels.given) or self.nfe, "edm", sigmas)
         all_of_them = (*potentials, *([Temper(self.temper)] if self.temper != 1 else []), *self.potentials)
