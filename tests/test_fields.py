@@ -58,6 +58,7 @@ NEEDED: dict[str, dict[str, Any]] = {  # of what has no default
     "Latents": {"path": "a"},
     "Series": {"path": "a.npz", "length": 8},
     "Text": {"path": "a.txt"},
+    "Tilt": {"function": jnp.sum},
 }
 
 

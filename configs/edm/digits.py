@@ -34,6 +34,14 @@ config = Run(
     log_every=50,
 )
 
+# A worse copy of itself, as a guide (autoguidance/digits).
+guide = replace(
+    config,
+    task=replace(config.task, network=edm.Transformer(width=32, depth=2, head_dim=16, patch=2)),
+    steps=500,
+    samples=Samples(n=100, options={"nfe": 17}),
+)
+
 smoke = replace(
     config,
     task=edm.Edm(

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from zoo.errors import UserError
+
 Rows = Mapping[str, Sequence[float | None]]  # by solver, one figure for each number of calls; None: it cannot
+
+
+def folder(out: str, result: str, what: str) -> Path:
+    """The folder `out`, made where it is not there; UserError where it holds other things than results, or cannot be made."""
+    path = Path(out)
+    if path.exists() and (not path.is_dir() or (not (path / result).exists() and any(path.iterdir()))):
+        raise UserError(f"out={out} is no folder of {what}; name a new or an empty one with out=FOLDER")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be made ({error}); name another folder with out=FOLDER") from None
+    return path
 
 
 def table(calls: Sequence[int], rows: Rows, notes: Mapping[str, Sequence[str]] | None = None) -> str:
@@ -38,7 +53,7 @@ def chart(calls: Sequence[int], rows: Rows, figure: str) -> Image.Image:
     axes.set(yscale="log", xlabel="calls of the denoiser", ylabel=figure)
     axes.grid(color="#e4e4e4")
     axes.legend(fontsize=6, ncols=2)
-    return _drawn(page)
+    return image_of(page)
 
 
 def sheet(calls: Sequence[int], samples: Mapping[tuple[str, int], np.ndarray]) -> Image.Image:
@@ -59,10 +74,11 @@ def sheet(calls: Sequence[int], samples: Mapping[tuple[str, int], np.ndarray]) -
             axes.imshow(strip if strip.shape[-1] == 3 else strip.mean(-1), cmap="gray", vmin=0, vmax=1)
         else:
             axes.axis("off")
-    return _drawn(page)
+    return image_of(page)
 
 
-def _drawn(page: Any) -> Image.Image:
+def image_of(page: Any) -> Image.Image:
+    """What a page of matplotlib shows."""
     file = io.BytesIO()
     page.savefig(file, format="png")
     return Image.open(file)

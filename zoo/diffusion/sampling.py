@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zoo.diffusion.guidance import Denoiser, Guidance
 from zoo.diffusion.levels import Levels
@@ -41,20 +42,24 @@ class DenoiserSampling:
 
     def plan(self, sigmas: tuple[float, float]) -> Plan:
         """The solver's table for a denoiser of levels from `sigmas[0]` to `sigmas[1]`. UserError for a grid beyond those."""
+        plan = self.solver.plan(self.grid(self.solver.nodes(self.nfe), self.solver.grid, sigmas))
+        if plan.sigma.max() > sigmas[1] * (1 + 1e-6):
+            raise UserError(
+                f"{self.solver} asks at a level of {plan.sigma.max():.4g} and the model knows {sigmas[0]:g} to {sigmas[1]:g}; set "
+                "solver.high or levels.high lower, so that its noise stays below"
+            )
+        return plan
+
+    def grid(self, count: int, kind: str, sigmas: tuple[float, float]) -> np.ndarray:
+        """`count` levels, of this kind where none is asked for. UserError for a grid beyond the levels `sigmas` of the model."""
         low, high = sigmas
-        grid = self.levels.grid(self.solver.nodes(self.nfe), self.solver.grid, low, high)
+        grid = self.levels.grid(count, kind, low, high)
         if grid[-1] < low * (1 - 1e-6) or grid[0] > high * (1 + 1e-6):
             raise UserError(
                 f"levels from {grid[-1]:g} to {grid[0]:g} reach beyond those of the model, {low:g} to {high:g}; set levels.low "
                 "and levels.high"
             )
-        plan = self.solver.plan(grid)
-        if plan.sigma.max() > high * (1 + 1e-6):
-            raise UserError(
-                f"{self.solver} asks at a level of {plan.sigma.max():.4g} and the model knows {low:g} to {high:g}; set solver.high or "
-                "levels.high lower, so that its noise stays below"
-            )
-        return plan
+        return grid
 
 
 def guided(denoise: Door, conditions: Conditions, by: float | Guidance) -> Denoiser:

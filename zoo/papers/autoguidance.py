@@ -107,7 +107,9 @@ class Guided:
         o, label = options or GuidedSampling(), (conditions or {}).get("label") if self.about.classes else None
         given = {} if label is None else {"label": label}
         strong = functools.partial(self.main.denoise, params["main"], conditions=given)
-        weak = functools.partial(self.guide.denoise, params["guide"], conditions=given if self.guide.about.classes else {})
+        weak = functools.partial(
+            self.guide.denoise, params["guide"], conditions=given if self.guide.about.classes else {}
+        )
 
         def both(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
             return strong(x, sigma), weak(x, sigma)

@@ -16,14 +16,13 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from msgspec import Meta
 
 from zoo import files
-from zoo.diffusion.compare import chart, table
+from zoo.diffusion.compare import chart, folder, table
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.solvers import (
     DEIS,
@@ -219,13 +218,7 @@ class Solvers:
 
         UserError where `out` is no folder of such results.
         """
-        out = Path(self.out)
-        if out.exists() and (not out.is_dir() or (not (out / _RESULT).exists() and any(out.iterdir()))):
-            raise UserError(f"out={out} is no folder of compared solvers; name a new or an empty one with out=FOLDER")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out={out} cannot be made ({error}); name another folder with out=FOLDER") from None
+        out = folder(self.out, _RESULT, "compared solvers")
         variance = spectrum(self.side, self.power, self.variance)
         rows: list[dict[str, Any]] = [
             {"solver": str(solver), **self._best(solver, variance)} for solver in self.solvers

@@ -297,7 +297,8 @@ class Edm2:
         o, label = options or DenoiserSampling(), (conditions or {}).get("label") if self.classes else None
         if (o.guidance if isinstance(o.guidance, float | int) else o.guidance.weight) > 0:
             raise UserError(
-                "guidance compares a class with none, and this network was trained with its class always; leave it out, or guide it by another network (edm2/imagenet64:guided)"
+                "guidance compares a class with none, and this network was trained with its class always; leave it out, or "
+                "guide it by another network (autoguidance/imagenet512)"
             )
         given = {} if label is None else {"label": label}
         shape = (self.image, self.image, self.channels)

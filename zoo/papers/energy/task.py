@@ -10,6 +10,7 @@ body was not at hand.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 
 from zoo.diffusion.energies import Scored, denoised, scored
 from zoo.diffusion.levels import LogNormal
+from zoo.diffusion.potentials import Product
 from zoo.diffusion.precondition import Precondition
-from zoo.diffusion.sampling import Conditions, draw, guided
-from zoo.diffusion.smc import EnergySampling, Form, Product
+from zoo.diffusion.sampling import clipped, sampled
+from zoo.diffusion.smc import EnergySampling, Form
 from zoo.errors import UserError
 from zoo.fields import Below1, Some, check_fields
 from zoo.task import About, Batch, Denoises, Energetic, Network, Params, sample_keys, speed
@@ -163,17 +165,8 @@ class EnergyDistill:
             image = o.draw(rng, n, self.sigmas, [self.scored(params, kept, o.particles.count)], shape)
             told = kept and {"label": jnp.repeat(kept["label"], o.particles.keep)[:n]}
         else:
-
-            def door(x: jax.Array, sigma: jax.Array, given: Conditions) -> jax.Array:
-                return self.denoise(params, x, sigma, given)
-
-            image = draw(o.plan(self.sigmas), guided(door, told, o.guidance), sample_keys(rng, n), shape)
-        return {"image": shown(image), **(told or {})}
-
-
-def shown(image: jax.Array) -> jax.Array:
-    """Clipped to [-1, 1], NaN where it is not finite."""
-    return jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)
+            image = sampled(functools.partial(self.denoise, params), self.sigmas, shape, sample_keys(rng, n), told, o)
+        return {"image": clipped(image), **(told or {})}
 
 
 @dataclass(frozen=True)
@@ -203,7 +196,9 @@ class EnergyProduct:
         shapes = [part.spec(1)["image"].shape[1:] for part in self.parts]
         for name, values in (("images", shapes), ("levels", [part.sigmas for part in self.parts])):
             if other := next((value for value in values if value != values[0]), None):
-                raise UserError(f"task.parts have {name} of {values[0]} and of {other}; the parts of a product are alike in both")
+                raise UserError(
+                    f"task.parts have {name} of {values[0]} and of {other}; the parts of a product are alike in both"
+                )
 
     @property
     def about(self) -> About:
@@ -231,7 +226,9 @@ class EnergyProduct:
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """UserError: there is none."""
-        raise UserError("a product of energies has nothing to train; draw from it with `zoo sample CONFIG weights.part0=RUN ...`")
+        raise UserError(
+            "a product of energies has nothing to train; draw from it with `zoo sample CONFIG weights.part0=RUN ...`"
+        )
 
     def energies(self, params: Params, count: int) -> list[Scored]:
         """Energy and score of each part, as particles take them."""
@@ -253,4 +250,4 @@ class EnergyProduct:
         """
         o, shape = options or ProductSampling(), self.spec(1)["image"].shape[1:]
         image = o.draw(rng, n, self.sigmas, self.energies(params, o.particles.count), shape, [Product()])
-        return {"image": shown(image)}
+        return {"image": clipped(image)}

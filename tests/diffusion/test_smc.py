@@ -1,0 +1,467 @@
+"""Weighted particles on exact mixtures: laws of the weights, truths by grid, bars of what naive scores miss, and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import multivariate_normal, norm
+
+from zoo import config, dist
+from zoo.diffusion.energies import scored
+from zoo.diffusion.levels import Levels
+from zoo.diffusion.potentials import Box, HalfSpace, Potential, Product, Temper, Tilt
+from zoo.diffusion.smc import Course, EnergySampling, Islands, Particles, course, drawn, feynman_kac
+from zoo.errors import UserError
+from zoo.papers.energy import Mixture, MixtureProduct, Mixtures, Mode, mixtures
+from zoo.papers.energy.mixtures import (
+    BOTH,
+    CORNERS,
+    CROSS,
+    EDGE,
+    ROW,
+    TARGETS,
+    distance,
+    log_density,
+    projected,
+    share,
+    truth,
+)
+from zoo.task import Denoises, Energetic, Samples
+
+FIVE = Mixture(
+    (
+        Mode(0.1, (-4.0, 0.0), (0.4, 0.8), 0.8),
+        Mode(0.15, (4.0, 1.0), (0.9, 1.1), -0.5),
+        Mode(0.2, (0.0, 4.0), (0.5, 0.6), 0.6),
+        Mode(0.25, (1.0, -4.0), (1.2, 0.5), 0.3),
+        Mode(0.3, (0.0, 0.0), (0.9, 0.9), -0.6),
+    )
+)
+GAUSSIAN = Mixture((Mode(std=(0.7, 0.7)),))
+GRID = Levels().grid(101, "edm", 0.01, 10.0)
+
+
+def how(form: Any, beta: float = 1.0, levels: np.ndarray = GRID, **other: Any) -> Course:
+    return course(levels, 1, [Temper(beta)], form, numbers=2, **other)
+
+
+traced: Counter[Any] = Counter()
+
+
+@functools.cache
+def program(models: int = 1, particles: Particles = Particles(2000), bounded: bool = False) -> Any:
+    """(keys, course, modes of each model, shift, (offset, slope)) -> islands; what tests differ in are inputs of few programs."""
+
+    def run(keys: jax.Array, how: Course, modes: Any, shift: Any, bound: Any) -> Islands:
+        traced[models, particles, bounded] += 1
+
+        def of(one: Any) -> Any:
+            return scored(lambda x, sigma: shift * jnp.sin(sigma) - log_density(one, x, sigma))
+
+        factors = (
+            (HalfSpace(EDGE.normal, bound[0]), Tilt(lambda x0, sigma: x0 @ jnp.asarray(bound[1]))) if bounded else ()
+        )
+        return feynman_kac(keys, how, [of(one) for one in modes], (2,), factors, particles)
+
+    # what the suite leaves out for the sake of compiling is six times the time of these loops
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 1})
+
+
+def drawn_from(
+    mixtures: Mixture | Sequence[Mixture],
+    how: Course,
+    particles: Particles = Particles(2000),
+    seeds: int = 5,
+    shift: float = 0.0,
+    bound: Any = None,
+) -> Islands:
+    mixtures = (mixtures,) if isinstance(mixtures, Mixture) else mixtures
+    modes = [
+        [
+            np.pad(a, [(0, 5 - len(a)), *[(0, 0)] * (np.ndim(a) - 1)], constant_values=v)
+            for a, v in zip(m.arrays, (0, 0, 1, 0))
+        ]
+        for m in mixtures
+    ]
+    found: Islands = program(len(modes), particles, bound is not None)(
+        keys(seeds), how, jax.tree.map(np.float32, modes), np.float32(shift), jax.tree.map(np.float32, bound)
+    )
+    return found
+
+
+@functools.cache
+def exact(mixtures: Mixture | tuple[Mixture, ...], *powers: float) -> tuple[np.ndarray, float]:
+    return truth((mixtures,) if isinstance(mixtures, Mixture) else mixtures, powers, step=0.04)
+
+
+def keys(n: int = 5, seed: int = 0) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), n)
+
+
+def errors(found: Islands, first: Mixture, exact: tuple[np.ndarray, float]) -> tuple[float, float]:
+    """Mean total variation of the modes' weights, and mean error of the log-normaliser."""
+    modes = share(first.modes, np.asarray(found.x), np.asarray(jax.nn.softmax(found.log_weights)))
+    return float(distance(modes, exact[0]).mean()), float(found.trace.log_normaliser.mean()) - exact[1]
+
+
+# --- energies -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.5, 3.0, 80.0])
+def test_energies_are_those_of_scipy_and_their_gradient_denoises(sigma: float) -> None:
+    x = np.random.default_rng(0).normal(size=(64, 2)) * np.hypot(3, sigma)
+    x0, total = np.zeros_like(x), np.zeros(len(x))
+    for mode in FIVE.modes:
+        off = mode.correlation * mode.std[0] * mode.std[1]
+        covariance = np.asarray([[mode.std[0] ** 2, off], [off, mode.std[1] ** 2]])
+        noisy = covariance + sigma**2 * np.eye(2)
+        density = mode.weight * multivariate_normal(mode.mean, noisy).pdf(x)
+        x0 += density[:, None] * (mode.mean + (x - mode.mean) @ np.linalg.solve(noisy, covariance))
+        total += density
+    known = total > 1e-30
+    np.testing.assert_allclose(FIVE.energy({}, x, sigma)[known], -np.log(total[known]), rtol=1e-5, atol=1e-5)
+    denoised = FIVE.denoise({}, x, sigma)
+    np.testing.assert_allclose(
+        denoised[known], (x0 / total[:, None])[known], atol=2e-6 * np.hypot(3, sigma) * (1 + sigma)
+    )
+    np.testing.assert_allclose(FIVE.denoise({}, x, jnp.full(64, sigma)), denoised, atol=1e-6 * np.hypot(3, sigma))
+
+
+def test_the_jacobian_of_the_score_is_symmetric_and_high_levels_are_gaussian() -> None:
+    x = np.random.default_rng(1).normal(size=(8, 2)) * 3
+    jacobian = jax.jacfwd(lambda x: FIVE.scored(x[None], jnp.asarray(0.5))[1][0])
+    hessian = jax.jit(jax.vmap(jacobian))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(hessian, hessian.swapaxes(1, 2), atol=1e-5)
+    at = jnp.asarray([[1e3, 0.0], [3e3, -2e3]])
+    square = 1e6 * (FIVE.energy({}, at, 1e3) - np.log(2 * np.pi * 1e6)) / jnp.square(at).sum(-1)
+    np.testing.assert_allclose(square, 0.5, rtol=2e-3)
+
+
+# --- resampling -----------------------------------------------------------------------------------
+
+
+def weighted(log_weights: Any) -> Islands:
+    """Islands whose particles are their numbers."""
+    log_weights = jnp.asarray(log_weights, jnp.float32)
+    x = jnp.broadcast_to(jnp.arange(log_weights.shape[1], dtype=jnp.float32), log_weights.shape)
+    return Islands(x, log_weights, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", ["systematic", "stratified", "residual", "multinomial"])
+def test_particles_are_drawn_by_weight(scheme: Any) -> None:
+    count = 200
+    log = np.random.default_rng(0).normal(size=(1, count)) * 2
+    expected = count * np.exp(log[0]) / np.exp(log).sum()
+    own = Particles(count, scheme=scheme, keep=count)
+    draw = jax.jit(lambda keys, log: drawn(keys, weighted(log), own))
+    counts = np.stack([np.bincount(draw(keys(1, i), log).astype(int), minlength=count) for i in range(50)])
+    if scheme == "systematic":
+        assert np.abs(counts - expected).max() < 1
+    np.testing.assert_allclose(counts.mean(0), expected, atol=4.5 * np.sqrt(expected.max() / 50))
+    one = np.full((1, count), -np.inf)
+    one[0, 7] = -3.0
+    assert set(np.asarray(draw(keys(1), one))) == {7.0}
+
+
+def test_nothing_without_weight_is_drawn_whatever_is_rounded() -> None:
+    log = np.zeros((256, 1000))
+    log[:, ::2] = log[:, -300:] = -np.inf
+    found = np.asarray(drawn(keys(256), weighted(log), Particles(1000, keep=1000))).astype(int)
+    assert np.isfinite(log[0][found]).all()
+
+
+def test_where_weights_are_alike_nothing_is_drawn_anew() -> None:
+    found = drawn_from(CORNERS, how("ratio", 1.0))
+    assert not found.trace.resampled.any()
+    assert (found.trace.roots == 2000).all()
+    np.testing.assert_allclose(found.trace.ess, 1, rtol=1e-5)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["ratio", "score", "hybrid"])
+def test_without_anything_to_correct_weights_are_exactly_equal(form: Any) -> None:
+    found = drawn_from(FIVE, how(form, 1.0))
+    assert not np.asarray(found.log_weights).any()
+    assert not np.asarray(found.trace.log_normaliser).any()
+
+
+FREE = Particles(400, threshold=0.0)  # never drawn anew
+
+
+def padded(form: Any, beta: float, steps: int, rows: int = 2001) -> Course:
+    """With moves of nothing at the end, so that courses of several lengths share a program."""
+    levels = Levels().grid(steps + 1, "edm", 0.01, 10.0)
+    made, more = how(form, beta, levels), rows - len(levels)
+    return Course(*(np.pad(a, (0, more), mode="edge") if a.shape == levels.shape else a for a in made))
+
+
+def test_the_kernel_form_keeps_its_particles_where_nothing_needs_correction() -> None:
+    for steps, bar in ((50, 0.4), (100, 0.55), (400, 0.8)):
+        assert drawn_from(CORNERS, padded("kernel", 1.0, steps), FREE).trace.ess[:, -1].mean() >= bar
+
+
+def test_the_kernel_form_gives_a_gaussian_its_tempered_variance() -> None:
+    found = drawn_from(GAUSSIAN, how("kernel", 2.0))
+    weights = np.asarray(jax.nn.softmax(found.log_weights))[..., None]
+    mean = (weights * found.x).sum(1, keepdims=True)
+    variance = (weights * np.square(found.x - mean)).sum(1).mean(-1)
+    np.testing.assert_allclose(variance, 0.245, rtol=0.2)
+    assert variance.mean() == pytest.approx(0.245, rel=0.1)
+
+
+def test_the_score_form_is_the_limit_of_the_kernel_form_on_one_path() -> None:
+    alike = []
+    for steps in (200, 2000):
+        kernel, score = padded("kernel", 2.0, steps), padded("score", 2.0, steps)
+        pair = [
+            drawn_from(CORNERS, one, FREE) for one in (kernel, score._replace(noise=kernel.noise, start=kernel.start))
+        ]
+        np.testing.assert_allclose(pair[0].x, pair[1].x, atol=1e-4)
+        alike.append(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(*(one.log_weights for one in pair))]))
+    assert alike[1] > 0.93 > alike[0]
+
+
+@pytest.mark.parametrize("form", ["ratio", "kernel"])
+def test_a_constant_of_a_level_changes_no_weight(form: Any) -> None:
+    plain, other = (drawn_from(CORNERS, padded(form, 2.0, 100), FREE, shift=shift) for shift in (0.0, 30.0))
+    one, two = (np.asarray(jax.nn.softmax(found.log_weights)) for found in (plain, other))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    np.testing.assert_allclose(plain.x, other.x, atol=1e-5)
+
+
+# --- bars -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixture", [CORNERS, FIVE], ids=["corners", "five"])
+def test_tempered_mixtures_have_the_right_weights_where_naive_scores_have_not(mixture: Mixture) -> None:
+    for beta, naive, ratio, nats in ((2.0, 0.18, 0.05, 0.1), (3.0, 0.33, 0.10, 0.25)):
+        true = exact(mixture, beta)
+        assert errors(drawn_from(mixture, how("score", beta, rho=0.0)), mixture, true)[0] >= naive
+        found, nat = errors(drawn_from(mixture, how("ratio", beta)), mixture, true)
+        assert found <= ratio
+        assert abs(nat) <= nats
+        if beta == 2:
+            assert errors(drawn_from(mixture, how("score", beta)), mixture, true)[0] <= 0.15
+            assert errors(drawn_from(mixture, how("hybrid", beta, stop=1.0)), mixture, true)[0] <= 0.06
+
+
+def test_without_the_first_weight_all_of_it_is_wrong() -> None:
+    broken = how("ratio", 2.0)
+    broken = broken._replace(energy=np.append(False, broken.energy[1:]))
+    found, nat = errors(drawn_from(CORNERS, broken), CORNERS, exact(CORNERS, 2.0))
+    assert found > 0.1
+    assert abs(nat) > 2
+
+
+def test_a_product_has_the_right_weights_where_summed_scores_have_not() -> None:
+    of, true = functools.partial(course, GRID, 2, [Product()], numbers=2), exact(BOTH.parts, 1.0, 1.0)
+    assert errors(drawn_from(BOTH.parts, of("score", rho=0.0)), ROW, true)[0] >= 0.11
+    assert errors(drawn_from(BOTH.parts, of("ratio")), ROW, true)[0] <= 0.06
+    assert errors(drawn_from(BOTH.parts, of("score")), ROW, true)[0] <= 0.10
+    # a mixture and itself, to powers that add to 1: guidance by what does not differ
+    twice = drawn_from((ROW, ROW), course(GRID, 2, [Product((-1.0, 2.0))], "score", numbers=2))
+    np.testing.assert_allclose(twice.log_weights, 0, atol=1e-2)
+
+
+def test_a_bound_is_kept_and_does_not_bend_the_weights() -> None:
+    levels = Levels().grid(201, "edm", 0.01, 10.0)
+    true = truth([CORNERS], [1.0], lambda x: x @ np.asarray(EDGE.normal) < EDGE.offset)
+    found = drawn_from(CORNERS, how("ratio", 1.0, levels), Particles(1000), bound=(EDGE.offset, (0.0, 0.0)))
+    inside = np.asarray(found.x) @ np.asarray(EDGE.normal) < EDGE.offset
+    assert inside.mean() >= 0.9
+    assert (np.isfinite(found.log_weights) == inside).all()
+    tv, nats = errors(found, CORNERS, true)
+    assert tv <= 0.08
+    assert abs(nats) <= 0.1
+    plain = drawn_from(CORNERS, how("ratio", 1.0))
+    assert errors(plain._replace(x=projected(EDGE, np.asarray(plain.x))), CORNERS, true)[0] >= 0.25
+
+
+def test_a_tilted_gaussian_moves_by_what_it_is_tilted() -> None:
+    levels = Levels().grid(201, "edm", 0.01, 10.0)
+    found = drawn_from(GAUSSIAN, how("ratio", 1.0, levels), Particles(1000), bound=(1e3, (1.0, -2.0)))
+    mean = (jax.nn.softmax(found.log_weights)[..., None] * found.x).sum(1).mean(0)
+    np.testing.assert_allclose(mean, [0.49, -0.98], atol=0.07)
+    assert float(found.trace.log_normaliser.mean()) == pytest.approx(5 * 0.49 / 2, abs=0.1)
+
+
+def test_one_program_served_every_form_power_and_mixture() -> None:
+    for form in ("ratio", "kernel", "score", "hybrid"):
+        assert drawn_from(CORNERS, how(form, 0.5)).x.shape == (5, 2000, 2)
+    assert traced[1, Particles(2000), False] == 1
+
+
+# --- potentials -----------------------------------------------------------------------------------
+
+
+def test_boxes_and_half_spaces_are_those_of_the_normal_law() -> None:
+    x0 = np.random.default_rng(0).normal(size=(50, 2)) * 3
+    for sigma in (0.05, 1.0, 20.0):
+        box, half = Box((-1.0, 0.0), (1.0, 3.0)), HalfSpace((3.0, -4.0), 2.0)
+        x = jnp.asarray(x0, jnp.float32)
+        low, high = (np.asarray([-1, 0]) - x0) / sigma, (np.asarray([1, 3]) - x0) / sigma
+        flip = low + high < 0
+        low, high = np.where(flip, low, -high), np.where(flip, high, -low)
+        with np.errstate(divide="ignore"):
+            log = norm.logcdf(high) + np.log1p(-np.exp(norm.logcdf(low) - norm.logcdf(high)))
+        np.testing.assert_allclose(box.log(x, x, sigma), log.sum(-1), rtol=2e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            half.log(x, x, sigma), norm.logcdf((2 - x0 @ [3, -4]) / 5 / sigma), rtol=1e-3, atol=1e-6
+        )
+    ends = box.end(jnp.asarray([[0.0, 1.0], [0.0, -1.0], [2.0, 1.0]]))
+    np.testing.assert_array_equal(ends, [0, -np.inf, -np.inf])
+    assert np.isfinite(Box().log(jnp.full((1, 2, 2), 99.0), jnp.full((1, 2, 2), 99.0), 0.002)).all()
+
+
+def test_potentials_are_named_and_go_together() -> None:
+    made = config.override(
+        EnergySampling(),
+        ["temper=2", "potentials=box,halfspace", "potentials.0.low=-2", "potentials.1.offset=1", "particles.count=16"],
+    )
+    assert made.potentials == (Box(low=(-2.0,)), HalfSpace(offset=1.0))
+    assert config.undump(config.dump(made)) == made
+    assert course(GRID, 2, [Product(), Temper(2.0)]).powers.tolist() == [2, 2]
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def test_mixtures_are_tasks_whose_samples_follow_from_their_keys() -> None:
+    assert isinstance(CORNERS, Energetic)
+    assert isinstance(CORNERS, Denoises)
+    assert isinstance(BOTH, Samples)
+    assert CORNERS.spec(3)["point"].shape == BOTH.spec(3)["point"].shape == (3, 2)
+    assert CORNERS.init(jax.random.key(0)) == {}
+    own = EnergySampling(nfe=21, temper=2.0, particles=Particles(64))
+    for mixture in (CORNERS, BOTH):
+        draw = functools.cache(lambda m=mixture: jax.jit(lambda rng: m.sample({}, rng, 8, None, own)["point"]))()
+        found, again = (
+            draw(jax.random.key(3)),
+            draw(jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(8))),
+        )
+        np.testing.assert_array_equal(found, again)
+        assert len({tuple(point) for point in np.asarray(found).tolist()}) == 8
+    kept = dataclasses.replace(own, particles=Particles(64, keep=4))
+    assert jax.eval_shape(lambda rng: BOTH.sample({}, rng, 10, None, kept), jax.random.key(0))["point"].shape == (10, 2)
+    plain = jax.jit(lambda rng: CORNERS.sample({}, rng, 2000, None, EnergySampling(nfe=35))["point"])(jax.random.key(0))
+    modes = share(CORNERS.modes, np.asarray(plain), np.ones(2000))
+    assert distance(modes, np.asarray([0.1, 0.2, 0.3, 0.4])) < 0.05
+
+
+def test_the_comparison_writes_a_table_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixtures, "TARGETS", (TARGETS[0], TARGETS[3]))
+    found = Mixtures(seeds=2, count=50, levels=11, out=str(tmp_path / "out")).run()
+    assert len(found["rows"]) == 10
+    assert json.loads((tmp_path / "out" / "mixtures.json").read_text())["rows"] == found["rows"]
+    assert (tmp_path / "out" / "mixtures.md").read_text().count("\n") == 2 + len(found["rows"])
+    assert (tmp_path / "out" / "mixtures.png").stat().st_size > 10_000
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="no folder of compared mixtures"):
+        Mixtures(out=str(tmp_path / "other")).run()
+
+
+@pytest.mark.devices8
+def test_particles_on_one_and_eight_devices_have_the_same_weights() -> None:
+    for islands in (8, 1):  # islands over the devices, or the particles of one
+        found = []
+        for count in (1, 8):
+            with dist.use(dist.Mesh(data=count).build(jax.devices()[:count])):
+                run = jax.jit(lambda keys, how: feynman_kac(keys, how, [CORNERS.scored], (2,), (), Particles(64)))
+                found.append(jax.device_get(run(keys(islands), how("ratio", 3.0, GRID[::4]))))
+        np.testing.assert_allclose(*(jax.nn.softmax(one.log_weights) for one in found), atol=1e-5)
+        np.testing.assert_allclose(*(one.x for one in found), atol=1e-4)
+        assert found[0].trace.resampled.any()
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Particles(1), "particles.count=1 must be a whole number from 2"),
+        (lambda: Particles(4, keep=5), "particles.keep=5 is more than particles.count=4"),
+        (lambda: EnergySampling(temper=0.0), "temper=0.0 must be a finite number above 0"),
+        (lambda: EnergySampling(stop=0.5), "stop=0.5 is of form=hybrid and this is form=ratio"),
+        (lambda: Temper(0.0), "potential.beta=0.0"),
+        (lambda: Box((0.0,), (0.0,)), "potential.low=(0.0,) must be below potential.high"),
+        (lambda: HalfSpace((0.0, 0.0)), "potential.normal=(0.0, 0.0) has no direction"),
+        (lambda: Product((1.0, -1.0)), "potential.given=(1.0, -1.0) must add to more than 0"),
+        (lambda: course(GRID, 1, [Product()]), "there are 1 models, and it takes two or more"),
+        (lambda: course(GRID, 3, [Product((1.0, 1.0))]), "there are 3 models, and given=(1.0, 1.0) names 2"),
+        (lambda: MixtureProduct((ROW,)), "task.parts holds one mixture"),
+        (lambda: MixtureProduct((ROW, dataclasses.replace(CROSS, low=20.0, high=30.0))), "task.parts have no level in common"),
+        (lambda: Mixture(low=3.0, high=2.0), "task.low=3 must be below task.high=2"),
+        (lambda: CORNERS.loss({}, {}, jax.random.key(0)), "nothing to train"),
+        (lambda: CORNERS.sample({}, keys(2), 2, None, EnergySampling(temper=2.0, guidance=1.0)), "guidance goes with solvers"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_said_in_a_sentence(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        make()
+
+
+@functools.cache
+def breaking() -> Any:
+    """(energies' addition [32], tilt's below sigma 1 [32], offset) -> two islands of 16."""
+
+    def run(added: jax.Array, tilt: jax.Array, offset: jax.Array) -> Islands:
+        energy = scored(lambda x, sigma: CORNERS.energy({}, x, sigma) + added)
+        factors = HalfSpace(EDGE.normal, offset), Tilt(lambda x0, sigma: jnp.where(sigma < 1, tilt, 0.0))
+        return feynman_kac(keys(2), how("ratio", 2.0, GRID[::10]), [energy], (2,), factors, Particles(16))
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize(
+    ("energy", "tilt", "offset", "said"),
+    [
+        ({}, {19: np.nan}, 1.0, "potential tilt: the weight of particle 3 is no finite number at level 5 (sigma 0.718) of island 1"),
+        ({}, {19: np.inf}, 1.0, "potential tilt: the weight of particle 3 is no finite number at level 5 (sigma 0.718) of island 1"),
+        ({2: np.nan}, {}, 1.0, "the energies: the weight of particle 2 is no finite number at level 0 (sigma 10) of island 0"),
+        ({}, dict.fromkeys(range(32), -np.inf), 1.0, "no particle has any weight left at level 5 (sigma 0.718) of island 0"),
+        ({}, {}, -1000.0, "no particle has any weight left at level 10 (sigma 0.01) of island 0"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_none_name_the_potential_the_level_and_the_particle(
+    energy: dict[int, float], tilt: dict[int, float], offset: float, said: str
+) -> None:
+    added = [np.asarray([values.get(i, 0.0) for i in range(32)], np.float32) for values in (energy, tilt)]
+    found = breaking()(*added, np.float32(offset))
+    lost = int(said[-1])
+    assert np.isnan(found.x[lost]).all()  # an island that is lost gives no sample
+    with pytest.raises(UserError, match=re.escape(said)):
+        found.trace.check(GRID[::10], [EDGE, Tilt(jnp.sum)], 16)
+
+
+def given(energy: Any = None, *potentials: Potential) -> None:
+    own = CORNERS.scored if energy is None else scored(energy)
+    jax.eval_shape(lambda: feynman_kac(keys(2), how("ratio"), [own], (2,), potentials, Particles(16)))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: given(lambda x, sigma: x), "energies 0: (32, 2)"),
+        (lambda: given(lambda x, sigma: x.sum(-1).astype(jnp.bfloat16)), "energies 0 are bfloat16"),
+        (lambda: given(None, Tilt(lambda x0, sigma: x0)), "potential tilt: (32, 2) for 32 particles"),
+        (lambda: given(None, HalfSpace((1.0, 2.0, 3.0))), "potential.normal has 3 values for 2 numbers"),
+    ],
+)  # fmt: skip
+def test_energies_and_potentials_of_a_wrong_shape_or_type_are_refused(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        make()

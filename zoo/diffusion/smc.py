@@ -1,0 +1,372 @@
+"""Particles that follow a diffusion's reverse path and carry weights, so that what is drawn is tempered, composed or bounded.
+
+A base model with energy E_0 goes from noise to data; the target at each level is gamma = exp(-sum of a_i E_i) h, with powers
+a_i of this and other models' energies and factors h of x. Scores that are merely added up draw something else; here each
+particle's log-weight counts what a step leaves out, and particles are drawn anew by their weights where these are too
+unequal (Feynman-Kac models with sequential Monte Carlo: arXiv:2502.12786, section 4; score-only weights: arXiv:2503.02819).
+Which weights, thresholds and bounds the first paper takes was not to be had: those here are our choice.
+
+An island is K particles that depend on each other, and follows from one key alone. I islands, T levels, M models, P
+potentials, d numbers of an example; x = x0 + sigma n, dv the variance that a step takes away. Log-weights are float32.
+Order of this file: the sampler, its options.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+from msgspec import Meta
+
+from zoo.diffusion.energies import Scored
+from zoo.diffusion.potentials import Potential, Temper
+from zoo.diffusion.sampling import DenoiserSampling
+from zoo.dist import batch_axes, constrain
+from zoo.errors import UserError
+from zoo.fields import AtLeast2, NonNegative, Positive, Share, check_fields
+
+Form: TypeAlias = Literal["ratio", "kernel", "score", "hybrid"]
+
+_LAST = 2**31 - 1  # the use of a key after all levels
+
+
+# --- the sampler ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Islands, and when their particles are drawn anew."""
+
+    count: Annotated[int, Meta(ge=2, le=2**18)] = 512  # of an island: the weight of one particle would always be 1
+    threshold: Share = 0.5  # drawn anew where the effective number of particles is below this share of `count`
+    scheme: Literal["systematic", "stratified", "residual", "multinomial"] = "systematic"
+    keep: Annotated[int, Meta(ge=1, le=2**18)] = 1  # samples of an island: above 1 they depend on each other
+
+    def __post_init__(self) -> None:
+        check_fields(self, "particles.")
+        if self.keep > self.count:
+            raise UserError(f"particles.keep={self.keep} is more than particles.count={self.count}; keep fewer")
+
+
+class Trace(NamedTuple):
+    """What happened on the way, by island and level."""
+
+    ess: jax.Array  # [I, T] effective number of particles, as a share of K
+    resampled: jax.Array  # [I, T] whether they were drawn anew
+    roots: jax.Array  # [I, T] how many of the first particles have descendants
+    # [I, T] -1: none; -2: no particle has weight; else j K + k: weight j (0: of the energies) of particle k is no number
+    broken: jax.Array
+    log_normaliser: jax.Array  # [I] of the target at the lowest level, with energies that are -log p
+
+    def check(self, levels: np.ndarray, potentials: Sequence[Potential], count: int) -> None:
+        """UserError for an island that was lost. For arrays that are there, so outside of what is compiled."""
+        for island, row in enumerate(np.asarray(self.broken)):
+            for n in np.flatnonzero(row != -1)[:1]:
+                where = f"at level {n} (sigma {levels[n]:.3g}) of island {island}"
+                if row[n] < -1:
+                    raise UserError(
+                        f"no particle has any weight left {where}; give more particles, more levels or a wider potential"
+                    )
+                part, particle = divmod(int(row[n]), count)
+                name = f"potential {potentials[part - 1].name}" if part else "the energies"
+                raise UserError(
+                    f"{name}: the weight of particle {particle} is no finite number {where}; look at what it gives there"
+                )
+
+
+class Islands(NamedTuple):
+    """Weighted particles."""
+
+    x: jax.Array  # [I, K, *x], NaN where an island was lost
+    log_weights: jax.Array  # [I, K]
+    trace: Trace
+
+
+class Course(NamedTuple):
+    """A form of weights on a grid of levels, as numbers: inputs of the program, so that forms, powers and grids share one."""
+
+    sigma: np.ndarray  # [T]
+    dv: np.ndarray  # [T] variance that the move from each level takes away; 0 at the last
+    noise: np.ndarray  # [T] standard deviation of a move's noise
+    base: np.ndarray  # [T] whether it follows the base's score, not the target's
+    energy: np.ndarray  # [T] whether the weights count by how much energies changed on the way here
+    kernel: np.ndarray  # [] whether they count how much likelier the forward kernel is than the move
+    powers: np.ndarray  # [M] of the target
+    shares: np.ndarray  # [M] of each energy in the log-weights
+    start: np.ndarray  # [] standard deviation of the first particles
+    log_normaliser: np.ndarray  # [] of their law times its weights
+    rho: np.ndarray  # [] power of the weights
+
+
+def course(
+    levels: np.ndarray,
+    models: int,
+    potentials: Sequence[Potential] = (),
+    form: Form = "ratio",
+    stop: float = 0.0,
+    rho: float = 1.0,
+    numbers: int = 1,
+) -> Course:
+    """How particles go down `levels` [T], strictly decreasing, with M = `models` energies (gamma = exp(-U) h, s_i = -grad E_i).
+
+    Forms, with s = sum of a_i s_i:
+        ratio: the base's reverse kernel, x + dv s_0 and noise of variance dv sigma'^2 / sigma^2; weights: the change of E_0 - U
+            + log h. Exact up to the kernel's discretisation.
+        kernel: x + dv s and noise of variance dv; weights: the change of -U + log h, and the ratio of the forward kernel to
+            this one. Exact for any grid, but noisy.
+        score: x + dv s and noise of variance dv (sigma' / sigma)^(2 / sum of a_i); weights: dv / 2 (|s|^2 - sum of a_i |s_i|^2), and
+            the change of log h. Uses no energies.
+        hybrid: ratio down to the level `stop`, score below: learned energies err between modes at low levels, their scores do not.
+
+    Args:
+        rho: power of the weights; below 1 the target is approximate, 0 is no weights at all (a heuristic for many dimensions).
+        numbers: d, of an example; the normaliser of the forms that begin with scores needs it.
+
+    UserError for a target that has no weight at the highest level.
+    """
+    base = powers = np.eye(1, models)[0]
+    for potential in potentials:
+        powers = potential.powers(powers)
+    total = float(powers.sum())
+    if total <= 0:
+        raise UserError(
+            f"powers {powers.tolist()} of the energies add to {total:g}; above 0 the target has a weight to begin with"
+        )
+    after = np.append(levels[1:], levels[-1])  # the last moves nothing
+    energy = levels >= stop if form == "hybrid" else np.full(len(levels), form != "score")
+    by_base = np.append(energy[1:], energy[-1]) & (form != "kernel")
+    dv = levels**2 - after**2
+    # what keeps the variance of a Gaussian to these powers, dv (1 - dv / (total sigma^2)) to second order; of one power exactly
+    slow = 0.0 if form == "kernel" else np.where(by_base, 1.0, 1 / total)
+    ratio_first = form != "kernel" and bool(energy[0])
+    # the law at the highest level is taken for N(0, sigma^2) to the target's powers; of the base it has its own weight
+    log_z = 0.0
+    if not energy[0]:
+        log_z = numbers / 2 * ((1 - total) * math.log(2 * math.pi * levels[0] ** 2) - math.log(total))
+    found = Course(
+        levels, dv, np.sqrt(dv) * (after / levels) ** slow, by_base, energy, np.asarray(form == "kernel"), powers,
+        (0.0 if form == "kernel" else base) - powers, levels[0] / np.sqrt(1.0 if ratio_first else total), np.asarray(log_z),
+        np.asarray(rho),
+    )  # fmt: skip
+    return Course(*(a if a.dtype == bool else np.asarray(a, np.float32) for a in found))
+
+
+def feynman_kac(
+    keys: jax.Array,
+    course: Course,
+    energies: Sequence[Scored],
+    shape: tuple[int, ...],
+    potentials: Sequence[Potential] = (),
+    particles: Particles = Particles(),
+) -> Islands:
+    """Islands of weighted particles at the lowest level, one for each key; one scan, in which each network stands once.
+
+    Args:
+        keys: [I]; island i follows from keys[i] alone.
+        course: of the same potentials; may be an input of the program.
+        energies: the base's, then the others', each of all particles [I K, *x], island by island, and sigma [].
+        shape: of an example.
+
+    Particles are drawn anew before a move, and not after the last. Islands lie over the mesh's batch axes, or where these do not
+    divide them, the particles of each. UserError for energies or potentials of a wrong shape or type.
+    """
+    from blackjax.smc import resampling
+    from blackjax.smc.ess import log_ess
+
+    resample: Any = getattr(resampling, particles.scheme)
+    islands, count, size = len(keys), particles.count, math.prod(shape)
+    flat, lie = islands * count, ("batch",) if batch_axes(islands) else (None, "batch")
+    fixed: Any = jax.tree.map(jnp.asarray, course)
+
+    def evaluate(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Energies [M, I, K] and scores [M, I, K, *x]."""
+        found = [energy(x.reshape(flat, *shape), sigma) for energy in energies]
+        for i, (energy, score) in enumerate(found):
+            if energy.shape != (flat,) or score.shape != (flat, *shape):
+                raise UserError(
+                    f"energies {i}: {energy.shape} and scores {score.shape} for particles {(flat, *shape)}; give one number a "
+                    "particle and a score like x"
+                )
+            if energy.dtype not in (jnp.float32, jnp.float64):
+                raise UserError(
+                    f"energies {i} are {energy.dtype}, whose differences are lost in rounding; compute them in float32"
+                )
+        laid = [jnp.stack(parts).astype(jnp.float32) for parts in zip(*found)]
+        return laid[0].reshape(-1, islands, count), laid[1].reshape(-1, islands, count, *shape)
+
+    def logs_of(x: jax.Array, x0: jax.Array, sigma: jax.Array) -> list[jax.Array]:
+        """[I, K] for each potential."""
+        found = []
+        for potential in potentials:
+            log = potential.log(x.reshape(flat, *shape), x0.reshape(flat, *shape), sigma)
+            if jnp.shape(log) != (flat,):
+                raise UserError(
+                    f"potential {potential.name}: {jnp.shape(log)} for {flat} particles; give one number for each"
+                )
+            found.append(log.astype(jnp.float32).reshape(islands, count))
+        return found
+
+    def normal(i: Any) -> jax.Array:
+        def one(key: jax.Array) -> jax.Array:
+            return jax.random.normal(jax.random.fold_in(key, 2 * i), (count, *shape))
+
+        return constrain(jax.vmap(one)(keys), *lie)
+
+    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        return (a * b).reshape(*a.shape[: a.ndim - len(shape)], -1).sum(-1)
+
+    def grown(weights: jax.Array, gain: jax.Array) -> jax.Array:
+        """Log-weights after a gain; what has none stays so."""
+        more = jnp.where(weights == -jnp.inf, -jnp.inf, weights + fixed.rho * gain)
+        return jnp.where(fixed.rho == 0, weights, more)
+
+    class Carry(NamedTuple):
+        x: jax.Array
+        weights: jax.Array
+        ratio: jax.Array  # of the energies, at the level before
+        logs: jax.Array  # of the potentials, likewise
+        pending: jax.Array  # what the last move adds to the weights
+        roots: jax.Array
+        log_z: jax.Array
+
+    def row(carry: Carry, now: Any) -> tuple[Carry, Any]:
+        i, sigma, dv, noise, base, by_energy = now
+        x = constrain(carry.x, *lie)
+        energy, score = evaluate(x, sigma)
+        ratio = jnp.tensordot(fixed.shares, energy, 1)
+        logs = jnp.stack([*logs_of(x, x + sigma**2 * score[0], sigma), jnp.zeros((islands, count))])
+        gain = jnp.where(by_energy, ratio - carry.ratio, 0.0) + carry.pending
+        weights = grown(carry.weights, gain + (logs - carry.logs).sum(0))
+
+        # the first weight that is no number, among those that count
+        terms = jnp.stack([gain, *logs[:-1]], 1)
+        bad = ((jnp.isnan(terms) | (terms == jnp.inf)) & (carry.weights != -jnp.inf)[:, None]).reshape(islands, -1)
+        broken = jnp.where(bad.any(1), bad.argmax(1), jnp.where((weights == -jnp.inf).all(1), -2, -1))
+
+        ess = jnp.nan_to_num(jnp.exp(jax.vmap(log_ess)(weights)) / count)
+        anew = (ess < particles.threshold) & (dv > 0) & (broken == -1)
+        drawn = jax.vmap(lambda key, w: resample(jax.random.fold_in(key, 2 * i + 1), w, count))(
+            keys, jax.nn.softmax(weights)
+        )
+        # rounding may name a particle without weight
+        none = jnp.take_along_axis(weights, drawn, 1) == -jnp.inf
+        drawn = jnp.where(none, weights.argmax(1)[:, None], drawn)
+        drawn = jnp.where(anew[:, None], drawn, jnp.arange(count))
+
+        def chosen(a: jax.Array) -> jax.Array:
+            return jax.vmap(lambda a, drawn: a[drawn])(a, drawn)
+
+        roots, x, ratio = chosen(carry.roots), chosen(x), chosen(ratio)
+        logs, score = jax.vmap(chosen)(logs), jax.vmap(chosen)(score)
+        distinct = jax.vmap(lambda r: jnp.zeros(count, bool).at[r].set(True).sum())(roots)
+        log_z = carry.log_z + jnp.where(anew, logsumexp(weights, 1) - math.log(count), 0.0)
+        weights = jnp.where(anew[:, None], 0.0, weights)
+
+        e, both = normal(i + 1), jnp.tensordot(fixed.powers, score, 1)
+        square = dot(both, both)
+        by_kernel = -dv / 2 * square - jnp.sqrt(dv) * dot(both, e)
+        by_score = dv / 2 * (square - jnp.tensordot(fixed.powers, dot(score, score), 1))
+        pending = jnp.where(fixed.kernel, by_kernel, jnp.where(base, 0.0, by_score))
+        x = x + dv * jnp.where(base, score[0], both) + noise * e
+        return Carry(x, weights, ratio, logs, pending, roots, log_z), (ess, anew, distinct, broken)
+
+    x, zeros = fixed.start * normal(0), jnp.zeros((islands, count))
+    log_q = -(dot(x, x) / fixed.start**2 + size * jnp.log(2 * jnp.pi * fixed.start**2)) / 2
+    begin = Carry(
+        x, zeros, zeros, jnp.zeros((len(potentials) + 1, islands, count)), jnp.where(fixed.kernel, -log_q, 0.0),
+        jnp.broadcast_to(jnp.arange(count), (islands, count)), jnp.full(islands, fixed.log_normaliser),
+    )  # fmt: skip
+    rows = (jnp.arange(len(fixed.sigma)), *fixed[:5])
+    end, (ess, anew, distinct, broken) = jax.lax.scan(row, begin, rows)
+
+    weights = end.weights
+    for i, potential in enumerate(potentials):
+        last = potential.end(end.x.reshape(flat, *shape))
+        if last is not None:
+            weights = grown(weights, last.reshape(islands, count) - end.logs[i])
+    broken = broken.T.at[:, -1].set(jnp.where((weights == -jnp.inf).all(1) & (broken[-1] == -1), -2, broken[-1]))
+    lost = (broken != -1).any(1)
+    x = jnp.where(lost.reshape(-1, *(1,) * (len(shape) + 1)), jnp.nan, end.x)
+    log_normaliser = end.log_z + logsumexp(weights, 1) - math.log(count)
+    return Islands(x, weights, Trace(ess.T, anew.T, distinct.T, broken, log_normaliser))
+
+
+def drawn(keys: jax.Array, found: Islands, particles: Particles) -> jax.Array:
+    """[I keep, *x] samples without weights, `keep` of each island, drawn by weight."""
+    from blackjax.smc import resampling
+
+    resample: Any = getattr(resampling, particles.scheme)
+
+    def one(key: jax.Array, x: jax.Array, weights: jax.Array) -> jax.Array:
+        chosen = resample(jax.random.fold_in(key, _LAST), jax.nn.softmax(weights), particles.keep)
+        return x[jnp.where(weights[chosen] == -jnp.inf, weights.argmax(), chosen)]
+
+    kept = jax.vmap(one)(keys, found.x, found.log_weights)
+    return kept.reshape(-1, *kept.shape[2:])
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EnergySampling(DenoiserSampling):
+    """How a model with an energy is sampled: by a solver, or by weighted particles where it is tempered or has potentials."""
+
+    nfe: AtLeast2 = 101  # calls; of particles the levels, which reach every level once
+    temper: Positive = 1.0  # the target is the model to this power
+    potentials: tuple[Potential, ...] = ()  # by name: box, halfspace, ...
+    particles: Particles = Particles()
+    form: Form = "ratio"
+    stop: NonNegative = 0.0  # of `hybrid`: the level below which scores alone decide
+    rho: Share = 1.0  # power of the weights; below 1 the target is approximate, 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop and self.form != "hybrid":
+            raise UserError(f"stop={self.stop:g} is of form=hybrid and this is form={self.form}; change one of them")
+
+    @property
+    def weighted(self) -> bool:
+        """Whether there is anything to weigh."""
+        return self.temper != 1 or bool(self.potentials)
+
+    def islands(
+        self,
+        keys: jax.Array,
+        sigmas: tuple[float, float],
+        energies: Sequence[Scored],
+        shape: tuple[int, ...],
+        potentials: Sequence[Potential] = (),
+    ) -> Islands:
+        """An island for each key, of the model's potentials and these options. UserError for guidance besides."""
+        if not isinstance(self.guidance, float | int) or self.guidance:
+            raise UserError(
+                "guidance goes with solvers; particles take the model without and with the class as two energies and "
+                "the potential product with given=(-w, 1 + w)"
+            )
+        levels = self.grid(len(self.levels.given) or self.nfe, "edm", sigmas)
+        all_of_them = (*potentials, *([Temper(self.temper)] if self.temper != 1 else []), *self.potentials)
+        numbers = math.prod(shape)
+        how = course(levels, len(energies), all_of_them, self.form, self.stop, self.rho, numbers)
+        return feynman_kac(keys, how, energies, shape, all_of_them, self.particles)
+
+    def draw(
+        self,
+        rng: jax.Array,
+        n: int,
+        sigmas: tuple[float, float],
+        energies: Sequence[Scored],
+        shape: tuple[int, ...],
+        potentials: Sequence[Potential] = (),
+    ) -> jax.Array:
+        """n samples [n, *x] of islands, from one key, or from the first of every `keep` of n keys."""
+        keep = self.particles.keep
+        count = -(-n // keep)
+        keys = rng[::keep] if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(count))
+        return drawn(keys, self.islands(keys, sigmas, energies, shape, potentials), self.particles)[:n]
