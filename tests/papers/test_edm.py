@@ -25,7 +25,8 @@ from zoo.train.loop import train
 
 # --- the task -------------------------------------------------------------------------------------
 
-TASK = Edm(image=4, channels=1, classes=3, network=UNet(width=8, multiples=(1, 1), blocks=1, attention=(), dropout=0.2))
+# one level: the way down and up again is that of `test_edm_networks.py`
+TASK = Edm(image=4, channels=1, classes=3, network=UNet(width=8, multiples=(1,), blocks=1, attention=(), dropout=0.2))
 DIT = dataclasses.replace(TASK, network=Transformer(width=8, depth=3, head_dim=4, patch=2))
 
 
@@ -129,13 +130,12 @@ def test_dropout_and_dropped_labels_act_in_training_alone(params: Any) -> None:
         return float(jax.jit(task.loss)(params, batch, jax.random.key(2))[0])
 
     assert len({loss(), loss(dropout=0.5), loss(drop=0.99)}) == 3
-    x, other = (
-        batch["image"],
-        dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, dropout=0.0), drop=0.0),
-    )
-    np.testing.assert_array_equal(
-        *(jax.jit(task.denoise)(params, x, jnp.ones(8), {"label": batch["label"]}) for task in (TASK, other))
-    )
+    none = dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, dropout=0.0), drop=0.0)
+    programs = {
+        str(jax.make_jaxpr(task.denoise)(params, batch["image"], jnp.ones(8), {"label": batch["label"]}))
+        for task in (TASK, none)
+    }
+    assert len(programs) == 1
 
 
 def test_options_that_do_not_fit_are_told(params: Any) -> None:
@@ -151,12 +151,13 @@ def test_options_that_do_not_fit_are_told(params: Any) -> None:
         TASK.sample(params, jax.random.key(0), 1, None, DenoiserSampling(levels=Levels(high=100.0)))
     with told("guidance", "no class"):
         TASK.sample(params, jax.random.key(0), 1, None, DenoiserSampling(guidance=1.0))
+    two = dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, multiples=(1, 1)))
     with told("task.image=5", "task.image=4"):
-        dataclasses.replace(TASK, image=5)
+        dataclasses.replace(two, image=5)
     with told("task.network.width=48", "multiple of 32", "task.network.width=64"):
         UNet(width=48)
     with told("task.network.attention=3", "[4, 2]"):
-        dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, attention=(3,)))
+        dataclasses.replace(two, network=dataclasses.replace(two.network, attention=(3,)))
     with told("task.network.patch=3", "task.image=4", "task.network.patch=2"):
         config.override(dataclasses.replace(smoke, task=DIT), ["task.network.patch=3"])
     with told("task.network.head_dim=3", "task.network.width=8", "task.network.head_dim=2"):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from zoo.nn.attention import attend
@@ -41,18 +42,26 @@ def resized(x: jax.Array, resize: Resize, taps: tuple[int, ...] = (1, 1), edge: 
         if resize == "half":
             return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
         return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-    edge = (len(taps) - 1) // 2 if edge is None else edge
-    twice = resize == "twice"
-    around, step = (len(taps) - 1 - edge, 1) if twice else (edge, 2)
+    edge = len(taps) // 2 - 1 if edge is None else edge
     for axis in (1, 2):
-        pads = [(0, 0, 0)] * x.ndim
-        pads[axis] = (around, around, int(twice))  # doubled, its pixels stand apart with zeros between
-        padded = jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
-        last = (padded.shape[axis] - len(taps)) // step * step
-        pieces = [jax.lax.slice_in_dim(padded, i, i + last + 1, step, axis) for i in range(len(taps))]
-        weights = [tap * (1 + twice) / sum(taps) for tap in taps]
-        x = functools.reduce(jnp.add, [weight * piece for weight, piece in zip(weights, pieces)])
+        side = x.shape[axis]
+        matrix = _halving(side, taps, edge)
+        if resize == "twice":
+            matrix = 2 * _halving(2 * side - 2 + len(taps) - 2 * edge, taps, edge).T
+        x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, x.dtype), ((axis,), (1,))), -1, axis)
     return x
+
+
+def _halving(side: int, taps: tuple[int, ...], edge: int) -> np.ndarray:
+    """The matrix [results, side] of a filter at every second of `side` numbers with `edge` zeros around them.
+
+    A product with it is what matrix units are for; a convolution of each channel by itself is not.
+    """
+    rows = np.arange((side + 2 * edge - len(taps)) // 2 + 1)
+    matrix = np.zeros((len(rows), side + 2 * edge))
+    for i, tap in enumerate(taps):
+        matrix[rows, 2 * rows + i] = tap / sum(taps)
+    return matrix[:, edge : edge + side]
 
 
 class UNetBlock(nn.Module):
