@@ -47,7 +47,7 @@ smoke = replace(
         image=4,
         channels=3,
         classes=2,
-        network=edm.ADM(width=8, multiples=(1, 1), blocks=1, attention=(2,), head_dim=4),
+        network=edm.ADM(width=8, multiples=(1,), blocks=1, attention=(4,), head_dim=4),
         drop=0.0,
         dtype="bfloat16",
         remat="full",
