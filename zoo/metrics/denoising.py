@@ -66,7 +66,7 @@ def _errors(task: Any, sigmas: tuple[float, ...]) -> Any:
 class Denoising(Metric):
     """Mean squared error of x0 on held-out examples at some noise levels, under the conditions that they have.
 
-    Each times (sigma^2 + data^2) / (sigma data)^2, which is EDM's weight (arXiv:2206.00364, table 1): the best linear guess
+    Each times (sigma^2 + data^2) / (sigma data)^2, the weight of arXiv:2206.00364, table 1: the best linear guess
     for independent numbers of standard deviation `data` has 1 at all levels.
     """
 
