@@ -23,6 +23,8 @@ from zoo import config, fields
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.fields import Count, Share, check_fields
+from zoo.papers.edm import Edm
+from zoo.papers.energy import EnergyDistill
 from zoo.papers.tarflow import TarFlow
 
 # What is no config: results, parts of programs, and what the house makes for itself.
@@ -59,6 +61,9 @@ NEEDED: dict[str, dict[str, Any]] = {  # of what has no default
     "Series": {"path": "a.npz", "length": 8},
     "Text": {"path": "a.txt"},
     "Tilt": {"function": jnp.sum},
+    "Guided": {"main": Edm(), "guide": Edm()},
+    "EnergyDistill": {"network": Edm()},
+    "EnergyProduct": {"parts": (EnergyDistill(Edm()),) * 2},
 }
 
 

@@ -81,6 +81,7 @@ m = entry("m", 0.009, 1_048_576)
 l = entry("l", 0.008, 917_504)
 xl = entry("xl", 0.007, 655_360)
 xxl = entry("xxl", 0.0065, 458_752)
+uncond = replace(xs, task=replace(xs.task, classes=0, vae=None), weights=None)  # the published guide
 
 smoke = replace(
     config,

@@ -162,7 +162,7 @@ def test_levels_of_a_step_are_log_normal_and_cover_it_evenly() -> None:
     assert found.std() == pytest.approx(1.0, abs=0.03)
     assert found.mean(1).std() < 0.2 / np.sqrt(64)  # free draws: 1 / sqrt(64)
     assert abs(np.corrcoef(found[:, 0], found[:, 1])[0, 1]) < 0.5
-    assert dataclasses.asdict(LogNormal()) == {"mean": -1.2, "std": 1.2}
+    assert dataclasses.asdict(LogNormal()) == {"mean": -1.2, "std": 1.2, "wide": 0.0}
 
 
 def test_a_denoiser_of_ones_own_is_drawn_from_as_the_readme_says_and_behind_a_callback() -> None:

@@ -13,7 +13,7 @@ from zoo.data.images import Digits
 from zoo.data.pipeline import Data
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
-from zoo.metrics.agreement import Agreement
+from zoo.metrics.agreement import Agreement, Classes
 from zoo.task import About
 
 RNG = jax.random.key(0)
@@ -164,3 +164,12 @@ class _Bare(Data):
 
     def source(self, split: str, spec: Any = None) -> Any:
         return Synthetic(examples=8).source(split, {"image": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)})
+
+
+def test_the_share_of_classes_is_that_of_what_is_drawn(params: Any) -> None:
+    found = Classes(samples=40, batch=16, wanted=(2, 3))(Copies(shift=1), params, Digits(), RNG)
+    assert found["class_5"] == pytest.approx(0.1, abs=0.03)
+    assert found["wanted"] == pytest.approx(0.2, abs=0.03)
+    assert found["wanted_std_error"] == pytest.approx(np.sqrt(10 / 44 * 34 / 44 / 44), rel=0.2)
+    lost = Classes(samples=40, batch=16, wanted=(0,))(Copies(lose=True), params, Digits(), RNG)
+    assert (lost["not_finite"], lost["wanted"]) == (4, 0)

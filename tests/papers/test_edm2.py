@@ -416,7 +416,7 @@ def test_a_mesh_gives_what_one_device_gives(params: Params) -> None:
 
 
 def test_what_does_not_fit_is_told(params: Params, golden: Golden) -> None:
-    with told("guidance", "leave guidance out"):
+    with told("guidance", "autoguidance/imagenet512"):
         TASK.sample(params, jax.random.key(0), 1, None, DenoiserSampling(guidance=1.0))
     with told("levels from", "levels.high"):
         TASK.sample(params, jax.random.key(0), 1, None, DenoiserSampling(levels=Levels(high=100.0)))

@@ -56,6 +56,9 @@ class Digits(Data):
     def __post_init__(self) -> None:
         check_fields(self, "data.")
 
+    def __repr__(self) -> str:
+        return f"Digits(only={self.only})" if self.only else "Digits()"  # statistics that are kept name all of them so
+
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split; the order of the split is fixed."""
         check_split(split)

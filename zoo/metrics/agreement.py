@@ -1,4 +1,4 @@
-"""Whether a class-conditional sampler draws the class it was asked for, judged by a classifier of real images."""
+"""Which classes a sampler draws, judged by a classifier of real images; and whether they are those that were asked for."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ _PART = 512  # images that are read at once
 
 
 @dataclass(frozen=True)
-class Agreement(Metric):
-    """Share of samples that a support vector machine, fitted to real images, puts into the class that was asked for.
+class _Judged(Metric):
+    """Base: a support vector machine, fitted to real images, says of which class samples are.
 
     For small images: their pixels, reduced to principal components, are what it sees. Real images are a fixed random choice
     from each split, since they often lie in the order of their classes. Its accuracy on those of the test split is reported
-    beside: below about 97 % the figure says as much of the judge as of the samples. The standard error of a share k / n is
-    that of (k + 2) / (n + 4) among n + 4 (Agresti and Coull 1998), so that a share of 0 or 1 has one too.
+    beside: below about 97 % a figure says as much of the judge as of the samples.
     """
 
-    samples: Count = 500  # labels in turn
+    samples: Count = 500
     options: Options = field(default_factory=dict)  # of the task's `sample`
     path: Any = None  # a data description of labelled images; None: those of the run
     train: Count = 20_000  # images that the classifier is fitted to, at most
@@ -40,14 +39,13 @@ class Agreement(Metric):
     batch: Count = 128
     every: Whole = 0  # steps between measurements while training; 0: at the end only
 
-    name = "agreement"
     needs = (Samples,)
 
     def __post_init__(self) -> None:
         check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
-        """UserError for a task that draws no images by class, or too large ones; asked before a run's first step."""
+        """UserError for a task that draws no images, or too large ones; asked before a run's first step."""
         shape = self._shape(task)
         if self.path is not None:
             for split in ("train", "test"):
@@ -55,56 +53,53 @@ class Agreement(Metric):
 
     def _shape(self, task: Any, params: Params | None = None) -> tuple[int, ...]:
         """[H, W, C] of the images that the task draws."""
-        classes = task.about.classes
-        if classes < 2:
-            what = "this model is unconditional (task.classes=0)" if not classes else f"task.classes={classes}"
-            raise UserError(f"the metric agreement tells classes apart, and {what}; give a model with two or more")
-        options_of(task, self.options, "options of the metric agreement")
-        label = {"label": jax.ShapeDtypeStruct((self.batch,), jnp.int32)}
+        options_of(task, self.options, f"options of the metric {self.name}")
+        label = {"label": jax.ShapeDtypeStruct((self.batch,), jnp.int32)} if task.about.classes else {}
         shape = image_shape(task, self.options, self.batch, label, params)
         if shape is None or math.prod(shape) > MAX_DIMS:
             raise UserError(
-                f"the metric agreement judges images of at most {MAX_DIMS:,} numbers, and {type(task).__name__} draws "
+                f"the metric {self.name} judges images of at most {MAX_DIMS:,} numbers, and {type(task).__name__} draws "
                 f"{'none' if shape is None else f'some of {list(shape)}'}; give a model of small images"
             )
         return shape
 
-    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
-        """`agreement` with its standard error, and `judge_accuracy` on real test images. Sample i depends on (rng, i) alone.
+    def _judged(
+        self, task: Any, params: Params, data: Any, rng: jax.Array, classes: int | None
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """Of each sample the class that the judge sees, -1 for one that is not finite, and the class asked for; about the judge.
 
-        Raises:
-            UserError: the task draws no images, or the data has none with labels of every class in both splits.
+        Args:
+            classes: that the real images must have; None: those that they have.
         """
         from sklearn.decomposition import PCA
         from sklearn.pipeline import make_pipeline
         from sklearn.svm import SVC
 
         shape, draw = self._shape(task, params), drawer(task, self.options)
-        fit, real = (self._real(data, split, shape, task.about.classes) for split in ("train", "test"))
+        fit, real = (self._real(data, split, shape, classes) for split in ("train", "test"))
         judge = make_pipeline(PCA(min(self.components, *fit[0].shape), random_state=0), SVC(C=10))
         judge.fit(*fit)
-        right, lost = [], 0
+        seen, asked = [], []
         for first in range(0, self.samples, self.batch):
             count = min(self.batch, self.samples - first)
             indices = np.arange(first, first + self.batch, dtype=np.int32)
-            asked = indices % task.about.classes
-            drawn = hosts.fetch(draw(params, rng, indices, {"label": asked}))[:count]
+            label = indices % max(task.about.classes, 1)
+            given = {"label": label} if task.about.classes else {}
+            drawn = hosts.fetch(draw(params, rng, indices, given))[:count]
             finite = np.isfinite(drawn).all((1, 2, 3))
-            lost += int((~finite).sum())
             guess = judge.predict(_seen(np.where(finite[:, None, None, None], drawn, 0)))
-            right.append((guess == asked[:count]) & finite)
-        hits = int(np.concatenate(right).sum())
-        return {
-            "agreement": hits / self.samples,
-            "agreement_std_error": share_error(hits, self.samples),
-            "agreement_samples": self.samples,
-            "agreement_not_finite": lost,
+            seen.append(np.where(finite, guess, -1))
+            asked.append(label[:count])
+        about = {
             "judge_accuracy": float(judge.score(*real)),
             "judge_train_images": len(fit[0]),
             "judge_test_images": len(real[0]),
         }
+        return np.concatenate(seen), np.concatenate(asked), about
 
-    def _real(self, data: Any, split: str, shape: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarray]:
+    def _real(
+        self, data: Any, split: str, shape: tuple[int, ...], classes: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What the classifier sees of real images [N, H W C], and their labels [N]; a fixed choice, of all classes."""
         source = check_images(self.path, data, split, shape, self.name, label=True)
         limit = {"train": self.train, "test": self.test}[split]
@@ -116,15 +111,67 @@ class Agreement(Metric):
                 seen.append(_seen(np.stack([row["image"] for row in rows])))
                 labels.append(np.stack([row["label"] for row in rows]))
         known = np.concatenate(labels)
-        missing = np.setdiff1d(np.arange(classes), known)
+        missing = np.setdiff1d(np.arange(classes or 0), known)
         if len(missing):
             few = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
             way = f"set {split} to more, or path" if limit < len(source) else "set path"
             raise UserError(
-                f"{split}={limit} of the metric agreement: {len(chosen):,} images of the {split} split have none of "
+                f"{split}={limit} of the metric {self.name}: {len(chosen):,} images of the {split} split have none of "
                 f"{len(missing)} of task.classes={classes} classes ({few}); {way} to a description of images of all classes"
             )
         return np.concatenate(seen), known
+
+
+@dataclass(frozen=True)
+class Agreement(_Judged):
+    """Share of samples that the judge puts into the class that was asked for; labels are asked for in turn.
+
+    The standard error of a share k / n is that of (k + 2) / (n + 4) among n + 4 (Agresti and Coull 1998), so that a share of 0 or
+    1 has one too.
+    """
+
+    name = "agreement"
+
+    def _shape(self, task: Any, params: Params | None = None) -> tuple[int, ...]:
+        classes = task.about.classes
+        if classes < 2:
+            what = "this model is unconditional (task.classes=0)" if not classes else f"task.classes={classes}"
+            raise UserError(f"the metric agreement tells classes apart, and {what}; give a model with two or more")
+        return super()._shape(task, params)
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """`agreement` with its standard error, and `judge_accuracy` on real test images. Sample i depends on (rng, i) alone.
+
+        Raises:
+            UserError: the task draws no images, or the data has none with labels of every class in both splits.
+        """
+        seen, asked, about = self._judged(task, params, data, rng, task.about.classes)
+        hits = int((seen == asked).sum())
+        return {
+            "agreement": hits / self.samples,
+            "agreement_std_error": share_error(hits, self.samples),
+            "agreement_samples": self.samples,
+            "agreement_not_finite": int((seen < 0).sum()),
+            **about,
+        }
+
+
+@dataclass(frozen=True)
+class Classes(_Judged):
+    """Share of samples in each class that the judge sees, and in those of `wanted` together, with its standard error."""
+
+    wanted: tuple[Whole, ...] = ()  # classes; (): no share is told
+
+    name = "classes"
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """`class_K` for each class, `wanted`, and `judge_accuracy` on real test images. Sample i depends on (rng, i) alone."""
+        seen, _, about = self._judged(task, params, data, rng, None)
+        found = {f"class_{k}": float((seen == k).mean()) for k in np.unique(seen[seen >= 0]).tolist()}
+        if self.wanted:
+            hits = int(np.isin(seen, self.wanted).sum())
+            found |= {"wanted": hits / self.samples, "wanted_std_error": share_error(hits, self.samples)}
+        return {**found, "samples": self.samples, "not_finite": int((seen < 0).sum()), **about}
 
 
 def share_error(hits: int, count: int) -> float:

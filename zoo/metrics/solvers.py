@@ -124,7 +124,7 @@ class Solvers(Metric):
         kinds = self.solvers or tuple(cls() for cls in Solver.named().values() if _ours(cls))
         plans = {(solver, calls): self._plan(solver, calls, task) for solver in kinds for calls in self.nfe}
         if not any(plans.values()):
-            kinds[0].nodes(self.nfe[0])  # says why not
+            DenoiserSampling(kinds[0], self.nfe[0], self.guidance, self.levels).plan(task.sigmas)  # says why not
 
         able = [plan for plan in plans.values() if plan is not None]
         states, outputs = max(len(plan.start) for plan in able), max(2, *(plan.read_h.shape[1] for plan in able))
@@ -174,7 +174,12 @@ class Solvers(Metric):
             solver.nodes(calls)
         except UserError:
             return None
-        return DenoiserSampling(solver, calls, self.guidance, self.levels).plan(task.sigmas)
+        try:
+            return DenoiserSampling(solver, calls, self.guidance, self.levels).plan(task.sigmas)
+        except UserError:
+            if self.solvers:
+                raise
+            return None  # one of all: its noise may reach beyond the levels of the model
 
     def _drawn(self, task: Any, params: Params, rng: jax.Array, plan: Plan) -> np.ndarray:
         """[samples, *x], labels in turn."""
