@@ -52,7 +52,7 @@ smoke = replace(
     task=edm.Edm(
         image=4,
         channels=3,
-        network=edm.UNet(width=8, multiples=(1, 1), blocks=1, attention=(2,), kind="ncsn++"),
+        network=edm.UNet(width=8, multiples=(1, 1), blocks=1, attention=(2,)),
     ),
     data=Synthetic(),
     optim=replace(config.optim, warmup=0),

@@ -163,8 +163,7 @@ def test_particles_are_drawn_by_weight(scheme: Any) -> None:
     count = 200
     log = np.random.default_rng(0).normal(size=(1, count)) * 2
     expected = count * np.exp(log[0]) / np.exp(log).sum()
-    own = Particles(count, scheme=scheme, keep=count)
-    draw = jax.jit(lambda keys, log: drawn(keys, weighted(log), own))
+    draw = jax.jit(lambda keys, log: drawn(keys, weighted(log), scheme, count))
     counts = np.stack([np.bincount(draw(keys(1, i), log).astype(int), minlength=count) for i in range(50)])
     if scheme == "systematic":
         assert np.abs(counts - expected).max() < 1
@@ -177,7 +176,7 @@ def test_particles_are_drawn_by_weight(scheme: Any) -> None:
 def test_nothing_without_weight_is_drawn_whatever_is_rounded() -> None:
     log = np.zeros((256, 1000))
     log[:, ::2] = log[:, -300:] = -np.inf
-    found = np.asarray(drawn(keys(256), weighted(log), Particles(1000, keep=1000))).astype(int)
+    found = np.asarray(drawn(keys(256), weighted(log), keep=1000)).astype(int)
     assert np.isfinite(log[0][found]).all()
 
 
@@ -350,8 +349,6 @@ def test_mixtures_are_tasks_whose_samples_follow_from_their_keys() -> None:
     found, turned = np.asarray(draw(keys(8))), np.asarray(draw(keys(8)[::-1]))
     np.testing.assert_allclose(found, turned[::-1], atol=1e-6)
     assert len({tuple(point) for point in found.tolist()}) == 8
-    kept = dataclasses.replace(own, particles=Particles(64, keep=4))
-    assert jax.eval_shape(lambda rng: BOTH.sample({}, rng, 10, None, kept), jax.random.key(0))["point"].shape == (10, 2)
     plain = jax.jit(lambda rng: CORNERS.sample({}, rng, 2000, None, EnergySampling(nfe=35))["point"])(jax.random.key(0))
     modes = share(CORNERS.modes, np.asarray(plain), np.ones(2000))
     assert distance(modes, np.asarray([0.1, 0.2, 0.3, 0.4])) < 0.05
@@ -393,9 +390,8 @@ def test_particles_on_one_and_eight_devices_have_the_same_weights() -> None:
     ("make", "said"),
     [
         (lambda: Particles(1), "particles.count=1 must be a whole number from 2"),
-        (lambda: Particles(4, keep=5), "particles.keep=5 is more than particles.count=4"),
         (lambda: EnergySampling(temper=0.0), "temper=0.0 must be a finite number above 0"),
-        (lambda: EnergySampling(stop=0.5), "stop=0.5 is of form=hybrid and this is form=ratio"),
+        (lambda: EnergySampling(temper=2.0, stop=0.5), "stop=0.5 and form=ratio"),
         (lambda: Temper(0.0), "potential.beta=0.0"),
         (lambda: Box((0.0,), (0.0,)), "potential.low=(0.0,) must be below potential.high"),
         (lambda: HalfSpace((0.0, 0.0)), "potential.normal=(0.0, 0.0) has no direction"),

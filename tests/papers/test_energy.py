@@ -109,15 +109,12 @@ def test_a_wide_share_of_levels_is_even_over_all_of_them() -> None:
 
 
 def test_particles_follow_their_key_and_class(params: Any) -> None:
-    options = EnergySampling(Euler(), 6, temper=2.0, particles=Particles(8))
+    options = EnergySampling(nfe=6, temper=2.0, particles=Particles(8))
     draw = jax.jit(lambda keys, label: TASK.sample(params, keys, len(keys), {"label": label}, options))
     keys, label = jax.random.split(jax.random.key(0), 3), jnp.arange(3)
     whole = draw(keys, label)
     np.testing.assert_allclose(draw(keys[::-1], label[::-1])["image"][::-1], whole["image"], atol=1e-5)
     assert float(jnp.abs(draw(keys, label[::-1])["image"] - whole["image"])[::2].max()) > 1e-3
-    kept = dataclasses.replace(options, particles=Particles(8, keep=2))
-    pairs = TASK.sample(params, jax.random.key(0), 6, {"label": jnp.arange(6)}, kept)
-    np.testing.assert_array_equal(pairs["label"], [0, 0, 2, 2, 4, 4])  # an island has one class
     own = PRODUCT.init(jax.random.key(0))
     image = PRODUCT.sample(own, jax.random.key(0), 3, None, PRODUCT.Sampling(nfe=5, particles=Particles(8)))["image"]
     assert image.shape == (3, 4, 4, 1)
@@ -131,6 +128,14 @@ def test_energies_that_cannot_be_are_told(params: Any) -> None:
         energy.EnergyDistill(dataclasses.replace(NETWORK, attention="splash"))
     with told("task.network", "Raw"):
         energy.EnergyDistill(energy.Mixture())
+    with told("task.network", "preconditioning"):
+        energy.EnergyDistill(dataclasses.replace(NETWORK, precondition="vp"))
+    with told("particles, form, stop and rho", "temper"):
+        EnergySampling(form="score")
+    with told("solver=euler", "weights"):
+        EnergySampling(Euler(), temper=2.0)
+    with told("stop=0", "hybrid"):
+        EnergySampling(temper=2.0, form="hybrid")
     with told("two or more"):
         energy.EnergyProduct(PRODUCT.parts[:1])
     other = dataclasses.replace(TASK, network=dataclasses.replace(NETWORK, image=8))

@@ -74,6 +74,13 @@ class Wide:
 
 
 @dataclass(frozen=True)
+class AllHeld(Wide):
+    """The same with nothing that learns."""
+
+    about = About(networks={"teacher": Network(required=False), "net": Network(required=False)})
+
+
+@dataclass(frozen=True)
 class Bad(Data):
     """Examples that are NaN from the first of batch `since` on (0-based), for `lasting` batches of `batch` examples."""
 
@@ -312,6 +319,22 @@ def test_what_changes_no_number_may_differ(finished: Finished, tmp_path: Path) -
     assert sheets == {"samples-0000004.png", "samples-0000006.png"}
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 6]
+
+
+def test_a_run_of_before_a_field_came_goes_on_and_what_has_nothing_to_train_leaves_no_folder(tmp_path: Path) -> None:
+    go(tmp_path / "run", steps=3)
+    path = tmp_path / "run" / "config.json"
+    about = json.loads(path.read_text())
+    del about["run"]["optim"]["hold"], about["run"]["task"]["height"]
+    path.write_text(json.dumps(about))
+    assert int(go(tmp_path / "run").step) == 6
+    about["run"]["optim"]["lr"] = 0.3
+    path.write_text(json.dumps(about))
+    with told("another config", "optim.lr: 0.3 -> 0.1"):
+        go(tmp_path / "run")
+    with told("AllHeld", "nothing to train"):
+        go(tmp_path / "none", task=AllHeld())
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

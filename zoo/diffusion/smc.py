@@ -13,6 +13,7 @@ Order of this file: the sampler, its options.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ from msgspec import Meta
 from zoo.diffusion.energies import Scored
 from zoo.diffusion.potentials import Potential, Temper
 from zoo.diffusion.sampling import DenoiserSampling
+from zoo.diffusion.solvers import Heun
 from zoo.dist import batch_axes, constrain
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, NonNegative, Positive, Share, check_fields
+from zoo.task import sample_keys
 
 Form: TypeAlias = Literal["ratio", "kernel", "score", "hybrid"]
 
@@ -46,12 +49,9 @@ class Particles:
     count: Annotated[int, Meta(ge=2, le=2**18)] = 512  # of an island: the weight of one particle would always be 1
     threshold: Share = 0.5  # drawn anew where the effective number of particles is below this share of `count`
     scheme: Literal["systematic", "stratified", "residual", "multinomial"] = "systematic"
-    keep: Annotated[int, Meta(ge=1, le=2**18)] = 1  # samples of an island: above 1 they depend on each other
 
     def __post_init__(self) -> None:
         check_fields(self, "particles.")
-        if self.keep > self.count:
-            raise UserError(f"particles.keep={self.keep} is more than particles.count={self.count}; keep fewer")
 
 
 class Trace(NamedTuple):
@@ -297,14 +297,14 @@ def feynman_kac(
     return Islands(x, weights, Trace(ess.T, anew.T, distinct.T, broken, log_normaliser))
 
 
-def drawn(keys: jax.Array, found: Islands, particles: Particles) -> jax.Array:
-    """[I keep, *x] samples without weights, `keep` of each island, drawn by weight."""
+def drawn(keys: jax.Array, found: Islands, scheme: str = "systematic", keep: int = 1) -> jax.Array:
+    """[I keep, *x] samples without weights, `keep` of each island, drawn by weight; those of one depend on each other."""
     from blackjax.smc import resampling
 
-    resample: Any = getattr(resampling, particles.scheme)
+    resample: Any = getattr(resampling, scheme)
 
     def one(key: jax.Array, x: jax.Array, weights: jax.Array) -> jax.Array:
-        chosen = resample(jax.random.fold_in(key, _LAST), jax.nn.softmax(weights), particles.keep)
+        chosen = resample(jax.random.fold_in(key, _LAST), jax.nn.softmax(weights), keep)
         return x[jnp.where(weights[chosen] == -jnp.inf, weights.argmax(), chosen)]
 
     kept = jax.vmap(one)(keys, found.x, found.log_weights)
@@ -327,9 +327,24 @@ class EnergySampling(DenoiserSampling):
     rho: Share = 1.0  # power of the weights; below 1 the target is approximate, 0: none
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stop and self.form != "hybrid":
-            raise UserError(f"stop={self.stop:g} is of form=hybrid and this is form={self.form}; change one of them")
+        if not self.weighted:
+            super().__post_init__()
+            plain = {f.name: f.default for f in dataclasses.fields(self)}
+            if self.particles != Particles() or any(getattr(self, k) != plain[k] for k in ("form", "stop", "rho")):
+                raise UserError(
+                    "particles, form, stop and rho are of weighted particles, and a solver draws here; set temper or potentials, or "
+                    "leave them out"
+                )
+            return
+        check_fields(self)  # `nfe` counts levels, whatever a solver takes
+        if self.solver != Heun():
+            raise UserError(
+                f"solver={self.solver} draws without weights, and here are weighted particles; leave it out"
+            )
+        if (self.stop > 0) != (self.form == "hybrid"):
+            raise UserError(
+                f"stop={self.stop:g} and form={self.form}: hybrid takes a stop above 0, and no other form takes one"
+            )
 
     @property
     def weighted(self) -> bool:
@@ -365,8 +380,16 @@ class EnergySampling(DenoiserSampling):
         shape: tuple[int, ...],
         potentials: Sequence[Potential] = (),
     ) -> jax.Array:
-        """n samples [n, *x] of islands, from one key, or from the first of every `keep` of n keys."""
-        keep = self.particles.keep
-        count = -(-n // keep)
-        keys = rng[::keep] if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(count))
-        return drawn(keys, self.islands(keys, sigmas, energies, shape, potentials), self.particles)[:n]
+        """n samples [n, *x], one of each of n islands, from one key or n keys."""
+        keys = sample_keys(rng, n)
+        return drawn(keys, self.islands(keys, sigmas, energies, shape, potentials), self.particles.scheme)
+
+
+@dataclass(frozen=True)
+class ParticleSampling(EnergySampling):
+    """How what only particles can draw is sampled."""
+
+    @property
+    def weighted(self) -> bool:
+        """Always."""
+        return True

@@ -197,6 +197,10 @@ class AutoEncoder:
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
+        if (self.mean or self.std) and self.scale is None:
+            raise UserError(
+                "task.scale=None is measured on latents as they are, and task.mean and task.std change them; give a scale"
+            )
         for name, given in (("mean", self.mean), ("std", self.std)):
             if given and len(given) != self.latent:
                 raise UserError(

@@ -53,6 +53,9 @@ class Guided:
                 f"task.guide reads {', '.join(f'{k} {list(v.shape[1:])}' for k, v in guide.items())}, and task.main {key} of "
                 f"{list(main[key].shape[1:])}; a guide is of the same kind"
             )
+        classes, own = self.guide.about.classes, self.main.about.classes
+        if classes not in (0, own):
+            raise UserError(f"task.guide has {classes} classes and task.main {own}; a guide has as many, or none")
         low, high = self.guide.sigmas
         if low > self.sigmas[0] or high < self.sigmas[1]:
             raise UserError(
@@ -63,8 +66,9 @@ class Guided:
     @property
     def about(self) -> About:
         """Both networks are held."""
+        how = "train or import it, e.g. `zoo train edm/digits:guide`"
         networks = {
-            key: Network(task, Denoises, how="train one, e.g. `zoo train edm/digits`", entry=f"weights.{key}=RUN")
+            key: Network(task, Denoises, how=how, entry=f"weights.{key}=RUN")
             for key, task in (("main", self.main), ("guide", self.guide))
         }
         return About(classes=self.main.about.classes, networks=networks, licence=self.main.about.licence)

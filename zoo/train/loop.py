@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,7 +79,7 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
                 raise UserError(f"workdir={folder} is an export, not a run; choose another workdir=")
             changed = [
                 d
-                for d in differences(old["run"], about["run"])
+                for d in differences(_completed(old["run"], about["run"]), about["run"])
                 if not d.startswith(tuple(f"{m}{e}" for m in MAY_DIFFER for e in (":", ".")))
             ]
             if changed:
@@ -95,6 +96,15 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
             raise UserError(f"workdir={folder} is not empty and is no run ({inside[0]} ...); choose another workdir=")
         paths.write(folder / "config.json", json.dumps(about, indent=1))
     return folder, about
+
+
+def _completed(old: Any, new: Any) -> Any:
+    """A described run with the fields that came after it, at their defaults; as it is where it cannot be read."""
+    packages = {name.partition(".")[0] for name in re.findall(r'"class": "([^"]+)"', json.dumps(new))}
+    try:
+        return config.dump(config.undump(old, tuple(packages)))
+    except UserError:
+        return old
 
 
 def _check_labels(run: Run, labels: tuple[str, ...]) -> None:
@@ -448,6 +458,10 @@ def train(
     """
     with hosts.guarded(), ExitStack() as held:
         _check_profile(profile, run)
+        if not weights.abstract(run.task).keys() - {*run.task.about.held}:
+            raise UserError(
+                f"{type(run.task).__name__} has nothing to train: all of it comes from weights; draw from it with `zoo sample CONFIG`"
+            )
         if wandb is not None:
             if run.workdir is None or not wandb.rpartition("/")[2]:
                 raise UserError(f"--wandb {wandb} needs the name of a project, and a run folder (workdir=FOLDER)")

@@ -155,6 +155,11 @@ class Edm:
         return About(classes=self.classes, buffers=buffers, licence=LICENCE)
 
     @property
+    def plain(self) -> bool:
+        """Whether the network is all that its denoiser needs, with EDM's own preconditioning."""
+        return self.precondition == "edm" and not self.about.buffers
+
+    @property
     def sigmas(self) -> tuple[float, float]:
         """Lowest and highest level: those of the fields, within what the preconditioning knows."""
         low, high = self._door.sigmas
@@ -233,7 +238,7 @@ class Edm:
         """
         image, label = batch["image"], batch.get("label") if self.classes else None
         level_rng, noise_rng, drop_rng, net_rng = jax.random.split(rng, 4)
-        sigma = self.noise.draw(level_rng, len(image))
+        sigma = self.noise.draw(level_rng, len(image), self.sigmas)
         if label is not None and self.drop:
             label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
         x = image + sigma[:, None, None, None] * jax.random.normal(noise_rng, image.shape)

@@ -268,7 +268,7 @@ class Edm2:
         image = batch["image" if self.inputs == "images" else "latent"]
         if self.inputs == "latents":
             image = image + batch["latent_std"] * jax.random.normal(draw_rng, image.shape)
-        sigma = self.noise.draw(level_rng, len(image))
+        sigma = self.noise.draw(level_rng, len(image), self.sigmas)
         noise = jax.random.normal(noise_rng, image.shape)
         loss, square = self.losses(params, image, sigma, noise, self._hot(batch), {"dropout": net_rng})
         return loss.mean(), {"x0_error": jnp.sqrt(square.mean())}

@@ -25,7 +25,7 @@ from zoo.diffusion.energies import Scored, denoised, scored
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.potentials import Coordinate, HalfSpace, Potential, Powers, Product, Temper
 from zoo.diffusion.sampling import Conditions, draw, guided
-from zoo.diffusion.smc import EnergySampling, Form, Islands, Particles, course, drawn, feynman_kac
+from zoo.diffusion.smc import EnergySampling, Form, Islands, Particles, ParticleSampling, course, drawn, feynman_kac
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, NotEmpty, Positive, Side, Some, check_fields
 from zoo.task import About, Batch, Params, sample_keys
@@ -119,7 +119,7 @@ class Mixture:
         conditions: Batch | None = None,
         options: EnergySampling | None = None,
     ) -> dict[str, jax.Array]:
-        """`point` [n, 2]; point i depends on (rng, i) alone, but for those that an island keeps together.
+        """`point` [n, 2]; point i depends on (rng, i) alone.
 
         Args:
             rng: one key, or n keys.
@@ -147,7 +147,7 @@ class MixtureProduct:
     parts: Some[Mixture] = (Mixture(), Mixture())
 
     about = About(unit="points")
-    Sampling = EnergySampling
+    Sampling = ParticleSampling
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
@@ -179,10 +179,10 @@ class MixtureProduct:
         rng: jax.Array,
         n: int,
         conditions: Batch | None = None,
-        options: EnergySampling | None = None,
+        options: ParticleSampling | None = None,
     ) -> dict[str, jax.Array]:
         """`point` [n, 2], as of a mixture."""
-        o = options or EnergySampling()
+        o = options or ParticleSampling()
         return {"point": o.draw(rng, n, self.sigmas, [part.scored for part in self.parts], (2,), [Product()])}
 
 
@@ -353,11 +353,11 @@ class Mixtures:
 @functools.cache
 def _program(parts: tuple[Mixture, ...], potentials: tuple[Potential, ...], count: int) -> Any:
     """(keys, course) -> islands and as many points without weights, compiled once for all forms and powers."""
-    particles = Particles(count, keep=count)
+    particles = Particles(count)
 
     def both(keys: jax.Array, how: Any) -> tuple[Islands, jax.Array]:
         islands = feynman_kac(keys, how, [part.scored for part in parts], (2,), potentials, particles)
-        return islands, drawn(keys, islands, particles)
+        return islands, drawn(keys, islands, keep=count)
 
     return jax.jit(both)
 

@@ -22,7 +22,7 @@ from zoo.diffusion.levels import LogNormal
 from zoo.diffusion.potentials import Product
 from zoo.diffusion.precondition import Precondition
 from zoo.diffusion.sampling import clipped, sampled
-from zoo.diffusion.smc import EnergySampling, Form
+from zoo.diffusion.smc import EnergySampling, Form, ParticleSampling
 from zoo.errors import UserError
 from zoo.fields import Below1, Some, check_fields
 from zoo.task import About, Batch, Denoises, Energetic, Network, Params, sample_keys, speed
@@ -30,7 +30,12 @@ from zoo.task import About, Batch, Denoises, Energetic, Network, Params, sample_
 
 @runtime_checkable
 class Raw(Protocol):
-    """A denoiser whose network can be asked without its preconditioning."""
+    """A denoiser of images whose network can be asked without its preconditioning."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether that preconditioning is EDM's, and the network is all that it needs."""
+        ...
 
     def raw(self, params: Params, z: jax.Array, noise: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """The network's output, of the shape of z; noise is that of `Precondition("edm")`."""
@@ -55,6 +60,10 @@ class EnergyDistill:
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
+        if not self.network.plain:
+            raise UserError(
+                "task.network has another preconditioning than EDM's, or numbers that are held; take one without"
+            )
         fast = speed(self.network)
         if fast.get("dtype") == "bfloat16":
             raise UserError("task.network.dtype=bfloat16: energies differ by less than it resolves; set float32")
@@ -147,7 +156,7 @@ class EnergyDistill:
     ) -> dict[str, jax.Array]:
         """n images, by a solver, or by weighted particles where they are tempered or have potentials.
 
-        Image i depends on (rng, i) alone, but for those that an island of particles keeps together; these have one class.
+        Image i depends on (rng, i) alone.
 
         Args:
             rng: one key, or n keys.
@@ -161,24 +170,17 @@ class EnergyDistill:
         label = (conditions or {}).get("label") if self.about.classes else None
         told: Any = None if label is None else {"label": label}
         if o.weighted:
-            kept = None if label is None else {"label": label[:: o.particles.keep]}
-            image = o.draw(rng, n, self.sigmas, [self.scored(params, kept, o.particles.count)], shape)
-            told = kept and {"label": jnp.repeat(kept["label"], o.particles.keep)[:n]}
+            image = o.draw(rng, n, self.sigmas, [self.scored(params, told, o.particles.count)], shape)
         else:
             image = sampled(functools.partial(self.denoise, params), self.sigmas, shape, sample_keys(rng, n), told, o)
         return {"image": clipped(image), **(told or {})}
 
 
 @dataclass(frozen=True)
-class ProductSampling(EnergySampling):
-    """How a product of energies is sampled: by weighted particles, always."""
+class ProductSampling(ParticleSampling):
+    """How a product of energies of images is sampled."""
 
     form: Form = "score"  # in many dimensions the others keep few roots
-
-    @property
-    def weighted(self) -> bool:
-        """A product always weighs."""
-        return True
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class EnergyProduct:
     @property
     def about(self) -> About:
         """The parts are held."""
-        how = "train one, e.g. `zoo train energy/digits:low`"
+        how = "train one for each, e.g. `zoo train energy/digits:low` and `zoo train energy/digits:high`"
         return About(
             networks={
                 f"part{i}": Network(part, Energetic, how=how, entry=f"weights.part{i}=RUN")
