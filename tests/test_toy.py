@@ -35,10 +35,11 @@ FIELDS = {
     "frechet": ["features=pixels", "samples=8", "batch=8"],
     "convergence": ["samples=8", "batches=2", "modules=1", "rounds=1"],
     "agreement": ["samples=8", "batch=8"],
+    "classes": ["samples=8", "batch=8"],
 }
 # metrics by the ability that they need and that is enough for them; `bpd` also wants to know how nats become bits
 ENOUGH = {
-    "sample": {"frechet"},
+    "sample": {"frechet", "classes"},
     "nll": set(),
     "denoise": {"denoising", "solvers"},
     "chain": {"convergence"},

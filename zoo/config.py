@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import json
 import re
 import sys
 import types
@@ -330,6 +331,18 @@ def _built(cls: type, fields: Mapping[str, Any], where: str, why: str = "") -> A
         return cls(**fields)
     except TypeError as error:
         raise UserError(f"{where}: these fields make no {cls.__name__} ({error}){why}") from None
+
+
+def completed(old: Any, new: Any) -> Any:
+    """What `dump` wrote, with the fields that have come since at their defaults; as it is where it cannot be read.
+
+    `new` is written too, and says which packages are at home here.
+    """
+    packages = {name.partition(".")[0] for name in re.findall(rf'"{_CLASS}": "([^"]+)"', json.dumps(new))}
+    try:
+        return dump(undump(old, tuple(packages)))
+    except UserError:
+        return old
 
 
 _MOVED = {  # classes that configs written before know elsewhere

@@ -2,7 +2,7 @@
 
     zoo train energy/digits
     zoo sample runs/energy-digits n=64                          # by a solver of its denoiser
-    zoo sample runs/energy-digits n=32 temper=2 form=score      # colder, by weighted particles
+    zoo sample runs/energy-digits n=16 temper=2 form=score particles.count=64 --batch 4    # colder, by weighted particles
 
 `:dsm` learns from the data instead, from the same start. `:low` and `:high` know the digits 0 to 3 and 2 to 5 alone, for
 `energy/digits_product`.

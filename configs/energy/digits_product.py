@@ -1,9 +1,11 @@
 """What the digits 0 to 3 and the digits 2 to 5 have in common: the product of two energies; there is nothing to train here.
 
-zoo train energy/digits:low
-zoo train energy/digits:high
-zoo sample energy/digits_product n=64
-zoo sample energy/digits_product n=64 rho=0 --out naive      # no weights: what summed scores give
+    zoo train energy/digits:low
+    zoo train energy/digits:high
+    zoo sample energy/digits_product n=16 particles.count=64 --batch 4
+    zoo sample energy/digits_product n=64 rho=0 particles.count=2 --out naive      # no weights: what summed scores give
+
+Every sample is one of an island of `particles.count`, so that time and memory are those of so many times as many.
 """
 
 from dataclasses import replace

@@ -479,7 +479,7 @@ def test_frozen_networks_that_would_stay_random_are_refused(tmp_path: Path, monk
 
 def test_frozen_networks_that_are_filled_in_part_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "given_weights", lambda *_, **__: {"": {"net": {"last": {"kernel": np.ones((8, 1))}}}})
-    monkeypatch.setattr(Pupil, "about", About(networks={"net": Network(), "teacher": Network(required=False)}))
+    monkeypatch.setattr(Pupil, "about", About(networks={"net": Network()}))
     with told("weights['']=x", "2 of the 3", "net/in/b"):
         go(None, task=Pupil(), data=Bad(since=10**6), weights={"": "x"})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from zoo.task import Params, Samples, check_needs, is_text, options_of, sampling
 from zoo.train import averages, optim, tracking
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.report import Report, class_name, spelled
-from zoo.train.step import Metrics, State, compile_step, make_sampler, sampler_spec
+from zoo.train.step import Metrics, State, compile_step, make_sampler, sampler_spec, split
 
 _log = logging.getLogger("zoo")
 _PUSH = 10.0  # seconds that a save waits for the records of its steps to reach a bucket
@@ -79,7 +78,7 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
                 raise UserError(f"workdir={folder} is an export, not a run; choose another workdir=")
             changed = [
                 d
-                for d in differences(_completed(old["run"], about["run"]), about["run"])
+                for d in differences(config.completed(old["run"], about["run"]), about["run"])
                 if not d.startswith(tuple(f"{m}{e}" for m in MAY_DIFFER for e in (":", ".")))
             ]
             if changed:
@@ -96,15 +95,6 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
             raise UserError(f"workdir={folder} is not empty and is no run ({inside[0]} ...); choose another workdir=")
         paths.write(folder / "config.json", json.dumps(about, indent=1))
     return folder, about
-
-
-def _completed(old: Any, new: Any) -> Any:
-    """A described run with the fields that came after it, at their defaults; as it is where it cannot be read."""
-    packages = {name.partition(".")[0] for name in re.findall(r'"class": "([^"]+)"', json.dumps(new))}
-    try:
-        return config.dump(config.undump(old, tuple(packages)))
-    except UserError:
-        return old
 
 
 def _check_labels(run: Run, labels: tuple[str, ...]) -> None:
@@ -239,8 +229,7 @@ def _first(run: Run, state: State, given: Mapping[str, Params], where: Any) -> S
     for line in report:
         _log.info("parameters: %s", line)
     params = jax.device_put(params, where.params)
-    trained = {key: tree for key, tree in params.items() if key not in run.task.about.held}
-    ema = jax.tree.map(jnp.copy, averages.begin(run.ema, trained))  # each has arrays of its own
+    ema = jax.tree.map(jnp.copy, averages.begin(run.ema, split(run.task, params)[0]))  # each has arrays of its own
     return state.replace(params=params, ema=ema)
 
 
@@ -312,9 +301,9 @@ def _told_apart(metrics: Sequence[Any]) -> list[str]:
     kinds = [type(metric) for metric in metrics]
     splits = [metric.split for metric in metrics]
     pairs, names = list(zip(kinds, splits)), []
-    for i, (kind, split) in enumerate(pairs):
-        alone = split is not None and pairs.count((kind, split)) == 1
-        names.append("" if kinds.count(kind) == 1 else str(split) if alone else f"evals.{i}")
+    for i, (kind, part) in enumerate(pairs):
+        alone = part is not None and pairs.count((kind, part)) == 1
+        names.append("" if kinds.count(kind) == 1 else str(part) if alone else f"evals.{i}")
     return names
 
 
@@ -460,7 +449,7 @@ def train(
         _check_profile(profile, run)
         if not weights.abstract(run.task).keys() - {*run.task.about.held}:
             raise UserError(
-                f"{type(run.task).__name__} has nothing to train: all of it comes from weights; draw from it with `zoo sample CONFIG`"
+                f"{type(run.task).__name__} has nothing to train, all is held; draw with `zoo sample CONFIG`"
             )
         if wandb is not None:
             if run.workdir is None or not wandb.rpartition("/")[2]:
