@@ -503,7 +503,19 @@ def given_weights(
             hint, _ = _hint(task, name)
             field = f"weights.{key}" if key else "weights['']"
             raise UserError(f"{field}: {error}{f'; {hint}' if hint else ''}") from None
-        found[key] = weights.resolve(where, lambda name: open_model(name, allow=allow, on_host=on_host).params)
+        network = task.about.networks.get(key)
+        can = None if network is None or weights.parts_of(where)[1] else network.can
+
+        def read(name: str, key: str = key, where: str = where, can: type | None = can) -> Params:
+            model = open_model(name, allow=allow, on_host=on_host)
+            held = [getattr(model.task, field.name) for field in dataclasses.fields(model.task)]
+            if can is not None and not any(isinstance(one, can) for one in (model.task, *held)):
+                raise UserError(
+                    f"weights.{key}={where}: {type(model.task).__name__} is not what {key!r} is; {_hint(task, key)[0]}"
+                )
+            return model.params
+
+        found[key] = weights.resolve(where, read)
     return found
 
 

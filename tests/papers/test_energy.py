@@ -12,7 +12,7 @@ import pytest
 from fresh import randomised
 from mistakes import told
 
-from zoo import weights
+from zoo import models, weights
 from zoo.diffusion.precondition import Precondition
 from zoo.diffusion.smc import EnergySampling, Particles
 from zoo.diffusion.solvers import Euler
@@ -143,5 +143,7 @@ def test_energies_that_cannot_be_are_told(params: Any) -> None:
         energy.EnergyProduct((TASK, other))
     with told("nothing to train"):
         PRODUCT.loss({}, {}, jax.random.key(0))
+    with told("weights.part0=edm-digits", "Edm is not what 'part0' is", "energy/digits:low"):
+        models.given_weights({"part0": "edm-digits"}, PRODUCT)
     with told("guidance"):
         TASK.sample(params, jax.random.key(0), 2, LABEL, EnergySampling(nfe=5, temper=2.0, guidance=1.0))
