@@ -38,6 +38,7 @@ from zoo.task import (
     abilities,
     call,
     check_needs,
+    holds,
     is_text,
     options_of,
 )
@@ -508,8 +509,7 @@ def given_weights(
 
         def read(name: str, key: str = key, where: str = where, can: type | None = can) -> Params:
             model = open_model(name, allow=allow, on_host=on_host)
-            held = [getattr(model.task, field.name) for field in dataclasses.fields(model.task)]
-            if can is not None and not any(isinstance(one, can) for one in (model.task, *held)):
+            if can is not None and not holds(model.task, can):
                 raise UserError(
                     f"weights.{key}={where}: {type(model.task).__name__} is not what {key!r} is; {_hint(task, key)[0]}"
                 )

@@ -444,6 +444,11 @@ def check_needs(task: Any, needs: Iterable[type], what: str) -> None:
             raise UserError(f"{what} needs {name!r}, which {type(task).__name__} has not{why}; it can: {can}")
 
 
+def holds(task: Any, ability: type) -> bool:
+    """Whether a task has an ability, or a network in one of its fields has."""
+    return any(isinstance(one, ability) for one in (task, *(getattr(task, f.name) for f in dataclasses.fields(task))))
+
+
 def is_text(task: Any) -> bool:
     """Whether the examples of a task are texts, `tokens` int32 [B, T] that it models and is not merely told."""
     return "tokens" in task.spec(1) and "tokens" not in task.about.conditions
