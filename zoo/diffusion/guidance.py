@@ -33,6 +33,11 @@ class Guidance:
         if self.high is not None and self.low >= self.high:
             raise UserError(f"guidance.low={self.low:g} must be below guidance.high={self.high:g}")
 
+    @classmethod
+    def of(cls, given: float | Guidance) -> Guidance:
+        """The guidance that an option holds, which may be a weight alone."""
+        return given if isinstance(given, Guidance) else cls(given)
+
     def denoiser(
         self, alone: Denoiser, both: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     ) -> Denoiser:

@@ -64,7 +64,7 @@ class DenoiserSampling:
 
 def guided(denoise: Door, conditions: Conditions, by: float | Guidance) -> Denoiser:
     """The denoiser under these conditions, away from that without a class. UserError for guidance where there is no class."""
-    guidance, given = by if isinstance(by, Guidance) else Guidance(by), dict(conditions or {})
+    guidance, given = Guidance.of(by), dict(conditions or {})
     if guidance.weight and "label" not in given:
         raise UserError("guidance compares a class with none, and there is no class here; leave guidance out")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import jax
@@ -39,9 +39,7 @@ def _program(task: Any, guidance: float | Guidance, random: bool) -> Any:
     shape = task.spec(1)[modelled(task)].shape[1:]
 
     def program(params: Params, plan: Plan, rng: jax.Array, indices: jax.Array, label: Any) -> jax.Array:
-        def denoise(x: jax.Array, sigma: jax.Array, given: Any) -> jax.Array:
-            return task.denoise(params, x, sigma, given)
-
+        denoise = partial(task.denoise, params)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
         return draw(plan, guided(denoise, None if label is None else {"label": label}, guidance), keys, shape, random)
 

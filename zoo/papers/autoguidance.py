@@ -118,7 +118,7 @@ class Guided:
         def both(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
             return strong(x, sigma), weak(x, sigma)
 
-        guidance = o.guidance if isinstance(o.guidance, Guidance) else Guidance(o.guidance)
+        guidance = Guidance.of(o.guidance)
         shape = next(iter(self.spec(1).values())).shape[1:]
         x = draw(o.plan(self.sigmas), guidance.denoiser(strong, both), sample_keys(rng, n), shape)
         found: dict[str, jax.Array] = self.main.finished(params["main"], x, given)

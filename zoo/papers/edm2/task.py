@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.levels import LogNormal
 from zoo.diffusion.precondition import Precondition
 from zoo.diffusion.sampling import DenoiserSampling, clipped, sampled
@@ -295,7 +296,7 @@ class Edm2:
         UserError for levels outside those of the task, and for guidance, which has nothing to compare with.
         """
         o, label = options or DenoiserSampling(), (conditions or {}).get("label") if self.classes else None
-        if (o.guidance if isinstance(o.guidance, float | int) else o.guidance.weight) > 0:
+        if Guidance.of(o.guidance).weight:
             raise UserError(
                 "guidance compares a class with none, and this network was trained with its class always; leave it out, or "
                 "guide it by another network (autoguidance/imagenet512)"

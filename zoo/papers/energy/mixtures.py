@@ -24,7 +24,7 @@ from zoo.diffusion.compare import folder, image_of
 from zoo.diffusion.energies import Scored, denoised, scored
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.potentials import Coordinate, HalfSpace, Potential, Powers, Product, Temper
-from zoo.diffusion.sampling import Conditions, draw, guided
+from zoo.diffusion.sampling import sampled
 from zoo.diffusion.smc import EnergySampling, Form, Islands, Particles, ParticleSampling, course, drawn, feynman_kac
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, NotEmpty, Positive, Side, Some, check_fields
@@ -128,11 +128,8 @@ class Mixture:
         o = options or EnergySampling()
         if o.weighted:
             return {"point": o.draw(rng, n, self.sigmas, [self.scored], (2,))}
-
-        def door(x: jax.Array, sigma: jax.Array, given: Conditions) -> jax.Array:
-            return self.denoise(params, x, sigma, given)
-
-        return {"point": draw(o.plan(self.sigmas), guided(door, None, o.guidance), sample_keys(rng, n), (2,))}
+        denoise = functools.partial(self.denoise, params)
+        return {"point": sampled(denoise, self.sigmas, (2,), sample_keys(rng, n), None, o)}
 
     @property
     def scored(self) -> Scored:
