@@ -366,7 +366,7 @@ def open_model(
     Args:
         fields: overrides of a config, such as `weights.vae=OUT`.
         raw: the last weights even where the run keeps an average.
-        ema: the width of the average, for a run that keeps several; None: the one named first.
+        ema: the width of the average, one that a run keeps or one made of its snapshots; None: the one named first.
         allow: packages besides zoo whose classes the config may name.
         on_host: leave the parameters in the host's memory, for who shares them out among devices himself.
 
@@ -409,9 +409,11 @@ def open_model(
     step, params, average = found
     if raw or not (run.ema or ema):
         return Model(run.task, params, "raw", step, run.data, labels, folder, run)
-    params = {**params, **averages.chosen(run.ema, average, ema)}
+    snapshots = Checkpoints(folder, create=False, inside="snapshots")
+    params = {**params, **averages.chosen(run.ema, average, ema, step, snapshots.averages(abstract.ema))}
+    snapshots.close()
     # what was measured while training is of the first of several
-    kind = f"ema-{ema:g}" if ema is not None and isinstance(run.ema, tuple) and ema != run.ema[0].width else "ema"
+    kind = "ema" if ema is None or f"{ema:g}" == next(iter(averages.named(run.ema))) else f"ema-{ema:g}"
     return Model(run.task, params, kind, step, run.data, labels, folder, run)
 
 
