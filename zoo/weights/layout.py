@@ -110,11 +110,12 @@ def abstract(task: Task) -> Params:
 
 def boxed(task: Task) -> Params:
     """The same with axis boxes. Kept for tasks that are values: tracing a deep network takes seconds, and commands ask often."""
+    value: Any = task
     try:
-        hash(task)
+        hash(value)
     except TypeError:
-        return _kept.__wrapped__(task)
-    return _kept(task)
+        return _kept.__wrapped__(value)
+    return _kept(value)
 
 
 @functools.lru_cache(maxsize=16)
