@@ -147,6 +147,9 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
             raise UserError(f"{prefix}{unknown[0]}: {options.__name__} has no such option; leave it out")
         new = _replace(options(**node), changes, prefix)
         return {**node, **{k: getattr(new, k) for k in changes}}
+    if Mapping[str, str] in _either(kind):  # words by free names, such as `Run.weights`
+        node = node or {}
+        return {**node, **{k: _change(node.get(k, ""), str, v, f"{prefix}{k}") for k, v in changes.items()}}
     if isinstance(node, dict):
         unknown = [k for k in changes if k not in node]
         if unknown:

@@ -246,7 +246,9 @@ class Model:
         """
         task = self.task
         if labels is not None:
-            return {"label": labels}, [class_name(self.labels, i) for i in labels], {}
+            # where none has a class, the sampler must know: guidance would compare a pass with itself
+            given = {"label": labels} if (labels >= 0).any() else None
+            return given, [class_name(self.labels, i) for i in labels], {}
         wanted = task.about.conditions
         if "text" in wanted:
             raise UserError(
@@ -482,7 +484,7 @@ def export_config(model: Model, metrics: dict[str, Any] | None = None) -> dict[s
 def _hint(task: Any, key: str) -> tuple[str, str]:
     """How to come by the network that a task takes from `Run.weights` under `key`, "" where it does not say, and the entry."""
     network = task.about.networks.get(key, Network(entry="weights={'': 'OUT'}"))
-    return network.how, network.entry or f"weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
+    return network.how, network.entry or f"weights.{key}=OUT"
 
 
 def given_weights(
@@ -524,7 +526,7 @@ def given_weights(
 def must_add(key: str, task: Any) -> str:
     """The end of a sentence on `weights.KEY` that is missing: how to come by such a network, and where a config names it."""
     how, entry = _hint(task, key)
-    return f"{how}; then add {entry}" if how else f"add {entry}, OUT being a run or an export"
+    return f"{how}; then add {entry}" if how else f"add {entry}, {'OUT' if 'OUT' in entry else 'RUN'} being a run or an export"
 
 
 def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder]:

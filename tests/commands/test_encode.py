@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from zoo import cli, models, weights
-from zoo.commands.encode import batch_for
+from zoo.commands.encode import _sizes, batch_for
 from zoo.data.images import Images
 from zoo.data.latents import Latents
 from zoo.data.synthetic import Synthetic
@@ -202,6 +202,15 @@ def test_a_run_refuses_latents_of_another_autoencoder(root, fitting):
     with pytest.raises(UserError, match=r"task\.vae\.scale=20\.0, but the latents in data\.path=out were made with"):
         check_encoders(run(VAE), {})
     check_encoders(SimpleNamespace(data=Synthetic(), task=run(task).task, weights=None), {})
+    shifted = replace(VAE, mean=(1.0, -2.0), std=(1.0, 3.0), unit=True)
+    made |= {"vae_scale": str(VAE.scale), "vae_sizes": _sizes(VAE)}
+    check_encoders(run(VAE), {})
+    for key, value in (("mean", "1.0,-2.0"), ("std", "1.0,3.0"), ("unit", "True")):
+        made["vae_sizes"] = _sizes(replace(VAE, **{key: getattr(shifted, key)}))
+        with pytest.raises(UserError, match=rf"data\.path=out were made with .*; set task\.vae\.{key}={value}, or enc"):
+            check_encoders(run(VAE), {})
+    made["vae_sizes"] = _sizes(shifted)
+    check_encoders(run(shifted), {})
 
 
 def test_a_run_refuses_captions_of_another_template():

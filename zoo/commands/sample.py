@@ -129,7 +129,7 @@ def draw(
                 "MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.vae=...`)"
             )
     _claim(out, settings, form.suffix)
-    word = "label" if conditions is not None and "label" in conditions else "prompt"
+    word = "label" if "label" in asked else "prompt"
     there = set(paths.names(out))
     missing = [i for i in range(n) if f"{i:06d}{form.suffix}" not in there]
     for begin in range(0, len(missing), batch):
