@@ -48,9 +48,11 @@ MAY = {
         "config", "dist", "data", "draws", "encoders", "paths", "run", "weights",
         "train.averages", "train.optim", "train.step", "train.checkpoint", "train.report",
     },
+    "train.provenance": {"config", "models", "run", "weights"},
     "train.loop": {
         "config", "dist", "data", "draws", "hosts", "models", "paths", "run", "weights",
         "train.averages", "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",
+        "train.provenance",
     },
     "commands": {
         "config", "dist", "data", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights", "metrics",

@@ -526,7 +526,11 @@ def given_weights(
 def must_add(key: str, task: Any) -> str:
     """The end of a sentence on `weights.KEY` that is missing: how to come by such a network, and where a config names it."""
     how, entry = _hint(task, key)
-    return f"{how}; then add {entry}" if how else f"add {entry}, {'OUT' if 'OUT' in entry else 'RUN'} being a run or an export"
+    return (
+        f"{how}; then add {entry}"
+        if how
+        else f"add {entry}, {'OUT' if 'OUT' in entry else 'RUN'} being a run or an export"
+    )
 
 
 def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder]:

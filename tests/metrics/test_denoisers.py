@@ -77,7 +77,9 @@ class Spread(Data):
 
     def source(self, split: str, spec: Any = None) -> Any:
         rng, std = np.random.default_rng(0), np.full(SHAPE, 0.4, np.float32)
-        return Listed({"latent": (0.3 * rng.normal(size=SHAPE)).astype(np.float32), "latent_std": std} for _ in range(400))
+        return Listed(
+            {"latent": (0.3 * rng.normal(size=SHAPE)).astype(np.float32), "latent_std": std} for _ in range(400)
+        )
 
 
 def test_the_best_guess_of_a_gaussian_has_the_error_that_is_known() -> None:

@@ -473,5 +473,9 @@ def test_what_does_not_fit_is_told(params: Params, golden: Golden) -> None:
         dataclasses.replace(TASK, vae=VAE, inputs="latents", channels=5)
     with told("task.mean", "task.latent=2"):
         dataclasses.replace(VAE, mean=(1.0,))
+    with told("weights: 'vea' is no part", "vae"):
+        run = config.override(config.load("edm2/imagenet512:smoke"), ["weights.vea=tarflow-digits:net"])
+        assert run.weights == {"vea": "tarflow-digits:net"}  # though the config has none
+        weights.fill(weights.abstract(run.task), {"vea": {}}, run.weights, run.task)
     with told("ema lists the width 0.1 twice"):
         dataclasses.replace(config.load("edm2/imagenet64:smoke"), ema=(Power(0.1), Power(0.1)))
