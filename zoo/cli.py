@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "--samples",
         type=int,
         default=16,
-        help="batch size of stablehlo programs: the sampler (or the features where there is none), and the denoiser",
+        help="batch size of stablehlo programs: the sampler (or the features where there is none), the denoiser and the energy",
     )
     opens(sub)
     verb(

@@ -127,7 +127,7 @@ class Model:
         label: Any = None,
         prompt: str | Sequence[str] | None = None,
         **options: Any,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """What the task's sampler gives, such as `image` [n, H, W, C] in [-1, 1]; sample i is that of `zoo sample` with this seed.
 
         Args:
@@ -170,7 +170,8 @@ class Model:
             rows = np.arange(first, min(first + size, n))
             key = "tokens" if is_text(self.task) else "image"
             parts.append(finite(sampler, self.params, seed, rows, conditions, size, key))
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        found: dict[str, Any] = jax.tree.map(lambda *each: np.concatenate(each), *parts)
+        return found
 
     def nll(self, batch: Mapping[str, Any], seed: int = 0) -> jax.Array:
         """-log p [B] in nats; the noise of example i follows from (seed, i)."""

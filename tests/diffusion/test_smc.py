@@ -402,7 +402,7 @@ def test_particles_on_one_and_eight_devices_have_the_same_weights() -> None:
         (lambda: MixtureProduct((ROW, dataclasses.replace(CROSS, low=20.0, high=30.0))), "task.parts have no level in common"),
         (lambda: Mixture(low=3.0, high=2.0), "task.low=3 must be below task.high=2"),
         (lambda: CORNERS.loss({}, {}, jax.random.key(0)), "nothing to train"),
-        (lambda: CORNERS.sample({}, keys(2), 2, None, EnergySampling(temper=2.0, guidance=1.0)), "guidance goes with solvers"),
+        (lambda: CORNERS.sample({}, keys(2), 2, None, EnergySampling(temper=2.0, guidance=1.0)), "there is no class here"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_said_in_a_sentence(make: Callable[[], Any], said: str) -> None:
@@ -440,7 +440,7 @@ def test_weights_that_are_none_name_the_potential_the_level_and_the_particle(
     lost = int(said[-1])
     assert np.isnan(found.x[lost]).all()  # an island that is lost gives no sample
     with pytest.raises(UserError, match=re.escape(said)):
-        found.trace.check(GRID[::10], [EDGE, Tilt(jnp.sum)], 16)
+        found.trace.check(range(2))
 
 
 def given(energy: Any = None, *potentials: Potential) -> None:

@@ -13,6 +13,7 @@ from fresh import randomised
 from mistakes import told
 
 from zoo import models, weights
+from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.precondition import Precondition
 from zoo.diffusion.smc import EnergySampling, Particles
 from zoo.diffusion.solvers import Euler
@@ -130,8 +131,10 @@ def test_energies_that_cannot_be_are_told(params: Any) -> None:
         energy.EnergyDistill(energy.Mixture())
     with told("task.network", "preconditioning"):
         energy.EnergyDistill(dataclasses.replace(NETWORK, precondition="vp"))
-    with told("particles, form, stop and rho", "temper"):
+    with told("form, stop and rho", "temper"):
         EnergySampling(form="score")
+    with told("particles have nothing to weigh"):
+        EnergySampling(particles=Particles(8))
     with told("solver=euler", "weights"):
         EnergySampling(Euler(), temper=2.0)
     with told("stop=0", "hybrid"):
@@ -145,5 +148,9 @@ def test_energies_that_cannot_be_are_told(params: Any) -> None:
         PRODUCT.loss({}, {}, jax.random.key(0))
     with told("weights.part0=edm-digits", "Edm is not what 'part0' is", "energy/digits:low"):
         models.given_weights({"part0": "edm-digits"}, PRODUCT)
-    with told("guidance"):
-        TASK.sample(params, jax.random.key(0), 2, LABEL, EnergySampling(nfe=5, temper=2.0, guidance=1.0))
+    with told("guidance", "no class here"):
+        TASK.sample(params, jax.random.key(0), 2, None, EnergySampling(nfe=5, temper=2.0, guidance=1.0))
+    with told("guidance", "at all levels"):
+        EnergySampling(temper=2.0, guidance=Guidance(1.0, low=0.1))
+    with told("guidance", "know no class"):
+        PRODUCT.Sampling(guidance=1.0)

@@ -177,3 +177,17 @@ class Tilt(Potential):
 
     def log(self, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
         return self.function(x0, sigma)
+
+
+@dataclass(frozen=True)
+class Classifier(Potential):
+    """Samples of a class, one for each particle: h = p(class | x0) of a classifier that knows no noise (our choice)."""
+
+    name = "classifier"
+
+    logits: Callable[[jax.Array], jax.Array]  # x0 [N, *x] -> [N, classes]
+    label: jax.Array  # [N]; below 0: any class
+
+    def log(self, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
+        each = jax.nn.log_softmax(self.logits(x0).astype(jnp.float32))
+        return jnp.where(self.label < 0, 0.0, jnp.take_along_axis(each, jnp.maximum(self.label, 0)[:, None], 1)[:, 0])
