@@ -1,4 +1,4 @@
-"""The sampler of a task, timed by each way to invert a flow or with each set of options, beside others."""
+"""The sampler of a task, timed by each way to invert a flow or with each set of options, beside others; and its energy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from zoo import config, dist, models, weights
 from zoo.commands.clocks import Figures, compare, in_turn, program_size, unit_of
+from zoo.diffusion.energies import scored
 from zoo.errors import UserError
 from zoo.files import differences
 from zoo.flows.inverse import Jacobi
@@ -161,6 +162,31 @@ def time_sampler(
         sizes = task.cache_bytes(n, guided=False).items()
         figures[f"sample {n} caches of a block MiB"] = {block: size / 2**20 for block, size in sizes}
     return times | told | figures
+
+
+def time_energy(run: Run, params: Any, n: int, rounds: int) -> Figures:
+    """Energies of n examples alone, which cost what their network's forward pass does, in turn with energies and scores."""
+    task, known = run.task, run.task.about.likelihood
+    x = np.zeros((n, *(known.event if known else next(iter(task.spec(1).values())).shape[1:])), np.float32)
+    given = {"label": np.zeros(n, np.int32)} if task.about.classes else None
+    energy = functools.partial(task.energy, conditions=given)
+    ways = {
+        "alone": lambda params, x, sigma: energy(params, x, sigma),
+        "with score": lambda params, x, sigma: scored(functools.partial(energy, params))(x, sigma),
+    }
+    programs = {name: jax.jit(call).lower(params, x, np.ones(n, np.float32)).compile() for name, call in ways.items()}
+
+    def repeat(program: Any, count: int) -> None:
+        for _ in range(count):
+            jax.block_until_ready(program(params, x, np.ones(n, np.float32)))
+
+    figures: Figures = {}
+    for name, program in programs.items():
+        figures |= program_size(program, f"energy {n} program MiB, {name}")
+    times: Figures = {}
+    found = in_turn({name: functools.partial(repeat, program) for name, program in programs.items()}, rounds)
+    compare(times, f"energy {n}", found, n, unit_of(task), "alone")
+    return times | figures
 
 
 def conditions_of(task: Any, n: int) -> dict[str, np.ndarray] | None:

@@ -225,7 +225,8 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
         if not paths.in_bucket(out):  # where there are no folders
             out.mkdir(parents=True, exist_ok=True)
         inside = paths.names(out)
-        if path.name in inside:
+        filled = any(name[:1].isdigit() and name.endswith(suffix) for name in inside)
+        if path.name in inside and filled:
             with paths.sentence(path):
                 text = path.read_text()
             differ = differences(json.loads(text), json.loads(json.dumps(settings)))
@@ -233,7 +234,7 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
                 raise UserError(
                     f"{out} holds samples drawn with other settings ({'; '.join(differ[:3])}); choose another --out"
                 )
-        elif any(name[:1].isdigit() and name.endswith(suffix) for name in inside):
+        elif filled:
             kind = "images" if suffix == ".png" else "texts"
             raise UserError(f"{out} holds {kind} that zoo did not draw; choose another --out")
         else:

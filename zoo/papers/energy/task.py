@@ -267,7 +267,7 @@ class EnergyProduct:
 
 @dataclass(frozen=True)
 class EnergyTilted:
-    """An energy without classes, tilted to a class by a classifier: p(x) p(class | x0). There is nothing to train."""
+    """An energy without classes, tilted to a class by a classifier: p(x) p(class | x). There is nothing to train."""
 
     energy: EnergyDistill
     classifier: Annotated[Any, Classifies]  # of images without noise; it sees what the energy takes a particle for
@@ -336,9 +336,11 @@ class EnergyTilted:
         told: Any = {"label": jnp.full(n, -1) if label is None else label}
 
         def target(given: Any) -> tuple[list[Scored], list[Potential]]:
-            classifier = Classifier(
-                lambda x0: self.classifier.logits(params["classifier"], {"image": x0}), given["label"]
-            )
+            def logits(x0: jax.Array) -> jax.Array:
+                found: jax.Array = self.classifier.logits(params["classifier"], {"image": x0})
+                return found
+
+            classifier = Classifier(logits, given["label"], self.energy.network.data)
             return [self.energy.scored(params["energy"], None)], [classifier]
 
         image, trace = o.draw(rng, n, self.sigmas, target, shape, told)
