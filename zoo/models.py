@@ -505,15 +505,16 @@ def given_weights(
             hint, _ = _hint(task, name)
             field = f"weights.{key}" if key else "weights['']"
             raise UserError(f"{field}: {error}{f'; {hint}' if hint else ''}") from None
-        network = task.about.networks.get(key)
-        can = None if network is None or weights.parts_of(where)[1] else network.can
+        network = None if weights.parts_of(where)[1] else task.about.networks.get(key)
 
-        def read(name: str, key: str = key, where: str = where, can: type | None = can) -> Params:
+        def read(name: str, key: str = key, where: str = where, network: Network | None = network) -> Params:
             model = open_model(name, allow=allow, on_host=on_host)
-            if can is not None and not holds(model.task, can):
+            if network is not None and network.can is not None and not holds(model.task, network.can):
                 raise UserError(
                     f"weights.{key}={where}: {type(model.task).__name__} is not what {key!r} is; {_hint(task, key)[0]}"
                 )
+            if network is not None:
+                config.check_alike(network.task, model.task, network.alike, f"weights.{key}={where}")
             return model.params
 
         found[key] = weights.resolve(where, read)

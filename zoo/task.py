@@ -40,6 +40,7 @@ class Network:
 
     task: Any = None  # whose parameters these are; None: a part of this task that another run has trained
     can: type | None = None  # the ability that is asked of it
+    alike: tuple[str, ...] = ()  # fields that no shape of a parameter shows, in which a given one is as `task`
     required: bool = True  # must come from `Run.weights`, unless the data are made up
     trained: bool = False  # True: they only begin there
     how: str = ""  # how to come by one, for the error: a command, or a config that makes it
@@ -474,12 +475,12 @@ def is_text(task: Any) -> bool:
     return "tokens" in task.spec(1) and "tokens" not in task.about.conditions
 
 
-_SPEED = ("dtype", "remat", "scan", "attention")
+SPEED = ("dtype", "remat", "scan", "attention")
 
 
 def speed(task: Any) -> dict[str, Any]:
     """Fields of a task that change no weight but how fast it is and in what numbers: dtype, remat, scan, attention."""
-    return {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name in _SPEED}
+    return {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name in SPEED}
 
 
 def image_spec(batch: int, side: int, channels: int, classes: int) -> dict[str, jax.ShapeDtypeStruct]:

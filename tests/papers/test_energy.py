@@ -37,6 +37,11 @@ def params() -> Any:
     return randomised(TASK, out=0.3)
 
 
+def about(task: Any) -> dict[str, Any]:
+    """What the config of an export says of it."""
+    return models.export_config(models.Model(task, {}, "raw", 5, None, (), Path()))
+
+
 def heads() -> list[energy.EnergyDistill]:
     return [dataclasses.replace(TASK, head=head) for head in ("inner", "norm", "dae")]
 
@@ -76,7 +81,7 @@ def test_energies_are_those_of_noise_far_out_and_know_their_class(params: Any) -
 
 def test_the_denoiser_has_a_symmetric_jacobian_and_the_teacher_has_not(params: Any) -> None:
     def off(denoise: Any) -> float:
-        jacobian = jax.jacobian(lambda x: denoise(x[None])[0].ravel())(X[0]).reshape(16, 16)
+        jacobian = jax.jit(jax.jacobian(lambda x: denoise(x[None])[0].ravel()))(X[0]).reshape(16, 16)
         return float(jnp.abs(jacobian - jacobian.T).max())
 
     assert off(lambda x: TASK.denoise(params, x, 0.5)) < 1e-5
@@ -92,8 +97,8 @@ def test_the_loss_is_the_weighted_difference_to_its_target_and_reaches_the_netwo
         level_rng, noise_rng, _ = jax.random.split(jax.random.key(2), 3)
         sigma = task.noise.draw(level_rng, 6, task.sigmas)
         x = batch["image"] + sigma[:, None, None, None] * jax.random.normal(noise_rng, X.shape)
-        wanted = NETWORK.denoise(params["teacher"], x, sigma, LABEL) if target == "teacher" else batch["image"]
-        square = jnp.square(task.denoise(params, x, sigma, LABEL) - wanted).mean((1, 2, 3))
+        wanted = jax.jit(NETWORK.denoise)(params["teacher"], x, sigma, LABEL) if target == "teacher" else batch["image"]
+        square = jnp.square(jax.jit(task.denoise)(params, x, sigma, LABEL) - wanted).mean((1, 2, 3))
         np.testing.assert_allclose(loss, (Precondition("edm", 0.5).weight(sigma) * square).mean(), rtol=1e-4)
         np.testing.assert_allclose(told["x0_error"], jnp.sqrt(square.mean()), rtol=1e-4)
         assert {
@@ -142,8 +147,7 @@ class Breaks(Potential):
 def test_how_samples_came_about_is_kept_and_printed_and_a_lost_island_is_told(
     params: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = models.Model(TASK, params, "raw", 5, None, (), tmp_path / "model")
-    weights.save(tmp_path / "model", params, models.export_config(model), "a card")
+    weights.save(tmp_path / "model", params, about(TASK), "a card")
     out, some = tmp_path / "out", ["sample", str(tmp_path / "model"), "nfe=5", "particles.count=8"]
     own = ["temper=2", "--batch", "2", "--out", str(out)]
     assert cli.main([*some, "n=2", *own]) == 0
@@ -167,7 +171,7 @@ def test_how_samples_came_about_is_kept_and_printed_and_a_lost_island_is_told(
     assert "of island 1" in said
 
 
-def test_energies_that_cannot_be_are_told(params: Any) -> None:
+def test_energies_that_cannot_be_are_told(params: Any, tmp_path: Path) -> None:
     with told("task.network.dtype=bfloat16", "float32"):
         energy.EnergyDistill(dataclasses.replace(NETWORK, dtype="bfloat16"))
     with told("task.network.attention=splash", "second derivative", "xla"):
@@ -195,6 +199,10 @@ def test_energies_that_cannot_be_are_told(params: Any) -> None:
         PRODUCT.loss({}, {}, jax.random.key(0))
     with told("weights.part0=edm-digits", "Edm is not what 'part0' is", "energy/digits:low"):
         models.given_weights({"part0": "edm-digits"}, PRODUCT)
+    norm = dataclasses.replace(PRODUCT.parts[0], head="norm")
+    weights.save(tmp_path / "norm", norm.init(jax.random.key(0)), about(norm), "a card")
+    with told(f'weights.part0={tmp_path / "norm"} differs in head ("norm" there, and here "inner")'):
+        models.given_weights({"part0": str(tmp_path / "norm")}, PRODUCT)
     with told("guidance", "no class here"):
         TASK.sample(params, jax.random.key(0), 2, None, EnergySampling(nfe=5, temper=2.0, guidance=1.0))
     with told("guidance", "at all levels"):

@@ -15,10 +15,9 @@ from zoo import config, dist, models, weights
 from zoo.commands.clocks import Figures, compare, in_turn, program_size, unit_of
 from zoo.diffusion.energies import scored
 from zoo.errors import UserError
-from zoo.files import differences
 from zoo.flows.inverse import Jacobi
 from zoo.run import Run
-from zoo.task import Cached, has_methods, option_names, speed
+from zoo.task import Cached, has_methods, option_names
 from zoo.train.step import make_sampler, sampler_spec
 
 Sides = dict[str, dict[str, Any]]  # options of the sampler, by the name of the side
@@ -35,9 +34,7 @@ def open_weights(task: Any, name: str) -> models.Model:
             "sampler takes as long with fresh weights"
         )
     model = models.open_model(name, on_host=True)
-    found = differences(config.dump(task, "task"), config.dump(model.task, "task"), "task")
-    found = [text for text in found if text.partition(":")[0].rpartition(".")[2] not in speed(task)]
-    if found:
+    if found := config.unlike(task, model.task):
         raise UserError(
             f"--model {name} is another model than the config's ({found[0]}); override the fields of the config, or open "
             "a model that was made with it"

@@ -27,6 +27,8 @@ from zoo.errors import UserError
 from zoo.fields import Below1, Some, check_fields
 from zoo.task import About, Batch, Classifies, Denoises, Energetic, Network, Params, sample_keys, speed
 
+_ALIKE = ("head", "network")  # what makes an energy of parameters
+
 
 @runtime_checkable
 class Raw(Protocol):
@@ -218,7 +220,7 @@ class EnergyProduct:
         how = "train one for each, e.g. `zoo train energy/digits:low` and `zoo train energy/digits:high`"
         return About(
             networks={
-                f"part{i}": Network(part, Energetic, how=how, entry=f"weights.part{i}=RUN")
+                f"part{i}": Network(part, Energetic, _ALIKE, how=how, entry=f"weights.part{i}=RUN")
                 for i, part in enumerate(self.parts)
             }
         )
@@ -286,7 +288,7 @@ class EnergyTilted:
     def about(self) -> About:
         """Both are held; classes are the classifier's."""
         one = Network(
-            self.energy, Energetic, how="train one, e.g. `zoo train energy/digits`", entry="weights.energy=RUN"
+            self.energy, Energetic, _ALIKE, how="train one, e.g. `zoo train energy/digits`", entry="weights.energy=RUN"
         )
         two = Network(
             self.classifier,
