@@ -40,7 +40,7 @@ MAY = {
     "train.optim": set(),
     "train.report": {"paths", "train.tracking"},
     "train.averages": set(),
-    "train.step": {"draws", "dist", "train.averages"},
+    "train.step": {"draws", "dist", "weights", "train.averages"},
     "train.tracking": set(),
     "train.checkpoint": {"hosts", "paths", "weights", "train.step"},
     "run": {"dist", "data", "train.averages", "train.optim"},
