@@ -55,7 +55,8 @@ MAY = {
         "train.provenance",
     },
     "commands": {
-        "config", "dist", "data", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights", "metrics",
+        "config", "dist", "data", "diffusion", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights",
+        "metrics",
         "train.optim", "train.report", "train.step",
     },
     "cli": {"config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop"},

@@ -104,7 +104,7 @@ def test_what_is_made_of_trained_models_samples_and_says_that_it_does_not_train(
     run = smoke(name)
     label = {"label": np.zeros(4, np.int32)} if run.task.about.classes else None
     drawn = jax.jit(make_sampler(run.task, 4, {"nfe": 5}))(fresh(run.task), jax.random.key(0), label)
-    assert all(np.isfinite(x).all() for x in drawn.values())
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(drawn))
     with pytest.raises(UserError, match="nothing to train"):
         train(run, quiet=True)
 
