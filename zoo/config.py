@@ -350,7 +350,10 @@ def _built(cls: type, fields: Mapping[str, Any], where: str, why: str = "") -> A
     try:
         return cls(**fields)
     except TypeError as error:
-        raise UserError(f"{where}: these fields make no {cls.__name__} ({error}){why}") from None
+        missing = ", ".join(map(repr, sorted(required(cls) - fields.keys())))
+        raise UserError(
+            f"{where}: these fields make no {cls.__name__} ({f'it lacks {missing}' if missing else error}){why}"
+        ) from None
 
 
 def completed(old: Any, new: Any) -> Any:

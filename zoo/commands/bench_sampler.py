@@ -168,7 +168,7 @@ def time_energy(run: Run, params: Any, n: int, rounds: int) -> Figures:
     given = {"label": np.zeros(n, np.int32)} if task.about.classes else None
     energy = functools.partial(task.energy, conditions=given)
     ways = {
-        "alone": lambda params, x, sigma: energy(params, x, sigma),
+        "alone": energy,
         "with score": lambda params, x, sigma: scored(functools.partial(energy, params))(x, sigma),
     }
     programs = {name: jax.jit(call).lower(params, x, np.ones(n, np.float32)).compile() for name, call in ways.items()}
