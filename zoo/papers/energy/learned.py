@@ -19,7 +19,7 @@ import numpy as np
 
 from zoo import files
 from zoo.diffusion.compare import folder
-from zoo.diffusion.energies import Scored
+from zoo.diffusion.energies import Scored, scored
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.potentials import Temper
 from zoo.diffusion.precondition import Precondition
@@ -132,13 +132,7 @@ class Learned:
         """Energy and score of points [N, 2]; without parameters the exact ones."""
         if params is None:
             return self.mixture.scored
-        inner = self.task.scored(params, None, 0)
-
-        def both(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
-            energy, score = inner(x[:, None, None], sigma)
-            return energy, score[:, 0, 0]
-
-        return both
+        return scored(lambda x, sigma: self.task.energy(params, x[:, None, None], sigma))
 
     @functools.partial(jax.jit, static_argnums=0)
     def _islands(self, params: Params | None, keys: jax.Array, how: Any) -> tuple[Islands, jax.Array]:
