@@ -50,7 +50,7 @@ class Learned:
     sigmas: Some[Positive] = (0.05, 0.2, 0.5, 1.0, 3.0)  # levels at which scores are compared
     temper: Positive = 2.0
     stops: Some[Positive] = (1.0, 0.3)  # of the hybrid form
-    islands: Side = 5
+    islands: Side = 3
     count: AtLeast2 = 1000  # particles of each
     levels: AtLeast2 = 201
     out: NotEmpty = "learned"  # folder of the results
@@ -148,7 +148,7 @@ class Learned:
         wanted = tempered(self.mixture, self.temper, self.count * self.islands)
 
         forms: list[tuple[str, Form, float, float]] = [("naive", "score", 0.0, 0.0), ("score", "score", 0.0, 1.0)]
-        forms += [("ratio", "ratio", 0.0, 1.0), *((f"hybrid, stop {s:g}", "hybrid", s, 1.0) for s in self.stops)]
+        forms += [(f"hybrid, stop {s:g}", "hybrid", s, 1.0) for s in self.stops]
         rows = []
         for name, form, stop, rho in forms:
             how = course(grid, 1, [Temper(self.temper)], form, stop, rho, 2)
