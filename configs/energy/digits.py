@@ -34,6 +34,9 @@ config = Run(
     log_every=50,
 )
 dsm = replace(config, task=replace(config.task, target="data"), weights={"net": "edm-digits:net"})
+student = replace(
+    dsm, weights={"net": "runs/energy-digits:net"}
+)  # the distilled energy without its teacher; nothing to train
 
 # One patch is one token: a residual network that the noise modulates.
 PART = edm.Edm(image=8, channels=1, network=edm.Transformer(width=64, depth=3, head_dim=64, patch=8))

@@ -216,6 +216,6 @@ def test_the_product_of_learned_energies_has_the_digits_of_both(tmp_path: Path) 
         metric = Classes(samples, options, batch=batch, wanted=(2, 3))
         return float(metric(task, params, Digits(), jax.random.key(0))["wanted"])
 
-    assert wanted(256, 256, rho=0.0, particles={"count": 2}) < 0.93
+    assert wanted(256, 256, rho=0.0, particles=Particles(2)) < 0.93
     assert wanted(48, 4, form="score") > 0.97
     assert wanted(48, 4, form="ratio") > 0.97
