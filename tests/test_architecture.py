@@ -40,7 +40,7 @@ MAY = {
     "train.optim": set(),
     "train.report": {"paths", "train.tracking"},
     "train.averages": set(),
-    "train.step": {"draws", "dist", "train.averages"},
+    "train.step": {"draws", "dist", "weights", "train.averages"},
     "train.tracking": set(),
     "train.checkpoint": {"hosts", "paths", "weights", "train.step"},
     "run": {"dist", "data", "train.averages", "train.optim"},
@@ -53,7 +53,8 @@ MAY = {
         "train.averages", "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",
     },
     "commands": {
-        "config", "dist", "data", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights", "metrics",
+        "config", "dist", "data", "diffusion", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights",
+        "metrics",
         "train.optim", "train.report", "train.step",
     },
     "cli": {"config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop"},

@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "--samples",
         type=int,
         default=16,
-        help="batch size of stablehlo programs: the sampler (or the features where there is none), and the denoiser",
+        help="batch size of stablehlo programs: the sampler (or the features where there is none), the denoiser and the energy",
     )
     opens(sub)
     verb(
@@ -116,9 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--what",
-        choices=("train", "sample", "data", "both", "all"),
+        choices=("train", "sample", "data", "energy", "both", "all"),
         default="both",
-        help="both: train and sample, on synthetic data; data reads the run's own",
+        help="both: train and sample, on synthetic data; data reads the run's own; energy: that of a task that has one, with and without "
+        "its score",
     )
     sub.add_argument(
         "--samples",

@@ -127,7 +127,7 @@ class Model:
         label: Any = None,
         prompt: str | Sequence[str] | None = None,
         **options: Any,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """What the task's sampler gives, such as `image` [n, H, W, C] in [-1, 1]; sample i is that of `zoo sample` with this seed.
 
         Args:
@@ -170,7 +170,8 @@ class Model:
             rows = np.arange(first, min(first + size, n))
             key = "tokens" if is_text(self.task) else "image"
             parts.append(finite(sampler, self.params, seed, rows, conditions, size, key))
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        found: dict[str, Any] = jax.tree.map(lambda *each: np.concatenate(each), *parts)
+        return found
 
     def nll(self, batch: Mapping[str, Any], seed: int = 0) -> jax.Array:
         """-log p [B] in nats; the noise of example i follows from (seed, i)."""
@@ -504,15 +505,16 @@ def given_weights(
             hint, _ = _hint(task, name)
             field = f"weights.{key}" if key else "weights['']"
             raise UserError(f"{field}: {error}{f'; {hint}' if hint else ''}") from None
-        network = task.about.networks.get(key)
-        can = None if network is None or weights.parts_of(where)[1] else network.can
+        network = None if weights.parts_of(where)[1] else task.about.networks.get(key)
 
-        def read(name: str, key: str = key, where: str = where, can: type | None = can) -> Params:
+        def read(name: str, key: str = key, where: str = where, network: Network | None = network) -> Params:
             model = open_model(name, allow=allow, on_host=on_host)
-            if can is not None and not holds(model.task, can):
+            if network is not None and network.can is not None and not holds(model.task, network.can):
                 raise UserError(
                     f"weights.{key}={where}: {type(model.task).__name__} is not what {key!r} is; {_hint(task, key)[0]}"
                 )
+            if network is not None:
+                config.check_alike(network.task, model.task, network.alike, f"weights.{key}={where}")
             return model.params
 
         found[key] = weights.resolve(where, read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ import pytest
 from fresh import randomised
 from mistakes import told
 
-from zoo import config, models, weights
-from zoo.data.images import Digits
+import zoo
+from zoo import cli, models, weights
+from zoo.diffusion.guidance import Guidance
+from zoo.diffusion.potentials import Potential
 from zoo.diffusion.precondition import Precondition
 from zoo.diffusion.smc import EnergySampling, Particles
 from zoo.diffusion.solvers import Euler
-from zoo.metrics.agreement import Classes
-from zoo.papers import edm, energy
-from zoo.papers.energy import learned, mixtures
+from zoo.papers import edm, energy, part
 from zoo.task import Denoises, Energetic, Samples
-from zoo.train.loop import train
 
 NETWORK = edm.Edm(image=4, channels=1, classes=3, network=edm.Transformer(width=8, depth=2, head_dim=4, patch=2))
 TASK = energy.EnergyDistill(NETWORK)
@@ -35,6 +35,11 @@ LABEL = {"label": jnp.arange(6) % 3}
 @pytest.fixture(scope="module")
 def params() -> Any:
     return randomised(TASK, out=0.3)
+
+
+def about(task: Any) -> dict[str, Any]:
+    """What the config of an export says of it."""
+    return models.export_config(models.Model(task, {}, "raw", 5, None, (), Path()))
 
 
 def heads() -> list[energy.EnergyDistill]:
@@ -92,8 +97,8 @@ def test_the_loss_is_the_weighted_difference_to_its_target_and_reaches_the_netwo
         level_rng, noise_rng, _ = jax.random.split(jax.random.key(2), 3)
         sigma = task.noise.draw(level_rng, 6, task.sigmas)
         x = batch["image"] + sigma[:, None, None, None] * jax.random.normal(noise_rng, X.shape)
-        wanted = NETWORK.denoise(params["teacher"], x, sigma, LABEL) if target == "teacher" else batch["image"]
-        square = jnp.square(task.denoise(params, x, sigma, LABEL) - wanted).mean((1, 2, 3))
+        wanted = jax.jit(NETWORK.denoise)(params["teacher"], x, sigma, LABEL) if target == "teacher" else batch["image"]
+        square = jnp.square(jax.jit(task.denoise)(params, x, sigma, LABEL) - wanted).mean((1, 2, 3))
         np.testing.assert_allclose(loss, (Precondition("edm", 0.5).weight(sigma) * square).mean(), rtol=1e-4)
         np.testing.assert_allclose(told["x0_error"], jnp.sqrt(square.mean()), rtol=1e-4)
         assert {
@@ -114,19 +119,59 @@ def test_a_wide_share_of_levels_is_even_over_all_of_them() -> None:
 
 
 def test_particles_follow_their_key_and_class(params: Any) -> None:
-    options = EnergySampling(nfe=6, temper=2.0, particles=Particles(8))
+    options = EnergySampling(nfe=6, guidance=1.0, particles=Particles(8))
     draw = jax.jit(lambda keys, label: TASK.sample(params, keys, len(keys), {"label": label}, options))
-    keys, label = jax.random.split(jax.random.key(0), 3), jnp.arange(3)
+    keys, label = jax.random.split(jax.random.key(0), 3), jnp.asarray([0, 1, -1])
     whole = draw(keys, label)
     np.testing.assert_allclose(draw(keys[::-1], label[::-1])["image"][::-1], whole["image"], atol=1e-5)
     assert float(jnp.abs(draw(keys, label[::-1])["image"] - whole["image"])[::2].max()) > 1e-3
+    least = whole["trace"].figures()["ess"]
+    assert least[2] == pytest.approx(1, abs=1e-5)  # a class and none: without one there is nothing to weigh
+    assert (least[:2] < 0.999).all()
     own = PRODUCT.init(jax.random.key(0))
     image = PRODUCT.sample(own, jax.random.key(0), 3, None, PRODUCT.Sampling(nfe=5, particles=Particles(8)))["image"]
     assert image.shape == (3, 4, 4, 1)
     assert np.isfinite(image).all()
 
 
-def test_energies_that_cannot_be_are_told(params: Any) -> None:
+@dataclasses.dataclass(frozen=True)
+class Breaks(Potential):
+    """Of one particle no number."""
+
+    name = "breaks"
+
+    def log(self, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
+        return jnp.where((jnp.arange(len(x)) == 13) & (sigma < 1), jnp.nan, 0.0)
+
+
+def test_how_samples_came_about_is_kept_and_printed_and_a_lost_island_is_told(
+    params: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights.save(tmp_path / "model", params, about(TASK), "a card")
+    out, some = tmp_path / "out", ["sample", str(tmp_path / "model"), "nfe=5", "particles.count=8"]
+    own = ["temper=2", "--batch", "2", "--out", str(out)]
+    assert cli.main([*some, "n=2", *own]) == 0
+    assert "mean and spread of 2 samples: ess " in capsys.readouterr().out
+    first = json.loads((out / "trace.json").read_text())
+    (out / "000001.png").unlink()
+    assert cli.main([*some, "n=3", *own]) == 0
+    assert "mean and spread of 3 samples: ess " in capsys.readouterr().out
+    kept = json.loads((out / "trace.json").read_text())
+    assert set(kept) == {"0", "1", "2"}
+    assert set(kept["0"]) == {"ess", "resampled", "roots", "log_normaliser"}
+    for i in first:
+        assert kept[i] == pytest.approx(first[i], rel=1e-4)
+    drawn = zoo.load(str(tmp_path / "model")).sample(3, nfe=5, temper=2.0, particles=Particles(8))
+    assert [kept[str(i)]["roots"] for i in range(3)] == drawn["trace"].figures()["roots"].tolist()
+
+    assert cli.main([*some, "n=2", "potentials=breaks", "--batch", "2", "--out", str(tmp_path / "lost")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "potential breaks: the weight of particle 5 is no finite number at level 3" in said
+    assert "of island 1" in said
+
+
+def test_energies_that_cannot_be_are_told(params: Any, tmp_path: Path) -> None:
     with told("task.network.dtype=bfloat16", "float32"):
         energy.EnergyDistill(dataclasses.replace(NETWORK, dtype="bfloat16"))
     with told("task.network.attention=splash", "second derivative", "xla"):
@@ -135,8 +180,10 @@ def test_energies_that_cannot_be_are_told(params: Any) -> None:
         energy.EnergyDistill(energy.Mixture())
     with told("task.network", "preconditioning"):
         energy.EnergyDistill(dataclasses.replace(NETWORK, precondition="vp"))
-    with told("particles, form, stop and rho", "temper"):
+    with told("form, stop and rho", "temper"):
         EnergySampling(form="score")
+    with told("particles have nothing to weigh"):
+        EnergySampling(particles=Particles(8))
     with told("solver=euler", "weights"):
         EnergySampling(Euler(), temper=2.0)
     with told("stop=0", "hybrid"):
@@ -146,76 +193,19 @@ def test_energies_that_cannot_be_are_told(params: Any) -> None:
     other = dataclasses.replace(TASK, network=dataclasses.replace(NETWORK, image=8))
     with told("task.parts", "(4, 4, 1)", "(8, 8, 1)"):
         energy.EnergyProduct((TASK, other))
+    with told("task.energy", "(4, 4, 1)", "(8, 8, 1)"):
+        energy.EnergyTilted(TASK, part.PartClassifier(image=8, channels=1, patch=2, width=8, depth=1, head_dim=8))
     with told("nothing to train"):
         PRODUCT.loss({}, {}, jax.random.key(0))
     with told("weights.part0=edm-digits", "Edm is not what 'part0' is", "energy/digits:low"):
         models.given_weights({"part0": "edm-digits"}, PRODUCT)
-    with told("guidance"):
-        TASK.sample(params, jax.random.key(0), 2, LABEL, EnergySampling(nfe=5, temper=2.0, guidance=1.0))
-
-
-def test_points_of_a_mixture_are_its() -> None:
-    """Weights of modes, and within a mode mean and covariance; the kernel distance against its definition."""
-    wide = energy.Mode(3.0, (20.0, 0.0), (2.0, 0.5), 0.8)
-    points = np.asarray(energy.Mixture((energy.Mode(), wide)).points(jax.random.key(0), 40_000))
-    own = points[points[:, 0] > 8]
-    np.testing.assert_allclose(len(own) / len(points), 0.75, atol=0.01)
-    np.testing.assert_allclose(own.mean(0), wide.mean, atol=0.05)
-    np.testing.assert_allclose(np.cov(own.T), [[4.0, 0.8], [0.8, 0.25]], atol=0.06)
-
-    corners = mixtures.CORNERS
-    cold, weights = learned.tempered(corners, 2.0, 4_000), mixtures.truth((corners,), (2.0,))[0]
-    assert mixtures.distance(mixtures.share(corners.modes, cold, np.ones(len(cold))), weights) < 0.02
-    x, y = points[:5], points[5:10]
-    values = [[np.exp(-np.square(a - b).sum() / (2 * 3.0**2)) for b in (*x, *y)] for a in (*x, *y)]
-    kernel = np.asarray(values) - np.eye(10)
-    wanted = (kernel[:5, :5].sum() + kernel[5:, 5:].sum()) / 20 - 2 * kernel[:5, 5:].mean()
-    np.testing.assert_allclose(learned.mmd2(x, y, (3.0,)), wanted, rtol=1e-6)
-    assert abs(learned.mmd2(cold[:1000], cold[1000:2000])) < 0.005 < learned.mmd2(cold[:1000], cold[:1000] + 1)
-
-
-def test_energies_of_a_mixture_are_trained_and_compared(tmp_path: Path) -> None:
-    with told("task takes images [4, 4, 1]", "image=1"):
-        energy.Learned(TASK)
-    point = dataclasses.replace(NETWORK, image=1, channels=2, classes=0, network=edm.Transformer(8, 1, 8, 1))
-    few = {"steps": 30, "batch": 32, "islands": 2, "count": 16, "levels": 5, "stops": (1.0,)}
-    made = energy.Learned(dataclasses.replace(TASK, network=point), out=str(tmp_path / "out"), **few)
-    figures = made.run()
-    assert {row["energy"] for row in figures["rows"]} == {"exact", "distilled", "from points"}
-    fresh = made.score_errors(made.task.init(jax.random.key(0)))
-    assert all(0 < e < start for errors in figures["score_error"].values() for e, start in zip(errors[2:], fresh[2:]))
-    assert (tmp_path / "out" / "learned.md").read_text().count("hybrid, stop 1") == 3
-
-
-@pytest.mark.slow
-def test_distilled_energies_of_a_mixture_are_nearer_to_the_exact_one(tmp_path: Path) -> None:
-    """And so low that stops of the hybrid matter: with an energy that is right near modes alone the weights go wrong."""
-    made = dataclasses.replace(config.load("energy/mixtures:learned"), steps=500, out=str(tmp_path / "learned"))
-    figures = made.run()
-    distilled, points = (figures["score_error"][kind][made.sigmas.index(0.5)] for kind in ("distilled", "from points"))
-    assert distilled < 0.35 * points
-    tv = {(row["energy"], row["method"]): row["tv"] for row in figures["rows"]}
-    assert tv["distilled", "hybrid, stop 1"] < 0.06
-    assert {row["mmd2"] < 0.005 for row in figures["rows"] if row["method"] == "hybrid, stop 1"} == {True}
-    assert min(value for (_, method), value in tv.items() if method == "naive") > 0.18
-    assert tv["distilled", "hybrid, stop 0.3"] > 0.3
-    assert tv["exact", "hybrid, stop 0.3"] < 0.06
-
-
-@pytest.mark.slow
-def test_the_product_of_learned_energies_has_the_digits_of_both(tmp_path: Path) -> None:
-    """Five minutes on two cores. Summed scores, the control, do not."""
-    given = {}
-    for i, half in enumerate(("low", "high")):
-        run = dataclasses.replace(config.load(f"energy/digits:{half}"), workdir=str(tmp_path / half))
-        train(run, quiet=True)
-        given[f"weights.part{i}"] = str(tmp_path / half)
-    task, params = models.open_model("energy/digits_product", [f"{key}={value}" for key, value in given.items()])
-
-    def wanted(samples: int, batch: int, **options: Any) -> float:
-        metric = Classes(samples, options, batch=batch, wanted=(2, 3))
-        return float(metric(task, params, Digits(), jax.random.key(0))["wanted"])
-
-    assert wanted(256, 256, rho=0.0, particles=Particles(2)) < 0.93
-    assert wanted(48, 4, form="score") > 0.97
-    assert wanted(48, 4, form="ratio") > 0.97
+    norm = dataclasses.replace(PRODUCT.parts[0], head="norm")
+    weights.save(tmp_path / "norm", {"net": params["net"]}, about(norm), "a card")
+    with told(f'weights.part0={tmp_path / "norm"} differs in head ("norm" there, and here "inner")'):
+        models.given_weights({"part0": str(tmp_path / "norm")}, PRODUCT)
+    with told("guidance", "no class here"):
+        TASK.sample(params, jax.random.key(0), 2, None, EnergySampling(nfe=5, temper=2.0, guidance=1.0))
+    with told("guidance", "at all levels"):
+        EnergySampling(temper=2.0, guidance=Guidance(1.0, low=0.1))
+    with told("guidance", "know no class"):
+        PRODUCT.Sampling(guidance=1.0)

@@ -8,6 +8,6 @@ the truth. `learned`: energies of these that are learned, beside the exact ones.
 
 from zoo.papers.energy.learned import Learned
 from zoo.papers.energy.mixtures import Mixture, MixtureProduct, Mixtures, Mode
-from zoo.papers.energy.task import EnergyDistill, EnergyProduct
+from zoo.papers.energy.task import EnergyDistill, EnergyProduct, EnergyTilted
 
-__all__ = ["EnergyDistill", "EnergyProduct", "Learned", "Mixture", "MixtureProduct", "Mixtures", "Mode"]
+__all__ = ["EnergyDistill", "EnergyProduct", "EnergyTilted", "Learned", "Mixture", "MixtureProduct", "Mixtures", "Mode"]

@@ -163,8 +163,7 @@ class Learned:
                     "tv": float(distance(found, weights).mean()),
                     "tv_std": float(distance(found, weights).std()),
                     "mmd2": float(np.mean(apart)),
-                    "ess": float(islands.trace.ess.min(1).mean()),
-                    "roots": float(islands.trace.roots[:, -1].mean()),
+                    **{key: float(islands.trace.figures()[key].mean()) for key in ("ess", "roots")},
                 }
             )
         return rows
