@@ -167,7 +167,7 @@ def time_energy(run: Run, params: Any, n: int, rounds: int) -> Figures:
     x = np.zeros((n, *(known.event if known else next(iter(task.spec(1).values())).shape[1:])), np.float32)
     given = {"label": np.zeros(n, np.int32)} if task.about.classes else None
     energy = functools.partial(task.energy, conditions=given)
-    ways = {
+    ways: dict[str, Callable[..., Any]] = {
         "alone": energy,
         "with score": lambda params, x, sigma: scored(functools.partial(energy, params))(x, sigma),
     }
