@@ -27,6 +27,8 @@ Coordinate: TypeAlias = Annotated[float, Meta(ge=-1e6, le=1e6)]
 class Potential(Named):
     """What the target has that the base has not. One of your own is a frozen dataclass with a `name` and `log`."""
 
+    name = "of your own"
+
     def __post_init__(self) -> None:
         check_fields(self, "potential.")
 
