@@ -278,14 +278,15 @@ def write_cache(cache: Cache, k: jax.Array, v: jax.Array, index: Any, layer: Any
     return dataclasses.replace(cache, k=put(cache.k, k), v=put(cache.v, v))
 
 
-def reaches(tokens: int) -> list[int]:
-    """Into which parts to cut a loop over `tokens`, as their ends, so that early tokens look at fewer slots (`reaching`).
+def reaches(count: int, size: int = 1) -> list[int]:
+    """Into which parts to cut a loop of `count` steps of `size` tokens each, as their ends, so that early tokens look at fewer
+    slots (`reaching`).
 
     On a TPU the slices are read in place: four loops over a quarter each read 5/8 of what one reads. Elsewhere they might
     be copied, which nobody has measured, and there is one loop.
     """
-    parts = min(4, tokens // (2 * _LANES)) if dist.platform() == "tpu" else 1
-    return [tokens * (i + 1) // parts for i in range(parts)] if parts > 1 else [tokens]
+    parts = min(4, count, count * size // (2 * _LANES)) if dist.platform() == "tpu" else 1
+    return [count * (i + 1) // parts for i in range(parts)] if parts > 1 else [count]
 
 
 def reaching(caches: Any, slots: int | None) -> Any:
