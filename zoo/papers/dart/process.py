@@ -91,6 +91,16 @@ class Nomad:
         return np.diag(whole) - np.diag(before, -1)
 
     @cached_property
+    def residuals(self) -> np.ndarray:
+        """[T, T, T]: what is left of the noise of the copies, [i] when y_i is known; of those after i it means nothing.
+
+        Copies up to i are sqrt(gamma) y_i / sqrt(abar_i) + residuals[i] eps: with the noise of y_i, independent again.
+        """
+        shares = self.sums * np.sqrt(1 - self.gamma) * np.tril(np.ones((self.steps, self.steps)))  # [i, j]
+        shares = shares / np.asarray(self.snr)[:, None]
+        return np.diag(np.sqrt(1 - self.gamma)) - np.sqrt(self.gamma)[:, None] * shares[:, None]
+
+    @cached_property
     def following(self) -> tuple[np.ndarray, np.ndarray]:
         """Signal and noise [T] of what comes after each copy: the next one, at last the clean example."""
         gamma = np.append(self.gamma[1:], 1.0)

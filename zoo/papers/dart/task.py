@@ -244,8 +244,7 @@ class Dart(Inputs):
     def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """E[x0 | x] [B, H, W, C] in float32, at the levels of the chain; at others x gets noise up to the next one.
 
-        What the network makes of copies whose sufficient statistic is x: they are sqrt(gamma) x and what the noises of copies
-        have besides their sum, drawn once and for all.
+        What the network makes of copies whose sufficient statistic is x: what their noises have besides is drawn once and for all.
         """
         process, x = self.process, x.astype(jnp.float32)
         snr = jnp.asarray(process.snr, jnp.float32)
@@ -256,12 +255,9 @@ class Dart(Inputs):
             jax.random.normal(jax.random.key(i), s) for i, s in enumerate((z.shape[1:], (self.steps, *z.shape[1:])))
         )
         z = z + jnp.sqrt(jnp.clip(1 / snr[level] - 1 / told, 0))[:, None, None] * more
-        gamma = process.gamma
-        noise = eps * np.sqrt(1 - gamma)[:, None, None]
-        # [T, K, D]: their part of the statistic of the copies up to each level
-        shared = jnp.cumsum(process.sums[:, None, None] * noise, 0) / np.asarray(process.snr)[:, None, None]
-        own = noise[None] - np.sqrt(gamma)[:, None, None] * shared[level][:, None]
-        copies = (np.sqrt(gamma)[:, None, None] * z[:, None] + own).astype(jnp.float32)
+        left = jnp.asarray(process.residuals, jnp.float32)[level]
+        signal = jnp.asarray(np.sqrt(process.gamma), jnp.float32)[:, None, None]
+        copies = signal * z[:, None] + jnp.einsum("bts,skd->btkd", left, eps)
         found, _ = self.estimates(params, copies, None, self.conditions(params, {**(conditions or {}), "x": x}))
         return self.image(found[jnp.arange(len(x)), level])
 
