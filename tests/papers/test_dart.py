@@ -358,8 +358,8 @@ def test_context_is_told_by_the_copies_of_others() -> None:
 
 def test_caches_are_as_large_as_is_said() -> None:
     for task, slots in zip(MASKS.values(), (12, 4, 16)):
-        assert task.cache_bytes(5) == {"all layers": 2 * 2 * 10 * slots * 16 * 4}
-    assert CAPTIONED.cache_bytes(5, guided=False) == {"all layers": 2 * 2 * 5 * 15 * 16 * 4}
+        assert task.cache_bytes(5) == {"all": 2 * 2 * 10 * slots * 16 * 4}
+    assert CAPTIONED.cache_bytes(5, guided=False) == {"all": 2 * 2 * 5 * 15 * 16 * 4}
 
 
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:

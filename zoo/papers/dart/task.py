@@ -139,7 +139,7 @@ class Dart(Inputs):
         """Bytes of the key/value caches while n samples are drawn."""
         rows = 2 * n if guided and self.prefix else n
         shapes = jax.tree.leaves(jax.eval_shape(lambda: self._net.memory(rows)))
-        return {"all layers": sum(x.size * x.dtype.itemsize for x in shapes)}
+        return {"all": sum(x.size * x.dtype.itemsize for x in shapes)}
 
     # --- contract -----------------------------------------------------------------------------------
 
