@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from fresh import fresh
 from mistakes import told
@@ -21,7 +22,7 @@ from zoo.papers.dart import Dart
 from zoo.papers.dart.metrics import Context
 from zoo.papers.dart.process import Nomad
 from zoo.papers.dart.task import DartSampling, Reader
-from zoo.task import Denoises, Samples
+from zoo.task import Denoises, Samples, sample_keys
 
 SCHEDULES = ("copies", "chain")
 
@@ -274,7 +275,7 @@ def test_the_loss_is_the_weighted_error_and_that_of_v() -> None:
 
 
 def test_gradients_reach_all_parameters_and_remat_acts() -> None:
-    for task in (MASKS["tokens"], CAPTIONED):
+    for task in (MASKS["tokens"], dataclasses.replace(CAPTIONED, head="flow")):
         params = randomised(task)
         batch = {
             k: jnp.ones(v.shape, v.dtype) * jnp.linspace(0, 2, 4).astype(v.dtype).reshape(-1, *[1] * (v.ndim - 1))
@@ -369,10 +370,11 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
         ("patch=3", ("task.patch=3", "divides")),
         ("head_dim=8", ("task.head_dim=8", "multiple of 16")),
         ("attention=cudnn", ("task.attention='cudnn'", "bfloat16")),
+        ("head=flow task.mask=tokens", ("task.head='flow'", "task.mask=blocks")),
         ("fed=chain", ("task.fed='chain'", "task.mask=same")),
     ):
         with told(*words):
-            config.override(smoke, [f"task.{field}"])
+            config.override(smoke, f"task.{field}".split())
     with told("task.attention='cudnn'", "task.attention=auto"):
         config.override(smoke, ["task.attention=cudnn", "task.dtype=bfloat16"])
     with told("task.classes=3", "task.text_tokens=3"):
@@ -382,3 +384,65 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     for task, given in ((dataclasses.replace(TASK, classes=0), None), (TASK, None)):
         with told("guidance=1", "leave guidance out"):
             task.sample(randomised(task), jax.random.key(0), 2, given, DartSampling(1.0))
+
+
+def test_a_fresh_flow_head_leaves_proposals_as_they_are_and_is_told_where_they_should_go() -> None:
+    task = dataclasses.replace(TASK, head="flow", head_steps=3, head_noise=0.4)
+    params = {**randomised(task), "head": fresh(task)["head"]}
+    draw = jax.jit(lambda task: task.sample(params, jax.random.key(0), 3)["latent"], static_argnums=0)
+    plain, moved = (draw(one) for one in (dataclasses.replace(task, head="gauss"), task))
+    last = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 3), (4, 4)))(
+        sample_keys(jax.random.key(0), 3)
+    )
+    np.testing.assert_allclose(moved, task.image(task.tokens(plain) + 0.4 * last), atol=1e-4)
+    assert task._proposals[1][-1] == 0.4
+    snr = task.process.snr
+    assert dataclasses.replace(task, head_noise=None)._proposals[1][-1] == pytest.approx((1 + snr[-1]) ** -0.5)
+    x0, copies = jnp.zeros((2, 4, 4)), jnp.ones((2, 3, 4, 4))
+    loss = task._flow_loss(params, copies, x0, jnp.zeros_like(copies), jnp.zeros((2, 3, 4, 16)), jax.random.key(0))
+    wanted = np.asarray([1, 1, 0]) + task._proposals[1] ** 2
+    assert float(loss) == pytest.approx(wanted.mean(), rel=0.3)
+
+
+# --- what is learned ------------------------------------------------------------------------------
+
+
+def ring(rng: jax.Array, n: int) -> jax.Array:
+    """Eight modes in two dimensions, of variance 1: tokens that no Gaussian is like."""
+    angle, noise = jax.random.randint(rng, (n,), 0, 8) * np.pi / 4, jax.random.normal(rng, (n, 2))
+    return 1.4 * jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1) + 0.1 * noise
+
+
+def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
+    from scipy.spatial.distance import cdist
+
+    return float(2 * cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_flow_head_draws_tokens_that_no_gaussian_step_does(seed: int) -> None:
+    task = Dart(
+        latent=(1, 1), channels=2, patch=1, steps=3, schedule="chain", width=32, depth=2, head_dim=16, head="flow"
+    )
+    optimiser = optax.adam(optax.cosine_decay_schedule(4e-3, 1_000))
+
+    def step(carry: Any, rng: jax.Array) -> tuple[Any, jax.Array]:
+        params, state = carry
+        batch = {"latent": ring(rng, 128).reshape(-1, 1, 1, 2), "latent_std": jnp.zeros((128, 1, 1, 2))}
+        (loss, _), grads = jax.value_and_grad(task.loss, has_aux=True)(params, batch, jax.random.fold_in(rng, 1))
+        update, state = optimiser.update(grads, state, params)
+        return (optax.apply_updates(params, update), state), loss
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        carry = params, optimiser.init(params)
+        (params, _), losses = jax.lax.scan(step, carry, jax.random.split(jax.random.key(seed), 1_000))
+        tasks = task, dataclasses.replace(task, head="gauss")
+        return [one.sample(params, jax.random.key(5), 3_000)["latent"] for one in tasks], losses
+
+    (moved, plain), _ = run(fresh(task, seed))
+    real = np.asarray(ring(jax.random.key(99), 3_000))
+    with_head, without = (energy_distance(np.asarray(x).reshape(-1, 2), real) for x in (moved, plain))
+    print(f"seed {seed}: energy distance {with_head:.4f} with the flow head, {without:.4f} without")
+    assert with_head < 0.3 * without, (with_head, without)

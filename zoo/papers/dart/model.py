@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from zoo.nn.attention import Stages
-from zoo.nn.embed import rope_angles
+from zoo.nn.embed import rope_angles, waves
 from zoo.nn.layers import Dense, Table, zeros
 from zoo.nn.modulated import ModulatedBlock, modulated, spread
 from zoo.nn.transformer import Trunk, init_trunk_cache
@@ -161,3 +161,27 @@ class DartNet(nn.Module):
         """Empty caches for so many examples."""
         heads, slots = self.width // self.head_dim, self.layout.size if self.mask == "same" else self.layout.slots
         return init_trunk_cache(self.depth, self.scan, rows, slots, heads, self.head_dim, self.dtype)
+
+
+class FlowHead(nn.Module):
+    """The velocity that carries a proposal for the next copy of a token to it: DART-FM, a small network for each token alone."""
+
+    width: int
+    depth: int = 3
+
+    @nn.compact
+    def __call__(self, z: jax.Array, time: jax.Array, hidden: jax.Array) -> jax.Array:
+        """z [..., D] at times [...] between 0, the proposal, and 1, given hidden states [..., W] -> velocity [..., D], float32."""
+        codes = waves(1_000 * time.reshape(-1), self.width - self.width % 2).reshape(*time.shape, -1)
+        known = Dense(self.width, (None, "embed"), name="time")(codes) + Dense(
+            self.width, (None, "embed"), name="known"
+        )(hidden)
+        known = nn.silu(known)
+        h = Dense(self.width, (None, "embed"), name="in")(z)
+        for i in range(self.depth):
+            told = Dense(3 * self.width, ("embed", None), kernel_init=zeros, bias_init=zeros, name=f"told{i}")(known)
+            shift, scale, gate = jnp.split(told, 3, -1)
+            y = Dense(self.width, ("embed", "mlp"), name=f"up{i}")(modulated(h, shift, scale))
+            h = h + gate * Dense(self.width, ("mlp", "embed"), name=f"down{i}")(nn.silu(y))
+        out = Dense(z.shape[-1], ("embed", None), kernel_init=zeros, bias_init=zeros, name="out")
+        return out(modulated(h, jnp.zeros(()), jnp.zeros(())))

@@ -18,12 +18,12 @@ from zoo.diffusion.sampling import noises
 from zoo.dist import whole
 from zoo.encoders.inputs import Inputs
 from zoo.errors import UserError, check_divisor
-from zoo.fields import Dtype, Layers, NonNegative, Positive, Side, Size, check_fields
+from zoo.fields import Count, Dtype, Layers, NonNegative, Positive, Side, Size, check_fields
 from zoo.flows.inverse import Stepper, sequential
 from zoo.nn.attention import Backend, check_backend, reaches, reaching
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.transformer import Remat, cast_trunk
-from zoo.papers.dart.model import DartNet, Layout, Mask
+from zoo.papers.dart.model import DartNet, FlowHead, Layout, Mask
 from zoo.papers.dart.process import Nomad, Schedule
 from zoo.task import About, Batch, Params, sample_keys
 
@@ -63,6 +63,13 @@ class Dart(Inputs):
     fed: Literal["copies", "chain"] = "copies"  # chain: the sample of the Markov chain in the place of each copy
     predict: Literal["x0", "v"] = "x0"  # what the network's output is; v: of the chain, whose samples know all copies
     cap: Positive | None = 10.0  # of the weight SNR + 1 of a block's error; None: none, which is |v|^2
+    head: Literal["gauss", "flow"] = (
+        "gauss"  # how the next copy follows; flow: DART-FM, which moves each token on from there
+    )
+    head_steps: Count = 20  # of Euler's method
+    head_noise: Positive | None = (
+        None  # of the last proposal; None: the spread of x0 where it is Gaussian, 1 / sqrt(1 + SNR)
+    )
     width: Size = 384
     depth: Layers = 12
     head_dim: Size = 64
@@ -88,6 +95,10 @@ class Dart(Inputs):
         check_backend(self.attention, self.dtype)
         if self.attention == "cudnn" and self.mask != "tokens":
             raise UserError("task.attention='cudnn' knows no blocks of tokens; set task.attention=auto or xla")
+        if self.head == "flow" and self.mask == "tokens":
+            raise UserError(
+                "task.head='flow' moves all tokens of a copy on together; set task.head=gauss, or task.mask=blocks"
+            )
         if self.text_tokens and self.mask == "same":
             raise UserError("task.mask='same' hides the caption too; set task.text_tokens=0, or another mask")
         if self.fed == "chain" and self.mask != "same":
@@ -135,6 +146,18 @@ class Dart(Inputs):
             parent=None,
         )
 
+    @property
+    def _head(self) -> FlowHead:
+        return FlowHead(self.width, parent=None)
+
+    @property
+    def _proposals(self) -> tuple[np.ndarray, np.ndarray]:
+        """Signal and noise [T] of what the flow head begins with."""
+        signal, noise = self.process.following
+        if self.head == "flow":
+            noise = np.append(noise[:-1], self.head_noise or (1 + self.process.snr[-1]) ** -0.5)
+        return signal, noise
+
     def cache_bytes(self, n: int, guided: bool = True) -> dict[str, int]:
         """Bytes of the key/value caches while n samples are drawn."""
         rows = 2 * n if guided and self.prefix else n
@@ -145,11 +168,15 @@ class Dart(Inputs):
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: every block is the identity, and the output zero."""
-        one, two = jax.random.split(rng)
+        one, two, three = jax.random.split(rng, 3)
         x = jnp.zeros((1, self.layout.blocks * self.layout.size, self.dims))
         condition = jnp.zeros((1, self.prefix, self.condition_width)) if self.prefix else None
         made: Any = self._net.init(one, x, condition)
-        return {"net": made["params"], **self.encoders(two)}
+        params = {"net": made["params"], **self.encoders(two)}
+        if self.head == "flow":
+            made = self._head.init(three, x, x[..., 0], jnp.zeros((*x.shape[:2], self.width)))
+            params["head"] = made["params"]
+        return params
 
     def tokens(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] as it comes -> tokens [B, K, D] of mean 0 and variance 1."""
@@ -205,14 +232,40 @@ class Dart(Inputs):
 
         Metrics: `x0_error`, the root mean square of x0 - estimate over all blocks, and `x0_error_last`, of the last one.
         """
-        draw, noise, drop = jax.random.split(rng, 3)
+        draw, noise, drop, flow = jax.random.split(rng, 4)
         x0 = self.tokens(self.clean(params, batch, draw))
         condition = self.conditions(params, batch, jax.random.bernoulli(drop, self.drop, x0.shape[:1]))
-        eps = jax.random.normal(noise, (len(x0), self.steps, *x0.shape[1:]))
-        found, _ = self.estimates(params, self.copies(x0, eps), x0, condition)
+        copies = self.copies(x0, jax.random.normal(noise, (len(x0), self.steps, *x0.shape[1:])))
+        found, hidden = self.estimates(params, copies, x0, condition)
         square = jnp.square(found - x0[:, None]).mean((0, 2, 3))
         loss = (jnp.asarray(self._weights, jnp.float32) * square).mean()
-        return loss, {"x0_error": jnp.sqrt(square.mean()), "x0_error_last": jnp.sqrt(square[-1])}
+        metrics = {"x0_error": jnp.sqrt(square.mean()), "x0_error_last": jnp.sqrt(square[-1])}
+        if self.head == "flow":
+            metrics["flow"] = self._flow_loss(params, copies, x0, found, hidden, flow)
+            loss = loss + metrics["flow"]
+        return loss, metrics
+
+    def _flow_loss(
+        self, params: Params, copies: jax.Array, x0: jax.Array, found: jax.Array, hidden: jax.Array, rng: jax.Array
+    ) -> jax.Array:
+        """Mean square of velocity - (next copy - proposal) at a random time between them; estimates get no gradient of it."""
+        eps_rng, time_rng = jax.random.split(rng)
+        signal, noise = (jnp.asarray(row, jnp.float32)[:, None, None] for row in self._proposals)
+        proposal = signal * jax.lax.stop_gradient(found) + noise * jax.random.normal(eps_rng, copies.shape)
+        target = jnp.concatenate([copies[:, 1:], x0[:, None]], 1)
+        time = jax.random.uniform(time_rng, copies.shape[:-1])
+        z = proposal + time[..., None] * (target - proposal)
+        velocity = self._head.apply({"params": params["head"]}, z, time, hidden)
+        return jnp.square(velocity - (target - proposal)).mean()
+
+    def _moved(self, params: Params, x: jax.Array, hidden: jax.Array) -> jax.Array:
+        """Proposals [n, K, D] carried to the next copy by Euler's method."""
+
+        def step(x: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
+            velocity = self._head.apply({"params": params["head"]}, x, jnp.broadcast_to(time, x.shape[:-1]), hidden)
+            return x + velocity / self.head_steps, None
+
+        return jax.lax.scan(step, x, jnp.arange(self.head_steps) / self.head_steps)[0]
 
     def errors(self, params: Params, batch: Batch, keys: jax.Array, swap: jax.Array) -> jax.Array:
         """Mean squared error of each block's estimate [B, T], in the units of the process; noise follows from keys [B].
@@ -289,7 +342,8 @@ class Dart(Inputs):
         normal = noises(keys, (self.layout.size, self.dims))
         batch = {**(conditions or {}), "keys": keys}
         reader = self._reader(params, batch, n, o)
-        x = (self._by_tokens if self.mask == "tokens" else self._by_blocks)(reader, normal)
+        move = functools.partial(self._moved, params) if self.head == "flow" else None
+        x = self._by_tokens(reader, normal) if self.mask == "tokens" else self._by_blocks(reader, normal, move)
         return self.drawn(params, self.image(x), conditions)
 
     def _reader(self, params: Params, batch: Batch, n: int, o: DartSampling) -> Reader:
@@ -324,18 +378,23 @@ class Dart(Inputs):
         kept = net.memory(rows)
         return Reader(read, apply(None, seen, kept, 0)[-1] if prefix else kept)
 
-    def _by_blocks(self, reader: Reader, normal: Any) -> jax.Array:
-        """Block by block, in one scan (on a TPU in up to four, which look at no more of the cache than they fill)."""
+    def _by_blocks(self, reader: Reader, normal: Any, move: Any = None) -> jax.Array:
+        """Block by block, in one scan (on a TPU in up to four, which look at no more of the cache than they fill).
+
+        Args:
+            move: (proposal [n, K, D], hidden states) -> the next copy; None: it is the proposal.
+        """
         process, size, prefix = self.process, self.layout.size, self.layout.prefix
-        rows = (process.sums, process.scales, process.abar, *process.following)
+        rows = (process.sums, process.scales, process.abar, *self._proposals)
         rows = (jnp.arange(self.steps), *(jnp.asarray(row, jnp.float32) for row in rows))
 
         def step(carry: Any, row: Any) -> tuple[Any, None]:
             (x, total, kept), (i, own, scale, abar, signal, noise) = carry, row
             total = total + own * x
             chain = scale * total
-            out, _, kept = reader.read(chain if self.fed == "chain" else x, kept, prefix + i * size)
+            out, hidden, kept = reader.read(chain if self.fed == "chain" else x, kept, prefix + i * size)
             x = signal * self._x0(out, chain, abar) + noise * normal(i + 1)
+            x = move(x, hidden) if move else x
             return (x, total, kept), None
 
         x = normal(0)
