@@ -147,7 +147,10 @@ def seen_by(of: tuple[int, ...], same: bool) -> np.ndarray:
 
 @pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("of", [BLOCKS, MIXED_STAGES])
-def test_stages_have_the_values_and_gradients_of_a_dense_mask(of: tuple[int, ...], same: bool) -> None:
+def test_stages_have_the_values_and_gradients_of_a_dense_mask(
+    of: tuple[int, ...], same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_PART", 3)
     stages, (q, k, v, by) = Stages(of, same), inputs(len(of))
     np.testing.assert_array_equal(stages.mask, seen_by(of, same))
     expected = values_and_gradients(lambda *x: dense(*x, stages.mask), q, k, v, by)
@@ -156,15 +159,17 @@ def test_stages_have_the_values_and_gradients_of_a_dense_mask(of: tuple[int, ...
         np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-6)
 
 
-def test_what_no_stage_sees_is_not_computed() -> None:
+def test_what_no_stage_sees_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def logits(of: tuple[int, ...], same: bool) -> int:
         q, k, v, _ = inputs(len(of), batch=1, heads=1)
         traced = jax.make_jaxpr(lambda *x: attend(*x, causal=False, stages=Stages(of, same)))(q, k, v)
         return sum(e.outvars[0].aval.size for e in traced.jaxpr.eqns if e.primitive.name == "exp")
 
+    assert logits(BLOCKS, False) == 81  # of so few tokens all
+    monkeypatch.setattr(attention, "_PART", 3)
     assert logits(BLOCKS, False) == seen_by(BLOCKS, False).sum() == 54
     assert logits(BLOCKS, True) == 27
-    assert logits(MIXED_STAGES, False) == 9 + 3 * 6 + 2 * 8 + 2 * 10  # words in a row are one triangle
+    assert logits(MIXED_STAGES, False) == 3 * 3 + 3 * 6 + 3 * 9 + 1 * 10  # words come together
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from zoo.fields import Dtype
 # cudnn is for NVIDIA GPUs in bfloat16, splash for TPUs; auto takes whichever the device has
 Backend: TypeAlias = Literal["auto", "xla", "cudnn", "splash"]
 _BLOCK = 512  # queries and keys that a TPU kernel holds at a time; fewer where there are fewer tokens
+_PART = 64  # queries that XLA computes together: fewer are slower than what they spare [two CPU cores, stages of 16]
 _LANES = 128  # numbers in a row of a TPU's vector registers: the smallest block
 
 
@@ -51,16 +52,16 @@ class Stages:
 
     @property
     def parts(self) -> list[tuple[int, int, int]]:
-        """(first query, end, first key) of the parts whose queries see all keys up to their end.
+        """(first query, end, first key) of the parts in which XLA computes: a stage each, of small ones some together.
 
-        Stages of one token each that follow each other are one part, in which what comes later is masked.
+        The queries of a part see no key behind its end, and with `same` none before its first query.
         """
-        sizes = [len(list(tokens)) for _, tokens in itertools.groupby(self.of)]
-        found, end = [], 0
-        for single, group in itertools.groupby(sizes, lambda size: size == 1 and not self.same):
-            for size in [len(list(group))] if single else group:
-                found.append((end, end + size, end if self.same else 0))
-                end += size
+        found, begin, end = [], 0, 0
+        for _, tokens in itertools.groupby(self.of):
+            end += len(list(tokens))
+            if end - begin >= _PART or end == len(self.of):
+                found.append((begin, end, begin if self.same else 0))
+                begin = end
         return found
 
 
@@ -139,28 +140,29 @@ def _cudnn_takes(q: jax.Array) -> bool:
 
 
 def _staged(q: jax.Array, k: jax.Array, v: jax.Array, stages: Stages) -> jax.Array:
-    """By parts, each with the keys that it sees; parts that see themselves alone and are alike are further examples."""
-    parts, batch = stages.parts, len(q)
-    size = parts[0][1]
-    if stages.same and all(end - begin == size for begin, end, _ in parts):
-        alone = _xla(*(x.reshape(-1, size, *x.shape[2:]) for x in (q, k, v)), causal=False)
-        return alone.reshape(batch, -1, *q.shape[2:])
-    found = []
-    for begin, end, first in parts:
-        causal = stages.of[begin] != stages.of[end - 1]
-        found.append(_xla(q[:, begin:end], k[:, first:end], v[:, first:end], causal))
+    """By parts, each with the keys that it sees; equal stages that see themselves alone are further examples."""
+    sizes = {len(list(tokens)) for _, tokens in itertools.groupby(stages.of)}
+    if stages.same and len(sizes) == 1:
+        alone = _xla(*(x.reshape(-1, *sizes, *x.shape[2:]) for x in (q, k, v)), causal=False)
+        return alone.reshape(q.shape)
+    mask, found = stages.mask, []
+    for begin, end, first in stages.parts:
+        seen = mask[begin:end, first:end]
+        found.append(_xla(q[:, begin:end], k[:, first:end], v[:, first:end], False, None if seen.all() else seen))
     return jnp.concatenate(found, 1)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, seen: jax.Array | None = None) -> jax.Array:
-    """With `causal` the last query sees all keys, and each before it one less."""
-    tokens, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+def _xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, seen: jax.Array | np.ndarray | None = None
+) -> jax.Array:
+    """`seen`: bool [B, S], keys that count, or [T, S], queries by keys where it is of NumPy."""
+    tokens, head_dim = q.shape[1], q.shape[-1]
     q = q * jnp.asarray(head_dim**-0.5, q.dtype)
     logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
     if causal:
-        logits = jnp.where(jnp.tril(jnp.ones((tokens, keys), bool), keys - tokens), logits, -jnp.inf)
+        logits = jnp.where(jnp.tril(jnp.ones((tokens, tokens), bool)), logits, -jnp.inf)
     if seen is not None:
-        logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+        logits = jnp.where(seen if isinstance(seen, np.ndarray) else seen[:, None, None], logits, -jnp.inf)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
 

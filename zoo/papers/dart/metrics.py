@@ -48,7 +48,7 @@ class Context(Metric):
 
     split: str = "test"
     limit: Count | None = None  # examples at most, a fixed random choice
-    draws: Count = 8  # of the noise, for each example
+    draws: Count = 2  # of the noise, for each example
     batch: Count = 99
     every: Whole = 0  # steps between measurements while training; 0: at the end only
 
