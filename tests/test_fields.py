@@ -25,6 +25,7 @@ from zoo.errors import UserError
 from zoo.fields import Count, Share, check_fields
 from zoo.papers.edm import Edm
 from zoo.papers.energy import EnergyDistill
+from zoo.papers.part import PartClassifier
 from zoo.papers.tarflow import TarFlow
 
 # What is no config: results, parts of programs, and what the house makes for itself.
@@ -36,10 +37,12 @@ INSIDE = {
     "zoo.data.latents": "_Bucket _Example",
     "zoo.data.series": "Part",
     "zoo.data.tokens": "Corpus",
+    "zoo.diffusion.traces": "",
     "zoo.flows.inverse": "Chain",
     "zoo.flows.stack": "",
     "zoo.papers.tarflow_lm.model": "Flow",
     "zoo.metrics.frechet": "Moments",
+    "zoo.metrics.samples": "Drawer",
     "zoo.papers.tada": "Dynamics",
     "zoo.papers.typescore.coarse": "Clip Coarse",
     "zoo.papers.typescore.evaluate": "File",
@@ -61,9 +64,14 @@ NEEDED: dict[str, dict[str, Any]] = {  # of what has no default
     "Series": {"path": "a.npz", "length": 8},
     "Text": {"path": "a.txt"},
     "Tilt": {"function": jnp.sum},
+    "Classifier": {"logits": jnp.sum, "label": jnp.zeros(1, int)},
     "Guided": {"main": Edm(), "guide": Edm()},
     "EnergyDistill": {"network": Edm()},
     "EnergyProduct": {"parts": (EnergyDistill(Edm()),) * 2},
+    "EnergyTilted": {
+        "energy": EnergyDistill(Edm(image=32, channels=3)),
+        "classifier": PartClassifier(image=32, channels=3, patch=8),
+    },
 }
 
 

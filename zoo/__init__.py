@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(name: str, *, raw: bool = False, allow: tuple[str, ...] = ()) -> Model:
+def load(name: str, *, raw: bool = False, ema: float | None = None, allow: tuple[str, ...] = ()) -> Model:
     """The model of a run folder, an export, a shipped name such as `tarflow-digits`, or a config whose weights are all given.
 
     `task, params = zoo.load(...)` takes it apart.
@@ -18,6 +18,7 @@ def load(name: str, *, raw: bool = False, allow: tuple[str, ...] = ()) -> Model:
     Args:
         raw: the last weights of a run even where it keeps an average (the average is the default, and an export's
             config.json says which it holds).
+        ema: the width of the average of a run, one that it keeps or one made of its snapshots; None: the first of those kept.
         allow: packages besides zoo whose classes the config may name.
 
     Raises:
@@ -25,4 +26,4 @@ def load(name: str, *, raw: bool = False, allow: tuple[str, ...] = ()) -> Model:
     """
     from zoo.models import open_model  # jax is imported only now
 
-    return open_model(name, raw=raw, allow=allow)
+    return open_model(name, raw=raw, ema=ema, allow=allow)

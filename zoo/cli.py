@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         "such as configs/typescore/rapidocr.py.",
         "MODEL",
         "METRIC?",
-        fields="fields of the metric, e.g. draws=16; data=PATH for other data, data.FIELD=value for fields of the run's data",
+        fields="fields of the metric, e.g. draws=16; data=PATH for other data, data.FIELD=value for fields of the run's data; ema=WIDTH "
+        "for another average of its weights",
     )
     opens(sub)
     sub = verb(
@@ -83,15 +84,15 @@ def _parser() -> argparse.ArgumentParser:
         "Write the weights of a run, or of a config that are all given, for others.",
         "MODEL",
         "OUT",
-        fields="options of the sampler that --format stablehlo writes, e.g. solver=tada nfe=8 guidance=1; ema=WIDTH for one of "
-        "several averages",
+        fields="options of the sampler that --format stablehlo writes, e.g. solver=tada nfe=8 guidance=1; ema=WIDTH for another "
+        "average of the run's weights",
     )
     sub.add_argument("--format", choices=("zoo", "official", "stablehlo"), default="zoo")
     sub.add_argument(
         "--samples",
         type=int,
         default=16,
-        help="batch size of stablehlo programs: the sampler (or the features where there is none), and the denoiser",
+        help="batch size of stablehlo programs: the sampler (or the features where there is none), the denoiser and the energy",
     )
     opens(sub)
     verb(
@@ -116,9 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--what",
-        choices=("train", "sample", "data", "both", "all"),
+        choices=("train", "sample", "data", "energy", "both", "all"),
         default="both",
-        help="both: train and sample, on synthetic data; data reads the run's own",
+        help="both: train and sample, on synthetic data; data reads the run's own; energy: that of a task that has one, with and without "
+        "its score",
     )
     sub.add_argument(
         "--samples",
@@ -349,6 +351,15 @@ def _of_config(name: str, fields: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, [f for f in fields if f not in own]
 
 
+def _width(fields: Sequence[str]) -> tuple[float | None, list[str]]:
+    """The width of a run's average by `ema=WIDTH`, None where none is asked for; and the other fields."""
+    from zoo import config
+
+    given = [field.removeprefix("ema=") for field in fields if field.startswith("ema=")]
+    ema = config.parse(given[-1], float, "ema") if given else None
+    return ema, [field for field in fields if not field.startswith("ema=")]
+
+
 def _options(model: Any, fields: Sequence[str], allow: Sequence[str]) -> tuple[dict[str, Any], Any]:
     """What samples are asked for, and the sampler's own options, from `field=value`."""
     from zoo import config
@@ -380,8 +391,9 @@ def _sample(args: argparse.Namespace) -> int:
     from zoo import dist, models, paths
 
     dist.start(batch=max(args.batch, 1))
-    own, fields = _of_config(args.model, args.fields)
-    model = models.open_model(args.model, own, raw=args.raw, allow=args.allow, on_host=True)
+    ema, fields = _width(args.fields)
+    own, fields = _of_config(args.model, fields)
+    model = models.open_model(args.model, own, raw=args.raw, ema=ema, allow=args.allow, on_host=True)
     words, options = _options(model, fields, args.allow)
     n, seed, label, prompt, prompts, aspect = words.values()
     if args.batch < 1:
@@ -471,12 +483,13 @@ def _eval(args: argparse.Namespace) -> int:
             raise UserError(f"{args.metric} holds a {type(metric).__name__}, which is no metric of models{way}")
     else:
         raise UserError(f"no metric {args.metric!r}, nor a config file that defines one; {suggest(args.metric, known)}")
-    overrides, fields = _of_config(args.model, args.fields)
+    ema, fields = _width(args.fields)
+    overrides, fields = _of_config(args.model, fields)
     own = [f for f in fields if not f.startswith(("data.", "data="))]
     task, _ = models.open_task(args.model, args.allow, overrides)
     metric = config.override(metric, own, sampling(task), args.allow)
     dist.start(batch=metric.shares)
-    model = models.open_model(args.model, overrides, raw=args.raw, allow=args.allow)
+    model = models.open_model(args.model, overrides, raw=args.raw, ema=ema, allow=args.allow)
     check_needs(model.task, metric.needs, args.metric)
     if metric.captions:
         metric.check(model.task)  # what is wrong with it is told before a tokeniser is asked for
@@ -560,7 +573,7 @@ def _described(task: Any, path: str, way: str) -> Any:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from zoo import config, dist, models
+    from zoo import dist, models
     from zoo.commands.weights import export
 
     dist.start()
@@ -568,9 +581,7 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError(
             f"{args.out}: exports are written here; give a local folder and copy it with `gcloud storage cp -r`"
         )
-    widths = [field.removeprefix("ema=") for field in args.fields if field.startswith("ema=")]
-    fields = [field for field in args.fields if not field.startswith("ema=")]
-    ema = config.parse(widths[-1], float, "ema") if widths else None
+    ema, fields = _width(args.fields)
     model = models.open_model(args.model, raw=args.raw, ema=ema, allow=args.allow)
     print(export(model, Path(args.out), args.format, args.samples, fields, args.allow))
     return 0

@@ -27,8 +27,8 @@ import msgspec
 
 from zoo.errors import UserError, suggest
 from zoo.fields import Named, fits, kinds, required, sentence
-from zoo.files import sha256, sha256_of_json
-from zoo.task import Options, sampling
+from zoo.files import differences, sha256, sha256_of_json
+from zoo.task import SPEED, Options, sampling
 
 _CLASS = "class"  # the JSON key that holds a dataclass's import path
 
@@ -147,6 +147,9 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
             raise UserError(f"{prefix}{unknown[0]}: {options.__name__} has no such option; leave it out")
         new = _replace(options(**node), changes, prefix)
         return {**node, **{k: getattr(new, k) for k in changes}}
+    if Mapping[str, str] in _either(kind):  # words by free names, such as `Run.weights`
+        node = node or {}
+        return {**node, **{k: _change(node.get(k, ""), str, v, f"{prefix}{k}") for k, v in changes.items()}}
     if isinstance(node, dict):
         unknown = [k for k in changes if k not in node]
         if unknown:
@@ -280,6 +283,23 @@ def _inside(value: Any) -> list[str]:
 
 def _is_config(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def unlike(one: Any, other: Any, place: str = "task") -> list[str]:
+    """In what two tasks, or fields of these, differ besides how fast they are: `task.width: 64 -> 32`."""
+    found = differences(dump(one, place), dump(other, place), place)
+    return [text for text in found if text.partition(":")[0].rpartition(".")[2] not in SPEED]
+
+
+def check_alike(wanted: Any, given: Any, fields: Sequence[str], where: str) -> None:
+    """UserError for a task that is given in the place of another of its class and differs from it in one of these fields."""
+    found = [d for f in fields if type(wanted) is type(given) for d in unlike(getattr(wanted, f), getattr(given, f), f)]
+    if found:
+        field, _, values = found[0].partition(": ")
+        raise UserError(
+            f"{where} differs in {field} ({' there, and here '.join(reversed(values.split(' -> ')))}); give the config what it was "
+            "trained with, or another one"
+        )
 
 
 def dump(value: Any, where: str = "config") -> Any:

@@ -154,6 +154,10 @@ def _share_cores(batch: int, mesh: Mesh | None) -> None:
     XLA gives one CPU device all cores, but runs small products and loops over tokens on one of them. Nothing happens where
     the user has set a number of devices, or where JAX has already counted them.
     """
+    # XLA ends a process of which one device comes 40 seconds late to a sum, as one may on a machine that does other things too.
+    patience = "xla_cpu_collective_call_terminate_timeout_seconds"
+    if patience not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{patience}=86400".strip()
     if (
         "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
         or jax.config.values["jax_num_cpu_devices"] > 0

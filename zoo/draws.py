@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.errors import UserError, suggest
+from zoo.task import trace_of
 
 _log = logging.getLogger("zoo")
 RETRIES = 3  # times that a sample which overflowed is drawn again, from new noise
@@ -54,19 +55,29 @@ def finite(
     conditions: Mapping[str, Any] | None,
     batch: int,
     key: str,
-) -> dict[str, np.ndarray]:
-    """What the sampler gives for these rows, drawn again from new noise where `key` overflows; a warning where it did to the last."""
+) -> dict[str, Any]:
+    """What the sampler gives for these rows, drawn again from new noise where `key` overflows; a warning where it did to the last.
+
+    UserError for a sample that its trace says is lost.
+    """
     padded = np.resize(rows, batch)  # one compiled shape, whatever is left
     given = rows_of(conditions, padded)
-    drawn = {k: np.array(x)[: len(rows)] for k, x in sampler(params, keys(seed, padded), given).items()}
+
+    def tried(attempt: int) -> dict[str, Any]:
+        found = sampler(params, keys(seed, padded, attempt), given)
+        drawn: dict[str, Any] = jax.tree.map(lambda x: np.array(x)[: len(rows)], dict(found))
+        if (trace := trace_of(drawn)[1]) is not None:
+            trace.check(rows)
+        return drawn
+
+    drawn = tried(0)
     for attempt in range(1, RETRIES + 1):
         bad = [k for k in range(len(rows)) if key in drawn and _lost(drawn[key][k])]
         if not bad:
             return drawn
         _log.warning("samples %s overflowed and are drawn again", ", ".join(str(rows[k]) for k in bad))
-        again = sampler(params, keys(seed, padded, attempt), given)
-        for name, kept in drawn.items():  # its passes and sweeps as well
-            kept[bad] = np.array(again[name])[bad]
+        for kept, new in zip(jax.tree.leaves(drawn), jax.tree.leaves(tried(attempt))):  # its passes and sweeps as well
+            kept[bad] = new[bad]
     lost = [int(rows[k]) for k in range(len(rows)) if key in drawn and _lost(drawn[key][k])]
     if lost:
         _log.warning(

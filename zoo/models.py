@@ -127,7 +127,7 @@ class Model:
         label: Any = None,
         prompt: str | Sequence[str] | None = None,
         **options: Any,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """What the task's sampler gives, such as `image` [n, H, W, C] in [-1, 1]; sample i is that of `zoo sample` with this seed.
 
         Args:
@@ -170,7 +170,8 @@ class Model:
             rows = np.arange(first, min(first + size, n))
             key = "tokens" if is_text(self.task) else "image"
             parts.append(finite(sampler, self.params, seed, rows, conditions, size, key))
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        found: dict[str, Any] = jax.tree.map(lambda *each: np.concatenate(each), *parts)
+        return found
 
     def nll(self, batch: Mapping[str, Any], seed: int = 0) -> jax.Array:
         """-log p [B] in nats; the noise of example i follows from (seed, i)."""
@@ -246,7 +247,9 @@ class Model:
         """
         task = self.task
         if labels is not None:
-            return {"label": labels}, [class_name(self.labels, i) for i in labels], {}
+            # where none has a class, the sampler must know: guidance would compare a pass with itself
+            given = {"label": labels} if (labels >= 0).any() else None
+            return given, [class_name(self.labels, i) for i in labels], {}
         wanted = task.about.conditions
         if "text" in wanted:
             raise UserError(
@@ -366,7 +369,7 @@ def open_model(
     Args:
         fields: overrides of a config, such as `weights.vae=OUT`.
         raw: the last weights even where the run keeps an average.
-        ema: the width of the average, for a run that keeps several; None: the one named first.
+        ema: the width of the average, one that a run keeps or one made of its snapshots; None: the one named first.
         allow: packages besides zoo whose classes the config may name.
         on_host: leave the parameters in the host's memory, for who shares them out among devices himself.
 
@@ -409,9 +412,11 @@ def open_model(
     step, params, average = found
     if raw or not (run.ema or ema):
         return Model(run.task, params, "raw", step, run.data, labels, folder, run)
-    params = {**params, **averages.chosen(run.ema, average, ema)}
+    snapshots = Checkpoints(folder, create=False, inside="snapshots")
+    params = {**params, **averages.chosen(run.ema, average, ema, step, snapshots.averages(abstract.ema))}
+    snapshots.close()
     # what was measured while training is of the first of several
-    kind = f"ema-{ema:g}" if ema is not None and isinstance(run.ema, tuple) and ema != run.ema[0].width else "ema"
+    kind = "ema" if ema is None or f"{ema:g}" == next(iter(averages.named(run.ema))) else f"ema-{ema:g}"
     return Model(run.task, params, kind, step, run.data, labels, folder, run)
 
 
@@ -480,7 +485,7 @@ def export_config(model: Model, metrics: dict[str, Any] | None = None) -> dict[s
 def _hint(task: Any, key: str) -> tuple[str, str]:
     """How to come by the network that a task takes from `Run.weights` under `key`, "" where it does not say, and the entry."""
     network = task.about.networks.get(key, Network(entry="weights={'': 'OUT'}"))
-    return network.how, network.entry or f"weights.{key}=OUT (or weights={{'{key}': 'OUT'}} where the config has none)"
+    return network.how, network.entry or f"weights.{key}=OUT"
 
 
 def given_weights(
@@ -504,15 +509,16 @@ def given_weights(
             hint, _ = _hint(task, name)
             field = f"weights.{key}" if key else "weights['']"
             raise UserError(f"{field}: {error}{f'; {hint}' if hint else ''}") from None
-        network = task.about.networks.get(key)
-        can = None if network is None or weights.parts_of(where)[1] else network.can
+        network = None if weights.parts_of(where)[1] else task.about.networks.get(key)
 
-        def read(name: str, key: str = key, where: str = where, can: type | None = can) -> Params:
+        def read(name: str, key: str = key, where: str = where, network: Network | None = network) -> Params:
             model = open_model(name, allow=allow, on_host=on_host)
-            if can is not None and not holds(model.task, can):
+            if network is not None and network.can is not None and not holds(model.task, network.can):
                 raise UserError(
                     f"weights.{key}={where}: {type(model.task).__name__} is not what {key!r} is; {_hint(task, key)[0]}"
                 )
+            if network is not None:
+                config.check_alike(network.task, model.task, network.alike, f"weights.{key}={where}")
             return model.params
 
         found[key] = weights.resolve(where, read)
@@ -522,7 +528,11 @@ def given_weights(
 def must_add(key: str, task: Any) -> str:
     """The end of a sentence on `weights.KEY` that is missing: how to come by such a network, and where a config names it."""
     how, entry = _hint(task, key)
-    return f"{how}; then add {entry}" if how else f"add {entry}, OUT being a run or an export"
+    return (
+        f"{how}; then add {entry}"
+        if how
+        else f"add {entry}, {'OUT' if 'OUT' in entry else 'RUN'} being a run or an export"
+    )
 
 
 def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder]:

@@ -20,6 +20,7 @@ class Checkpoint:
 
     every: Count = 1_000  # steps; the last step is always saved
     keep: AtLeast2 = 2  # newest; at least 2: a damaged newest one leaves a good one
+    snapshots: Whole = 0  # steps between snapshots of the averages (`Power`), which all stay: `ema=WIDTH`. 0: none
 
     def __post_init__(self) -> None:
         check_fields(self, "checkpoint.")
@@ -60,7 +61,7 @@ class Run:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        averages.check(self.ema)
+        averages.check(self.ema, self.checkpoint.snapshots)
 
     def spec(self, batch: int | None = None) -> dict[str, Any]:
         """What the task expects of one batch."""

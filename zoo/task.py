@@ -40,6 +40,7 @@ class Network:
 
     task: Any = None  # whose parameters these are; None: a part of this task that another run has trained
     can: type | None = None  # the ability that is asked of it
+    alike: tuple[str, ...] = ()  # fields that no shape of a parameter shows, in which a given one is as `task`
     required: bool = True  # must come from `Run.weights`, unless the data are made up
     trained: bool = False  # True: they only begin there
     how: str = ""  # how to come by one, for the error: a command, or a config that makes it
@@ -145,13 +146,33 @@ class Samples(Protocol):
     def sample(
         self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> Any:
-        """A dict of arrays that lead with n; sample i depends on (rng, i) and its conditions alone.
+        """A dict of arrays that lead with n, and maybe a `trace` (`Trace`); sample i depends on (rng, i) and its conditions alone.
 
         Args:
             rng: one key, or n keys.
             conditions: arrays that lead with n: `label`, or the keys of `about.conditions`; None: none.
             options: of the class `Sampling`; None: its defaults.
         """
+        ...
+
+
+@runtime_checkable
+class Trace(Protocol):
+    """How samples came about: what a sampler may give as `trace` beside them, a tree of arrays that lead with n.
+
+    `zoo sample` keeps and prints its figures, `zoo.load` hands it on, metrics check it, and `classes` tells and draws it.
+    """
+
+    def check(self, rows: Any) -> None:
+        """UserError for the first sample that is lost for good, whatever noise it begins with; they are called `rows` [n]."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """Numbers [n] by name."""
+        ...
+
+    def picture(self) -> Any:
+        """Of all samples, a PIL image."""
         ...
 
 
@@ -454,12 +475,12 @@ def is_text(task: Any) -> bool:
     return "tokens" in task.spec(1) and "tokens" not in task.about.conditions
 
 
-_SPEED = ("dtype", "remat", "scan", "attention")
+SPEED = ("dtype", "remat", "scan", "attention")
 
 
 def speed(task: Any) -> dict[str, Any]:
     """Fields of a task that change no weight but how fast it is and in what numbers: dtype, remat, scan, attention."""
-    return {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name in _SPEED}
+    return {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name in SPEED}
 
 
 def image_spec(batch: int, side: int, channels: int, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -477,6 +498,11 @@ def sample_keys(rng: jax.Array, n: int) -> jax.Array:
     import jax.numpy as jnp
 
     return rng if jnp.ndim(rng) else jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(n))
+
+
+def trace_of(drawn: Mapping[str, Any]) -> tuple[dict[str, Any], Trace | None]:
+    """What a sampler gave: the samples, and how they came about where it says so."""
+    return {key: x for key, x in drawn.items() if key != "trace"}, drawn.get("trace")
 
 
 def call(task: Any, ability: str, *arguments: Any) -> Any:

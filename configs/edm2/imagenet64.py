@@ -38,7 +38,7 @@ s = config = Run(
     steps=524_288,
     batch=2_048,
     mesh=Mesh(data=1, fsdp=-1),
-    checkpoint=Checkpoint(every=2_000, keep=3),
+    checkpoint=Checkpoint(every=2_000, keep=3, snapshots=16_384),
     samples=Samples(every=20_000, n=64, options={"nfe": 63}),
     evals=(Denoising(every=20_000, limit=5_000),),
     log_every=100,
@@ -71,6 +71,7 @@ smoke = replace(
     steps=4,
     batch=8,
     mesh=Mesh(),
-    evals=(),
+    checkpoint=Checkpoint(snapshots=2),
+    evals=(Denoising(sigmas=(0.5,), limit=8, batch=8),),
     samples=Samples(n=4, options={"nfe": 3}),
 )

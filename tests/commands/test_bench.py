@@ -28,7 +28,8 @@ from zoo.data.pipeline import Data, Source
 from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.errors import UserError
-from zoo.papers.edm import Edm, UNet
+from zoo.papers.edm import Edm, Transformer, UNet
+from zoo.papers.energy import EnergyDistill
 from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
@@ -639,3 +640,17 @@ def test_another_config_must_have_what_is_timed() -> None:
     ):
         with told("--against", *words.split()):
             bench(run, against=against, what=what)
+
+
+def test_an_energy_is_timed_with_its_score_and_alone() -> None:
+    network = Edm(image=4, channels=1, network=Transformer(width=8, depth=1, head_dim=4, patch=2))
+    run = replace(RUN, task=EnergyDistill(network, target="data"))
+    figures = bench(run, what="energy", samples=(2, 3), rounds=1).figures
+    for n in (2, 3):
+        ratio = figures[f"energy {n} ms, with score"]["median"] / figures[f"energy {n} ms, alone"]["median"]
+        assert figures[f"energy {n}, with score / alone"]["median"] == pytest.approx(ratio)
+    assert not [name for name in figures if name.startswith(("train", "sample"))]
+    with told("--what energy needs 'energy'", "TarFlow"):
+        bench(RUN, what="energy")
+    with told("--against has no part in --what energy"):
+        bench(run, what="energy", against=run)

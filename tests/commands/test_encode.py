@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from zoo import cli, models, weights
-from zoo.commands.encode import batch_for
+from zoo.commands.encode import _sizes, batch_for
 from zoo.data.images import Images
 from zoo.data.latents import Latents
 from zoo.data.synthetic import Synthetic
@@ -25,7 +25,8 @@ from zoo.errors import UserError
 from zoo.papers.starflow import DecoderTune, StarFlow
 from zoo.run import Run
 from zoo.task import About, Captions, Network
-from zoo.train.loop import _check_encoders, train
+from zoo.train.loop import train
+from zoo.train.provenance import check_encoders
 
 VAE = AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=2, scale=20.0)
 TEXT = encoders_text.T5(width=8, heads=2, head_dim=4, mlp=8, depth=1, vocab=50, tokens=3)
@@ -167,13 +168,13 @@ def test_a_run_refuses_captions_of_another_tokenizer(root):
     made = {"tokenizer": models.tokenizer_digest(root.path / "text")}
     data = SimpleNamespace(place="out", made_with=lambda: made)
     run = SimpleNamespace(data=data, task=SimpleNamespace(about=About(captions=Captions(4))), weights={"text": "text"})
-    _check_encoders(run, {})
+    check_encoders(run, {})
     made["tokenizer"] = "0"
     with pytest.raises(
         UserError, match=r"another tokeniser \(digest 0\) than text/spiece\.model .* weights\.text; enc"
     ):
-        _check_encoders(run, {})
-    _check_encoders(SimpleNamespace(data=data, task=run.task, weights={"text": "gone"}), {})
+        check_encoders(run, {})
+    check_encoders(SimpleNamespace(data=data, task=run.task, weights={"text": "gone"}), {})
 
 
 def test_a_run_refuses_latents_of_another_autoencoder(root, fitting):
@@ -188,19 +189,28 @@ def test_a_run_refuses_latents_of_another_autoencoder(root, fitting):
             weights=dict.fromkeys(given, "vae2"),
         )
 
-    _check_encoders(run(task), {})
-    _check_encoders(run(task), {"vae": params})
-    _check_encoders(run(task), {"": {"vae": params, "flow0": {}}})
+    check_encoders(run(task), {})
+    check_encoders(run(task), {"vae": params})
+    check_encoders(run(task), {"": {"vae": params, "flow0": {}}})
     finer = {**params, "decoder": jax.tree.map(lambda x: x + 1, params["decoder"])}
-    _check_encoders(run(task), {"vae": finer})  # a decoder trained further makes no other latents
+    check_encoders(run(task), {"vae": finer})  # a decoder trained further makes no other latents
     other = {**params, "encoder": jax.tree.map(lambda x: x + 1, params["encoder"])}
     with pytest.raises(
         UserError, match=rf"made by another autoencoder \(digest {made['vae']}\) than weights\.vae=vae2"
     ):
-        _check_encoders(run(task, "vae"), {"vae": other})
+        check_encoders(run(task, "vae"), {"vae": other})
     with pytest.raises(UserError, match=r"task\.vae\.scale=20\.0, but the latents in data\.path=out were made with"):
-        _check_encoders(run(VAE), {})
-    _check_encoders(SimpleNamespace(data=Synthetic(), task=run(task).task, weights=None), {})
+        check_encoders(run(VAE), {})
+    check_encoders(SimpleNamespace(data=Synthetic(), task=run(task).task, weights=None), {})
+    shifted = replace(VAE, mean=(1.0, -2.0), std=(1.0, 3.0), unit=True)
+    made |= {"vae_scale": str(VAE.scale), "vae_sizes": _sizes(VAE)}
+    check_encoders(run(VAE), {})
+    for key, value in (("mean", "1.0,-2.0"), ("std", "1.0,3.0"), ("unit", "True")):
+        made["vae_sizes"] = _sizes(replace(VAE, **{key: getattr(shifted, key)}))
+        with pytest.raises(UserError, match=rf"data\.path=out were made with .*; set task\.vae\.{key}={value}, or enc"):
+            check_encoders(run(VAE), {})
+    made["vae_sizes"] = _sizes(shifted)
+    check_encoders(run(shifted), {})
 
 
 def test_a_run_refuses_captions_of_another_template():
@@ -209,7 +219,7 @@ def test_a_run_refuses_captions_of_another_template():
 
     def check(template):
         about = About(captions=None if template is None else Captions(4, template=template))
-        _check_encoders(SimpleNamespace(data=data, task=SimpleNamespace(about=about)), {})
+        check_encoders(SimpleNamespace(data=data, task=SimpleNamespace(about=about)), {})
 
     check("aspect")
     check(None)  # a model that sees no caption

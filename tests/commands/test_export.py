@@ -1,5 +1,6 @@
 """`zoo export --format stablehlo`: programs that jax alone runs are what the model draws and denoises."""
 
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import zoo
 from zoo import cli, models, weights
 from zoo.diffusion.solvers import Euler
 from zoo.draws import Use, key_of
-from zoo.papers.edm import Edm, UNet
+from zoo.papers.edm import Edm, Transformer, UNet
+from zoo.papers.energy import EnergyDistill
 from zoo.papers.starflow import StarFlow
 from zoo.papers.tada import Tada
 from zoo.papers.tarflow import TarFlow
@@ -89,6 +91,22 @@ def test_a_flow_of_latents_denoises_these_and_uniform_noise_has_no_denoiser(tmp_
     name = export_of(tmp_path / "uniform", uniform)
     assert cli.main(["export", name, str(out), "--format", "stablehlo", "--samples", "2"]) == 0
     assert sorted(p.name for p in (out / "stablehlo").iterdir()) == ["sampler.bin", "sampler.json"]
+
+
+def test_an_energy_is_written_with_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = Edm(image=4, channels=1, classes=3, network=Transformer(width=8, depth=1, head_dim=4, patch=2))
+    task = EnergyDistill(network, target="data")
+    name, out = export_of(tmp_path / "model", task), tmp_path / "out"
+    fields = ["nfe=3", "temper=2", "particles.count=2"]
+    assert cli.main(["export", name, str(out), "--format", "stablehlo", "--samples", str(N), *fields]) == 0
+    assert "a sampler, a denoiser and an energy of 3 images a call" in capsys.readouterr().out
+    stored, _ = weights.load(out)
+    x, sigma = jax.random.normal(jax.random.key(0), (N, 4, 4, 1)), jnp.array([0.1, 1.0, 10.0])
+    found = program(out, "energy")(stored, x, sigma, LABEL)
+    own = functools.partial(task.energy, zoo.load(name).params, sigma=sigma, conditions={"label": LABEL})
+    np.testing.assert_allclose(found["energy"], own(x), rtol=1e-5)
+    np.testing.assert_allclose(found["score"], -jax.grad(lambda x: own(x).sum())(x), rtol=1e-4, atol=1e-4)
+    assert set(described(out, "sampler")["results"]) == {"image", "label"}
 
 
 def test_a_class_of_ones_own_is_named_and_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

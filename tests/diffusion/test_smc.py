@@ -18,9 +18,10 @@ import pytest
 from scipy.stats import multivariate_normal, norm
 
 from zoo import config, dist
+from zoo.diffusion import smc
 from zoo.diffusion.energies import scored
 from zoo.diffusion.levels import Levels
-from zoo.diffusion.potentials import Box, HalfSpace, Potential, Product, Temper, Tilt
+from zoo.diffusion.potentials import Box, Classifier, HalfSpace, Potential, Product, Temper, Tilt
 from zoo.diffusion.smc import Course, EnergySampling, Islands, Particles, course, drawn, feynman_kac
 from zoo.errors import UserError
 from zoo.papers.energy import Mixture, MixtureProduct, Mixtures, Mode, mixtures
@@ -275,6 +276,38 @@ def test_a_product_has_the_right_weights_where_summed_scores_have_not() -> None:
     np.testing.assert_allclose(twice.log_weights, 0, atol=1e-2)
 
 
+def test_weights_give_what_guided_scores_do_not() -> None:
+    """p_c^(1 + w) p^(-w) of a class c that is some of the modes: of modes apart, weights are as c_i^(1 + w) p_i^(-w)."""
+    some = Mixture(tuple(dataclasses.replace(CORNERS.modes[i], weight=w) for i, w in ((0, 0.4), (1, 0.3), (3, 0.3))))
+    each = np.asarray([0.4, 0.3, 0.3]) ** 3 / np.asarray([0.1, 0.2, 0.4]) ** 2
+    true = each / each.sum(), float(np.log(each.sum()))
+    of = functools.partial(course, GRID, 2, [Product((3.0, -2.0))], numbers=2)
+    assert errors(drawn_from((some, CORNERS), of("score", rho=0.0)), some, true)[0] >= 0.13  # measured: .18
+    for form, bar in (("ratio", 0.03), ("score", 0.06)):  # .007, .02
+        tv, nats = errors(drawn_from((some, CORNERS), of(form)), some, true)
+        assert tv <= bar
+        assert abs(nats) <= 0.25
+
+
+def test_a_classifier_that_is_right_gives_its_class_and_the_share_of_it() -> None:
+    _, mean, std, _ = CORNERS.arrays
+    weight = jnp.asarray([0.1, 0.2, 0.3, 0.4])
+
+    def logits(x0: jax.Array) -> jax.Array:
+        square = jnp.square(x0[:, None] - jnp.asarray(mean)).sum(-1) / jnp.asarray(std)[:, 0] ** 2
+        return jnp.log(weight) - square / 2 - 2 * jnp.log(jnp.asarray(std)[:, 0])
+
+    def run(label: jax.Array) -> Islands:
+        tilt = Classifier(logits, jnp.repeat(label, 1000), 0.2)
+        return feynman_kac(keys(5), how("ratio", 1.0), [CORNERS.scored], (2,), [tilt], Particles(1000))
+
+    found = jax.jit(run)(jnp.asarray([0, 1, 2, 3, -1]))
+    modes = share(CORNERS.modes, np.asarray(found.x), np.asarray(jax.nn.softmax(found.log_weights)))
+    assert (modes[range(4), range(4)] > 0.98).all()
+    np.testing.assert_allclose(found.trace.log_normaliser, [*np.log(weight), 0], atol=0.2)
+    assert not np.asarray(found.log_weights[4]).any()  # any class weighs nothing
+
+
 def test_a_bound_is_kept_and_does_not_bend_the_weights() -> None:
     levels = Levels().grid(201, "edm", 0.01, 10.0)
     true = truth([CORNERS], [1.0], lambda x: x @ np.asarray(EDGE.normal) < EDGE.offset)
@@ -349,6 +382,15 @@ def test_mixtures_are_tasks_whose_samples_follow_from_their_keys() -> None:
     found, turned = np.asarray(draw(keys(8))), np.asarray(draw(keys(8)[::-1]))
     np.testing.assert_allclose(found, turned[::-1], atol=1e-6)
     assert len({tuple(point) for point in found.tolist()}) == 8
+    # islands that follow each other, since not all of them find room, are the same
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smc, "_AT_ONCE", 2 * 64 * 2)
+        parts = jax.jit(lambda rng: BOTH.sample({}, rng, 8, None, own))(keys(8))
+    np.testing.assert_allclose(parts["point"], found, atol=1e-5)
+    assert {key: x.shape for key, x in vars(parts["trace"]).items() if hasattr(x, "shape")} == {
+        **dict.fromkeys(("sigma", "ess", "resampled", "roots", "broken"), (8, 21)),
+        "log_normaliser": (8,),
+    }
     plain = jax.jit(lambda rng: CORNERS.sample({}, rng, 2000, None, EnergySampling(nfe=35))["point"])(jax.random.key(0))
     modes = share(CORNERS.modes, np.asarray(plain), np.ones(2000))
     assert distance(modes, np.asarray([0.1, 0.2, 0.3, 0.4])) < 0.05
@@ -361,6 +403,7 @@ def test_the_comparison_writes_a_table_and_a_picture(tmp_path: Path, monkeypatch
     assert json.loads((tmp_path / "out" / "mixtures.json").read_text())["rows"] == found["rows"]
     assert (tmp_path / "out" / "mixtures.md").read_text().count("\n") == 2 + len(found["rows"])
     assert (tmp_path / "out" / "mixtures.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "traces.png").stat().st_size > 10_000
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("")
     with pytest.raises(UserError, match="no folder of compared mixtures"):
@@ -381,6 +424,10 @@ def test_particles_on_one_and_eight_devices_have_the_same_weights() -> None:
             jax.nn.softmax(one.log_weights), jax.nn.softmax(found[0].log_weights)[:islands], atol=1e-5
         )
         np.testing.assert_allclose(one.x, found[0].x[:islands], atol=1e-4)
+    with dist.use(dist.Mesh(data=8).build(jax.devices())), pytest.raises(UserError, match="count=63: 8 devices"):
+        jax.eval_shape(
+            lambda: feynman_kac(keys(1), how("ratio"), [CORNERS.scored], (2,), (), Particles(63)),
+        )
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -402,7 +449,7 @@ def test_particles_on_one_and_eight_devices_have_the_same_weights() -> None:
         (lambda: MixtureProduct((ROW, dataclasses.replace(CROSS, low=20.0, high=30.0))), "task.parts have no level in common"),
         (lambda: Mixture(low=3.0, high=2.0), "task.low=3 must be below task.high=2"),
         (lambda: CORNERS.loss({}, {}, jax.random.key(0)), "nothing to train"),
-        (lambda: CORNERS.sample({}, keys(2), 2, None, EnergySampling(temper=2.0, guidance=1.0)), "guidance goes with solvers"),
+        (lambda: CORNERS.sample({}, keys(2), 2, None, EnergySampling(temper=2.0, guidance=1.0)), "there is no class here"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_said_in_a_sentence(make: Callable[[], Any], said: str) -> None:
@@ -440,7 +487,7 @@ def test_weights_that_are_none_name_the_potential_the_level_and_the_particle(
     lost = int(said[-1])
     assert np.isnan(found.x[lost]).all()  # an island that is lost gives no sample
     with pytest.raises(UserError, match=re.escape(said)):
-        found.trace.check(GRID[::10], [EDGE, Tilt(jnp.sum)], 16)
+        found.trace.check(range(2))
 
 
 def given(energy: Any = None, *potentials: Potential) -> None:

@@ -219,7 +219,7 @@ def test_a_measured_scale_makes_latents_of_unit_size(trained):
 
 def test_the_loss_is_what_it_says(trained):
     _, params, _, _, batch = trained
-    task = dataclasses.replace(TINY, kl=0.5)
+    task = dataclasses.replace(TINY, kl=0.5, scale=0.7, mean=(0.3, -0.2), std=(2.0, 0.5))
     rng = jax.random.key(3)
     loss, metrics = jax.jit(task.loss)(params, batch, rng)
     x = batch["image"]

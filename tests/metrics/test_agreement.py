@@ -12,6 +12,7 @@ from unigram import Listed
 from zoo.data.images import Digits
 from zoo.data.pipeline import Data
 from zoo.data.synthetic import Synthetic
+from zoo.diffusion.traces import Trace
 from zoo.errors import UserError
 from zoo.metrics.agreement import Agreement, Classes
 from zoo.task import About
@@ -173,3 +174,24 @@ def test_the_share_of_classes_is_that_of_what_is_drawn(params: Any) -> None:
     assert found["wanted_std_error"] == pytest.approx(np.sqrt(10 / 44 * 34 / 44 / 44), rel=0.2)
     lost = Classes(samples=40, batch=16, wanted=(0,))(Copies(lose=True), params, Digits(), RNG)
     assert (lost["not_finite"], lost["wanted"]) == (4, 0)
+
+
+class Weighted(Copies):
+    """Says that its samples came from islands whose effective share is as their class."""
+
+    def sample(self, params: Any, rng: Any, n: int, conditions: Any = None, options: Any = None) -> dict[str, Any]:
+        drawn, whole = super().sample(params, rng, n, conditions, options), jnp.ones((n, 4))
+        ess = (conditions["label"] / 10)[:, None] * whole + jnp.asarray([0.5, 0.0, 0.1, 0.5])
+        broken = jnp.where(self.lose & (conditions["label"] == 7), 3, -1)[:, None] * jnp.ones((n, 4), int)
+        return {**drawn, "trace": Trace(whole, ess, whole > 0, 5 * whole, broken, 2 * whole[:, 0], (), 8)}
+
+
+def test_how_samples_came_about_is_told_and_a_lost_one_ends_the_metric(params: Any) -> None:
+    found = Classes(samples=20, batch=16)(Weighted(), params, Digits(), RNG)
+    assert found["ess"] == pytest.approx(0.45)
+    assert found["ess_std"] == pytest.approx(np.arange(10).std() / 10)
+    assert (found["resampled"], found["roots"], found["log_normaliser"], found["roots_std"]) == (4, 5, 2, 0)
+    assert min(found["pictures"]["trace"].size) > 100
+    for metric in (Classes, Agreement):
+        with pytest.raises(UserError, match=r"the energies: the weight of particle 3 .* of island 7"):
+            metric(samples=20, batch=16)(Weighted(lose=True), params, Digits(), RNG)

@@ -62,6 +62,26 @@ class Drawn(Data):
         )
 
 
+@dataclass(frozen=True)
+class Latent(Cloud):
+    """The same of latents, of which examples are mean and spread."""
+
+    def spec(self, batch: int) -> dict[str, Any]:
+        (x,) = super().spec(batch).values()
+        return {"latent": x, "latent_std": x}
+
+
+@dataclass(frozen=True)
+class Spread(Data):
+    """Latents of variance 0.16 whose means have variance 0.09."""
+
+    def source(self, split: str, spec: Any = None) -> Any:
+        rng, std = np.random.default_rng(0), np.full(SHAPE, 0.4, np.float32)
+        return Listed(
+            {"latent": (0.3 * rng.normal(size=SHAPE)).astype(np.float32), "latent_std": std} for _ in range(400)
+        )
+
+
 def test_the_best_guess_of_a_gaussian_has_the_error_that_is_known() -> None:
     for classes in (0, 2):
         found = Denoising(batch=128)(Cloud(classes), {}, Drawn(classes), RNG)
@@ -69,6 +89,9 @@ def test_the_best_guess_of_a_gaussian_has_the_error_that_is_known() -> None:
             assert found[f"denoising_{sigma:g}"] == pytest.approx(1, abs=4 * found[f"denoising_{sigma:g}_std_error"])
             assert found[f"denoising_{sigma:g}_std_error"] < 0.03
         assert found["examples"] == 400
+    found = Denoising(batch=128)(Latent(), {}, Spread(), RNG)
+    for sigma in (0.05, 0.2, 1.0, 5.0):
+        assert found[f"denoising_{sigma:g}"] == pytest.approx(1, abs=4 * found[f"denoising_{sigma:g}_std_error"])
     blind = Denoising(batch=128, sigmas=(1.0,))(
         Cloud(), {}, Drawn(2), RNG
     )  # its posterior has the prior's mean for ever
@@ -167,6 +190,9 @@ def test_what_is_no_denoiser_for_a_metric_is_told() -> None:
         Solvers(converged=9)
     with told("StarFlow denoises what it makes of"):
         modelled(config.load("starflow/imagenet256:smoke").task)
+    for name in ("edm2/imagenet512", "starflow/imagenet256"):  # whose looks are the first to ask, at step 20,000
+        run = config.load(name)
+        assert [metric.check(run.task) for metric in run.evals] == [None] * len(run.evals)
     for run in (solvers, lambda task: Denoising()(task, {}, Drawn(), RNG)):
         with told("Cloud.denoise", "[1, 2, 4, 1]", "shape"):
             run(Cloud(wrong="shape"))

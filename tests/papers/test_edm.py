@@ -12,6 +12,7 @@ import pytest
 from fresh import fresh, randomised
 from mistakes import told
 
+import zoo
 from zoo import config, dist
 from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.levels import Levels
@@ -151,6 +152,8 @@ def test_options_that_do_not_fit_are_told(params: Any) -> None:
         TASK.sample(params, jax.random.key(0), 1, None, DenoiserSampling(levels=Levels(high=100.0)))
     with told("guidance", "no class"):
         TASK.sample(params, jax.random.key(0), 1, None, DenoiserSampling(guidance=1.0))
+    with told("guidance", "no class"):
+        zoo.load("edm-digits").sample(2, label="none", guidance=1.0)
     two = dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, multiples=(1, 1)))
     with told("task.image=5", "task.image=4"):
         dataclasses.replace(two, image=5)

@@ -122,6 +122,13 @@ def test_the_network_and_its_parts_equal_the_official_numbers(golden: Golden) ->
     close(found, nhwc(f["F"]), 1e-5, 1e-5, "F")
     seen = {name: parts["__call__"][0] for name, parts in state.items()}
     close(jax.nn.silu(seen["embed1"] + (seen["label"] if adm else 0)), f["emb"], 1e-5, 1e-5, "emb")
+    half = f["map_noise"].shape[-1] // 2
+    told = (
+        fourier(f["c_noise"], golden.buffers["frequencies"])
+        if "frequencies" in golden.buffers
+        else waves(jnp.asarray(f["c_noise"]), 2 * half, last=not adm)
+    )
+    close(jnp.roll(told, half, -1), f["map_noise"], 2e-5, 1e-5, "map_noise")  # ours begins with sines
     parts = [key.removeprefix("act:") for key in f if key.startswith("act:")]
     assert len(parts) >= 11
     for key in parts:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,11 +14,14 @@ import pytest
 from fresh import randomised
 from mistakes import told
 
-from zoo import models, weights
+import zoo
+from zoo import cli, models, weights
+from zoo.diffusion.guidance import Guidance
+from zoo.diffusion.potentials import Potential
 from zoo.diffusion.precondition import Precondition
 from zoo.diffusion.smc import EnergySampling, Particles
 from zoo.diffusion.solvers import Euler
-from zoo.papers import edm, energy
+from zoo.papers import edm, energy, part
 from zoo.task import Denoises, Energetic, Samples
 
 NETWORK = edm.Edm(image=4, channels=1, classes=3, network=edm.Transformer(width=8, depth=2, head_dim=4, patch=2))
@@ -30,6 +35,11 @@ LABEL = {"label": jnp.arange(6) % 3}
 @pytest.fixture(scope="module")
 def params() -> Any:
     return randomised(TASK, out=0.3)
+
+
+def about(task: Any) -> dict[str, Any]:
+    """What the config of an export says of it."""
+    return models.export_config(models.Model(task, {}, "raw", 5, None, (), Path()))
 
 
 def heads() -> list[energy.EnergyDistill]:
@@ -87,8 +97,8 @@ def test_the_loss_is_the_weighted_difference_to_its_target_and_reaches_the_netwo
         level_rng, noise_rng, _ = jax.random.split(jax.random.key(2), 3)
         sigma = task.noise.draw(level_rng, 6, task.sigmas)
         x = batch["image"] + sigma[:, None, None, None] * jax.random.normal(noise_rng, X.shape)
-        wanted = NETWORK.denoise(params["teacher"], x, sigma, LABEL) if target == "teacher" else batch["image"]
-        square = jnp.square(task.denoise(params, x, sigma, LABEL) - wanted).mean((1, 2, 3))
+        wanted = jax.jit(NETWORK.denoise)(params["teacher"], x, sigma, LABEL) if target == "teacher" else batch["image"]
+        square = jnp.square(jax.jit(task.denoise)(params, x, sigma, LABEL) - wanted).mean((1, 2, 3))
         np.testing.assert_allclose(loss, (Precondition("edm", 0.5).weight(sigma) * square).mean(), rtol=1e-4)
         np.testing.assert_allclose(told["x0_error"], jnp.sqrt(square.mean()), rtol=1e-4)
         assert {
@@ -109,19 +119,59 @@ def test_a_wide_share_of_levels_is_even_over_all_of_them() -> None:
 
 
 def test_particles_follow_their_key_and_class(params: Any) -> None:
-    options = EnergySampling(nfe=6, temper=2.0, particles=Particles(8))
+    options = EnergySampling(nfe=6, guidance=1.0, particles=Particles(8))
     draw = jax.jit(lambda keys, label: TASK.sample(params, keys, len(keys), {"label": label}, options))
-    keys, label = jax.random.split(jax.random.key(0), 3), jnp.arange(3)
+    keys, label = jax.random.split(jax.random.key(0), 3), jnp.asarray([0, 1, -1])
     whole = draw(keys, label)
     np.testing.assert_allclose(draw(keys[::-1], label[::-1])["image"][::-1], whole["image"], atol=1e-5)
     assert float(jnp.abs(draw(keys, label[::-1])["image"] - whole["image"])[::2].max()) > 1e-3
+    least = whole["trace"].figures()["ess"]
+    assert least[2] == pytest.approx(1, abs=1e-5)  # a class and none: without one there is nothing to weigh
+    assert (least[:2] < 0.999).all()
     own = PRODUCT.init(jax.random.key(0))
     image = PRODUCT.sample(own, jax.random.key(0), 3, None, PRODUCT.Sampling(nfe=5, particles=Particles(8)))["image"]
     assert image.shape == (3, 4, 4, 1)
     assert np.isfinite(image).all()
 
 
-def test_energies_that_cannot_be_are_told(params: Any) -> None:
+@dataclasses.dataclass(frozen=True)
+class Breaks(Potential):
+    """Of one particle no number."""
+
+    name = "breaks"
+
+    def log(self, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
+        return jnp.where((jnp.arange(len(x)) == 13) & (sigma < 1), jnp.nan, 0.0)
+
+
+def test_how_samples_came_about_is_kept_and_printed_and_a_lost_island_is_told(
+    params: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights.save(tmp_path / "model", params, about(TASK), "a card")
+    out, some = tmp_path / "out", ["sample", str(tmp_path / "model"), "nfe=5", "particles.count=8"]
+    own = ["temper=2", "--batch", "2", "--out", str(out)]
+    assert cli.main([*some, "n=2", *own]) == 0
+    assert "mean and spread of 2 samples: ess " in capsys.readouterr().out
+    first = json.loads((out / "trace.json").read_text())
+    (out / "000001.png").unlink()
+    assert cli.main([*some, "n=3", *own]) == 0
+    assert "mean and spread of 3 samples: ess " in capsys.readouterr().out
+    kept = json.loads((out / "trace.json").read_text())
+    assert set(kept) == {"0", "1", "2"}
+    assert set(kept["0"]) == {"ess", "resampled", "roots", "log_normaliser"}
+    for i in first:
+        assert kept[i] == pytest.approx(first[i], rel=1e-4)
+    drawn = zoo.load(str(tmp_path / "model")).sample(3, nfe=5, temper=2.0, particles=Particles(8))
+    assert [kept[str(i)]["roots"] for i in range(3)] == drawn["trace"].figures()["roots"].tolist()
+
+    assert cli.main([*some, "n=2", "potentials=breaks", "--batch", "2", "--out", str(tmp_path / "lost")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "potential breaks: the weight of particle 5 is no finite number at level 3" in said
+    assert "of island 1" in said
+
+
+def test_energies_that_cannot_be_are_told(params: Any, tmp_path: Path) -> None:
     with told("task.network.dtype=bfloat16", "float32"):
         energy.EnergyDistill(dataclasses.replace(NETWORK, dtype="bfloat16"))
     with told("task.network.attention=splash", "second derivative", "xla"):
@@ -130,8 +180,10 @@ def test_energies_that_cannot_be_are_told(params: Any) -> None:
         energy.EnergyDistill(energy.Mixture())
     with told("task.network", "preconditioning"):
         energy.EnergyDistill(dataclasses.replace(NETWORK, precondition="vp"))
-    with told("particles, form, stop and rho", "temper"):
+    with told("form, stop and rho", "temper"):
         EnergySampling(form="score")
+    with told("particles have nothing to weigh"):
+        EnergySampling(particles=Particles(8))
     with told("solver=euler", "weights"):
         EnergySampling(Euler(), temper=2.0)
     with told("stop=0", "hybrid"):
@@ -141,9 +193,19 @@ def test_energies_that_cannot_be_are_told(params: Any) -> None:
     other = dataclasses.replace(TASK, network=dataclasses.replace(NETWORK, image=8))
     with told("task.parts", "(4, 4, 1)", "(8, 8, 1)"):
         energy.EnergyProduct((TASK, other))
+    with told("task.energy", "(4, 4, 1)", "(8, 8, 1)"):
+        energy.EnergyTilted(TASK, part.PartClassifier(image=8, channels=1, patch=2, width=8, depth=1, head_dim=8))
     with told("nothing to train"):
         PRODUCT.loss({}, {}, jax.random.key(0))
     with told("weights.part0=edm-digits", "Edm is not what 'part0' is", "energy/digits:low"):
         models.given_weights({"part0": "edm-digits"}, PRODUCT)
-    with told("guidance"):
-        TASK.sample(params, jax.random.key(0), 2, LABEL, EnergySampling(nfe=5, temper=2.0, guidance=1.0))
+    norm = dataclasses.replace(PRODUCT.parts[0], head="norm")
+    weights.save(tmp_path / "norm", {"net": params["net"]}, about(norm), "a card")
+    with told(f'weights.part0={tmp_path / "norm"} differs in head ("norm" there, and here "inner")'):
+        models.given_weights({"part0": str(tmp_path / "norm")}, PRODUCT)
+    with told("guidance", "no class here"):
+        TASK.sample(params, jax.random.key(0), 2, None, EnergySampling(nfe=5, temper=2.0, guidance=1.0))
+    with told("guidance", "at all levels"):
+        EnergySampling(temper=2.0, guidance=Guidance(1.0, low=0.1))
+    with told("guidance", "know no class"):
+        PRODUCT.Sampling(guidance=1.0)

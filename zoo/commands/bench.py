@@ -25,7 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import zoo
 from zoo import dist, weights
 from zoo.commands import clocks, flops
-from zoo.commands.bench_sampler import asked, conditions_of, inverses, open_weights, time_sampler
+from zoo.commands.bench_sampler import asked, conditions_of, inverses, open_weights, time_energy, time_sampler
 from zoo.commands.chips import chip_of, count_chips
 from zoo.commands.clocks import Figures, compare, in_turn, program_size, seconds_of, unit_of
 from zoo.commands.peer import load_peer, parity
@@ -33,7 +33,7 @@ from zoo.data.pipeline import batches
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.run import Run
-from zoo.task import Crops, Samples, has_methods, speed
+from zoo.task import Crops, Energetic, Samples, check_needs, has_methods, speed
 from zoo.train import optim
 from zoo.train.step import compile_step, make_sampler
 
@@ -82,7 +82,7 @@ def bench(
             weights first, and a loss that differs ends the comparison: a twin that computes something else is none.
         against: another run, whose step and sampler take turns with ours: the side `against`. Its batch, its way of
             accumulation and its mesh are ours, so that examples are compared with as many.
-        what: train, sample, data, both (train and sample) or all.
+        what: train, sample, data, both (train and sample), all (these three) or energy, its value with and without the score.
         samples: batch sizes of the sampler, which is timed with 1 as well.
         model: a run, an export or a shipped name whose weights the sampler gets. A flow is then inverted by every method,
             in turn; with fresh weights sweeps converge at once.
@@ -112,8 +112,10 @@ def bench(
             f"another config of {mine}"
         )
     for flag, other in (("--peer", peer), ("--against", against)):
-        if parts == ("data",) and other:
-            raise UserError(f"{flag} has no part in --what data; leave it out")
+        if not {"train", "sample"} & set(parts) and other:
+            raise UserError(f"{flag} has no part in --what {what}; leave it out")
+    if "energy" in parts:
+        check_needs(run.task, (Energetic,), "--what energy")
     for flag, given in (("--model", model), ("--method", methods), ("--with", options)):
         if given and "sample" not in parts:
             raise UserError(f"{flag} has no part in --what {what}, which draws no samples; leave it out")
@@ -130,7 +132,7 @@ def bench(
     with dist.use(mesh, run.rules):
         dist.check_batch(run.batch, run.accumulate, mesh)
         step = None
-        if "train" in parts or "sample" in parts:
+        if parts != ("data",):
             init, jitted, abstract = compile_step(
                 run.task, optim.build(run.optim, run.steps), mesh, ema=run.ema, accumulate=run.accumulate
             )
@@ -167,6 +169,9 @@ def bench(
                 for n in sorted({1, *sizes}):  # one alone: how long a user waits
                     other = None if rival is None else rival.draws(n)
                     figures |= time_sampler(run, params, twin, n, rounds, sides, other)
+            if "energy" in parts:
+                for n in sizes:
+                    figures |= time_energy(run, state.params, n, rounds)
         if "data" in parts:
             try:
                 figures |= time_data(run, mesh, rounds, step)

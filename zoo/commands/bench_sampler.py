@@ -1,4 +1,4 @@
-"""The sampler of a task, timed by each way to invert a flow or with each set of options, beside others."""
+"""The sampler of a task, timed by each way to invert a flow or with each set of options, beside others; and its energy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 
 from zoo import config, dist, models, weights
 from zoo.commands.clocks import Figures, compare, in_turn, program_size, unit_of
+from zoo.diffusion.energies import scored
 from zoo.errors import UserError
-from zoo.files import differences
 from zoo.flows.inverse import Jacobi
 from zoo.run import Run
-from zoo.task import Cached, has_methods, option_names, speed
+from zoo.task import Cached, has_methods, option_names
 from zoo.train.step import make_sampler, sampler_spec
 
 Sides = dict[str, dict[str, Any]]  # options of the sampler, by the name of the side
@@ -34,9 +34,7 @@ def open_weights(task: Any, name: str) -> models.Model:
             "sampler takes as long with fresh weights"
         )
     model = models.open_model(name, on_host=True)
-    found = differences(config.dump(task, "task"), config.dump(model.task, "task"), "task")
-    found = [text for text in found if text.partition(":")[0].rpartition(".")[2] not in speed(task)]
-    if found:
+    if found := config.unlike(task, model.task):
         raise UserError(
             f"--model {name} is another model than the config's ({found[0]}); override the fields of the config, or open "
             "a model that was made with it"
@@ -161,6 +159,31 @@ def time_sampler(
         sizes = task.cache_bytes(n, guided=False).items()
         figures[f"sample {n} caches of a block MiB"] = {block: size / 2**20 for block, size in sizes}
     return times | told | figures
+
+
+def time_energy(run: Run, params: Any, n: int, rounds: int) -> Figures:
+    """Energies of n examples alone, which cost what their network's forward pass does, in turn with energies and scores."""
+    task, known = run.task, run.task.about.likelihood
+    x = np.zeros((n, *(known.event if known else next(iter(task.spec(1).values())).shape[1:])), np.float32)
+    given = {"label": np.zeros(n, np.int32)} if task.about.classes else None
+    energy = functools.partial(task.energy, conditions=given)
+    ways = {
+        "alone": lambda params, x, sigma: energy(params, x, sigma),
+        "with score": lambda params, x, sigma: scored(functools.partial(energy, params))(x, sigma),
+    }
+    programs = {name: jax.jit(call).lower(params, x, np.ones(n, np.float32)).compile() for name, call in ways.items()}
+
+    def repeat(program: Any, count: int) -> None:
+        for _ in range(count):
+            jax.block_until_ready(program(params, x, np.ones(n, np.float32)))
+
+    figures: Figures = {}
+    for name, program in programs.items():
+        figures |= program_size(program, f"energy {n} program MiB, {name}")
+    times: Figures = {}
+    found = in_turn({name: functools.partial(repeat, program) for name, program in programs.items()}, rounds)
+    compare(times, f"energy {n}", found, n, unit_of(task), "alone")
+    return times | figures
 
 
 def conditions_of(task: Any, n: int) -> dict[str, np.ndarray] | None:

@@ -22,10 +22,12 @@ from zoo.errors import UserError
 from zoo.files import differences
 from zoo.models import Model
 from zoo.paths import Folder
+from zoo.task import trace_of
 from zoo.train.report import grid, save_png
 
 _log = logging.getLogger("zoo")
 _SHEET = 256  # images on a sheet at most
+_TRACE = "trace.json"  # how each sample came about, where its sampler says so
 
 
 class Form(Protocol):
@@ -89,7 +91,8 @@ def draw(
     resolved: Any = None,
     form: Form | None = None,
 ) -> None:
-    """Draw n samples into `out`: `000000.png` ..., `sheet.png` and `settings.json`. Files already there are kept.
+    """Draw n samples into `out`: `000000.png` ..., `sheet.png`, `settings.json` and where the sampler says how they came about
+    `trace.json`. Files already there are kept.
 
     Args:
         conditions: arrays that lead with n, for the task's `sample`; None: none.
@@ -102,7 +105,8 @@ def draw(
         form: what samples are; None: images.
 
     Raises:
-        UserError: a model that draws no images; the folder holds samples with other settings, or cannot be written.
+        UserError: a model that draws no images, or a sample that is lost for good; the folder holds samples with other
+            settings, or cannot be written.
     """
     form = form or Images(captions)
     settings = {
@@ -129,14 +133,16 @@ def draw(
                 "MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.vae=...`)"
             )
     _claim(out, settings, form.suffix)
-    word = "label" if conditions is not None and "label" in conditions else "prompt"
+    word = "label" if "label" in asked else "prompt"
     there = set(paths.names(out))
     missing = [i for i in range(n) if f"{i:06d}{form.suffix}" not in there]
     for begin in range(0, len(missing), batch):
         rows = np.array(missing[begin : begin + batch])
         with dist.use(mesh):
-            drawn = finite(sampler, params, seed, rows, conditions, batch, form.key)
+            drawn, trace = trace_of(finite(sampler, params, seed, rows, conditions, batch, form.key))
         strategy.tell(drawn, method)
+        if trace is not None:
+            _keep(out, rows, trace.figures())
         for k, i in enumerate(rows):
             about = {**{k: str(v) for k, v in settings.items()}, "index": str(i)}
             if method is not None:
@@ -147,6 +153,30 @@ def draw(
         _log.info("%d of %d samples", n - len(missing) + begin + len(rows), n)
     shown = form.show(out, n)
     print(f"{n} samples in {out} ({shown}; {'average' if model.kind == 'ema' else model.kind} weights, seed {seed})")
+    if kept := _kept(out):
+        each = {name: np.array([kept[str(i)][name] for i in range(n) if str(i) in kept]) for name in kept[min(kept)]}
+        means = ", ".join(f"{name} {x.mean():.3g} ({x.std():.2g})" for name, x in each.items())
+        print(f"on the way, mean and spread of {len(next(iter(each.values())))} samples: {means} ({_TRACE})")
+
+
+def _kept(out: Folder) -> dict[str, dict[str, float]]:
+    """How samples came about, by their numbers; {} where nobody said."""
+    path = out / _TRACE
+    if _TRACE not in paths.names(out):
+        return {}
+    with paths.sentence(path):
+        text = path.read_text()
+    try:
+        found: dict[str, dict[str, float]] = json.loads(text)
+    except json.JSONDecodeError:
+        raise UserError(f"{path} cannot be read; remove it or choose another --out") from None
+    return found
+
+
+def _keep(out: Folder, rows: np.ndarray, figures: Mapping[str, np.ndarray]) -> None:
+    """How these samples came about, beside what is known of others."""
+    new = {str(i): {name: x[k].item() for name, x in figures.items()} for k, i in enumerate(rows)}
+    paths.write(out / _TRACE, json.dumps(_kept(out) | new, indent=1) + "\n")
 
 
 def save_pictures(model: Model, pictures: Mapping[str, Image.Image]) -> dict[str, str]:
@@ -195,7 +225,8 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
         if not paths.in_bucket(out):  # where there are no folders
             out.mkdir(parents=True, exist_ok=True)
         inside = paths.names(out)
-        if path.name in inside:
+        filled = any(name[:1].isdigit() and name.endswith(suffix) for name in inside)
+        if path.name in inside and filled:
             with paths.sentence(path):
                 text = path.read_text()
             differ = differences(json.loads(text), json.loads(json.dumps(settings)))
@@ -203,7 +234,7 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
                 raise UserError(
                     f"{out} holds samples drawn with other settings ({'; '.join(differ[:3])}); choose another --out"
                 )
-        elif any(name[:1].isdigit() and name.endswith(suffix) for name in inside):
+        elif filled:
             kind = "images" if suffix == ".png" else "texts"
             raise UserError(f"{out} holds {kind} that zoo did not draw; choose another --out")
         else:

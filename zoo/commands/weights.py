@@ -13,11 +13,12 @@ import numpy as np
 
 from zoo import config, dist, models, paths, weights
 from zoo.commands.text import files, vocabulary_of
+from zoo.diffusion.energies import scored
 from zoo.errors import UserError
 from zoo.models import TOKENIZER, Model, has_tokenizer, homes
 from zoo.paths import Folder
 from zoo.run import Run
-from zoo.task import Noted, Published, Samples, abilities, call, is_text, sampling, speed
+from zoo.task import Noted, Published, Samples, abilities, call, is_text, sampling, speed, trace_of
 from zoo.train.report import read_metrics
 
 
@@ -69,7 +70,7 @@ def export(
 
     zoo: safetensors, config and card. official: the published key layout, to the file `out` (.safetensors, .npz or
     .pth). stablehlo: a zoo export and beside it portable programs (cpu, cuda, tpu) of `samples` examples a call: the sampler,
-    or for a task that has none its features; and the denoiser of a task that has one.
+    or for a task that has none its features; and the denoiser of a task that has one, and its energy.
 
     Args:
         fields: options of the sampler of a stablehlo program, `field=value`.
@@ -104,8 +105,14 @@ def export(
     with dist.portable():
         weights.export_stablehlo(out, programs, model.params)
     unit = model.task.about.unit
-    names = {"sampler": "a sampler", "features": "a program for the features", "denoiser": "a denoiser"}
-    what = " and ".join(names[name] for name in programs)
+    names = {
+        "sampler": "a sampler",
+        "features": "a program for the features",
+        "denoiser": "a denoiser",
+        "energy": "an energy",
+    }
+    *first, last = [names[name] for name in programs]
+    what = f"{', '.join(first)} and {last}" if first else last
     return f"{out}: as a zoo export, and stablehlo/ with {what} of {samples} {unit} a call ({which})"
 
 
@@ -114,7 +121,8 @@ def _programs(task: Any, samples: int, fields: Sequence[str], allow: Sequence[st
 
     sampler: (params, key uint32 [2], label int32 [N] where there are classes) -> what it draws. features, of a task that has
     no sampler: (params, batch) -> `features` [N, D] and where the task has one a `feature_map`. denoiser: (params, x [N, ...],
-    sigma [N], label) -> `x0` [N, ...].
+    sigma [N], label) -> `x0` [N, ...]. energy, of a denoiser that has one: of the same ->
+    `energy` [N] in nats and `score` [N, ...], -grad E.
 
     UserError where there is none of them, for no samples, for options that the sampler has not, and for captions.
     """
@@ -141,10 +149,14 @@ def _programs(task: Any, samples: int, fields: Sequence[str], allow: Sequence[st
         return None if label is None else {"label": label}
 
     def sampler(params: Any, key: jax.Array, label: jax.Array | None = None) -> dict[str, jax.Array]:
-        return task.sample(params, jax.random.wrap_key_data(key), samples, told(label), options)
+        return trace_of(task.sample(params, jax.random.wrap_key_data(key), samples, told(label), options))[0]
 
     def denoiser(params: Any, x: jax.Array, sigma: jax.Array, label: jax.Array | None = None) -> dict[str, jax.Array]:
         return {"x0": task.denoise(params, x, sigma, told(label))}
+
+    def energy(params: Any, x: jax.Array, sigma: jax.Array, label: jax.Array | None = None) -> dict[str, jax.Array]:
+        each, score = scored(lambda x, sigma: task.energy(params, x, sigma, told(label)))(x, sigma)
+        return {"energy": each, "score": score}
 
     def features(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {
@@ -163,7 +175,8 @@ def _programs(task: Any, samples: int, fields: Sequence[str], allow: Sequence[st
     if "denoise" in can:
         known = task.about.likelihood  # what is modelled, which need not be what a batch holds
         x = array(samples, *known.event) if known else next(iter(batch.values()))
-        found["denoiser"] = weights.Program(denoiser, (x, array(samples), *label), {"sigmas": task.sigmas})
+        for name, program in (("denoiser", denoiser), *((("energy", energy),) if "energy" in can else ())):
+            found[name] = weights.Program(program, (x, array(samples), *label), {"sigmas": task.sigmas})
     return found
 
 

@@ -147,8 +147,8 @@ class Latents(pipeline.Data):
     def made_with(self) -> dict[str, str]:
         """What the latents were made with.
 
-        Digests of the networks by key, the autoencoder's scale as `vae_scale`, and as `template`, where captions were
-        encoded, "aspect" where these name the aspect ratio, else "plain".
+        Digests of the networks by key, the autoencoder's scale as `vae_scale`, its fields as `vae_sizes`, and as `template`,
+        where captions were encoded, "aspect" where these name the aspect ratio, else "plain".
         """
         info = read_info(existing(self.path), LatentInfo)
         made = dict(info.settings.encoder)

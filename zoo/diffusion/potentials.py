@@ -177,3 +177,23 @@ class Tilt(Potential):
 
     def log(self, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
         return self.function(x0, sigma)
+
+
+@dataclass(frozen=True)
+class Classifier(Potential):
+    """Samples of a class, one for each particle, by a classifier that knows no noise; for tasks that hold one.
+
+    log h = s^2 / (s^2 + sigma^2) log p(class | x0), s the standard deviation of the data: our choice. What is surely of another
+    class at a low level may still become one of this at a high one; with log p alone all weight would be one particle's there.
+    """
+
+    name = "classifier"
+
+    logits: Callable[[jax.Array], jax.Array]  # x0 [N, *x] -> [N, classes]
+    label: jax.Array  # [N]; below 0: any class
+    data: Positive = 0.5  # s
+
+    def log(self, x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
+        each = jax.nn.log_softmax(self.logits(x0).astype(jnp.float32))
+        own = jnp.take_along_axis(each, jnp.maximum(self.label, 0)[:, None], 1)[:, 0]
+        return jnp.where(self.label < 0, 0.0, own) * self.data**2 / (self.data**2 + sigma**2)

@@ -62,18 +62,29 @@ class DenoiserSampling:
         return grid
 
 
+def guidance_of(by: float | Guidance, conditions: Conditions) -> Guidance:
+    """The guidance that an option holds. UserError for some where there is no class."""
+    guidance = Guidance.of(by)
+    if guidance.weight and "label" not in (conditions or {}):
+        raise UserError("guidance compares a class with none, and there is no class here; leave guidance out")
+    return guidance
+
+
+def classless(given: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Conditions, with no class in the place of each."""
+    return {k: jnp.full_like(v, -1) if k == "label" else v for k, v in given.items()}
+
+
 def guided(denoise: Door, conditions: Conditions, by: float | Guidance) -> Denoiser:
     """The denoiser under these conditions, away from that without a class. UserError for guidance where there is no class."""
-    guidance, given = Guidance.of(by), dict(conditions or {})
-    if guidance.weight and "label" not in given:
-        raise UserError("guidance compares a class with none, and there is no class here; leave guidance out")
+    guidance, given = guidance_of(by, conditions), dict(conditions or {})
 
     def alone(x: jax.Array, sigma: jax.Array) -> jax.Array:
         return denoise(x, sigma, conditions)
 
     def both(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One pass of twice the batch: labelled rows, then the same without."""
-        twice = {k: jnp.concatenate([v, jnp.full_like(v, -1) if k == "label" else v]) for k, v in given.items()}
+        twice = {k: jnp.concatenate([given[k], v]) for k, v in classless(given).items()}
         strong, weak = jnp.split(denoise(jnp.concatenate([x, x]), sigma, twice), 2)
         return strong, weak
 

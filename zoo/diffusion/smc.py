@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
@@ -26,17 +26,23 @@ from jax.scipy.special import logsumexp
 from msgspec import Meta
 
 from zoo.diffusion.energies import Scored
+from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.potentials import Potential, Temper
-from zoo.diffusion.sampling import DenoiserSampling
+from zoo.diffusion.sampling import Conditions, DenoiserSampling, guidance_of
 from zoo.diffusion.solvers import Heun
-from zoo.dist import batch_axes, constrain
+from zoo.diffusion.traces import Trace
+from zoo.dist import batch_axes, batch_ways, constrain
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, NonNegative, Positive, Share, check_fields
 from zoo.task import sample_keys
 
 Form: TypeAlias = Literal["ratio", "kernel", "score", "hybrid"]
 
+# of particles under these conditions, a row for each: the energies, the base's first, and potentials besides the options'
+Target: TypeAlias = Callable[[Conditions], tuple[Sequence[Scored], Sequence[Potential]]]
+
 _LAST = 2**31 - 1  # the use of a key after all levels
+_AT_ONCE = 2**18  # numbers of particles that a device holds at a time, where islands are smaller
 
 
 # --- the sampler ----------------------------------------------------------------------------------
@@ -52,32 +58,6 @@ class Particles:
 
     def __post_init__(self) -> None:
         check_fields(self, "particles.")
-
-
-class Trace(NamedTuple):
-    """What happened on the way, by island and level."""
-
-    ess: jax.Array  # [I, T] effective number of particles, as a share of K
-    resampled: jax.Array  # [I, T] whether they were drawn anew
-    roots: jax.Array  # [I, T] how many of the first particles have descendants
-    # [I, T] -1: none; -2: no particle has weight; else j K + k: weight j (0: of the energies) of particle k is no number
-    broken: jax.Array
-    log_normaliser: jax.Array  # [I] of the target at the lowest level, with energies that are -log p
-
-    def check(self, levels: np.ndarray, potentials: Sequence[Potential], count: int) -> None:
-        """UserError for an island that was lost. For arrays that are there, so outside of what is compiled."""
-        for island, row in enumerate(np.asarray(self.broken)):
-            for n in np.flatnonzero(row != -1)[:1]:
-                where = f"at level {n} (sigma {levels[n]:.3g}) of island {island}"
-                if row[n] < -1:
-                    raise UserError(
-                        f"no particle has any weight left {where}; give more particles, more levels or a wider potential"
-                    )
-                part, particle = divmod(int(row[n]), count)
-                name = f"potential {potentials[part - 1].name}" if part else "the energies"
-                raise UserError(
-                    f"{name}: the weight of particle {particle} is no finite number {where}; look at what it gives there"
-                )
 
 
 class Islands(NamedTuple):
@@ -181,7 +161,11 @@ def feynman_kac(
 
     resample: Any = getattr(resampling, particles.scheme)
     islands, count, size = len(keys), particles.count, math.prod(shape)
-    flat, lie = islands * count, ("batch",) if batch_axes(islands) else (None, "batch")
+    flat, lie, ways = islands * count, ("batch",) if batch_axes(islands) else (None, "batch"), batch_ways()
+    if lie[0] is None and count % ways:
+        raise UserError(
+            f"particles.count={count}: {ways} devices share the particles of each of {islands} islands; set a multiple of {ways}"
+        )
     fixed: Any = jax.tree.map(jnp.asarray, course)
 
     def evaluate(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -294,7 +278,8 @@ def feynman_kac(
     lost = (broken != -1).any(1)
     x = jnp.where(lost.reshape(-1, *(1,) * (len(shape) + 1)), jnp.nan, end.x)
     log_normaliser = end.log_z + logsumexp(weights, 1) - math.log(count)
-    return Islands(x, weights, Trace(ess.T, anew.T, distinct.T, broken, log_normaliser))
+    sigma, names = jnp.broadcast_to(fixed.sigma, broken.shape), tuple(potential.name for potential in potentials)
+    return Islands(x, weights, Trace(sigma, ess.T, anew.T, distinct.T, broken, log_normaliser, names, count))
 
 
 def drawn(keys: jax.Array, found: Islands, scheme: str = "systematic", keep: int = 1) -> jax.Array:
@@ -316,12 +301,12 @@ def drawn(keys: jax.Array, found: Islands, scheme: str = "systematic", keep: int
 
 @dataclass(frozen=True)
 class EnergySampling(DenoiserSampling):
-    """How a model with an energy is sampled: by a solver, or by weighted particles where it is tempered or has potentials."""
+    """How a model with an energy is sampled: by a solver, or by weighted particles where there is something to weigh."""
 
     nfe: AtLeast2 = 101  # calls; of particles the levels, which reach every level once
     temper: Positive = 1.0  # the target is the model to this power
     potentials: tuple[Potential, ...] = ()  # by name: box, halfspace, ...
-    particles: Particles = Particles()
+    particles: Particles | None = None  # None: a solver, unless there is a temper or a potential
     form: Form = "ratio"
     stop: NonNegative = 0.0  # of `hybrid`: the level below which scores alone decide
     rho: Share = 1.0  # power of the weights; below 1 the target is approximate, 0: none
@@ -330,16 +315,25 @@ class EnergySampling(DenoiserSampling):
         if not self.weighted:
             super().__post_init__()
             plain = {f.name: f.default for f in dataclasses.fields(self)}
-            if self.particles != Particles() or any(getattr(self, k) != plain[k] for k in ("form", "stop", "rho")):
+            if any(getattr(self, k) != plain[k] for k in ("form", "stop", "rho")):
                 raise UserError(
-                    "particles, form, stop and rho are of weighted particles, and a solver draws here; set temper or potentials, or "
-                    "leave them out"
+                    "form, stop and rho are of weighted particles, and a solver draws here; set temper, potentials or "
+                    "particles.count, or leave them out"
                 )
             return
         check_fields(self)  # `nfe` counts levels, whatever a solver takes
+        if not self._weighs:
+            raise UserError(
+                "particles have nothing to weigh without temper, potentials or guidance; set one, or leave particles out"
+            )
         if self.solver != Heun():
             raise UserError(
                 f"solver={self.solver} draws without weights, and here are weighted particles; leave it out"
+            )
+        guidance = Guidance.of(self.guidance)
+        if guidance != Guidance(guidance.weight):
+            raise UserError(
+                f"{guidance}: particles are guided at all levels; give a weight alone, guidance={guidance.weight:g}"
             )
         if (self.stop > 0) != (self.form == "hybrid"):
             raise UserError(
@@ -348,8 +342,12 @@ class EnergySampling(DenoiserSampling):
 
     @property
     def weighted(self) -> bool:
-        """Whether there is anything to weigh."""
-        return self.temper != 1 or bool(self.potentials)
+        """Whether particles are drawn, and no solver."""
+        return self.particles is not None or self.temper != 1 or bool(self.potentials)
+
+    @property
+    def _weighs(self) -> bool:
+        return self.temper != 1 or bool(self.potentials) or Guidance.of(self.guidance).weight > 0
 
     def islands(
         self,
@@ -359,37 +357,64 @@ class EnergySampling(DenoiserSampling):
         shape: tuple[int, ...],
         potentials: Sequence[Potential] = (),
     ) -> Islands:
-        """An island for each key, of the model's potentials and these options. UserError for guidance besides."""
-        if not isinstance(self.guidance, float | int) or self.guidance:
-            raise UserError(
-                "guidance goes with solvers; particles take the model without and with the class as two energies and "
-                "the potential product with given=(-w, 1 + w)"
-            )
+        """An island for each key, of the model's potentials and these options."""
         levels = self.grid(len(self.levels.given) or self.nfe, "edm", sigmas)
         all_of_them = (*potentials, *([Temper(self.temper)] if self.temper != 1 else []), *self.potentials)
         numbers = math.prod(shape)
         how = course(levels, len(energies), all_of_them, self.form, self.stop, self.rho, numbers)
-        return feynman_kac(keys, how, energies, shape, all_of_them, self.particles)
+        return feynman_kac(keys, how, energies, shape, all_of_them, self.particles or Particles())
 
     def draw(
         self,
         rng: jax.Array,
         n: int,
         sigmas: tuple[float, float],
-        energies: Sequence[Scored],
+        target: Target,
         shape: tuple[int, ...],
-        potentials: Sequence[Potential] = (),
-    ) -> jax.Array:
-        """n samples [n, *x], one of each of n islands, from one key or n keys."""
-        keys = sample_keys(rng, n)
-        return drawn(keys, self.islands(keys, sigmas, energies, shape, potentials), self.particles.scheme)
+        conditions: Conditions = None,
+    ) -> tuple[jax.Array, Trace]:
+        """n samples [n, *x], one of each of n islands, from one key or n keys; and how they came about.
+
+        Islands follow each other where all of them would take much memory. UserError for guidance where there is no class.
+        """
+        particles = self.particles or Particles()
+        guidance_of(self.guidance, conditions)
+
+        def some(part: tuple[jax.Array, Conditions]) -> tuple[jax.Array, Trace]:
+            keys, given = part
+            energies, potentials = target(jax.tree.map(lambda a: jnp.repeat(a, particles.count, 0), given))
+            found = self.islands(keys, sigmas, energies, shape, potentials)
+            return drawn(keys, found, particles.scheme), found.trace
+
+        size, whole = _together(n, particles.count * math.prod(shape)), (sample_keys(rng, n), conditions)
+        if size == n:
+            return some(whole)
+        parts = jax.tree.map(lambda a: a.reshape(n // size, size, *a.shape[1:]), whole)
+        found: tuple[jax.Array, Trace] = jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), jax.lax.map(some, parts))
+        return found
+
+
+def _together(n: int, numbers: int) -> int:
+    """How many of n islands of so many numbers are drawn together: a divisor of n, as many on each device where that is possible."""
+    ways = batch_ways()
+    fair = [k for k in range(1, n + 1) if n % k == 0 and (k % ways == 0 or n % ways)]
+    return max((k for k in fair if k * numbers <= ways * _AT_ONCE), default=fair[0])
 
 
 @dataclass(frozen=True)
 class ParticleSampling(EnergySampling):
     """How what only particles can draw is sampled."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if Guidance.of(self.guidance).weight:
+            raise UserError("guidance compares a class with none, and these energies know no class; leave guidance out")
+
     @property
     def weighted(self) -> bool:
         """Always."""
+        return True
+
+    @property
+    def _weighs(self) -> bool:
         return True

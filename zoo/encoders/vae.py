@@ -306,8 +306,8 @@ class AutoEncoder:
         that their balance is the same at any size.
 
         Metrics: `l1`; `psnr` in decibels, mean over images; `kl` (as above, without its weight); `latent_std`, the root
-        mean square of the drawn latents times their scale, about 1 where the scale fits. `latent_square` [Z], their mean
-        square without a scale, is for `after_step`.
+        mean square of the drawn latents as `encode` gives them: about 1 where the scale fits, of a `mean` and `std` about
+        the scale. `latent_square` [Z], their mean square without a scale, is for `after_step`.
         """
         image = batch["image"]
         mean, logvar = self.moments(params, image)
@@ -321,7 +321,7 @@ class AutoEncoder:
             "l1": l1,
             "psnr": (10 * jnp.log10(4 / jnp.maximum(square, 1e-10))).mean(),
             "kl": kl,
-            "latent_std": jnp.sqrt(spread.mean()) * self._scale(params),
+            "latent_std": jnp.sqrt(jnp.square(self.scaled(params, latent, latent)[0]).mean()),
             "latent_square": spread,
         }
         return l1 + square.mean() + self.kl * kl, metrics

@@ -16,7 +16,7 @@ from zoo.errors import UserError
 from zoo.fields import Count, Whole, check_fields
 from zoo.metrics.frechet import quantise
 from zoo.metrics.samples import MAX_DIMS, check_images, drawer, image_shape
-from zoo.task import Metric, Options, Params, Samples, options_of
+from zoo.task import Metric, Options, Params, Samples, Trace, options_of
 
 _PART = 512  # images that are read at once
 
@@ -65,8 +65,9 @@ class _Judged(Metric):
 
     def _judged(
         self, task: Any, params: Params, data: Any, rng: jax.Array, classes: int | None
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """Of each sample the class that the judge sees, -1 for one that is not finite, and the class asked for; about the judge.
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, Any], Trace | None]:
+        """Of each sample the class that the judge sees, -1 for one that is not finite, and the class asked for; about the judge;
+        how samples came about, where the sampler says so.
 
         Args:
             classes: that the real images must have; None: those that they have.
@@ -79,13 +80,15 @@ class _Judged(Metric):
         fit, real = (self._real(data, split, shape, classes) for split in ("train", "test"))
         judge = make_pipeline(PCA(min(self.components, *fit[0].shape), random_state=0), SVC(C=10))
         judge.fit(*fit)
-        seen, asked = [], []
+        seen, asked, traces = [], [], []
         for first in range(0, self.samples, self.batch):
             count = min(self.batch, self.samples - first)
             indices = np.arange(first, first + self.batch, dtype=np.int32)
             label = indices % max(task.about.classes, 1)
             given = {"label": label} if task.about.classes else {}
-            drawn = hosts.fetch(draw(params, rng, indices, given))[:count]
+            drawn, trace = draw.traced(params, rng, indices, given)
+            traces.append(trace)
+            drawn = hosts.fetch(drawn)[:count]
             finite = np.isfinite(drawn).all((1, 2, 3))
             guess = judge.predict(_seen(np.where(finite[:, None, None, None], drawn, 0)))
             seen.append(np.where(finite, guess, -1))
@@ -95,7 +98,8 @@ class _Judged(Metric):
             "judge_train_images": len(fit[0]),
             "judge_test_images": len(real[0]),
         }
-        return np.concatenate(seen), np.concatenate(asked), about
+        whole: Any = jax.tree.map(lambda *each: np.concatenate(each)[: self.samples], *traces)
+        return np.concatenate(seen), np.concatenate(asked), about, whole
 
     def _real(
         self, data: Any, split: str, shape: tuple[int, ...], classes: int | None
@@ -145,7 +149,7 @@ class Agreement(_Judged):
         Raises:
             UserError: the task draws no images, or the data has none with labels of every class in both splits.
         """
-        seen, asked, about = self._judged(task, params, data, rng, task.about.classes)
+        seen, asked, about, _ = self._judged(task, params, data, rng, task.about.classes)
         hits = int((seen == asked).sum())
         return {
             "agreement": hits / self.samples,
@@ -165,13 +169,21 @@ class Classes(_Judged):
     name = "classes"
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
-        """`class_K` for each class, `wanted`, and `judge_accuracy` on real test images. Sample i depends on (rng, i) alone."""
-        seen, _, about = self._judged(task, params, data, rng, None)
-        found = {f"class_{k}": float((seen == k).mean()) for k in np.unique(seen[seen >= 0]).tolist()}
+        """`class_K` for each class, `wanted`, and `judge_accuracy` on real test images. Sample i depends on (rng, i) alone.
+
+        Where the sampler says how samples came about, its figures too, their spread as `NAME_std`, and a picture of it.
+        """
+        seen, _, about, trace = self._judged(task, params, data, rng, None)
+        found: dict[str, Any] = {f"class_{k}": float((seen == k).mean()) for k in np.unique(seen[seen >= 0]).tolist()}
         if self.wanted:
             hits = int(np.isin(seen, self.wanted).sum())
             found |= {"wanted": hits / self.samples, "wanted_std_error": share_error(hits, self.samples)}
-        return {**found, "samples": self.samples, "not_finite": int((seen < 0).sum()), **about}
+        found |= {"samples": self.samples, "not_finite": int((seen < 0).sum()), **about}
+        if trace is None:
+            return found
+        for name, each in trace.figures().items():
+            found |= {name: float(each.mean()), f"{name}_std": float(each.std())}
+        return {**found, "pictures": {"trace": trace.picture()}}
 
 
 def share_error(hits: int, count: int) -> float:

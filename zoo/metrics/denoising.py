@@ -20,11 +20,15 @@ from zoo.task import Denoises, Metric, Params
 _LEVELS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
-def modelled(task: Any) -> str:
-    """The key of what a task denoises among its examples. UserError where it denoises what it makes of them."""
+def modelled(task: Any, draws: bool = False) -> str:
+    """The key of what a task denoises among its examples. UserError where it denoises what it makes of them.
+
+    Args:
+        draws: who asks draws latents from the mean and spread that examples give.
+    """
     spec, likelihood = task.spec(1), task.about.likelihood
     key = next(key for key in spec if key != "label" and key not in task.about.conditions)
-    if f"{key}_std" in spec or (likelihood and likelihood.event != spec[key].shape[1:]):
+    if (f"{key}_std" in spec and not draws) or (likelihood and likelihood.event != spec[key].shape[1:]):
         raise UserError(
             f"{type(task).__name__} denoises what it makes of {', '.join(spec)}, and metrics of denoisers measure examples as "
             "they are; `Model.denoise` takes its latents"
@@ -55,13 +59,19 @@ def _errors(task: Any, sigmas: tuple[float, ...]) -> Any:
 
     def errors(params: Params, batch: Any, indices: jax.Array, rng: jax.Array) -> jax.Array:
         batch, indices = jax.tree.map(lambda x: dist.constrain(x, "batch"), (batch, indices))
-        x0 = batch[modelled(task)]
+        name = modelled(task, draws=True)
+        x0 = batch[name]
+
+        def normal(i: Any) -> jax.Array:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(rng, i), indices)
+            return jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(keys)
+
+        if f"{name}_std" in batch:
+            x0 = x0 + batch[f"{name}_std"] * normal(len(sigmas))
 
         def at(level: tuple[jax.Array, jax.Array]) -> jax.Array:
             i, sigma = level
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(rng, i), indices)
-            noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(keys)
-            found = task.denoise(params, x0 + sigma * noise, sigma, given(task, batch))
+            found = task.denoise(params, x0 + sigma * normal(i), sigma, given(task, batch))
             return jnp.square(found - x0).mean(tuple(range(1, x0.ndim)))
 
         return jax.lax.map(at, (jnp.arange(len(sigmas)), jnp.asarray(sigmas)))
@@ -72,6 +82,8 @@ def _errors(task: Any, sigmas: tuple[float, ...]) -> Any:
 @dataclass(frozen=True)
 class Denoising(Metric):
     """Mean squared error of x0 on held-out examples at some noise levels, under the conditions that they have.
+
+    Latents are drawn, once for each example, from the mean and spread that it gives.
 
     Each times (sigma^2 + scale^2) / (sigma scale)^2, the weight of arXiv:2206.00364, table 1: the best linear guess
     for independent numbers of standard deviation `scale` has 1 at all levels.
@@ -91,7 +103,8 @@ class Denoising(Metric):
         check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
-        """UserError for levels that the task was not made for; asked before a run's first step."""
+        """UserError for levels that the task was not made for, and examples that are not what it denoises."""
+        modelled(task, draws=True)
         low, high = task.sigmas
         if wrong := [sigma for sigma in self.sigmas if not low <= sigma <= high]:
             raise UserError(
@@ -104,7 +117,7 @@ class Denoising(Metric):
         self.check(task)
         low, high = task.sigmas
         sigmas = self.sigmas or tuple(s for s in _LEVELS if low <= s <= high) or tuple({low, high})
-        errors, found, first, key = _errors(task, sigmas), [], 0, modelled(task)
+        errors, found, first, key = _errors(task, sigmas), [], 0, modelled(task, draws=True)
         for batch, count in epoch(
             data, self.batch, split=self.split, spec=task.spec(self.batch), limit=self.limit, seed=0
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -10,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import dist
+from zoo import dist, hosts
 from zoo.data.pipeline import Data, epoch
 from zoo.errors import UserError
-from zoo.task import Options, Params, options_of
+from zoo.task import Options, Params, Trace, options_of, trace_of
 
 MAX_DIMS = 4_096  # numbers per example up to which a metric forms a covariance, or fits a classifier to pixels
 
@@ -23,21 +24,44 @@ def the_image(drawn: Mapping[str, jax.Array]) -> jax.Array | None:
     return drawn.get("image")
 
 
-def drawer(task: Any, options: Options, pick: Callable[[Mapping[str, jax.Array]], Any] = the_image) -> Any:
-    """A jitted (params, rng, indices [n], conditions) -> what `pick` takes of n samples: images [n, H, W, C], or None.
+@dataclass(frozen=True)
+class Drawer:
+    """(params, rng, indices [n], conditions) -> what is picked of n samples; sample i depends on (rng, indices[i]) and its own alone."""
 
-    Sample i depends on (rng, indices[i]) and its conditions alone. The function is kept, so it is compiled once.
-    """
+    program: Any  # jitted, with their trace besides
+
+    def __call__(self, params: Params, rng: jax.Array, indices: Any, conditions: Mapping[str, Any]) -> Any:
+        """What is picked of the samples. UserError for one that its trace says is lost."""
+        return self.traced(params, rng, indices, conditions)[0]
+
+    def traced(
+        self, params: Params, rng: jax.Array, indices: Any, conditions: Mapping[str, Any]
+    ) -> tuple[Any, Trace | None]:
+        """That, and how they came about, where the sampler says so."""
+        found, trace = self.program(params, rng, indices, conditions)
+        trace = hosts.fetch(trace)
+        if trace is not None:
+            trace.check(indices)
+        return found, trace
+
+    def eval_shape(self, *arguments: Any) -> Any:
+        """Shapes of what is picked; nothing is computed."""
+        return self.program.eval_shape(*arguments)[0]
+
+
+def drawer(task: Any, options: Options, pick: Callable[[Mapping[str, jax.Array]], Any] = the_image) -> Drawer:
+    """Of n samples what `pick` takes: images [n, H, W, C], or None. The program is kept, so it is compiled once."""
     return _drawer(task, options_of(task, options, "options"), pick)
 
 
 @lru_cache(maxsize=8)
-def _drawer(task: Any, options: Any, pick: Callable[[Mapping[str, jax.Array]], Any]) -> Any:
+def _drawer(task: Any, options: Any, pick: Callable[[Mapping[str, jax.Array]], Any]) -> Drawer:
     def draw(params: Params, rng: jax.Array, indices: jax.Array, conditions: Mapping[str, Any]) -> Any:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
-        return pick(task.sample(params, keys, len(indices), dict(conditions) or None, options))
+        samples, trace = trace_of(task.sample(params, keys, len(indices), dict(conditions) or None, options))
+        return pick(samples), trace
 
-    return jax.jit(draw)
+    return Drawer(jax.jit(draw))
 
 
 def image_shape(

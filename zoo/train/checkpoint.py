@@ -14,7 +14,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,9 +30,10 @@ _log = logging.getLogger("zoo")
 _FINISHED = ocp.path.atomicity.COMMIT_SUCCESS_FILE  # lies in a bucket's finished checkpoints
 
 
-def _tree(state: State) -> dict[str, Any]:
-    """A state as a plain dict in the layout of the disk."""
-    return weights.stacked({k: getattr(state, k) for k in State.__dataclass_fields__})
+def _tree(state: State | Mapping[str, Any]) -> dict[str, Any]:
+    """A state, or some fields of one, as a plain dict in the layout of the disk."""
+    fields = state if isinstance(state, Mapping) else {k: getattr(state, k) for k in State.__dataclass_fields__}
+    return weights.stacked(dict(fields))
 
 
 def _sentence(error: BaseException) -> str:
@@ -62,11 +63,11 @@ def _quieten() -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder; those `inside` another folder of it may hold a part of the state."""
 
-    def __init__(self, folder: Folder, keep: int = 2, create: bool = True) -> None:
+    def __init__(self, folder: Folder, keep: int | None = 2, create: bool = True, inside: str = "checkpoints") -> None:
         self._remote = paths.in_bucket(folder)
-        self.folder = (folder if self._remote else folder.resolve()) / "checkpoints"
+        self.folder = (folder if self._remote else folder.resolve()) / inside
         self._keep, self._create = keep, create
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None  # the step that is being written
@@ -101,7 +102,7 @@ class Checkpoints:
         """The run's config as it was saved with the checkpoint of `step`."""
         return self._open().restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
-    def save(self, step: int, state: State, config: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: State | Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Start saving; the state may be donated at once. UserError when an earlier save or this one cannot be written."""
         self.wait()
         self._saving = step
@@ -161,6 +162,21 @@ class Checkpoints:
         """(step, parameters, their average) of the newest readable state: without the optimiser, a third of it all."""
         found = self._newest({k: getattr(abstract, k) for k in ("step", "params", "ema")})
         return None if found is None else (int(found["step"]), found["params"], found["ema"])
+
+    def averages(self, like: Params) -> dict[int, Callable[[], Params]]:
+        """Of each snapshot, by its step, what reads the averages in the layout, dtypes and shardings of `like`."""
+
+        def read(step: int) -> Params:
+            try:
+                found: Params = self._read(step, {"ema": like})["ema"]
+            except Exception as error:
+                raise UserError(
+                    f"the snapshot of step {step} in {self.folder} cannot be read ({_sentence(error)}); mend the cause, or move "
+                    "it away: it may be made without"
+                ) from error
+            return found
+
+        return {step: functools.partial(read, step) for step in self.steps()}
 
     def _newest(self, like: dict[str, Any]) -> dict[str, Any] | None:
         failed: list[tuple[int, Exception]] = []

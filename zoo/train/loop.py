@@ -28,6 +28,7 @@ from zoo.run import MAY_DIFFER, Run
 from zoo.task import Params, Samples, check_needs, is_text, options_of, sampling
 from zoo.train import averages, optim, tracking
 from zoo.train.checkpoint import Checkpoints
+from zoo.train.provenance import ENCODERS, check_encoders
 from zoo.train.report import Report, class_name, spelled
 from zoo.train.step import Metrics, State, compile_step, make_sampler, sampler_spec, split
 
@@ -162,62 +163,6 @@ def _check_shapes(run: Run) -> None:
             jax.eval_shape(run.task.loss, params, batch, jax.random.key(0))
         except UserError as error:
             raise UserError(f"the bucket {name} of data.path={run.data.place}: {error}") from None
-
-
-_ENCODERS = {"vae": "autoencoder", "text": "text encoder"}
-
-
-def _check_encoders(run: Run, given: Mapping[str, Params]) -> None:
-    """UserError when the data holds what other encoders made than those of this run, or made otherwise.
-
-    Compared are the encoders in `given` (of `Run.weights`, or those restored), `task.vae.scale` and `task.template` with
-    what the data says in `made_with`; also the tokeniser beside the text encoder, where there is one.
-    """
-    made, path, about = run.data.made_with(), run.data.place, run.task.about
-    for key, name in _ENCODERS.items():
-        tree = given.get(key, given.get("", {}).get(key))
-        if key not in made or tree is None:
-            continue
-        here = weights.encoder_digest(tree)
-        if here != made[key]:
-            field = f"weights.{key}={run.weights[key]}" if run.weights and key in run.weights else "the run's weights"
-            raise UserError(
-                f"data.path={path} holds latents made by another {name} (digest {made[key]}) than {field} (digest {here}); "
-                f"encode the images again with `zoo prepare --encode {key}=...`, or name that {name} in weights.{key}"
-            )
-    vae = about.networks.get("vae")
-    if vae is not None and "vae_scale" in made:
-        scale = str(None if vae.task.scale is None else float(vae.task.scale))
-        if scale != made["vae_scale"]:
-            raise UserError(
-                f"task.vae.scale={scale}, but the latents in data.path={path} were made with {made['vae_scale']}; set "
-                f"task.vae.scale={made['vae_scale']}, or encode the images again"
-            )
-    if about.captions is None:
-        return
-    if "tokenizer" in made:
-        _check_tokenizer(run, made["tokenizer"])
-    if (template := about.captions.template) != made.get("template", template):
-        aspects = "without" if made["template"] == "aspect" else "with"
-        raise UserError(
-            f"task.template={template!r}, but the captions in data.path={path} were encoded with {made['template']!r}; set "
-            f"task.template={made['template']}, or encode them again {aspects} --aspects"
-        )
-
-
-def _check_tokenizer(run: Run, made: str) -> None:
-    """UserError when the tokeniser beside the run's text encoder is another than that of the data's captions."""
-    try:
-        found = next((home for home in models.homes(None, run.weights) if models.has_tokenizer(home)), None)
-        here = None if found is None else models.tokenizer_digest(found)
-    except UserError:  # a resumed run does without the folder
-        return
-    if here not in (None, made):
-        raise UserError(
-            f"data.path={run.data.place} holds captions of another tokeniser (digest {made}) than {found}/{models.TOKENIZER} "
-            f"(digest {here}), beside weights.text; encode the captions again with `zoo prepare --encode text={found}`, or "
-            "put the file there that they were encoded with"
-        )
 
 
 def _first(run: Run, state: State, given: Mapping[str, Params], where: Any) -> State:
@@ -482,21 +427,20 @@ def train(
             if not run.data.made_up:
                 needed = [key for key, network in run.task.about.networks.items() if network.required]
                 models.check_filled(run, filled, needed)
-            _check_encoders(run, given)
+            check_encoders(run, given)
         del filled
-        checkpoints = state = about = None
+        checkpoints = snapshots = state = about = None
         if folder is not None:
             about = _claim(run, labels, folder, held)
             checkpoints = Checkpoints(folder, run.checkpoint.keep)
+            snapshots = Checkpoints(folder, None, inside="snapshots") if run.checkpoint.snapshots else None
             state = checkpoints.restore(abstract)
         if state is None:
             state = _first(run, init(run.seed), given, jax.tree.map(lambda x: x.sharding, abstract))
         else:
             _log.info("parameters: step %d of %s", int(state.step), run.workdir)
             made = run.data.made_with()  # large networks come off the devices for it
-            _check_encoders(
-                run, {k: hosts.fetch(state.params[k]) for k in _ENCODERS if k in made and k in state.params}
-            )
+            check_encoders(run, {k: hosts.fetch(state.params[k]) for k in ENCODERS if k in made and k in state.params})
         start = int(state.step)
         _check_profile(profile, run, start)
         report = Report(
@@ -519,15 +463,15 @@ def train(
                 try:
                     with hosts.guarded():  # the others hear of a failure before this process tidies up
                         state, history = _steps(
-                            run, state, step_fn, mesh, start, report, watch, trace, checkpoints, about, asked
+                            run, state, step_fn, mesh, start, report, watch, trace, checkpoints, snapshots, about, asked
                         )
                 finally:
                     trace.close()
-                    if checkpoints is not None:
-                        checkpoints.wait()
+                    for one in filter(None, (checkpoints, snapshots)):
+                        one.wait()
         finally:
-            if checkpoints is not None:
-                checkpoints.close()
+            for one in filter(None, (checkpoints, snapshots)):
+                one.close()
     return state, history
 
 
@@ -541,10 +485,12 @@ def _steps(
     watch: _Watch,
     trace: _Trace,
     checkpoints: Checkpoints | None,
+    snapshots: Checkpoints | None,
     about: Mapping[str, Any] | None,
     asked: threading.Event,
 ) -> tuple[State, list[dict[str, float]]]:
     history: list[dict[str, float]] = []
+    taken = hosts.told(snapshots.steps) if snapshots else []  # also after a step that is taken again
     feed = run.batches(start, dist.batch_sharding(mesh))
     try:
         for step in range(start + 1, run.steps + 1):
@@ -573,6 +519,9 @@ def _steps(
             if here and not stop:
                 with report.away():
                     here.save(step, state, about or {})
+            if snapshots and step % run.checkpoint.snapshots == 0 and step not in taken:
+                with report.away():
+                    snapshots.save(step, {"ema": state.ema}, about or {})
             for found in watch_now if last else ():
                 report.note(_summary(found, watch.kind))
             if stop and not last:

@@ -17,6 +17,7 @@ from zoo.draws import Use, key_of
 from zoo.task import Buffered, Options, Params, Prepares, Task, options_of
 from zoo.train import averages
 from zoo.train.averages import Average
+from zoo.weights.layout import boxed
 
 
 class State(PyTreeNode):
@@ -44,10 +45,14 @@ def split(task: Task, params: Params) -> tuple[Params, Params]:
 
 def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int | jax.Array, ema: Average) -> State:
     """A fresh state, leaves still boxed with their logical axes."""
+    return _begin(task, optimizer, task.init(key_of(seed, Use.PARAMETERS)), seed, ema)
+
+
+def _begin(
+    task: Task, optimizer: optax.GradientTransformation, params: Params, seed: int | jax.Array, ema: Average
+) -> State:
     # Of a leaf that starts as a Python number ("weakly typed") the first step would make another type, and compile twice.
-    params = jax.tree.map(
-        lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), task.init(key_of(seed, Use.PARAMETERS))
-    )
+    params = jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), params)
     trained, _ = split(task, params)
     zero = jnp.zeros((), jnp.int32)
     return State(
@@ -162,9 +167,9 @@ def abstract_state(
     ema: Average,
 ) -> State:
     """Shapes, dtypes and shardings of a state on `mesh`; nothing is allocated."""
-    boxed = jax.eval_shape(lambda: init_state(task, optimizer, 0, ema))
-    shardings = dist.shardings(boxed, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), dist.unbox(boxed), shardings)
+    state = jax.eval_shape(lambda params: _begin(task, optimizer, params, 0, ema), boxed(task))
+    shardings = dist.shardings(state, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), dist.unbox(state), shardings)
 
 
 def compile_init(init: Callable[[Any], State], where: Any) -> Callable[[Any], State]:

@@ -23,7 +23,7 @@ from zoo.weights.layout import few, flatten, matching, named_leaves, stacked, un
 
 FORMAT = 1  # of exports; a reader refuses any other
 
-_PROGRAMS = ("sampler", "features", "denoiser")  # what a portable program gives; its files are named so
+_PROGRAMS = ("sampler", "features", "denoiser", "energy")  # what a portable program gives; its files are named so
 _STABLEHLO = tuple(f"{name}.{end}" for name in _PROGRAMS for end in ("bin", "json"))
 _EXPORT = (
     "model.safetensors",
@@ -206,7 +206,7 @@ def export_stablehlo(
     versions of jax; weights and config are what lasts. UserError when `folder` is no export yet.
 
     Args:
-        programs: by name, "sampler", "features" or "denoiser".
+        programs: by name, "sampler", "features", "denoiser" or "energy".
     """
     if not (Path(folder) / "model.safetensors").is_file():
         raise UserError(
@@ -250,7 +250,7 @@ def load_stablehlo(folder: str | Path, name: str | None = None) -> Callable[...,
     """A program that `export_stablehlo` wrote: a function of the parameters of `load` and the other arguments.
 
     Args:
-        name: "sampler", "features" or "denoiser"; None: the first of these that is there.
+        name: "sampler", "features", "denoiser" or "energy"; None: the first of these that is there.
     """
     from jax import export
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -104,12 +105,22 @@ def encoder_digest(params: Mapping[str, Any]) -> str:
 
 def abstract(task: Task) -> Params:
     """Shapes and dtypes of `task.init` in the task's own layout, without axis boxes and without computing anything."""
+    return jax.tree.map(_unbox, boxed(task), is_leaf=lambda x: hasattr(x, "unbox"))
 
-    def init() -> Params:
-        boxed = task.init(jax.random.key(0))
-        return jax.tree.map(_unbox, boxed, is_leaf=lambda x: hasattr(x, "unbox"))
 
-    return jax.eval_shape(init)
+def boxed(task: Task) -> Params:
+    """The same with axis boxes. Kept for tasks that are values: tracing a deep network takes seconds, and commands ask often."""
+    value: Any = task
+    try:
+        hash(value)
+    except TypeError:
+        return _kept.__wrapped__(value)
+    return _kept(value)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept(task: Task) -> Params:
+    return jax.eval_shape(lambda: task.init(jax.random.key(0)))
 
 
 def _is_dict(node: Any) -> bool:

@@ -17,7 +17,7 @@ from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.levels import LogNormal
 from zoo.diffusion.precondition import Precondition
 from zoo.diffusion.sampling import DenoiserSampling, clipped, sampled
-from zoo.encoders.vae import HOW, AutoEncoder, sd
+from zoo.encoders.vae import AutoEncoder, sd
 from zoo.errors import UserError
 from zoo.fields import Below1, Dtype, Layers, Positive, Share, Side, Size, SizeOr0, Some, check_fields
 from zoo.nn.attention import Backend, check_backend
@@ -25,6 +25,7 @@ from zoo.nn.transformer import Remat
 from zoo.papers.edm2.networks import Linear, MagnitudeUNet, fourier, unit
 from zoo.task import About, Batch, Decodes, Name, Network, Params, image_spec, sample_keys
 
+_HOW = "import the published one with `zoo import edm2/sd_vae FILE OUT`"  # whose latents have units of their own
 _LICENCE = (
     "the published EDM2 weights are under CC BY-NC-SA 4.0, which also binds converted files: no commercial use, name the "
     "authors, share alike"
@@ -129,7 +130,7 @@ class Edm2:
         """Fourier frequencies and phases are drawn once and stay."""
         return About(
             classes=self.classes,
-            networks={"vae": Network(self.vae, Decodes, how=HOW)} if self.vae else {},
+            networks={"vae": Network(self.vae, Decodes, how=_HOW)} if self.vae else {},
             buffers=("fourier",),
             licence=_LICENCE,
         )

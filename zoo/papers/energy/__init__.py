@@ -7,6 +7,6 @@ the truth.
 """
 
 from zoo.papers.energy.mixtures import Mixture, MixtureProduct, Mixtures, Mode
-from zoo.papers.energy.task import EnergyDistill, EnergyProduct
+from zoo.papers.energy.task import EnergyDistill, EnergyProduct, EnergyTilted
 
-__all__ = ["EnergyDistill", "EnergyProduct", "Mixture", "MixtureProduct", "Mixtures", "Mode"]
+__all__ = ["EnergyDistill", "EnergyProduct", "EnergyTilted", "Mixture", "MixtureProduct", "Mixtures", "Mode"]

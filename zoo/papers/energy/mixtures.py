@@ -26,6 +26,7 @@ from zoo.diffusion.levels import Levels
 from zoo.diffusion.potentials import Coordinate, HalfSpace, Potential, Powers, Product, Temper
 from zoo.diffusion.sampling import sampled
 from zoo.diffusion.smc import EnergySampling, Form, Islands, Particles, ParticleSampling, course, drawn, feynman_kac
+from zoo.diffusion.traces import chart
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, NotEmpty, Positive, Side, Some, check_fields
 from zoo.task import About, Batch, Params, sample_keys
@@ -118,8 +119,8 @@ class Mixture:
         n: int,
         conditions: Batch | None = None,
         options: EnergySampling | None = None,
-    ) -> dict[str, jax.Array]:
-        """`point` [n, 2]; point i depends on (rng, i) alone.
+    ) -> dict[str, Any]:
+        """`point` [n, 2], and of particles their `trace`; point i depends on (rng, i) alone.
 
         Args:
             rng: one key, or n keys.
@@ -127,7 +128,8 @@ class Mixture:
         """
         o = options or EnergySampling()
         if o.weighted:
-            return {"point": o.draw(rng, n, self.sigmas, [self.scored], (2,))}
+            point, trace = o.draw(rng, n, self.sigmas, lambda _: ([self.scored], []), (2,))
+            return {"point": point, "trace": trace}
         denoise = functools.partial(self.denoise, params)
         return {"point": sampled(denoise, self.sigmas, (2,), sample_keys(rng, n), None, o)}
 
@@ -177,10 +179,12 @@ class MixtureProduct:
         n: int,
         conditions: Batch | None = None,
         options: ParticleSampling | None = None,
-    ) -> dict[str, jax.Array]:
-        """`point` [n, 2], as of a mixture."""
+    ) -> dict[str, Any]:
+        """`point` [n, 2] and its `trace`, as of a mixture."""
         o = options or ParticleSampling()
-        return {"point": o.draw(rng, n, self.sigmas, [part.scored for part in self.parts], (2,), [Product()])}
+        target = [part.scored for part in self.parts], [Product()]
+        point, trace = o.draw(rng, n, self.sigmas, lambda _: target, (2,))
+        return {"point": point, "trace": trace}
 
 
 def _isotropic(*modes: tuple[float, tuple[float, float], float]) -> Mixture:
@@ -283,15 +287,16 @@ class Mixtures:
         check_fields(self)
 
     def run(self) -> dict[str, Any]:
-        """Writes mixtures.json, mixtures.md and mixtures.png into `out`; returns the first.
+        """Writes mixtures.json, mixtures.md, mixtures.png and traces.png into `out`; returns the first.
 
         UserError where `out` is no folder of such results.
         """
         out = folder(self.out, _RESULT, "compared mixtures")
-        rows, panels = [], []
+        rows, panels, traces = [], [], {}
         for target in TARGETS:
             found = {method: self._drawn(target, method) for method in ("naive", *_FORMS)}
             weights, log_normaliser = target.truth
+            traces[target.name] = {method: islands.trace for method, (islands, _) in found.items() if method != "naive"}
             for method, (islands, x) in found.items():
                 row = self._row(target, islands, x, weights, log_normaliser, method != "naive")
                 rows.append({"target": target.name, "method": method, **row})
@@ -301,9 +306,10 @@ class Mixtures:
         files.write(out / _RESULT, json.dumps(figures, indent=1) + "\n")
         written = _table(rows)
         files.write(out / "mixtures.md", written)
-        buffer = io.BytesIO()
-        _sheet(panels).save(buffer, "PNG")
-        files.write(out / "mixtures.png", buffer.getvalue())
+        for name, picture in (("mixtures.png", _sheet(panels)), ("traces.png", chart(traces))):
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            files.write(out / name, buffer.getvalue())
         _log.info("means over %d islands of %d particles, %d levels:\n%s", self.seeds, self.count, self.levels, written)
         return {**figures, "out": str(out)}
 
@@ -334,16 +340,14 @@ class Mixtures:
         log_normaliser: float,
         weighted: bool,
     ) -> dict[str, Any]:
-        modes, trace = target.parts[0].modes, islands.trace
+        modes, trace = target.parts[0].modes, islands.trace.figures()
         found = share(modes, np.asarray(islands.x), np.asarray(jax.nn.softmax(islands.log_weights)))
-        error = np.asarray(trace.log_normaliser) - log_normaliser
+        error = trace["log_normaliser"] - log_normaliser
         return {
             "tv": float(distance(found, weights).mean()),
             "tv_std": float(distance(found, weights).std()),
             "log_normaliser": float(error.mean()) if weighted else None,
-            "ess": float(trace.ess.min(1).mean()),
-            "resampled": float(trace.resampled.sum(1).mean()),
-            "roots": float(trace.roots[:, -1].mean()),
+            **{name: float(trace[name].mean()) for name in ("ess", "resampled", "roots")},
         }
 
 

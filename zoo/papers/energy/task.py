@@ -1,4 +1,4 @@
-"""Energies learned with the network of a denoiser, from a trained teacher or from data; and products of them.
+"""Energies learned with the network of a denoiser, from a trained teacher or from data; products of them, and tilts by a classifier.
 
 B examples; x = x0 + sigma n; s the standard deviation of the data. With z = x / sqrt(sigma^2 + s^2) and a network h,
 
@@ -19,13 +19,15 @@ import jax.numpy as jnp
 
 from zoo.diffusion.energies import Scored, denoised, scored
 from zoo.diffusion.levels import LogNormal
-from zoo.diffusion.potentials import Product
+from zoo.diffusion.potentials import Classifier, Potential, Product
 from zoo.diffusion.precondition import Precondition
-from zoo.diffusion.sampling import clipped, sampled
+from zoo.diffusion.sampling import Conditions, classless, clipped, guidance_of, sampled
 from zoo.diffusion.smc import EnergySampling, Form, ParticleSampling
 from zoo.errors import UserError
 from zoo.fields import Below1, Some, check_fields
-from zoo.task import About, Batch, Denoises, Energetic, Network, Params, sample_keys, speed
+from zoo.task import About, Batch, Classifies, Denoises, Energetic, Network, Params, sample_keys, speed
+
+_ALIKE = ("head", "network")  # what makes an energy of parameters
 
 
 @runtime_checkable
@@ -93,10 +95,13 @@ class EnergyDistill:
         found: dict[str, jax.ShapeDtypeStruct] = self.network.spec(batch)
         return found
 
+    def fresh(self, rng: jax.Array) -> Params:
+        """Fresh parameters of the network, all that an energy needs."""
+        return {"net": self.network.init(rng)["net"]}
+
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters of the network, and of the teacher."""
-        fresh = {"net": self.network.init(rng)["net"]}
-        return {**fresh, "teacher": self.network.init(rng)} if self.target == "teacher" else fresh
+        return {**self.fresh(rng), **({"teacher": self.network.init(rng)} if self.target == "teacher" else {})}
 
     def energy(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """[B] nats, float32, up to a constant of sigma and class; x [B, S, S, C], sigma a scalar or [B]."""
@@ -141,10 +146,9 @@ class EnergyDistill:
         loss = (Precondition("edm", self.network.data).weight(sigma) * square).mean()
         return loss, {"x0_error": jnp.sqrt(square.mean())}
 
-    def scored(self, params: Params, conditions: Batch | None, count: int) -> Scored:
-        """Energy and score of `count` particles for each condition."""
-        each = None if conditions is None else {k: jnp.repeat(v, count, 0) for k, v in conditions.items()}
-        return scored(lambda x, sigma: self.energy(params, x, sigma, each))
+    def scored(self, params: Params, conditions: Batch | None) -> Scored:
+        """Energy and score of particles under these conditions, a row for each."""
+        return scored(lambda x, sigma: self.energy(params, x, sigma, conditions))
 
     def sample(
         self,
@@ -153,9 +157,10 @@ class EnergyDistill:
         n: int,
         conditions: Batch | None = None,
         options: EnergySampling | None = None,
-    ) -> dict[str, jax.Array]:
-        """n images, by a solver, or by weighted particles where they are tempered or have potentials.
+    ) -> dict[str, Any]:
+        """n images, by a solver, or by weighted particles where they are asked for, tempered, or have potentials.
 
+        Particles are guided by weights as well: towards p(x | class)^(1 + w) p(x)^-w, which guided scores alone do not draw.
         Image i depends on (rng, i) alone.
 
         Args:
@@ -164,16 +169,23 @@ class EnergyDistill:
             options: None: the defaults.
 
         Returns:
-            `image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), and `label` [n] where given.
+            `image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), `label` [n] where given, and of particles a `trace`.
         """
         o, shape = options or EnergySampling(), self.spec(1)["image"].shape[1:]
         label = (conditions or {}).get("label") if self.about.classes else None
         told: Any = None if label is None else {"label": label}
-        if o.weighted:
-            image = o.draw(rng, n, self.sigmas, [self.scored(params, told, o.particles.count)], shape)
-        else:
+        if not o.weighted:
             image = sampled(functools.partial(self.denoise, params), self.sigmas, shape, sample_keys(rng, n), told, o)
-        return {"image": clipped(image), **(told or {})}
+            return {"image": clipped(image), **(told or {})}
+
+        def target(given: Conditions) -> tuple[list[Scored], list[Potential]]:
+            strong = self.scored(params, given)
+            if not (weight := guidance_of(o.guidance, given).weight):
+                return [strong], []
+            return [strong, self.scored(params, classless(given or {}))], [Product((1 + weight, -weight))]
+
+        image, trace = o.draw(rng, n, self.sigmas, target, shape, told)
+        return {"image": clipped(image), **(told or {}), "trace": trace}
 
 
 @dataclass(frozen=True)
@@ -208,7 +220,7 @@ class EnergyProduct:
         how = "train one for each, e.g. `zoo train energy/digits:low` and `zoo train energy/digits:high`"
         return About(
             networks={
-                f"part{i}": Network(part, Energetic, how=how, entry=f"weights.part{i}=RUN")
+                f"part{i}": Network(part, Energetic, _ALIKE, how=how, entry=f"weights.part{i}=RUN")
                 for i, part in enumerate(self.parts)
             }
         )
@@ -224,7 +236,7 @@ class EnergyProduct:
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters of the parts, which are meant to come from `Run.weights`."""
-        return {f"part{i}": {"net": part.network.init(rng)["net"]} for i, part in enumerate(self.parts)}
+        return {f"part{i}": part.fresh(rng) for i, part in enumerate(self.parts)}
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """UserError: there is none."""
@@ -232,9 +244,9 @@ class EnergyProduct:
             "a product of energies has nothing to train; draw from it with `zoo sample CONFIG weights.part0=RUN ...`"
         )
 
-    def energies(self, params: Params, count: int) -> list[Scored]:
-        """Energy and score of each part, as particles take them."""
-        return [part.scored(params[f"part{i}"], None, count) for i, part in enumerate(self.parts)]
+    def target(self, params: Params, given: Conditions = None) -> tuple[list[Scored], list[Potential]]:
+        """Energy and score of each part, as particles take them, and their product."""
+        return [part.scored(params[f"part{i}"], None) for i, part in enumerate(self.parts)], [Product()]
 
     def sample(
         self,
@@ -243,13 +255,95 @@ class EnergyProduct:
         n: int,
         conditions: Batch | None = None,
         options: ProductSampling | None = None,
-    ) -> dict[str, jax.Array]:
-        """`image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed); image i depends on (rng, i) alone.
+    ) -> dict[str, Any]:
+        """`image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), and its `trace`; image i depends on (rng, i) alone.
 
         Args:
             rng: one key, or n keys.
             options: None: the defaults.
         """
         o, shape = options or ProductSampling(), self.spec(1)["image"].shape[1:]
-        image = o.draw(rng, n, self.sigmas, self.energies(params, o.particles.count), shape, [Product()])
-        return {"image": clipped(image)}
+        image, trace = o.draw(rng, n, self.sigmas, functools.partial(self.target, params), shape)
+        return {"image": clipped(image), "trace": trace}
+
+
+@dataclass(frozen=True)
+class EnergyTilted:
+    """An energy without classes, tilted to a class by a classifier: p(x) p(class | x). There is nothing to train."""
+
+    energy: EnergyDistill
+    classifier: Annotated[Any, Classifies]  # of images without noise; it sees what the energy takes a particle for
+
+    Sampling = ParticleSampling
+
+    def __post_init__(self) -> None:
+        check_fields(self, "task.")
+        image, other = (task.spec(1)["image"].shape[1:] for task in (self.energy, self.classifier))
+        if image != other:
+            raise UserError(
+                f"task.energy is of images of {image} and task.classifier of {other}; take two of one shape"
+            )
+
+    @property
+    def about(self) -> About:
+        """Both are held; classes are the classifier's."""
+        one = Network(
+            self.energy, Energetic, _ALIKE, how="train one, e.g. `zoo train energy/digits`", entry="weights.energy=RUN"
+        )
+        two = Network(
+            self.classifier,
+            Classifies,
+            how="train one, e.g. `zoo train part/finetune_digits:scratch`",
+            entry="weights.classifier=RUN",
+        )
+        return About(classes=self.classifier.about.classes, networks={"energy": one, "classifier": two})
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """Lowest and highest level."""
+        return self.energy.sigmas
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """`image` [B, S, S, C] and `label` [B]."""
+        found: dict[str, jax.ShapeDtypeStruct] = self.classifier.spec(batch)
+        return found
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters, which are meant to come from `Run.weights`."""
+        return {"energy": self.energy.fresh(rng), "classifier": self.classifier.init(rng)}
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """UserError: there is none."""
+        raise UserError(
+            "a tilted energy has nothing to train; train its energy and its classifier, and draw with `zoo sample CONFIG`"
+        )
+
+    def sample(
+        self,
+        params: Params,
+        rng: jax.Array,
+        n: int,
+        conditions: Batch | None = None,
+        options: ParticleSampling | None = None,
+    ) -> dict[str, Any]:
+        """As of an energy; image i depends on (rng, i) and its label alone.
+
+        Args:
+            rng: one key, or n keys.
+            conditions: `label` [n]; negative numbers for any class. None: any.
+            options: None: the defaults.
+        """
+        o, shape = options or ParticleSampling(), self.spec(1)["image"].shape[1:]
+        label = (conditions or {}).get("label")
+        told: Any = {"label": jnp.full(n, -1) if label is None else label}
+
+        def target(given: Any) -> tuple[list[Scored], list[Potential]]:
+            def logits(x0: jax.Array) -> jax.Array:
+                found: jax.Array = self.classifier.logits(params["classifier"], {"image": x0})
+                return found
+
+            classifier = Classifier(logits, given["label"], self.energy.network.data)
+            return [self.energy.scored(params["energy"], None)], [classifier]
+
+        image, trace = o.draw(rng, n, self.sigmas, target, shape, told)
+        return {"image": clipped(image), **({} if label is None else told), "trace": trace}
