@@ -18,7 +18,9 @@ from zoo.train.loop import train
 SHIPPED = paths.shipped()
 
 
-@pytest.mark.parametrize(("name", "figure"), [("tarflow-digits", "bpd"), ("edm-digits", "denoising"), ("dart-digits", "mse_6")])
+@pytest.mark.parametrize(
+    ("name", "figure"), [("tarflow-digits", "bpd"), ("edm-digits", "denoising"), ("dart-digits", "mse_6")]
+)
 def test_the_shipped_weights_are_what_their_card_says(name: str, figure: str) -> None:
     folder = SHIPPED[name]
     assert sum(p.stat().st_size for p in folder.iterdir()) < (2 if name == "tarflow-digits" else 1) * 2**20

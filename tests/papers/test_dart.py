@@ -172,7 +172,7 @@ def test_a_block_changes_no_noisier_one_by_one_bit(mask: str) -> None:
 @pytest.mark.parametrize(
     "task",
     [
-        *(dataclasses.replace(task, predict="v") for task in MASKS.values()),
+        *(dataclasses.replace(task, target="v") for task in MASKS.values()),
         dataclasses.replace(MASKS["blocks"], scan=False),
         dataclasses.replace(MASKS["same"], scan=False, fed="chain"),
         dataclasses.replace(MASKS["tokens"], scan=False, depth=1),
@@ -262,14 +262,14 @@ def test_the_loss_is_the_weighted_error_and_that_of_v() -> None:
     x0 = np.asarray(TASK.tokens(batch["latent"]), np.float64)
     np.testing.assert_allclose(TASK.image(TASK.tokens(batch["latent"])), batch["latent"], atol=1e-6)
     assert float(jax.jit(TASK.loss)(fresh(TASK), batch, rng)[0]) == pytest.approx(np.square(x0).mean(), rel=1e-5)
-    task = dataclasses.replace(TASK, predict="v", cap=None, drop=0.0)
+    task = dataclasses.replace(TASK, target="v", cap=None, drop=0.0)
     params, seen = randomised(task), TASK.conditions({}, batch)
     p, eps = task.process, jax.random.normal(jax.random.split(rng, 3)[1], (4, 3, 4, 4))
     abar = p.abar[:, None, None]
     copies = task.copies(task.tokens(batch["latent"]), eps)
     y = np.einsum("ts,bskd->btkd", p.to_chain, np.asarray(copies, np.float64))
     v = np.sqrt(abar) * (y - np.sqrt(abar) * x0[:, None]) / np.sqrt(1 - abar) - np.sqrt(1 - abar) * x0[:, None]
-    output = jax.jit(dataclasses.replace(task, predict="x0").estimates)(params, copies, None, seen)[0]
+    output = jax.jit(dataclasses.replace(task, target="x0").estimates)(params, copies, None, seen)[0]
     wanted = np.square(np.asarray(output, np.float64) - v).mean()
     loss, metrics = jax.jit(task.loss)(params, batch, rng)
     assert float(loss) == pytest.approx(wanted, rel=1e-3)

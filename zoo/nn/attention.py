@@ -143,8 +143,8 @@ def _staged(q: jax.Array, k: jax.Array, v: jax.Array, stages: Stages) -> jax.Arr
     """By parts, each with the keys that it sees; equal stages that see themselves alone are further examples."""
     sizes = {len(list(tokens)) for _, tokens in itertools.groupby(stages.of)}
     if stages.same and len(sizes) == 1:
-        alone = _xla(*(x.reshape(-1, *sizes, *x.shape[2:]) for x in (q, k, v)), causal=False)
-        return alone.reshape(q.shape)
+        rows = [x.reshape(-1, *sizes, *x.shape[2:]) for x in (q, k, v)]
+        return _xla(rows[0], rows[1], rows[2], False).reshape(q.shape)
     mask, found = stages.mask, []
     for begin, end, first in stages.parts:
         seen = mask[begin:end, first:end]

@@ -60,7 +60,9 @@ class Context(Metric):
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """`mse_I` of each copy with its standard error over examples, `swapped_I`, and `rise_I`, their ratio less 1."""
-        errors, plain, swapped, first = _errors(task), [], [], 0
+        errors, first = _errors(task), 0
+        plain: list[np.ndarray] = []
+        swapped: list[np.ndarray] = []
         for batch, count in epoch(
             data, self.batch, split=self.split, spec=task.spec(self.batch), limit=self.limit, seed=0
         ):

@@ -18,7 +18,7 @@ from zoo.diffusion.sampling import noises
 from zoo.dist import whole
 from zoo.encoders.inputs import Inputs
 from zoo.errors import UserError, check_divisor
-from zoo.fields import Count, Dtype, Layers, NonNegative, Positive, Side, Size, check_fields
+from zoo.fields import Count, Dtype, Layers, NonNegative, Offset, Positive, Side, Size, check_fields
 from zoo.flows.inverse import Stepper, sequential
 from zoo.nn.attention import Backend, check_backend, reaches, reaching
 from zoo.nn.embed import patchify, unpatchify
@@ -61,7 +61,7 @@ class Dart(Inputs):
     )
     mask: Mask = "blocks"  # who sees whom; tokens: DART-AR, one token after the other; same: no block sees another
     fed: Literal["copies", "chain"] = "copies"  # chain: the sample of the Markov chain in the place of each copy
-    predict: Literal["x0", "v"] = "x0"  # what the network's output is; v: of the chain, whose samples know all copies
+    target: Literal["x0", "v"] = "x0"  # what the network's output is; v: of the chain, whose samples know all copies
     cap: Positive | None = 10.0  # of the weight SNR + 1 of a block's error; None: none, which is |v|^2
     head: Literal["gauss", "flow"] = (
         "gauss"  # how the next copy follows; flow: DART-FM, which moves each token on from there
@@ -75,7 +75,7 @@ class Dart(Inputs):
     head_dim: Size = 64
     base: Positive = 10_000.0  # of the rotations: the slowest turns by 1 / base a step
     gated: bool = True  # SwiGLU; False: GELU
-    centre: float = 0.0  # of what is modelled, taken away
+    centre: Offset = 0.0  # of what is modelled, taken away
     spread: Positive = 1.0  # likewise, divided by: the process is made for numbers of variance 1
     dtype: Dtype = "float32"  # of hidden layers; x0 and losses stay float32
     scan: bool = True  # scan over the layers; False unrolls
@@ -208,7 +208,8 @@ class Dart(Inputs):
         if self.mask == "tokens":
             assert clean is not None
             x = jnp.concatenate([x, clean], 1)
-        out, hidden, _ = self._net.apply({"params": params["net"]}, x, condition)
+        made: Any = self._net.apply({"params": params["net"]}, x, condition)
+        out, hidden, _ = made
         if self.mask == "tokens":
             out, hidden = (y[:, k - 1 : -1] for y in (out, hidden))
         out, hidden = out.reshape(b, t, k, d), hidden.reshape(b, t, k, -1)
@@ -216,7 +217,7 @@ class Dart(Inputs):
         return self._x0(out, chain, abar), hidden
 
     def _x0(self, out: jax.Array, chain: jax.Array, abar: Any) -> jax.Array:
-        return out if self.predict == "x0" else jnp.sqrt(abar) * chain - jnp.sqrt(1 - abar) * out
+        return out if self.target == "x0" else jnp.sqrt(abar) * chain - jnp.sqrt(1 - abar) * out
 
     @property
     def _weights(self) -> np.ndarray:
@@ -255,14 +256,16 @@ class Dart(Inputs):
         target = jnp.concatenate([copies[:, 1:], x0[:, None]], 1)
         time = jax.random.uniform(time_rng, copies.shape[:-1])
         z = proposal + time[..., None] * (target - proposal)
-        velocity = self._head.apply({"params": params["head"]}, z, time, hidden)
+        velocity: Any = self._head.apply({"params": params["head"]}, z, time, hidden)
         return jnp.square(velocity - (target - proposal)).mean()
 
     def _moved(self, params: Params, x: jax.Array, hidden: jax.Array) -> jax.Array:
         """Proposals [n, K, D] carried to the next copy by Euler's method."""
 
         def step(x: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
-            velocity = self._head.apply({"params": params["head"]}, x, jnp.broadcast_to(time, x.shape[:-1]), hidden)
+            velocity: Any = self._head.apply(
+                {"params": params["head"]}, x, jnp.broadcast_to(time, x.shape[:-1]), hidden
+            )
             return x + velocity / self.head_steps, None
 
         return jax.lax.scan(step, x, jnp.arange(self.head_steps) / self.head_steps)[0]
@@ -352,7 +355,8 @@ class Dart(Inputs):
         own = whole(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
         rows, prefix = (2 * n if o.guidance else n), self.layout.prefix
         if o.guidance:
-            seen = jnp.concatenate([seen, self.conditions(params, batch, jnp.ones(n, bool))])
+            both: Any = seen, self.conditions(params, batch, jnp.ones(n, bool))
+            seen = jnp.concatenate(both)
 
         def apply(x: jax.Array | None, *given: Any) -> Any:
             return net.apply({"params": own}, x, *given)
@@ -385,8 +389,8 @@ class Dart(Inputs):
             move: (proposal [n, K, D], hidden states) -> the next copy; None: it is the proposal.
         """
         process, size, prefix = self.process, self.layout.size, self.layout.prefix
-        rows = (process.sums, process.scales, process.abar, *self._proposals)
-        rows = (jnp.arange(self.steps), *(jnp.asarray(row, jnp.float32) for row in rows))
+        of_copies = (process.sums, process.scales, process.abar, *self._proposals)
+        rows = (jnp.arange(self.steps), *(jnp.asarray(row, jnp.float32) for row in of_copies))
 
         def step(carry: Any, row: Any) -> tuple[Any, None]:
             (x, total, kept), (i, own, scale, abar, signal, noise) = carry, row
