@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import figures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from zoo.papers.dart.metrics import Context
 from zoo.papers.dart.process import Nomad
 from zoo.papers.dart.task import DartSampling, Reader
 from zoo.task import Denoises, Samples, sample_keys
+from zoo.train.loop import train
 
 SCHEDULES = ("copies", "chain")
 
@@ -437,3 +439,28 @@ def test_the_flow_head_draws_tokens_that_no_gaussian_step_does(seed: int) -> Non
     with_head, without = (energy_distance(np.asarray(x).reshape(-1, 2), real) for x in (moved, plain))
     print(f"seed {seed}: energy distance {with_head:.4f} with the flow head, {without:.4f} without")
     assert with_head < 0.3 * without, (with_head, without)
+
+
+@pytest.mark.slow
+def test_digits_use_their_history(tmp_path: Path) -> None:
+    """Two seeds beside the blind control: a quarter of an hour on two free cores."""
+    found: dict[str, list[dict[str, Any]]] = {"config": [], "blind": []}
+    for seed, (entry, rows) in itertools.product((0, 1), found.items()):
+        run = dataclasses.replace(
+            config.load(f"dart/digits:{entry}"), seed=seed, workdir=str(tmp_path / f"{entry}{seed}")
+        )
+        train(run, quiet=True)
+        rows.append(figures.of_run(tmp_path / f"{entry}{seed}"))
+
+    def mean(entry: str, key: str) -> np.ndarray:
+        return np.mean([[row[f"{key}_{i}"] for i in range(1, 7)] for row in found[entry]], 0)
+
+    own, blind = mean("config", "mse"), mean("blind", "mse")
+    gain = 1 - own / blind
+    print(own, blind, gain, mean("config", "rise"), [row["frechet"] for rows in found.values() for row in rows])
+    assert (np.diff(own) < 0).all()
+    assert gain[3:].min() >= 0.04
+    assert gain[3:].mean() >= 0.07
+    assert min(row[f"rise_{i}"] for row in found["config"] for i in (4, 5, 6)) >= 0.15
+    assert not mean("blind", "rise").any()
+    assert max(row["frechet"] for row in found["config"]) < min(row["frechet"] for row in found["blind"])
