@@ -27,6 +27,7 @@ HEADS = {
     "noisy_latent_bits_per_dim": "bits of noisy latents, held out",
     "gaussian_noisy_latent_bits_per_dim": "Gaussian on noisy latents",
     "denoising": "denoising error, held out",
+    "mse_6": "error at the sixth copy, held out",
     "accuracy": "accuracy of Bayes' rule",
     "histogram_bpd": "histogram",
     "gaussian_bpd": "Gaussian",

@@ -40,6 +40,8 @@ INSIDE = {
     "zoo.diffusion.traces": "",
     "zoo.flows.inverse": "Chain",
     "zoo.flows.stack": "",
+    "zoo.papers.dart.model": "Layout",
+    "zoo.papers.dart.process": "Nomad",
     "zoo.papers.tarflow_lm.model": "Flow",
     "zoo.metrics.frechet": "Moments",
     "zoo.metrics.samples": "Drawer",

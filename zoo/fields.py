@@ -39,6 +39,7 @@ Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Below1: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]  # a share that leaves something
 Positive: TypeAlias = Annotated[float, Meta(gt=0)]
 NonNegative: TypeAlias = Annotated[float, Meta(ge=0)]
+Offset: TypeAlias = Annotated[float, Meta(ge=-1e6, le=1e6)]  # of data, taken away
 NotEmpty: TypeAlias = Annotated[str, Meta(min_length=1)]  # a name or a path that has to be given
 T = TypeVar("T")
 Some: TypeAlias = Annotated[tuple[T, ...], Meta(min_length=1)]

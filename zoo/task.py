@@ -328,7 +328,7 @@ class Cached(Protocol):
     """Knows what its sampler keeps: `zoo show`, `zoo bench`."""
 
     def cache_bytes(self, n: int, guided: bool = True) -> dict[str, int]:
-        """Bytes of the key/value caches of a `deep` and a `shallow` block while n samples are drawn."""
+        """Bytes of the key/value caches while n samples are drawn: of a `deep` and a `shallow` block of a flow, or of `all`."""
         ...
 
 

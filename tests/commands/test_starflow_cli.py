@@ -416,7 +416,7 @@ def test_show_tells_the_memory_of_the_caches(capsys):
     tokens, width = 512 * 512, 24  # keys and values of one layer, float32, the deep block also of the unguided half
     deep, shallow = (2 * rows * (tokens + seen) * width * 4 / 2**30 for rows, seen in ((8, 24), (4, 0)))
     assert f"while 4 samples are drawn with guidance, one block at a time: {deep:.3g} GiB for the deep block" in said
-    assert f"{shallow:.3g} GiB for a shallow one" in said
+    assert f"{shallow:.3g} GiB for the shallow block" in said
     assert "while 16 samples" in ran(capsys, "show", "config.py")
     assert "key/value" not in ran(capsys, "show", "tarflow/digits:smoke")
 

@@ -22,6 +22,7 @@ from zoo.errors import UserError
 from zoo.flows import inverse
 from zoo.nn import attention
 from zoo.nn.attention import (
+    Stages,
     attend,
     attend_cached,
     clear_cache,
@@ -124,10 +125,95 @@ def test_a_kernel_that_takes_no_seen_says_so_on_every_device(backend: str, monke
         attend(q, k, v, causal=False, backend="auto", seen=jnp.asarray(SEEN))  # the plain products everywhere
 
 
-# the TPU kernel, step by step on a CPU
-
+# stages
 
 MIXED = dist.Mesh(data=1, fsdp=2, sequence=2, tensor=2)
+BLOCKS = (0,) * 3 + (1,) * 3 + (2,) * 3  # equal ones
+MIXED_STAGES = (0, 1, 2, 4, 4, 4, 7, 7, 8, 9)  # words, blocks of two sizes, words again
+
+
+def dense(q: jax.Array, k: jax.Array, v: jax.Array, mask: np.ndarray) -> jax.Array:
+    logits = jnp.where(mask, jnp.einsum("bthk,bshk->bhts", q, k) / q.shape[-1] ** 0.5, -jnp.inf)
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits), v)
+
+
+def seen_by(of: tuple[int, ...], same: bool) -> np.ndarray:
+    """By hand."""
+    mask = np.zeros((len(of), len(of)), bool)
+    for t, s in np.ndindex(mask.shape):
+        mask[t, s] = of[s] == of[t] or (of[s] < of[t] and not same)
+    return mask
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("of", [BLOCKS, MIXED_STAGES])
+def test_stages_have_the_values_and_gradients_of_a_dense_mask(
+    of: tuple[int, ...], same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_PART", 3)
+    stages, (q, k, v, by) = Stages(of, same), inputs(len(of))
+    np.testing.assert_array_equal(stages.mask, seen_by(of, same))
+    expected = values_and_gradients(lambda *x: dense(*x, stages.mask), q, k, v, by)
+    found = values_and_gradients(lambda *x: attend(*x, causal=False, stages=stages), q, k, v, by)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-6)
+
+
+def test_what_no_stage_sees_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def logits(of: tuple[int, ...], same: bool) -> int:
+        q, k, v, _ = inputs(len(of), batch=1, heads=1)
+        traced = jax.make_jaxpr(lambda *x: attend(*x, causal=False, stages=Stages(of, same)))(q, k, v)
+        return sum(e.outvars[0].aval.size for e in traced.jaxpr.eqns if e.primitive.name == "exp")
+
+    assert logits(BLOCKS, False) == 81  # of so few tokens all
+    monkeypatch.setattr(attention, "_PART", 3)
+    assert logits(BLOCKS, False) == seen_by(BLOCKS, False).sum() == 54
+    assert logits(BLOCKS, True) == 27
+    assert logits(MIXED_STAGES, False) == 3 * 3 + 3 * 6 + 3 * 9 + 1 * 10  # words come together
+
+
+@pytest.mark.parametrize(
+    ("sizes", "same", "mesh", "devices"),
+    [
+        ((100, 100, 100), False, None, 1),
+        ((100, 100, 100), True, None, 1),
+        ((64,) * 4, False, MIXED, 8),
+        ((50, 1, 1, 70, 80), False, dist.Mesh(data=1, sequence=2, tensor=2), 4),
+    ],
+)
+def test_the_tpu_kernel_takes_stages(sizes: tuple[int, ...], same: bool, mesh: dist.Mesh | None, devices: int) -> None:
+    stages = Stages(tuple(np.repeat(np.arange(len(sizes)), sizes).tolist()), same)
+    q, k, v, by = inputs(sum(sizes))
+    expected = values_and_gradients(lambda *x: dense(*x, stages.mask), q, k, v, by)
+    with on(mesh, devices):
+        found = values_and_gradients(lambda *x: splash(*x, causal=False, stages=stages, interpret=True), q, k, v, by)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
+
+
+def test_tokens_of_one_step_see_each_other_where_they_are_whole() -> None:
+    q, k, v, _ = inputs(9)
+    wanted = dense(q, k, v, seen_by(BLOCKS, False))
+    cache = init_cache(None, 4, 9, 2, 8, jnp.float32)
+    for index in (0, 3, 6):
+        step = slice(index, index + 3)
+        cache = write_cache(cache, k[:, step], v[:, step], index, None)
+        for at in (index, jnp.int32(index)):
+            found = attend_cached(q[:, step], cache, at, None, whole=True)
+            np.testing.assert_allclose(found, wanted[:, step], atol=1e-6)
+    assert np.abs(attend_cached(q[:, step], cache, index, None) - wanted[:, step]).max() > 1e-2
+
+
+def test_cudnn_knows_no_stages_and_auto_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in inputs(9))
+    monkeypatch.setattr(attention, "_has_cudnn", lambda device: True)
+    with pytest.raises(UserError, match=r"task\.attention='cudnn' knows no stages of tokens; set task\.attention=auto"):
+        attend(q, k, v, causal=False, backend="cudnn", stages=Stages(BLOCKS))
+    attend(q, k, v, causal=False, backend="auto", stages=Stages(BLOCKS))
+
+
+# the TPU kernel, step by step on a CPU
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,10 @@ def test_tokens_may_differ_and_a_cache_gives_the_same() -> None:
     same = jnp.repeat(MODULATION[:, None], 6, 1)
     whole = made.apply(params, H, modulation=MODULATION)[0]
     np.testing.assert_allclose(made.apply(params, H, modulation=same)[0], whole, atol=1e-6)
+    rows = jax.random.normal(jax.random.key(3), (2, 4, 48))  # of one token, of two, two and one
+    shared = block(**ALL, spans=(1, 2, 2, 1)).apply(params, H, modulation=rows)[0]
+    wanted = made.apply(params, H, modulation=rows[:, [0, 1, 1, 2, 2, 3]])[0]
+    np.testing.assert_allclose(shared, wanted, atol=1e-6)
     own = same + jax.random.normal(jax.random.key(2), same.shape)
     wanted = made.apply(params, H, modulation=own)[0]
     cache: Any = init_cache(None, 2, 6, 2, 4, "float32")

@@ -153,10 +153,11 @@ def _facts(run: Run) -> list[str]:
     lines.append(f"one batch: {', '.join(f'{k} {v.dtype}{list(v.shape)}' for k, v in run.spec().items())}")
     if isinstance(run.task, Cached):
         n = run.samples.n or 16
-        deep, shallow = (run.task.cache_bytes(n)[block] / 2**30 for block in ("deep", "shallow"))
+        sizes = run.task.cache_bytes(n)
+        blocks = len(sizes) > 1
+        told = [f"{size / 2**30:.3g} GiB" + blocks * f" for the {name} block" for name, size in sizes.items()]
         lines.append(
-            f"key/value caches while {n} samples are drawn with guidance, one block at a time: {deep:.3g} GiB for the deep "
-            f"block, {shallow:.3g} GiB for a shallow one"
+            f"key/value caches while {n} samples are drawn with guidance{blocks * ', one block at a time'}: {', '.join(told)}"
         )
     lines += ["", "Precision"]
     lines.append(

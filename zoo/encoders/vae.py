@@ -11,21 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from msgspec import Meta
 
 from zoo.errors import UserError
-from zoo.fields import Dtype, Layers, NonNegative, Positive, Side, Size, Some, check_fields
+from zoo.fields import Dtype, Layers, NonNegative, Offset, Positive, Side, Size, Some, check_fields
 from zoo.nn.attention import attend
 from zoo.nn.layers import Conv, Dense, GroupNorm
 from zoo.task import About, Batch, Name, Params
 
-Offset = Annotated[float, Meta(ge=-1e6, le=1e6)]
 HOW = (
     "get the published one with `zoo import starflow/sd_vae FILE OUT`, or train a small one with "
     "`zoo train starflow/mnist_vae`"

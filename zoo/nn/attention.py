@@ -6,6 +6,7 @@ B batch, T tokens, H heads, K numbers per head.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -21,6 +22,7 @@ from zoo.fields import Dtype
 # cudnn is for NVIDIA GPUs in bfloat16, splash for TPUs; auto takes whichever the device has
 Backend: TypeAlias = Literal["auto", "xla", "cudnn", "splash"]
 _BLOCK = 512  # queries and keys that a TPU kernel holds at a time; fewer where there are fewer tokens
+_PART = 64  # queries that XLA computes together: fewer are slower than what they spare [two CPU cores, stages of 16]
 _LANES = 128  # numbers in a row of a TPU's vector registers: the smallest block
 
 
@@ -33,6 +35,34 @@ class Cache:
     v: jax.Array
     # slots that attention looks at, the first ones; None: all. Part of the type, so that programs are made for it.
     reach: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """Which tokens see each other, by a number for each: those of its own stage and of lower ones, or with `same` its own alone."""
+
+    of: tuple[int, ...]  # [T], never falling
+    same: bool = False
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [T, T], queries by keys."""
+        of = np.asarray(self.of)
+        return of[:, None] == of if self.same else of[:, None] >= of
+
+    @property
+    def parts(self) -> list[tuple[int, int, int]]:
+        """(first query, end, first key) of the parts in which XLA computes: a stage each, of small ones some together.
+
+        The queries of a part see no key behind its end, and with `same` none before its first query.
+        """
+        found, begin, end = [], 0, 0
+        for _, tokens in itertools.groupby(self.of):
+            end += len(list(tokens))
+            if end - begin >= _PART or end == len(self.of):
+                found.append((begin, end, begin if self.same else 0))
+                begin = end
+        return found
 
 
 def check_backend(name: Backend, dtype: Dtype) -> None:
@@ -51,6 +81,7 @@ def attend(
     causal: bool,
     backend: str = "xla",
     seen: jax.Array | None = None,
+    stages: Stages | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v with the softmax in float32.
 
@@ -61,12 +92,13 @@ def attend(
         backend: "xla" anywhere; "cudnn" on NVIDIA GPUs in bfloat16; "splash" on TPUs, which like cuDNN never holds the
             [T, T] logits; "auto" is whichever of these the device has.
         seen: bool [B, T], the keys that every query may look at; None: all. The kernels take none: "auto" is then "xla".
+        stages: in place of `causal`. XLA computes what is seen and no more; cuDNN takes none: "auto" is then "xla" on GPUs.
 
     Returns:
         [B, T, H, K] in the dtype of q.
 
     Raises:
-        UserError: the device in use has no such kernel, or the kernel takes no `seen`.
+        UserError: the device in use has no such kernel, or the kernel takes no `seen` or no stages.
     """
     if seen is not None and backend in ("cudnn", "splash"):
         raise UserError(f"task.attention={backend!r} cannot leave out keys (task.mask); set task.attention=auto or xla")
@@ -75,9 +107,11 @@ def attend(
     if seen is not None:
         backend = "xla"
     if backend == "auto":
-        cudnn = q.dtype == jnp.bfloat16 and _has_cudnn(device) and _cudnn_takes(q)
+        cudnn = stages is None and q.dtype == jnp.bfloat16 and _has_cudnn(device) and _cudnn_takes(q)
         backend = "splash" if device == "tpu" else "cudnn" if cudnn else "xla"
     if backend == "cudnn":
+        if stages is not None:
+            raise UserError("task.attention='cudnn' knows no stages of tokens; set task.attention=auto or xla")
         if not _has_cudnn(device):
             raise UserError("task.attention='cudnn' needs an NVIDIA GPU and there is none here; set task.attention=xla")
         if not _cudnn_takes(q):
@@ -89,8 +123,8 @@ def attend(
     if backend == "splash":
         if device != "tpu":
             raise UserError(f"task.attention='splash' is a TPU kernel and this is a {device}; set task.attention=auto")
-        return splash(q, k, v, causal=causal)
-    return _xla(q, k, v, causal, seen)
+        return splash(q, k, v, causal=causal, stages=stages)
+    return _xla(q, k, v, causal, seen) if stages is None else _staged(q, k, v, stages)
 
 
 def _has_cudnn(device: str) -> bool:
@@ -105,18 +139,42 @@ def _cudnn_takes(q: jax.Array) -> bool:
     return q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and (where is None or where[1] is None)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, seen: jax.Array | None = None) -> jax.Array:
+def _staged(q: jax.Array, k: jax.Array, v: jax.Array, stages: Stages) -> jax.Array:
+    """By parts, each with the keys that it sees; equal stages that see themselves alone are further examples."""
+    sizes = {len(list(tokens)) for _, tokens in itertools.groupby(stages.of)}
+    if stages.same and len(sizes) == 1:
+        rows = [x.reshape(-1, *sizes, *x.shape[2:]) for x in (q, k, v)]
+        return _xla(rows[0], rows[1], rows[2], False).reshape(q.shape)
+    mask, found = stages.mask, []
+    for begin, end, first in stages.parts:
+        seen = mask[begin:end, first:end]
+        found.append(_xla(q[:, begin:end], k[:, first:end], v[:, first:end], False, None if seen.all() else seen))
+    return jnp.concatenate(found, 1)
+
+
+def _xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, seen: jax.Array | np.ndarray | None = None
+) -> jax.Array:
+    """`seen`: bool [B, S], keys that count, or [T, S], queries by keys where it is of NumPy."""
     tokens, head_dim = q.shape[1], q.shape[-1]
     q = q * jnp.asarray(head_dim**-0.5, q.dtype)
     logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
     if causal:
         logits = jnp.where(jnp.tril(jnp.ones((tokens, tokens), bool)), logits, -jnp.inf)
     if seen is not None:
-        logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+        logits = jnp.where(seen if isinstance(seen, np.ndarray) else seen[:, None, None], logits, -jnp.inf)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret: bool = False) -> jax.Array:
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool,
+    stages: Stages | None = None,
+    interpret: bool = False,
+) -> jax.Array:
     """`attend` by JAX's block-sparse TPU kernel, on each device for its own examples, heads and queries.
 
     XLA cannot partition a custom kernel, so this is a `shard_map` over the mesh in use: a sequence axis shares out the
@@ -138,8 +196,12 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret:
     per = -(-tokens // (shards * _LANES)) * _LANES
     block = max(b for b in range(_LANES, min(_BLOCK, per) + 1, _LANES) if per % b == 0)
     padded = per * shards
-    if causal:  # what is filled up comes last, where no token looks
-        mask: Any = masks.CausalMask((padded, padded), shard_count=shards)
+    own = causal or stages is not None  # each device's queries see other keys
+    if stages is not None:  # what is filled up comes last, in a stage of its own
+        more = max(stages.of) + 1
+        mask: Any = masks.NumpyMask(Stages((*stages.of, *(more,) * (padded - tokens)), stages.same).mask)
+    elif causal:  # what is filled up comes last, where no token looks
+        mask = masks.CausalMask((padded, padded), shard_count=shards)
     else:  # the same on each device, so the kernel is told of one device's queries only
         seen = np.broadcast_to(np.arange(padded) < tokens, (per, padded))
         mask = masks.FullMask((per, padded)) if padded == tokens else masks.NumpyMask(seen)
@@ -156,13 +218,13 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret:
             block_kv_dq=block,
         ),
         head_shards=1,
-        q_seq_shards=shards if causal else 1,
+        q_seq_shards=shards if own else 1,
         interpret=interpret,
     )
 
     def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, T, K]
-        with jax.named_scope("causal" if causal else "full"):  # by which operations are counted
+        with jax.named_scope("causal" if own else "full"):  # by which operations are counted
             return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
 
     q = q * jnp.asarray(head_dim**-0.5, q.dtype)
@@ -171,7 +233,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, interpret:
         return local(kernel, q, k, v)[:, :tokens]
     whole = PartitionSpec(rows, None, groups, None)
     kernel_spec = kernel.manual_sharding_spec(
-        jax.sharding.NamedSharding(mesh, PartitionSpec(None, queries if causal else None))
+        jax.sharding.NamedSharding(mesh, PartitionSpec(None, queries if own else None))
     )
     # check_vma: the kernel says nothing of how its outputs vary over the mesh
     shared = jax.shard_map(local, in_specs=(kernel_spec, where, whole, whole), out_specs=where, check_vma=False)
@@ -218,21 +280,24 @@ def write_cache(cache: Cache, k: jax.Array, v: jax.Array, index: Any, layer: Any
     return dataclasses.replace(cache, k=put(cache.k, k), v=put(cache.v, v))
 
 
-def reaches(tokens: int) -> list[int]:
-    """Into which parts to cut a loop over `tokens`, as their ends, so that early tokens look at fewer slots (`reaching`).
+def reaches(count: int, size: int = 1) -> list[int]:
+    """Into which parts to cut a loop of `count` steps of `size` tokens each, as their ends, so that early tokens look at fewer
+    slots (`reaching`).
 
     On a TPU the slices are read in place: four loops over a quarter each read 5/8 of what one reads. Elsewhere they might
     be copied, which nobody has measured, and there is one loop.
     """
-    parts = min(4, tokens // (2 * _LANES)) if dist.platform() == "tpu" else 1
-    return [tokens * (i + 1) // parts for i in range(parts)] if parts > 1 else [tokens]
+    parts = min(4, count, count * size // (2 * _LANES)) if dist.platform() == "tpu" else 1
+    return [count * (i + 1) // parts for i in range(parts)] if parts > 1 else [count]
 
 
 def reaching(caches: Any, slots: int | None) -> Any:
     """Caches of any number of layers of which attention looks at the first `slots` only, in whole blocks of a TPU's rows."""
     slots = None if slots is None else -(-slots // _LANES) * _LANES
     return jax.tree.map(
-        lambda cache: dataclasses.replace(cache, reach=slots), caches, is_leaf=lambda x: isinstance(x, Cache)
+        lambda x: dataclasses.replace(x, reach=slots) if isinstance(x, Cache) else x,
+        caches,
+        is_leaf=lambda x: isinstance(x, Cache),
     )
 
 
@@ -241,11 +306,11 @@ def clear_cache(caches: Any, index: int) -> Any:
     return jax.tree.map(lambda x: jnp.where(jnp.arange(x.shape[-1]) < index, x, jnp.zeros((), x.dtype)), caches)
 
 
-def attend_cached(q: jax.Array, cache: Cache, index: Any, layer: Any) -> jax.Array:
+def attend_cached(q: jax.Array, cache: Cache, index: Any, layer: Any, *, whole: bool = False) -> jax.Array:
     """Attention of the tokens q [B, Q, H, K] at positions `index`, `index` + 1, ... to the cache up to their own.
 
-    A cache of fewer heads serves H over its number of consecutive query heads with each. With a plain integer for `index`
-    the slots behind the last query are not looked at.
+    With `whole` they see each other too, that is all up to the last of them. A cache of fewer heads serves H over its number of
+    consecutive query heads with each. With a plain integer for `index` the slots behind the last query are not looked at.
     """
     batch, queries, heads, head_dim = q.shape
     slots = index + queries if isinstance(index, int) else min(cache.reach or cache.k.shape[-1], cache.k.shape[-1])
@@ -259,6 +324,7 @@ def attend_cached(q: jax.Array, cache: Cache, index: Any, layer: Any) -> jax.Arr
     if queries > 1 and dist.platform() in ("cpu", "any"):  # where XLA has no such product of bfloat16 into float32
         q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     logits = jnp.einsum("bqhgk,bhkt->bhgqt", q, k, preferred_element_type=jnp.float32)
-    seen = jnp.arange(k.shape[-1]) <= (index + jnp.arange(queries))[:, None]
+    last = jnp.full(queries, queries - 1) if whole else jnp.arange(queries)
+    seen = jnp.arange(k.shape[-1]) <= (index + last)[:, None]
     weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(v.dtype)
     return jnp.einsum("bhgqt,bhkt->bqhgk", weights, v).reshape(batch, queries, heads, head_dim)

@@ -5,12 +5,15 @@ B batch, T tokens, W width.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from zoo.nn.attention import Stages
 from zoo.nn.layers import Table, zeros
 from zoo.nn.transformer import MLP, Attention, GatedMLP
 
@@ -30,6 +33,18 @@ def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, norm: Norm = "la
     return (h * (1 + scale) + shift).astype(x.dtype)
 
 
+def spread(x: jax.Array, spans: Sequence[int]) -> jax.Array:
+    """[B, G, W] for spans of neighbouring tokens -> [B, T, W], G numbers of tokens of sum T; one row stays one, for all."""
+    if x.shape[1] == 1:
+        return x
+    found, begin = [], 0
+    for span, group in itertools.groupby(spans):
+        count = len(list(group))
+        found.append(jnp.repeat(x[:, begin : begin + count], span, axis=1))
+        begin += count
+    return found[0] if len(found) == 1 else jnp.concatenate(found, 1)
+
+
 class ModulatedBlock(nn.Module):
     """Pre-norm attention and MLP, each shifted and scaled before and gated after by the condition; a block of `Trunk`.
 
@@ -46,6 +61,8 @@ class ModulatedBlock(nn.Module):
     qk_norm: bool = False
     dtype: str = "float32"
     backend: str = "xla"
+    stages: Stages | None = None  # which tokens see each other, in place of `causal`, where there is no cache
+    spans: tuple[int, ...] = ()  # neighbouring tokens that share a row of the modulation
 
     @nn.compact
     def __call__(
@@ -62,14 +79,18 @@ class ModulatedBlock(nn.Module):
         """h [B, T, W] -> h, cache.
 
         Args:
-            modulation: [B, 6 W], or [B, T, 6 W] where tokens differ: shift, scale and gate of attention, then of the MLP.
+            modulation: [B, 6 W], or [B, T, 6 W] where tokens differ (a row for each of `spans`, where there are any): shift,
+                scale and gate of attention, then of the MLP.
         """
         width = h.shape[-1]
         parts = modulation.reshape(*modulation.shape[:-1], 6, width)
         parts = parts + Table(6, width, start=zeros, name="modulation")()
         parts = parts if parts.ndim == 4 else parts[:, None]
-        shift0, scale0, gate0, shift1, scale1, gate1 = (parts[..., i, :] for i in range(6))
-        attention = Attention(self.head_dim, self.causal, self.dtype, self.backend, self.qk_norm, name="attention")
+        rows = (parts[..., i, :] for i in range(6))
+        shift0, scale0, gate0, shift1, scale1, gate1 = (spread(x, self.spans) if self.spans else x for x in rows)
+        attention = Attention(
+            self.head_dim, self.causal, self.dtype, self.backend, self.qk_norm, self.stages, name="attention"
+        )
         x = modulated(h, shift0, scale0, self.norm)
         y, cache = attention(x, cache, index, layer, temperature, rope)
         h = h + gate0.astype(h.dtype) * y

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from zoo.dist import check_divides, constrain
-from zoo.nn.attention import attend, attend_cached, init_cache, write_cache
+from zoo.nn.attention import Stages, attend, attend_cached, init_cache, write_cache
 from zoo.nn.embed import rotate
 from zoo.nn.layers import Dense, LayerNorm, RMSNorm, gelu
 
@@ -35,19 +35,21 @@ def attend_layer(
     causal: bool,
     backend: str,
     seen: jax.Array | None = None,
+    stages: Stages | None = None,
 ) -> tuple[jax.Array, Any]:
     """What a layer does with its queries [B, T, H, K], keys and values: turn, temper, and attend with a cache or without.
 
-    Returns [B, T, H, K] and the cache; arguments as of `Attention`.
+    Without `causal` the tokens that come to a cache together see each other. Returns [B, T, H, K] and the cache; arguments as of
+    `Attention`.
     """
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
     if temperature is not None:
         q = q / temperature[:, None, None, None].astype(q.dtype)
     if cache is None:
-        return attend(q, k, v, causal=causal, backend=backend, seen=seen), None
+        return attend(q, k, v, causal=causal, backend=backend, seen=seen, stages=stages), None
     cache = write_cache(cache, k, v, index, layer)
-    return attend_cached(q, cache, index, layer), cache
+    return attend_cached(q, cache, index, layer, whole=not causal), cache
 
 
 class Attention(nn.Module):
@@ -58,6 +60,7 @@ class Attention(nn.Module):
     dtype: str = "float32"
     backend: str = "xla"
     qk_norm: bool = False  # RMS norms of each head's queries and keys
+    stages: Stages | None = None  # in place of `causal`, where there is no cache
 
     @nn.compact
     def __call__(
@@ -86,7 +89,18 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = (RMSNorm(axis=None, name=f"{name}_norm")(x) for x, name in ((q, "query"), (k, "key")))
         y, cache = attend_layer(
-            q, k, v, cache, index, layer, temperature, rope, causal=self.causal, backend=self.backend, seen=seen
+            q,
+            k,
+            v,
+            cache,
+            index,
+            layer,
+            temperature,
+            rope,
+            causal=self.causal,
+            backend=self.backend,
+            seen=seen,
+            stages=self.stages,
         )
         y = y.reshape(*y.shape[:-2], width)
         return Dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y), cache

@@ -11,12 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.dist import constrain
-from zoo.encoders import text as text_encoder
-from zoo.encoders import vae as autoencoder
-from zoo.encoders.text import T5
-from zoo.encoders.vae import AutoEncoder
+from zoo.encoders.inputs import Inputs
 from zoo.errors import UserError, check_divisor
-from zoo.fields import Below1, Dtype, Layers, NonNegative, Positive, Side, Size, SizeOr0, Some, check_fields
+from zoo.fields import Dtype, Layers, NonNegative, Positive, Size, Some, check_fields
 from zoo.flows.inverse import Chain, Guidance, Jacobi, Method
 from zoo.flows.stack import Stack
 from zoo.flows.transforms import LOG_2PI
@@ -24,13 +21,12 @@ from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.transformer import Remat
 from zoo.papers.starflow.model import TIME_PAIRS, FlowNet, LanguageModel
-from zoo.task import About, Batch, Captions, Decodes, Grid, Likelihood, Name, Network, Params, Reads, sample_keys
+from zoo.task import About, Batch, Likelihood, Name, Params, sample_keys
 
 _LICENCE = (
     "the published STARFlow weights are under a research-only, non-commercial licence that also binds converted files: "
     "keep them to yourself and keep the attribution"
 )
-_EMPTY = 1  # the token that ends a caption, which is all there is of an empty one
 
 
 @dataclass(frozen=True)
@@ -49,18 +45,12 @@ class StarFlowSampling:
 
 
 @dataclass(frozen=True)
-class StarFlow:
+class StarFlow(Inputs):
     """A few shallow and one deep causal transformer over the latents of a frozen autoencoder; exact likelihood."""
 
-    latent: tuple[Side, Side] = (32, 32)  # rows and columns of the latents it is trained on; samples may have others
-    channels: Size = 4
-    patch: Side = 1
     width: Size = 2048
     depths: Some[Layers] = (2, 2, 2, 2, 2, 18)  # layers of each flow block, data first; the last is the deep one
     head_dim: Size = 64
-    classes: SizeOr0 = 0  # class-conditional: a one-hot token, with one more for "no class"
-    text_tokens: SizeOr0 = 0  # S, length of a caption; 0: no captions
-    text_width: Size = 2048  # E, numbers per caption token
     condition: Literal["deep", "all"] = "deep"  # blocks that see class or caption
     start: bool = True  # a learned start token; False: the first token of each block passes unchanged, as in TarFlow
     order: Literal["L2R", "R2L"] = "L2R"  # L2R: blocks 1, 3, 5 run through the grid forwards (5 is the deep one of six)
@@ -72,14 +62,6 @@ class StarFlow:
     lm: LanguageModel | None = None  # sizes of a deep block built like a language model; None: like the others
     noise: NonNegative = 0.3  # standard deviation of the Gaussian noise on the latents
     penalty: NonNegative = 1e-4  # weight of the mean squares of what enters each block
-    drop: Below1 = 0.1  # probability that class or caption is dropped in training
-    inputs: Literal["latents", "images", "pixels"] = "latents"  # what a batch holds; images are encoded in the step
-    captions: Literal["tokens", "features"] = (
-        "tokens"  # what a batch holds of a caption; tokens are encoded in the step
-    )
-    template: Literal["plain", "aspect"] = "plain"  # whether captions name the aspect ratio, as they did in training
-    vae: AutoEncoder | None = None  # held; decodes samples, and encodes images
-    text: T5 | None = None  # held; encodes tokens
     denoiser: Literal["score", "decoder"] = "score"  # what removes the noise: a score step, or a decoder tuned for it
     dtype: Dtype = "float32"  # of activations; scales, log-dets and losses stay float32
     scan: bool = True  # scan over the layers of a block; False unrolls
@@ -89,19 +71,10 @@ class StarFlow:
     Sampling = StarFlowSampling
 
     def __post_init__(self) -> None:
-        check_fields(self, "task.")
-        if any(n % self.patch for n in self.latent):
-            raise UserError(
-                f"task.latent={self.latent} must be two sizes that task.patch={self.patch} divides, e.g. task.latent=32,32"
-            )
+        super().__post_init__()
         if self.tokens < 2:
             raise UserError(f"task.patch={self.patch} makes one token, and a flow needs two; choose a smaller patch")
         check_divisor("head_dim", self.head_dim, "width", self.width)
-        if self.classes and self.text_tokens:
-            raise UserError(
-                f"task.classes={self.classes} and task.text_tokens={self.text_tokens}: a model is conditioned on one of them; "
-                "set the other to 0"
-            )
         if self.positions == "rope":
             self._check_rope()
         if self.lm is not None and (self.positions != "rope" or (self.prefix and self.text_width != self.lm.width)):
@@ -109,7 +82,6 @@ class StarFlow:
                 f"task.lm: a language model has rotary positions and takes its own embeddings; set task.positions=rope and "
                 f"task.text_width={self.lm.width}"
             )
-        self._check_encoders()
         check_backend(self.attention, self.dtype)
 
     def _check_rope(self) -> None:
@@ -119,44 +91,15 @@ class StarFlow:
             fits = "a multiple of 4 from 20 on" if self.prefix else "a multiple of 4"
             raise UserError(f"task.head_dim={self.head_dim} leaves no pairs for rows and columns; choose {fits}")
 
-    def _check_encoders(self) -> None:
-        vae, text = self.vae, self.text
-        if self.inputs == "images" and vae is None:
-            raise UserError(
-                "task.inputs='images' needs an autoencoder to encode them; set task.vae, or inputs='latents'"
-            )
-        if self.inputs == "pixels" and vae is not None:
-            raise UserError("task.inputs='pixels' models the pixels themselves; leave task.vae out")
-        if vae is not None and vae.latent != self.channels:
-            raise UserError(
-                f"task.channels={self.channels}, but the latents of task.vae have {vae.latent}; set task.channels={vae.latent}"
-            )
-        if text is not None and (text.tokens, text.width) != (self.text_tokens, self.text_width):
-            raise UserError(
-                f"task.text gives {text.tokens} x {text.width} numbers, but the task takes {self.text_tokens} x "
-                f"{self.text_width}; set task.text_tokens={text.tokens} and task.text_width={text.width}"
-            )
-        if self.text_tokens and self.captions == "tokens" and text is None:
-            raise UserError("task.captions='tokens' needs a text encoder; set task.text, or task.captions='features'")
-
     # --- sizes --------------------------------------------------------------------------------------
 
     @property
     def about(self) -> About:
         """The encoders are frozen. Bits compare among runs on the same latents alone."""
-        networks = {"vae": Network(self.vae, Decodes, how=autoencoder.HOW)} if self.vae else {}
-        captions = None
-        if self.text:
-            networks["text"] = Network(self.text, Reads, how=text_encoder.HOW)
-        if self.text_tokens:
-            captions = Captions(self.text_tokens, self.text.vocab if self.text else None, self.template)
         return About(
-            classes=self.classes,
-            conditions=self.given,
-            networks=networks,
+            **self.told,
             likelihood=self._likelihood,
-            captions=captions,
-            grid=Grid(self.latent, self.factor, self.factor * self.patch),
+            grid=self.trained_grid,
             tokens=self.tokens,
             licence=_LICENCE,
             lacks={} if self.noise else {"denoise": "task.noise=0; what is trained with noise has it"},
@@ -174,45 +117,13 @@ class StarFlow:
         return len(self.depths)
 
     @property
-    def rows(self) -> int:
-        """Rows of tokens."""
-        return self.latent[0] // self.patch
-
-    @property
-    def columns(self) -> int:
-        """Columns of tokens."""
-        return self.latent[1] // self.patch
-
-    @property
     def tokens(self) -> int:
         """T, tokens of an example."""
         return self.rows * self.columns
 
-    @property
-    def dims(self) -> int:
-        """D, numbers per token."""
-        return self.channels * self.patch**2
-
-    @property
-    def prefix(self) -> int:
-        """S, tokens of the condition."""
-        return 1 if self.classes else self.text_tokens
-
     def sees(self, i: int) -> bool:
         """Whether block i sees the condition."""
         return self.prefix > 0 and (self.condition == "all" or i == self.blocks - 1)
-
-    @property
-    def factor(self) -> int:
-        """Pixels a side per latent."""
-        return self.vae.factor if self.vae else 1
-
-    @property
-    def given(self) -> tuple[str, ...]:
-        """Keys of a batch that the sampler can be conditioned on, besides classes."""
-        if not self.text_tokens:
-            return ()
-        return ("tokens", "null_tokens") if self.captions == "tokens" else ("text", "null_text")
 
     def flops(self) -> float:
         """Floating-point operations of one training example: 6 per weight and token, and half of the causal attention.
@@ -245,45 +156,11 @@ class StarFlow:
 
     # --- contract -----------------------------------------------------------------------------------
 
-    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What `inputs` and `captions` say.
-
-        `latent` and `latent_std` [B, H, W, C] (mean and spread of the autoencoder's posterior, scaled), or `image`
-        [B, S, S, C] in [-1, 1]; `label` [B]; `tokens` and `null_tokens` [B, S], or `text` and `null_text` [B, S, E]: the
-        caption, and what stands for its absence.
-        """
-
-        def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((batch, *shape), dtype)
-
-        height, width = (n * self.factor for n in self.latent)
-        if self.inputs == "latents":
-            spec = {key: array(*self.latent, self.channels) for key in ("latent", "latent_std")}
-        else:
-            spec = {"image": array(height, width, self.vae.channels if self.vae else self.channels)}
-        if self.classes:
-            spec["label"] = array(dtype=jnp.int32)
-        for key in self.given:
-            if self.captions == "tokens":
-                spec[key] = array(self.text_tokens, dtype=jnp.int32)
-            else:
-                spec[key] = array(self.text_tokens, self.text_width)
-        return spec
-
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output kernels are zero, their biases are not (a constant affine map at the start)."""
-        keys = jax.random.split(rng, self.blocks + 2)
+        keys = jax.random.split(rng, self.blocks + 1)
         params: Params = {f"block{i}": net.fresh(keys[i]) for i, net in enumerate(self.stack.nets)}
-        if self.vae:
-            params["vae"] = self.vae.init(keys[-2])
-        if self.text:
-            params["text"] = self.text.init(keys[-1])
-        return params
-
-    @property
-    def condition_width(self) -> int:
-        """E, numbers per condition token."""
-        return self.classes + 1 if self.classes else self.text_width
+        return {**params, **self.encoders(keys[-1])}
 
     @property
     def stack(self) -> Stack:
@@ -335,53 +212,9 @@ class StarFlow:
             )
         return patchify(x, self.patch, channel_first=False), self.stack_on((rows, columns))
 
-    def posterior(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-        """Mean and standard deviation of the autoencoder's posterior [B, H, W, C]; the pixels and None where there is none."""
-        if self.inputs == "pixels":
-            return batch["image"], None
-        if self.inputs == "images":
-            assert self.vae is not None
-            return jax.lax.stop_gradient(self.vae.encode(params["vae"], batch["image"]))
-        return batch["latent"], batch["latent_std"]
-
-    def clean(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        """What the flow models before noise is added: a draw from the autoencoder's posterior, or the pixels."""
-        mean, std = self.posterior(params, batch)
-        return mean if std is None else mean + std * jax.random.normal(rng, mean.shape)
-
     def add_noise(self, rng: jax.Array, x: jax.Array) -> jax.Array:
         """x + noise eps."""
         return x + self.noise * jax.random.normal(rng, x.shape)
-
-    def conditions(self, params: Params, batch: Batch, drop: jax.Array | None = None) -> jax.Array | None:
-        """What the blocks see, [B, S, E]: one-hot classes, or the features of captions; None for an unconditional model.
-
-        Examples without `label`, `tokens` or `text` get what stands for none.
-
-        Args:
-            drop: bool [B], of whom class or caption is dropped.
-        """
-        if not self.prefix:
-            return None
-        rows = next(iter(batch.values())).shape[0]
-        drop = jnp.zeros(rows, bool) if drop is None else drop
-        if self.classes:
-            label = batch.get("label", jnp.full(rows, -1))
-            known = jnp.where(drop | (label < 0), self.classes, label)
-            return jax.nn.one_hot(known, self.classes + 1)[:, None]
-        if self.captions == "features":
-            if "null_text" not in batch:
-                raise UserError(
-                    "task.captions='features': what stands for no caption is not known without `null_text`; give it, or "
-                    "use a model with captions='tokens'"
-                )
-            null = batch["null_text"]
-            return jnp.where(drop[:, None, None], null, batch.get("text", null))
-        assert self.text is not None
-        empty = jnp.zeros((rows, self.text_tokens), jnp.int32).at[:, 0].set(_EMPTY)
-        null = batch.get("null_tokens", empty)
-        known = jnp.where(drop[:, None], null, batch.get("tokens", null))
-        return jax.lax.stop_gradient(self.text.encode(params["text"], known))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """0.5 mean z^2 - logdet, nats per dimension without the constant 0.5 log 2 pi, and a penalty on what enters blocks.
@@ -457,7 +290,7 @@ class StarFlow:
                 f"{self.latent[1]}"
             )
         keys = sample_keys(rng, n)
-        if self.stack.guidance(o.guidance).active and not self._asked(conditions):
+        if self.stack.guidance(o.guidance).active and not self.asked(conditions):
             warnings.warn(
                 "guidance without a class or caption compares a pass with itself: it changes nothing and costs twice; give "
                 "conditions, or leave guidance out",
@@ -476,13 +309,7 @@ class StarFlow:
         if not isinstance(strength, (int, float)) or strength:
             x = stack.denoise(params, x, self.noise, seen, strength)
         x = unpatchify(x, self.patch, self.channels, rows=rows // self.patch, channel_first=False)
-        drawn = {} if self.inputs == "pixels" else {"latent": x}
-        if self.inputs == "pixels" or self.vae:
-            image = self.vae.decode(params["vae"], x) if self.vae else x
-            drawn["image"] = jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan)
-        drawn |= found.report
-        label = (conditions or {}).get("label") if self.classes else None
-        return drawn if label is None else {**drawn, "label": label}
+        return {**self.drawn(params, x, conditions), **found.report}
 
     def chain(
         self, params: Params, batch: Batch, rng: jax.Array, *, guidance: float | Guidance = 0.0
@@ -493,10 +320,6 @@ class StarFlow:
         seen = self.conditions(params, batch)
         null = self.conditions(params, batch, jnp.ones(len(x), bool)) if self.prefix else None
         return x, stack.chain(params, len(x), seen, null, guidance)
-
-    def _asked(self, conditions: Batch | None) -> bool:
-        """Whether conditions hold a class or a caption, and not only what stands for none."""
-        return bool({"label", "tokens", "text"} & set(conditions or {}))
 
     # --- published weights --------------------------------------------------------------------------
 

@@ -1,0 +1,187 @@
+"""The network of DART (arXiv:2410.08159): a transformer over the noisy copies of an example, one block of tokens for each.
+
+B examples, T copies, K tokens of a copy, D numbers a token, S tokens of a caption in front, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from zoo.nn.attention import Stages
+from zoo.nn.embed import rope_angles, waves
+from zoo.nn.layers import Dense, Table, zeros
+from zoo.nn.modulated import ModulatedBlock, modulated, spread
+from zoo.nn.transformer import Trunk, init_trunk_cache
+
+Mask: TypeAlias = Literal["blocks", "tokens", "same"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tokens stand in the sequence: a caption, then blocks of rows x columns tokens."""
+
+    blocks: int
+    rows: int
+    columns: int
+    prefix: int = 0  # S
+
+    @property
+    def size(self) -> int:
+        """K."""
+        return self.rows * self.columns
+
+    @property
+    def slots(self) -> int:
+        """Tokens in all."""
+        return self.prefix + self.blocks * self.size
+
+    @cached_property
+    def spans(self) -> tuple[int, ...]:
+        """Tokens of each stage: the caption and every block is one."""
+        return (*((self.prefix,) if self.prefix else ()), *(self.size,) * self.blocks)
+
+    def stages(self, same: bool) -> Stages:
+        """Which tokens see which."""
+        return Stages(tuple(np.repeat(np.arange(len(self.spans)), self.spans).tolist()), same)
+
+    def angles(self, head_dim: int, base: float) -> np.ndarray:
+        """Rotations [slots, K/2] by step, row and column; the words of a caption stand before the first step, at no place.
+
+        A quarter of a head's pairs turn by the step, three eighths each by row and by column.
+        """
+        row, column = np.meshgrid(np.arange(self.rows), np.arange(self.columns), indexing="ij")
+        place = np.zeros((self.slots, 3))
+        place[: self.prefix, 0] = np.arange(-self.prefix, 0)
+        place[self.prefix :, 0] = np.repeat(np.arange(self.blocks), self.size)
+        place[self.prefix :, 1] = np.tile(row.ravel(), self.blocks)
+        place[self.prefix :, 2] = np.tile(column.ravel(), self.blocks)
+        pairs = head_dim // 2
+        return rope_angles(place, (pairs // 4, 3 * pairs // 8, 3 * pairs // 8), base)
+
+
+class DartNet(nn.Module):
+    """Noisy copies -> for each token what its x0 is read from, all at once, or some after others with a cache.
+
+    With `mask="blocks"` a token sees its own block and those before; with "same" its own alone; with "tokens" what came before
+    it, and its output is of the token that follows.
+    """
+
+    layout: Layout
+    dims: int  # D
+    width: int
+    depth: int
+    head_dim: int
+    mask: Mask
+    condition: int  # E, numbers of a class or of a word; 0: there is neither
+    base: float = 10_000.0  # of the rotations
+    gated: bool = True
+    dtype: str = "float32"
+    scan: bool = True
+    remat: str = "none"
+    backend: str = "xla"
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array | None, condition: jax.Array | None = None, cache: Any = None, index: Any = 0
+    ) -> tuple[Any, Any, Any]:
+        """x [B, Q, D] -> output [B, Q, D] and hidden states [B, Q, W], float32, and the cache.
+
+        Without a cache x are the tokens of all blocks. With one, they are those from slot `index` on, all of one block;
+        `x=None` puts the caption into it.
+
+        Args:
+            condition: [B, 1, E], a class, or [B, S, E], a caption. None where there is neither, and with a cache that has it.
+        """
+        at, caption = self.layout, self.layout.prefix
+        steps = Table(at.blocks + bool(caption), self.width, std=1.0, name="steps")()
+        if cache is not None:  # one block, or the caption
+            step = (
+                jnp.where(index < caption, 0, (index - caption) // at.size + bool(caption))
+                if caption
+                else index // at.size
+            )
+            steps = jax.lax.dynamic_slice_in_dim(steps, step, 1)
+        known = steps[None]
+        if self.condition and not caption:
+            label = Dense(self.width, (None, "embed"), bias=False, name="label")
+            known = known + label(condition * self.condition**0.5)
+        known = nn.silu(known)
+
+        def fresh_zeros(features: int | tuple[int, ...], name: str, *, bias: bool = True) -> Dense:
+            axes = ("embed", *(None,) * (1 if isinstance(features, int) else len(features)))
+            return Dense(features, axes, kernel_init=zeros, bias_init=zeros, bias=bias, name=name)
+
+        each = jnp.moveaxis(fresh_zeros((self.depth, 6 * self.width), "modulation", bias=False)(known), -2, 0)
+        shift, scale = jnp.split(fresh_zeros(2 * self.width, "last")(known), 2, -1)
+        parts = []
+        if caption and condition is not None:
+            parts.append(Dense(self.width, (None, "embed"), dtype=self.dtype, name="words")(condition))
+        if x is not None:
+            h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(x)
+            place = ((0 if cache is None else index - caption) + jnp.arange(x.shape[1])) % at.size
+            h = h + Table(at.size, self.width, std=0.02, name="positions")()[place].astype(self.dtype)
+            if self.mask == "tokens":  # where the token that follows stands
+                h = h + Table(at.size, self.width, std=0.02, name="next")()[(place + 1) % at.size].astype(self.dtype)
+            parts.append(h)
+        h = jnp.concatenate(parts, 1)
+        rope: Any = jnp.asarray(at.angles(self.head_dim, self.base))
+        if cache is not None:
+            rope = jax.lax.dynamic_slice_in_dim(rope, index, h.shape[1])
+        spans = at.spans
+        block = ModulatedBlock(
+            self.head_dim,
+            self.mask == "tokens",
+            norm="rms",
+            gated=self.gated,
+            qk_norm=True,
+            dtype=self.dtype,
+            backend=self.backend,
+            stages=None if self.mask == "tokens" else at.stages(self.mask == "same"),
+            spans=spans,
+            parent=None,
+        )
+        trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
+        slot = 0 if self.mask == "same" else index  # a block that sees itself alone takes the place of the one before
+        h, cache = trunk(h, cache, slot, {"modulation": each}, rope=rope)
+        if x is None:
+            return None, None, cache
+        h = modulated(h.astype(jnp.float32), spread(shift, spans), spread(scale, spans), "rms")[:, -x.shape[1] :]
+        # float32: x0 has more levels than bfloat16
+        return fresh_zeros(self.dims, "out")(h), h, cache
+
+    @nn.nowrap
+    def memory(self, rows: int) -> Any:
+        """Empty caches for so many examples."""
+        heads, slots = self.width // self.head_dim, self.layout.size if self.mask == "same" else self.layout.slots
+        return init_trunk_cache(self.depth, self.scan, rows, slots, heads, self.head_dim, self.dtype)
+
+
+class FlowHead(nn.Module):
+    """The velocity that carries a proposal for the next copy of a token to it: DART-FM, a small network for each token alone."""
+
+    width: int
+    depth: int = 3
+
+    @nn.compact
+    def __call__(self, z: jax.Array, time: jax.Array, hidden: jax.Array) -> jax.Array:
+        """z [..., D] at times [...] between 0, the proposal, and 1, given hidden states [..., W] -> velocity [..., D], float32."""
+        codes = waves(1_000 * time.reshape(-1), self.width - self.width % 2).reshape(*time.shape, -1)
+        known = Dense(self.width, (None, "embed"), name="time")(codes) + Dense(
+            self.width, (None, "embed"), name="known"
+        )(hidden)
+        known = nn.silu(known)
+        h = Dense(self.width, (None, "embed"), name="in")(z)
+        for i in range(self.depth):
+            told = Dense(3 * self.width, ("embed", None), kernel_init=zeros, bias_init=zeros, name=f"told{i}")(known)
+            shift, scale, gate = jnp.split(told, 3, -1)
+            y = Dense(self.width, ("embed", "mlp"), name=f"up{i}")(modulated(h, shift, scale))
+            h = h + gate * Dense(self.width, ("mlp", "embed"), name=f"down{i}")(nn.silu(y))
+        out = Dense(z.shape[-1], ("embed", None), kernel_init=zeros, bias_init=zeros, name="out")
+        return out(modulated(h, jnp.zeros(()), jnp.zeros(())))
