@@ -23,7 +23,7 @@ from zoo import config, fields
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.fields import Count, Share, check_fields
-from zoo.papers.edm import Edm
+from zoo.papers.edm import Edm, Transformer
 from zoo.papers.energy import EnergyDistill
 from zoo.papers.part import PartClassifier
 from zoo.papers.tarflow import TarFlow
@@ -68,6 +68,7 @@ NEEDED: dict[str, dict[str, Any]] = {  # of what has no default
     "Guided": {"main": Edm(), "guide": Edm()},
     "EnergyDistill": {"network": Edm()},
     "EnergyProduct": {"parts": (EnergyDistill(Edm()),) * 2},
+    "Learned": {"task": EnergyDistill(Edm(image=1, channels=2, network=Transformer(patch=1)), target="data")},
     "EnergyTilted": {
         "energy": EnergyDistill(Edm(image=32, channels=3)),
         "classifier": PartClassifier(image=32, channels=3, patch=8),

@@ -5,7 +5,7 @@
     zoo sample runs/energy-digits n=16 temper=2 form=score particles.count=64 --batch 4    # colder, by weighted particles
 
 `:dsm` learns from the data instead, from the same start. `:low` and `:high` know the digits 0 to 3 and 2 to 5 alone, for
-`energy/digits_product`.
+`energy/digits_product`: small networks without classes, from scratch, since particles ask them hundreds of times as often.
 """
 
 from dataclasses import replace
@@ -34,7 +34,22 @@ config = Run(
     log_every=50,
 )
 dsm = replace(config, task=replace(config.task, target="data"), weights={"net": "edm-digits:net"})
-low = replace(dsm, task=replace(dsm.task, drop=0.5), data=Digits((0, 1, 2, 3)))
+student = replace(
+    dsm, weights={"net": "runs/energy-digits:net"}
+)  # the distilled energy without its teacher; nothing to train
+
+# One patch is one token: a residual network that the noise modulates.
+PART = edm.Edm(image=8, channels=1, network=edm.Transformer(width=64, depth=3, head_dim=64, patch=8))
+low = replace(
+    dsm,
+    task=energy.EnergyDistill(PART, target="data"),
+    data=Digits((0, 1, 2, 3)),
+    weights=None,
+    optim=AdamW(lr=2e-3, final_lr=1e-5, warmup=100, b2=0.99, weight_decay=1e-4, clip=1.0),
+    ema=0.999,
+    steps=5_000,
+    checkpoint=Checkpoint(every=1_000, keep=2),
+)
 high = replace(low, data=Digits((2, 3, 4, 5)))
 
 smoke = replace(

@@ -16,12 +16,11 @@ from zoo.papers import edm, energy
 from zoo.run import Run
 
 PART = energy.EnergyDistill(
-    edm.Edm(image=8, channels=1, classes=10, network=edm.Transformer(width=64, depth=4, head_dim=16, patch=2)),
+    edm.Edm(image=8, channels=1, network=edm.Transformer(width=64, depth=3, head_dim=64, patch=8)),
     target="data",
-    drop=0.5,
 )
 SMALL = energy.EnergyDistill(
-    edm.Edm(image=4, channels=1, classes=2, network=edm.Transformer(width=8, depth=1, head_dim=4, patch=2)),
+    edm.Edm(image=4, channels=1, network=edm.Transformer(width=8, depth=1, head_dim=4, patch=4)),
     target="data",
 )
 

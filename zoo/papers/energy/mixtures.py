@@ -138,6 +138,15 @@ class Mixture:
         """Energy and score, as particles take them."""
         return scored(functools.partial(self.energy, {}))
 
+    def points(self, rng: jax.Array, n: int) -> jax.Array:
+        """Points [n, 2] of the mixture, drawn directly."""
+        weight, mean, std, correlation = (jnp.asarray(values, jnp.float32) for values in self.arrays)
+        mode_rng, rng = jax.random.split(rng)
+        mode, e = jax.random.categorical(mode_rng, jnp.log(weight), shape=(n,)), jax.random.normal(rng, (n, 2))
+        r = correlation[mode]
+        e = jnp.stack([e[:, 0], r * e[:, 0] + jnp.sqrt(1 - r**2) * e[:, 1]], 1)
+        return mean[mode] + std[mode] * e
+
 
 @dataclass(frozen=True)
 class MixtureProduct:
