@@ -292,8 +292,9 @@ def unlike(one: Any, other: Any, place: str = "task") -> list[str]:
 
 
 def check_alike(wanted: Any, given: Any, fields: Sequence[str], where: str) -> None:
-    """UserError for a task that is given in the place of another of its class and differs from it in one of these fields."""
-    found = [d for f in fields if type(wanted) is type(given) for d in unlike(getattr(wanted, f), getattr(given, f), f)]
+    """UserError for a task that is given in the place of another of its class and differs from it in one of these fields that it has."""
+    shared = [f for f in fields if type(wanted) is type(given) and hasattr(wanted, f)]
+    found = [d for f in shared for d in unlike(getattr(wanted, f), getattr(given, f), f)]
     if found:
         field, _, values = found[0].partition(": ")
         raise UserError(
@@ -350,7 +351,10 @@ def _built(cls: type, fields: Mapping[str, Any], where: str, why: str = "") -> A
     try:
         return cls(**fields)
     except TypeError as error:
-        raise UserError(f"{where}: these fields make no {cls.__name__} ({error}){why}") from None
+        missing = ", ".join(map(repr, sorted(required(cls) - fields.keys())))
+        raise UserError(
+            f"{where}: these fields make no {cls.__name__} ({f'it lacks {missing}' if missing else error}){why}"
+        ) from None
 
 
 def completed(old: Any, new: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from zoo.task import (
     holds,
     is_text,
     options_of,
+    paper,
 )
 from zoo.train import averages, optim
 from zoo.train.checkpoint import Checkpoints
@@ -266,14 +266,6 @@ class Model:
         encode, digest = open_tokenizer(task, self.homes, tokenizer)
         words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
         return as_tokens(task, encode, texts, n, around), words, {"tokenizer": digest}
-
-
-def paper(task: Any) -> str:
-    """Title line of the paper's file, or of its package."""
-    module = type(task).__module__
-    if module.startswith("zoo.papers."):
-        module = ".".join(module.split(".")[:3])
-    return (importlib.import_module(module).__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def read_config(folder: Folder) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -503,6 +504,14 @@ def sample_keys(rng: jax.Array, n: int) -> jax.Array:
 def trace_of(drawn: Mapping[str, Any]) -> tuple[dict[str, Any], Trace | None]:
     """What a sampler gave: the samples, and how they came about where it says so."""
     return {key: x for key, x in drawn.items() if key != "trace"}, drawn.get("trace")
+
+
+def paper(task: Any) -> str:
+    """Title line of the paper's file, or of its package."""
+    module = type(task).__module__
+    if module.startswith("zoo.papers."):
+        module = ".".join(module.split(".")[:3])
+    return (sys.modules[module].__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def call(task: Any, ability: str, *arguments: Any) -> Any:

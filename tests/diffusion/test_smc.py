@@ -21,7 +21,7 @@ from zoo import config, dist
 from zoo.diffusion import smc
 from zoo.diffusion.energies import scored
 from zoo.diffusion.levels import Levels
-from zoo.diffusion.potentials import Box, Classifier, HalfSpace, Potential, Product, Temper, Tilt
+from zoo.diffusion.potentials import Box, Classifier, HalfSpace, Potential, Powers, Product, Temper, Tilt
 from zoo.diffusion.smc import Course, EnergySampling, Islands, Particles, course, drawn, feynman_kac
 from zoo.errors import UserError
 from zoo.papers.energy import Mixture, MixtureProduct, Mixtures, Mode, mixtures
@@ -449,6 +449,7 @@ def test_particles_on_one_and_eight_devices_have_the_same_weights() -> None:
         (lambda: MixtureProduct((ROW, dataclasses.replace(CROSS, low=20.0, high=30.0))), "task.parts have no level in common"),
         (lambda: Mixture(low=3.0, high=2.0), "task.low=3 must be below task.high=2"),
         (lambda: CORNERS.loss({}, {}, jax.random.key(0)), "nothing to train"),
+        (lambda: CORNERS.sample({}, keys(2), 2, None, EnergySampling(levels=Levels(given=(9.0, 1.0)), temper=2.0)), "levels.given"),
         (lambda: CORNERS.sample({}, keys(2), 2, None, EnergySampling(temper=2.0, guidance=1.0)), "there is no class here"),
     ],
 )  # fmt: skip
@@ -457,32 +458,48 @@ def test_what_makes_no_sense_is_said_in_a_sentence(make: Callable[[], Any], said
         make()
 
 
+@dataclasses.dataclass(frozen=True)
+class Ends(Powers):
+    """Says of samples alone what they weigh."""
+
+    name = "ends"
+
+    given: Any
+
+    def powers(self, powers: np.ndarray) -> np.ndarray:
+        return powers
+
+    def end(self, x: jax.Array) -> jax.Array:
+        return jnp.asarray(self.given)
+
+
 @functools.cache
 def breaking() -> Any:
-    """(energies' addition [32], tilt's below sigma 1 [32], offset) -> two islands of 16."""
+    """(energies' addition [32], tilt's below sigma 1 [32], log of the samples [32], offset) -> two islands of 16."""
 
-    def run(added: jax.Array, tilt: jax.Array, offset: jax.Array) -> Islands:
+    def run(added: jax.Array, tilt: jax.Array, ends: jax.Array, offset: jax.Array) -> Islands:
         energy = scored(lambda x, sigma: CORNERS.energy({}, x, sigma) + added)
-        factors = HalfSpace(EDGE.normal, offset), Tilt(lambda x0, sigma: jnp.where(sigma < 1, tilt, 0.0))
+        factors = HalfSpace(EDGE.normal, offset), Tilt(lambda x0, sigma: jnp.where(sigma < 1, tilt, 0.0)), Ends(ends)
         return feynman_kac(keys(2), how("ratio", 2.0, GRID[::10]), [energy], (2,), factors, Particles(16))
 
     return jax.jit(run)
 
 
 @pytest.mark.parametrize(
-    ("energy", "tilt", "offset", "said"),
+    ("energy", "tilt", "ends", "offset", "said"),
     [
-        ({}, {19: np.nan}, 1.0, "potential tilt: the weight of particle 3 is no finite number at level 5 (sigma 0.718) of island 1"),
-        ({}, {19: np.inf}, 1.0, "potential tilt: the weight of particle 3 is no finite number at level 5 (sigma 0.718) of island 1"),
-        ({2: np.nan}, {}, 1.0, "the energies: the weight of particle 2 is no finite number at level 0 (sigma 10) of island 0"),
-        ({}, dict.fromkeys(range(32), -np.inf), 1.0, "no particle has any weight left at level 5 (sigma 0.718) of island 0"),
-        ({}, {}, -1000.0, "no particle has any weight left at level 10 (sigma 0.01) of island 0"),
+        ({}, {19: np.nan}, {}, 1.0, "potential tilt: the weight of particle 3 is no finite number at level 5 (sigma 0.718) of island 1"),
+        ({}, {19: np.inf}, {}, 1.0, "potential tilt: the weight of particle 3 is no finite number at level 5 (sigma 0.718) of island 1"),
+        ({2: np.nan}, {}, {}, 1.0, "the energies: the weight of particle 2 is no finite number at level 0 (sigma 10) of island 0"),
+        ({}, dict.fromkeys(range(32), -np.inf), {}, 1.0, "no particle has any weight left at level 5 (sigma 0.718) of island 0"),
+        ({}, {}, {20: np.nan}, 100.0, "potential ends: the weight of particle 4 is no finite number at level 10 (sigma 0.01) of island 1"),
+        ({}, {}, {}, -1000.0, "no particle has any weight left at level 10 (sigma 0.01) of island 0"),
     ],
 )  # fmt: skip
 def test_weights_that_are_none_name_the_potential_the_level_and_the_particle(
-    energy: dict[int, float], tilt: dict[int, float], offset: float, said: str
+    energy: dict[int, float], tilt: dict[int, float], ends: dict[int, float], offset: float, said: str
 ) -> None:
-    added = [np.asarray([values.get(i, 0.0) for i in range(32)], np.float32) for values in (energy, tilt)]
+    added = [np.asarray([values.get(i, 0.0) for i in range(32)], np.float32) for values in (energy, tilt, ends)]
     found = breaking()(*added, np.float32(offset))
     lost = int(said[-1])
     assert np.isnan(found.x[lost]).all()  # an island that is lost gives no sample
@@ -501,6 +518,7 @@ def given(energy: Any = None, *potentials: Potential) -> None:
         (lambda: given(lambda x, sigma: x), "energies 0: (32, 2)"),
         (lambda: given(lambda x, sigma: x.sum(-1).astype(jnp.bfloat16)), "energies 0 are bfloat16"),
         (lambda: given(None, Tilt(lambda x0, sigma: x0)), "potential tilt: (32, 2) for 32 particles"),
+        (lambda: given(None, Ends(np.zeros((32, 2)))), "potential ends: (32, 2) for 32 particles"),
         (lambda: given(None, HalfSpace((1.0, 2.0, 3.0))), "potential.normal has 3 values for 2 numbers"),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ from fresh import randomised
 from mistakes import told
 
 import zoo
-from zoo import cli, models, weights
+from zoo import cli, config, models, weights
 from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.potentials import Potential
 from zoo.diffusion.precondition import Precondition
@@ -203,6 +203,15 @@ def test_energies_that_cannot_be_are_told(params: Any, tmp_path: Path) -> None:
     weights.save(tmp_path / "norm", {"net": params["net"]}, about(norm), "a card")
     with told(f'weights.part0={tmp_path / "norm"} differs in head ("norm" there, and here "inner")'):
         models.given_weights({"part0": str(tmp_path / "norm")}, PRODUCT)
+    other = config.load("energy/digits", ["task.network.network.head_dim=32"]).task
+    with told("weights.teacher=edm-digits differs in network.head_dim (16 there, and here 32)"):
+        models.given_weights({"teacher": "edm-digits"}, other)
+    judge = part.PartClassifier(image=4, channels=1, patch=2, width=8, depth=1, head_dim=8)
+    numbers = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), weights.abstract(judge))
+    weights.save(tmp_path / "judge", numbers, about(judge), "a card")
+    tilted = energy.EnergyTilted(TASK, dataclasses.replace(judge, head_dim=4))
+    with told("judge differs in head_dim (8 there, and here 4)"):
+        models.given_weights({"classifier": str(tmp_path / "judge")}, tilted)
     with told("guidance", "no class here"):
         TASK.sample(params, jax.random.key(0), 2, None, EnergySampling(nfe=5, temper=2.0, guidance=1.0))
     with told("guidance", "at all levels"):

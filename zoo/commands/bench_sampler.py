@@ -167,8 +167,8 @@ def time_energy(run: Run, params: Any, n: int, rounds: int) -> Figures:
     x = np.zeros((n, *(known.event if known else next(iter(task.spec(1).values())).shape[1:])), np.float32)
     given = {"label": np.zeros(n, np.int32)} if task.about.classes else None
     energy = functools.partial(task.energy, conditions=given)
-    ways = {
-        "alone": lambda params, x, sigma: energy(params, x, sigma),
+    ways: dict[str, Callable[..., Any]] = {
+        "alone": energy,
         "with score": lambda params, x, sigma: scored(functools.partial(energy, params))(x, sigma),
     }
     programs = {name: jax.jit(call).lower(params, x, np.ones(n, np.float32)).compile() for name, call in ways.items()}

@@ -18,7 +18,7 @@ from zoo.errors import UserError
 from zoo.models import TOKENIZER, Model, has_tokenizer, homes
 from zoo.paths import Folder
 from zoo.run import Run
-from zoo.task import Noted, Published, Samples, abilities, call, is_text, sampling, speed, trace_of
+from zoo.task import Noted, Published, Samples, abilities, call, is_text, paper, sampling, speed, trace_of
 from zoo.train.report import read_metrics
 
 
@@ -52,7 +52,7 @@ def _write(model: Model, out: Path, metrics: dict[str, Any], files: Mapping[str,
     count = sum(np.size(x) for x in jax.tree.leaves(model.params))
     card = weights.card(
         task=type(model.task).__name__,
-        paper=models.paper(model.task),
+        paper=paper(model.task),
         data=repr(model.data),
         steps=model.step,
         metrics=metrics,

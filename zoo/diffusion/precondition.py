@@ -18,6 +18,8 @@ import numpy as np
 
 from zoo.fields import Positive, check_fields
 
+DENOISER = ("network", "precondition", "data")  # what makes a denoiser of parameters, and what no shape of these shows
+
 Network = Callable[[jax.Array, jax.Array], jax.Array]  # (input [*x], noise [] or [B]) -> output [*x]
 
 

@@ -181,26 +181,30 @@ def feynman_kac(
                 raise UserError(
                     f"energies {i} are {energy.dtype}, whose differences are lost in rounding; compute them in float32"
                 )
-        laid = [jnp.stack(parts).astype(jnp.float32) for parts in zip(*found)]
-        return laid[0].reshape(-1, islands, count), laid[1].reshape(-1, islands, count, *shape)
+        energy, score = (jnp.stack(parts).astype(jnp.float32) for parts in zip(*found))
+        return energy.reshape(-1, islands, count), score.reshape(-1, islands, count, *shape)
+
+    def laid(potential: Potential, log: jax.Array) -> jax.Array:
+        """[I, K] of what a potential gives."""
+        if jnp.shape(log) != (flat,):
+            raise UserError(
+                f"potential {potential.name}: {jnp.shape(log)} for {flat} particles; give one number for each"
+            )
+        return log.astype(jnp.float32).reshape(islands, count)
 
     def logs_of(x: jax.Array, x0: jax.Array, sigma: jax.Array) -> list[jax.Array]:
         """[I, K] for each potential."""
-        found = []
-        for potential in potentials:
-            log = potential.log(x.reshape(flat, *shape), x0.reshape(flat, *shape), sigma)
-            if jnp.shape(log) != (flat,):
-                raise UserError(
-                    f"potential {potential.name}: {jnp.shape(log)} for {flat} particles; give one number for each"
-                )
-            found.append(log.astype(jnp.float32).reshape(islands, count))
-        return found
+        x, x0 = x.reshape(flat, *shape), x0.reshape(flat, *shape)
+        return [laid(potential, potential.log(x, x0, sigma)) for potential in potentials]
 
     def normal(i: Any) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:
             return jax.random.normal(jax.random.fold_in(key, 2 * i), (count, *shape))
 
         return constrain(jax.vmap(one)(keys), *lie)
+
+    def wrong(log: jax.Array) -> jax.Array:
+        return jnp.isnan(log) | (log == jnp.inf)
 
     def dot(a: jax.Array, b: jax.Array) -> jax.Array:
         return (a * b).reshape(*a.shape[: a.ndim - len(shape)], -1).sum(-1)
@@ -230,7 +234,7 @@ def feynman_kac(
 
         # the first weight that is no number, among those that count
         terms = jnp.stack([gain, *logs[:-1]], 1)
-        bad = ((jnp.isnan(terms) | (terms == jnp.inf)) & (carry.weights != -jnp.inf)[:, None]).reshape(islands, -1)
+        bad = (wrong(terms) & (carry.weights != -jnp.inf)[:, None]).reshape(islands, -1)
         broken = jnp.where(bad.any(1), bad.argmax(1), jnp.where((weights == -jnp.inf).all(1), -2, -1))
 
         ess = jnp.nan_to_num(jnp.exp(jax.vmap(log_ess)(weights)) / count)
@@ -269,12 +273,14 @@ def feynman_kac(
     rows = (jnp.arange(len(fixed.sigma)), *fixed[:5])
     end, (ess, anew, distinct, broken) = jax.lax.scan(row, begin, rows)
 
-    weights = end.weights
+    weights, last = end.weights, broken[-1]
     for i, potential in enumerate(potentials):
-        last = potential.end(end.x.reshape(flat, *shape))
-        if last is not None:
-            weights = grown(weights, last.reshape(islands, count) - end.logs[i])
-    broken = broken.T.at[:, -1].set(jnp.where((weights == -jnp.inf).all(1) & (broken[-1] == -1), -2, broken[-1]))
+        log = potential.end(end.x.reshape(flat, *shape))
+        if log is not None:
+            bad = wrong(laid(potential, log)) & (weights != -jnp.inf)
+            last = jnp.where(bad.any(1) & (last == -1), (i + 1) * count + bad.argmax(1), last)
+            weights = grown(weights, laid(potential, log) - end.logs[i])
+    broken = broken.T.at[:, -1].set(jnp.where((weights == -jnp.inf).all(1) & (last == -1), -2, last))
     lost = (broken != -1).any(1)
     x = jnp.where(lost.reshape(-1, *(1,) * (len(shape) + 1)), jnp.nan, end.x)
     log_normaliser = end.log_z + logsumexp(weights, 1) - math.log(count)
@@ -358,7 +364,7 @@ class EnergySampling(DenoiserSampling):
         potentials: Sequence[Potential] = (),
     ) -> Islands:
         """An island for each key, of the model's potentials and these options."""
-        levels = self.grid(len(self.levels.given) or self.nfe, "edm", sigmas)
+        levels = self.grid(self.nfe, "edm", sigmas)
         all_of_them = (*potentials, *([Temper(self.temper)] if self.temper != 1 else []), *self.potentials)
         numbers = math.prod(shape)
         how = course(levels, len(energies), all_of_them, self.form, self.stop, self.rho, numbers)

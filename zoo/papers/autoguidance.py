@@ -13,6 +13,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 import jax
 
 from zoo.diffusion.guidance import Guidance
+from zoo.diffusion.precondition import DENOISER
 from zoo.diffusion.sampling import DenoiserSampling, draw
 from zoo.errors import UserError
 from zoo.fields import NonNegative, check_fields
@@ -68,7 +69,7 @@ class Guided:
         """Both networks are held."""
         how = "train or import it, e.g. `zoo train edm/digits:guide`"
         networks = {
-            key: Network(task, Denoises, how=how, entry=f"weights.{key}=RUN")
+            key: Network(task, Denoises, DENOISER, how=how, entry=f"weights.{key}=RUN")
             for key, task in (("main", self.main), ("guide", self.guide))
         }
         return About(classes=self.main.about.classes, networks=networks, licence=self.main.about.licence)

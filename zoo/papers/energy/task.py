@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from zoo.diffusion.energies import Scored, denoised, scored
 from zoo.diffusion.levels import LogNormal
 from zoo.diffusion.potentials import Classifier, Potential, Product
-from zoo.diffusion.precondition import Precondition
+from zoo.diffusion.precondition import DENOISER, Precondition
 from zoo.diffusion.sampling import Conditions, classless, clipped, guidance_of, sampled
 from zoo.diffusion.smc import EnergySampling, Form, ParticleSampling
 from zoo.errors import UserError
@@ -81,7 +81,7 @@ class EnergyDistill:
         networks = {"net": start}
         if self.target == "teacher":
             how = "train one, e.g. `zoo train edm/digits`"
-            networks["teacher"] = Network(self.network, Denoises, how=how, entry="weights.teacher=RUN")
+            networks["teacher"] = Network(self.network, Denoises, DENOISER, how=how, entry="weights.teacher=RUN")
         return About(classes=self.network.about.classes, networks=networks)
 
     @property
@@ -293,6 +293,7 @@ class EnergyTilted:
         two = Network(
             self.classifier,
             Classifies,
+            ("head_dim", "pool"),
             how="train one, e.g. `zoo train part/finetune_digits:scratch`",
             entry="weights.classifier=RUN",
         )
