@@ -195,6 +195,7 @@ def test_values_take_the_type_of_their_field(text: str, expected: dict[str, Any]
         (["by_key=3"], r"by_key is a whole object.*by_key.net=\.\.\.\): net, head"),
         (["count"], r"'count' is no override; write field=value"),
         (["=1"], r"'=1' is no override"),
+        (["by_key.=1"], r"'by_key.=1' is no override"),
         (["count=1", "count=2"], r"count is set twice"),
         (["inner=1", "inner.size=2"], r"inner is set both as a whole and in part; keep one of inner= and inner.size="),
         (["inner.size=2", "inner=1"], r"inner is set (both as a whole and in part|twice)"),

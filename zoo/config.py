@@ -116,9 +116,9 @@ def override(config: Any, assignments: Iterable[str], options: type | None = Non
     tree: dict[str, Any] = {}
     for text in assignments:
         key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UserError(f"{text!r} is no override; write field=value, e.g. optim.lr=3e-4")
         node, parts = tree, key.split(".")
+        if not equals or not all(parts):
+            raise UserError(f"{text!r} is no override; write field=value, e.g. optim.lr=3e-4")
         for part in parts:
             node = node.setdefault(part, {})
         if _WHOLE in node:

@@ -151,8 +151,8 @@ def _cpu_devices(batch: int, mesh: Mesh | None) -> int:
 def _share_cores(batch: int, mesh: Mesh | None) -> None:
     """Make one device of each core, so that a batch is shared out as it is among chips.
 
-    XLA gives one CPU device all cores, but runs small products and loops over tokens on one of them. Nothing happens where
-    the user has set a number of devices, or where JAX has already counted them.
+    XLA gives one CPU device all cores, but runs small products and loops over tokens on one of them. No device is made where
+    the user has set a number of them, or where JAX has already counted them.
     """
     # XLA ends a process of which one device comes 40 seconds late to a sum, as one may on a machine that does other things too.
     patience = "xla_cpu_collective_call_terminate_timeout_seconds"

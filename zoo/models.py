@@ -405,7 +405,8 @@ def open_model(
     if raw or not (run.ema or ema):
         return Model(run.task, params, "raw", step, run.data, labels, folder, run)
     snapshots = Checkpoints(folder, create=False, inside="snapshots")
-    params = {**params, **averages.chosen(run.ema, average, ema, step, snapshots.averages(abstract.ema))}
+    others = snapshots.averages(abstract.ema) if ema else None  # which a bucket is asked for one by one
+    params = {**params, **averages.chosen(run.ema, average, ema, step, others)}
     snapshots.close()
     # what was measured while training is of the first of several
     kind = "ema" if ema is None or f"{ema:g}" == next(iter(averages.named(run.ema))) else f"ema-{ema:g}"

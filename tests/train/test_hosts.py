@@ -43,6 +43,7 @@ from zoo.metrics.likelihood import Bits
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Checkpoint, Run, Samples
 from zoo.task import Metric
+from zoo.train.averages import Power
 from zoo.train.optim import AdamW
 
 
@@ -74,9 +75,9 @@ config = Run(
     steps=16,
     batch=16,
     optim=AdamW(lr=0.003, schedule="constant", clip=1.0),
-    ema=0.9,
+    ema=Power(0.1),
     mesh=Mesh(data=2, fsdp=2),
-    checkpoint=Checkpoint(every=4),
+    checkpoint=Checkpoint(every=4, snapshots=4),
     samples=Samples(n=4),
     evals=(Bits(batch=32, limit=64),),
     log_every=1,

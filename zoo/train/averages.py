@@ -143,7 +143,7 @@ def chosen(
     if not missed <= _MISS:
         raise UserError(
             f"ema={name} cannot be made of {len(steps)} snapshots of the widths {kept}: its profile would be off by "
-            f"{missed:.0%}, and {_MISS:.0%} is the most; choose a width nearer to those, or train with more snapshots "
+            f"{missed:.1%}, and {_MISS:.0%} is the most; choose a width nearer to those, or train with more snapshots "
             "(checkpoint.snapshots)"
         )
     total: Any = None

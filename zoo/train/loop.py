@@ -490,10 +490,20 @@ def _steps(
     asked: threading.Event,
 ) -> tuple[State, list[dict[str, float]]]:
     history: list[dict[str, float]] = []
-    taken = hosts.told(snapshots.steps) if snapshots else []  # also after a step that is taken again
+    taken = [0, *hosts.told(snapshots.steps)] if snapshots else []  # also after a step that is taken again
     feed = run.batches(start, dist.batch_sharding(mesh))
+
+    def save(to: Checkpoints, at: int, what: State | Mapping[str, Any]) -> None:
+        for one in filter(None, (snapshots, checkpoints)):
+            one.wait()  # several processes cannot write both at once, and no checkpoint is there without snapshots before it
+        to.save(at, what, about or {})
+
     try:
         for step in range(start + 1, run.steps + 1):
+            # before a step, so that one lost to a kill is made up for; of the last step the checkpoint has them
+            if snapshots and (step - 1) % run.checkpoint.snapshots == 0 and step - 1 not in taken:
+                with report.away():
+                    save(snapshots, step - 1, {"ema": state.ema})
             trace.before(step, state)
             state, metrics = step_fn(state, next(feed))
             trace.after(step, state)
@@ -507,21 +517,18 @@ def _steps(
                 report.push(wait=0 if stop else _PUSH)  # a saved step is not run again: its records must be there
             if here and stop:
                 # who asked may not wait for the look; a saved step is not run again, so look all the same
-                here.save(step, state, about or {})
+                save(here, step, state)
                 here.wait()
             try:
                 watch_now = watch.look(step, state)
             except Exception:
                 # a figure that fails costs no step; of several processes one alone cannot save
                 if checkpoints and not (here and stop) and not hosts.several():
-                    checkpoints.save(step, state, about or {})
+                    save(checkpoints, step, state)
                 raise
             if here and not stop:
                 with report.away():
-                    here.save(step, state, about or {})
-            if snapshots and step % run.checkpoint.snapshots == 0 and step not in taken:
-                with report.away():
-                    snapshots.save(step, {"ema": state.ema}, about or {})
+                    save(here, step, state)
             for found in watch_now if last else ():
                 report.note(_summary(found, watch.kind))
             if stop and not last:

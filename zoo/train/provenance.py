@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from zoo import config, models, weights
 from zoo.errors import UserError
@@ -33,9 +35,9 @@ def check_encoders(run: Run, given: Mapping[str, Params]) -> None:
             )
     vae = about.networks.get("vae")
     for key, was in _units(made).items() if vae is not None else ():
-        now = str(config.dump(vae.task).get(key))
+        now = config.dump(vae.task).get(key)
         if now != was:
-            value = was.strip("[]").replace(" ", "") or "()"
+            value = str(was).strip("[]").replace(" ", "") or "()"
             raise UserError(
                 f"task.vae.{key}={now}, but the latents in data.path={path} were made with {was}; set "
                 f"task.vae.{key}={value}, or encode the images again"
@@ -67,11 +69,11 @@ def _check_tokenizer(run: Run, made: str) -> None:
         )
 
 
-def _units(made: Mapping[str, str]) -> dict[str, str]:
+def _units(made: Mapping[str, str]) -> dict[str, Any]:
     """What of an autoencoder its weights do not tell and its latents depend on, as they were when a set was made."""
     found = {"scale": made["vae_scale"]} if "vae_scale" in made else {}
     if "vae_sizes" in made:  # which leaves out what is off
         for key, off in (("mean", "[]"), ("std", "[]"), ("unit", "False")):
             said = re.search(rf"(?:^|, ){key}=(\[[^]]*\]|\w+)", made["vae_sizes"])
             found[key] = said[1] if said else off
-    return found
+    return {key: ast.literal_eval(value) for key, value in found.items()}  # of which 20 equals 20.0
