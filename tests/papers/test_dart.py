@@ -98,7 +98,11 @@ def test_of_digits_the_context_tells_what_one_copy_does_not() -> None:
     """The exact denoiser of the training images on held-out ones: by one copy, by all so far, and by the chain."""
     images = [np.stack([s[i]["image"].ravel() for i in range(len(s))]) for s in map(Digits().source, ("train", "test"))]
     points, held = ((x.astype(np.float64) + 0.389) / 0.752 for x in images)
-    p, errors = Nomad.cosine(8, "chain"), np.zeros((3, 8))
+    p, errors = Nomad.cosine(8, "chain"), np.zeros((2, 8))
+
+    def error(logits: np.ndarray) -> float:
+        return float(np.square(posterior(logits, points) - held).mean())
+
     for draw in range(8):
         eps = np.random.default_rng(draw).normal(size=(8, *held.shape))
         x = np.sqrt(p.gamma)[:, None, None] * held + np.sqrt(1 - p.gamma)[:, None, None] * eps
@@ -106,10 +110,10 @@ def test_of_digits_the_context_tells_what_one_copy_does_not() -> None:
         for i in range(8):
             one = gaussian(x[i], points, np.sqrt(p.gamma[i]), 1 - p.gamma[i])
             joint = joint + one
-            chain = gaussian(y[i], points, np.sqrt(p.abar[i]), 1 - p.abar[i])
-            found = [np.square(posterior(logits, points) - held).mean() for logits in (one, joint, chain)]
-            errors[:, i] += np.asarray(found) / 8
-    np.testing.assert_allclose(errors[1], errors[2], rtol=1e-6)
+            errors[:, i] += np.asarray([error(logits) for logits in (one, joint)]) / 8
+            if draw == 0:
+                chain = gaussian(y[i], points, np.sqrt(p.abar[i]), 1 - p.abar[i])
+                assert error(chain) == pytest.approx(error(joint), rel=1e-6)
     assert (np.diff(errors[1]) < 0).all()
     gain = 1 - errors[1] / errors[0]
     assert gain[[3, 4]].min() > 0.15, gain  # t = 5 and 4
@@ -392,7 +396,8 @@ def test_a_fresh_flow_head_leaves_proposals_as_they_are_and_is_told_where_they_s
     snr = task.process.snr
     assert dataclasses.replace(task, head_noise=None)._proposals[1][-1] == pytest.approx((1 + snr[-1]) ** -0.5)
     x0, copies = jnp.zeros((2, 4, 4)), jnp.ones((2, 3, 4, 4))
-    loss = task._flow_loss(params, copies, x0, jnp.zeros_like(copies), jnp.zeros((2, 3, 4, 16)), jax.random.key(0))
+    hidden = jnp.zeros((2, 3, 4, 16))
+    loss = jax.jit(task._flow_loss)(params, copies, x0, jnp.zeros_like(copies), hidden, jax.random.key(0))
     wanted = np.asarray([1, 1, 0]) + task._proposals[1] ** 2
     assert float(loss) == pytest.approx(wanted.mean(), rel=0.3)
 
