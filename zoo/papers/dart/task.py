@@ -203,7 +203,9 @@ class Dart(Inputs):
             condition: as of `conditions`.
         """
         b, t, k, d = copies.shape
-        chain = jnp.einsum("ts,bskd->btkd", jnp.asarray(self.process.to_chain, jnp.float32), copies)
+        to_chain = jnp.asarray(self.process.to_chain, jnp.float32)
+        # "highest": as the sampler's sums, where TPUs and GPUs would round what they multiply
+        chain = jnp.einsum("ts,bskd->btkd", to_chain, copies, precision="highest")
         x = (chain if self.fed == "chain" else copies).reshape(b, t * k, d)
         if self.mask == "tokens":
             assert clean is not None
@@ -313,7 +315,7 @@ class Dart(Inputs):
         z = z + jnp.sqrt(jnp.clip(1 / snr[level] - 1 / told, 0))[:, None, None] * more
         left = jnp.asarray(process.residuals, jnp.float32)[level]
         signal = jnp.asarray(np.sqrt(process.gamma), jnp.float32)[:, None, None]
-        copies = signal * z[:, None] + jnp.einsum("bts,skd->btkd", left, eps)
+        copies = signal * z[:, None] + jnp.einsum("bts,skd->btkd", left, eps, precision="highest")
         found, _ = self.estimates(params, copies, None, self.conditions(params, {**(conditions or {}), "x": x}))
         return self.image(found[jnp.arange(len(x)), level])
 
