@@ -5,6 +5,7 @@ B examples, T copies, K tokens of a copy, D numbers a token, S tokens of a capti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -25,45 +26,53 @@ Mask: TypeAlias = Literal["blocks", "tokens", "same"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens stand in the sequence: a caption, then blocks of rows x columns tokens."""
+    """Where tokens stand in the sequence: a caption, then blocks of rows x columns tokens, of the same picture in all sizes."""
 
-    blocks: int
-    rows: int
-    columns: int
+    grids: tuple[tuple[int, int], ...]  # rows and columns of each block, of which the last has most
     prefix: int = 0  # S
 
     @property
     def size(self) -> int:
-        """K."""
-        return self.rows * self.columns
+        """K of the last block."""
+        return self.spans[-1]
 
     @property
     def slots(self) -> int:
         """Tokens in all."""
-        return self.prefix + self.blocks * self.size
+        return sum(self.spans)
 
     @cached_property
     def spans(self) -> tuple[int, ...]:
         """Tokens of each stage: the caption and every block is one."""
-        return (*((self.prefix,) if self.prefix else ()), *(self.size,) * self.blocks)
+        return (*((self.prefix,) if self.prefix else ()), *(rows * columns for rows, columns in self.grids))
+
+    @cached_property
+    def stage(self) -> np.ndarray:
+        """[slots], counted from 0."""
+        return np.repeat(np.arange(len(self.spans)), self.spans)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Of the tokens of blocks, one number for each place of each size of block."""
+        first = dict(zip(sizes := list(dict.fromkeys(self.grids)), np.cumsum([0, *map(math.prod, sizes)])))
+        return np.concatenate([first[grid] + np.arange(math.prod(grid)) for grid in self.grids])
 
     def stages(self, same: bool) -> Stages:
         """Which tokens see which."""
-        return Stages(tuple(np.repeat(np.arange(len(self.spans)), self.spans).tolist()), same)
+        return Stages(tuple(self.stage.tolist()), same)
 
     def angles(self, head_dim: int, base: float) -> np.ndarray:
         """Rotations [slots, K/2] by step, row and column; the words of a caption stand before the first step, at no place.
 
-        A quarter of a head's pairs turn by the step, three eighths each by row and by column.
+        A quarter of a head's pairs turn by the step, three eighths each by row and by column, in units of the last block's
+        tokens: those of a smaller one stand at the centres of what they cover.
         """
-        row, column = np.meshgrid(np.arange(self.rows), np.arange(self.columns), indexing="ij")
-        place = np.zeros((self.slots, 3))
-        place[: self.prefix, 0] = np.arange(-self.prefix, 0)
-        place[self.prefix :, 0] = np.repeat(np.arange(self.blocks), self.size)
-        place[self.prefix :, 1] = np.tile(row.ravel(), self.blocks)
-        place[self.prefix :, 2] = np.tile(column.ravel(), self.blocks)
+        parts = [np.stack([np.arange(-self.prefix, 0), *np.zeros((2, self.prefix))], 1)]
+        for step, grid in enumerate(self.grids):
+            row, column = ((np.arange(n) + 0.5) * whole / n - 0.5 for n, whole in zip(grid, self.grids[-1]))
+            parts.append(np.stack(np.meshgrid([step], row, column, indexing="ij"), -1).reshape(-1, 3))
         pairs = head_dim // 2
-        return rope_angles(place, (pairs // 4, 3 * pairs // 8, 3 * pairs // 8), base)
+        return rope_angles(np.concatenate(parts), (pairs // 4, 3 * pairs // 8, 3 * pairs // 8), base)
 
 
 class DartNet(nn.Module):
@@ -100,14 +109,9 @@ class DartNet(nn.Module):
             condition: [B, 1, E], a class, or [B, S, E], a caption. None where there is neither, and with a cache that has it.
         """
         at, caption = self.layout, self.layout.prefix
-        steps = Table(at.blocks + bool(caption), self.width, std=1.0, name="steps")()
+        steps = Table(len(at.spans), self.width, std=1.0, name="steps")()
         if cache is not None:  # one block, or the caption
-            step = (
-                jnp.where(index < caption, 0, (index - caption) // at.size + bool(caption))
-                if caption
-                else index // at.size
-            )
-            steps = jax.lax.dynamic_slice_in_dim(steps, step, 1)
+            steps = steps[jnp.asarray(at.stage)[index]][None]
         known = steps[None]
         if self.condition and not caption:
             label = Dense(self.width, (None, "embed"), bias=False, name="label")
@@ -125,8 +129,8 @@ class DartNet(nn.Module):
             parts.append(Dense(self.width, (None, "embed"), dtype=self.dtype, name="words")(condition))
         if x is not None:
             h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(x)
-            place = ((0 if cache is None else index - caption) + jnp.arange(x.shape[1])) % at.size
-            h = h + Table(at.size, self.width, std=0.02, name="positions")()[place].astype(self.dtype)
+            place = jnp.asarray(at.places)[(0 if cache is None else index - caption) + jnp.arange(x.shape[1])]
+            h = h + Table(int(at.places.max()) + 1, self.width, std=0.02, name="positions")()[place].astype(self.dtype)
             if self.mask == "tokens":  # where the token that follows stands
                 h = h + Table(at.size, self.width, std=0.02, name="next")()[(place + 1) % at.size].astype(self.dtype)
             parts.append(h)
