@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from zoo import config, dist, paths, weights
-from zoo.data.captions import as_tokens, framed
+from zoo.data.captions import as_tokens, framed, lettered
+from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.draws import Use, finite, keys, label_numbers
 from zoo.encoders.tokenizer import NAME as TOKENIZER
 from zoo.encoders.tokenizer import Tokenizer
@@ -263,9 +264,41 @@ class Model:
             _log.info("no prompt=: samples are drawn without a caption")
             if around is None:
                 return None, None, {}
+        if task.about.vocabulary:
+            if tokenizer is not None:
+                raise UserError("--tokenizer: the captions of this model are letters, which need none; leave it out")
+            return (*self._lettered(texts, n), {})
         encode, digest = open_tokenizer(task, self.homes, tokenizer)
         words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
         return as_tokens(task, encode, texts, n, around), words, {"tokenizer": digest}
+
+    def _lettered(self, texts: Sequence[str], n: int) -> tuple[dict[str, np.ndarray], list[str]]:
+        """`conditions` of captions without an encoder, by the vocabulary beside the weights."""
+        found = vocabulary_of(self)
+        if found is None:
+            raise UserError(
+                f"{self.folder} has no vocabulary.json, so that it cannot read captions; copy it from the run"
+            )
+        ids = lettered(found, texts, self.task.spec(1)["tokens"].shape[1])
+        turn = np.arange(n) % len(texts)
+        return {"tokens": ids[turn]}, [texts[i] for i in turn]
+
+
+def vocabulary_of(model: Model) -> Vocabulary | None:
+    """The vocabulary in the folder of a model, or in that of its weights, else that of the data it was trained on; None, and a
+    note, where none is."""
+    found, why = None, ""
+    for folder in model.homes:
+        with paths.sentence(folder):
+            found = found or open_vocabulary(folder)
+    if found is None and model.data is not None:
+        try:
+            found = model.data.vocabulary()
+        except UserError as error:  # an export is used where its data are not
+            why = f", and its data give none ({error})"
+    if found is None:
+        _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", model.folder, why)
+    return found
 
 
 def read_config(folder: Folder) -> dict[str, Any]:

@@ -16,14 +16,17 @@ import pytest
 from fresh import fresh
 from mistakes import told
 
+import zoo
 from zoo import config, dist, weights
+from zoo.cli import main
 from zoo.data.images import Digits
 from zoo.data.synthetic import Synthetic
+from zoo.data.vocabulary import WORDS, text8
 from zoo.papers.dart import Dart
 from zoo.papers.dart.metrics import Context
 from zoo.papers.dart.process import Nomad
 from zoo.papers.dart.task import DartSampling, Reader
-from zoo.task import Denoises, Samples, sample_keys
+from zoo.task import Denoises, Samples, is_text, sample_keys
 from zoo.train.loop import train
 
 SCHEDULES = ("copies", "chain")
@@ -138,6 +141,7 @@ MASKS = {
 }
 NESTED = dataclasses.replace(TASK, coarse=2, patch=1)
 CAPTIONED = dataclasses.replace(TASK, classes=0, text_tokens=3, text_width=8, captions="features")
+WRITES = dataclasses.replace(CAPTIONED, captions="letters", writes=True, steps=2)
 
 
 def randomised(task: Any, seed: int = 0) -> Any:
@@ -148,6 +152,8 @@ def randomised(task: Any, seed: int = 0) -> Any:
 def conditions(task: Dart, n: int) -> dict[str, jax.Array]:
     if task.classes:
         return {"label": jnp.arange(n) % 4 - 1}
+    if task.captions == "letters":
+        return {"tokens": (jnp.arange(3 * n) % 7).reshape(n, 3)}
     text, null = (jax.random.normal(jax.random.key(k), (n, 3, 8)) for k in (5, 6))
     return {"text": text, "null_text": null} if task.text_tokens else {}
 
@@ -181,8 +187,9 @@ def test_a_block_changes_no_noisier_one_by_one_bit(mask: str) -> None:
         dataclasses.replace(MASKS["tokens"], scan=False, depth=1),
         dataclasses.replace(CAPTIONED, depth=1),
         dataclasses.replace(NESTED, depth=1, target="v"),
+        dataclasses.replace(WRITES, depth=1),
     ],
-    ids=[*MASKS, "blocks-unrolled", "same-unrolled", "tokens-unrolled", "text", "nested"],
+    ids=[*MASKS, "blocks-unrolled", "same-unrolled", "tokens-unrolled", "text", "nested", "letters"],
 )
 def test_a_cache_gives_what_the_whole_sequence_does(task: Dart) -> None:
     params, given = randomised(task), conditions(task, 3)
@@ -236,6 +243,84 @@ def test_small_copies_come_first_and_at_the_place_of_what_they_cover() -> None:
     cap = dataclasses.replace(NESTED, cap=1.0)  # all weights 1
     assert float(jax.jit(cap.loss)(fresh(cap), batch, keys[0])[0]) == pytest.approx(sum(zeros) / 5, rel=1e-5)
     assert "denoise" in NESTED.about.lacks
+
+
+def test_letters_see_those_before_them_and_are_written_as_the_whole_sequence_has_them() -> None:
+    """Front letters 0 to 3, two blocks of four, letters behind: 12 to 15."""
+    params, n, keys = randomised(WRITES), 3, jax.random.split(jax.random.key(0), 3)
+    image = {"latent": jax.random.normal(jax.random.key(1), (n, 4, 4, 1)), "latent_std": jnp.zeros((n, 4, 4, 1))}
+    x0 = WRITES.tokens(image["latent"])
+    copies = WRITES.copies(x0, jax.vmap(lambda key: jax.random.normal(key, (2, 4, 4)))(keys))
+    run = jax.jit(lambda seen, copies: WRITES.read(params, [copies], None, seen))
+    seen = WRITES.conditions(params, conditions(WRITES, n))
+    assert seen is not None
+    [(before, _)], letters = run(seen, copies)
+    assert letters.shape == (n, 8, 7)
+    for j in range(8):  # in the order of the sequence
+        [(found, _)], other = run(seen.at[:, j].set(jnp.roll(seen[:, j], 1, -1)), copies)
+        np.testing.assert_array_equal(np.asarray(other != letters).any((0, 2)), np.arange(8) >= j)
+        assert (found == before).all() == (j >= 4)
+    _, other = run(seen, copies.at[:, 1].add(1.0))
+    np.testing.assert_array_equal(np.asarray(other != letters).any((0, 2)), np.arange(8) >= 4)
+    tokens = jax.jit(lambda: WRITES.sample(params, keys, n, image))()["tokens"]
+    seen = WRITES.conditions(params, {"tokens": tokens}, jnp.ones(n, bool))
+    logits = run(seen, copies)[1][:, 4:7]
+    again = [
+        [int(jax.random.categorical(jax.random.fold_in(key, i), logits[row, i])) for i in range(3)]
+        for row, key in enumerate(keys)
+    ]
+    np.testing.assert_array_equal(tokens, again)
+    batch = {**image, **conditions(WRITES, n)}
+    wanted = -np.log(1 / 7)
+    assert float(jax.jit(WRITES.loss)(fresh(WRITES), batch, keys[0])[1]["letter"]) == pytest.approx(wanted, rel=1e-5)
+    for drop, part in ((0.0, slice(3)), (0.999, slice(4, 7))):
+        task = dataclasses.replace(WRITES, drop=drop)
+        loss = jax.jit(task.loss)(params, batch, keys[0])[1]["letter"]
+        noise = jax.random.normal(jax.random.split(keys[0], 4)[1], (n, 8, 4)).reshape(n, 2, 4, 4)
+        seen = task.conditions(params, batch, jnp.full(n, drop > 0))
+        chances = jax.nn.log_softmax(run(seen, task.copies(x0, noise))[1][:, part])
+        said = jnp.take_along_axis(chances, batch["tokens"][..., None], -1)
+        assert float(loss) == pytest.approx(-float(said.mean()), rel=1e-4)
+
+
+def test_captions_are_read_and_written(tmp_path: Path, capsys: Any) -> None:
+    run = config.override(
+        config.load("dart/digits_captions"),
+        [
+            f"workdir={tmp_path / 'run'}",
+            "steps=2",
+            "batch=8",
+            "samples.n=4",
+            "task.width=16",
+            "task.depth=1",
+            "task.steps=2",
+        ],
+    )
+    train(run, quiet=True)
+    for fields in (["form=text", "from=test", "n=2"], ["prompt=a 7", "n=2", "guidance=1"]):
+        assert main(["sample", str(tmp_path / "run"), *fields, "--out", str(tmp_path / fields[0])]) == 0
+    assert len((tmp_path / "form=text/000001.txt").read_text().rstrip("\n")) == 8
+    assert (tmp_path / "prompt=a 7/000001.png").exists()
+    model = zoo.load(tmp_path / "run")
+    given, words, _ = model.conditions(None, ["a 7", "a  two"], 3, None)
+    assert given is not None
+    assert words == ["a 7", "a  two", "a 7"]
+    spelled = [text8().decode(row) for row in given["tokens"]]
+    assert spelled == ["a seven ", "a two   ", "a seven "]
+    assert not is_text(run.task)
+    source = run.data.source("test", run.task.spec(1))
+    for i in range(20):
+        example = source[i]
+        assert text8().decode(example["tokens"]).rstrip() == f"a {WORDS[int(example['label'])]}"
+    for fields, words in (
+        (["form=text", "from=other"], "form=text from=SPLIT"),
+        (["from=test"], "form=text from=SPLIT"),
+        (["form=tune"], "form=tune"),
+        (["prompt=a very long text"], "1 to 8"),
+        (["prompt=7", "--tokenizer", "x"], "--tokenizer"),
+    ):
+        assert main(["sample", str(tmp_path / "run"), *fields]) == 2
+        assert words in capsys.readouterr().err
 
 
 # --- samplers with exact denoisers ----------------------------------------------------------------
@@ -406,6 +491,7 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
         ("attention=cudnn", ("task.attention='cudnn'", "bfloat16")),
         ("head=flow task.mask=tokens", ("task.head='flow'", "task.mask=blocks")),
         ("coarse=2 task.patch=4", ("task.coarse=2", "task.patch=4")),
+        ("writes=true", ("task.writes=True", "task.captions=letters")),
         ("coarse=2 task.head=flow", ("task.coarse=2", "task.head=gauss")),
         ("fed=chain", ("task.fed='chain'", "task.mask=same")),
     ):

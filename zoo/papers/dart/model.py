@@ -26,15 +26,24 @@ Mask: TypeAlias = Literal["blocks", "tokens", "same"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens stand in the sequence: a caption, then blocks of rows x columns tokens, of the same picture in all sizes."""
+    """Where tokens stand in the sequence: a caption, then blocks of rows x columns tokens, of the same picture in all sizes.
+
+    A caption that is written has its place once more behind them, and each of its letters sees those before it.
+    """
 
     grids: tuple[tuple[int, int], ...]  # rows and columns of each block, of which the last has most
     prefix: int = 0  # S
+    written: bool = False
 
     @property
     def size(self) -> int:
         """K of the last block."""
-        return self.spans[-1]
+        return math.prod(self.grids[-1])
+
+    @property
+    def end(self) -> int:
+        """Slot behind the last block."""
+        return self.slots - self.prefix * self.written
 
     @property
     def slots(self) -> int:
@@ -43,11 +52,12 @@ class Layout:
 
     @cached_property
     def spans(self) -> tuple[int, ...]:
-        """Tokens of each stage: the caption and every block is one."""
-        return (*((self.prefix,) if self.prefix else ()), *(rows * columns for rows, columns in self.grids))
+        """Tokens of each part: a caption and every block is one."""
+        caption = (self.prefix,) if self.prefix else ()
+        return (*caption, *(rows * columns for rows, columns in self.grids), *(caption if self.written else ()))
 
     @cached_property
-    def stage(self) -> np.ndarray:
+    def part(self) -> np.ndarray:
         """[slots], counted from 0."""
         return np.repeat(np.arange(len(self.spans)), self.spans)
 
@@ -59,7 +69,11 @@ class Layout:
 
     def stages(self, same: bool) -> Stages:
         """Which tokens see which."""
-        return Stages(tuple(self.stage.tolist()), same)
+        part = self.part
+        new = np.diff(part, prepend=-1) > 0
+        if self.written:  # a stage for each letter
+            new |= (part == 0) | (part == len(self.spans) - 1)
+        return Stages(tuple((np.cumsum(new) - 1).tolist()), same)
 
     def angles(self, head_dim: int, base: float) -> np.ndarray:
         """Rotations [slots, K/2] by step, row and column; the words of a caption stand before the first step, at no place.
@@ -71,6 +85,8 @@ class Layout:
         for step, grid in enumerate(self.grids):
             row, column = ((np.arange(n) + 0.5) * whole / n - 0.5 for n, whole in zip(grid, self.grids[-1]))
             parts.append(np.stack(np.meshgrid([step], row, column, indexing="ij"), -1).reshape(-1, 3))
+        if self.written:
+            parts.append(np.stack([len(self.grids) + np.arange(self.prefix), *np.zeros((2, self.prefix))], 1))
         pairs = head_dim // 2
         return rope_angles(np.concatenate(parts), (pairs // 4, 3 * pairs // 8, 3 * pairs // 8), base)
 
@@ -99,19 +115,20 @@ class DartNet(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array | None, condition: jax.Array | None = None, cache: Any = None, index: Any = 0
-    ) -> tuple[Any, Any, Any]:
-        """x [B, Q, D] -> output [B, Q, D] and hidden states [B, Q, W], float32, and the cache.
+    ) -> tuple[Any, Any, Any, Any]:
+        """x [B, Q, D] -> output [B, Q, D] and hidden states [B, Q, W], float32, the letters' logits [B, S', E - 1], and the cache.
 
         Without a cache x are the tokens of all blocks. With one, they are those from slot `index` on, all of one block;
-        `x=None` puts the caption into it.
+        `x=None` puts the caption into it, or some of its letters.
 
         Args:
-            condition: [B, 1, E], a class, or [B, S, E], a caption. None where there is neither, and with a cache that has it.
+            condition: [B, 1, E], a class, or [B, S, E], a caption; one that is written twice, for before and behind. None where
+                there is neither, and with a cache that has it.
         """
         at, caption = self.layout, self.layout.prefix
         steps = Table(len(at.spans), self.width, std=1.0, name="steps")()
         if cache is not None:  # one block, or the caption
-            steps = steps[jnp.asarray(at.stage)[index]][None]
+            steps = steps[jnp.asarray(at.part)[index]][None]
         known = steps[None]
         if self.condition and not caption:
             label = Dense(self.width, (None, "embed"), bias=False, name="label")
@@ -124,9 +141,14 @@ class DartNet(nn.Module):
 
         each = jnp.moveaxis(fresh_zeros((self.depth, 6 * self.width), "modulation", bias=False)(known), -2, 0)
         shift, scale = jnp.split(fresh_zeros(2 * self.width, "last")(known), 2, -1)
-        parts = []
+        parts, behind = [], []
         if caption and condition is not None:
-            parts.append(Dense(self.width, (None, "embed"), dtype=self.dtype, name="words")(condition))
+            words = Dense(self.width, (None, "embed"), dtype=self.dtype, name="words")(condition)
+            if at.written:
+                place = (0 if cache is None else index - (index >= at.end) * at.end) + jnp.arange(condition.shape[1])
+                letters = Table(caption, self.width, std=0.02, name="letters")()[place % caption]
+                words = words + letters.astype(self.dtype)
+            parts, behind = [words[:, :caption]], [words[:, caption:]]
         if x is not None:
             h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(x)
             place = jnp.asarray(at.places)[(0 if cache is None else index - caption) + jnp.arange(x.shape[1])]
@@ -134,14 +156,14 @@ class DartNet(nn.Module):
             if self.mask == "tokens":  # where the token that follows stands
                 h = h + Table(at.size, self.width, std=0.02, name="next")()[(place + 1) % at.size].astype(self.dtype)
             parts.append(h)
-        h = jnp.concatenate(parts, 1)
+        h = jnp.concatenate([*parts, *behind], 1)
         rope: Any = jnp.asarray(at.angles(self.head_dim, self.base))
         if cache is not None:
             rope = jax.lax.dynamic_slice_in_dim(rope, index, h.shape[1])
         spans = at.spans
         block = ModulatedBlock(
             self.head_dim,
-            self.mask == "tokens",
+            self.mask == "tokens" or (at.written and x is None),
             norm="rms",
             gated=self.gated,
             qk_norm=True,
@@ -154,11 +176,20 @@ class DartNet(nn.Module):
         trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
         slot = 0 if self.mask == "same" else index  # a block that sees itself alone takes the place of the one before
         h, cache = trunk(h, cache, slot, {"modulation": each}, rope=rope)
+        if x is None and not at.written:
+            return None, None, None, cache
+        h = modulated(h.astype(jnp.float32), spread(shift, spans), spread(scale, spans), "rms")
+        logits = None
+        if at.written and condition is not None:
+            first = 0 if x is None else x.shape[1]
+            text = h if x is None else jnp.concatenate([h[:, :caption], h[:, caption + first :]], 1)
+            logits = fresh_zeros(self.condition - 1, "letter")(text)
         if x is None:
-            return None, None, cache
-        h = modulated(h.astype(jnp.float32), spread(shift, spans), spread(scale, spans), "rms")[:, -x.shape[1] :]
+            return None, None, logits, cache
+        begin = caption if cache is None else 0
+        h = h[:, begin : begin + x.shape[1]]
         # float32: x0 has more levels than bfloat16
-        return fresh_zeros(self.dims, "out")(h), h, cache
+        return fresh_zeros(self.dims, "out")(h), h, logits, cache
 
     @nn.nowrap
     def memory(self, rows: int) -> Any:

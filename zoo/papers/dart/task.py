@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from msgspec import Meta
 
 from zoo.diffusion.sampling import noises
@@ -63,6 +64,7 @@ class Dart(Inputs):
     schedule: Schedule = (
         "copies"  # what falls as a cosine: the signal of the copies, or of the chain that they determine
     )
+    writes: bool = False  # Kaleido-DART: models captions of letters too, from the image and before it
     mask: Mask = "blocks"  # who sees whom; tokens: DART-AR, one token after the other; same: no block sees another
     fed: Literal["copies", "chain"] = "copies"  # chain: the sample of the Markov chain in the place of each copy
     target: Literal["x0", "v"] = "x0"  # what the network's output is; v: of the chain, whose samples know all copies
@@ -114,6 +116,10 @@ class Dart(Inputs):
             raise UserError(
                 f"task.coarse={self.coarse} is for whole blocks and a Gaussian step; set task.mask=blocks and task.head=gauss"
             )
+        if self.writes and (self.captions != "letters" or not self.text_tokens or self.mask == "tokens"):
+            raise UserError(
+                "task.writes=True is of letters, and of blocks; set task.captions=letters, task.text_tokens and task.mask=blocks"
+            )
         if self.fed == "chain" and self.mask != "same":
             raise UserError("task.fed='chain' is Markov's process, in which one sample says all; set task.mask=same")
 
@@ -149,7 +155,7 @@ class Dart(Inputs):
         """The sequence. One token after the other, the clean image is its last block."""
         last = ((self.rows, self.columns),) * (self.mask == "tokens")
         grids = itertools.chain(*([(scale.rows, scale.columns)] * scale.steps for scale in self.scales), last)
-        return Layout(tuple(grids), self.text_tokens)
+        return Layout(tuple(grids), self.text_tokens + self.writes, self.writes)
 
     @property
     def _net(self) -> DartNet:
@@ -193,9 +199,9 @@ class Dart(Inputs):
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: every block is the identity, and the output zero."""
         one, two, three = jax.random.split(rng, 3)
-        x = jnp.zeros((1, self.layout.slots - self.layout.prefix, self.dims))
+        x = jnp.zeros((1, self.layout.end - self.layout.prefix, self.dims))
         condition = jnp.zeros((1, self.prefix, self.condition_width)) if self.prefix else None
-        made: Any = self._net.init(one, x, condition)
+        made: Any = self._net.init(one, x, self.conditions({}, {"x": x}) if self.captions == "letters" else condition)
         params = {"net": made["params"], **self.encoders(two)}
         if self.head == "flow":
             made = self._head.init(three, x, x[..., 0], jnp.zeros((*x.shape[:2], self.width)))
@@ -220,6 +226,15 @@ class Dart(Inputs):
         signal, noise = (jnp.asarray(f, jnp.float32)[:, None, None] for f in (np.sqrt(gamma), np.sqrt(1 - gamma)))
         return signal * x0[:, None] + noise * eps
 
+    def conditions(self, params: Params, batch: Batch, drop: jax.Array | None = None) -> jax.Array | None:
+        """As of `Inputs`. A caption that is written comes twice, each after a beginning, and behind the image none is dropped."""
+        seen = super().conditions(params, batch, drop)
+        if seen is None or not self.writes:
+            return seen
+        behind = super().conditions(params, batch)
+        begin = jax.nn.one_hot(jnp.full((len(seen), 1), self.text_width - 1), self.text_width)
+        return jnp.concatenate([begin, seen, begin, behind], 1)
+
     @property
     def _blocks(self) -> np.ndarray:
         """The number of the copy [N] that a token is of, in the order of `parts`."""
@@ -239,7 +254,15 @@ class Dart(Inputs):
     def estimates(
         self, params: Params, copies: Sequence[jax.Array], clean: jax.Array | None, condition: jax.Array | None
     ) -> list[tuple[jax.Array, jax.Array]]:
+        """What `read` tells of images."""
+        return self.read(params, copies, clean, condition)[0]
+
+    def read(
+        self, params: Params, copies: Sequence[jax.Array], clean: jax.Array | None, condition: jax.Array | None
+    ) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array | None]:
         """x0 told from each copy and those before, [B, T, K, D] float32, and the hidden states [B, T, K, W] that told it.
+
+        And of captions that are written the logits of the letters that follow, [B, 2 (S + 1), V]: before the image and behind.
 
         Args:
             copies: [B, T, K, D] of each of `scales`, as what is given back.
@@ -256,14 +279,14 @@ class Dart(Inputs):
             assert clean is not None
             x = jnp.concatenate([x, clean], 1)
         made: Any = self._net.apply({"params": params["net"]}, x, condition)
-        out, hidden, _ = made
+        out, hidden, letters, _ = made
         if self.mask == "tokens":
             out, hidden = (y[:, k - 1 : -1] for y in (out, hidden))
         found = []
         for scale, chain, own, state in zip(self.scales, chains, self.parts(out), self.parts(hidden)):
             abar = jnp.asarray(scale.process.abar, jnp.float32)[:, None, None]
             found.append((self._x0(own, chain, abar), state))
-        return found
+        return found, letters
 
     def _x0(self, out: jax.Array, chain: jax.Array, abar: Any) -> jax.Array:
         return out if self.target == "x0" else jnp.sqrt(abar) * chain - jnp.sqrt(1 - abar) * out
@@ -280,19 +303,27 @@ class Dart(Inputs):
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean over blocks of weight |x0 - estimate|^2 (equation of section 3.1; the paper's weight is SNR, ours SNR + 1).
 
-        Metrics: `x0_error`, the root mean square of x0 - estimate over all blocks, and `x0_error_last`, of the last one.
+        And what a letter costs that is written, in nats: behind the image where it does not know the caption, else before it.
+
+        Metrics: `x0_error`, the root mean square of x0 - estimate over all blocks, and `x0_error_last`, of the last one; `letter`.
         """
         draw, noise, drop, flow = jax.random.split(rng, 4)
         x = self.clean(params, batch, draw)
-        condition = self.conditions(params, batch, jax.random.bernoulli(drop, self.drop, x.shape[:1]))
+        dropped = jax.random.bernoulli(drop, self.drop, x.shape[:1])
+        condition = self.conditions(params, batch, dropped)
         x0 = [scale.tokens(x) for scale in self.scales]
         eps = self.parts(jax.random.normal(noise, (len(x), len(self._blocks), self.dims)))
         copies = [scale.copies(x, e) for scale, x, e in zip(self.scales, x0, eps)]
-        told = self.estimates(params, copies, x0[-1], condition)
+        told, letters = self.read(params, copies, x0[-1], condition)
         square = jnp.concatenate([jnp.square(found - x[:, None]).mean((0, 2, 3)) for (found, _), x in zip(told, x0)])
         weights = np.concatenate([scale._weights for scale in self.scales])
         loss = (jnp.asarray(weights, jnp.float32) * square).mean()
         metrics = {"x0_error": jnp.sqrt(square.mean()), "x0_error_last": jnp.sqrt(square[-1])}
+        if letters is not None:
+            before, behind = jnp.split(letters, 2, 1)
+            logits = jnp.where(dropped[:, None, None], behind, before)[:, :-1]
+            metrics["letter"] = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"]).mean()
+            loss = loss + metrics["letter"]
         if self.head == "flow":
             metrics["flow"] = self._flow_loss(params, copies[-1], x0[-1], *told[-1], flow)
             loss = loss + metrics["flow"]
@@ -388,14 +419,17 @@ class Dart(Inputs):
 
         Args:
             rng: one key, or n keys.
-            conditions: `label` [n] (negative: none), or the keys of `given`. None: neither class nor caption.
+            conditions: `label` [n] (negative: none), or the keys of `given`. None: neither class nor caption. Of a model that
+                writes, `image` (or `latent` and `latent_std`), without a caption: it is what captions are written of.
             options: None: the defaults.
 
         Returns:
             As `Inputs.drawn`, and with `coarse` the small `image` and `latent` that came first under these names with `coarse_`
-            in front. UserError for guidance where there is neither class nor caption.
+            in front; or captions, `tokens` [n, S]. UserError for guidance where there is neither class nor caption.
         """
         o, keys = options or DartSampling(), sample_keys(rng, n)
+        if self.writes and {"image", "latent"} & set(conditions or {}):
+            return {"tokens": self._written(params, conditions or {}, keys)}
         if o.guidance and not self.asked(conditions):
             raise UserError(
                 f"guidance={o.guidance:g} compares a class or a caption with none, and there is neither here; leave guidance out"
@@ -416,6 +450,38 @@ class Dart(Inputs):
             drawn = {**{f"coarse_{key}": value for key, value in drawn.items() if key != "label"}, **found}
         return drawn
 
+    def _written(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
+        """Captions [n, S] of images, letter by letter after the images' copies."""
+        n, at, net = len(keys), self.layout, self._net
+        own = whole(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
+        clean, slot = self.clean(params, batch, keys[0]), at.prefix
+        none = jax.nn.one_hot(jnp.full((n, at.prefix), self.text_width - 1), self.text_width)
+
+        def apply(*given: Any) -> Any:
+            return net.apply({"params": own}, *given)
+
+        kept = apply(None, none, net.memory(n), 0)[-1]
+        for scale in self.scales:
+            x0, size = scale.tokens(clean), scale.layout.size
+            eps = jax.vmap(lambda key, scale=scale, x=x0: jax.random.normal(key, (scale.steps, *x.shape[1:])))(keys)
+            copies = scale.copies(x0, eps).swapaxes(0, 1)
+
+            def block(kept: Any, row: Any) -> tuple[Any, None]:
+                return apply(row[0], None, kept, row[1])[-1], None
+
+            kept, _ = jax.lax.scan(block, kept, (copies, slot + size * jnp.arange(scale.steps)))
+            slot += scale.steps * size
+
+        def letter(carry: Any, i: jax.Array) -> tuple[Any, jax.Array]:
+            last, kept = carry
+            _, _, logits, kept = apply(None, jax.nn.one_hot(last, self.text_width)[:, None], kept, slot + i)
+            choose = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, i), row))
+            last = choose(keys, logits[:, 0])
+            return (last, kept), last
+
+        begin = jnp.full(n, self.text_width - 1)
+        return jax.lax.scan(letter, (begin, kept), jnp.arange(self.text_tokens))[1].T
+
     def _reader(self, params: Params, batch: Batch, n: int, o: DartSampling) -> Reader:
         """Guided, both passes run as one batch of 2 n."""
         net, seen = self._net, self.conditions(params, batch)
@@ -430,9 +496,10 @@ class Dart(Inputs):
 
         def call(x: jax.Array, kept: Any, slot: Any) -> tuple[jax.Array, jax.Array, Any]:
             if o.cache:
-                return apply(x, None if prefix else seen, kept, slot)
+                out, hidden, _, kept = apply(x, None if prefix else seen, kept, slot)
+                return out, hidden, kept
             kept = jax.lax.dynamic_update_slice_in_dim(kept, x, slot - prefix, 1)
-            out, hidden, _ = apply(kept, seen)
+            out, hidden, *_ = apply(kept, seen)
             cut = functools.partial(
                 jax.lax.dynamic_slice_in_dim, start_index=slot - prefix, slice_size=x.shape[1], axis=1
             )
@@ -445,9 +512,9 @@ class Dart(Inputs):
             return out, hidden, kept
 
         if not o.cache:
-            return Reader(read, jnp.zeros((rows, self.layout.slots - prefix, self.dims)))
+            return Reader(read, jnp.zeros((rows, self.layout.end - prefix, self.dims)))
         kept = net.memory(rows)
-        return Reader(read, apply(None, seen, kept, 0)[-1] if prefix else kept)
+        return Reader(read, apply(None, seen[:, :prefix], kept, 0)[-1] if prefix else kept)
 
     def _by_blocks(self, reader: Reader, normal: Any, move: Any = None, first: int = 0) -> tuple[jax.Array, Any]:
         """Block by block, in one scan (on a TPU in up to four, which look at no more of the cache than they fill).
