@@ -417,6 +417,7 @@ def _sample(args: argparse.Namespace) -> int:
     labels = label_numbers(label, about.classes, model.labels, n)
     options, shape = conditions.shaped(model.task, aspect, options)
     form: Form
+    given: Any
     tokeniser: dict[str, str] = {}
     if split is not None:
         given, captions, asked = conditions.pictures(model, split, n), None, {"from": split}

@@ -267,6 +267,7 @@ class Model:
         if task.about.vocabulary:
             if tokenizer is not None:
                 raise UserError("--tokenizer: the captions of this model are letters, which need none; leave it out")
+            assert texts is not None
             return (*self._lettered(texts, n), {})
         encode, digest = open_tokenizer(task, self.homes, tokenizer)
         words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
@@ -281,7 +282,7 @@ class Model:
             )
         ids = lettered(found, texts, self.task.spec(1)["tokens"].shape[1])
         turn = np.arange(n) % len(texts)
-        return {"tokens": ids[turn]}, [texts[i] for i in turn]
+        return {"tokens": ids[turn]}, [texts[i] for i in turn.tolist()]
 
 
 def vocabulary_of(model: Model) -> Vocabulary | None:

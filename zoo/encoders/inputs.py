@@ -73,8 +73,10 @@ class Inputs:
             )
         if self.text_tokens and self.captions == "tokens" and text is None:
             raise UserError("task.captions='tokens' needs a text encoder; set task.text, or task.captions='features'")
-        if self.captions == "letters" and text is not None:
-            raise UserError("task.captions='letters' needs no text encoder; leave task.text out")
+        if self.captions == "letters" and (text is not None or self.template != "plain"):
+            raise UserError(
+                "task.captions='letters' are put plain, without an encoder; leave task.text and task.template out"
+            )
 
     # --- what the house is told ---------------------------------------------------------------------
 

@@ -231,7 +231,7 @@ class Dart(Inputs):
         seen = super().conditions(params, batch, drop)
         if seen is None or not self.writes:
             return seen
-        behind = super().conditions(params, batch)
+        behind: Any = super().conditions(params, batch)
         begin = jax.nn.one_hot(jnp.full((len(seen), 1), self.text_width - 1), self.text_width)
         return jnp.concatenate([begin, seen, begin, behind], 1)
 
@@ -441,7 +441,8 @@ class Dart(Inputs):
             return self.drawn(
                 params, self.image(self._by_tokens(reader, noises(keys, (self.layout.size, self.dims)))), conditions
             )
-        drawn, slot, draws = {}, self.layout.prefix, 0
+        drawn: dict[str, jax.Array] = {}
+        slot, draws = self.layout.prefix, 0
         for scale in self.scales:
             normal, size = noises(keys, (scale.layout.size, self.dims)), scale.layout.size
             x, kept = scale._by_blocks(reader, lambda i, normal=normal, draws=draws: normal(draws + i), move, slot)
@@ -514,7 +515,7 @@ class Dart(Inputs):
         if not o.cache:
             return Reader(read, jnp.zeros((rows, self.layout.end - prefix, self.dims)))
         kept = net.memory(rows)
-        return Reader(read, apply(None, seen[:, :prefix], kept, 0)[-1] if prefix else kept)
+        return Reader(read, apply(None, seen[:, :prefix], kept, 0)[-1] if prefix and seen is not None else kept)
 
     def _by_blocks(self, reader: Reader, normal: Any, move: Any = None, first: int = 0) -> tuple[jax.Array, Any]:
         """Block by block, in one scan (on a TPU in up to four, which look at no more of the cache than they fill).
