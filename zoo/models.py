@@ -264,25 +264,20 @@ class Model:
             _log.info("no prompt=: samples are drawn without a caption")
             if around is None:
                 return None, None, {}
+        words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
         if task.about.vocabulary:
             if tokenizer is not None:
                 raise UserError("--tokenizer: the captions of this model are letters, which need none; leave it out")
+            vocabulary = vocabulary_of(self)
+            if vocabulary is None:
+                raise UserError(
+                    f"{self.folder} needs its vocabulary.json for captions; copy it from the folder of the run"
+                )
             assert texts is not None
-            return (*self._lettered(texts, n), {})
+            ids = lettered(vocabulary, texts, task.spec(1)["tokens"].shape[1])
+            return {"tokens": ids[np.arange(n) % len(texts)]}, words, {}
         encode, digest = open_tokenizer(task, self.homes, tokenizer)
-        words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
         return as_tokens(task, encode, texts, n, around), words, {"tokenizer": digest}
-
-    def _lettered(self, texts: Sequence[str], n: int) -> tuple[dict[str, np.ndarray], list[str]]:
-        """`conditions` of captions without an encoder, by the vocabulary beside the weights."""
-        found = vocabulary_of(self)
-        if found is None:
-            raise UserError(
-                f"{self.folder} has no vocabulary.json, so that it cannot read captions; copy it from the run"
-            )
-        ids = lettered(found, texts, self.task.spec(1)["tokens"].shape[1])
-        turn = np.arange(n) % len(texts)
-        return {"tokens": ids[turn]}, [texts[i] for i in turn.tolist()]
 
 
 def vocabulary_of(model: Model) -> Vocabulary | None:
