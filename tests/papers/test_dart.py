@@ -284,7 +284,7 @@ def test_letters_see_those_before_them_and_are_written_as_the_whole_sequence_has
 
 def test_captions_are_read_and_written(tmp_path: Path, capsys: Any) -> None:
     fields = [f"workdir={tmp_path / 'run'}", "steps=1", "batch=8", "task.width=16", "task.depth=1", "task.steps=2"]
-    run = dataclasses.replace(config.override(config.load("dart/digits_captions"), fields), samples=None)
+    run = config.override(config.load("dart/digits_captions"), [*fields, "samples.n=0"])
     train(run, quiet=True)
     for fields in (["form=text", "from=test", "n=2"], ["prompt=a 7", "n=2", "guidance=1"]):
         assert main(["sample", str(tmp_path / "run"), *fields, "--out", str(tmp_path / fields[0])]) == 0
