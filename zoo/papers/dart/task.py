@@ -271,7 +271,8 @@ class Dart(Inputs):
         """
         b, _, k, d = copies[-1].shape
         chains = [
-            jnp.einsum("ts,bskd->btkd", jnp.asarray(scale.process.to_chain, jnp.float32), x)
+            # "highest": as the sampler's sums, where TPUs and GPUs would round what they multiply
+            jnp.einsum("ts,bskd->btkd", jnp.asarray(scale.process.to_chain, jnp.float32), x, precision="highest")
             for scale, x in zip(self.scales, copies)
         ]
         x = jnp.concatenate([x.reshape(b, -1, d) for x in (chains if self.fed == "chain" else copies)], 1)
@@ -400,7 +401,7 @@ class Dart(Inputs):
         z = z + jnp.sqrt(jnp.clip(1 / snr[level] - 1 / told, 0))[:, None, None] * more
         left = jnp.asarray(process.residuals, jnp.float32)[level]
         signal = jnp.asarray(np.sqrt(process.gamma), jnp.float32)[:, None, None]
-        copies = signal * z[:, None] + jnp.einsum("bts,skd->btkd", left, eps)
+        copies = signal * z[:, None] + jnp.einsum("bts,skd->btkd", left, eps, precision="highest")
         condition = self.conditions(params, {**(conditions or {}), "x": x})
         [(found, _)] = self.estimates(params, [copies], None, condition)
         return self.image(found[jnp.arange(len(x)), level])
