@@ -56,7 +56,7 @@ INSIDE = {
 WORDS = {
     "data_dir", "images", "labels", "series", "delimiter", "tokenizer", "aspect", "split", "out", "features", "reference", "workdir",
     "wanted", "cache", "clip", "human", "lang", "base_url", "model", "api_key_env", "revision", "device", "classes", "results", "truth",
-    "texts",
+    "texts", "words", "template",
 }  # fmt: skip
 NEEDED: dict[str, dict[str, Any]] = {  # of what has no default
     "Run": {"task": TarFlow(), "data": Synthetic(), "steps": 8, "batch": 8},
@@ -65,6 +65,7 @@ NEEDED: dict[str, dict[str, Any]] = {  # of what has no default
     "Latents": {"path": "a"},
     "Series": {"path": "a.npz", "length": 8},
     "Text": {"path": "a.txt"},
+    "Captioned": {"data": Synthetic()},
     "Tilt": {"function": jnp.sum},
     "Classifier": {"logits": jnp.sum, "label": jnp.zeros(1, int)},
     "Guided": {"main": Edm(), "guide": Edm()},

@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         "sample",
         "Draw samples from a run, an export, a shipped model, or a config whose weights are all given.",
         "MODEL",
-        fields="n, seed, label, prompt or prompts=FILE, aspect and the sampler's options, e.g. n=64 guidance=2.0, or passes=true",
+        fields="n, seed, label, prompt or prompts=FILE, form=text from=test, aspect and the sampler's options, e.g. n=64 "
+        "guidance=2.0, or passes=true",
     )
     sub.add_argument(
         "--out", default=None, metavar="FOLDER", help="default: samples/ in the run folder, or samples/ here"
@@ -370,7 +371,11 @@ def _options(model: Any, fields: Sequence[str], allow: Sequence[str]) -> tuple[d
     if kind is None:
         can = ", ".join(abilities(model.task)) or "train alone"
         raise UserError(f"{type(model.task).__name__} has no sampler; it can: {can} (try `zoo eval`)")
-    asked: dict[str, Any] = {"n": None, "seed": 0, **dict.fromkeys(("label", "prompt", "prompts", "aspect"))}
+    asked: dict[str, Any] = {
+        "n": None,
+        "seed": 0,
+        **dict.fromkeys(("label", "prompt", "prompts", "aspect", "form", "from")),
+    }
     kinds: dict[str, Any] = {"n": Count, "seed": Seed}
     known, own = {*asked, *option_names(model.task)}, []
     for text in fields:
@@ -395,7 +400,7 @@ def _sample(args: argparse.Namespace) -> int:
     own, fields = _of_config(args.model, fields)
     model = models.open_model(args.model, own, raw=args.raw, ema=ema, allow=args.allow, on_host=True)
     words, options = _options(model, fields, args.allow)
-    n, seed, label, prompt, prompts, aspect = words.values()
+    n, seed, label, prompt, prompts, aspect, kind, split = words.values()
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}; draw at least one sample at a time")
     from zoo.commands import conditions, strategy, text
@@ -408,13 +413,18 @@ def _sample(args: argparse.Namespace) -> int:
     about = model.task.about
     if texts is None and about.completes:
         _no_strength(args.fields)
+    writes = conditions.check_form(model.task, kind, split, texts) or writes
     n = n or (len(texts) if texts and prompts is not None else text.SHOWN if writes else 64)
     labels = label_numbers(label, about.classes, model.labels, n)
     options, shape = conditions.shaped(model.task, aspect, options)
     form: Form
+    given: Any
     tokeniser: dict[str, str] = {}
-    if writes:
-        vocabulary = text.vocabulary_of(model)
+    if split is not None:
+        given, captions, asked = conditions.pictures(model, split, n), None, {"from": split}
+        form = text.Texts(models.vocabulary_of(model))
+    elif writes:
+        vocabulary = models.vocabulary_of(model)
         given, captions = text.rewritten(model, vocabulary, texts, n)
         form = text.Texts(vocabulary, captions)
     else:

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from zoo import config, dist, paths, weights
-from zoo.data.captions import as_tokens, framed
+from zoo.data.captions import as_tokens, framed, lettered
+from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.draws import Use, finite, keys, label_numbers
 from zoo.encoders.tokenizer import NAME as TOKENIZER
 from zoo.encoders.tokenizer import Tokenizer
@@ -263,9 +264,37 @@ class Model:
             _log.info("no prompt=: samples are drawn without a caption")
             if around is None:
                 return None, None, {}
-        encode, digest = open_tokenizer(task, self.homes, tokenizer)
         words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
+        if task.about.vocabulary:
+            if tokenizer is not None:
+                raise UserError("--tokenizer: the captions of this model are letters, which need none; leave it out")
+            vocabulary = vocabulary_of(self)
+            if vocabulary is None:
+                raise UserError(
+                    f"{self.folder} needs its vocabulary.json for captions; copy it from the folder of the run"
+                )
+            assert texts is not None
+            ids = lettered(vocabulary, texts, task.spec(1)["tokens"].shape[1])
+            return {"tokens": ids[np.arange(n) % len(texts)]}, words, {}
+        encode, digest = open_tokenizer(task, self.homes, tokenizer)
         return as_tokens(task, encode, texts, n, around), words, {"tokenizer": digest}
+
+
+def vocabulary_of(model: Model) -> Vocabulary | None:
+    """The vocabulary in the folder of a model, or in that of its weights, else that of the data it was trained on; None, and a
+    note, where none is."""
+    found, why = None, ""
+    for folder in model.homes:
+        with paths.sentence(folder):
+            found = found or open_vocabulary(folder)
+    if found is None and model.data is not None:
+        try:
+            found = model.data.vocabulary()
+        except UserError as error:  # an export is used where its data are not
+            why = f", and its data give none ({error})"
+    if found is None:
+        _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", model.folder, why)
+    return found
 
 
 def read_config(folder: Folder) -> dict[str, Any]:

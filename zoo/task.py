@@ -99,7 +99,7 @@ class About:
     networks: Mapping[str, Network] = field(default_factory=dict)  # from elsewhere, by top-level key
     likelihood: Likelihood | None = None  # of what `nll` is, where it can be told in bits
     captions: Captions | None = None
-    vocabulary: int | None = None  # symbols of the texts that it models
+    vocabulary: int | None = None  # symbols of the texts that it models, or of captions without an encoder
     grid: Grid | None = None  # where samples may have other shapes than examples
     tokens: int = 0  # of an example in the network, by which `zoo compile` estimates what must be sent
     licence: str = ""  # terms of its published weights
@@ -472,8 +472,9 @@ def holds(task: Any, ability: type) -> bool:
 
 
 def is_text(task: Any) -> bool:
-    """Whether the examples of a task are texts, `tokens` int32 [B, T] that it models and is not merely told."""
-    return "tokens" in task.spec(1) and "tokens" not in task.about.conditions
+    """Whether the examples of a task are texts: `tokens` int32 [B, T], and no image or latent."""
+    spec = task.spec(1)
+    return "tokens" in spec and not {"image", "latent"} & set(spec)
 
 
 SPEED = ("dtype", "remat", "scan", "attention")

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from zoo.data.captions import bucket
 from zoo.errors import UserError
 from zoo.files import reading, sha256
@@ -57,6 +59,31 @@ def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] 
     if len(found) < len(lines):
         _log.info("%s: %d %ss in %s, blank ones are passed over", field, len(found), what, _count(lines))
     return found, {"prompts": f"{Path(prompts).name} (sha256 {sha256(data)})"}
+
+
+def check_form(task: Any, form: str | None, split: str | None, texts: Sequence[str] | None) -> bool:
+    """Whether captions are written, of the images of `split`. UserError where `form=` and `from=` ask for what the task has not."""
+    if form not in (None, "image", "text"):
+        raise UserError(f"form={form} is no form of samples; write form=text from=test, or form=image")
+    if form != "text" and split is None:
+        return False
+    can = task.about.vocabulary and not is_text(task)
+    if not can or form != "text" or split not in ("train", "test") or texts is not None:
+        way = (
+            "write form=text from=test, without prompt="
+            if can
+            else f"{type(task).__name__} writes none: leave them out"
+        )
+        raise UserError(f"form=text from=SPLIT asks for captions of the images of train or test; {way}")
+    return True
+
+
+def pictures(model: Any, split: str, n: int) -> dict[str, np.ndarray]:
+    """What captions of n images are written from: the first of a split, again from the beginning where these are fewer."""
+    spec = {key: value for key, value in model.task.spec(1).items() if key in ("image", "latent", "latent_std")}
+    source = model.data.source(split, model.task.spec(1))
+    rows = [source[i % len(source)] for i in range(n)]
+    return {key: np.stack([row[key] for row in rows]) for key in spec}
 
 
 def _count(lines: Sequence[str]) -> str:

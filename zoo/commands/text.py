@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from zoo import paths
-from zoo.data.vocabulary import Vocabulary, open_vocabulary
+from zoo.data.vocabulary import Vocabulary
 from zoo.errors import UserError
 from zoo.models import Model
 from zoo.paths import Folder
@@ -25,23 +25,6 @@ from zoo.train.report import printable, save_text, spelled
 _log = logging.getLogger("zoo")
 SHOWN = 8  # texts that are printed at most, and drawn where nothing says how many
 _MARKED = 0.5  # share of a pass that must have stayed for the rest to be marked
-
-
-def vocabulary_of(model: Model) -> Vocabulary | None:
-    """The vocabulary in the folder of a model, or in that of its weights, else that of the data it was trained on; None, and a
-    note, where none is."""
-    found, why = None, ""
-    for folder in model.homes:
-        with paths.sentence(folder):
-            found = found or open_vocabulary(folder)
-    if found is None and model.data is not None:
-        try:
-            found = model.data.vocabulary()
-        except UserError as error:  # an export is used where its data are not
-            why = f", and its data give none ({error})"
-    if found is None:
-        _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", model.folder, why)
-    return found
 
 
 def files(vocabulary: Vocabulary) -> dict[str, bytes]:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo import config, dist, models, paths, weights
-from zoo.commands.text import files, vocabulary_of
+from zoo.commands.text import files
 from zoo.diffusion.energies import scored
 from zoo.errors import UserError
-from zoo.models import TOKENIZER, Model, has_tokenizer, homes
+from zoo.models import TOKENIZER, Model, has_tokenizer, homes, vocabulary_of
 from zoo.paths import Folder
 from zoo.run import Run
 from zoo.task import Noted, Published, Samples, abilities, call, is_text, paper, sampling, speed, trace_of
@@ -97,7 +97,7 @@ def export(
         for program in programs.values():  # what does not fit is told before anything is written
             jax.eval_shape(program.call, model.params, *program.arguments)
     beside = _tokenizer(model.homes)
-    if is_text(model.task) and (vocabulary := vocabulary_of(model)) is not None:
+    if (is_text(model.task) or model.task.about.vocabulary) and (vocabulary := vocabulary_of(model)) is not None:
         beside |= files(vocabulary)
     _write(model, out, metrics, beside)
     if not programs:

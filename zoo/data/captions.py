@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
+from zoo.data.pipeline import Data, Example, Source
+from zoo.data.vocabulary import WORDS, Vocabulary, text8
 from zoo.errors import UserError, suggest
+from zoo.fields import check_fields
 
 ASPECTS = ("21:9", "16:9", "3:2", "5:4", "1:1", "4:5", "2:3", "9:16", "9:21")  # width : height
 
@@ -102,3 +107,64 @@ def as_tokens(
         ids, _ = encode([template(text, aspect=aspect) for text in texts], length)
         found = {"tokens": ids[np.arange(n) % len(texts)], **found}
     return found
+
+
+def lettered(vocabulary: Vocabulary, texts: Sequence[str], length: int) -> np.ndarray:
+    """Captions as letters [N, length] int32, filled up with blanks. UserError for one that is longer or has no letters."""
+    rows = []
+    for text in texts:
+        ids = vocabulary.encode(vocabulary.normalise(text), f"the caption {text!r}")
+        if not 0 < len(ids) <= length:
+            raise UserError(
+                f"the caption {text!r} has {len(ids)} letters, and the model takes 1 to {length}; give another"
+            )
+        rows.append(np.concatenate([ids, np.tile(vocabulary.encode(" "), length - len(ids))]).astype(np.int32))
+    return np.stack(rows)
+
+
+# Captions made of classes
+
+
+@dataclass(frozen=True)
+class Captioned(Data):
+    """Images with a caption made of their class: `tokens` int32 [S] beside `image` and `label`.
+
+    The letters are those of text8, filled up with blanks to the length S of the task's captions.
+    """
+
+    data: Data
+    words: tuple[str, ...] = WORDS  # for each class
+    template: str = "a {}"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
+
+    def fingerprint(self, split: str) -> str | None:
+        """That of the images."""
+        return self.data.fingerprint(split)
+
+    def vocabulary(self) -> Vocabulary:
+        """The letters of text8."""
+        return text8()
+
+    def source(self, split: str, spec: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> _Captioned:
+        """The examples of a split. UserError where a caption is longer than those of the task, or a class has no word."""
+        source = self.data.source(split, spec)
+        texts = [self.template.format(word) for word in self.words]
+        if len(source.labels) > len(texts):
+            raise UserError(f"data.words has {len(texts)} words for {len(source.labels)} classes; give one for each")
+        length = spec["tokens"].shape[1] if spec else max(map(len, texts))
+        return _Captioned(source, lettered(text8(), texts, length))
+
+
+class _Captioned(Source):
+    def __init__(self, source: Source, ids: np.ndarray) -> None:
+        self._source, self._ids, self.labels, self.augment = source, ids, source.labels, source.augment
+        self.vocabulary = text8()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        return {**example, "tokens": self._ids[int(example["label"])]}

@@ -52,12 +52,14 @@ class Digits(Data):
     """
 
     only: tuple[Annotated[int, Meta(ge=0, le=9)], ...] = ()  # digits that there are; (): all
+    size: Side = 8  # to which they are enlarged (bicubic)
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
 
     def __repr__(self) -> str:
-        return f"Digits(only={self.only})" if self.only else "Digits()"  # statistics that are kept name all of them so
+        said = [f"only={self.only}"] * bool(self.only) + [f"size={self.size}"] * (self.size != 8)
+        return f"Digits({', '.join(said)})"  # statistics that are kept name all of them so
 
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split; the order of the split is fixed."""
@@ -67,6 +69,8 @@ class Digits(Data):
         part = order[:1500] if split == "train" else order[1500:]
         part = part[np.isin(labels[part], self.only)] if self.only else part
         names = tuple(map(str, range(10)))
+        if self.size != images.shape[1]:
+            images = _enlarged(self.size)
         return ImageSource(len(part), lambda i: (images[part[i]], labels[part[i]]), names)
 
 
@@ -83,6 +87,12 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
         images, labels = load_digits().images, load_digits().target
     return (2 * images[..., None] / 16 - 1).astype(np.float32), labels
+
+
+@lru_cache(maxsize=2)
+def _enlarged(size: int) -> np.ndarray:
+    scans = (Image.fromarray(scan[..., 0]).resize((size, size), Image.Resampling.BICUBIC) for scan in _digits()[0])
+    return np.clip(np.stack([np.asarray(scan)[..., None] for scan in scans]), -1, 1)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ Folder: TypeAlias = Path | epath.Path
 
 # The rule of text8
 
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _BLANKED = bytes(
     ord(chr(c).lower()) if chr(c) in string.ascii_letters else c if chr(c) in string.digits else 32 for c in range(256)
 )
@@ -46,7 +46,7 @@ def normalise(text: str) -> str:
     Letters with accents are blanks as well; there is no blank at either end.
     """
     plain = text.encode("ascii", "replace").translate(_BLANKED).decode("ascii")
-    return " ".join(re.sub("[0-9]", lambda found: f" {_WORDS[int(found[0])]} ", plain).split())
+    return " ".join(re.sub("[0-9]", lambda found: f" {WORDS[int(found[0])]} ", plain).split())
 
 
 _HALF = re.compile("[\ud800-\udfff]")

@@ -32,11 +32,13 @@ class Inputs:
     patch: Side = 1
     classes: SizeOr0 = 0  # class-conditional: a one-hot vector, with one more for "no class"
     text_tokens: SizeOr0 = 0  # S, length of a caption; 0: no captions
-    text_width: Size = 2048  # E, numbers per caption token
+    text_width: Size = (
+        2048  # E, numbers per caption token; of letters: how many there are, and one more for "no caption"
+    )
     drop: Below1 = 0.1  # probability that class or caption is dropped in training
     inputs: Literal["latents", "images", "pixels"] = "latents"  # what a batch holds; images are encoded in the step
-    captions: Literal["tokens", "features"] = (
-        "tokens"  # what a batch holds of a caption; tokens are encoded in the step
+    captions: Literal["tokens", "features", "letters"] = (
+        "tokens"  # what a batch holds of a caption; tokens are encoded in the step, letters need no encoder
     )
     template: Literal["plain", "aspect"] = "plain"  # whether captions name the aspect ratio, as they did in training
     vae: AutoEncoder | None = None  # held; decodes samples, and encodes images
@@ -71,6 +73,10 @@ class Inputs:
             )
         if self.text_tokens and self.captions == "tokens" and text is None:
             raise UserError("task.captions='tokens' needs a text encoder; set task.text, or task.captions='features'")
+        if self.captions == "letters" and (text is not None or self.template != "plain"):
+            raise UserError(
+                "task.captions='letters' are put plain, without an encoder; leave task.text and task.template out"
+            )
 
     # --- what the house is told ---------------------------------------------------------------------
 
@@ -84,7 +90,9 @@ class Inputs:
             networks["text"] = Network(self.text, Reads, how=text_encoder.HOW)
         if self.text_tokens:
             captions = Captions(self.text_tokens, self.text.vocab if self.text else None, self.template)
-        return {"classes": self.classes, "conditions": self.given, "networks": networks, "captions": captions}
+        letters = self.text_width - 1 if self.text_tokens and self.captions == "letters" else None
+        told = {"classes": self.classes, "conditions": self.given, "networks": networks, "captions": captions}
+        return {**told, "vocabulary": letters}
 
     @property
     def trained_grid(self) -> Grid:
@@ -126,7 +134,8 @@ class Inputs:
         """Keys of a batch that the sampler can be conditioned on, besides classes."""
         if not self.text_tokens:
             return ()
-        return ("tokens", "null_tokens") if self.captions == "tokens" else ("text", "null_text")
+        both = ("text", "null_text") if self.captions == "features" else ("tokens", "null_tokens")
+        return both[: 1 if self.captions == "letters" else 2]
 
     # --- a batch ------------------------------------------------------------------------------------
 
@@ -149,10 +158,10 @@ class Inputs:
         if self.classes:
             spec["label"] = array(dtype=jnp.int32)
         for key in self.given:
-            if self.captions == "tokens":
-                spec[key] = array(self.text_tokens, dtype=jnp.int32)
-            else:
+            if self.captions == "features":
                 spec[key] = array(self.text_tokens, self.text_width)
+            else:
+                spec[key] = array(self.text_tokens, dtype=jnp.int32)
         return spec
 
     def encoders(self, rng: jax.Array) -> Params:
@@ -176,7 +185,7 @@ class Inputs:
         return mean if std is None else mean + std * jax.random.normal(rng, mean.shape)
 
     def conditions(self, params: Params, batch: Batch, drop: jax.Array | None = None) -> jax.Array | None:
-        """The condition tokens [B, S, E]: one-hot classes, or the features of captions; None for an unconditional model.
+        """The condition tokens [B, S, E]: one-hot classes or letters, or the features of captions; None for an unconditional model.
 
         Examples without `label`, `tokens` or `text` get what stands for none.
 
@@ -199,6 +208,9 @@ class Inputs:
                 )
             null = batch["null_text"]
             return jnp.where(drop[:, None, None], null, batch.get("text", null))
+        if self.captions == "letters":
+            none = jnp.full((rows, self.text_tokens), self.text_width - 1)
+            return jax.nn.one_hot(jnp.where(drop[:, None], none, batch.get("tokens", none)), self.text_width)
         assert self.text is not None
         empty = jnp.zeros((rows, self.text_tokens), jnp.int32).at[:, 0].set(_EMPTY)
         null = batch.get("null_tokens", empty)

@@ -273,8 +273,8 @@ def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -
 
 
 def _vocabulary(run: Run) -> Vocabulary | None:
-    """What the tokens of the training data mean, where these are texts."""
-    return run.source("train").vocabulary if is_text(run.task) else None
+    """What the tokens of the training data mean, where these are texts or captions without an encoder."""
+    return run.source("train").vocabulary if is_text(run.task) or run.task.about.vocabulary else None
 
 
 def _keep_vocabulary(run: Run, folder: Folder) -> None:
@@ -408,7 +408,7 @@ def train(
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
         _check_labels(run, labels)
-        if is_text(run.task):
+        if run.task.about.vocabulary:
             check_vocabulary(run.task, run.source("train"))
         _check_shapes(run)
         _check_looks(run)

@@ -5,6 +5,7 @@ B examples, T copies, K tokens of a copy, D numbers a token, S tokens of a capti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -25,45 +26,69 @@ Mask: TypeAlias = Literal["blocks", "tokens", "same"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens stand in the sequence: a caption, then blocks of rows x columns tokens."""
+    """Where tokens stand in the sequence: a caption, then blocks of rows x columns tokens, of the same picture in all sizes.
 
-    blocks: int
-    rows: int
-    columns: int
+    A caption that is written has its place once more behind them, and each of its letters sees those before it.
+    """
+
+    grids: tuple[tuple[int, int], ...]  # rows and columns of each block, of which the last has most
     prefix: int = 0  # S
+    written: bool = False
 
     @property
     def size(self) -> int:
-        """K."""
-        return self.rows * self.columns
+        """K of the last block."""
+        return math.prod(self.grids[-1])
+
+    @property
+    def end(self) -> int:
+        """Slot behind the last block."""
+        return self.slots - self.prefix * self.written
 
     @property
     def slots(self) -> int:
         """Tokens in all."""
-        return self.prefix + self.blocks * self.size
+        return sum(self.spans)
 
     @cached_property
     def spans(self) -> tuple[int, ...]:
-        """Tokens of each stage: the caption and every block is one."""
-        return (*((self.prefix,) if self.prefix else ()), *(self.size,) * self.blocks)
+        """Tokens of each part: a caption and every block is one."""
+        caption = (self.prefix,) if self.prefix else ()
+        return (*caption, *(rows * columns for rows, columns in self.grids), *(caption if self.written else ()))
+
+    @cached_property
+    def part(self) -> np.ndarray:
+        """[slots], counted from 0."""
+        return np.repeat(np.arange(len(self.spans)), self.spans)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Of the tokens of blocks, one number for each place of each size of block."""
+        first = dict(zip(sizes := list(dict.fromkeys(self.grids)), np.cumsum([0, *map(math.prod, sizes)])))
+        return np.concatenate([first[grid] + np.arange(math.prod(grid)) for grid in self.grids])
 
     def stages(self, same: bool) -> Stages:
         """Which tokens see which."""
-        return Stages(tuple(np.repeat(np.arange(len(self.spans)), self.spans).tolist()), same)
+        part = self.part
+        new = np.diff(part, prepend=-1) > 0
+        if self.written:  # a stage for each letter
+            new |= (part == 0) | (part == len(self.spans) - 1)
+        return Stages(tuple((np.cumsum(new) - 1).tolist()), same)
 
     def angles(self, head_dim: int, base: float) -> np.ndarray:
         """Rotations [slots, K/2] by step, row and column; the words of a caption stand before the first step, at no place.
 
-        A quarter of a head's pairs turn by the step, three eighths each by row and by column.
+        A quarter of a head's pairs turn by the step, three eighths each by row and by column, in units of the last block's
+        tokens: those of a smaller one stand at the centres of what they cover.
         """
-        row, column = np.meshgrid(np.arange(self.rows), np.arange(self.columns), indexing="ij")
-        place = np.zeros((self.slots, 3))
-        place[: self.prefix, 0] = np.arange(-self.prefix, 0)
-        place[self.prefix :, 0] = np.repeat(np.arange(self.blocks), self.size)
-        place[self.prefix :, 1] = np.tile(row.ravel(), self.blocks)
-        place[self.prefix :, 2] = np.tile(column.ravel(), self.blocks)
+        parts = [np.stack([np.arange(-self.prefix, 0), *np.zeros((2, self.prefix))], 1)]
+        for step, grid in enumerate(self.grids):
+            row, column = ((np.arange(n) + 0.5) * whole / n - 0.5 for n, whole in zip(grid, self.grids[-1]))
+            parts.append(np.stack(np.meshgrid([step], row, column, indexing="ij"), -1).reshape(-1, 3))
+        if self.written:
+            parts.append(np.stack([len(self.grids) + np.arange(self.prefix), *np.zeros((2, self.prefix))], 1))
         pairs = head_dim // 2
-        return rope_angles(place, (pairs // 4, 3 * pairs // 8, 3 * pairs // 8), base)
+        return rope_angles(np.concatenate(parts), (pairs // 4, 3 * pairs // 8, 3 * pairs // 8), base)
 
 
 class DartNet(nn.Module):
@@ -90,24 +115,20 @@ class DartNet(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array | None, condition: jax.Array | None = None, cache: Any = None, index: Any = 0
-    ) -> tuple[Any, Any, Any]:
-        """x [B, Q, D] -> output [B, Q, D] and hidden states [B, Q, W], float32, and the cache.
+    ) -> tuple[Any, Any, Any, Any]:
+        """x [B, Q, D] -> output [B, Q, D] and hidden states [B, Q, W], float32, the letters' logits [B, S', E - 1], and the cache.
 
         Without a cache x are the tokens of all blocks. With one, they are those from slot `index` on, all of one block;
-        `x=None` puts the caption into it.
+        `x=None` puts the caption into it, or some of its letters.
 
         Args:
-            condition: [B, 1, E], a class, or [B, S, E], a caption. None where there is neither, and with a cache that has it.
+            condition: [B, 1, E], a class, or [B, S, E], a caption; one that is written twice, for before and behind. None where
+                there is neither, and with a cache that has it.
         """
         at, caption = self.layout, self.layout.prefix
-        steps = Table(at.blocks + bool(caption), self.width, std=1.0, name="steps")()
+        steps = Table(len(at.spans), self.width, std=1.0, name="steps")()
         if cache is not None:  # one block, or the caption
-            step = (
-                jnp.where(index < caption, 0, (index - caption) // at.size + bool(caption))
-                if caption
-                else index // at.size
-            )
-            steps = jax.lax.dynamic_slice_in_dim(steps, step, 1)
+            steps = steps[jnp.asarray(at.part)[index]][None]
         known = steps[None]
         if self.condition and not caption:
             label = Dense(self.width, (None, "embed"), bias=False, name="label")
@@ -120,24 +141,29 @@ class DartNet(nn.Module):
 
         each = jnp.moveaxis(fresh_zeros((self.depth, 6 * self.width), "modulation", bias=False)(known), -2, 0)
         shift, scale = jnp.split(fresh_zeros(2 * self.width, "last")(known), 2, -1)
-        parts = []
+        parts, behind = [], []
         if caption and condition is not None:
-            parts.append(Dense(self.width, (None, "embed"), dtype=self.dtype, name="words")(condition))
+            words = Dense(self.width, (None, "embed"), dtype=self.dtype, name="words")(condition)
+            if at.written:
+                place = (0 if cache is None else index - (index >= at.end) * at.end) + jnp.arange(condition.shape[1])
+                letters = Table(caption, self.width, std=0.02, name="letters")()[place % caption]
+                words = words + letters.astype(self.dtype)
+            parts, behind = [words[:, :caption]], [words[:, caption:]]
         if x is not None:
             h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(x)
-            place = ((0 if cache is None else index - caption) + jnp.arange(x.shape[1])) % at.size
-            h = h + Table(at.size, self.width, std=0.02, name="positions")()[place].astype(self.dtype)
+            place = jnp.asarray(at.places)[(0 if cache is None else index - caption) + jnp.arange(x.shape[1])]
+            h = h + Table(int(at.places.max()) + 1, self.width, std=0.02, name="positions")()[place].astype(self.dtype)
             if self.mask == "tokens":  # where the token that follows stands
                 h = h + Table(at.size, self.width, std=0.02, name="next")()[(place + 1) % at.size].astype(self.dtype)
             parts.append(h)
-        h = jnp.concatenate(parts, 1)
+        h = jnp.concatenate([*parts, *behind], 1)
         rope: Any = jnp.asarray(at.angles(self.head_dim, self.base))
         if cache is not None:
             rope = jax.lax.dynamic_slice_in_dim(rope, index, h.shape[1])
         spans = at.spans
         block = ModulatedBlock(
             self.head_dim,
-            self.mask == "tokens",
+            self.mask == "tokens" or (at.written and x is None),
             norm="rms",
             gated=self.gated,
             qk_norm=True,
@@ -150,11 +176,20 @@ class DartNet(nn.Module):
         trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
         slot = 0 if self.mask == "same" else index  # a block that sees itself alone takes the place of the one before
         h, cache = trunk(h, cache, slot, {"modulation": each}, rope=rope)
+        if x is None and not at.written:
+            return None, None, None, cache
+        h = modulated(h.astype(jnp.float32), spread(shift, spans), spread(scale, spans), "rms")
+        logits = None
+        if at.written and condition is not None:
+            first = 0 if x is None else x.shape[1]
+            text = h if x is None else jnp.concatenate([h[:, :caption], h[:, caption + first :]], 1)
+            logits = fresh_zeros(self.condition - 1, "letter")(text)
         if x is None:
-            return None, None, cache
-        h = modulated(h.astype(jnp.float32), spread(shift, spans), spread(scale, spans), "rms")[:, -x.shape[1] :]
+            return None, None, logits, cache
+        begin = caption if cache is None else 0
+        h = h[:, begin : begin + x.shape[1]]
         # float32: x0 has more levels than bfloat16
-        return fresh_zeros(self.dims, "out")(h), h, cache
+        return fresh_zeros(self.dims, "out")(h), h, logits, cache
 
     @nn.nowrap
     def memory(self, rows: int) -> Any:

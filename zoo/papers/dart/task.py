@@ -6,12 +6,15 @@ B examples, T copies, the noisiest first, K tokens of D numbers; S tokens of a c
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from msgspec import Meta
 
 from zoo.diffusion.sampling import noises
@@ -28,6 +31,7 @@ from zoo.papers.dart.process import Nomad, Schedule
 from zoo.task import About, Batch, Params, sample_keys
 
 Steps = Annotated[int, Meta(ge=2, le=2**10)]
+CoarseSteps = Annotated[int, Meta(ge=0, le=2**10)]
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,11 @@ class Dart(Inputs):
 
     patch: Side = 2
     steps: Steps = 16  # T, noisy copies
+    coarse: CoarseSteps = 0  # noisy copies at half the rows and columns before them: Matryoshka-DART; 0: none
     schedule: Schedule = (
         "copies"  # what falls as a cosine: the signal of the copies, or of the chain that they determine
     )
+    writes: bool = False  # Kaleido-DART: models captions of letters too, from the image and before it
     mask: Mask = "blocks"  # who sees whom; tokens: DART-AR, one token after the other; same: no block sees another
     fed: Literal["copies", "chain"] = "copies"  # chain: the sample of the Markov chain in the place of each copy
     target: Literal["x0", "v"] = "x0"  # what the network's output is; v: of the chain, whose samples know all copies
@@ -101,6 +107,19 @@ class Dart(Inputs):
             )
         if self.text_tokens and self.mask == "same":
             raise UserError("task.mask='same' hides the caption too; set task.text_tokens=0, or another mask")
+        if self.coarse and any(n % (2 * self.patch) for n in self.latent):
+            raise UserError(
+                f"task.coarse={self.coarse} models half of task.latent={self.latent} first, which task.patch={self.patch} must "
+                "divide too, e.g. task.latent=32,32"
+            )
+        if self.coarse and (self.mask == "tokens" or self.head == "flow"):
+            raise UserError(
+                f"task.coarse={self.coarse} is for whole blocks and a Gaussian step; set task.mask=blocks and task.head=gauss"
+            )
+        if self.writes and (self.captions != "letters" or not self.text_tokens or self.mask == "tokens"):
+            raise UserError(
+                "task.writes=True is of letters, and of blocks; set task.captions=letters, task.text_tokens and task.mask=blocks"
+            )
         if self.fed == "chain" and self.mask != "same":
             raise UserError("task.fed='chain' is Markov's process, in which one sample says all; set task.mask=same")
 
@@ -112,6 +131,8 @@ class Dart(Inputs):
         lacks = {}
         if self.mask == "tokens":
             lacks["denoise"] = "task.mask='tokens'; its estimates know a part of the next copy"
+        elif self.coarse:
+            lacks["denoise"] = "task.coarse; its estimates know coarser copies"
         elif self.inputs == "images":
             lacks["denoise"] = "task.inputs='images'; latents are what is denoised"
         return About(**self.told, tokens=self.layout.slots, lacks=lacks)
@@ -122,10 +143,19 @@ class Dart(Inputs):
         return Nomad.cosine(self.steps, self.schedule)
 
     @property
+    def scales(self) -> tuple[Dart, ...]:
+        """What is modelled one after the other: itself, and before it half the rows and columns where there are `coarse` copies."""
+        if not self.coarse:
+            return (self,)
+        rows, columns = self.latent
+        return replace(self, latent=(rows // 2, columns // 2), steps=self.coarse, coarse=0), self
+
+    @property
     def layout(self) -> Layout:
         """The sequence. One token after the other, the clean image is its last block."""
-        blocks = self.steps + (self.mask == "tokens")
-        return Layout(blocks, self.rows, self.columns, self.text_tokens)
+        last = ((self.rows, self.columns),) * (self.mask == "tokens")
+        grids = itertools.chain(*([(scale.rows, scale.columns)] * scale.steps for scale in self.scales), last)
+        return Layout(tuple(grids), self.text_tokens + self.writes, self.writes)
 
     @property
     def _net(self) -> DartNet:
@@ -169,9 +199,9 @@ class Dart(Inputs):
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: every block is the identity, and the output zero."""
         one, two, three = jax.random.split(rng, 3)
-        x = jnp.zeros((1, self.layout.blocks * self.layout.size, self.dims))
+        x = jnp.zeros((1, self.layout.end - self.layout.prefix, self.dims))
         condition = jnp.zeros((1, self.prefix, self.condition_width)) if self.prefix else None
-        made: Any = self._net.init(one, x, condition)
+        made: Any = self._net.init(one, x, self.conditions({}, {"x": x}) if self.captions == "letters" else condition)
         params = {"net": made["params"], **self.encoders(two)}
         if self.head == "flow":
             made = self._head.init(three, x, x[..., 0], jnp.zeros((*x.shape[:2], self.width)))
@@ -179,7 +209,10 @@ class Dart(Inputs):
         return params
 
     def tokens(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] as it comes -> tokens [B, K, D] of mean 0 and variance 1."""
+        """[B, H, W, C] as it comes, in means of squares where it is larger -> tokens [B, K, D] of mean 0 and variance 1."""
+        b, rows, _, c = x.shape
+        side = rows // self.latent[0]
+        x = x.reshape(b, self.latent[0], side, self.latent[1], side, c).mean((2, 4))
         return patchify((x - self.centre) / self.spread, self.patch)
 
     def image(self, tokens: jax.Array) -> jax.Array:
@@ -193,30 +226,68 @@ class Dart(Inputs):
         signal, noise = (jnp.asarray(f, jnp.float32)[:, None, None] for f in (np.sqrt(gamma), np.sqrt(1 - gamma)))
         return signal * x0[:, None] + noise * eps
 
+    def conditions(self, params: Params, batch: Batch, drop: jax.Array | None = None) -> jax.Array | None:
+        """As of `Inputs`. A caption that is written comes twice, each after a beginning, and behind the image none is dropped."""
+        seen = super().conditions(params, batch, drop)
+        if seen is None or not self.writes:
+            return seen
+        behind: Any = super().conditions(params, batch)
+        begin = jax.nn.one_hot(jnp.full((len(seen), 1), self.text_width - 1), self.text_width)
+        return jnp.concatenate([begin, seen, begin, behind], 1)
+
+    @property
+    def _blocks(self) -> np.ndarray:
+        """The number of the copy [N] that a token is of, in the order of `parts`."""
+        sizes = [scale.rows * scale.columns for scale in self.scales for _ in range(scale.steps)]
+        return np.repeat(np.arange(len(sizes)), sizes)
+
+    def parts(self, x: jax.Array) -> list[jax.Array]:
+        """Of all tokens [B, N, W] those of each scale's copies, [B, T, K, W]."""
+        found, begin = [], 0
+        for scale in self.scales:
+            size = scale.rows * scale.columns
+            end = begin + scale.steps * size
+            found.append(x[:, begin:end].reshape(len(x), scale.steps, size, -1))
+            begin = end
+        return found
+
     def estimates(
-        self, params: Params, copies: jax.Array, clean: jax.Array | None, condition: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
+        self, params: Params, copies: Sequence[jax.Array], clean: jax.Array | None, condition: jax.Array | None
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """What `read` tells of images."""
+        return self.read(params, copies, clean, condition)[0]
+
+    def read(
+        self, params: Params, copies: Sequence[jax.Array], clean: jax.Array | None, condition: jax.Array | None
+    ) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array | None]:
         """x0 told from each copy and those before, [B, T, K, D] float32, and the hidden states [B, T, K, W] that told it.
 
+        And of captions that are written the logits of the letters that follow, [B, 2 (S + 1), V]: before the image and behind.
+
         Args:
+            copies: [B, T, K, D] of each of `scales`, as what is given back.
             clean: tokens [B, K, D]; with `mask="tokens"` the last estimates know those in front of theirs.
             condition: as of `conditions`.
         """
-        b, t, k, d = copies.shape
-        to_chain = jnp.asarray(self.process.to_chain, jnp.float32)
-        # "highest": as the sampler's sums, where TPUs and GPUs would round what they multiply
-        chain = jnp.einsum("ts,bskd->btkd", to_chain, copies, precision="highest")
-        x = (chain if self.fed == "chain" else copies).reshape(b, t * k, d)
+        b, _, k, d = copies[-1].shape
+        chains = [
+            # "highest": as the sampler's sums, where TPUs and GPUs would round what they multiply
+            jnp.einsum("ts,bskd->btkd", jnp.asarray(scale.process.to_chain, jnp.float32), x, precision="highest")
+            for scale, x in zip(self.scales, copies)
+        ]
+        x = jnp.concatenate([x.reshape(b, -1, d) for x in (chains if self.fed == "chain" else copies)], 1)
         if self.mask == "tokens":
             assert clean is not None
             x = jnp.concatenate([x, clean], 1)
         made: Any = self._net.apply({"params": params["net"]}, x, condition)
-        out, hidden, _ = made
+        out, hidden, letters, _ = made
         if self.mask == "tokens":
             out, hidden = (y[:, k - 1 : -1] for y in (out, hidden))
-        out, hidden = out.reshape(b, t, k, d), hidden.reshape(b, t, k, -1)
-        abar = jnp.asarray(self.process.abar, jnp.float32)[:, None, None]
-        return self._x0(out, chain, abar), hidden
+        found = []
+        for scale, chain, own, state in zip(self.scales, chains, self.parts(out), self.parts(hidden)):
+            abar = jnp.asarray(scale.process.abar, jnp.float32)[:, None, None]
+            found.append((self._x0(own, chain, abar), state))
+        return found, letters
 
     def _x0(self, out: jax.Array, chain: jax.Array, abar: Any) -> jax.Array:
         return out if self.target == "x0" else jnp.sqrt(abar) * chain - jnp.sqrt(1 - abar) * out
@@ -233,18 +304,29 @@ class Dart(Inputs):
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean over blocks of weight |x0 - estimate|^2 (equation of section 3.1; the paper's weight is SNR, ours SNR + 1).
 
-        Metrics: `x0_error`, the root mean square of x0 - estimate over all blocks, and `x0_error_last`, of the last one.
+        And what a letter costs that is written, in nats: behind the image where it does not know the caption, else before it.
+
+        Metrics: `x0_error`, the root mean square of x0 - estimate over all blocks, and `x0_error_last`, of the last one; `letter`.
         """
         draw, noise, drop, flow = jax.random.split(rng, 4)
-        x0 = self.tokens(self.clean(params, batch, draw))
-        condition = self.conditions(params, batch, jax.random.bernoulli(drop, self.drop, x0.shape[:1]))
-        copies = self.copies(x0, jax.random.normal(noise, (len(x0), self.steps, *x0.shape[1:])))
-        found, hidden = self.estimates(params, copies, x0, condition)
-        square = jnp.square(found - x0[:, None]).mean((0, 2, 3))
-        loss = (jnp.asarray(self._weights, jnp.float32) * square).mean()
+        x = self.clean(params, batch, draw)
+        dropped = jax.random.bernoulli(drop, self.drop, x.shape[:1])
+        condition = self.conditions(params, batch, dropped)
+        x0 = [scale.tokens(x) for scale in self.scales]
+        eps = self.parts(jax.random.normal(noise, (len(x), len(self._blocks), self.dims)))
+        copies = [scale.copies(x, e) for scale, x, e in zip(self.scales, x0, eps)]
+        told, letters = self.read(params, copies, x0[-1], condition)
+        square = jnp.concatenate([jnp.square(found - x[:, None]).mean((0, 2, 3)) for (found, _), x in zip(told, x0)])
+        weights = np.concatenate([scale._weights for scale in self.scales])
+        loss = (jnp.asarray(weights, jnp.float32) * square).mean()
         metrics = {"x0_error": jnp.sqrt(square.mean()), "x0_error_last": jnp.sqrt(square[-1])}
+        if letters is not None:
+            before, behind = jnp.split(letters, 2, 1)
+            logits = jnp.where(dropped[:, None, None], behind, before)[:, :-1]
+            metrics["letter"] = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"]).mean()
+            loss = loss + metrics["letter"]
         if self.head == "flow":
-            metrics["flow"] = self._flow_loss(params, copies, x0, found, hidden, flow)
+            metrics["flow"] = self._flow_loss(params, copies[-1], x0[-1], *told[-1], flow)
             loss = loss + metrics["flow"]
         return loss, metrics
 
@@ -273,23 +355,27 @@ class Dart(Inputs):
         return jax.lax.scan(step, x, jnp.arange(self.head_steps) / self.head_steps)[0]
 
     def errors(self, params: Params, batch: Batch, keys: jax.Array, swap: jax.Array) -> jax.Array:
-        """Mean squared error of each block's estimate [B, T], in the units of the process; noise follows from keys [B].
+        """Mean squared error of each block's estimate [B, T] (of all scales), in the units of the process; noise follows from keys [B].
 
         Args:
             swap: bool []; whether the earlier copies are of the next example of the batch, with the same noise.
         """
-        x0 = self.tokens(self.clean(params, batch, keys[0]))
-        condition = self.conditions(params, batch)
-        eps = jax.vmap(lambda key: jax.random.normal(key, (self.steps, *x0.shape[1:])))(keys)
-        own, other = (self.copies(x, eps) for x in (x0, jnp.roll(x0, -1, 0)))
+        x = self.clean(params, batch, keys[0])
+        x0 = [scale.tokens(x) for scale in self.scales]
+        condition, blocks = self.conditions(params, batch), self._blocks
+        eps = self.parts(jax.vmap(lambda key: jax.random.normal(key, (len(blocks), self.dims)))(keys))
+        own, other = (
+            [scale.copies(jnp.roll(x, by, 0), e) for scale, x, e in zip(self.scales, x0, eps)] for by in (0, -1)
+        )
+        numbers = self.parts(jnp.asarray(blocks)[None, :, None])
 
         def block(i: jax.Array) -> jax.Array:
-            earlier = (jnp.arange(self.steps) < i)[:, None, None]
-            copies = jnp.where(swap & earlier, other, own)
-            found, _ = self.estimates(params, copies, x0, condition)
-            return jnp.square(found[:, i] - x0).mean((1, 2))
+            copies = [jnp.where(swap & (number < i), b, a) for number, a, b in zip(numbers, own, other)]
+            told = self.estimates(params, copies, x0[-1], condition)
+            errors = [jnp.square(found - x[:, None]).mean((2, 3)) for (found, _), x in zip(told, x0)]
+            return jnp.concatenate(errors, 1)[:, i]
 
-        return jax.lax.map(block, jnp.arange(self.steps)).T
+        return jax.lax.map(block, jnp.arange(blocks.max() + 1)).T
 
     # --- a denoiser ---------------------------------------------------------------------------------
 
@@ -316,7 +402,8 @@ class Dart(Inputs):
         left = jnp.asarray(process.residuals, jnp.float32)[level]
         signal = jnp.asarray(np.sqrt(process.gamma), jnp.float32)[:, None, None]
         copies = signal * z[:, None] + jnp.einsum("bts,skd->btkd", left, eps, precision="highest")
-        found, _ = self.estimates(params, copies, None, self.conditions(params, {**(conditions or {}), "x": x}))
+        condition = self.conditions(params, {**(conditions or {}), "x": x})
+        [(found, _)] = self.estimates(params, [copies], None, condition)
         return self.image(found[jnp.arange(len(x)), level])
 
     # --- samples ------------------------------------------------------------------------------------
@@ -333,23 +420,69 @@ class Dart(Inputs):
 
         Args:
             rng: one key, or n keys.
-            conditions: `label` [n] (negative: none), or the keys of `given`. None: neither class nor caption.
+            conditions: `label` [n] (negative: none), or the keys of `given`. None: neither class nor caption. Of a model that
+                writes, `image` (or `latent` and `latent_std`), without a caption: it is what captions are written of.
             options: None: the defaults.
 
         Returns:
-            As `Inputs.drawn`. UserError for guidance where there is neither class nor caption.
+            As `Inputs.drawn`, and with `coarse` the small `image` and `latent` that came first under these names with `coarse_`
+            in front; or captions, `tokens` [n, S]. UserError for guidance where there is neither class nor caption.
         """
         o, keys = options or DartSampling(), sample_keys(rng, n)
+        if self.writes and {"image", "latent"} & set(conditions or {}):
+            return {"tokens": self._written(params, conditions or {}, keys)}
         if o.guidance and not self.asked(conditions):
             raise UserError(
                 f"guidance={o.guidance:g} compares a class or a caption with none, and there is neither here; leave guidance out"
             )
-        normal = noises(keys, (self.layout.size, self.dims))
         batch = {**(conditions or {}), "keys": keys}
         reader = self._reader(params, batch, n, o)
         move = functools.partial(self._moved, params) if self.head == "flow" else None
-        x = self._by_tokens(reader, normal) if self.mask == "tokens" else self._by_blocks(reader, normal, move)
-        return self.drawn(params, self.image(x), conditions)
+        if self.mask == "tokens":
+            return self.drawn(
+                params, self.image(self._by_tokens(reader, noises(keys, (self.layout.size, self.dims)))), conditions
+            )
+        drawn: dict[str, jax.Array] = {}
+        slot, draws = self.layout.prefix, 0
+        for scale in self.scales:
+            normal, size = noises(keys, (scale.layout.size, self.dims)), scale.layout.size
+            x, kept = scale._by_blocks(reader, lambda i, normal=normal, draws=draws: normal(draws + i), move, slot)
+            reader, slot, draws = reader._replace(kept=kept), slot + scale.steps * size, draws + scale.steps
+            found = scale.drawn(params, scale.image(x), conditions)
+            drawn = {**{f"coarse_{key}": value for key, value in drawn.items() if key != "label"}, **found}
+        return drawn
+
+    def _written(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
+        """Captions [n, S] of images, letter by letter after the images' copies."""
+        n, at, net = len(keys), self.layout, self._net
+        own = whole(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
+        clean, slot = self.clean(params, batch, keys[0]), at.prefix
+        none = jax.nn.one_hot(jnp.full((n, at.prefix), self.text_width - 1), self.text_width)
+
+        def apply(*given: Any) -> Any:
+            return net.apply({"params": own}, *given)
+
+        kept = apply(None, none, net.memory(n), 0)[-1]
+        for scale in self.scales:
+            x0, size = scale.tokens(clean), scale.layout.size
+            eps = jax.vmap(lambda key, scale=scale, x=x0: jax.random.normal(key, (scale.steps, *x.shape[1:])))(keys)
+            copies = scale.copies(x0, eps).swapaxes(0, 1)
+
+            def block(kept: Any, row: Any) -> tuple[Any, None]:
+                return apply(row[0], None, kept, row[1])[-1], None
+
+            kept, _ = jax.lax.scan(block, kept, (copies, slot + size * jnp.arange(scale.steps)))
+            slot += scale.steps * size
+
+        def letter(carry: Any, i: jax.Array) -> tuple[Any, jax.Array]:
+            last, kept = carry
+            _, _, logits, kept = apply(None, jax.nn.one_hot(last, self.text_width)[:, None], kept, slot + i)
+            choose = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, i), row))
+            last = choose(keys, logits[:, 0])
+            return (last, kept), last
+
+        begin = jnp.full(n, self.text_width - 1)
+        return jax.lax.scan(letter, (begin, kept), jnp.arange(self.text_tokens))[1].T
 
     def _reader(self, params: Params, batch: Batch, n: int, o: DartSampling) -> Reader:
         """Guided, both passes run as one batch of 2 n."""
@@ -365,9 +498,10 @@ class Dart(Inputs):
 
         def call(x: jax.Array, kept: Any, slot: Any) -> tuple[jax.Array, jax.Array, Any]:
             if o.cache:
-                return apply(x, None if prefix else seen, kept, slot)
+                out, hidden, _, kept = apply(x, None if prefix else seen, kept, slot)
+                return out, hidden, kept
             kept = jax.lax.dynamic_update_slice_in_dim(kept, x, slot - prefix, 1)
-            out, hidden, _ = apply(kept, seen)
+            out, hidden, *_ = apply(kept, seen)
             cut = functools.partial(
                 jax.lax.dynamic_slice_in_dim, start_index=slot - prefix, slice_size=x.shape[1], axis=1
             )
@@ -380,17 +514,21 @@ class Dart(Inputs):
             return out, hidden, kept
 
         if not o.cache:
-            return Reader(read, jnp.zeros((rows, self.layout.slots - prefix, self.dims)))
+            return Reader(read, jnp.zeros((rows, self.layout.end - prefix, self.dims)))
         kept = net.memory(rows)
-        return Reader(read, apply(None, seen, kept, 0)[-1] if prefix else kept)
+        return Reader(read, apply(None, seen[:, :prefix], kept, 0)[-1] if prefix and seen is not None else kept)
 
-    def _by_blocks(self, reader: Reader, normal: Any, move: Any = None) -> jax.Array:
+    def _by_blocks(self, reader: Reader, normal: Any, move: Any = None, first: int = 0) -> tuple[jax.Array, Any]:
         """Block by block, in one scan (on a TPU in up to four, which look at no more of the cache than they fill).
 
         Args:
             move: (proposal [n, K, D], hidden states) -> the next copy; None: it is the proposal.
+            first: slot of the first block.
+
+        Returns:
+            x0, and what the reader keeps.
         """
-        process, size, prefix = self.process, self.layout.size, self.layout.prefix
+        process, size = self.process, self.layout.size
         of_copies = (process.sums, process.scales, process.abar, *self._proposals)
         rows = (jnp.arange(self.steps), *(jnp.asarray(row, jnp.float32) for row in of_copies))
 
@@ -398,7 +536,7 @@ class Dart(Inputs):
             (x, total, kept), (i, own, scale, abar, signal, noise) = carry, row
             total = total + own * x
             chain = scale * total
-            out, hidden, kept = reader.read(chain if self.fed == "chain" else x, kept, prefix + i * size)
+            out, hidden, kept = reader.read(chain if self.fed == "chain" else x, kept, first + i * size)
             x = signal * self._x0(out, chain, abar) + noise * normal(i + 1)
             x = move(x, hidden) if move else x
             return (x, total, kept), None
@@ -406,11 +544,11 @@ class Dart(Inputs):
         x = normal(0)
         (x, total, kept), begin = (x, jnp.zeros_like(x), reader.kept), 0
         for end in reaches(self.steps, size):
-            kept = reaching(kept, prefix + end * size)
+            kept = reaching(kept, first + end * size)
             part = jax.tree.map(lambda row, b=begin, e=end: row[b:e], rows)
             (x, total, kept), _ = jax.lax.scan(step, (x, total, kept), part)
             begin = end
-        return x
+        return x, kept
 
     def _by_tokens(self, reader: Reader, normal: Any) -> jax.Array:
         """Token by token after the first block, whose place of the sequence is noise alone, as the inverse of an affine flow."""
