@@ -6,7 +6,7 @@
     zoo train energy/mnist                          # distilled; energy/mnist:dsm learns from the data
     zoo train energy/mnist:low
     zoo train energy/mnist:high
-    zoo eval energy/mnist:product classes wanted=2,3 samples=64 batch=4
+    zoo eval energy/mnist:product classes wanted=2,3 samples=16 batch=4
 
 `large_teacher`, `large`, `large_dsm`, `large_low`, `large_high` and `large_product` are the same at 28x28.
 """
