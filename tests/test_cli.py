@@ -6,6 +6,7 @@ import logging
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from zoo.data.vocabulary import text8
 from zoo.draws import KEYS, label_numbers
 from zoo.encoders.text import T5
 from zoo.papers.starflow import StarFlow
+from zoo.papers.energy.mixtures import CORNERS
 from zoo.papers.tarflow import TarFlow
 from zoo.papers.tarflow_lm import Layer, TarFlowLM
 
@@ -491,3 +493,8 @@ def test_show_names_both_axes_that_cut_a_parameter(capsys: pytest.CaptureFixture
     (up,) = [line for line in out.splitlines() if line.startswith("block1/trunk/block/mlp/up/kernel")]
     assert "-, fsdp, tensor" in up
     assert "mesh data=2 x fsdp=4 x tensor=2 (16 devices)" in out
+
+
+def test_a_word_that_is_an_option_of_the_sampler_goes_to_the_sampler() -> None:
+    words, options = cli._options(SimpleNamespace(task=CORNERS), ["temper=2", "form=score", "n=3"], ())
+    assert (words["form"], words["n"], options.form) == (None, 3, "score")

@@ -377,7 +377,8 @@ def _options(model: Any, fields: Sequence[str], allow: Sequence[str]) -> tuple[d
         **dict.fromkeys(("label", "prompt", "prompts", "aspect", "form", "from")),
     }
     kinds: dict[str, Any] = {"n": Count, "seed": Seed}
-    known, own = {*asked, *option_names(model.task)}, []
+    options, own = option_names(model.task), []
+    known = {*asked, *options}
     for text in fields:
         key, equals, value = text.partition("=")
         head = key.partition(".")[0]
@@ -385,7 +386,7 @@ def _options(model: Any, fields: Sequence[str], allow: Sequence[str]) -> tuple[d
             raise UserError(f"{text!r} is no option; write n=64")
         if head not in known:
             raise UserError(f"no option {head!r} of this sampler; {suggest(head, known)}")
-        if key in asked:
+        if key in asked and key not in options:  # a sampler with weights has a `form` of its own
             asked[key] = config.parse(value, kinds[key], key) if key in kinds else value
         else:
             own.append(text)
