@@ -22,8 +22,8 @@ from zoo.data.synthetic import Synthetic
 from zoo.data.vocabulary import text8
 from zoo.draws import KEYS, label_numbers
 from zoo.encoders.text import T5
-from zoo.papers.starflow import StarFlow
 from zoo.papers.energy.mixtures import CORNERS
+from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 from zoo.papers.tarflow_lm import Layer, TarFlowLM
 
