@@ -14,13 +14,17 @@ class Passing(UserError):
     """No mistake of the user's: the same command may well succeed later. `zoo` exits with code 3: start it again."""
 
 
+_LISTED = 40  # names that a sentence lists at most
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """A did-you-mean for a misspelt `word`, or the list of what is known."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return "known: " + ", ".join(known) if known else "there is nothing to choose from"
+    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return "known: " + ", ".join(known[:_LISTED]) + more if known else "there is nothing to choose from"
 
 
 def check_divisor(name: str, value: int, whole: str, size: int) -> None:

@@ -97,7 +97,8 @@ def export(
         for program in programs.values():  # what does not fit is told before anything is written
             jax.eval_shape(program.call, model.params, *program.arguments)
     beside = _tokenizer(model.homes)
-    if (is_text(model.task) or model.task.about.vocabulary) and (vocabulary := vocabulary_of(model)) is not None:
+    worded = is_text(model.task) or ("tokens" in model.task.spec(1) and model.task.about.vocabulary)
+    if worded and (vocabulary := vocabulary_of(model)) is not None:
         beside |= files(vocabulary)
     _write(model, out, metrics, beside)
     if not programs:
