@@ -32,14 +32,11 @@ class Inputs:
     patch: Side = 1
     classes: SizeOr0 = 0  # class-conditional: a one-hot vector, with one more for "no class"
     text_tokens: SizeOr0 = 0  # S, length of a caption; 0: no captions
-    text_width: Size = (
-        2048  # E, numbers per caption token; of letters: how many there are, and one more for "no caption"
-    )
+    text_width: Size = 2048  # E, numbers per caption token; of letters: of how many, and one more for "no caption"
     drop: Below1 = 0.1  # probability that class or caption is dropped in training
     inputs: Literal["latents", "images", "pixels"] = "latents"  # what a batch holds; images are encoded in the step
-    captions: Literal["tokens", "features", "letters"] = (
-        "tokens"  # what a batch holds of a caption; tokens are encoded in the step, letters need no encoder
-    )
+    # what a batch holds of a caption; tokens are encoded in the step, letters need no encoder
+    captions: Literal["tokens", "features", "letters"] = "tokens"
     template: Literal["plain", "aspect"] = "plain"  # whether captions name the aspect ratio, as they did in training
     vae: AutoEncoder | None = None  # held; decodes samples, and encodes images
     text: T5 | None = None  # held; encodes tokens
