@@ -35,8 +35,9 @@ class Inputs:
     text_width: Size = 2048  # E, numbers per caption token; of letters: of how many, and one more for "no caption"
     drop: Below1 = 0.1  # probability that class or caption is dropped in training
     inputs: Literal["latents", "images", "pixels"] = "latents"  # what a batch holds; images are encoded in the step
-    # what a batch holds of a caption; tokens are encoded in the step, letters need no encoder
-    captions: Literal["tokens", "features", "letters"] = "tokens"
+    captions: Literal["tokens", "features", "letters"] = (
+        "tokens"  # what a batch holds of a caption; tokens are encoded in the step, letters need no encoder
+    )
     template: Literal["plain", "aspect"] = "plain"  # whether captions name the aspect ratio, as they did in training
     vae: AutoEncoder | None = None  # held; decodes samples, and encodes images
     text: T5 | None = None  # held; encodes tokens
