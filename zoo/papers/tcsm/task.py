@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax
@@ -366,7 +367,12 @@ class TcsmRatio(Denoiser):
         tokens = batch["tokens"]
         t, xt = self.hidden(draw, tokens)
         noise = self.times.noise(t)
-        drawn = jax.random.categorical(other, self.log_p(params["net"], xt, noise), mode="high").astype(jnp.int32)
+
+        def guess(outputs: jax.Array, xt: jax.Array, noise: jax.Array, keys: jax.Array) -> jax.Array:
+            found = jax.vmap(jax.vmap(partial(jax.random.categorical, mode="high")))(keys, outputs)
+            return jnp.where(self.process.noisy(xt), found.astype(xt.dtype), xt)
+
+        drawn = self.compared(params["net"], xt, noise, guess, jax.random.split(other, xt.shape))
         both = jnp.concatenate([tokens, drawn]), jnp.concatenate([xt, xt]), jnp.concatenate([noise, noise])
         data, made = jnp.split(self.log_ratio(params["ratio"], *both), 2)
         return ratio(self.divergence, data, made).mean(), {"margin": (data - made).mean()}
