@@ -273,7 +273,7 @@ class Tcsm(Denoiser):
             unit="sequences",
             completes=("tokens",),
             holes=True,
-            likelihood=Likelihood((self.length,), "bound"),
+            likelihood=Likelihood((self.length,), "bound", weighted=False),
             vocabulary=self.vocab,
             tokens=self.length,
         )
