@@ -17,6 +17,7 @@ from zoo.commands.weights import _licence, export
 from zoo.data.captions import template
 from zoo.data.synthetic import Synthetic
 from zoo.draws import keys
+from zoo.encoders import tokenizer
 from zoo.encoders.text import T5
 from zoo.encoders.tokenizer import NAME, Tokenizer
 from zoo.encoders.vae import AutoEncoder
@@ -343,7 +344,7 @@ def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):
     for given in ({"text": "exports/t5"}, {"": "exports/flow"}, {"vae": "lost", "text": "exports/t5"}):
         run = Run(TASK, Synthetic(), steps=1, batch=8, weights=given)
         asked = dataclasses.replace(opened, folder=tmp_path, run=run, step=1)
-        assert models.open_tokenizer(asked.task, asked.homes)[0](["a red cat"], 24)[0].any()
+        assert tokenizer.find(asked.task, asked.homes)[0](["a red cat"], 24)[0].any()
     export(asked, tmp_path / "out", "zoo", 1)
     assert (tmp_path / "out" / "spiece.model").read_bytes() == (root / "t5" / "spiece.model").read_bytes()
     with pytest.raises(UserError, match=r"--format stablehlo: .* takes captions, .*; use --format zoo"):
@@ -351,10 +352,10 @@ def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):
     assert not (tmp_path / "program").exists()
     lost = dataclasses.replace(asked, run=dataclasses.replace(run, weights={"text": "lost"}))
     with pytest.raises(UserError, match=rf"there is none in {tmp_path} or lost; copy it there .* --tokenizer FILE"):
-        models.open_tokenizer(lost.task, lost.homes)
+        tokenizer.find(lost.task, lost.homes)
     small = dataclasses.replace(asked, task=dataclasses.replace(TASK, text=dataclasses.replace(TEXT, vocab=9)))
     with pytest.raises(UserError, match=r"pieces, and the text encoder knows 9 \(task.text.vocab\)"):
-        models.open_tokenizer(small.task, small.homes)
+        tokenizer.find(small.task, small.homes)
 
 
 PROMPTED = """

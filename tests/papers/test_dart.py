@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import figures
@@ -19,9 +21,11 @@ from mistakes import told
 import zoo
 from zoo import config, dist, weights
 from zoo.cli import main
+from zoo.commands.conditions import check_form, pictures
 from zoo.data.images import Digits
 from zoo.data.synthetic import Synthetic
-from zoo.data.vocabulary import WORDS, text8
+from zoo.data.vocabulary import text8
+from zoo.errors import UserError
 from zoo.papers.dart import Dart
 from zoo.papers.dart.metrics import Context
 from zoo.papers.dart.process import Nomad
@@ -238,6 +242,8 @@ def test_small_copies_come_first_and_at_the_place_of_what_they_cover() -> None:
         moved = [np.asarray(a != b).any((0, 2, 3)) for a, b in zip(run(changed), before)]
         np.testing.assert_array_equal(np.concatenate(moved), np.arange(5) >= 2 * scale + b)
     keys = jax.random.split(jax.random.key(1), 2)
+    small, large = (eps.reshape(2, -1)[:, :8] for eps in NESTED._noise(keys))
+    assert np.abs(small - large).min() > 1e-3
     plain, swapped = (jax.jit(NESTED.errors)(params, batch, keys, jnp.asarray(swap)) for swap in (False, True))
     assert plain.shape == (2, 5)
     assert (np.asarray(plain == swapped) == [True, False, False, False, False]).all()
@@ -253,6 +259,7 @@ def test_letters_see_those_before_them_and_are_written_as_the_whole_sequence_has
     """Front letters 0 to 3, two blocks of four, letters behind: 12 to 15."""
     params, n, keys = randomised(WRITES), 3, jax.random.split(jax.random.key(0), 3)
     image = {"latent": jax.random.normal(jax.random.key(1), (n, 4, 4, 1)), "latent_std": jnp.zeros((n, 4, 4, 1))}
+    assert WRITES.about.completes == tuple(image)
     x0 = WRITES.tokens(image["latent"])
     copies = WRITES.copies(x0, jax.vmap(lambda key: jax.random.normal(key, (2, 4, 4)))(keys))
     run = jax.jit(lambda seen, copies: WRITES.read(params, [copies], None, seen))
@@ -266,7 +273,10 @@ def test_letters_see_those_before_them_and_are_written_as_the_whole_sequence_has
         assert (found == before).all() == (j >= 4)
     _, other = run(seen, copies.at[:, 1].add(1.0))
     np.testing.assert_array_equal(np.asarray(other != letters).any((0, 2)), np.arange(8) >= 4)
-    tokens = jax.jit(lambda: WRITES.sample(params, keys, n, image))()["tokens"]
+    write = jax.jit(lambda keys, image: WRITES.sample(params, keys, n, image)["tokens"])
+    tokens = write(keys, image)
+    drawn = {**image, "latent_std": jnp.ones((n, 4, 4, 1))}  # each from its own key
+    np.testing.assert_array_equal(write(keys[::-1], jax.tree.map(lambda x: x[::-1], drawn))[::-1], write(keys, drawn))
     seen = WRITES.conditions(params, {"tokens": tokens}, jnp.ones(n, bool))
     logits = run(seen, copies)[1][:, 4:7]
     again = [
@@ -301,11 +311,13 @@ def test_captions_are_read_and_written(tmp_path: Path, capsys: Any) -> None:
     spelled = [text8().decode(row) for row in given["tokens"]]
     assert spelled == ["a seven ", "a two   ", "a seven "]
     assert not is_text(run.task)
-    source = run.data.source("test", run.task.spec(1))
-    for i in range(20):
-        example = source[i]
-        assert text8().decode(example["tokens"]).rstrip() == f"a {WORDS[int(example['label'])]}"
+    example = run.data.source("test", run.task.spec(1))[0]
+    found = model.sample(1, conditions={"image": example["image"][None]})["tokens"]
+    assert (tmp_path / "form=text/000000.txt").read_text() == text8().decode(found[0]) + "\n"
+    given = ["form=text", "from=test"]
     for fields, words in (
+        ([*given, "guidance=1"], "leave guidance out"),
+        ([*given, "--out", str(tmp_path / "prompt=a 7")], "other settings"),  # whose images are of another kind
         (["form=text", "from=other"], "form=text from=SPLIT"),
         (["from=test"], "form=text from=SPLIT"),
         (["form=tune"], "form=tune"),
@@ -314,6 +326,11 @@ def test_captions_are_read_and_written(tmp_path: Path, capsys: Any) -> None:
     ):
         assert main(["sample", str(tmp_path / "run"), *fields]) == 2
         assert words in capsys.readouterr().err
+    for field in ("writes=false", "drop=0.0"):  # with no image before them no letters are trained
+        with told("writes none: leave them out"):
+            check_form(config.override(run, [f"task.{field}"]).task, "text", "test", None)
+    with told("test split is empty", "from="):
+        pictures(dataclasses.replace(model, data=SimpleNamespace(source=lambda *_: [])), "test", 1)
 
 
 # --- samplers with exact denoisers ----------------------------------------------------------------
@@ -491,6 +508,16 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     ):
         with told(*words):
             config.override(smoke, f"task.{field}".split())
+    for fields in (
+        ["width=20"],
+        ["width=48", "head_dim=32"],
+        ["latent=5,7", "patch=1", "coarse=2"],
+    ):  # the way out is one
+        given = {name: value for name, _, value in (field.partition("=") for field in fields)}
+        with pytest.raises(UserError) as error:
+            config.override(smoke, [f"task.{name}={value}" for name, value in given.items()])
+        given |= dict([re.findall(r"task\.(\w+)=([\d,]+)", str(error.value))[-1]])
+        config.override(smoke, [f"task.{name}={value}" for name, value in given.items()])
     with told("task.attention='cudnn'", "task.attention=auto"):
         config.override(smoke, ["task.attention=cudnn", "task.dtype=bfloat16"])
     with told("task.classes=3", "task.text_tokens=3"):

@@ -197,7 +197,7 @@ class _Watch:
         self.run, self.report, self.labels = run, report, labels
         self.kind = "ema" if run.ema else "raw"
         homes = models.homes(None, run.weights)
-        self.loaded = [models.loaded_for(metric, task=run.task, places=homes) for metric in run.evals]
+        self.loaded = [models.loaded_for(m, task=run.task, places=homes, data=run.data) for m in run.evals]
         self.series = _told_apart(run.evals)
         self.vocabulary = _vocabulary(run)
         n = run.samples.n
@@ -408,7 +408,7 @@ def train(
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
         _check_labels(run, labels)
-        if run.task.about.vocabulary:
+        if run.task.about.vocabulary and not run.data.made_up:
             check_vocabulary(run.task, run.source("train"))
         _check_shapes(run)
         _check_looks(run)
