@@ -16,6 +16,7 @@ from zoo.commands import bench
 from zoo.commands.weights import _licence, export
 from zoo.data.captions import template
 from zoo.data.synthetic import Synthetic
+from zoo.data.vocabulary import text8
 from zoo.draws import keys
 from zoo.encoders import tokenizer
 from zoo.encoders.text import T5
@@ -328,15 +329,27 @@ class Echo:
         return {"image": conditions["tokens"].astype("float32").reshape(n, 1, 3, 1)}
 
 
+@dataclass(frozen=True)
+class Spelled(Synthetic):
+    """Whose tokens are letters."""
+
+    def source(self, split, spec=None):
+        source = super().source(split, spec)
+        source.vocabulary = text8()
+        return source
+
+
 def test_sheets_show_captions_of_the_held_out_part():
-    run = Run(Echo(), Synthetic(examples=3, values=99), steps=1, batch=8, samples=Samples(n=4))
-    drawn = []
-    report = SimpleNamespace(
-        away=contextlib.nullcontext, curve=lambda: None, sheet=lambda name, image, *_, **__: drawn.append(image)
-    )
-    loop._Watch(run, report, ()).look(1, SimpleNamespace(params={}, ema={}))
-    source = run.source("test")
-    np.testing.assert_array_equal(drawn[0][:, 0, :, 0], [source[i]["tokens"] for i in (0, 1, 2, 0)])
+    for data, spelled in ((Synthetic(examples=3, values=99), False), (Spelled(examples=3, values=27), True)):
+        run = Run(Echo(), data, steps=1, batch=8, samples=Samples(n=4))
+        drawn = []
+        report = SimpleNamespace(
+            away=contextlib.nullcontext, curve=lambda: None, sheet=lambda _, *of, drawn=drawn, **__: drawn.extend(of)
+        )
+        loop._Watch(run, report, ()).look(1, SimpleNamespace(params={}, ema={}))
+        tokens = [run.source("test")[i]["tokens"] for i in (0, 1, 2, 0)]
+        np.testing.assert_array_equal(drawn[0][:, 0, :, 0], tokens)
+        assert drawn[1] == ([text8().decode(ids).rstrip() for ids in tokens] if spelled else None)
 
 
 def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):

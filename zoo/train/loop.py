@@ -202,9 +202,12 @@ class _Watch:
         self.vocabulary = _vocabulary(run)
         n = run.samples.n
         self.draw = None
+        self.captions: list[str] | None = None
         if n and isinstance(run.task, Samples):
             self.draw = jax.jit(make_sampler(run.task, n, run.samples.options))
             self.conditions = _held_out(run, n)
+            if self.conditions and self.vocabulary:  # letters
+                self.captions = [spelled(ids, self.vocabulary).rstrip() for ids in self.conditions["tokens"]]
 
     def due(self, step: int, every: int) -> bool:
         return step == self.run.steps or (every > 0 and step % every == 0)
@@ -222,7 +225,7 @@ class _Watch:
             if sheet and self.draw is not None:
                 drawn = hosts.fetch(self.draw(params, key_of(run.seed, Use.LOOKS), self.conditions))
                 if "image" in drawn:
-                    names = [class_name(self.labels, i) for i in drawn["label"]] if "label" in drawn else None
+                    names = [class_name(self.labels, i) for i in drawn["label"]] if "label" in drawn else self.captions
                     self.report.sheet("samples", drawn["image"], names, step=step, metadata=about)
                 elif is_text(run.task):
                     texts = [spelled(ids, self.vocabulary) for ids in drawn["tokens"]]
