@@ -523,7 +523,12 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
         dataclasses.replace(CAPTIONED, classes=3)
     with told("task.mask='same'", "caption"):
         dataclasses.replace(CAPTIONED, mask="same")
-    for task, given in ((dataclasses.replace(TASK, classes=0), None), (TASK, None)):
+    label = {"label": jnp.zeros(2, jnp.int32)}
+    for task, given in (
+        (dataclasses.replace(TASK, classes=0), None),
+        (TASK, None),
+        (dataclasses.replace(TASK, drop=0.0), label),
+    ):
         with told("guidance=1", "leave guidance out"):
             task.sample(randomised(task), jax.random.key(0), 2, given, DartSampling(1.0))
 

@@ -101,7 +101,8 @@ def as_tokens(
         encode: the tokeniser, (texts, S) -> ids [N, S] and what did not fit.
         aspect: as of `framed`.
     """
-    length, found = task.about.captions.tokens, {}
+    length = task.about.captions.tokens
+    found: dict[str, np.ndarray] = {}
     if "null_tokens" in task.about.conditions:
         null, _ = encode([template("", aspect=aspect)], length)
         found = {"null_tokens": np.repeat(null, n, 0)}

@@ -456,6 +456,10 @@ class Dart(Inputs):
             raise UserError(
                 f"guidance={o.guidance:g} compares a class or a caption with none, and there is neither here; leave guidance out"
             )
+        if o.guidance and not self.drop:
+            raise UserError(
+                f"guidance={o.guidance:g} compares with no class or caption, which task.drop=0 has not trained; leave guidance out"
+            )
         batch = {**(conditions or {}), "keys": keys}
         reader = self._reader(params, batch, n, o)
         move = functools.partial(self._moved, params) if self.head == "flow" else None
