@@ -139,5 +139,5 @@ def test_captions_are_read_and_written(tmp_path: Path, capsys: Any) -> None:
     for field in ("writes=false", "drop=0.0"):  # with no image before them no letters are trained
         with told("writes none: leave them out"):
             check_form(config.override(run, [f"task.{field}"]).task, "text", "test", None)
-    with told("test split is empty", "from="):
+    with told("from=test", "is empty"):
         pictures(dataclasses.replace(model, data=SimpleNamespace(source=lambda *_: [])), "test", 1)
