@@ -55,7 +55,8 @@ def test_small_copies_come_first_and_at_the_place_of_what_they_cover() -> None:
     keys = jax.random.split(jax.random.key(1), 2)
     small, large = (eps.reshape(2, -1)[:, :8] for eps in NESTED._noise(keys))
     assert np.abs(small - large).min() > 1e-3
-    plain, swapped = (jax.jit(NESTED.errors)(params, batch, keys, jnp.asarray(swap)) for swap in (False, True))
+    errors = jax.jit(NESTED.errors)
+    plain, swapped = (errors(params, batch, keys, jnp.asarray(swap)) for swap in (False, True))
     assert plain.shape == (2, 5)
     assert (np.asarray(plain == swapped) == [True, False, False, False, False]).all()
     drawn = jax.eval_shape(lambda: NESTED.sample(params, keys, 2))
