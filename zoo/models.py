@@ -299,9 +299,7 @@ def _encode(
         encode, digest = tokenizer.find(task, places, file, way)
         return encode, {"tokenizer": digest}
     if file is not None:
-        raise UserError(
-            f"a tokeniser given {way}: the captions of this model are letters, which need none; leave it out"
-        )
+        raise UserError(f"a tokeniser given {way}: captions of letters need none; leave it out")
     vocabulary, why = _vocabulary(places, data)
     if vocabulary is None:
         where = " or ".join(map(str, places)) or "its data"

@@ -139,7 +139,7 @@ def test_prompts_of_letters_need_no_tokeniser_and_are_checked_beforehand(tmp_pat
     assert encode(["B", "zoo"], 3)[0].tolist() == [[1, 0, 0], [3, 2, 2]]
     for fields, data, message in (
         ({"scorer": Notes({"a": "zoos"})}, Captioned(Digits()), "'zoos' has 4 letters, and the model takes 1 to 3"),
-        ({"tokenizer": "x"}, Captioned(Digits()), "letters, which need none; leave it out"),
+        ({"tokenizer": "x"}, Captioned(Digits()), "captions of letters need none; leave it out"),
         ({}, Digits(), r"need the vocabulary\.json of the run"),
     ):
         with pytest.raises(UserError, match=message):
