@@ -207,9 +207,10 @@ class Model:
     def _check(self, what: str, batch: Mapping[str, Any], n: int | None = None) -> int:
         """How many examples a batch has, or n of whose conditions it consists.
 
-        UserError for a key that is missing or unknown, or another shape than the task's.
+        UserError for a key that is missing or unknown, another shape than the task's, or tokens that its texts cannot hold.
         """
         spec, about = self.task.spec(1), self.task.about
+        least = -1 if about.holes and n is not None else 0
         told = ("label", *about.conditions)
         needed = [key for key in spec if key not in told] if n is None else []
         known = {k: v for k, v in spec.items() if n is None or k in (*told, *about.completes)}
@@ -223,6 +224,10 @@ class Model:
                 given = f"has the shape {list(shape)}" if key in batch else "is missing"
                 wide = ", ".join(map(str, ("N" if n is None else n, *wanted[1:])))
                 raise UserError(f"{what}: {key} {given}; give an array of the shape [{wide}]")
+        if is_text(self.task) and about.vocabulary is not None and "tokens" in batch:
+            ids = np.asarray(batch["tokens"])
+            if ids.dtype.kind not in "iu" or ((ids < least) | (ids >= about.vocabulary)).any():
+                raise UserError(f"{what}: tokens must be whole numbers from {least} to {about.vocabulary - 1}")
         return n or 0
 
     def conditions(

@@ -145,6 +145,13 @@ def test_the_law_of_samples_nears_the_data_with_every_doubling_of_the_steps(name
     assert found[-1] < 1e-3 < 0.1 < found[0]
 
 
+def test_noise_that_rounds_to_one_twice_leaves_texts_as_they_are():
+    grid, xt = Times("geometric").grid(128)[:2], jnp.arange(5)
+    assert (grid == 1).all()
+    found = Uniform(5).back(jnp.full((5, 5), -np.log(5.0)), xt, *grid)
+    np.testing.assert_allclose(np.exp(found), np.eye(5), atol=1e-6)
+
+
 def test_known_tokens_stay_and_a_text_follows_from_its_key_alone():
     log_p = jnp.log(jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(5), 8), jnp.float32))
     keys, grid = jax.random.split(jax.random.key(0), 4), Times("cosine").grid(3)

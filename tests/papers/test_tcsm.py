@@ -15,6 +15,7 @@ from tabular import CLEAN, HIDING, NOISY, L, Tabular, V, kl, law
 
 from zoo.diffusion.tokens import EPS, Masked, Times, Uniform
 from zoo.errors import UserError
+from zoo.models import Model
 from zoo.nn import layers
 from zoo.papers.tcsm import Tcsm, TcsmRatio, TcsmRatioSampling, TcsmSampling, objectives, targets
 from zoo.papers.tcsm.targets import Target
@@ -446,6 +447,19 @@ def test_samples_keep_what_is_given_and_hold_no_mask(task):
     other = np.asarray(draw(params, keys[::-1], {"tokens": given[::-1]}))
     assert (other[::-1] == found).all()  # each from its own key
     assert options.network_calls == (15 if isinstance(task, TcsmRatio) else 3)
+    part = "ratio" if isinstance(task, TcsmRatio) else "net"  # of which a diverged one is seen
+    assert (draw({**params, part: jax.tree.map(lambda x: x * jnp.nan, params[part])}, keys, {"tokens": given}) < 0).all()
+
+
+def test_tokens_that_no_text_holds_are_refused(tmp_path):
+    """MASK would come back as it is, and -1 would be read as MASK."""
+    model = Model(SMALL, moved(SMALL), "raw", 1, None, (), tmp_path)
+    for token in (5, -2, 0.0):
+        with pytest.raises(UserError, match="sample: tokens must be whole numbers from -1 to 4"):
+            model.sample(1, conditions={"tokens": np.full((1, 6), token)})
+    for token in (5, -1, 0.0):
+        with pytest.raises(UserError, match="nll: tokens must be whole numbers from 0 to 4"):
+            model.nll({"tokens": np.full((1, 6), token)})
 
 
 def test_the_bound_of_a_text_follows_from_its_key():

@@ -139,7 +139,8 @@ class Uniform:
 
     def back(self, log_p: jax.Array, xt: jax.Array, now: jax.Array, then: jax.Array) -> jax.Array:
         """As of `Masked`, [..., V]: sum_y p(y | x_t) q(x_s | x_t, y)."""
-        between = self._likelihood(xt, (now - then) / (1 - then))
+        tiny = jnp.finfo(jnp.float32).tiny  # late noise of a schedule may round to one twice
+        between = self._likelihood(xt, (now - then) / jnp.maximum(1 - then, tiny))
         return jnp.log(between * self.forward(log_p, xt, now, then))
 
 
@@ -190,8 +191,8 @@ def reveal(
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         (x, lost), (i, now, then) = carry, row
         draw, own = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, i)))(keys), 1, 0)
-        log_p = denoise(x, now, own)
-        found = jax.vmap(partial(jax.random.categorical, mode="high"))(draw, kernel.back(log_p, x, now, then))
+        log_p = kernel.back(denoise(x, now, own), x, now, then)
+        found = jax.vmap(partial(jax.random.categorical, mode="high"))(draw, log_p)
         found = found.astype(jnp.int32) if known is None else jnp.where(known, start, found)
         return (constrain(found, "batch"), lost | jnp.isnan(log_p).any((1, 2))), None
 

@@ -403,6 +403,8 @@ class TcsmRatio(Denoiser):
             many = found.reshape(n * k, t), jnp.repeat(x, k, 0), jnp.broadcast_to(noise, n * k)
             scores = self.log_ratio(own, *many).reshape(n, k)
             picked = jax.vmap(jax.random.categorical)(pairs[:, 1], scores)
-            return jnp.log(jax.nn.one_hot(found[jnp.arange(n), picked], self.vocab))
+            lost = jnp.isnan(log_p).any((1, 2)) | jnp.isnan(scores).any(1)
+            one = jnp.log(jax.nn.one_hot(found[jnp.arange(n), picked], self.vocab))
+            return jnp.where(lost[:, None, None], jnp.nan, one)
 
         return choose
