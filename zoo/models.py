@@ -106,6 +106,23 @@ class Model:
         return homes(None if self.untrained else self.folder, self.run.weights if self.run is not None else None)
 
     @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The one in its folder, or in that of its weights, else that of the data it was trained on; None, and a note, where
+        none is."""
+        found, why = None, ""
+        for folder in self.homes:
+            with paths.sentence(folder):
+                found = found or open_vocabulary(folder)
+        if found is None and self.data is not None:
+            try:
+                found = self.data.vocabulary()
+            except UserError as error:  # an export is used where its data are not
+                why = f", and its data give none ({error})"
+        if found is None:
+            _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", self.folder, why)
+        return found
+
+    @property
     def samples_folder(self) -> Folder:
         """Where samples go: `samples/` of a run folder, of others `samples/` here."""
         return paths.where("samples") if self.run is None or self.untrained else self.folder / "samples"
@@ -268,33 +285,15 @@ class Model:
         if task.about.vocabulary:
             if tokenizer is not None:
                 raise UserError("--tokenizer: the captions of this model are letters, which need none; leave it out")
-            vocabulary = vocabulary_of(self)
-            if vocabulary is None:
+            if self.vocabulary is None:
                 raise UserError(
                     f"{self.folder} needs its vocabulary.json for captions; copy it from the folder of the run"
                 )
             assert texts is not None
-            ids = lettered(vocabulary, texts, task.spec(1)["tokens"].shape[1])
+            ids = lettered(self.vocabulary, texts, task.spec(1)["tokens"].shape[1])
             return {"tokens": ids[np.arange(n) % len(texts)]}, words, {}
         encode, digest = open_tokenizer(task, self.homes, tokenizer)
         return as_tokens(task, encode, texts, n, around), words, {"tokenizer": digest}
-
-
-def vocabulary_of(model: Model) -> Vocabulary | None:
-    """The vocabulary in the folder of a model, or in that of its weights, else that of the data it was trained on; None, and a
-    note, where none is."""
-    found, why = None, ""
-    for folder in model.homes:
-        with paths.sentence(folder):
-            found = found or open_vocabulary(folder)
-    if found is None and model.data is not None:
-        try:
-            found = model.data.vocabulary()
-        except UserError as error:  # an export is used where its data are not
-            why = f", and its data give none ({error})"
-    if found is None:
-        _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", model.folder, why)
-    return found
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
@@ -617,9 +616,9 @@ def open_tokenizer(
 def loaded_for(
     metric: Any, allow: Sequence[str] = (), task: Any = None, places: Sequence[Folder] = ()
 ) -> dict[str, Any]:
-    """What a metric asks for besides the task: the network that its `network()` names, opened, and for one with
+    """What a metric asks for besides the task: the network that its `opens()` names, opened, and for one with
     `captions` the tokeniser of `task`, looked for in `places` unless its field `tokenizer` names a file."""
-    name = metric.network()
+    name = metric.opens()
     found: dict[str, Any] = {"network": open_model(name, allow=allow)} if name else {}
     if metric.captions:
         found["encode"], _ = open_tokenizer(

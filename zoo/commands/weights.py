@@ -15,7 +15,7 @@ from zoo import config, dist, models, paths, weights
 from zoo.commands.text import files
 from zoo.diffusion.energies import scored
 from zoo.errors import UserError
-from zoo.models import TOKENIZER, Model, has_tokenizer, homes, vocabulary_of
+from zoo.models import TOKENIZER, Model, has_tokenizer, homes
 from zoo.paths import Folder
 from zoo.run import Run
 from zoo.task import Noted, Published, Samples, abilities, call, is_text, paper, sampling, speed, trace_of
@@ -98,7 +98,7 @@ def export(
             jax.eval_shape(program.call, model.params, *program.arguments)
     beside = _tokenizer(model.homes)
     worded = is_text(model.task) or ("tokens" in model.task.spec(1) and model.task.about.vocabulary)
-    if worded and (vocabulary := vocabulary_of(model)) is not None:
+    if worded and (vocabulary := model.vocabulary) is not None:
         beside |= files(vocabulary)
     _write(model, out, metrics, beside)
     if not programs:
