@@ -95,6 +95,7 @@ class About:
     classes: int = 0  # of `label`; 0: none
     conditions: tuple[str, ...] = ()  # keys of a batch that the sampler is given, besides `label`
     completes: tuple[str, ...] = ()  # keys that the sampler takes as a start: texts to rewrite
+    holes: bool = False  # and it fills in tokens of -1 there
     buffers: tuple[str, ...] = ()  # top-level keys of params that no gradient moves: `after_step` does, or they stay
     networks: Mapping[str, Network] = field(default_factory=dict)  # from elsewhere, by top-level key
     likelihood: Likelihood | None = None  # of what `nll` is, where it can be told in bits

@@ -14,6 +14,7 @@ from zoo.commands import flops
 from zoo.errors import UserError
 from zoo.flows.inverse import invert
 from zoo.flows.transforms import codebook_log_prob, normal_log_prob, rosenblatt_inverse
+from zoo.nn import layers
 from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
 from zoo.papers.tarflow_lm import model as lm
 
@@ -181,7 +182,7 @@ def test_parts_of_a_text_give_what_the_whole_gives(monkeypatch):
     z = vectors(ONE, params, 8)
     value = jax.value_and_grad(lambda p: ONE.loss(p, {"tokens": x}, jax.random.key(0))[0])
     whole = jax.jit(value)(params), forward(ONE)(params, z)
-    monkeypatch.setattr(lm, "_ROOM", 8 * 2 * ONE.vocab)
+    monkeypatch.setattr(layers, "ROOM", 8 * 2 * ONE.vocab)
     parts = jax.jit(lambda p: value(p))(params), jax.jit(lambda p: lm.forward(ONE.flow, p, z))(params)
     assert "scan" in str(jax.make_jaxpr(lambda p: ONE.loss(p, {"tokens": x}, jax.random.key(0)))(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), whole, parts)

@@ -16,8 +16,8 @@ from zoo.fields import Count, Dtype, Layers, Positive, Share, Size, Some, Vocabu
 from zoo.flows.inverse import Jacobi, Method, Stepper, invert, sequential, swept
 from zoo.flows.transforms import shift_right
 from zoo.nn.attention import Backend, check_backend
-from zoo.nn.layers import Table, normal, zeros
-from zoo.nn.transformer import Remat, cast_trunk
+from zoo.nn.layers import Table, normal, over_tokens, zeros
+from zoo.nn.transformer import Remat, cast_trunk, check_rotary
 from zoo.papers.tarflow_lm.model import (
     HIDDEN,
     Context,
@@ -36,7 +36,6 @@ from zoo.papers.tarflow_lm.model import (
     init_layer,
     inverse,
     ordered,
-    over_tokens,
     pick,
     restored,
     take,
@@ -47,12 +46,7 @@ from zoo.task import About, Batch, Likelihood, Network, Params, sample_keys
 
 def _check_common(task: Any) -> None:
     check_fields(task, "task.")
-    if task.width % task.head_dim or task.head_dim % 2:
-        fits = [k for k in range(2, min(task.head_dim, task.width) + 1, 2) if task.width % k == 0]
-        raise UserError(
-            f"task.head_dim={task.head_dim} must be even (positions turn pairs) and divide task.width={task.width}"
-            + (f"; choose e.g. task.head_dim={fits[-1]}" if fits else "; choose an even width")
-        )
+    check_rotary(task.width, task.head_dim)
     check_backend(task.attention, task.dtype)
 
 
