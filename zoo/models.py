@@ -530,11 +530,13 @@ def given_weights(
             hint, _ = _hint(task, name)
             field = f"weights.{key}" if key else "weights['']"
             raise UserError(f"{field}: {error}{f'; {hint}' if hint else ''}") from None
-        network = None if weights.parts_of(where)[1] else task.about.networks.get(key)
+        network, whole = task.about.networks.get(key), not weights.parts_of(where)[1]
 
-        def read(name: str, key: str = key, where: str = where, network: Network | None = network) -> Params:
+        def read(
+            name: str, key: str = key, where: str = where, network: Network | None = network, whole: bool = whole
+        ) -> Params:
             model = open_model(name, allow=allow, on_host=on_host)
-            if network is not None and network.can is not None and not holds(model.task, network.can):
+            if network is not None and whole and network.can is not None and not holds(model.task, network.can):
                 raise UserError(
                     f"weights.{key}={where}: {type(model.task).__name__} is not what {key!r} is; {_hint(task, key)[0]}"
                 )

@@ -1,0 +1,298 @@
+"""TCSM after pre-training: where texts, laws and rewards can be listed, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from fresh import fresh
+from mistakes import told
+
+from zoo.data.pairs import Compared, Rewarded
+from zoo.data.tokens import Docstrings
+from zoo.papers.tarflow_lm import DiscreteLM
+from zoo.papers.tcsm import Tcsm, TcsmDistill, TcsmPreference, TcsmReward, TcsmRewardModel
+from zoo.rewards import LetterShare, rewarded
+from zoo.run import Run
+from zoo.task import About
+from zoo.train.loop import train
+from zoo.train.step import init_state, make_train_step
+
+V = T = 3
+TEXTS = np.array(list(itertools.product(range(V), repeat=T)))
+STATES = np.array(list(itertools.product(range(V + 1), repeat=T)))
+RNG = np.random.default_rng(0)
+P = 0.97 * RNG.dirichlet(np.full(len(TEXTS), 0.3)) + 0.03 / len(TEXTS)
+R = RNG.normal(size=len(TEXTS)).astype(np.float32)
+BETA = 0.5
+SMALL: dict[str, Any] = {"vocab": V, "length": T, "width": 8, "depth": 1, "head_dim": 8, "scan": False}
+
+
+def tilted(p: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    found = p * np.exp(rewards)
+    return found / found.sum()
+
+
+GOAL = tilted(P, R / BETA)
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    return float((p * np.log(p / q)).sum())
+
+
+def denoiser(p: np.ndarray) -> jax.Array:
+    """log p(x_i | x_t) [states, T, V] of the law p."""
+    fits = ((STATES[:, None] == TEXTS) | (STATES[:, None] == V)).all(-1)
+    joint = fits * p
+    marginal = np.stack([joint @ (TEXTS == y) for y in range(V)], -1)
+    return jnp.asarray(np.log(marginal / joint.sum(1)[:, None, None] + 1e-30), jnp.float32)
+
+
+def law(table: Any, steps: int = 256) -> np.ndarray:
+    """What the sampler draws from a denoiser in so many steps, exactly: probabilities of all texts."""
+    each = np.exp(np.asarray(jax.nn.log_softmax(table), np.float64))
+    noise, masked = np.linspace(1, 0, steps + 1), (STATES == V)[..., None]
+    found = np.zeros(len(STATES))
+    found[-1] = 1
+    for now, then in itertools.pairwise(noise):
+        stay = then / now
+        moves = np.concatenate([(1 - stay) * each, np.full((*STATES.shape, 1), stay)], -1)
+        moves = np.where(masked, moves, STATES[..., None] == np.arange(V + 1))
+        found = np.einsum("s,sa,sb,sc->abc", found, *moves.swapaxes(0, 1)).ravel()
+    return found[(STATES < V).all(1)]
+
+
+@dataclass(frozen=True)
+class Tabular:
+    """In place of the network, a number for every state, position and symbol."""
+
+    def init_net(self, rng: jax.Array) -> Any:
+        return {"table": jnp.zeros((len(STATES), T, V))}
+
+    def compared(self, net: Any, xt: jax.Array, noise: jax.Array, call: Any, *arrays: jax.Array) -> jax.Array:
+        rows = (xt * (V + 1) ** np.arange(T)[::-1]).sum(-1)
+        return call(net["table"][rows], xt, jnp.broadcast_to(noise[:, None], xt.shape), *arrays)
+
+
+@dataclass(frozen=True)
+class Plain(Tabular, Tcsm):
+    pass
+
+
+@dataclass(frozen=True)
+class Tilted(Tabular, TcsmReward):
+    pass
+
+
+@dataclass(frozen=True)
+class Preferred(Tabular, TcsmPreference):
+    pass
+
+
+@dataclass(frozen=True)
+class Distilled(Tabular, TcsmDistill):
+    pass
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A language model of any law of three tokens."""
+
+    about = About(vocabulary=V)
+
+    def spec(self, batch: int) -> Any:
+        return {"tokens": jax.ShapeDtypeStruct((batch, T), jnp.int32)}
+
+    def init(self, rng: jax.Array) -> Any:
+        return {"law": jnp.asarray(P, jnp.float32)}
+
+    def predict(self, params: Any, tokens: jax.Array) -> jax.Array:
+        rows = jax.nn.one_hot(tokens, V) if tokens.ndim == 2 else tokens
+        joint = params["law"].reshape(V, V, V)
+        two, one = joint.sum(2), joint.sum((1, 2))
+        first = jnp.broadcast_to(jnp.log(one), (len(rows), V))
+        second = rows[:, 0] @ jnp.log(two / one[:, None])
+        third = jnp.einsum("na,nb,abc->nc", rows[:, 0], rows[:, 1], jnp.log(joint / two[..., None]))
+        return jnp.stack([first, second, third], 1)
+
+
+def drawn(p: np.ndarray, *shape: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).choice(len(p), shape, p=p)
+
+
+def trained(task: Any, params: Any, batches: Any, lr: float) -> Any:
+    """Parameters after all steps of each of several runs: batches [runs, steps, B, ...]."""
+    count = next(iter(batches.values())).shape[1]
+    optimizer = optax.adam(optax.cosine_decay_schedule(lr, count))
+    step = make_train_step(task, optimizer)
+
+    def run(batches: Any) -> Any:
+        state = init_state(task, optimizer, 0, 0.0)
+        state, _ = jax.lax.scan(step, state.replace(params={**state.params, **params}), batches)
+        return state.params
+
+    return jax.jit(jax.vmap(run))(batches)
+
+
+# --- rewards --------------------------------------------------------------------------------------
+
+
+def test_texts_are_weighted_over_the_mean_of_all_batches_so_far() -> None:
+    task = Tilted(vocab=V, length=T, beta=BETA, clip=3.0)
+    params, rng = task.init(jax.random.key(0)), np.random.default_rng(2)
+    seen: list[np.ndarray] = []
+    for step in range(8):
+        reward = rng.normal(-70, 1, 4).astype(np.float32)  # of a size that no exponential has room for
+        batch = {"tokens": jnp.zeros((4, T), jnp.int32), "reward": jnp.asarray(reward)}
+        target, metrics = task.target(params, batch, batch["tokens"], jax.random.key(0))
+        tilt = np.exp(reward.astype(np.float64) / BETA + 140)
+        if step < 2:
+            np.testing.assert_array_equal(target.weight, 1)
+        else:
+            past = np.concatenate(seen[1:])
+            np.testing.assert_allclose(target.weight, np.minimum(tilt / past.mean(), 3), rtol=2e-4)
+            np.testing.assert_allclose(metrics["ess"], past.mean() ** 2 / (past**2).mean(), rtol=2e-4)
+        seen.append(tilt)
+        halves = [task.target(params, jax.tree.map(lambda x: x[i::2], batch), None, None)[1]["seen"] for i in (0, 1)]
+        np.testing.assert_allclose(np.mean(halves, 0), metrics["seen"], rtol=1e-5)  # as micro-batches are put together
+        params = task.after_step(params, metrics)
+    assert task.about.held == ("norm",)
+
+
+def test_a_reward_tilts_the_law_and_one_that_is_shuffled_over_the_texts_does_not() -> None:
+    task = Tilted(vocab=V, length=T, beta=BETA, clip=1e3)
+    steps, batch = 1500, 256
+    free, given = drawn(P, steps, batch), drawn(P, 4000, seed=2)
+    shuffled = np.random.default_rng(3).permutation(R[given])  # whose text is another's
+    rows = np.random.default_rng(4).integers(0, len(given), (steps, batch))
+    batches = {
+        "tokens": np.stack([TEXTS[free], TEXTS[given[rows]]]).astype(np.int32),
+        "reward": np.stack([R[free], shuffled[rows]]),
+    }
+    base = {"net": {"table": denoiser(P)}}
+    found = trained(task, base, batches, 0.02)
+    best, worst = kl(GOAL, law(denoiser(GOAL))), kl(GOAL, P)
+    assert worst > 0.5
+    assert kl(GOAL, law(found["net"]["table"][0])) < 1.5 * best + 0.01 * worst
+    moved = (law(found["net"]["table"][1]) - law(base["net"]["table"])) @ R
+    weights = np.exp(shuffled / BETA)
+    error = np.sqrt(P @ R**2 - (P @ R) ** 2) * np.sqrt((weights**2).sum()) / weights.sum()
+    assert abs(moved) < 2 * error < 0.2 * (GOAL - P) @ R
+
+
+# --- preferences ----------------------------------------------------------------------------------
+
+
+def test_the_reward_of_a_denoiser_is_beta_times_its_bound_over_the_reference() -> None:
+    """Of exact denoisers the bound is log p of each text; what both networks share cancels."""
+    task = Preferred(vocab=V, length=T, beta=2.0, draws=256)
+    params = {"net": {"table": denoiser(GOAL)}, "reference": {"table": denoiser(P)}}
+    texts = jnp.tile(TEXTS.astype(np.int32), (2, 16, 1))
+    rewards = jax.jit(task.rewards)
+    found = rewards(params, texts, jax.random.key(0))
+    np.testing.assert_array_equal(found[0], found[1])  # two texts of a row see the same noise
+    mean = np.asarray(found[0]).reshape(16, -1).mean(0)
+    np.testing.assert_allclose(mean, 2 * np.log(GOAL / P), atol=0.15)
+    assert np.abs(rewards({**params, "net": params["reference"]}, texts, jax.random.key(1))).max() == 0
+    with told("task.draws=3", "from 4"):
+        Preferred(draws=3)
+
+
+def test_preferences_tilt_a_denoiser_towards_their_reward() -> None:
+    """The bars of an exact optimum, which ends at 3 % of the divergence, not at none."""
+    task = Preferred(vocab=V, length=T)
+    pairs = drawn(P, 1500, 128, 2)
+    first = np.random.default_rng(5).logistic(size=pairs.shape[:2]) < (R[pairs[..., 0]] - R[pairs[..., 1]]) / BETA
+    pairs = np.where(first[..., None], pairs, pairs[..., ::-1])
+    batches = {key: TEXTS[pairs[..., i]].astype(np.int32)[None] for i, key in enumerate(("tokens", "rejected"))}
+    table = denoiser(P)
+    found = trained(task, {"net": {"table": table}, "reference": {"table": table}}, batches, 0.02)
+    np.testing.assert_array_equal(found["reference"]["table"][0], table)
+    after = law(found["net"]["table"][0])
+    assert kl(GOAL, after) < 0.1 * kl(GOAL, P)
+    assert (after - P) @ R > 0.8 * (GOAL - P) @ R
+
+
+def test_a_reward_model_learns_who_is_chosen() -> None:
+    task = TcsmRewardModel(**{**SMALL, "vocab": 27, "length": 16, "width": 16})
+    source = Compared(Docstrings(), LetterShare(), scale=0.02).source("train", task.spec(1))
+    rows = [source[i] for i in range(60 * 64)]
+    batches = {key: np.stack([row[key] for row in rows]).reshape(1, 60, 64, -1) for key in task.spec(1)}
+    params = jax.tree.map(lambda x: x[0], trained(task, fresh(task), batches, 0.02))
+    texts = np.stack([source[i]["tokens"] for i in range(4000, 4500)])
+    rewards = task.logits(params, {"tokens": texts})
+    assert rewards.shape == (500, 1)
+    assert np.corrcoef(rewards[:, 0], rewarded(LetterShare(), texts, None))[0, 1] > 0.8
+
+
+# --- distillation ---------------------------------------------------------------------------------
+
+
+def test_the_target_is_the_teachers_conditional_at_noisy_positions() -> None:
+    task = Distilled(vocab=V, length=T, teacher=Joint(), candidates=V, positions=1)
+    params = task.init(jax.random.key(0))
+    xt = np.where(np.arange(T) == 1, V, TEXTS)
+    joint = P.reshape(V, V, V)
+    for proposals, k in (("left", V), ("taylor", V), ("left", 2)):
+        own = dataclasses.replace(task, proposals=proposals, candidates=k)
+        target, _ = own.target(params, {"tokens": jnp.asarray(TEXTS)}, jnp.asarray(xt), jax.random.key(1))
+        share = np.exp(np.asarray(target.log))
+        np.testing.assert_array_equal(np.asarray(target.ids)[:, :, 0], TEXTS)
+        np.testing.assert_array_equal(share[:, [0, 2], 0], 1)  # which are known
+        for text, ids, given in zip(TEXTS, np.asarray(target.ids)[:, 1], share[:, 1]):
+            wanted = joint[text[0], ids, text[2]]
+            np.testing.assert_allclose(given, wanted / wanted.sum(), rtol=1e-4)
+            left = joint[text[0]].sum(1)
+            others = np.delete(np.arange(V), text[1])
+            assert k == V or ids[1] == others[left[others].argmax()]
+
+
+def test_a_teacher_tells_more_of_few_texts_than_they_do_themselves() -> None:
+    sizes, runs = (30, 100), 3
+    sets = [TEXTS[drawn(P, n, seed=10 + i)] for n in sizes for i in range(runs)]
+    rng = np.random.default_rng(6)
+    batches = {"tokens": np.stack([own[rng.integers(0, len(own), (800, 64))] for own in sets]).astype(np.int32)}
+    soft = trained(Distilled(vocab=V, length=T, teacher=Joint(), candidates=V, positions=T), {}, batches, 0.05)
+    hard = trained(Plain(vocab=V, length=T), {}, batches, 0.05)
+    found = [
+        np.mean([[kl(P, law(table, 64)) for table in part] for part in np.split(params["net"]["table"], 2)], 1)
+        for params in (soft, hard)
+    ]
+    assert (found[0] < 0.5 * found[1]).all(), found
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    teacher = DiscreteLM(**SMALL)
+    with told("task.candidates=4", "task.vocab=3"):
+        TcsmDistill(**SMALL, teacher=teacher)
+    with told("task.positions=4", "task.length=3"):
+        TcsmDistill(**SMALL, teacher=teacher, candidates=3)
+    for field in ("vocab", "length"):
+        with told("task.teacher reads texts of 3 tokens out of 3", f"task.{field}=6"):
+            TcsmDistill(**{**SMALL, field: 6}, teacher=teacher, candidates=3, positions=3)
+    with told("task.teacher", "must be a Predicts"):
+        TcsmDistill(**SMALL, teacher=Tcsm(**SMALL), candidates=3, positions=3)
+    with told("task.beta=0", "above 0"):
+        TcsmReward(**SMALL, beta=0.0)
+
+
+@pytest.mark.parametrize("kind", ["reward", "preference", "distil"])
+def test_nothing_is_trained_from_random_networks(kind: str) -> None:
+    small = {**SMALL, "vocab": 27, "length": 16}
+    task, data, missing = {
+        "reward": (TcsmReward(**small), Rewarded(Docstrings(), LetterShare()), "weights.net"),
+        "preference": (TcsmPreference(**small), Compared(Docstrings(), LetterShare()), "weights.net"),
+        "distil": (TcsmDistill(**small, teacher=DiscreteLM(**small)), Docstrings(), "weights.teacher"),
+    }[kind]
+    with told(f"{missing} is missing", "would stay random", "`zoo train t"):
+        train(Run(task=task, data=data, steps=1, batch=4), quiet=True)
