@@ -147,22 +147,21 @@ def trained(task: Any, params: Any, batches: Any, lr: float) -> Any:
 def test_texts_are_weighted_over_the_mean_of_all_batches_so_far() -> None:
     task = Tilted(vocab=V, length=T, beta=BETA, clip=3.0)
     params, rng = task.init(jax.random.key(0)), np.random.default_rng(2)
-    seen: list[np.ndarray] = []
+    seen, used = [], []
     for step in range(8):
         reward = rng.normal(-70, 1, 4).astype(np.float32)  # of a size that no exponential has room for
         batch = {"tokens": jnp.zeros((4, T), jnp.int32), "reward": jnp.asarray(reward)}
         target, metrics = task.target(params, batch, batch["tokens"], jax.random.key(0))
-        tilt = np.exp(reward.astype(np.float64) / BETA + 140)
-        if step < 2:
-            np.testing.assert_array_equal(target.weight, 1)
-        else:
-            past = np.concatenate(seen[1:])
-            np.testing.assert_allclose(target.weight, np.minimum(tilt / past.mean(), 3), rtol=2e-4)
-            np.testing.assert_allclose(metrics["ess"], past.mean() ** 2 / (past**2).mean(), rtol=2e-4)
-        seen.append(tilt)
+        seen.append(np.exp(reward.astype(np.float64) / BETA + 140))
+        weight = np.ones(4) if step < 2 else np.minimum(seen[-1] / np.mean(seen[1:-1]), 3)
+        np.testing.assert_allclose(target.weight, weight, rtol=2e-4)
+        if step > 2:
+            np.testing.assert_allclose(metrics["ess"], np.mean(used) ** 2 / np.mean(np.square(used)), rtol=2e-4)
+        used += [weight] * (step > 1)
         halves = [task.target(params, jax.tree.map(lambda x: x[i::2], batch), None, None)[1]["seen"] for i in (0, 1)]
         np.testing.assert_allclose(np.mean(halves, 0), metrics["seen"], rtol=1e-5)  # as micro-batches are put together
         params = task.after_step(params, metrics)
+    assert np.square(used).max() == 9
     assert task.about.held == ("norm",)
 
 

@@ -25,7 +25,7 @@ from zoo.papers.tcsm.targets import Target, one_hot, taylor, top_k
 from zoo.papers.tcsm.task import Denoiser, Tcsm
 from zoo.task import About, Batch, Network, Params, Predicts
 
-_MOST = 40.0  # of log-weights above those of the first texts, in sums of their squares
+_MOST = 60.0  # of log-weights above those of the first texts: beyond, sums overflow
 _ALIKE = ("kernel", "head_dim")  # of a network, what no shape of a parameter shows
 
 
@@ -57,7 +57,7 @@ class TcsmReward(Tcsm):
     """
 
     beta: Positive = 0.1  # the smaller, the more the reward decides
-    clip: Positive = 20.0  # a text counts as so many at most
+    clip: Positive = 10.0  # a text counts as so many at most
 
     @property
     def about(self) -> About:
@@ -70,7 +70,7 @@ class TcsmReward(Tcsm):
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters, and means of no text yet."""
-        norm = {"steps": 0.0, "centre": 0.0, "mean": 1.0, "square": 1.0}
+        norm = {"steps": 0.0, "centre": 0.0, "mean": 1.0, "weight": 1.0, "square": 1.0}
         return {**super().init(rng), "norm": {name: jnp.float32(value) for name, value in norm.items()}}
 
     def target(
@@ -80,19 +80,25 @@ class TcsmReward(Tcsm):
         norm, tilt = params["norm"], batch["reward"] / self.beta
         raw = jnp.exp(jnp.minimum(tilt - norm["centre"], _MOST))
         weight = jnp.where(norm["steps"] > 1, jnp.minimum(raw / norm["mean"], self.clip), 1.0)
-        seen = jnp.stack([tilt.mean(), raw.mean(), jnp.square(raw).mean()])
-        ess = jnp.square(norm["mean"]) / norm["square"]
+        seen = jnp.stack([tilt.mean(), raw.mean(), weight.mean(), jnp.square(weight).mean()])
+        ess = jnp.square(norm["weight"]) / norm["square"]
         return one_hot(batch["tokens"])._replace(weight=weight), {"ess": ess, "reward": batch["reward"].mean(), "seen": seen}
 
     def after_step(self, params: Params, metrics: dict[str, jax.Array]) -> Params:
         """The means, with those of this step's texts."""
-        norm, (tilt, raw, square) = params["norm"], metrics["seen"]
-        first, share = norm["steps"] == 0, 1 / jnp.maximum(norm["steps"], 1)
+        norm, (tilt, raw, weight, square) = params["norm"], metrics["seen"]
+        steps = norm["steps"]
+
+        def mean(name: str, new: jax.Array, since: int) -> jax.Array:
+            """Of all steps but the first `since`."""
+            return jnp.where(steps < since, norm[name], norm[name] + (new - norm[name]) / jnp.maximum(steps - since + 1, 1))
+
         moved = {
-            "steps": norm["steps"] + 1,
-            "centre": jnp.where(first, tilt, norm["centre"]),
-            "mean": jnp.where(first, 1.0, norm["mean"] + share * (raw - norm["mean"])),
-            "square": jnp.where(first, 1.0, norm["square"] + share * (square - norm["square"])),
+            "steps": steps + 1,
+            "centre": jnp.where(steps == 0, tilt, norm["centre"]),
+            "mean": mean("mean", raw, 1),
+            "weight": mean("weight", weight, 2),
+            "square": mean("square", square, 2),
         }
         return {**params, "norm": moved}
 
