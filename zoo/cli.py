@@ -414,7 +414,7 @@ def _sample(args: argparse.Namespace) -> int:
     writes = is_text(model.task)
     about = model.task.about
     if texts is None and about.completes:
-        _no_strength(args.fields)
+        _no_strength(args.fields, "none is given; add prompt=TEXT or prompts=FILE")
     writes = conditions.check_form(model.task, kind, split, texts) or writes
     n = n or (len(texts) if texts and prompts is not None else text.SHOWN if writes else 64)
     labels = label_numbers(label, about.classes, model.labels, n)
@@ -427,6 +427,8 @@ def _sample(args: argparse.Namespace) -> int:
         form = text.Texts(model.vocabulary)
     elif writes:
         given, captions = text.rewritten(model, model.vocabulary, texts, n)
+        if given and all((row < 0).any() for row in given["tokens"]):
+            _no_strength(args.fields, "here holes say which tokens are; give all of a text")
         form = text.Texts(model.vocabulary, captions)
     else:
         given, captions, tokeniser = model.conditions(labels, texts, n, options, aspect, args.tokenizer)
@@ -455,14 +457,11 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def _no_strength(fields: Sequence[str]) -> None:
+def _no_strength(fields: Sequence[str], why: str) -> None:
     """UserError for a strength of rewriting where there is no text to rewrite."""
     for text in fields:
         if text.startswith("strength="):
-            raise UserError(
-                f"{text} says how much of a given text shall be new, and none is given; add prompt=TEXT or prompts=FILE, or "
-                "leave strength= out"
-            )
+            raise UserError(f"{text} says how much of a given text shall be new, and {why}, or leave strength= out")
 
 
 # --- evaluation -----------------------------------------------------------------------------------

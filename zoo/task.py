@@ -179,6 +179,16 @@ class Trace(Protocol):
 
 
 @runtime_checkable
+class Counting(Protocol):
+    """Options of a sampler that know what a sample costs: `zoo sample` writes it into `settings.json`."""
+
+    @property
+    def network_calls(self) -> int:
+        """For one sample."""
+        ...
+
+
+@runtime_checkable
 class Likely(Protocol):
     """Knows the likelihood of an example, or a bound of it: the metrics `bpd`, `bayes` and `text`."""
 

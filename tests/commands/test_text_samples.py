@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from unigram import Editor, Lossy, Unigram, Windows
+from unigram import Editor, Filler, Lossy, Unigram, Windows
 
-from zoo import models, weights
+from zoo import cli, models, weights
 from zoo.commands import conditions, text
 from zoo.commands import weights as exports
 from zoo.commands.sample import draw, keys
@@ -201,6 +201,45 @@ def test_texts_that_cannot_be_rewritten_are_sentences(tmp_path: Path) -> None:
     assert conditions.read(Editor(), "abc", None) == (["abc"], {"prompt": "abc"})
     with pytest.raises(UserError, match="aspect=16:9: all sequences of Editor have one shape"):
         conditions.shaped(Editor(), "16:9", {})
+
+
+def test_holes_are_filled_in_and_what_is_given_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, out = model(Filler(), tmp_path, Windows()), tmp_path / "out"
+    cases = {
+        "the __ a": "the __ a",
+        "a_": "a_______",  # what is missing behind is to be filled in too
+        "_ _9": "_ _ nine",  # blanks beside a hole stay
+        "The fox!": "the fox_",
+        "_" * 8: "_" * 8,
+    }
+    for given, read in cases.items():
+        found, starts = text.rewritten(made, text8(), [given], 1)
+        assert found is not None
+        assert starts == [read]
+        assert [" abcdefghijklmnopqrstuvwxyz"[i] if i >= 0 else "_" for i in found["tokens"][0]] == list(read)
+    sampled(made, out, 1, ["the __ a"])
+    assert lines(out, "000000.txt") == "the aa a\n"
+    assert json.loads(lines(out, "settings.json"))["network calls"] == 7
+    assert "made from: the __ a" in capsys.readouterr().out
+
+
+def test_holes_that_cannot_be_filled_in_are_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = model(Filler(), tmp_path, Windows())
+    for vocabulary in (raw_bytes(), characters("ab_")):
+        with pytest.raises(
+            UserError, match=r"prompt= has _, which marks a token to fill in, and .* has it for a symbol"
+        ):
+            text.rewritten(made, vocabulary, ["a_b"], 1)
+    with pytest.raises(UserError, match="prompt= has 10 tokens, and this model fills in texts of 8; take 2 out"):
+        text.rewritten(made, text8(), ["abcd_fghij"], 1)
+    with pytest.raises(UserError, match=r"prompt= has .*none of the 3 symbols"):
+        text.rewritten(made, characters("abc"), ["a_x"], 1)
+    monkeypatch.setattr(models, "open_model", lambda *args, **options: made)
+    for fields, words in ((["prompt=the __ a"], "holes say which tokens are"), ([], "none is given; add prompt=TEXT")):
+        assert cli.main(["sample", "RUN", *fields, "strength=0.3", "--out", str(tmp_path / "out")]) == 2
+        assert words in capsys.readouterr().err
 
 
 # --- vocabularies ---------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,9 @@ import numpy as np
 import optax
 import pytest
 from fresh import fresh
+import tabular
 from mistakes import told
+from tabular import CLEAN, L, NOISY, Tabular, V, kl, law
 
 from zoo.data.pairs import Compared, Rewarded
 from zoo.data.tokens import Docstrings
@@ -25,79 +26,38 @@ from zoo.task import About
 from zoo.train.loop import train
 from zoo.train.step import init_state, make_train_step
 
-V = T = 3
-TEXTS = np.array(list(itertools.product(range(V), repeat=T)))
-STATES = np.array(list(itertools.product(range(V + 1), repeat=T)))
-RNG = np.random.default_rng(0)
-P = 0.97 * RNG.dirichlet(np.full(len(TEXTS), 0.3)) + 0.03 / len(TEXTS)
-R = RNG.normal(size=len(TEXTS)).astype(np.float32)
+RNG = np.random.default_rng(1)
+P = law()
+R = RNG.normal(size=len(CLEAN)).astype(np.float32)
 BETA = 0.5
-SMALL: dict[str, Any] = {"vocab": V, "length": T, "width": 8, "depth": 1, "head_dim": 8, "scan": False}
+GOAL = P * np.exp(R / BETA) / (P * np.exp(R / BETA)).sum()
+SIZE: dict[str, Any] = {"vocab": V, "length": L}
+SMALL: dict[str, Any] = {**SIZE, "width": 8, "depth": 1, "head_dim": 8, "scan": False}
 
 
-def tilted(p: np.ndarray, rewards: np.ndarray) -> np.ndarray:
-    found = p * np.exp(rewards)
-    return found / found.sum()
+def denoiser(p: np.ndarray) -> dict[str, Any]:
+    """Parameters of the exact denoiser of a law."""
+    return tabular.net(np.log(np.maximum(tabular.marginals(tabular.posterior(p, 0.5, True)[1]), 1e-30)))
 
 
-GOAL = tilted(P, R / BETA)
-
-
-def kl(p: np.ndarray, q: np.ndarray) -> float:
-    return float((p * np.log(p / q)).sum())
-
-
-def denoiser(p: np.ndarray) -> jax.Array:
-    """log p(x_i | x_t) [states, T, V] of the law p."""
-    fits = ((STATES[:, None] == TEXTS) | (STATES[:, None] == V)).all(-1)
-    joint = fits * p
-    marginal = np.stack([joint @ (TEXTS == y) for y in range(V)], -1)
-    return jnp.asarray(np.log(marginal / joint.sum(1)[:, None, None] + 1e-30), jnp.float32)
-
-
-def law(table: Any, steps: int = 256) -> np.ndarray:
-    """What the sampler draws from a denoiser in so many steps, exactly: probabilities of all texts."""
-    each = np.exp(np.asarray(jax.nn.log_softmax(table), np.float64))
-    noise, masked = np.linspace(1, 0, steps + 1), (STATES == V)[..., None]
-    found = np.zeros(len(STATES))
-    found[-1] = 1
-    for now, then in itertools.pairwise(noise):
-        stay = then / now
-        moves = np.concatenate([(1 - stay) * each, np.full((*STATES.shape, 1), stay)], -1)
-        moves = np.where(masked, moves, STATES[..., None] == np.arange(V + 1))
-        found = np.einsum("s,sa,sb,sc->abc", found, *moves.swapaxes(0, 1)).ravel()
-    return found[(STATES < V).all(1)]
+def sampled(net: Any, run: int = 0, steps: int = 64) -> np.ndarray:
+    """The law of the texts that a sampler draws, exactly, of one of several runs."""
+    each = np.exp(np.asarray(jax.nn.log_softmax(net["table"].reshape(-1, len(NOISY), L, V)[run]), np.float64))
+    return tabular.pruned(tabular.drawn(lambda _: each, np.linspace(1, 0, steps + 1), True))
 
 
 @dataclass(frozen=True)
-class Tabular:
-    """In place of the network, a number for every state, position and symbol."""
-
-    def init_net(self, rng: jax.Array) -> Any:
-        return {"table": jnp.zeros((len(STATES), T, V))}
-
-    def compared(self, net: Any, xt: jax.Array, noise: jax.Array, call: Any, *arrays: jax.Array) -> jax.Array:
-        rows = (xt * (V + 1) ** np.arange(T)[::-1]).sum(-1)
-        return call(net["table"][rows], xt, jnp.broadcast_to(noise[:, None], xt.shape), *arrays)
-
-
-@dataclass(frozen=True)
-class Plain(Tabular, Tcsm):
+class Tilted(TcsmReward, Tabular):
     pass
 
 
 @dataclass(frozen=True)
-class Tilted(Tabular, TcsmReward):
+class Preferred(TcsmPreference, Tabular):
     pass
 
 
 @dataclass(frozen=True)
-class Preferred(Tabular, TcsmPreference):
-    pass
-
-
-@dataclass(frozen=True)
-class Distilled(Tabular, TcsmDistill):
+class Distilled(TcsmDistill, Tabular):
     pass
 
 
@@ -108,7 +68,7 @@ class Joint:
     about = About(vocabulary=V)
 
     def spec(self, batch: int) -> Any:
-        return {"tokens": jax.ShapeDtypeStruct((batch, T), jnp.int32)}
+        return {"tokens": jax.ShapeDtypeStruct((batch, L), jnp.int32)}
 
     def init(self, rng: jax.Array) -> Any:
         return {"law": jnp.asarray(P, jnp.float32)}
@@ -145,12 +105,12 @@ def trained(task: Any, params: Any, batches: Any, lr: float) -> Any:
 
 
 def test_texts_are_weighted_over_the_mean_of_all_batches_so_far() -> None:
-    task = Tilted(vocab=V, length=T, beta=BETA, clip=3.0)
+    task = Tilted(**SIZE, beta=BETA, clip=3.0)
     params, rng = task.init(jax.random.key(0)), np.random.default_rng(2)
     seen, used = [], []
     for step in range(8):
         reward = rng.normal(-70, 1, 4).astype(np.float32)  # of a size that no exponential has room for
-        batch = {"tokens": jnp.zeros((4, T), jnp.int32), "reward": jnp.asarray(reward)}
+        batch = {"tokens": jnp.zeros((4, L), jnp.int32), "reward": jnp.asarray(reward)}
         target, metrics = task.target(params, batch, batch["tokens"], jax.random.key(0))
         seen.append(np.exp(reward.astype(np.float64) / BETA + 140))
         weight = np.ones(4) if step < 2 else np.minimum(seen[-1] / np.mean(seen[1:-1]), 3)
@@ -166,21 +126,21 @@ def test_texts_are_weighted_over_the_mean_of_all_batches_so_far() -> None:
 
 
 def test_a_reward_tilts_the_law_and_one_that_is_shuffled_over_the_texts_does_not() -> None:
-    task = Tilted(vocab=V, length=T, beta=BETA, clip=1e3)
+    task = Tilted(**SIZE, beta=BETA, clip=1e3)
     steps, batch = 1500, 256
     free, given = drawn(P, steps, batch), drawn(P, 4000, seed=2)
     shuffled = np.random.default_rng(3).permutation(R[given])  # whose text is another's
     rows = np.random.default_rng(4).integers(0, len(given), (steps, batch))
     batches = {
-        "tokens": np.stack([TEXTS[free], TEXTS[given[rows]]]).astype(np.int32),
+        "tokens": np.stack([CLEAN[free], CLEAN[given[rows]]]).astype(np.int32),
         "reward": np.stack([R[free], shuffled[rows]]),
     }
-    base = {"net": {"table": denoiser(P)}}
+    base = {"net": denoiser(P)}
     found = trained(task, base, batches, 0.02)
-    best, worst = kl(GOAL, law(denoiser(GOAL))), kl(GOAL, P)
+    best, worst = kl(GOAL, sampled(denoiser(GOAL))), kl(GOAL, P)
     assert worst > 0.5
-    assert kl(GOAL, law(found["net"]["table"][0])) < 1.5 * best + 0.01 * worst
-    moved = (law(found["net"]["table"][1]) - law(base["net"]["table"])) @ R
+    assert kl(GOAL, sampled(found["net"], 0)) < 1.5 * best + 0.01 * worst
+    moved = (sampled(found["net"], 1) - sampled(base["net"])) @ R
     weights = np.exp(shuffled / BETA)
     error = np.sqrt(P @ R**2 - (P @ R) ** 2) * np.sqrt((weights**2).sum()) / weights.sum()
     assert abs(moved) < 2 * error < 0.2 * (GOAL - P) @ R
@@ -191,9 +151,9 @@ def test_a_reward_tilts_the_law_and_one_that_is_shuffled_over_the_texts_does_not
 
 def test_the_reward_of_a_denoiser_is_beta_times_its_bound_over_the_reference() -> None:
     """Of exact denoisers the bound is log p of each text; what both networks share cancels."""
-    task = Preferred(vocab=V, length=T, beta=2.0, draws=256)
-    params = {"net": {"table": denoiser(GOAL)}, "reference": {"table": denoiser(P)}}
-    texts = jnp.tile(TEXTS.astype(np.int32), (2, 16, 1))
+    task = Preferred(**SIZE, beta=2.0, draws=256)
+    params = {"net": denoiser(GOAL), "reference": denoiser(P)}
+    texts = jnp.tile(CLEAN.astype(np.int32), (2, 16, 1))
     rewards = jax.jit(task.rewards)
     found = rewards(params, texts, jax.random.key(0))
     np.testing.assert_array_equal(found[0], found[1])  # two texts of a row see the same noise
@@ -206,15 +166,15 @@ def test_the_reward_of_a_denoiser_is_beta_times_its_bound_over_the_reference() -
 
 def test_preferences_tilt_a_denoiser_towards_their_reward() -> None:
     """The bars of an exact optimum, which ends at 3 % of the divergence, not at none."""
-    task = Preferred(vocab=V, length=T)
+    task = Preferred(**SIZE)
     pairs = drawn(P, 1500, 128, 2)
     first = np.random.default_rng(5).logistic(size=pairs.shape[:2]) < (R[pairs[..., 0]] - R[pairs[..., 1]]) / BETA
     pairs = np.where(first[..., None], pairs, pairs[..., ::-1])
-    batches = {key: TEXTS[pairs[..., i]].astype(np.int32)[None] for i, key in enumerate(("tokens", "rejected"))}
-    table = denoiser(P)
-    found = trained(task, {"net": {"table": table}, "reference": {"table": table}}, batches, 0.02)
-    np.testing.assert_array_equal(found["reference"]["table"][0], table)
-    after = law(found["net"]["table"][0])
+    batches = {key: CLEAN[pairs[..., i]].astype(np.int32)[None] for i, key in enumerate(("tokens", "rejected"))}
+    base = denoiser(P)
+    found = trained(task, {"net": base, "reference": base}, batches, 0.02)
+    np.testing.assert_array_equal(found["reference"]["table"][0], base["table"])
+    after = sampled(found["net"])
     assert kl(GOAL, after) < 0.1 * kl(GOAL, P)
     assert (after - P) @ R > 0.8 * (GOAL - P) @ R
 
@@ -235,17 +195,17 @@ def test_a_reward_model_learns_who_is_chosen() -> None:
 
 
 def test_the_target_is_the_teachers_conditional_at_noisy_positions() -> None:
-    task = Distilled(vocab=V, length=T, teacher=Joint(), candidates=V, positions=1)
+    task = Distilled(**SIZE, teacher=Joint(), candidates=V, positions=1)
     params = task.init(jax.random.key(0))
-    xt = np.where(np.arange(T) == 1, V, TEXTS)
+    xt = np.where(np.arange(L) == 1, V, CLEAN)
     joint = P.reshape(V, V, V)
     for proposals, k in (("left", V), ("taylor", V), ("left", 2)):
         own = dataclasses.replace(task, proposals=proposals, candidates=k)
-        target, _ = own.target(params, {"tokens": jnp.asarray(TEXTS)}, jnp.asarray(xt), jax.random.key(1))
+        target, _ = own.target(params, {"tokens": jnp.asarray(CLEAN)}, jnp.asarray(xt), jax.random.key(1))
         share = np.exp(np.asarray(target.log))
-        np.testing.assert_array_equal(np.asarray(target.ids)[:, :, 0], TEXTS)
+        np.testing.assert_array_equal(np.asarray(target.ids)[:, :, 0], CLEAN)
         np.testing.assert_array_equal(share[:, [0, 2], 0], 1)  # which are known
-        for text, ids, given in zip(TEXTS, np.asarray(target.ids)[:, 1], share[:, 1]):
+        for text, ids, given in zip(CLEAN, np.asarray(target.ids)[:, 1], share[:, 1]):
             wanted = joint[text[0], ids, text[2]]
             np.testing.assert_allclose(given, wanted / wanted.sum(), rtol=1e-4)
             left = joint[text[0]].sum(1)
@@ -255,16 +215,16 @@ def test_the_target_is_the_teachers_conditional_at_noisy_positions() -> None:
 
 def test_a_teacher_tells_more_of_few_texts_than_they_do_themselves() -> None:
     sizes, runs = (30, 100), 3
-    sets = [TEXTS[drawn(P, n, seed=10 + i)] for n in sizes for i in range(runs)]
+    sets = [CLEAN[drawn(P, n, seed=10 + i)] for n in sizes for i in range(runs)]
     rng = np.random.default_rng(6)
     batches = {"tokens": np.stack([own[rng.integers(0, len(own), (800, 64))] for own in sets]).astype(np.int32)}
-    soft = trained(Distilled(vocab=V, length=T, teacher=Joint(), candidates=V, positions=T), {}, batches, 0.05)
-    hard = trained(Plain(vocab=V, length=T), {}, batches, 0.05)
-    found = [
-        np.mean([[kl(P, law(table, 64)) for table in part] for part in np.split(params["net"]["table"], 2)], 1)
+    soft = trained(Distilled(**SIZE, teacher=Joint(), candidates=V, positions=L), {}, batches, 0.05)
+    hard = trained(Tabular(**SIZE), {}, batches, 0.05)
+    ours, theirs = (
+        np.reshape([kl(P, sampled(params["net"], i)) for i in range(len(sets))], (2, runs)).mean(1)
         for params in (soft, hard)
-    ]
-    assert (found[0] < 0.5 * found[1]).all(), found
+    )
+    assert (ours < 0.5 * theirs).all(), (ours, theirs)
 
 
 # --- mistakes -------------------------------------------------------------------------------------
