@@ -10,7 +10,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from zoo import config, dist, files, models, paths
@@ -33,7 +32,9 @@ def _opened(name: str) -> Model:
     """A model with its weights on the host, so that they follow whatever mesh is in use."""
     model = models.open_model(name, on_host=True)
     if not is_text(model.task):
-        raise UserError(f"run={name}: {type(model.task).__name__} models {', '.join(model.task.spec(1))}; name a model of texts")
+        raise UserError(
+            f"run={name}: {type(model.task).__name__} models {', '.join(model.task.spec(1))}; name a model of texts"
+        )
     return model
 
 
@@ -44,7 +45,8 @@ def _opened(name: str) -> Model:
 class Sampled(Data):
     """Texts that a run or export draws, as `zoo sample` does with the same seed.
 
-    They are drawn once and kept: in `drawn/` of the run folder, those of an export in `drawn/` here. The last ones are those of testing. Samples that overflowed are left out.
+    They are drawn once and kept: in `drawn/` of the run folder, those of an export in `drawn/` here. The last ones are those
+    of testing. Samples that overflowed are left out.
     """
 
     run: NotEmpty
@@ -74,7 +76,9 @@ class Sampled(Data):
         tokens, vocabulary = self._split(split), self.vocabulary()
         length = None if spec is None or "tokens" not in spec else spec["tokens"].shape[1]
         if length != tokens.shape[1]:
-            raise UserError(f"data.run={self.run} draws texts of {tokens.shape[1]} tokens; set task.length={tokens.shape[1]}")
+            raise UserError(
+                f"data.run={self.run} draws texts of {tokens.shape[1]} tokens; set task.length={tokens.shape[1]}"
+            )
         if vocabulary is None:
             raise UserError(f"data.run={self.run} has no vocabulary.json; copy it there from the folder of the run")
         if not len(tokens):
@@ -140,7 +144,9 @@ class Classifier(Reward):
             )
         classes = jax.eval_shape(partial(call, model.task, "logits"), model.params, {"tokens": spec["tokens"]}).shape[1]
         if self.label >= classes:
-            raise UserError(f"reward.label={self.label}: reward.run={self.run} has classes 0 to {classes - 1}; choose one")
+            raise UserError(
+                f"reward.label={self.label}: reward.run={self.run} has classes 0 to {classes - 1}; choose one"
+            )
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         model, found = _opened(self.run), []
@@ -149,7 +155,7 @@ class Classifier(Reward):
             part = np.resize(tokens[first : first + self.batch], (self.batch, tokens.shape[1]))  # one compiled shape
             found.append(np.asarray(logits(model.params, {"tokens": part}), np.float32))
         values = np.concatenate(found)[: len(tokens)]
-        return values[:, 0] if values.shape[1] == 1 else np.asarray(jax.nn.log_softmax(jnp.asarray(values))[:, self.label])
+        return values[:, 0] if values.shape[1] == 1 else np.asarray(jax.nn.log_softmax(values))[:, self.label]
 
 
 @lru_cache(maxsize=2)

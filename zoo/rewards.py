@@ -28,7 +28,7 @@ class Reward(Named):
     def __post_init__(self) -> None:
         check_fields(self, "reward.")
 
-    def check(self, vocabulary: Any, length: int) -> None:  # noqa: B027
+    def check(self, vocabulary: Any, length: int) -> None:
         """UserError where texts of so many of these symbols (None: nobody knows which) mean nothing to it."""
 
     @abc.abstractmethod

@@ -80,7 +80,9 @@ def test_pairs_are_those_of_the_file_cut_and_filled_up(tmp_path: Path, kind: str
     assert len({data.fingerprint(split) for split in SPLITS}) == 3
 
 
-@pytest.mark.parametrize("row", [{"chosen": "a"}, {"chosen": "a", "rejected": " "}, {"chosen": "a", "rejected": None}, ["a", "b"]])
+@pytest.mark.parametrize(
+    "row", [{"chosen": "a"}, {"chosen": "a", "rejected": " "}, {"chosen": "a", "rejected": None}, ["a", "b"]]
+)
 def test_a_pair_without_one_side_is_refused_with_its_line(tmp_path: Path, row: Any) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, [*ROWS[:2], row])) + "\n")
@@ -125,7 +127,9 @@ def test_rewards_lie_beside_their_texts(book: Text) -> None:
 def test_the_labeller_prefers_as_bradley_and_terry_say(book: Text) -> None:
     """Among pairs of one difference of rewards the share of winners is the logistic function of it."""
     text, reward = dataclasses.replace(book, test_fraction=0.0, valid_fraction=0.0), LetterShare("t")
-    scores = rewarded(reward, (row["tokens"] for row in map(text.source("train", spec()).__getitem__, range(800))), None)
+    scores = rewarded(
+        reward, (row["tokens"] for row in map(text.source("train", spec()).__getitem__, range(800))), None
+    )
     ahead = []
     for seed in range(40):
         source = Compared(text, reward, scale=0.1, seed=seed).source("train", PAIR)

@@ -65,7 +65,9 @@ def test_perplexity_is_that_of_what_is_drawn_and_never_alone() -> None:
     logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     nats = -logs[np.arange(8), tokens].mean(1)
     assert found["perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-4)
-    assert found["perplexity_std_error"] == pytest.approx(math.exp(nats.mean()) * nats.std(ddof=1) / math.sqrt(40), rel=1e-3)
+    assert found["perplexity_std_error"] == pytest.approx(
+        math.exp(nats.mean()) * nats.std(ddof=1) / math.sqrt(40), rel=1e-3
+    )
     shares = [np.bincount(row, minlength=27) / 8 for row in tokens]
     entropy = np.mean([-(p[p > 0] * np.log(p[p > 0])).sum() for p in shares])
     assert found["token_entropy"] == pytest.approx(entropy)
@@ -79,7 +81,9 @@ def test_steps_make_rows_and_a_picture() -> None:
     one, eight = found["judge"]
     assert (one["steps"], eight["steps"]) == (1, 8)
     assert one["token_entropy"] == pytest.approx(0) != eight["token_entropy"]
-    assert eight["perplexity"] == pytest.approx(Judge("RUN", samples=64)(Stepwise(), LOGITS, Windows(), RNG, judge())["perplexity"])
+    assert eight["perplexity"] == pytest.approx(
+        Judge("RUN", samples=64)(Stepwise(), LOGITS, Windows(), RNG, judge())["perplexity"]
+    )
     assert isinstance(found["pictures"]["judge"], Image.Image)
     made = config.override(Judge(), ["network=RUN", "steps=4,8"], Steps)
     assert (made.opens(), made.steps) == ("RUN", (4, 8))
@@ -111,7 +115,9 @@ def test_what_is_asked_for_must_be_there() -> None:
     with told("the metric judge has no judge", "network=RUN_OR_EXPORT"):
         models.loaded_for(Judge())
     with told("options of the metric judge", "no option 'steps'"):
-        Judge("RUN", steps=(4,)).check(Unigram())
+        Judge("RUN", steps=(4,))(Unigram(), LOGITS, Windows(), RNG, judge())
+    with told("evals: steps of the metric judge make a table", "steps=4,8"):
+        Judge("RUN", steps=(4, 8)).check(Stepwise())
     with told("steps", "from 1"):
         Judge(steps=(0,))
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fresh import fresh
 import tabular
+from fresh import fresh
 from mistakes import told
-from tabular import CLEAN, L, NOISY, Tabular, V, kl, law
+from tabular import CLEAN, NOISY, L, Tabular, V, kl, law
 
 from zoo.data.pairs import Compared, Rewarded
 from zoo.data.tokens import Docstrings
@@ -118,7 +118,8 @@ def test_texts_are_weighted_over_the_mean_of_all_batches_so_far() -> None:
         if step > 2:
             np.testing.assert_allclose(metrics["ess"], np.mean(used) ** 2 / np.mean(np.square(used)), rtol=2e-4)
         used += [weight] * (step > 1)
-        halves = [task.target(params, jax.tree.map(lambda x: x[i::2], batch), None, None)[1]["seen"] for i in (0, 1)]
+        parts = ({key: x[i::2] for key, x in batch.items()} for i in (0, 1))
+        halves = [task.target(params, part, None, None)[1]["seen"] for part in parts]
         np.testing.assert_allclose(np.mean(halves, 0), metrics["seen"], rtol=1e-5)  # as micro-batches are put together
         params = task.after_step(params, metrics)
     assert np.square(used).max() == 9

@@ -83,7 +83,9 @@ class Pairs(Data):
         """What the pairs of a split are, wherever they lie."""
         check_split(split)
         vocabulary, splits = self._read()
-        return sha256(vocabulary.digest, *(part for pair in splits[split] for ids in pair for part in (ids.data, b"\0")))
+        return sha256(
+            vocabulary.digest, *(part for pair in splits[split] for ids in pair for part in (ids.data, b"\0"))
+        )
 
     def _read(self) -> tuple[Vocabulary, dict[str, list[Pair]]]:
         root = existing(self.path)
@@ -130,7 +132,9 @@ def _pairs(
 def _texts(file: Path) -> Iterator[tuple[str, tuple[str, str]]]:
     """Where each pair of a file stands, and its texts. UserError where a side is missing."""
     if is_plain(file):
-        raise UserError(f"{file} is plain text, and pairs are rows with {' and '.join(_KEYS)}; give .jsonl or .parquet files")
+        raise UserError(
+            f"{file} is plain text, and pairs are rows with {' and '.join(_KEYS)}; give .jsonl or .parquet files"
+        )
     word = "row" if file.suffix == ".parquet" else "line"
     for number, texts in rows(file, _KEYS):
         for key, text in zip(_KEYS, texts):

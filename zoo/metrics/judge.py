@@ -63,17 +63,27 @@ class Judge(Metric):
     def opens(self) -> str:
         """The run or export that judges. UserError where none is named."""
         if not self.network:
-            raise UserError("the metric judge has no judge; set network=RUN_OR_EXPORT, a language model that can `predict`")
+            raise UserError(
+                "the metric judge has no judge; set network=RUN_OR_EXPORT, a language model that can `predict`"
+            )
         return self.network
 
     def check(self, task: Any) -> None:
-        """UserError for a task that draws no texts, or not with these options; asked before a run's first step."""
-        check_texts(task, self)
-        for options in self._options():
-            options_of(task, options, f"options of the metric {self.name}")
+        """UserError for a task that draws no texts, not with these options, or several times; asked before a run's first step."""
+        if self.steps:
+            raise UserError(
+                "evals: steps of the metric judge make a table; leave them out, and run `zoo eval RUN judge network=RUN2 "
+                f"steps={','.join(map(str, self.steps))}` after training"
+            )
+        self._options(task)
 
-    def _options(self) -> list[Options]:
-        return [{**self.options, "steps": steps} for steps in self.steps] or [self.options]
+    def _options(self, task: Any) -> list[Options]:
+        """Those of each row. UserError for a task that does not draw texts with them."""
+        check_texts(task, self)
+        found = [{**self.options, "steps": steps} for steps in self.steps] or [self.options]
+        for options in found:
+            options_of(task, options, f"options of the metric {self.name}")
+        return found
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array, network: Any) -> dict[str, Any]:
         """The figures, of several `steps` as `judge`, a list of rows.
@@ -84,13 +94,14 @@ class Judge(Metric):
         Raises:
             UserError: a judge that cannot predict, or of other texts.
         """
-        self.check(task)
+        each = self._options(task)
         self._check_judge(task, data, network)
         judge, weights = _nats(network.task), jax.tree.map(jnp.asarray, jax.device_get(network.params))
 
         def figures(tokens: np.ndarray) -> dict[str, float]:
-            rows = np.resize(tokens, (-(-len(tokens) // self.batch) * self.batch, tokens.shape[1]))  # one compiled shape
-            parts = [hosts.fetch(judge(weights, part)) for part in np.split(rows, len(rows) // self.batch)]
+            batches = -(-len(tokens) // self.batch)
+            rows = np.resize(tokens, (batches * self.batch, tokens.shape[1]))  # one compiled shape
+            parts = [hosts.fetch(judge(weights, part)) for part in np.split(rows, batches)]
             nats = np.concatenate(parts)[: len(tokens)].astype(np.float64)
             perplexity = math.exp(nats.mean())
             return {
@@ -100,10 +111,11 @@ class Judge(Metric):
             }
 
         rows = []
-        for options in self._options():
+        for options in each:
             texts, lost = drawn_texts(task, options, params, rng, self.samples, self.batch)
             found = figures(texts) if len(texts) else {}
-            rows.append({**({"steps": options["steps"]} if self.steps else {}), **found, "texts": len(texts), "not_finite": lost})
+            steps = {"steps": options["steps"]} if self.steps else {}
+            rows.append({**steps, **found, "texts": len(texts), "not_finite": lost})
         real = {f"data_{k}": v for k, v in figures(held_texts(task, data, self.split, self.samples)).items()}
         about = {**real, "judge_network": self.network, "split": self.split}
         if not self.steps:
@@ -124,7 +136,9 @@ class Judge(Metric):
             )
         length, wanted = (one.spec(1)["tokens"].shape[1] for one in (task, other))
         if length != wanted:
-            raise UserError(f"{where} reads texts of {wanted} tokens, and these have {length}; name a judge of that length")
+            raise UserError(
+                f"{where} reads texts of {wanted} tokens, and these have {length}; name a judge of that length"
+            )
 
 
 def _picture(rows: Sequence[dict[str, Any]], real: dict[str, float]) -> Image.Image:
@@ -133,14 +147,15 @@ def _picture(rows: Sequence[dict[str, Any]], real: dict[str, float]) -> Image.Im
 
     page = Figure(figsize=(7, 3.2), dpi=110, layout="constrained")
     drawn = [row for row in rows if "perplexity" in row]
+    steps = [row["steps"] for row in drawn]
     words = {"perplexity": "perplexity under the judge", "token_entropy": "entropy of a text's tokens, nats"}
     for axes, (key, label) in zip(page.subplots(1, 2), words.items()):
         error = [2 * row[f"{key}_std_error"] for row in drawn] if key == "perplexity" else None
-        axes.errorbar([row["steps"] for row in drawn], [row[key] for row in drawn], error, marker="o", ms=3, label="drawn")
+        axes.errorbar(steps, [row[key] for row in drawn], error, marker="o", ms=3, label="drawn")
         axes.axhline(real[f"data_{key}"], color="#888888", lw=1, ls="--", label="held-out")
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="steps", ylabel=label, xticks=[row["steps"] for row in rows])
-        axes.set_xticklabels([str(row["steps"]) for row in rows])
+        axes.set(xlabel="steps", ylabel=label)
+        axes.set_xticks(steps, [*map(str, steps)])
         axes.grid(color="#e4e4e4")
     axes.legend(fontsize=8)
     return image_of(page)

@@ -82,7 +82,8 @@ class TcsmReward(Tcsm):
         weight = jnp.where(norm["steps"] > 1, jnp.minimum(raw / norm["mean"], self.clip), 1.0)
         seen = jnp.stack([tilt.mean(), raw.mean(), weight.mean(), jnp.square(weight).mean()])
         ess = jnp.square(norm["weight"]) / norm["square"]
-        return one_hot(batch["tokens"])._replace(weight=weight), {"ess": ess, "reward": batch["reward"].mean(), "seen": seen}
+        told = {"ess": ess, "reward": batch["reward"].mean(), "seen": seen}
+        return one_hot(batch["tokens"])._replace(weight=weight), told
 
     def after_step(self, params: Params, metrics: dict[str, jax.Array]) -> Params:
         """The means, with those of this step's texts."""
@@ -91,7 +92,8 @@ class TcsmReward(Tcsm):
 
         def mean(name: str, new: jax.Array, since: int) -> jax.Array:
             """Of all steps but the first `since`."""
-            return jnp.where(steps < since, norm[name], norm[name] + (new - norm[name]) / jnp.maximum(steps - since + 1, 1))
+            moved = norm[name] + (new - norm[name]) / jnp.maximum(steps - since + 1, 1)
+            return jnp.where(steps < since, norm[name], moved)
 
         moved = {
             "steps": steps + 1,
@@ -116,7 +118,7 @@ class TcsmPreference(Denoiser):
     """
 
     beta: Positive = 1.0  # of log p, in nats of a whole text
-    draws: Annotated[int, Meta(ge=4, le=256)] = 4  # of a time and of what is hidden, for a pair: one in each part of the times
+    draws: Annotated[int, Meta(ge=4, le=256)] = 4  # of what is hidden of a pair, each in a part of the times
 
     @property
     def about(self) -> About:
@@ -215,7 +217,8 @@ class TcsmRewardModel:
     def logits(self, params: Params, batch: Batch) -> jax.Array:
         """The reward of each text, [B, 1]."""
         tokens = batch["tokens"]
-        h = apply(self._body, params["body"], apply(Embed(self.vocab, self.width), params["embed"], tokens), jnp.zeros(len(tokens)))
+        x = apply(Embed(self.vocab, self.width), params["embed"], tokens)
+        h = apply(self._body, params["body"], x, jnp.zeros(len(tokens)))
         found: jax.Array = apply(Scalar(), params["scalar"], h)[:, None]
         return found
 
@@ -245,9 +248,13 @@ class TcsmDistill(Tcsm):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.candidates > self.vocab:
-            raise UserError(f"task.candidates={self.candidates} is more than task.vocab={self.vocab}; choose that or fewer")
+            raise UserError(
+                f"task.candidates={self.candidates} is more than task.vocab={self.vocab}; choose that or fewer"
+            )
         if self.positions > self.length:
-            raise UserError(f"task.positions={self.positions} is more than task.length={self.length}; choose that or fewer")
+            raise UserError(
+                f"task.positions={self.positions} is more than task.length={self.length}; choose that or fewer"
+            )
         spec, vocab = self.teacher.spec(1), self.teacher.about.vocabulary
         length = spec["tokens"].shape[1] if "tokens" in spec else 0
         if (vocab, length) != (self.vocab, self.length):
