@@ -39,7 +39,7 @@ INSIDE = {
     "zoo.data.latents": "_Bucket _Example",
     "zoo.data.series": "Part",
     "zoo.data.tokens": "Corpus",
-    "zoo.diffusion.traces": "",
+    "zoo.diffusion.tokens zoo.diffusion.traces": "",
     "zoo.flows.inverse": "Chain",
     "zoo.flows.stack": "",
     "zoo.papers.dart.model": "Layout",

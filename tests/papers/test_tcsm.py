@@ -476,3 +476,18 @@ def test_settings_that_do_not_go_together_are_sentences():
             TcsmSampling(**options)
     with pytest.raises(UserError, match="candidates=0"):
         TcsmRatioSampling(candidates=0)
+
+
+def test_a_ratio_is_refused_the_network_of_another_kernel(tmp_path, monkeypatch):
+    from zoo import models
+
+    ratio = TcsmRatio(vocab=5, length=6, width=16, depth=1, head_dim=8)
+    given = models.Model(
+        dataclasses.replace(SMALL, kernel="uniform", weight="one"), {"net": {}}, "raw", 1, None, (), tmp_path
+    )
+    monkeypatch.setattr(models, "open_model", lambda *_, **__: given)
+    monkeypatch.setattr(models, "locate", lambda name: tmp_path)
+    with pytest.raises(
+        UserError, match=r"weights.net=RUN:net differs in kernel \('uniform' there, and here 'masked'\)"
+    ):
+        models.given_weights({"net": "RUN:net"}, ratio)

@@ -5,6 +5,7 @@ B texts, T tokens, V vocabulary, K candidates for a position.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -306,7 +307,12 @@ class Tcsm(Denoiser):
         return self.nelbo(params["net"], batch["tokens"], xt, t)
 
 
-_REFERENCE = "it is the denoiser that the ratio corrects: zoo train tcsm/stdlib makes one"
+ALIKE = ("kernel", "head_dim")  # of a denoiser's network, what no shape of a parameter shows
+
+
+def plain(task: Denoiser) -> Tcsm:
+    """The denoiser that the network of a task may come from."""
+    return Tcsm(**{f.name: getattr(task, f.name) for f in dataclasses.fields(Denoiser)}, weight="one")
 
 
 @dataclass(frozen=True)
@@ -324,7 +330,8 @@ class TcsmRatio(Denoiser):
     @property
     def about(self) -> About:
         """The denoiser is held."""
-        reference = Network(how=_REFERENCE, entry="weights.net=RUN:net")
+        how = "it is the denoiser that the ratio corrects: `zoo train tcsm/stdlib` makes one"
+        reference = Network(plain(self), alike=ALIKE, how=how, entry="weights.net=RUN:net")
         return About(
             unit="sequences",
             completes=("tokens",),
