@@ -22,22 +22,16 @@ from zoo.nn.transformer import Remat, check_rotary
 from zoo.papers.tcsm.model import Body, Embed, Scalar, apply
 from zoo.papers.tcsm.objectives import preferred
 from zoo.papers.tcsm.targets import Target, one_hot, taylor, top_k
-from zoo.papers.tcsm.task import Denoiser, Tcsm
+from zoo.papers.tcsm.task import ALIKE, Denoiser, Tcsm, plain
 from zoo.task import About, Batch, Network, Params, Predicts
 
 _MOST = 60.0  # of log-weights above those of the first texts: beyond, sums overflow
-_ALIKE = ("kernel", "head_dim")  # of a network, what no shape of a parameter shows
-
-
-def _base(task: Denoiser) -> Tcsm:
-    """The denoiser that the network of a task may come from."""
-    return Tcsm(**{f.name: getattr(task, f.name) for f in dataclasses.fields(Denoiser)})
 
 
 def _start(task: Denoiser, required: bool = True) -> Network:
     """Where the denoiser's own parameters begin."""
     how = "train one, e.g. `zoo train tcsm/stdlib`"
-    return Network(_base(task), alike=_ALIKE, required=required, trained=True, how=how, entry="weights.net=RUN:net")
+    return Network(plain(task), alike=ALIKE, required=required, trained=True, how=how, entry="weights.net=RUN:net")
 
 
 def _pair(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -124,8 +118,8 @@ class TcsmPreference(Denoiser):
     def about(self) -> About:
         """The reference is held; the network begins as it does."""
         how = "it is what the preferences are to change: `zoo train tcsm/stdlib` makes one"
-        reference = Network(_base(self), alike=_ALIKE, how=how, entry="weights.reference=RUN:net")
-        return dataclasses.replace(_base(self).about, networks={"net": _start(self), "reference": reference})
+        reference = Network(plain(self), alike=ALIKE, how=how, entry="weights.reference=RUN:net")
+        return dataclasses.replace(plain(self).about, networks={"net": _start(self), "reference": reference})
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Winners `tokens` [B, T] and losers `rejected` [B, T]."""
