@@ -68,7 +68,8 @@ def rewarded(reward: Reward, texts: Iterable[np.ndarray], vocabulary: Any) -> np
         UserError: a vocabulary or length that the reward does not know, a result of another shape, or one that is not finite,
             which names the text.
     """
-    found, part = [np.empty(0, np.float32)], []
+    found = [np.empty(0, np.float32)]
+    part: list[np.ndarray] = []
 
     def given() -> np.ndarray:
         tokens = np.stack(part)

@@ -211,11 +211,13 @@ def _lines(path: Path, file: IO[bytes], keys: tuple[str, ...]) -> Iterator[tuple
             raise UserError(f"{path}, line {number:,} is no JSON ({first_line(error)}); mend or remove it") from None
         except RecursionError:
             raise UserError(f"{path}, line {number:,} is JSON nested too deep to be read; mend or remove it") from None
-        texts = [row.get(key) if isinstance(row, dict) else None for key in keys]
-        for key, text in zip(keys, texts):
+        texts = []
+        for key in keys:
+            text = row.get(key) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 raise UserError(f'{path}, line {number:,} has no text under "{key}"; mend or remove it')
-        yield number, tuple(map(characters_only, texts))  # JSON can spell half a character ("\ud800")
+            texts.append(characters_only(text))  # JSON can spell half a character ("\ud800")
+        yield number, tuple(texts)
 
 
 def _rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str | None, ...]]]:

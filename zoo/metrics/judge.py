@@ -80,7 +80,8 @@ class Judge(Metric):
     def _options(self, task: Any) -> list[Options]:
         """Those of each row. UserError for a task that does not draw texts with them."""
         check_texts(task, self)
-        found = [{**self.options, "steps": steps} for steps in self.steps] or [self.options]
+        found: list[Options] = [{**self.options, "steps": steps} for steps in self.steps]
+        found = found or [self.options]
         for options in found:
             options_of(task, options, f"options of the metric {self.name}")
         return found
