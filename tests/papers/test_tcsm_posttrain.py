@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from fresh import fresh
 from mistakes import told
 from tabular import CLEAN, NOISY, L, Tabular, V, kl, law
 
+from zoo import config, weights
 from zoo.data.pairs import Compared, Rewarded
 from zoo.data.tokens import Docstrings
 from zoo.papers.tarflow_lm import DiscreteLM
@@ -226,6 +228,44 @@ def test_a_teacher_tells_more_of_few_texts_than_they_do_themselves() -> None:
         for params in (soft, hard)
     )
     assert (ours < 0.5 * theirs).all(), (ours, theirs)
+
+
+# --- configs --------------------------------------------------------------------------------------
+
+
+def test_configs_have_their_data_and_start_from_the_main_run() -> None:
+    base = config.load("tcsm/stdlib")
+    for name in ("reward", "prefer", "chosen", "reward_chosen", "distil"):
+        run = config.load(f"tcsm/stdlib:{name}")
+        assert config.undump(config.dump(run)) == run
+        shapes = weights.abstract(run.task)
+        for key, where in (run.weights or {}).items():
+            path, part = weights.parts_of(where)
+            other = base if path == base.workdir else config.load("tarflow_lm/stdlib:discrete")
+            assert path == other.workdir
+            given = weights.abstract(other.task)
+            assert shapes[key] == (given[part] if part else given)
+        if name != "reward_chosen":  # which needs a run
+            example = run.source("train")[0]
+            assert {key: x.shape for key, x in example.items()} == {key: x.shape[1:] for key, x in run.spec().items()}
+
+
+def test_a_reward_of_ones_own_is_named_by_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "import zoo.rewards\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Short(zoo.rewards.Reward):\n"
+        "    def __call__(self, tokens):\n"
+        "        return (tokens == 0).mean(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with told("data.reward names the class mine.Short", "--allow mine"):
+        config.load("tcsm/stdlib:reward", ["data.reward=mine.Short"])
+    run = config.load("tcsm/stdlib:reward", ["data.reward=mine.Short"], ["mine"])
+    example = run.source("train")[7]
+    assert example["reward"] == pytest.approx((example["tokens"] == 0).mean())
+    assert config.undump(config.dump(run), ["mine"]) == run
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from zoo.papers.tcsm.targets import Target, one_hot, taylor, top_k
 from zoo.papers.tcsm.task import ALIKE, Denoiser, Tcsm, plain
 from zoo.task import About, Batch, Network, Params, Predicts
 
-_MOST = 60.0  # of log-weights above those of the first texts: beyond, sums overflow
+_MOST, _LEAST = 60.0, 1e-30  # log-weights above those of the first texts, and their mean: beyond, numbers overflow
 
 
 def _start(task: Denoiser, required: bool = True) -> Network:
@@ -73,7 +73,7 @@ class TcsmReward(Tcsm):
         """The data, weighted; `ess` is the effective share of the texts so far, (sum W)^2 / (N sum W^2)."""
         norm, tilt = params["norm"], batch["reward"] / self.beta
         raw = jnp.exp(jnp.minimum(tilt - norm["centre"], _MOST))
-        weight = jnp.where(norm["steps"] > 1, jnp.minimum(raw / norm["mean"], self.clip), 1.0)
+        weight = jnp.where(norm["steps"] > 1, jnp.minimum(raw / jnp.maximum(norm["mean"], _LEAST), self.clip), 1.0)
         seen = jnp.stack([tilt.mean(), raw.mean(), weight.mean(), jnp.square(weight).mean()])
         ess = jnp.square(norm["weight"]) / norm["square"]
         told = {"ess": ess, "reward": batch["reward"].mean(), "seen": seen}
