@@ -68,11 +68,12 @@ reward = replace(
 )
 prefer = replace(
     reward,
-    task=TcsmPreference(**SIZE),
+    task=TcsmPreference(**SIZE, draws=8),
     data=Compared(Docstrings(), LetterShare("e"), scale=0.02),
     weights={"net": BASE, "reference": BASE},
-    optim=replace(config.optim, lr=1e-4),
+    optim=replace(config.optim, lr=3e-4),
     steps=300,
+    batch=16,
 )
 chosen = replace(
     prefer, task=TcsmRewardModel(**SIZE), weights=None, optim=config.optim, steps=400, samples=Samples(n=0), evals=()

@@ -17,7 +17,7 @@ from fresh import fresh
 from mistakes import told
 from tabular import CLEAN, NOISY, L, Tabular, V, kl, law
 
-from zoo import config, weights
+from zoo import config, dist, weights
 from zoo.data.pairs import Compared, Rewarded
 from zoo.data.tokens import Docstrings
 from zoo.papers.tarflow_lm import DiscreteLM
@@ -45,6 +45,7 @@ def denoiser(p: np.ndarray) -> dict[str, Any]:
 def sampled(net: Any, run: int = 0, steps: int = 64) -> np.ndarray:
     """The law of the texts that a sampler draws, exactly, of one of several runs."""
     each = np.exp(np.asarray(jax.nn.log_softmax(net["table"].reshape(-1, len(NOISY), L, V)[run]), np.float64))
+    each = np.where((NOISY == V)[..., None], each, NOISY[..., None] == np.arange(V))  # what is known stays
     return tabular.pruned(tabular.drawn(lambda _: each, np.linspace(1, 0, steps + 1), True))
 
 
@@ -96,7 +97,7 @@ def trained(task: Any, params: Any, batches: Any, lr: float) -> Any:
     step = make_train_step(task, optimizer)
 
     def run(batches: Any) -> Any:
-        state = init_state(task, optimizer, 0, 0.0)
+        state = dist.unbox(init_state(task, optimizer, 0, 0.0))
         state, _ = jax.lax.scan(step, state.replace(params={**state.params, **params}), batches)
         return state.params
 
@@ -160,17 +161,19 @@ def test_the_reward_of_a_denoiser_is_beta_times_its_bound_over_the_reference() -
     rewards = jax.jit(task.rewards)
     found = rewards(params, texts, jax.random.key(0))
     np.testing.assert_array_equal(found[0], found[1])  # two texts of a row see the same noise
-    mean = np.asarray(found[0]).reshape(16, -1).mean(0)
-    np.testing.assert_allclose(mean, 2 * np.log(GOAL / P), atol=0.15)
+    each = np.asarray(found[0], np.float64).reshape(16, -1)
+    off, error = each.mean(0) - 2 * np.log(GOAL / P), each.std(0, ddof=1) / 4
+    assert (np.abs(off) < 5 * error + 1e-3).all()
+    assert np.median(error) < 0.15
     assert np.abs(rewards({**params, "net": params["reference"]}, texts, jax.random.key(1))).max() == 0
     with told("task.draws=3", "from 4"):
         Preferred(draws=3)
 
 
 def test_preferences_tilt_a_denoiser_towards_their_reward() -> None:
-    """The bars of an exact optimum, which ends at 3 % of the divergence, not at none."""
-    task = Preferred(**SIZE)
-    pairs = drawn(P, 1500, 128, 2)
+    """An exact optimum ends at 3 % of the divergence, not at none; noise of the bounds leaves more."""
+    task = Preferred(**SIZE, draws=16)
+    pairs = drawn(P, 800, 64, 2)
     first = np.random.default_rng(5).logistic(size=pairs.shape[:2]) < (R[pairs[..., 0]] - R[pairs[..., 1]]) / BETA
     pairs = np.where(first[..., None], pairs, pairs[..., ::-1])
     batches = {key: CLEAN[pairs[..., i]].astype(np.int32)[None] for i, key in enumerate(("tokens", "rejected"))}

@@ -107,8 +107,8 @@ class TcsmPreference(Denoiser):
     """Direct preference optimisation (arXiv:2305.18290) of a denoiser, with the bound of log p in the place of log p.
 
     Our choice, since the paper's own objective is unknown to us. At its minimum the bound is that of the tilted law, while the
-    denoiser need not be that of one law: on a law of 27 texts 3 % of the way are left. A reward model and `TcsmReward` have no such
-    rest.
+    denoiser need not be that of one law: on 27 texts 3 % of the divergence are left. Few draws make margins noisy, which tilts less:
+    there the mean reward comes 77 % of the way with 4 of them and 92 % with 32. A reward model and `TcsmReward` have no such rest.
     """
 
     beta: Positive = 1.0  # of log p, in nats of a whole text
