@@ -38,6 +38,7 @@ from zoo.task import About, Batch, Likelihood, Network, Params, sample_keys
 Steps = Annotated[int, Meta(ge=1, le=2**16)]
 Mass = Annotated[float, Meta(gt=0, le=1)]
 Candidates = Annotated[int, Meta(ge=1, le=2**10)]
+ALIKE = ("kernel", "head_dim")  # of a denoiser's network, what no shape of a parameter shows
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ class Denoiser:
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`tokens` [B, T]."""
         return {"tokens": jax.ShapeDtypeStruct((batch, self.length), jnp.int32)}
+
+    @property
+    def plain(self) -> Tcsm:
+        """The denoiser that its network may come from."""
+        return Tcsm(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Denoiser)}, weight="one")
 
     def init_net(self, rng: jax.Array) -> Params:
         """Fresh parameters of a denoiser, which finds all tokens equally likely."""
@@ -307,14 +313,6 @@ class Tcsm(Denoiser):
         return self.nelbo(params["net"], batch["tokens"], xt, t)
 
 
-ALIKE = ("kernel", "head_dim")  # of a denoiser's network, what no shape of a parameter shows
-
-
-def plain(task: Denoiser) -> Tcsm:
-    """The denoiser that the network of a task may come from."""
-    return Tcsm(**{f.name: getattr(task, f.name) for f in dataclasses.fields(Denoiser)}, weight="one")
-
-
 @dataclass(frozen=True)
 class TcsmRatio(Denoiser):
     """p(x0 | x_t) as that of a held denoiser, `net`, times a ratio that sees whole texts, which tokens drawn together need.
@@ -331,7 +329,7 @@ class TcsmRatio(Denoiser):
     def about(self) -> About:
         """The denoiser is held."""
         how = "it is the denoiser that the ratio corrects: `zoo train tcsm/stdlib` makes one"
-        reference = Network(plain(self), alike=ALIKE, how=how, entry="weights.net=RUN:net")
+        reference = Network(self.plain, alike=ALIKE, how=how, entry="weights.net=RUN:net")
         return About(
             unit="sequences",
             completes=("tokens",),
