@@ -22,7 +22,7 @@ from zoo.nn.transformer import Remat, check_rotary
 from zoo.papers.tcsm.model import Body, Embed, Scalar, apply
 from zoo.papers.tcsm.objectives import preferred
 from zoo.papers.tcsm.targets import Target, one_hot, taylor, top_k
-from zoo.papers.tcsm.task import ALIKE, Denoiser, Tcsm, plain
+from zoo.papers.tcsm.task import ALIKE, Denoiser, Tcsm
 from zoo.task import About, Batch, Network, Params, Predicts
 
 _MOST, _LEAST = 60.0, 1e-30  # log-weights above those of the first texts, and their mean: beyond, numbers overflow
@@ -31,7 +31,7 @@ _MOST, _LEAST = 60.0, 1e-30  # log-weights above those of the first texts, and t
 def _start(task: Denoiser, required: bool = True) -> Network:
     """Where the denoiser's own parameters begin."""
     how = "train one, e.g. `zoo train tcsm/stdlib`"
-    return Network(plain(task), alike=ALIKE, required=required, trained=True, how=how, entry="weights.net=RUN:net")
+    return Network(task.plain, alike=ALIKE, required=required, trained=True, how=how, entry="weights.net=RUN:net")
 
 
 def _pair(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -118,8 +118,8 @@ class TcsmPreference(Denoiser):
     def about(self) -> About:
         """The reference is held; the network begins as it does."""
         how = "it is what the preferences are to change: `zoo train tcsm/stdlib` makes one"
-        reference = Network(plain(self), alike=ALIKE, how=how, entry="weights.reference=RUN:net")
-        return dataclasses.replace(plain(self).about, networks={"net": _start(self), "reference": reference})
+        reference = Network(self.plain, alike=ALIKE, how=how, entry="weights.reference=RUN:net")
+        return dataclasses.replace(self.plain.about, networks={"net": _start(self), "reference": reference})
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Winners `tokens` [B, T] and losers `rejected` [B, T]."""
