@@ -64,11 +64,10 @@ class FourBefore:
         return {"in": into, "out": jax.random.normal(b, (128, V)) / 16, "bias": jnp.zeros(128)}
 
     def predict(self, params: Any, tokens: jax.Array) -> jax.Array:
-        rows = jax.nn.one_hot(tokens, V) if tokens.ndim == 2 else tokens
         h = params["bias"]
         for back in range(WINDOW):
-            moved = jnp.pad(rows, ((0, 0), (back + 1, 0), (0, 0)))[:, : self.length]
-            h = h + moved @ params["in"][back]
+            part = params["in"][back][tokens] if tokens.ndim == 2 else tokens @ params["in"][back]
+            h = h + jnp.pad(part, ((0, 0), (back + 1, 0), (0, 0)))[:, : self.length]
         return jax.nn.log_softmax(jax.nn.relu(h) @ params["out"])
 
     def score(self, params: Any, tokens: jax.Array) -> jax.Array:
@@ -147,7 +146,7 @@ OPTIM = AdamW(lr=2e-3, final_lr=1e-6, warmup=50, b2=0.99, weight_decay=0.0, clip
 def test_a_teacher_tells_more_of_few_texts_than_they_do(name: str) -> None:
     """Matched to the teacher's conditionals, a small student of 3,000 symbols is better by at least .04 bits, in five seeds."""
     teacher, params, _ = taught(name)
-    tasks = (Tcsm(**SMALL), TcsmDistill(**SMALL, teacher=teacher, candidates=8, positions=LENGTH))
+    tasks = (Tcsm(**SMALL), TcsmDistill(**SMALL, teacher=teacher, candidates=4, positions=LENGTH // 2))
     ahead = []
     for seed in range(5):
         bits = []
