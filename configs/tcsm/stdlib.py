@@ -1,6 +1,6 @@
 """TCSM on text that every machine has: the docstrings of Python's standard library, 27 symbols, minutes on two CPU cores.
 
-    zoo train tcsm/stdlib                                             # matched to data: MDLM's objective
+    zoo train tcsm/stdlib                                             # matched to data, by cross-entropy
     zoo sample runs/tcsm-stdlib steps=32                              # texts out of nothing, in 32 calls of the network
     zoo sample runs/tcsm-stdlib prompt="the ____ of a" n=4            # holes are filled in, and what is missing behind
     zoo train tcsm/stdlib:ratio                                       # what tells its drafts from data, on the finished run
@@ -13,7 +13,8 @@ What it has learned is changed by what scores texts; each starts from the run ab
     zoo train tarflow_lm/stdlib:discrete; zoo train tcsm/stdlib:distil
     zoo eval runs/tcsm-stdlib judge network=runs/tarflow_lm-stdlib-discrete steps=4,8,16,32,64
 
-`sedd` and `uniform` are SEDD with masked and with replaced tokens; the first has the same bound as the main run, from outputs that
+`mdlm` draws times as MDLM does, where the main run draws low noise more often and gives it less weight: the same bound, in less noisy
+steps. `sedd` and `uniform` are SEDD with masked and with replaced tokens; the first has the same bound as the main run, from outputs that
 need not sum to one. `score` is the score form (generalised KL), whose times all weigh the same.
 """
 
@@ -32,7 +33,7 @@ from zoo.run import Checkpoint, Run, Samples
 from zoo.train.optim import AdamW
 
 config = Run(
-    task=Tcsm(vocab=27, length=64, width=96, depth=3, head_dim=32, scan=False),
+    task=Tcsm(vocab=27, length=64, schedule="cosine", width=96, depth=3, head_dim=32, scan=False),
     data=Docstrings(),
     optim=AdamW(lr=2e-3, final_lr=1e-6, warmup=100, b2=0.99, weight_decay=0.0, clip=1.0),
     ema=0.999,
@@ -43,12 +44,13 @@ config = Run(
     evals=(TextBound(draws=4, limit=1_000), Generation()),
     log_every=50,
 )
-sedd = replace(config, task=replace(config.task, objective="sedd", time=True))
+mdlm = replace(config, task=replace(config.task, schedule="loglinear"))
+sedd = replace(config, task=replace(mdlm.task, objective="sedd", time=True))
 uniform = replace(sedd, task=replace(sedd.task, kernel="uniform"))
 score = replace(config, task=replace(config.task, objective="gkl", weight="one"))
 ratio = replace(
     config,
-    task=TcsmRatio(vocab=27, length=64, width=96, depth=3, head_dim=32, scan=False),
+    task=TcsmRatio(vocab=27, length=64, schedule="cosine", width=96, depth=3, head_dim=32, scan=False),
     weights={"net": "runs/tcsm-stdlib:net"},
     optim=replace(config.optim, lr=1e-3),
     steps=1_000,

@@ -15,6 +15,7 @@ from tabular import CLEAN, HIDING, NOISY, L, Tabular, V, kl, law
 
 from zoo.diffusion.tokens import EPS, Masked, Times, Uniform
 from zoo.errors import UserError
+from zoo.nn import layers
 from zoo.papers.tcsm import Tcsm, TcsmRatio, TcsmRatioSampling, TcsmSampling, objectives, targets
 from zoo.papers.tcsm.targets import Target
 
@@ -124,16 +125,20 @@ def test_every_objective_finds_the_joint_posterior():
             assert (total * (posterior * (np.log(posterior) - found)).sum(1)).sum() < 1e-6, name
 
 
-@pytest.mark.parametrize("kernel", ["masked", "uniform"])
-def test_the_bound_of_the_exact_denoiser_is_the_entropy(kernel):
-    task = Tabular(kernel=kernel, objective="sedd" if kernel == "uniform" else "distribution")
+@pytest.mark.parametrize(
+    ("kernel", "schedule"), [("masked", "loglinear"), ("masked", "cosine"), ("uniform", "loglinear")]
+)
+def test_the_bound_of_the_exact_denoiser_is_the_entropy(kernel, schedule):
+    """Whatever the schedule."""
+    task = Tabular(kernel=kernel, schedule=schedule, objective="sedd" if kernel == "uniform" else "distribution")
     entropy = -(P * np.log(P)).sum()
     u, w = np.polynomial.legendre.leggauss(40)
     u, w = (u + 1) / 2, w / 2
     t, w = (u, w) if kernel == "masked" else (u**2, 2 * u * w)  # the bound of the other one falls steeply at the end
-    t, w = t / (1 - EPS), w / (1 - EPS)  # all of the noise
+    last = {"loglinear": 1 / (1 - EPS), "cosine": 4 / np.pi * np.arcsin((2 * (1 - EPS)) ** -0.5)}[schedule]
+    t, w = t * last, w * last  # all of the noise
     if kernel == "masked":
-        noise = np.asarray(Times().noise(jnp.asarray(t)), np.float64)
+        noise = np.asarray(task.times.noise(jnp.asarray(t)), np.float64)
         hidden = HIDING[[h for _, h in PAIRS]].sum(1)
         chance = noise[:, None] ** hidden * (1 - noise[:, None]) ** (L - hidden)  # [t, pairs]
         tables = np.broadcast_to(np.log(np.maximum(TABLE, 1e-30)), (len(t), *TABLE.shape))
@@ -141,7 +146,7 @@ def test_the_bound_of_the_exact_denoiser_is_the_entropy(kernel):
     else:
         tables, chance, pairs = [], [], [(a, b) for a in range(27) for b in range(27)]
         x0, xt = CLEAN[[a for a, _ in pairs]], CLEAN[[b for _, b in pairs]]
-        for noise in np.asarray(Times().noise(jnp.asarray(t, jnp.float32)), np.float64):
+        for noise in np.asarray(task.times.noise(jnp.asarray(t, jnp.float32)), np.float64):
             q = tabular.kernel(noise, False)
             chance.append(np.prod([q[x0[:, i], xt[:, i]] for i in range(L)], 0))
             tables.append(np.log(tabular.marginals(tabular.posterior(P, noise, False)[1])))
@@ -150,7 +155,7 @@ def test_the_bound_of_the_exact_denoiser_is_the_entropy(kernel):
     found = nats(jnp.asarray(tables, jnp.float32), jnp.asarray(t, jnp.float32))
     bound = np.einsum("t,tp,p,tp->", w, chance, p, np.asarray(found, np.float64))
     assert bound == pytest.approx(entropy, abs=1e-6 if kernel == "masked" else 2e-4)
-    if kernel == "masked":
+    if (kernel, schedule) == ("masked", "loglinear"):
         np.testing.assert_allclose(np.einsum("t,tp->p", w / t, chance)[hidden > 0], WEIGHTS[hidden > 0], rtol=1e-4)
 
 
@@ -479,3 +484,13 @@ def test_a_ratio_is_refused_the_network_of_another_kernel(tmp_path, monkeypatch)
         UserError, match=r'weights.net=RUN:net differs in kernel \("uniform" there, and here "masked"\)'
     ):
         models.given_weights({"net": "RUN:net"}, ratio)
+
+
+def test_parts_of_a_text_give_what_the_whole_gives(monkeypatch):
+    """Large vocabularies are worked on in parts of a text."""
+    x, found = texts(SMALL, 8), []
+    for room in (layers.ROOM, 8 * 2 * 5):
+        monkeypatch.setattr(layers, "ROOM", room)
+        found.append(jax.jit(lambda p, room=room: SMALL.loss(p, {"tokens": x}, jax.random.key(0))[0])(moved(SMALL)))
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert "scan" in str(jax.make_jaxpr(SMALL.loss)(moved(SMALL), {"tokens": x}, jax.random.key(0)))

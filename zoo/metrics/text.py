@@ -45,7 +45,7 @@ def check_texts(task: Any, metric: Any) -> None:
 class TextBound(Metric):
     """Bits per token of held-out texts: exact, or by an upper bound for a model of latents.
 
-    The headline averages one-draw bounds over draws, as papers report them. With several draws there is the
+    The headline averages one-draw bounds over draws, as papers report them. With several draws of latents there is the
     importance-weighted bound of each text as well, which is tighter. Noise of a text depends on its index alone.
 
     The standard error takes texts as independent. Windows cut from one long text are not: neighbours resemble each other,
@@ -95,7 +95,7 @@ class TextBound(Metric):
         }
         if share := source.characters_per_token:
             out["bits_per_char"] = out["bits_per_token"] / share
-        if self.draws > 1:
+        if self.draws > 1 and (likelihood is None or likelihood.weighted):
             nats = float(weighted.mean())
             out["iw_nats_per_token"], out["iw_bits_per_token"] = nats, nats / math.log(2)
         return {
