@@ -61,7 +61,7 @@ ratio = replace(
 BASE, SIZE = "runs/tcsm-stdlib:net", {"vocab": 27, "length": 64, "width": 96, "depth": 3, "head_dim": 32, "scan": False}
 reward = replace(
     config,
-    task=TcsmReward(**SIZE, beta=0.02),
+    task=TcsmReward(**SIZE, schedule="cosine", beta=0.02),
     data=Rewarded(Docstrings(), LetterShare("e")),
     weights={"net": BASE},
     optim=replace(config.optim, lr=1e-3),
@@ -87,7 +87,7 @@ reward_chosen = replace(
 )
 distil = replace(
     config,
-    task=TcsmDistill(**SIZE, teacher=DiscreteLM(**SIZE)),
+    task=TcsmDistill(**SIZE, schedule="cosine", teacher=DiscreteLM(**SIZE)),
     weights={"teacher": "runs/tarflow_lm-stdlib-discrete"},
     steps=1_000,
 )

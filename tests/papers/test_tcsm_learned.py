@@ -231,7 +231,9 @@ class Shuffled(Reward):
 def test_a_reward_tilts_texts_and_a_shuffled_one_does_not(base: tuple[Run, Any, float], tmp_path: Path) -> None:
     run, params, _ = base
     before = drawn(run.task, params)
-    size = {name: getattr(run.task, name) for name in ("vocab", "length", "width", "depth", "head_dim", "scan")}
+    size = {
+        name: getattr(run.task, name) for name in ("vocab", "length", "schedule", "width", "depth", "head_dim", "scan")
+    }
     task, found = TcsmReward(**size, beta=0.02), {}
     for reward in (LETTER, Shuffled()):
         tilted = replace(

@@ -156,8 +156,7 @@ class TcsmPreference(Denoiser):
 
     def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """As of `Tcsm`."""
-        t, xt = self.hidden(keys, batch["tokens"])
-        return self.nelbo(params["net"], batch["tokens"], xt, t)
+        return self.plain.nll(params, batch, keys)
 
 
 def _agreement(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]:
