@@ -1,8 +1,9 @@
 """Every test runs on simulated CPU devices, set up before jax is imported anywhere: two, or eight where it is marked `devices8`.
 
 Programs are compiled with LLVM's optimisations off: they compile three times faster, and test sizes need no speed.
-`XLA_FLAGS=--xla_backend_optimization_level=3 pytest` runs the suite on the code that users run. Every program is kept in the
-persistent cache. Seconds of processor time by file are written to `$ZOO_SECONDS`, and a whole run that costs too much fails.
+`XLA_FLAGS=--xla_backend_optimization_level=3 pytest` runs the suite on the code that users run, and `-m slow` does so by itself. Every
+program is kept in the persistent cache. Seconds of processor time by file are written to `$ZOO_SECONDS`, and a whole run that
+costs too much fails.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import json
 import os
 import resource
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -23,7 +25,9 @@ import seconds
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-flags = ["xla_force_host_platform_device_count=8", "xla_backend_optimization_level=0"]
+flags = ["xla_force_host_platform_device_count=8"]
+if "slow" not in sys.argv:  # those train for minutes
+    flags.append("xla_backend_optimization_level=0")
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (
     0,
     12,

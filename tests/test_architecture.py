@@ -33,7 +33,7 @@ MAY = {
     "weights": set(),
     "nn": {"dist"},
     "flows": {"dist", "nn"},
-    "encoders": {"nn"},
+    "encoders": {"nn", "paths"},
     "diffusion": {"dist", "nn"},
     "papers": {"nn", "flows", "diffusion", "encoders", "dist"},
     "papers.metrics": {"papers", "metrics", "data", "dist", "hosts"},  # a paper's own, in zoo/papers/PAPER/metrics.py
@@ -50,7 +50,7 @@ MAY = {
         "train.averages", "train.optim", "train.step", "train.checkpoint", "train.report",
     },
     "derived": {"config", "data", "dist", "models", "paths"},
-    "train.provenance": {"config", "data", "models", "paths", "run", "weights"},
+    "train.provenance": {"config", "data", "encoders", "models", "paths", "run", "weights"},
     "train.loop": {
         "config", "dist", "data", "draws", "hosts", "models", "paths", "run", "weights",
         "train.averages", "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",

@@ -188,6 +188,11 @@ def test_energies_that_cannot_be_are_told(params: Any, tmp_path: Path) -> None:
         EnergySampling(Euler(), temper=2.0)
     with told("stop=0", "hybrid"):
         EnergySampling(temper=2.0, form="hybrid")
+    for stop in (0.001, 90.0):
+        with told(f"stop={stop:g}", "from 80 to 0.002"):
+            EnergySampling(temper=2.0, form="hybrid", stop=stop).islands(
+                jax.random.split(jax.random.key(0), 1), (0.002, 80.0), [], (2,)
+            )
     with told("two or more"):
         energy.EnergyProduct(PRODUCT.parts[:1])
     other = dataclasses.replace(TASK, network=dataclasses.replace(NETWORK, image=8))

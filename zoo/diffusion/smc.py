@@ -363,8 +363,16 @@ class EnergySampling(DenoiserSampling):
         shape: tuple[int, ...],
         potentials: Sequence[Potential] = (),
     ) -> Islands:
-        """An island for each key, of the model's potentials and these options."""
+        """An island for each key, of the model's potentials and these options.
+
+        UserError for a `stop` that is not between the levels.
+        """
         levels = self.grid(self.nfe, "edm", sigmas)
+        if self.form == "hybrid" and not levels[-1] < self.stop <= levels[0]:
+            raise UserError(
+                f"stop={self.stop:g}: the levels go from {levels[0]:g} to {levels[-1]:g}, so hybrid would have one form alone; "
+                "set a stop between them"
+            )
         all_of_them = (*potentials, *([Temper(self.temper)] if self.temper != 1 else []), *self.potentials)
         numbers = math.prod(shape)
         how = course(levels, len(energies), all_of_them, self.form, self.stop, self.rho, numbers)
