@@ -337,7 +337,7 @@ def test_first_order_scores_are_exact_where_the_score_is_linear():
 
 
 def by_hand(outputs, x0, xt, t, vocab, kind):
-    """Equations 6, 8 and 9 of the notes, in float64, token by token."""
+    """MDLM (arXiv:2406.07524, equation 11) and SEDD (arXiv:2310.16834) with their own parametrisations, in float64, token by token."""
     sigma = -np.log1p(-(1 - EPS) * t)
     rate, e = (1 - EPS) / (1 - (1 - EPS) * t), np.expm1(sigma)
     total = 0.0
