@@ -39,7 +39,7 @@ uniform = replace(sedd, task=replace(sedd.task, kernel="uniform", schedule="geom
 ratio = replace(
     config,
     task=TcsmRatio(vocab=50_257, length=1_024, dtype="bfloat16", remat="dots", attention="auto"),
-    weights={"net": "runs/tcsm-openwebtext:net"},
+    weights={"net": "runs/tcsm-openwebtext:net", "start": "runs/tcsm-openwebtext:net"},
     steps=400_000,
     evals=(),
 )

@@ -51,8 +51,8 @@ score = replace(config, task=replace(config.task, objective="gkl", weight="one")
 ratio = replace(
     config,
     task=TcsmRatio(vocab=27, length=64, schedule="cosine", width=96, depth=3, head_dim=32, scan=False),
-    weights={"net": "runs/tcsm-stdlib:net"},
-    optim=replace(config.optim, lr=1e-3),
+    weights={"net": "runs/tcsm-stdlib:net", "start": "runs/tcsm-stdlib:net"},
+    optim=replace(config.optim, lr=5e-4),
     steps=1_000,
     evals=(Generation(),),
 )

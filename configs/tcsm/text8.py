@@ -37,7 +37,7 @@ score = replace(config, task=replace(config.task, objective="gkl", weight="one")
 ratio = replace(
     config,
     task=TcsmRatio(vocab=27, length=256, dtype="bfloat16", remat="dots", attention="auto"),
-    weights={"net": "runs/tcsm-text8:net"},
+    weights={"net": "runs/tcsm-text8:net", "start": "runs/tcsm-text8:net"},
     steps=400_000,
     evals=(),
 )

@@ -84,18 +84,13 @@ class Head(nn.Module):
         return out(h).astype(jnp.float32)
 
 
-class Pair(nn.Module):
-    """A clean text and a noisy one -> the vectors of both side by side, projected."""
-
-    vocab: int
-    width: int
+class Beside(nn.Module):
+    """What a clean text's vectors are told of the noisy one's; nothing at the start."""
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, xt: jax.Array) -> jax.Array:
-        """[B, T] twice -> [B, T, W]."""
-        embed = Embed(self.vocab, self.width, name="embed")
-        both = jnp.concatenate([embed(tokens), embed(xt)], -1)
-        return Dense(self.width, (None, "embed"), name="in")(both)
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """[B, T, W] -> [B, T, W]."""
+        return Dense(h.shape[-1], (None, "embed"), kernel_init=zeros, bias=False, name="in")(h)
 
 
 class Scalar(nn.Module):

@@ -23,7 +23,7 @@ from zoo.fields import Dtype, Layers, Positive, Share, Size, Vocabulary, check_f
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.layers import over_tokens
 from zoo.nn.transformer import Remat, cast_trunk, check_rotary
-from zoo.papers.tcsm.model import Body, Embed, Head, Pair, Scalar, apply
+from zoo.papers.tcsm.model import Beside, Body, Embed, Head, Scalar, apply
 from zoo.papers.tcsm.objectives import (
     Objective,
     Ratio,
@@ -207,12 +207,15 @@ class Denoiser:
         t = inside(jax.vmap(jax.random.uniform)(pairs[:, 0]))
         return t, jax.vmap(self.process.corrupt)(pairs[:, 1], tokens, self.times.noise(t))
 
+    def _whole(self, net: Params) -> Params:
+        """Parameters as a loop needs them."""
+        net = {**net, "body": cast_trunk(net["body"], self.dtype)}
+        found: Params = whole(net, lambda: self.init_net(jax.random.key(0)))
+        return found
+
     def proposed(self, params: Params, options: Any) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
         """The denoiser that a sampler asks: (x_t [n, T], noise [], keys [n]) -> log p [n, T, V], as sharp as the options say."""
-        net = whole(
-            {**params["net"], "body": cast_trunk(params["net"]["body"], self.dtype)},
-            lambda: self.init_net(jax.random.key(0)),
-        )
+        net = self._whole(params["net"])
 
         def ask(x: jax.Array, noise: jax.Array, keys: jax.Array) -> jax.Array:
             log_p = self.log_p(net, x, jnp.broadcast_to(noise, len(x)))
@@ -322,6 +325,7 @@ class Tcsm(Denoiser):
 class TcsmRatio(Denoiser):
     """p(x0 | x_t) as that of a held denoiser, `net`, times a ratio that sees whole texts, which tokens drawn together need.
 
+    The ratio's own network begins as a denoiser too, `start`: from fresh parameters it tells nothing apart for hundreds of steps.
     Trained to tell data from what the denoiser draws (EDLM's NCE, arXiv:2410.21357, is `bce`). Its bound of the likelihood would
     ask for the ratio's mean over all texts, so there is none.
     """
@@ -332,34 +336,40 @@ class TcsmRatio(Denoiser):
 
     @property
     def about(self) -> About:
-        """The denoiser is held."""
+        """The denoiser is held; the ratio may begin as it."""
         how = "it is the denoiser that the ratio corrects: `zoo train tcsm/stdlib` makes one"
         reference = Network(self.plain, alike=ALIKE, how=how, entry="weights.net=RUN:net")
+        start = Network(self.plain, alike=ALIKE, required=False, trained=True, how=how, entry="weights.start=RUN:net")
         return About(
             unit="sequences",
             completes=("tokens",),
             holes=True,
-            networks={"net": reference},
+            networks={"net": reference, "start": start},
             vocabulary=self.vocab,
             tokens=self.length,
         )
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the ratio is one."""
-        net, *keys = jax.random.split(rng, 4)
-        h, x = jnp.zeros((1, self.length, self.width)), jnp.zeros((1, self.length), jnp.int32)
-        made: dict[str, Any] = {
-            "pair": Pair(self.vocab, self.width).init(keys[0], x, x),
-            "body": self.body.init(keys[1], h, jnp.zeros(1)),
-            "scalar": Scalar().init(keys[2], h),
-        }
-        return {"net": self.init_net(net), "ratio": {name: part["params"] for name, part in made.items()}}
+        net, start, *keys = jax.random.split(rng, 4)
+        h = jnp.zeros((1, 1, self.width))
+        made: dict[str, Any] = {"beside": Beside().init(keys[0], h), "scalar": Scalar().init(keys[1], h)}
+        ratio = {**{name: part["params"] for name, part in made.items()}, "own": jnp.zeros(())}
+        return {"net": self.init_net(net), "start": self.init_net(start), "ratio": ratio}
 
-    def log_ratio(self, own: Params, tokens: jax.Array, xt: jax.Array, noise: jax.Array) -> jax.Array:
-        """log p(x0 | x_t) / p_reference [B] of whole clean texts [B, T], up to a constant of x_t; `own` is `params["ratio"]`."""
-        h = apply(self.body, own["body"], apply(Pair(self.vocab, self.width), own["pair"], tokens, xt), noise)
-        found: jax.Array = apply(Scalar(), own["scalar"], h)
-        return found
+    def log_ratio(self, params: Params, tokens: jax.Array, xt: jax.Array, noise: jax.Array) -> jax.Array:
+        """log p(x0 | x_t) / p_reference [B] of whole clean texts [B, T], up to a constant of x_t.
+
+        A sum over positions, so that it grows with the text: of the clean text's features there, and of the output that they give
+        the token itself.
+        """
+        start, own, embed = params["start"], params["ratio"], Embed(self.vocab, self.width)
+        h = apply(embed, start["embed"], tokens) + apply(Beside(), own["beside"], apply(embed, start["embed"], xt))
+        h = apply(self.body, start["body"], h, noise)
+        head = start["head"]["out"]
+        logit = (h.astype(jnp.float32) * head["kernel"].T[tokens]).sum(-1) + head["bias"][tokens]
+        each = apply(Scalar(), own["scalar"], h.reshape(-1, 1, self.width)).reshape(tokens.shape) + own["own"] * logit
+        return each.sum(1)
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The divergence, a mean over texts; `margin` is how much larger log-ratios of data are than of what the denoiser draws."""
@@ -374,14 +384,13 @@ class TcsmRatio(Denoiser):
 
         drawn = self.compared(params["net"], xt, noise, guess, jax.random.split(other, xt.shape))
         both = jnp.concatenate([tokens, drawn]), jnp.concatenate([xt, xt]), jnp.concatenate([noise, noise])
-        data, made = jnp.split(self.log_ratio(params["ratio"], *both), 2)
+        data, made = jnp.split(self.log_ratio(params, *both), 2)
         return ratio(self.divergence, data, made).mean(), {"margin": (data - made).mean()}
 
     def proposed(self, params: Params, options: Any) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
         """One of the candidates that the denoiser draws, by the ratio, as log-probabilities of one token each."""
         ask, k = super().proposed(params, options), options.candidates
-        own = {**params["ratio"], "body": cast_trunk(params["ratio"]["body"], self.dtype)}
-        own = whole(own, lambda: self.init(jax.random.key(0))["ratio"])
+        own = {**params, "start": self._whole(params["start"])}
 
         def choose(x: jax.Array, noise: jax.Array, keys: jax.Array) -> jax.Array:
             n, t = x.shape
