@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PROJECT",
         help="send the records to Weights & Biases as well (the wandb extra)",
     )
+    allows(sub)
     sub = verb(
         "sample",
         "Draw samples from a run, an export, a shipped model, or a config whose weights are all given.",
@@ -317,7 +318,7 @@ def _train(args: argparse.Namespace) -> int:
     if not hosts.main():
         logging.getLogger("zoo").setLevel(logging.WARNING)
     with hosts.guarded():  # a config may be missing on one host
-        run = _run(config.load(args.config, args.fields), args.config)
+        run = _run(config.load(args.config, args.fields, args.allow), args.config)
         from zoo.train.loop import train
 
         dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
@@ -423,13 +424,12 @@ def _sample(args: argparse.Namespace) -> int:
     tokeniser: dict[str, str] = {}
     if split is not None:
         given, captions, asked = conditions.pictures(model, split, n), None, {"from": split}
-        form = text.Texts(models.vocabulary_of(model))
+        form = text.Texts(model.vocabulary)
     elif writes:
-        vocabulary = models.vocabulary_of(model)
-        given, captions = text.rewritten(model, vocabulary, texts, n)
+        given, captions = text.rewritten(model, model.vocabulary, texts, n)
         if given and all((row < 0).any() for row in given["tokens"]):
             _no_strength(args.fields, "here holes say which tokens are; give all of a text")
-        form = text.Texts(vocabulary, captions)
+        form = text.Texts(model.vocabulary, captions)
     else:
         given, captions, tokeniser = model.conditions(labels, texts, n, options, aspect, args.tokenizer)
         form = Images(captions)

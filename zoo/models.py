@@ -104,6 +104,14 @@ class Model:
         return homes(None if self.untrained else self.folder, self.run.weights if self.run is not None else None)
 
     @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The one in its folder, or in that of its weights, else that of its data; None, and a note, where none is."""
+        found, why = _vocabulary(self.homes, self.data)
+        if found is None:
+            _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", self.folder, why)
+        return found
+
+    @property
     def samples_folder(self) -> Folder:
         """Where samples go: `samples/` of a run folder, of others `samples/` here."""
         return paths.where("samples") if self.run is None or self.untrained else self.folder / "samples"
@@ -270,15 +278,6 @@ class Model:
         words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
         encode, about = _encode(task, self.homes, self.data, file)
         return as_tokens(task, encode, texts, n, around), words, about
-
-
-def vocabulary_of(model: Model) -> Vocabulary | None:
-    """The vocabulary in the folder of a model, or in that of its weights, else that of the data it was trained on; None, and a
-    note, where none is."""
-    found, why = _vocabulary(model.homes, model.data)
-    if found is None:
-        _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", model.folder, why)
-    return found
 
 
 def _vocabulary(places: Sequence[Folder], data: Any) -> tuple[Vocabulary | None, str]:
@@ -592,12 +591,10 @@ def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder
 def loaded_for(
     metric: Any, allow: Sequence[str] = (), task: Any = None, places: Sequence[Folder] = (), data: Any = None
 ) -> dict[str, Any]:
-    """What a metric asks for besides the task: the network that its `network()` names, opened, and for one with
+    """What a metric asks for besides the task: the network that its `opens()` names, opened, and for one with
     `captions` what makes numbers of those of `task`, looked for in `places` and `data` unless its field `tokenizer` names a file.
-
-    UserError also for captions that do not fit.
-    """
-    name = metric.network()
+    UserError also for captions that do not fit."""
+    name = metric.opens()
     found: dict[str, Any] = {"network": open_model(name, allow=allow)} if name else {}
     if metric.captions:
         way = f"in the field tokenizer of the metric {metric.name}"

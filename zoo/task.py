@@ -230,7 +230,7 @@ class Predicts(Protocol):
     """A language model that can teach and judge."""
 
     def predict(self, params: Params, tokens: jax.Array) -> jax.Array:
-        """log p(x_t | x_<t) [B, T, V] in nats."""
+        """log p(x_t | x_<t) [B, T, V] in nats of tokens int [B, T], or of rows [B, T, V] that mix embeddings, for gradients."""
         ...
 
 
@@ -442,8 +442,8 @@ class Metric(ABC):
         """The batch that the cores of a CPU shall share; None: they share none."""
         return None
 
-    def network(self) -> str | None:
-        """The run or export whose network it is to be given, opened, as `network`; None: none."""
+    def opens(self) -> str | None:
+        """The run or export that it is to be given, opened, as `network`; None: none."""
         return None
 
     def check(self, task: Any) -> None:  # noqa: B027

@@ -31,7 +31,7 @@ def model(task: Any, folder: Folder, data: Any = None) -> models.Model:
 
 
 def sampled(made: models.Model, out: Path, n: int, texts: list[str] | None = None, **options: Any) -> None:
-    vocabulary = models.vocabulary_of(made)
+    vocabulary = made.vocabulary
     given, starts = text.rewritten(made, vocabulary, texts, n)
     form = text.Texts(vocabulary, starts)
     draw(made, out, n=n, seed=3, conditions=given, captions=starts, asked={"prompt": None}, batch=3,
@@ -42,7 +42,7 @@ def test_a_config_has_the_vocabulary_of_its_weights(tmp_path: Path) -> None:
     text8().save(tmp_path)
     run = Run(Unigram(), Synthetic(), steps=1, batch=8, weights={"": str(tmp_path)})
     made = models.Model(run.task, {}, str(tmp_path), None, None, (), tmp_path / "config.py", run)
-    assert models.vocabulary_of(made) == text8()
+    assert made.vocabulary == text8()
 
 
 def lines(out: Path, name: str) -> str:
@@ -247,9 +247,9 @@ def test_holes_that_cannot_be_filled_in_are_sentences(
 
 def test_the_vocabulary_of_the_folder_comes_before_that_of_the_data(tmp_path: Path) -> None:
     made = model(Unigram(), tmp_path, Windows())
-    assert models.vocabulary_of(made) == text8()
+    assert made.vocabulary == text8()
     characters("abc").save(tmp_path)
-    assert models.vocabulary_of(made) == characters("abc")
+    assert made.vocabulary == characters("abc")
 
 
 def test_an_export_has_the_vocabulary_of_its_model(tmp_path: Path) -> None:
@@ -260,6 +260,6 @@ def test_an_export_has_the_vocabulary_of_its_model(tmp_path: Path) -> None:
         if data is None:
             characters("".join(map(chr, range(97, 124)))).save(folder)
         exports.export(made, tmp_path / "out", "zoo", 1)
-        assert open_vocabulary(tmp_path / "out") == models.vocabulary_of(made)
+        assert open_vocabulary(tmp_path / "out") == made.vocabulary
     assert json.loads((tmp_path / "out" / "vocabulary.json").read_text())["name"] == "text8"
     assert weights.load(tmp_path / "out")[1]["step"] == 5

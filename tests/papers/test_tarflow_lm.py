@@ -412,3 +412,17 @@ def test_options_out_of_range(options, sentence):
     with pytest.raises(UserError) as error:
         task.sample({}, jax.random.key(0), 1, None, task.Sampling(**options))
     assert sentence in str(error.value)
+
+
+def test_predictions_of_the_discrete_model_are_its_likelihood():
+    task = DiscreteLM(vocab=5, length=6, width=8, depth=1, head_dim=8, scan=False)
+    params, tokens = moved(task, 0.5), texts(task, 4)
+    predict = jax.jit(task.predict)
+    logs = predict(params, tokens)
+    np.testing.assert_allclose(jnp.exp(logs).sum(-1), 1, rtol=1e-5)
+    own = jnp.take_along_axis(logs, tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(-own.sum(1), task.nll(params, {"tokens": tokens}), rtol=1e-5)
+    changed = np.abs(predict(params, tokens.at[:, 2].add(1).clip(max=4)) - logs).max((0, 2))
+    assert (changed[:3] == 0).all()
+    assert (changed[3:] > 0).all()
+    np.testing.assert_allclose(task.predict(params, jax.nn.one_hot(tokens, 5)), logs, atol=1e-5)

@@ -367,14 +367,26 @@ class DiscreteLM:
     def nll(self, params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
         """-log p [B] of the whole text in nats, without noise."""
         tokens = batch["tokens"]
-        x = params["embedding"]["table"][tokens]
-        features, _ = apply(self._context(), params["context"], shift_right(x))
 
         def cross_entropy(f: jax.Array, tokens: jax.Array) -> jax.Array:
             logits = apply(self._head(), params["head"], f)[..., 0, :]
             return jax.nn.logsumexp(logits, -1) - take(logits, tokens)
 
-        return over_tokens(cross_entropy, 1, self.vocab, features, tokens).sum(1)
+        return over_tokens(cross_entropy, 1, self.vocab, self._features(params, tokens), tokens).sum(1)
+
+    def _features(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """[B, T, W], each of the tokens before it."""
+        table = params["embedding"]["table"]
+        x = table[tokens] if tokens.ndim == 2 else tokens @ table
+        return apply(self._context(), params["context"], shift_right(x))[0]
+
+    def predict(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """log p(x_t | x_<t) float32 [B, T, V] of tokens [B, T], or of rows [B, T, V] in place of them."""
+
+        def logs(f: jax.Array) -> jax.Array:
+            return jax.nn.log_softmax(apply(self._head(), params["head"], f)[..., 0, :])
+
+        return over_tokens(logs, 1, self.vocab, self._features(params, tokens))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy, nats per token."""

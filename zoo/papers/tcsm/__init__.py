@@ -7,6 +7,10 @@ The paper itself could not be read in full: its abstract says what it does, and 
 solutions are known. B texts, T tokens, V vocabulary, K candidates for a position, W width.
 """
 
+from zoo.papers.tcsm.posttrain import TcsmDistill as TcsmDistill
+from zoo.papers.tcsm.posttrain import TcsmPreference as TcsmPreference
+from zoo.papers.tcsm.posttrain import TcsmReward as TcsmReward
+from zoo.papers.tcsm.posttrain import TcsmRewardModel as TcsmRewardModel
 from zoo.papers.tcsm.task import Tcsm as Tcsm
 from zoo.papers.tcsm.task import TcsmRatio as TcsmRatio
 from zoo.papers.tcsm.task import TcsmRatioSampling as TcsmRatioSampling
