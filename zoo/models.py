@@ -19,6 +19,7 @@ from PIL import Image
 
 from zoo import config, dist, paths, weights
 from zoo.data.captions import as_tokens, framed, lettered
+from zoo.data.tokens import check_ids
 from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.draws import Use, finite, keys, label_numbers
 from zoo.encoders import tokenizer
@@ -218,7 +219,8 @@ class Model:
         UserError for a key that is missing or unknown, another shape than the task's, or tokens that its texts cannot hold.
         """
         spec, about = self.task.spec(1), self.task.about
-        least = -1 if about.holes and n is not None else 0
+        if is_text(self.task) and "tokens" in batch:
+            check_ids(batch["tokens"], -1 if about.holes and n is not None else 0, about.vocabulary, what)
         told = ("label", *about.conditions)
         needed = [key for key in spec if key not in told] if n is None else []
         known = {k: v for k, v in spec.items() if n is None or k in (*told, *about.completes)}
@@ -232,10 +234,6 @@ class Model:
                 given = f"has the shape {list(shape)}" if key in batch else "is missing"
                 wide = ", ".join(map(str, ("N" if n is None else n, *wanted[1:])))
                 raise UserError(f"{what}: {key} {given}; give an array of the shape [{wide}]")
-        if is_text(self.task) and about.vocabulary is not None and "tokens" in batch:
-            ids = np.asarray(batch["tokens"])
-            if ids.dtype.kind not in "iu" or ((ids < least) | (ids >= about.vocabulary)).any():
-                raise UserError(f"{what}: tokens must be whole numbers from {least} to {about.vocabulary - 1}")
         return n or 0
 
     def conditions(
@@ -568,11 +566,9 @@ def given_weights(
 def must_add(key: str, task: Any) -> str:
     """The end of a sentence on `weights.KEY` that is missing: how to come by such a network, and where a config names it."""
     how, entry = _hint(task, key)
-    return (
-        f"{how}; then add {entry}"
-        if how
-        else f"add {entry}, {'OUT' if 'OUT' in entry else 'RUN'} being a run or an export"
-    )
+    if how:
+        return f"{how}; then add {entry}"
+    return f"add {entry}, {'OUT' if 'OUT' in entry else 'RUN'} being a run or an export"
 
 
 def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder]:

@@ -448,7 +448,9 @@ def test_samples_keep_what_is_given_and_hold_no_mask(task):
     assert (other[::-1] == found).all()  # each from its own key
     assert options.network_calls == (15 if isinstance(task, TcsmRatio) else 3)
     part = "ratio" if isinstance(task, TcsmRatio) else "net"  # of which a diverged one is seen
-    assert (draw({**params, part: jax.tree.map(lambda x: x * jnp.nan, params[part])}, keys, {"tokens": given}) < 0).all()
+    assert (
+        draw({**params, part: jax.tree.map(lambda x: x * jnp.nan, params[part])}, keys, {"tokens": given}) < 0
+    ).all()
 
 
 def test_tokens_that_no_text_holds_are_refused(tmp_path):

@@ -189,6 +189,13 @@ def check_vocabulary(task: Any, source: Source) -> None:
         raise UserError(f"the data has {vocabulary.size} symbols, task.vocab={vocab}; set task.vocab={vocabulary.size}")
 
 
+def check_ids(tokens: Any, least: int, vocab: int | None, what: str) -> None:
+    """UserError for tokens that are no whole numbers in [least, vocab)."""
+    ids = np.asarray(tokens)
+    if vocab is not None and (ids.dtype.kind not in "iu" or ((ids < least) | (ids >= vocab)).any()):
+        raise UserError(f"{what}: tokens must be whole numbers from {least} to {vocab - 1}")
+
+
 # From texts to tokens
 
 
