@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from zoo import config, dist, files, models, paths
-from zoo.data.documents import SPLITS
+from zoo.data.documents import SPLITS, cuts
 from zoo.data.pipeline import Data
 from zoo.data.tokens import TokenSource, check_split, narrowest
 from zoo.data.vocabulary import Vocabulary
@@ -89,8 +89,7 @@ class Sampled(Data):
     def _split(self, split: str) -> np.ndarray:
         check_split(split)
         tokens = _drawn(self.run, self.n, self.seed, json.dumps(config.dump(self.options), sort_keys=True))
-        test = round(len(tokens) * self.test_fraction)
-        ends = (0, len(tokens) - test, len(tokens) - test, len(tokens))
+        ends = (0, *cuts(np.arange(1, len(tokens) + 1), 0.0, self.test_fraction), len(tokens))
         i = SPLITS.index(split)
         return tokens[ends[i] : ends[i + 1]]
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from zoo.data import vocabulary as vocabularies
-from zoo.data.documents import SPLITS, check_fractions, is_plain, list_texts, rows
+from zoo.data.documents import SPLITS, check_fractions, cuts, is_plain, list_texts, rows
 from zoo.data.images import existing
 from zoo.data.pipeline import Data, Example, Source
 from zoo.data.tokens import check_split
@@ -124,8 +124,7 @@ def _pairs(
     if None not in found:
         return vocabulary, {str(split): some for split, some in found.items()}
     pairs = found[None]
-    valid, test = (round(len(pairs) * share) for share in (valid_fraction, test_fraction))
-    ends = (0, len(pairs) - valid - test, len(pairs) - test, len(pairs))
+    ends = (0, *cuts(np.arange(1, len(pairs) + 1), valid_fraction, test_fraction), len(pairs))
     return vocabulary, {split: pairs[a:b] for split, a, b in zip(SPLITS, ends, ends[1:])}
 
 
