@@ -254,7 +254,7 @@ def test_configs_have_their_data_and_start_from_the_main_run() -> None:
 
 
 def test_a_reward_of_ones_own_is_named_by_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own_rewards.py").write_text(
         "from dataclasses import dataclass\n"
         "import zoo.rewards\n\n\n"
         "@dataclass(frozen=True)\n"
@@ -263,12 +263,12 @@ def test_a_reward_of_ones_own_is_named_by_its_package(tmp_path: Path, monkeypatc
         "        return (tokens == 0).mean(1)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with told("data.reward names the class mine.Short", "--allow mine"):
-        config.load("tcsm/stdlib:reward", ["data.reward=mine.Short"])
-    run = config.load("tcsm/stdlib:reward", ["data.reward=mine.Short"], ["mine"])
+    with told("data.reward names the class own_rewards.Short", "--allow own_rewards"):
+        config.load("tcsm/stdlib:reward", ["data.reward=own_rewards.Short"])
+    run = config.load("tcsm/stdlib:reward", ["data.reward=own_rewards.Short"], ["own_rewards"])
     example = run.source("train")[7]
     assert example["reward"] == pytest.approx((example["tokens"] == 0).mean())
-    assert config.undump(config.dump(run), ["mine"]) == run
+    assert config.undump(config.dump(run), ["own_rewards"]) == run
 
 
 # --- mistakes -------------------------------------------------------------------------------------
