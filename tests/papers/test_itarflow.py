@@ -11,14 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flow_by_hand import Rows, nhwc
+from fresh import fresh, randomised
 
-from zoo import weights
-from zoo.diffusion.sampling import onward
-from zoo.diffusion.solvers import Ancestral, run
+from zoo import config, weights
+from zoo.diffusion.levels import Levels
+from zoo.diffusion.smc import Particles
+from zoo.diffusion.solvers import Ancestral, DPMSolver, Euler
+from zoo.errors import UserError
 from zoo.flows.inverse import Guidance
 from zoo.flows.patches import Level
 from zoo.nn.embed import patchify, unpatchify
 from zoo.papers.itarflow import ITarFlow, ITarFlowSampling
+from zoo.papers.tarflow import TarFlow
+from zoo.task import abilities
 from zoo.train.optim import AdamW
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "itarflow"
@@ -115,7 +120,7 @@ class Case:
         rows = jnp.concatenate([self.z0, z, self.z0])
         states = drawn(rows, jnp.concatenate([high, self.t, high]), self.labels(self.label, self.label, none))
         first = task._each("patch")[0]
-        plain, back, unlabelled = jnp.split(task.to_image(states[-1]), 3)
+        _, back, unlabelled = jnp.split(task.to_image(states[-1]), 3)
         out = {"x_rec": back, **({"sample_nolabel_plain": unlabelled} if task.classes else {})}
         out |= {f"sample_plain_seq{i}": unpatchify(s[:n], first, task.channels) for i, s in enumerate(states)}
         w, own = self.c["guidance"], {"attention_temperature": self.c["attn_temp"]}
@@ -137,7 +142,7 @@ class Case:
         return out
 
     def _denoised(self, params):
-        """Denoising steps of every state that the official samplers went through, in one batch, and our own samplers' ends."""
+        """Denoising steps of every state that the official samplers went through, in one batch."""
         task, n = self.task, len(self.x)
         names = ("ode5", "ode5_clip", "ode1", "sde4")
         levels = [task.low, (task.low + task.high) / 2, task.high]
@@ -154,25 +159,6 @@ class Case:
         cuts = np.cumsum([3, *(len(self.f[f"out/iter_{name}_t"]) for name in names)])
         for name, a, b in zip(names, cuts, cuts[1:]):
             out[f"iter_{name}_x0"] = x0[a:b]
-        begin, given = nhwc(self.f["out/iter_ode5_x"])[0], {} if self.label is None else {"label": self.label}
-        twice, clip = jnp.concatenate([begin, begin]), jnp.arange(2 * n).reshape(-1, 1, 1, 1) >= n
-
-        def both(x, sigma):
-            x0 = task.denoise(params, x, sigma, {k: jnp.concatenate([v, v]) for k, v in given.items()})
-            return jnp.where(clip, jnp.clip(x0, -1, 1), x0)
-
-        ends = onward(
-            ITarFlowSampling(nfe=5)._by_solver.plan(task.sigmas),
-            both,
-            twice,
-            jax.random.split(jax.random.key(0), 2 * n),
-        )
-        out |= dict(zip(("iter_ode5_end", "iter_ode5_clip_end"), jnp.split(ends, 2)))
-        plan = Ancestral().plan(np.linspace(task.high, task.low, 4))
-        noise = jnp.concatenate([nhwc(self.f["in/sde_noise"]), begin[None]])
-        out["iter_sde4_end"] = run(
-            plan, lambda x, sigma: task.denoise(params, x, sigma, given), begin[None] / task.high, lambda i: noise[i]
-        )
         return out
 
 
@@ -184,10 +170,7 @@ def case(request):
 def test_every_number_equals_the_official_one(case):
     """But for states between steps and the array that shows the official defect of a batch, all of the file."""
     for name, value in case.found.items():
-        if name.endswith("_end"):
-            want = np.moveaxis(case.f[f"out/{name.replace('_end', '_x')}"][-1], -3, -1)
-        else:
-            want = case.expected(name)
+        want = case.expected(name)
         loose = name.startswith(("x_rec", "sample", "denoised", "iter"))
         np.testing.assert_allclose(value, want, rtol=0, atol=2e-5 if loose else 1e-5, err_msg=name)
     rest = {name.removeprefix("out/") for name in case.f if name.startswith("out/")} - set(case.found)
@@ -196,6 +179,21 @@ def test_every_number_equals_the_official_one(case):
         case.found["sample_starflow_first"][0], case.expected("sample_starflow_first_batched")[0], atol=2e-5
     )
     assert np.abs(case.found["sample_starflow_first"] - case.expected("sample_starflow_first_batched")).max() > 1e-3
+
+
+def test_solvers_take_the_official_steps(case):
+    """From each state and what was made of it to the next one, by the tables that samplers run."""
+    for name, steps in (("ode5", 5), ("ode5_clip", 5), ("sde4", 4)):
+        x, x0, t = (case.f[f"out/iter_{name}_{key}"] for key in ("x", "x0", "t"))
+        o = ITarFlowSampling(nfe=steps, solver=Ancestral() if "sde" in name else Euler())
+        plan = o._by_solver.plan(case.task.sigmas)
+        np.testing.assert_allclose(plan.sigma, t, rtol=1e-6)
+        x0 = np.clip(x0, -1, 1) if "clip" in name else x0
+        for k in range(steps - 1):
+            noise = case.f["in/sde_noise"][k] if "sde" in name else 0.0
+            moved = plan.move_x[k, 0, 0] * x[k] + plan.move_h[k, 0, 0] * x0[k] + plan.move_e[k, 0] * noise
+            np.testing.assert_allclose(moved, x[k + 1], rtol=0, atol=2e-5, err_msg=f"{name} {k}")
+        np.testing.assert_allclose(x0[-1], x[-1], rtol=0, atol=2e-5)
 
 
 def test_gradients_and_four_steps_equal_the_official_ones(case):
@@ -221,3 +219,170 @@ def test_gradients_and_four_steps_equal_the_official_ones(case):
     assert len(keys) >= 5
     for key in keys:
         np.testing.assert_allclose(first[key], case.f[f"out/grad:{key}"], rtol=0, atol=1e-5, err_msg=key)
+
+
+def test_published_files_are_told_apart_and_shared_layers_may_stand_twice(case):
+    task, state = case.task, case.state
+    for key, value in weights.to_official(task, case.params).items():
+        if key in state:
+            np.testing.assert_array_equal(value, state[key])
+        else:
+            assert key.endswith("attn_mask")  # goldens have that of block 0
+    if task.shared:
+        twice = {f"blocks.1.{k}": v for k, v in state.items() if k.startswith("shared_backbone")}
+        again = weights.from_official(task, {**state, **twice})
+        jax.tree.map(np.testing.assert_array_equal, again, case.params)
+    if len({*task.depth}) > 1:
+        return
+    tarflow = TarFlow(image=4, channels=1, patch=2, width=16, depth=1, blocks=3, head_dim=8, classes=3)
+    with pytest.raises(UserError, match="checkpoint of TarFlow"):
+        weights.from_official(TINY, weights.to_official(tarflow, fresh(tarflow)))
+    with pytest.raises(UserError, match="checkpoint of iTARFlow"):
+        weights.from_official(tarflow, weights.to_official(TINY, fresh(TINY)))
+
+
+def test_laws_of_the_level_are_the_official_ones():
+    helpers = json.loads((GOLDEN / "helpers.json").read_text())
+    u = jnp.asarray(helpers["u"], jnp.float32)
+    for key, want in helpers.items():
+        law, *bounds = key.split("_")
+        if law in ("uni", "linear"):
+            low, high = map(float, bounds)
+            found = dataclasses.replace(TINY, low=low, high=high, law=law).levels(u)
+            np.testing.assert_allclose(found, want, rtol=1e-5, err_msg=key)
+    share = jax.scipy.stats.norm.cdf(jnp.asarray(helpers["normal"]))
+    np.testing.assert_allclose(dataclasses.replace(TINY, law="edm").levels(share), helpers["edm"], rtol=1e-4)
+
+
+# --- laws -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return randomised(TINY, out=0.1)
+
+
+def test_the_denoiser_is_the_slope_of_the_density_and_its_energy_is_whole(tiny):
+    """Against finite differences at three levels, one by one and together; and in pieces."""
+    rng = np.random.default_rng(0)
+    x, t, label = rng.normal(size=(3, 4, 4, 1)), np.array([0.05, 0.2, 0.7]), np.array([0, -1, 2])
+    log_prob, slope, h = jax.jit(lambda x: TINY.log_prob(tiny, x, t, label)), np.zeros_like(x), 2e-2
+    for i in np.ndindex(4, 4):
+        step = np.zeros_like(x)
+        step[(slice(None), *i)] = h
+        near, far = (np.float64(log_prob(x + k * step)) - np.float64(log_prob(x - k * step)) for k in (1, 2))
+        slope[(slice(None), *i, 0)] = (8 * near - far) / (12 * h)  # of fourth order: numbers are float32
+    given = {"label": jnp.asarray(label)}
+    found = TINY.denoise(tiny, jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32), given)
+    np.testing.assert_allclose(found, x + t.reshape(-1, 1, 1, 1) ** 2 * slope, atol=1e-3)
+    chunked = dataclasses.replace(TINY, chunk=2)
+    np.testing.assert_allclose(
+        chunked.denoise(tiny, jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32), given), found, atol=1e-5
+    )
+    energy = TINY.energy(tiny, jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32), given)
+    np.testing.assert_allclose(energy, -np.asarray(log_prob(x)), rtol=1e-5)
+
+
+def test_its_density_integrates_to_one_and_its_log_det_is_that_of_the_jacobian(tiny):
+    x, t = np.random.default_rng(1).normal(size=(1, 4, 4, 1)).astype(np.float32), jnp.asarray([0.3])
+
+    def flat(v):
+        return TINY.forward(tiny, v.reshape(1, 4, 4, 1), t)[0].ravel()
+
+    sign, log = np.linalg.slogdet(jax.jacobian(flat)(x.ravel()))
+    assert float(TINY.forward(tiny, x, t)[1][0]) * 16 == pytest.approx(log, abs=1e-4)
+    assert sign == 1
+    z = TINY.forward(tiny, x, t)[0]
+    np.testing.assert_allclose(TINY.inverse(tiny, z, None, 0.3), x, atol=1e-4)
+
+
+def test_samples_are_the_inverse_and_then_the_solver(tiny):
+    """By hand, from the same noise; with a temperature of 0 every solver and number of calls begins at the same image."""
+    keys, label = jax.random.split(jax.random.key(3), 2), jnp.asarray([1, -1])
+    given = {"label": label}
+
+    @jax.jit
+    def ours(params):
+        def drawn(**options):
+            return TINY.sample(params, keys, 2, given, ITarFlowSampling(**options))["image"]
+
+        return (
+            drawn(nfe=0),
+            drawn(nfe=1),
+            drawn(nfe=4),
+            drawn(nfe=4, solver=DPMSolver(), levels=Levels(kind="edm", rho=1.0)),
+        )
+
+    @jax.jit
+    def by_hand(params):
+        noisy = x = TINY.inverse(params, TINY.latent(keys), label)
+        levels, states = np.append(np.linspace(0.7, 0.05, 4), 0.0), []
+        for at, to in itertools.pairwise(levels):
+            x0 = TINY.denoise(params, x, jnp.float32(at), given)
+            states.append(x0)
+            x = x0 + to / at * (x - x0)
+        return [jnp.clip(y, -1, 1) for y in (noisy, states[0], x)]
+
+    found, wanted = ours(tiny), by_hand(tiny)
+    for a, b in zip(found, wanted):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert np.abs(found[3] - found[2]).max() > 1e-4  # another solver does something else
+    one = TINY.sample(tiny, keys[1:], 1, {"label": label[1:]}, ITarFlowSampling(nfe=0))["image"]
+    np.testing.assert_allclose(one[0], found[0][1], atol=1e-5)  # of its key alone
+    with pytest.warns(UserWarning, match="outside of what the model was trained on"):
+        jax.eval_shape(lambda p: TINY.sample(p, keys, 2, given, ITarFlowSampling(level=0.9)), tiny)
+
+
+def test_without_levels_it_is_tarflow():
+    """Equal depths and a network of levels that gives zeros."""
+    task = dataclasses.replace(TINY, depth=(2, 2, 2))
+    plain = TarFlow(
+        image=4, channels=1, patch=2, width=16, depth=2, blocks=3, head_dim=8, classes=3, noise=0.3, scan=False
+    )
+    params = randomised(plain, out=0.1)
+    level = jax.tree.map(jnp.zeros_like, fresh(task)["block0"]["level"])
+    own = {key: {**block, "level": level} for key, block in params.items() if key != "prior"}
+    x, label = jnp.asarray(np.random.default_rng(2).normal(size=(2, 4, 4, 1)), jnp.float32), jnp.asarray([0, 2])
+    found = plain.denoise(params, x, jnp.float32(0.3), {"label": label})
+    np.testing.assert_allclose(task.denoise(own, x, jnp.float32(0.3), {"label": label}), found, atol=1e-5)
+
+
+def test_particles_begin_as_what_the_flow_draws(tiny):
+    options = ITarFlowSampling(temper=2.0, nfe=2, particles=Particles(8))
+    drawn = jax.eval_shape(
+        lambda p: TINY.sample(p, jax.random.key(0), 3, {"label": jnp.asarray([0, 1, -1])}, options), tiny
+    )
+    assert (drawn["image"].shape, drawn["trace"].log_normaliser.shape) == ((3, 4, 4, 1), (3,))
+
+
+def test_parameters_of_the_published_sizes_are_counted():
+    for name, count in (("64", 771_394_656), ("128", 1_202_502_784), ("256", 2_220_731_392)):
+        task = config.load(f"itarflow/imagenet{name}").task
+        shapes = jax.tree.leaves(weights.abstract(task))
+        held = (
+            task.tokens * task.dims + task.blocks * task.tokens**2
+        )  # `var` and masks, which the count of the code has
+        assert sum(math.prod(x.shape) for x in shapes) in (count, count - held, count - task.tokens * task.dims)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"low": 0.8}, "task.low=0.8 must be below task.high=0.7"),
+        ({"patch": (2, 1)}, "task.patch=.* for the 3 blocks"),
+        ({"patch": (2, 3, 2)}, "task.patch=3 does not divide task.image=4"),
+        ({"shared": 1}, "task.shared=1: every block needs a layer of its own"),
+    ],
+)
+def test_mistakes_are_told(fields, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(TINY, **fields)
+
+
+def test_particles_take_no_guidance():
+    with pytest.raises(UserError, match="without guidance"):
+        ITarFlowSampling(temper=2.0, guidance=1.0)
+
+
+def test_abilities():
+    assert {"sample", "nll", "denoise", "energy", "chain", "features", "import_names"} <= {*abilities(TINY)}

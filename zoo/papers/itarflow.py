@@ -246,14 +246,10 @@ class ITarFlow:
         logdet = logdet + math.log(self.input_scale)
         return z, logdet, 0.5 * jnp.square(z).mean((1, 2)) - logdet
 
-    def draw_levels(self, rng: jax.Array, count: int) -> jax.Array:
-        """t [count] of training steps."""
+    def levels(self, share: jax.Array) -> jax.Array:
+        """t of training steps for shares u in [0, 1) of their law."""
         if self.law == "edm":
-            return jnp.exp(-1.2 + jax.random.normal(rng, (count,)))
-        return self.level_at(jax.random.uniform(rng, (count,)))
-
-    def level_at(self, share: jax.Array) -> jax.Array:
-        """t for shares u in [0, 1) of the laws between `low` and `high`."""
+            return jnp.exp(-1.2 + jax.scipy.special.ndtri(jnp.maximum(share, 1e-7)))
         if self.law == "linear":
             return jnp.sqrt(self.low**2 + (self.high**2 - self.low**2) * share)
         return self.low + (self.high - self.low) * share
@@ -274,7 +270,7 @@ class ITarFlow:
         image, label = batch["image"], batch.get("label") if self.classes else None
         if label is not None and self.drop:
             label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
-        t = self.draw_levels(level_rng, len(image))
+        t = self.levels(jax.random.uniform(level_rng, (len(image),)))
         x = image + t[:, None, None, None] * jax.random.normal(noise_rng, image.shape)
         _, _, nll = self.forward(params, x, t, label)
         return (self.weigh(t) * nll).mean(), {"nll": nll.mean(), "nll_over_t": (nll - jnp.log(t) - 0.5).mean()}
@@ -344,10 +340,10 @@ class ITarFlow:
         if o.weighted:
 
             def target(given: Any) -> tuple[list[Any], list[Potential]]:
-                return [self.scored(params, given)], []
+                return [scored(lambda x, sigma: self.energy(params, x, sigma, given))], []
 
             def start(keys: jax.Array, given: Any) -> jax.Array:
-                return self.inverse(params, self.latent(keys), (given or {}).get("label"), level)
+                return self.begin(params, keys, level, given)
 
             image, trace = o._by_weights.draw(keys, n, bounds, target, shape, told or None, start=start)
             return {"image": clipped(image), **told, "trace": trace}
@@ -364,9 +360,9 @@ class ITarFlow:
             x = denoise(x, jnp.float32(level)) if one else onward(o._by_solver.plan(bounds), denoise, x, keys)
         return {"image": clipped(x), **report, **told}
 
-    def scored(self, params: Params, conditions: Batch | None) -> Any:
-        """Energy and score of particles under these conditions, a row for each."""
-        return scored(lambda x, sigma: self.energy(params, x, sigma, conditions))
+    def begin(self, params: Params, keys: jax.Array, level: float, conditions: Batch | None = None) -> jax.Array:
+        """Noisy images [N, S, S, C] of a level, exact samples of the flow, one for each key."""
+        return self.inverse(params, self.latent(keys), (conditions or {}).get("label"), level)
 
     def latent(self, keys: jax.Array) -> jax.Array:
         """z [n, T, D] from N(0, I), from a key for each."""

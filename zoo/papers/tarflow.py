@@ -9,8 +9,9 @@ Order of this file: network, task, published weights. Flow, inverse and guidance
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -251,3 +252,11 @@ class TarFlow:
         """The layout of the official PyTorch implementation (linear weights stored [out, in])."""
         names = [n for i, net in enumerate(self._nets) for n in block_names(i, net, range(self.depth))]
         return [Name("var", "prior/var"), *names]
+
+    def import_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """As it is. UserError for a checkpoint of iTARFlow, whose blocks are told of the noise."""
+        if any("time_embed" in key for key in state):
+            raise UserError(
+                "this is a checkpoint of iTARFlow, which knows all levels of noise; import it with a config of itarflow"
+            )
+        return state
