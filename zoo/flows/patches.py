@@ -144,13 +144,15 @@ class PatchStack(Stack):
     def told(self, i: int, block: Params, condition: Any) -> Any:
         """Labels and the vector of the noise [B, width]."""
         label, log_sigma = condition
-        vector: Any = Level(self.nets[i].width, parent=None).apply({"params": block["level"]}, log_sigma)
+        width = block["in"]["bias"].shape[0]
+        vector: Any = Level(width, parent=None).apply({"params": block["level"]}, log_sigma)
         return label, vector
 
 
 def init_blocks(nets: tuple[FlowNet, ...], rng: jax.Array) -> Params:
     """Fresh parameters of each block: those that are alike at once, which makes one graph to compile of many."""
-    keys, alike = jax.random.split(rng, len(nets)), {}
+    keys = jax.random.split(rng, len(nets))
+    alike: dict[FlowNet, list[int]] = {}
     for i, net in enumerate(nets):
         alike.setdefault(net.clone(flip=False), []).append(i)
     params: Params = {}

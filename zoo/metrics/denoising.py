@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ class Denoising(Metric):
     every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "denoising"
-    needs = (Denoises,)
+    needs: ClassVar[tuple[type, ...]] = (Denoises,)
 
     def __post_init__(self) -> None:
         check_fields(self, f"metric {self.name}: ")
@@ -159,7 +159,7 @@ class EnergyByLevel(Denoising):
     """Energy of held-out examples with noise of some levels, in nats by number: of a flow -log p_t whole, else up to a constant."""
 
     name = "energy"
-    needs = (Energetic, Denoises)
+    needs: ClassVar[tuple[type, ...]] = (Energetic, Denoises)
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """`energy_SIGMA` of each level with its standard error over examples, and `energy`, the mean over levels."""

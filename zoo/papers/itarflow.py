@@ -231,8 +231,8 @@ class ITarFlow:
 
     def condition(self, n: int, t: float | jax.Array, label: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """What the stack is told of n images: labels, -1 for none, and log t."""
-        none = label is None or not self.classes
-        return jnp.full(n, -1) if none else label, jnp.log(jnp.broadcast_to(jnp.asarray(t, jnp.float32), (n,)))
+        known = jnp.full(n, -1) if label is None or not self.classes else label
+        return known, jnp.log(jnp.broadcast_to(jnp.asarray(t, jnp.float32), (n,)))
 
     def forward(
         self, params: Params, image: jax.Array, t: float | jax.Array, label: jax.Array | None = None
