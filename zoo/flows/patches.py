@@ -32,8 +32,8 @@ class Level(nn.Module):
     @nn.compact
     def __call__(self, log_sigma: jax.Array) -> jax.Array:
         """[B] -> [B, width]."""
-        h = gelu(Dense(4 * self.width, (None, "mlp"), name="up")(waves(log_sigma, self.width, last=False)))
-        return Dense(self.width, ("mlp", None), name="down")(h)
+        h = gelu(Dense(4 * self.width, ("embed", "mlp"), name="up")(waves(log_sigma, self.width, last=False)))
+        return Dense(self.width, ("mlp", "embed"), name="down")(h)
 
 
 class FlowNet(nn.Module):

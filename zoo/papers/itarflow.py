@@ -54,10 +54,8 @@ class ITarFlowSampling:
     temperature: NonNegative = 1.0  # factor on the standard deviation of z
     method: Method | Jacobi = "auto"  # how blocks are inverted; auto: what `convergence` has saved, else token by token
     solver: Solver = Euler()  # of stage two; the official `ode`; `ancestral` is its `sde_vanilla`
-    nfe: Whole = 10  # calls of the denoiser; 0: stage one alone, whose noise stays; 1: TarFlow's one step
-    levels: Levels = (
-        Levels()
-    )  # of stage two: where nothing is said even in t for `euler` and `ancestral`, else the solver's
+    nfe: Whole | None = None  # calls, 10; 0: stage one alone, whose noise stays; 1: TarFlow's step; of particles levels, 101
+    levels: Levels = Levels()  # of stage two; None said: even in t for `euler` and `ancestral`, else the solver's own
     clip: bool = False  # x0 is kept within [-1, 1] at each call
     temper: Positive = 1.0  # the target is the model to this power
     potentials: tuple[Potential, ...] = ()  # by name: box, halfspace, ...
@@ -72,7 +70,7 @@ class ITarFlowSampling:
                 raise UserError(
                     "particles begin as exact samples of the model, without guidance or temperature; leave those out"
                 )
-        elif self.nfe > 1:
+        elif self.calls > 1:
             self._by_solver  # noqa: B018 (its own checks)
 
     @property
@@ -81,14 +79,19 @@ class ITarFlowSampling:
         return self.particles is not None or self.temper != 1 or bool(self.potentials)
 
     @property
+    def calls(self) -> int:
+        """Of the denoiser in stage two, or levels of particles."""
+        return (101 if self.weighted else 10) if self.nfe is None else self.nfe
+
+    @property
     def _by_solver(self) -> DenoiserSampling:
         even = self.levels == Levels() and self.solver.name in ("euler", "ancestral")
-        return DenoiserSampling(self.solver, self.nfe, 0.0, Levels(kind="edm", rho=1.0) if even else self.levels)
+        return DenoiserSampling(self.solver, self.calls, 0.0, Levels(kind="edm", rho=1.0) if even else self.levels)
 
     @property
     def _by_weights(self) -> EnergySampling:
         same: dict[str, Any] = {"temper": self.temper, "potentials": self.potentials, "particles": self.particles}
-        return EnergySampling(nfe=max(self.nfe, 2), levels=self.levels, form=self.form, **same)
+        return EnergySampling(nfe=self.calls, levels=self.levels, form=self.form, **same)
 
 
 @dataclass(frozen=True)
@@ -280,11 +283,10 @@ class ITarFlow:
         nll = self.forward(params, x, t, label)[2]
         return -math.prod(x.shape[1:]) * (nll + 0.5 * math.log(2 * math.pi))
 
-    def nll(self, params: Params, batch: Batch, keys: jax.Array, sigma: float | None = None) -> jax.Array:
-        """-log p_t in nats [B] of the image with one draw of noise of level `sigma` (None: the lowest)."""
-        t = self.low if sigma is None else sigma
+    def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
+        """-log p_t in nats [B] of the image with one draw of noise of the lowest level; uses `label` where the batch has it."""
         noise = jax.vmap(lambda key: jax.random.normal(key, batch["image"].shape[1:]))(keys)
-        return -self.log_prob(params, batch["image"] + t * noise, t, batch.get("label") if self.classes else None)
+        return -self.log_prob(params, batch["image"] + self.low * noise, self.low, batch.get("label"))
 
     def energy(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """-log p_t(x) in nats [B], exact: nothing is left out."""
@@ -350,13 +352,13 @@ class ITarFlow:
         warn_guidance(self.stack.guidance(o.guidance), label)
         z = constrain(o.temperature * self.latent(keys), "batch")
         x, report = self._inverse(params, z, label, level, o.guidance, o.method)
-        if o.nfe:
+        if o.calls:
 
             def denoise(x: jax.Array, sigma: jax.Array) -> jax.Array:
                 x0 = self.denoise(params, x, sigma, told)
                 return jnp.clip(x0, -1, 1) if o.clip else x0
 
-            one = o.nfe == 1
+            one = o.calls == 1
             x = denoise(x, jnp.float32(level)) if one else onward(o._by_solver.plan(bounds), denoise, x, keys)
         return {"image": clipped(x), **report, **told}
 
