@@ -54,7 +54,9 @@ class ITarFlowSampling:
     temperature: NonNegative = 1.0  # factor on the standard deviation of z
     method: Method | Jacobi = "auto"  # how blocks are inverted; auto: what `convergence` has saved, else token by token
     solver: Solver = Euler()  # of stage two; the official `ode`; `ancestral` is its `sde_vanilla`
-    nfe: Whole | None = None  # calls, 10; 0: stage one alone, whose noise stays; 1: TarFlow's step; of particles levels, 101
+    nfe: Whole | None = (
+        None  # calls, 10; 0: stage one alone, whose noise stays; 1: TarFlow's step; of particles levels, 101
+    )
     levels: Levels = Levels()  # of stage two; None said: even in t for `euler` and `ancestral`, else the solver's own
     clip: bool = False  # x0 is kept within [-1, 1] at each call
     temper: Positive = 1.0  # the target is the model to this power
