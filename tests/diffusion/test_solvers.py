@@ -15,7 +15,7 @@ from by_hand import by_hand, gaussian
 
 from zoo import dist
 from zoo.diffusion.levels import Levels, LogNormal
-from zoo.diffusion.sampling import draw
+from zoo.diffusion.sampling import draw, noises, start_from
 from zoo.diffusion.solvers import DEIS, IPNDM, Ancestral, Churn, DPMSolver, Euler, Heun, Plan, Solver, UniPC, run
 from zoo.errors import UserError
 from zoo.papers.tada import Tada
@@ -124,6 +124,16 @@ def test_the_loop_calls_the_denoiser_once_a_row() -> None:
     with jax.disable_jit():
         run(plan_of(UniPC(), 4), denoise, jnp.ones((1, 2)))
     assert len(seen) == 4
+
+
+def test_solvers_go_on_from_a_sample_of_the_highest_level() -> None:
+    """Their first call reads it, however many normal arrays they begin with, and these keep the law that they had."""
+    x, keys = 0.7 * jax.random.normal(jax.random.key(1), (4000, 3)), jax.random.split(jax.random.key(2), 4000)
+    for solver in (Euler(), Ancestral(), UniPC(), Tada(3)):
+        plan = solver.plan(Levels().grid(solver.nodes(5), "edm", 0.02, 0.7))
+        begin = start_from(plan, x, noises(keys, (3,)))
+        np.testing.assert_allclose(jnp.tensordot(plan.read_x[0] @ plan.start, begin, 1), x, atol=1e-5)
+        np.testing.assert_allclose(np.cov(begin[:, :, 0]), np.eye(len(begin)), atol=0.1)
 
 
 def test_a_gaussian_keeps_its_variance_under_fresh_noise() -> None:

@@ -6,6 +6,7 @@ Energies of different levels, classes or models differ by constants that nothing
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,15 @@ Energy = Callable[
     [jax.Array, jax.Array], jax.Array
 ]  # (x [N, *x], sigma [] or [N]) -> [N] nats, a row from that row alone
 Scored = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # likewise -> energy [N], score [N, *x]
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """An energy that is whole (-log p), whose law at any level can be drawn from: particles begin there, and not as noise."""
+
+    def begin(self, params: Any, keys: jax.Array, level: float, conditions: Any = None) -> jax.Array:
+        """x [N, *x] of N keys."""
+        ...
 
 
 def scored(energy: Energy) -> Scored:

@@ -113,6 +113,20 @@ def draw(
     return run(plan, denoise, start, (lambda i: normal(starts + i)) if has_noise else None)
 
 
+def start_from(plan: Plan, x: jax.Array, normal: Callable[[Any], jax.Array]) -> jax.Array:
+    """The normal arrays [Z, n, *x] that a solver begins with, given that its first call reads x [n, *x] of its highest level."""
+    weights = jnp.asarray(plan.read_x[0] @ plan.start, x.dtype)
+    start = jnp.stack([normal(i) for i in range(len(weights))])
+    left = (x - jnp.tensordot(weights, start, 1)) / (weights @ weights)
+    return start + weights.reshape(-1, *(1,) * x.ndim) * left
+
+
+def onward(plan: Plan, denoise: Denoiser, x: jax.Array, keys: jax.Array) -> jax.Array:
+    """What a solver makes of x [n, *x] at its highest level, with noise of its own from a key for each."""
+    normal, starts = noises(keys, x.shape[1:]), plan.start.shape[1]
+    return run(plan, denoise, start_from(plan, x, normal), (lambda i: normal(starts + i)) if plan.random else None)
+
+
 def sampled(
     denoise: Door,
     sigmas: tuple[float, float],

@@ -41,7 +41,7 @@ Form: TypeAlias = Literal["ratio", "kernel", "score", "hybrid"]
 # of particles under these conditions, a row for each: the energies, the base's first, and potentials besides the options'
 Target: TypeAlias = Callable[[Conditions], tuple[Sequence[Scored], Sequence[Potential]]]
 
-_LAST = 2**31 - 1  # the use of a key after all levels
+_LAST, _FIRST = 2**31 - 1, 2**31 - 2  # the uses of a key after all levels, and before them
 _AT_ONCE = 2**18  # numbers of particles that a device holds at a time, where islands are smaller
 
 
@@ -144,6 +144,7 @@ def feynman_kac(
     shape: tuple[int, ...],
     potentials: Sequence[Potential] = (),
     particles: Particles = Particles(),
+    start: jax.Array | None = None,
 ) -> Islands:
     """Islands of weighted particles at the lowest level, one for each key; one scan, in which each network stands once.
 
@@ -152,6 +153,8 @@ def feynman_kac(
         course: of the same potentials; may be an input of the program.
         energies: the base's, then the others', each of all particles [I K, *x], island by island, and sigma [].
         shape: of an example.
+        start: [I, K, *x], exact samples of the base at the highest level, whose energies are then normalised (-log p), and so is what
+            `log_normaliser` is relative to; not for the form `kernel`. None: Gaussian noise, which the base is taken for there.
 
     Particles are drawn anew before a move, and not after the last. Islands lie over the mesh's batch axes, or where these do not
     divide them, the particles of each. UserError for energies or potentials of a wrong shape or type.
@@ -264,7 +267,9 @@ def feynman_kac(
         x = x + dv * jnp.where(base, score[0], both) + noise * e
         return Carry(x, weights, ratio, logs, pending, roots, log_z), (ess, anew, distinct, broken)
 
-    x, zeros = fixed.start * normal(0), jnp.zeros((islands, count))
+    if start is not None:  # the first weights are those of the target in the base
+        fixed = fixed._replace(energy=fixed.energy.at[0].set(True), log_normaliser=jnp.zeros(()))
+    x, zeros = fixed.start * normal(0) if start is None else start, jnp.zeros((islands, count))
     log_q = -(dot(x, x) / fixed.start**2 + size * jnp.log(2 * jnp.pi * fixed.start**2)) / 2
     begin = Carry(
         x, zeros, zeros, jnp.zeros((len(potentials) + 1, islands, count)), jnp.where(fixed.kernel, -log_q, 0.0),
@@ -362,6 +367,7 @@ class EnergySampling(DenoiserSampling):
         energies: Sequence[Scored],
         shape: tuple[int, ...],
         potentials: Sequence[Potential] = (),
+        start: jax.Array | None = None,
     ) -> Islands:
         """An island for each key, of the model's potentials and these options.
 
@@ -376,7 +382,7 @@ class EnergySampling(DenoiserSampling):
         all_of_them = (*potentials, *([Temper(self.temper)] if self.temper != 1 else []), *self.potentials)
         numbers = math.prod(shape)
         how = course(levels, len(energies), all_of_them, self.form, self.stop, self.rho, numbers)
-        return feynman_kac(keys, how, energies, shape, all_of_them, self.particles or Particles())
+        return feynman_kac(keys, how, energies, shape, all_of_them, self.particles or Particles(), start)
 
     def draw(
         self,
@@ -386,18 +392,24 @@ class EnergySampling(DenoiserSampling):
         target: Target,
         shape: tuple[int, ...],
         conditions: Conditions = None,
+        start: Callable[[jax.Array, Conditions], jax.Array] | None = None,
     ) -> tuple[jax.Array, Trace]:
         """n samples [n, *x], one of each of n islands, from one key or n keys; and how they came about.
 
-        Islands follow each other where all of them would take much memory. UserError for guidance where there is no class.
+        Islands follow each other where all of them would take much memory. `start` makes exact samples of the base [N, *x] of N keys,
+        under the conditions of each; see `feynman_kac`. UserError for guidance where there is no class.
         """
         particles = self.particles or Particles()
         guidance_of(self.guidance, conditions)
 
         def some(part: tuple[jax.Array, Conditions]) -> tuple[jax.Array, Trace]:
             keys, given = part
-            energies, potentials = target(jax.tree.map(lambda a: jnp.repeat(a, particles.count, 0), given))
-            found = self.islands(keys, sigmas, energies, shape, potentials)
+            each = jax.tree.map(lambda a: jnp.repeat(a, particles.count, 0), given)
+            (energies, potentials), begin = target(each), None
+            if start is not None:
+                own = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, _FIRST), particles.count))(keys)
+                begin = start(own.reshape(-1), each).reshape(len(keys), particles.count, *shape)
+            found = self.islands(keys, sigmas, energies, shape, potentials, begin)
             return drawn(keys, found, particles.scheme), found.trace
 
         size, whole = _together(n, particles.count * math.prod(shape)), (sample_keys(rng, n), conditions)

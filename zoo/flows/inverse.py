@@ -25,6 +25,7 @@ from zoo.nn.attention import clear_cache, reaches, reaching
 # (tokens [B, Q, D], cache, index of the first) -> what the tokens behind them are solved with, then the cache. Of an
 # affine block scale and shift [B, Q, D] each.
 Step = Callable[[jax.Array, Any, jax.Array], tuple[Any, ...]]
+Rule: TypeAlias = Literal["linear", "linear_scale", "gaussian"]  # of guidance
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Guidance:
 
     Rules, with scale s = exp(a), shift b, and w the weight:
       linear: a + w (a - a_weak) and b + w (b - b_weak) (TarFlow, arXiv:2412.06329).
-      linear_scale: s + w (s - s_weak) in place of the log-scale (STARFlow, arXiv:2506.06276, its first baseline).
+      linear_scale: s + w (s - s_weak) in place of the log-scale (iTARFlow, arXiv:2604.20041, and STARFlow's
+        first baseline, arXiv:2506.06276).
       gaussian: the Gaussian whose score is (1 + w) score - w score_weak (STARFlow, Proposition 2): with
         r = min(s / s_weak, 1)^2 and d = 1 + w - w r, scale s / sqrt(d) and shift b + w r / d (b - b_weak).
     """
@@ -44,7 +46,7 @@ class Guidance:
     weight: NonNegative = 0.0
     what: Literal["ab", "a", "b"] = "ab"  # scale and shift, scale only, shift only
     attention_temperature: Positive = 1.0
-    rule: Literal["linear", "linear_scale", "gaussian"] | None = None  # None: the paper's own
+    rule: Rule | None = None  # None: the paper's own
     annealed: bool | None = None  # True: the weight grows linearly with the position; None: as the paper does
     blocks: Literal["all", "first"] = "all"  # of those that see the condition, or only the first one in generation
 
@@ -57,7 +59,7 @@ class Guidance:
             )
 
     @classmethod
-    def of(cls, value: float | Guidance, rule: Literal["linear", "gaussian"], annealed: bool) -> Guidance:
+    def of(cls, value: float | Guidance, rule: Rule, annealed: bool) -> Guidance:
         """A weight or a guidance, with what it leaves open filled in."""
         given = value if isinstance(value, Guidance) else cls(value)
         return dataclasses.replace(

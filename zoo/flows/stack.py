@@ -6,8 +6,9 @@ what they are conditioned on. B examples, T tokens, D numbers per token, Q of th
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import chex
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from zoo.dist import constrain, whole
 from zoo.errors import UserError
-from zoo.flows.inverse import Before, Chain, Guidance, Inverted, Jacobi, Stepper, invert
+from zoo.flows.inverse import Before, Chain, Guidance, Inverted, Jacobi, Rule, Stepper, invert
 from zoo.flows.transforms import LOG_2PI, affine
 from zoo.nn.transformer import cast_trunk
 from zoo.task import Params
@@ -64,7 +65,7 @@ class Stack:
     nets: tuple[Net, ...]
     tokens: int  # T
     dims: int  # D
-    rule: Literal["linear", "gaussian"]  # of guidance, where none is named
+    rule: Rule  # of guidance, where none is named
     annealed: bool  # whether its weight grows with the place of a token, where nothing is said
     first: int  # place of the first token, as the paper counts; of the last one the weight is whole
 
@@ -73,18 +74,30 @@ class Stack:
         return Guidance.of(value, self.rule, self.annealed)
 
     def order(self, x: jax.Array, i: int) -> jax.Array:
-        """[B, T, D] from raster order to that of block i, or back: its own inverse."""
+        """[B, T, D] from raster order to that of block i."""
         return x[:, ::-1] if self.nets[i].flip else x
+
+    def back(self, x: jax.Array, i: int) -> jax.Array:
+        """The inverse of `order`."""
+        return x[:, ::-1] if self.nets[i].flip else x
+
+    def length(self, i: int) -> int:
+        """Tokens of block i."""
+        return self.tokens
+
+    def told(self, i: int, block: Params, condition: Any) -> Any:
+        """What the network of block i is given of a condition, by the block's parameters: once, not at every token."""
+        return condition
 
     def flow(self, params: Params, x: jax.Array, condition: Any = None) -> tuple[list[jax.Array], list[jax.Array]]:
         """Data to noise: [B, T, D] -> x and the output of every block (the last is z), and log-dets [B] per dimension."""
         chex.assert_shape(x, (None, self.tokens, self.dims))
         states, logdets = [x], []
         for i, net in enumerate(self.nets):
-            u = self.order(states[-1], i)
-            a, b, *_ = apply(net, params[f"block{i}"], u, condition)
+            u, block = self.order(states[-1], i), params[f"block{i}"]
+            a, b, *_ = apply(net, block, u, self.told(i, block, condition))
             v, logdet = affine(u, a, b)
-            states.append(constrain(self.order(v, i), "batch", "tokens", None))
+            states.append(constrain(self.back(v, i), "batch", "tokens", None))
             logdets.append(logdet)
         return states, logdets
 
@@ -136,7 +149,7 @@ class Stack:
                 chex.assert_shape(seen, (rows, net.prefix, None))
                 _, _, cache, *_ = apply(net, block, None, seen, cache, 0, divide)
                 seen = None
-            start = block.get("start")
+            start, seen = block.get("start"), self.told(i, block, seen)
 
             def step(u: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
                 u = jnp.concatenate([u, u]) if guided else u
@@ -144,12 +157,12 @@ class Stack:
                 if not guided:
                     return jnp.exp(a), b, cache
                 place = self.first + index + jnp.arange(u.shape[1]) + (1 if start is None else 0)
-                ramp = (place / (self.first + self.tokens - 1))[:, None]
+                ramp = (place / (self.first + self.length(i) - 1))[:, None]
                 return *guidance.apply((a[:batch], b[:batch]), (a[batch:], b[batch:]), ramp), cache
 
             return Stepper(step, cache, start, net.prefix)
 
-        return Chain(len(self.nets), stepper, self.order, lambda i: params[f"block{i}"]["out"]["kernel"])
+        return Chain(len(self.nets), stepper, self.order, lambda i: params[f"block{i}"]["out"]["kernel"], self.back)
 
     def inverse(
         self,
@@ -178,6 +191,14 @@ class Stack:
         chex.assert_shape(z, (None, self.tokens, self.dims))
         x = z * jnp.sqrt(params["prior"]["var"]) if "prior" in params else z
         return invert(self.chain(params, len(z), condition, weak, guidance, attention_temperature), x, method)
+
+    def hidden(self, params: Params, x: jax.Array, condition: Any = None) -> jax.Array:
+        """Mean over tokens of the middle block's last hidden layer, float32 [B, width], where its network gives that last."""
+        middle = len(self.nets) // 2
+        before = dataclasses.replace(self, nets=self.nets[:middle])
+        x, block = self.order(before.flow(params, x, condition)[0][-1], middle), params[f"block{middle}"]
+        *_, hidden = apply(self.nets[middle], block, x, self.told(middle, block, condition))
+        return hidden.astype(jnp.float32).mean(1)
 
     def log_prob(self, params: Params, x: jax.Array, condition: Any = None) -> jax.Array:
         """log p(x) in nats [B] under N(0, I) on z, of noisy x [B, T, D] as it is."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from zoo import dist, hosts
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 from zoo.fields import Count, Positive, Whole, check_fields
-from zoo.task import Denoises, Metric, Params
+from zoo.task import Denoises, Energetic, Metric, Params
 
 _LEVELS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -53,9 +54,20 @@ def check_denoiser(task: Any, params: Params, x: Any, conditions: Any = None) ->
             )
 
 
+def _error(task: Any, params: Params, x0: jax.Array, x: jax.Array, sigma: jax.Array, told: Any) -> jax.Array:
+    """Mean squared error of x0 [B]."""
+    return jnp.square(task.denoise(params, x, sigma, told) - x0).mean(tuple(range(1, x0.ndim)))
+
+
+def _energy(task: Any, params: Params, x0: jax.Array, x: jax.Array, sigma: jax.Array, told: Any) -> jax.Array:
+    """Energy by number of x [B]."""
+    found: jax.Array = task.energy(params, x, sigma, told) / math.prod(x.shape[1:])
+    return found
+
+
 @lru_cache(maxsize=8)
-def _errors(task: Any, sigmas: tuple[float, ...]) -> Any:
-    """A jitted (params, batch, indices, rng) -> mean squared error of x0 [levels, B]."""
+def _measured(task: Any, sigmas: tuple[float, ...], measure: Any) -> Any:
+    """A jitted (params, batch, indices, rng) -> what is measured [levels, B] of examples with noise."""
 
     def errors(params: Params, batch: Any, indices: jax.Array, rng: jax.Array) -> jax.Array:
         batch, indices = jax.tree.map(lambda x: dist.constrain(x, "batch"), (batch, indices))
@@ -71,8 +83,8 @@ def _errors(task: Any, sigmas: tuple[float, ...]) -> Any:
 
         def at(level: tuple[jax.Array, jax.Array]) -> jax.Array:
             i, sigma = level
-            found = task.denoise(params, x0 + sigma * normal(i), sigma, given(task, batch))
-            return jnp.square(found - x0).mean(tuple(range(1, x0.ndim)))
+            found: jax.Array = measure(task, params, x0, x0 + sigma * normal(i), sigma, given(task, batch))
+            return found
 
         return jax.lax.map(at, (jnp.arange(len(sigmas)), jnp.asarray(sigmas)))
 
@@ -97,7 +109,7 @@ class Denoising(Metric):
     every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "denoising"
-    needs = (Denoises,)
+    needs: ClassVar[tuple[type, ...]] = (Denoises,)
 
     def __post_init__(self) -> None:
         check_fields(self, f"metric {self.name}: ")
@@ -108,30 +120,47 @@ class Denoising(Metric):
         low, high = task.sigmas
         if wrong := [sigma for sigma in self.sigmas if not low <= sigma <= high]:
             raise UserError(
-                f"sigmas={wrong[0]:g} of the metric denoising: {type(task).__name__} was made for {low:g} to {high:g}; choose "
+                f"sigmas={wrong[0]:g} of the metric {self.name}: {type(task).__name__} was made for {low:g} to {high:g}; choose "
                 "levels of these"
             )
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """`denoising_SIGMA` of each level with its standard error over examples, and `denoising`, the mean over levels."""
+        return self._told(task, params, data, rng, _error, lambda s: (s**2 + self.scale**2) / (s * self.scale) ** 2)
+
+    def _told(
+        self, task: Any, params: Params, data: Any, rng: jax.Array, measure: Any, weight: Callable[[float], float]
+    ) -> dict[str, Any]:
+        """Means over examples of what is measured at each level, times a weight."""
         self.check(task)
         low, high = task.sigmas
         sigmas = self.sigmas or tuple(s for s in _LEVELS if low <= s <= high) or tuple({low, high})
-        errors, found, first, key = _errors(task, sigmas), [], 0, modelled(task, draws=True)
+        measured, found, first, key = _measured(task, sigmas, measure), [], 0, modelled(task, draws=True)
         for batch, count in epoch(
             data, self.batch, split=self.split, spec=task.spec(self.batch), limit=self.limit, seed=0
         ):
             if not first:
                 check_denoiser(task, params, batch[key][:1], {k: v[:1] for k, v in given(task, batch).items()})
-            found.append(hosts.fetch(errors(params, batch, first + jnp.arange(self.batch), rng))[:, :count])
+            found.append(hosts.fetch(measured(params, batch, first + jnp.arange(self.batch), rng))[:, :count])
             first += count
-        weights = [(s**2 + self.scale**2) / (s * self.scale) ** 2 for s in sigmas]
-        weighted = np.concatenate(found, 1).astype(np.float64) * np.asarray(weights)[:, None]
+        weighted = np.concatenate(found, 1).astype(np.float64) * np.asarray([weight(s) for s in sigmas])[:, None]
         means, spread = weighted.mean(1), weighted.std(1) / math.sqrt(first)
         return {
-            "denoising": float(means.mean()),
-            **{f"denoising_{s:g}": float(mean) for s, mean in zip(sigmas, means)},
-            **{f"denoising_{s:g}_std_error": float(error) for s, error in zip(sigmas, spread)},
+            self.name: float(means.mean()),
+            **{f"{self.name}_{s:g}": float(mean) for s, mean in zip(sigmas, means)},
+            **{f"{self.name}_{s:g}_std_error": float(error) for s, error in zip(sigmas, spread)},
             "examples": first,
             "split": self.split,
         }
+
+
+@dataclass(frozen=True)
+class EnergyByLevel(Denoising):
+    """Energy of held-out examples with noise of some levels, in nats by number: of a flow -log p_t whole, else up to a constant."""
+
+    name = "energy"
+    needs: ClassVar[tuple[type, ...]] = (Energetic, Denoises)
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """`energy_SIGMA` of each level with its standard error over examples, and `energy`, the mean over levels."""
+        return self._told(task, params, data, rng, _energy, lambda s: 1.0)

@@ -9,98 +9,24 @@ Order of this file: network, task, published weights. Flow, inverse and guidance
 from __future__ import annotations
 
 import dataclasses
-import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
 
 from zoo.dist import constrain
 from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Count, Dtype, Layers, NonNegative, Side, Size, SizeOr0, check_fields
 from zoo.flows.inverse import Chain, Guidance, Jacobi, Method
-from zoo.flows.stack import Stack, apply
-from zoo.flows.transforms import LOG_2PI, shift_right
+from zoo.flows.patches import FlowNet, block_names, check_patch, flops, init_blocks, warn_guidance
+from zoo.flows.stack import Stack
+from zoo.flows.transforms import LOG_2PI
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import patchify, unpatchify
-from zoo.nn.layers import Dense, Table, zeros
-from zoo.nn.transformer import Block, Remat, Trunk, init_trunk_cache
+from zoo.nn.transformer import Remat
 from zoo.task import About, Batch, Denoises, Likelihood, Name, Params, check_needs, image_spec, sample_keys
-
-
-class FlowNet(nn.Module):
-    """The network of one flow block: tokens up to t -> log-scale and shift of token t + 1."""
-
-    tokens: int
-    dims: int
-    width: int
-    depth: int
-    head_dim: int
-    classes: int
-    flip: bool
-    scale: bool
-    dtype: str
-    scan: bool
-    remat: str
-    attention: str
-
-    prefix = 0
-    guided = True
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        label: jax.Array | None = None,
-        cache: Any = None,
-        index: Any = None,
-        temperature: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
-        """x [B, T, D] in the block's own order -> log-scale and shift [B, T, D] float32, cache, hidden [B, T, width].
-
-        Log-scales are zeros where the flow preserves volume. See `zoo.flows.stack.Net`.
-
-        Args:
-            label: [B] class numbers, negative for "no label"; None for no label at all.
-        """
-        positions = Table(self.tokens, self.width, name="positions")()
-        if self.flip:  # a row of the table belongs to a place in the image, whatever the direction
-            positions = positions[::-1]
-        if cache is not None:
-            positions = jax.lax.dynamic_slice_in_dim(positions, index, x.shape[1])
-        h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(x) + positions.astype(self.dtype)
-        if self.classes:
-            table = Table(self.classes, self.width, name="labels")()
-            mean = table.mean(0)  # stands for "no label": there is no null embedding in this paper
-            if label is None:
-                embedding = mean[None]
-            else:
-                embedding = jnp.where((label >= 0)[:, None], table[jnp.maximum(label, 0)], mean)
-            h = h + embedding[:, None].astype(self.dtype)
-        block = Block(self.head_dim, causal=True, dtype=self.dtype, backend=self.attention, parent=None)
-        h, cache = Trunk(self.depth, block, self.scan, self.remat, name="trunk")(
-            h, cache, index, temperature=temperature
-        )
-        outputs = self.dims * (2 if self.scale else 1)
-        out = Dense(outputs, ("embed", None), kernel_init=zeros, name="out")(h)  # float32: exp() of it compounds
-        out = shift_right(out) if cache is None else out
-        a, b = jnp.split(out, 2, axis=-1) if self.scale else (jnp.zeros_like(out), out)
-        return a, b, cache, h
-
-    @nn.nowrap
-    def fresh(self, rng: jax.Array) -> Params:
-        """Fresh parameters; directions differ in the forward pass only."""
-        made: Any = self.init(rng, jnp.zeros((1, self.tokens, self.dims)))
-        return made["params"]
-
-    @nn.nowrap
-    def memory(self, rows: int) -> Any:
-        """Empty caches for so many images."""
-        heads = self.width // self.head_dim
-        return init_trunk_cache(self.depth, self.scan, rows, self.tokens, heads, self.head_dim, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -144,16 +70,7 @@ class TarFlow:
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
-        if self.image % self.patch:
-            fits = [p for p in range(1, self.image + 1) if self.image % p == 0 and self.image // p > 1]
-            best = min(fits or [1], key=lambda p: abs(p - self.patch))
-            raise UserError(
-                f"task.patch={self.patch} does not divide task.image={self.image}; choose a divisor, e.g. task.patch={best}"
-            )
-        if self.tokens < 2:
-            raise UserError(
-                f"task.patch={self.patch} makes one token of a {self.image}-pixel image, and a flow needs two; choose a smaller patch"
-            )
+        check_patch(self.image, self.patch)
         check_divisor("head_dim", self.head_dim, "width", self.width)
         check_backend(self.attention, self.dtype)
 
@@ -192,9 +109,9 @@ class TarFlow:
         return self.channels * self.patch**2
 
     @property
-    def stack(self) -> Stack:
-        """The flow over patches: even blocks run through the image in raster order, odd ones backwards."""
-        nets = tuple(
+    def _nets(self) -> tuple[FlowNet, ...]:
+        """Even blocks run through the image in raster order, odd ones backwards."""
+        return tuple(
             FlowNet(
                 tokens=self.tokens,
                 dims=self.dims,
@@ -211,17 +128,15 @@ class TarFlow:
             )
             for t in range(self.blocks)
         )
-        return Stack(nets, self.tokens, self.dims, rule="linear", annealed=True, first=0)
+
+    @property
+    def stack(self) -> Stack:
+        """The flow over patches."""
+        return Stack(self._nets, self.tokens, self.dims, rule="linear", annealed=True, first=0)
 
     def flops(self) -> float:
-        """Floating-point operations of one training example: 6 per weight and token, and attention's 6 T^2 width a layer.
-
-        The causal half of the attention counts once (what is masked is no model FLOP); sampling needs a third of it.
-        """
-        outputs = self.dims * (2 if self.scale else 1)
-        weights = self.dims * self.width + self.depth * 12 * self.width**2 + self.width * outputs
-        attention = self.depth * self.tokens * self.width  # 2 products x T/2 keys x width multiply-adds per token
-        return 6.0 * self.blocks * self.tokens * (weights + attention)
+        """Floating-point operations of one training example (`zoo.flows.patches.flops`)."""
+        return flops(self._nets)
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1], and `label` [B] for a class-conditional model."""
@@ -229,10 +144,7 @@ class TarFlow:
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output kernels are zero, their biases are not (a constant affine map at the start)."""
-        # All blocks at once: one graph to compile instead of one per block.
-        many = jax.vmap(self.stack.nets[0].fresh)(jax.random.split(rng, self.blocks))
-        params: Params = {f"block{t}": jax.tree.map(lambda p, t=t: p[t], many) for t in range(self.blocks)}
-        return {**params, "prior": {"var": jnp.ones((self.tokens, self.dims))}}
+        return {**init_blocks(self._nets, rng), "prior": {"var": jnp.ones((self.tokens, self.dims))}}
 
     def add_noise(self, rng: jax.Array, image: jax.Array) -> jax.Array:
         """What the flow models: image + noise eps, or (k + u) dequantised to [-1, 1) for grey level k."""
@@ -285,11 +197,7 @@ class TarFlow:
 
     def features(self, params: Params, batch: Batch) -> jax.Array:
         """Mean over tokens of the middle block's last hidden layer, [B, width]; image without noise, no label."""
-        stack, middle = self.stack, self.blocks // 2
-        before = dataclasses.replace(stack, nets=stack.nets[:middle])
-        x = before.flow(params, patchify(batch["image"], self.patch))[0][-1]
-        *_, hidden = apply(stack.nets[middle], params[f"block{middle}"], stack.order(x, middle))
-        return hidden.astype(jnp.float32).mean(1)
+        return self.stack.hidden(params, patchify(batch["image"], self.patch))
 
     def sample(
         self,
@@ -320,7 +228,7 @@ class TarFlow:
         keys, stack = sample_keys(rng, n), self.stack
         z = o.temperature * jax.vmap(lambda k: jax.random.normal(k, (self.tokens, self.dims)))(keys)
         label = (conditions or {}).get("label") if self.classes else None
-        self._check_guidance(stack.guidance(o.guidance), label)
+        warn_guidance(stack.guidance(o.guidance), label)
         found = stack.inverse(params, constrain(z, "batch"), label, jnp.full(n, -1), o.guidance, method=o.method)
         x = found.states[-1]
         if denoised:
@@ -333,18 +241,6 @@ class TarFlow:
         """Images [B, S, S, C], noisy and not clipped, of z [B, T, D] from N(0, I) and label [B] or None."""
         return unpatchify(self.stack.inverse(params, z, label).states[-1], self.patch, self.channels)
 
-    def _check_guidance(self, guidance: Guidance, label: jax.Array | None) -> None:
-        if not guidance.active and guidance.tempered:
-            warnings.warn(
-                "guidance.weight is 0: the other fields of guidance do nothing; set a weight such as 2", stacklevel=3
-            )
-        if guidance.active and label is None and not guidance.tempered:
-            warnings.warn(
-                "guidance without labels and with attention_temperature=1 compares a pass with itself: it changes nothing "
-                "and costs twice; give labels, or an attention temperature such as 0.5",
-                stacklevel=3,
-            )
-
     def chain(
         self, params: Params, batch: Batch, rng: jax.Array, *, guidance: float | Guidance = 0.0
     ) -> tuple[jax.Array, Chain]:
@@ -354,41 +250,13 @@ class TarFlow:
 
     def import_names(self) -> list[Name]:
         """The layout of the official PyTorch implementation (linear weights stored [out, in])."""
-        names = [Name("var", "prior/var")]
-        for t in range(self.blocks):
-            theirs, ours = f"blocks.{t}", f"block{t}"
-            names += [
-                Name(f"{theirs}.proj_in.weight", f"{ours}/in/kernel", "o i -> i o"),
-                Name(f"{theirs}.proj_in.bias", f"{ours}/in/bias"),
-                Name(f"{theirs}.pos_embed", f"{ours}/positions/table"),
-                Name(f"{theirs}.proj_out.weight", f"{ours}/out/kernel", "o i -> i o"),
-                Name(f"{theirs}.proj_out.bias", f"{ours}/out/bias"),
-                Name(
-                    f"{theirs}.attn_mask", None, value=lambda: np.tril(np.ones((self.tokens, self.tokens), np.float32))
-                ),
-            ]
-            if self.classes:
-                names.append(Name(f"{theirs}.class_embed", f"{ours}/labels/table", "c 1 w -> c w"))
-            for l in range(self.depth):
-                layer, block = f"{theirs}.attn_blocks.{l}", f"{ours}/trunk/block"
-                names += [
-                    Name(f"{layer}.attention.norm.weight", f"{block}/attention_norm/scale", layer=l),
-                    Name(f"{layer}.attention.norm.bias", f"{block}/attention_norm/bias", layer=l),
-                    Name(
-                        f"{layer}.attention.qkv.weight",
-                        f"{block}/attention/qkv/kernel",
-                        "(s h) w -> w s h",
-                        {"s": 3},
-                        l,
-                    ),
-                    Name(f"{layer}.attention.qkv.bias", f"{block}/attention/qkv/bias", "(s h) -> s h", {"s": 3}, l),
-                    Name(f"{layer}.attention.proj.weight", f"{block}/attention/out/kernel", "o i -> i o", layer=l),
-                    Name(f"{layer}.attention.proj.bias", f"{block}/attention/out/bias", layer=l),
-                    Name(f"{layer}.mlp.norm.weight", f"{block}/mlp_norm/scale", layer=l),
-                    Name(f"{layer}.mlp.norm.bias", f"{block}/mlp_norm/bias", layer=l),
-                    Name(f"{layer}.mlp.main.0.weight", f"{block}/mlp/up/kernel", "o i -> i o", layer=l),
-                    Name(f"{layer}.mlp.main.0.bias", f"{block}/mlp/up/bias", layer=l),
-                    Name(f"{layer}.mlp.main.2.weight", f"{block}/mlp/down/kernel", "o i -> i o", layer=l),
-                    Name(f"{layer}.mlp.main.2.bias", f"{block}/mlp/down/bias", layer=l),
-                ]
-        return names
+        names = [n for i, net in enumerate(self._nets) for n in block_names(i, net, range(self.depth))]
+        return [Name("var", "prior/var"), *names]
+
+    def import_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """As it is. UserError for a checkpoint of iTARFlow, whose blocks are told of the noise."""
+        if any("time_embed" in key for key in state):
+            raise UserError(
+                "this is a checkpoint of iTARFlow, which knows all levels of noise; import it with a config of itarflow"
+            )
+        return state

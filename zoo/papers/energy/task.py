@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from zoo.diffusion.energies import Scored, denoised, scored
+from zoo.diffusion.energies import Begins, Scored, denoised, scored
 from zoo.diffusion.levels import LogNormal
 from zoo.diffusion.potentials import Classifier, Potential, Product
 from zoo.diffusion.precondition import DENOISER, Precondition
@@ -27,7 +27,10 @@ from zoo.errors import UserError
 from zoo.fields import Below1, Some, check_fields
 from zoo.task import About, Batch, Classifies, Denoises, Energetic, Network, Params, sample_keys, speed
 
-_ALIKE = ("head", "network")  # what makes an energy of parameters
+
+def _alike(task: Any) -> tuple[str, ...]:
+    """What makes an energy of parameters."""
+    return ("head", "network") if isinstance(task, EnergyDistill) else ("head_dim", "low", "high")
 
 
 @runtime_checkable
@@ -197,9 +200,12 @@ class ProductSampling(ParticleSampling):
 
 @dataclass(frozen=True)
 class EnergyProduct:
-    """What several energies allow at once: the product of their densities, without classes. There is nothing to train."""
+    """What several energies allow at once: the product of their densities, without classes. There is nothing to train.
 
-    parts: Some[EnergyDistill]
+    Particles follow the first one. Of flows that know all levels of noise nothing is approximate in their weights.
+    """
+
+    parts: Some[Annotated[Any, Energetic]]
 
     Sampling = ProductSampling
 
@@ -208,6 +214,10 @@ class EnergyProduct:
         if len(self.parts) < 2:
             raise UserError("task.parts holds one energy; a product takes two or more")
         shapes = [part.spec(1)["image"].shape[1:] for part in self.parts]
+        if len({isinstance(part, Begins) for part in self.parts}) > 1:
+            raise UserError(
+                "task.parts holds energies of noisy flows and others; particles begin as the one or as the other"
+            )
         for name, values in (("images", shapes), ("levels", [part.sigmas for part in self.parts])):
             if other := next((value for value in values if value != values[0]), None):
                 raise UserError(
@@ -220,7 +230,7 @@ class EnergyProduct:
         how = "train one for each, e.g. `zoo train energy/digits:low` and `zoo train energy/digits:high`"
         return About(
             networks={
-                f"part{i}": Network(part, Energetic, _ALIKE, how=how, entry=f"weights.part{i}=RUN")
+                f"part{i}": Network(part, Energetic, _alike(part), how=how, entry=f"weights.part{i}=RUN")
                 for i, part in enumerate(self.parts)
             }
         )
@@ -228,7 +238,8 @@ class EnergyProduct:
     @property
     def sigmas(self) -> tuple[float, float]:
         """Lowest and highest level."""
-        return self.parts[0].sigmas
+        low, high = self.parts[0].sigmas
+        return low, high
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C]."""
@@ -236,7 +247,8 @@ class EnergyProduct:
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters of the parts, which are meant to come from `Run.weights`."""
-        return {f"part{i}": part.fresh(rng) for i, part in enumerate(self.parts)}
+        made = [part.fresh if isinstance(part, EnergyDistill) else part.init for part in self.parts]
+        return {f"part{i}": init(rng) for i, init in enumerate(made)}
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """UserError: there is none."""
@@ -246,7 +258,8 @@ class EnergyProduct:
 
     def target(self, params: Params, given: Conditions = None) -> tuple[list[Scored], list[Potential]]:
         """Energy and score of each part, as particles take them, and their product."""
-        return [part.scored(params[f"part{i}"], None) for i, part in enumerate(self.parts)], [Product()]
+        parts = [functools.partial(part.energy, params[f"part{i}"]) for i, part in enumerate(self.parts)]
+        return [scored(part) for part in parts], [Product()]
 
     def sample(
         self,
@@ -263,7 +276,13 @@ class EnergyProduct:
             options: None: the defaults.
         """
         o, shape = options or ProductSampling(), self.spec(1)["image"].shape[1:]
-        image, trace = o.draw(rng, n, self.sigmas, functools.partial(self.target, params), shape)
+        first, start = self.parts[0], None
+        if isinstance(first, Begins):
+
+            def start(keys: jax.Array, given: Conditions) -> jax.Array:
+                return first.begin(params["part0"], keys, self.sigmas[1])
+
+        image, trace = o.draw(rng, n, self.sigmas, functools.partial(self.target, params), shape, start=start)
         return {"image": clipped(image), "trace": trace}
 
 
@@ -288,7 +307,11 @@ class EnergyTilted:
     def about(self) -> About:
         """Both are held; classes are the classifier's."""
         one = Network(
-            self.energy, Energetic, _ALIKE, how="train one, e.g. `zoo train energy/digits`", entry="weights.energy=RUN"
+            self.energy,
+            Energetic,
+            _alike(self.energy),
+            how="train one, e.g. `zoo train energy/digits`",
+            entry="weights.energy=RUN",
         )
         two = Network(
             self.classifier,

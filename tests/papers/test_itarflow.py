@@ -1,0 +1,372 @@
+"""iTARFlow: parity with the official implementation's numbers, and the laws of a flow that knows the level of noise."""
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flow_by_hand import Rows, nhwc
+from fresh import fresh, randomised
+
+from zoo import config, weights
+from zoo.diffusion.smc import Particles
+from zoo.diffusion.solvers import Ancestral, Euler, Heun
+from zoo.errors import UserError
+from zoo.flows.inverse import Guidance
+from zoo.flows.patches import Level
+from zoo.nn.embed import patchify, unpatchify
+from zoo.papers.itarflow import ITarFlow, ITarFlowSampling
+from zoo.papers.tarflow import TarFlow
+from zoo.train.optim import AdamW
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "itarflow"
+CASES = [("cond", True), ("uncond_mixed", False), ("shared", True)]
+WEIGHTS = ("ones", "t", "t_norm", "sqr_t", "sqr_t_norm")
+TINY = ITarFlow(
+    image=4, channels=1, patch=2, width=16, depth=(1, 2), head_dim=8, classes=3, low=0.05, high=0.7, scan=False
+)
+
+
+class Case:
+    """A golden file, our task and parameters for it, and everything computed in a few programs."""
+
+    def __init__(self, name, scan):
+        self.f = np.load(GOLDEN / f"{name}.npz")
+        c = self.c = json.loads(str(self.f["config"]))
+
+        def one(values):
+            return values[0] if len(values) == 1 else tuple(values)
+
+        self.task = task = ITarFlow(
+            image=c["img_size"],
+            channels=c["in_channels"],
+            patch=one(c["patch_sizes"]),
+            width=one(c["channels"]),
+            depth=tuple(c["layers_per_block"]),
+            head_dim=c["head_dim"],
+            classes=c["num_classes"],
+            low=c["t0"],
+            high=c["t1"],
+            input_scale=c["input_scale"],
+            shared=c["shared_backbone_layers"],
+            scan=scan,
+        )
+        self.state = {k.removeprefix("state/"): v for k, v in self.f.items() if k.startswith("state/")}
+        self.params = weights.from_official(task, self.state)
+        self.x, self.t = nhwc(self.f["in/x"]), jnp.asarray(self.f["in/t"])[:, 0]
+        z0 = jnp.asarray(self.f["in/z0"])  # in the last block's patches
+        self.z0 = task.stack._cut(z0, task._each("patch")[-1], task._each("patch")[0])
+        self.label = jnp.asarray(self.f["in/y"], jnp.int32) if task.classes else None
+        self.drop = jnp.asarray(self.f["in/y_drop"], jnp.int32) if task.classes else None
+        self.found = jax.device_get(jax.jit(self._forward)(self.params))
+        self.found |= jax.device_get(jax.jit(self._inverse)(self.params))
+        self.found |= jax.device_get(jax.jit(self._denoised)(self.params))
+
+    def labels(self, *rows):
+        return jnp.concatenate(rows) if self.task.classes else None
+
+    def expected(self, name):
+        found = self.f[f"out/{name}"]
+        return np.moveaxis(found, -3, -1) if found.ndim >= 4 else found
+
+    def loss(self, params, label, weight="t"):
+        return (
+            dataclasses.replace(self.task, weight=weight).weigh(self.t)
+            * self.task.forward(params, self.x, self.t, label)[2]
+        ).mean()
+
+    def _forward(self, params):
+        task, stack, n = self.task, self.task.stack, len(self.x)
+        kinds = {"": self.label, **({"_nolabel": None, "_droplabel": self.drop} if task.classes else {})}
+        out = {}
+        for suffix, label in kinds.items():
+            z, logdet, nll = task.forward(params, self.x, self.t, label)
+            out |= {f"z{suffix}": z, f"logdets{suffix}": logdet, f"nll_per_dim{suffix}": nll}
+            for weight in WEIGHTS if not suffix else ("ones", "t"):
+                w = dataclasses.replace(task, weight=weight).weigh(self.t)
+                out[f"loss_reweight_{weight}{suffix}"] = (w * nll).mean()
+        last, first = task._each("patch")[-1], task._each("patch")[0]
+        for key in [key for key in out if key.startswith("z")]:
+            out[key] = stack._cut(out[key], first, last)
+        patches = patchify(self.x, first)
+        states, logdets = stack.flow(
+            task._joined(params), task.input_scale * patches, task.condition(n, self.t, self.label)
+        )
+        out["patches"] = patches
+        for i, (state, logdet) in enumerate(zip(states[1:], logdets)):
+            out |= {f"block_output{i}": stack._cut(state, first, task._each("patch")[i]), f"block_logdet{i}": logdet}
+        out["norms"] = jnp.stack([jnp.square(s).mean((1, 2)) for s in states[1:]], 1)
+        out["residuals"] = jnp.stack([jnp.square(b - a).mean((1, 2)) for a, b in itertools.pairwise(states)], 1)
+        out["time_embed0"] = Level(stack.nets[0].width).apply({"params": params["block0"]["level"]}, jnp.log(self.t))
+        return out
+
+    def _inverse(self, params):
+        task, stack, n = self.task, self.task.stack, len(self.z0)
+        joined = task._joined(params)
+
+        def drawn(z, t, label, guidance=0.0):
+            strong, weak = (task.condition(len(z), t, y) for y in (label, None))
+            return stack.inverse(joined, z, strong, weak, guidance).states
+
+        z, _, _ = task.forward(params, self.x, self.t, self.label)
+        high, none = jnp.full(n, task.high), None if self.label is None else jnp.full(n, -1)
+        rows = jnp.concatenate([self.z0, z, self.z0])
+        states = drawn(rows, jnp.concatenate([high, self.t, high]), self.labels(self.label, self.label, none))
+        first = task._each("patch")[0]
+        _, back, unlabelled = jnp.split(task.to_image(states[-1]), 3)
+        out = {"x_rec": back, **({"sample_nolabel_plain": unlabelled} if task.classes else {})}
+        out |= {f"sample_plain_seq{i}": unpatchify(s[:n], first, task.channels) for i, s in enumerate(states)}
+        w, own = self.c["guidance"], {"attention_temperature": self.c["attn_temp"]}
+        kinds = {
+            "sample_tarflow_annealed_all": Guidance(w, **own),
+            "sample_tarflow_constant_all": Guidance(w, annealed=False, **own),
+        }
+        first_only = {
+            "sample_tarflow_annealed_first": Guidance(w, blocks="first", **own),
+            "sample_starflow_first": Guidance(w, rule="gaussian", annealed=False, blocks="first", **own),
+            "sample_starflow_annealed_first": Guidance(w, rule="gaussian", blocks="first", **own),
+        }
+        for parts, blocks in ((kinds, "all"), (first_only, "first")):
+            by = Rows.by(stack, parts.values(), blocks=blocks, **own)
+            many = drawn(
+                jnp.concatenate([self.z0] * len(parts)), task.high, self.labels(*[self.label] * len(parts)), by
+            )
+            out |= dict(zip(parts, jnp.split(task.to_image(many[-1]), len(parts))))
+        return out
+
+    def _denoised(self, params):
+        """Denoising steps of every state that the official samplers went through, in one batch."""
+        task, n = self.task, len(self.x)
+        names = ("ode5", "ode5_clip", "ode1", "sde4")
+        levels = [task.low, (task.low + task.high) / 2, task.high]
+        rows, at = [self.x] * 3, [jnp.full(n, t) for t in levels]
+        for name in names:
+            for x, t in zip(nhwc(self.f[f"out/iter_{name}_x"])[:-1], self.f[f"out/iter_{name}_t"]):
+                rows.append(x)
+                at.append(jnp.full(n, t))
+        label = self.labels(*[self.label] * len(rows))
+        x0 = task.denoise(params, jnp.concatenate(rows), jnp.concatenate(at), {} if label is None else {"label": label})
+        x0, out = x0.reshape(len(rows), *self.x.shape), {}
+        for t, found in zip(levels, x0):
+            out[f"denoised_t{t:g}"] = found
+        cuts = np.cumsum([3, *(len(self.f[f"out/iter_{name}_t"]) for name in names)])
+        for name, a, b in zip(names, cuts, cuts[1:]):
+            out[f"iter_{name}_x0"] = x0[a:b]
+        return out
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[name for name, _ in CASES])
+def case(request):
+    return Case(*request.param)
+
+
+def test_every_number_equals_the_official_one(case):
+    """But for states between steps and the array that shows the official defect of a batch, all of the file."""
+    for name, value in case.found.items():
+        want = case.expected(name)
+        loose = name.startswith(("x_rec", "sample", "denoised", "iter"))
+        np.testing.assert_allclose(value, want, rtol=0, atol=2e-5 if loose else 1e-5, err_msg=name)
+    rest = {name.removeprefix("out/") for name in case.f if name.startswith("out/")} - set(case.found)
+    assert all(name.startswith(("grad", "adamw", "iter_")) or name == "sample_starflow_first_batched" for name in rest)
+    np.testing.assert_allclose(
+        case.found["sample_starflow_first"][0], case.expected("sample_starflow_first_batched")[0], atol=2e-5
+    )
+    assert np.abs(case.found["sample_starflow_first"] - case.expected("sample_starflow_first_batched")).max() > 1e-3
+
+
+def test_solvers_take_the_official_steps(case):
+    """From each state and what was made of it to the next one, by the tables that samplers run."""
+    for name, steps in (("ode5", 5), ("ode5_clip", 5), ("sde4", 4)):
+        x, x0, t = (case.f[f"out/iter_{name}_{key}"] for key in ("x", "x0", "t"))
+        o = ITarFlowSampling(nfe=steps, solver=Ancestral() if "sde" in name else Euler())
+        plan = o._by_solver.plan(case.task.sigmas)
+        np.testing.assert_allclose(plan.sigma, t, rtol=1e-6)
+        x0 = np.clip(x0, -1, 1) if "clip" in name else x0
+        for k in range(steps - 1):
+            noise = case.f["in/sde_noise"][k] if "sde" in name else 0.0
+            moved = plan.move_x[k, 0, 0] * x[k] + plan.move_h[k, 0, 0] * x0[k] + plan.move_e[k, 0] * noise
+            np.testing.assert_allclose(moved, x[k + 1], rtol=0, atol=2e-5, err_msg=f"{name} {k}")
+        np.testing.assert_allclose(x0[-1], x[-1], rtol=0, atol=2e-5)
+
+
+def test_gradients_and_four_steps_equal_the_official_ones(case):
+    optimizer = AdamW(lr=1e-3, schedule="constant", b2=0.95, weight_decay=1e-4, decay_all=True).build(4)
+
+    @jax.jit
+    def step(params, opt):
+        loss, grads = jax.value_and_grad(case.loss)(params, case.drop)
+        updates, opt = optimizer.update(grads, opt, params)
+        return jax.tree.map(jnp.add, params, updates), opt, loss, grads
+
+    params, opt, losses = case.params, optimizer.init(case.params), []
+    for i in range(4):
+        params, opt, loss, grads = step(params, opt)
+        losses.append(float(loss))
+        if not i:
+            first = weights.to_official(case.task, grads)
+            norm = math.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(losses, case.f["out/adamw_losses"], rtol=0, atol=1e-5)
+    assert losses[0] == pytest.approx(float(case.f["out/grad_loss"]), abs=1e-5)
+    assert norm == pytest.approx(float(case.f["out/grad_global_norm"]), abs=1e-4)
+    keys = [key.removeprefix("out/grad:") for key in case.f if key.startswith("out/grad:")]
+    assert len(keys) >= 5
+    for key in keys:
+        np.testing.assert_allclose(first[key], case.f[f"out/grad:{key}"], rtol=0, atol=1e-5, err_msg=key)
+
+
+def test_published_files_are_told_apart_and_shared_layers_may_stand_twice(case):
+    task, state = case.task, case.state
+    for key, value in weights.to_official(task, case.params).items():
+        if key in state:
+            np.testing.assert_array_equal(value, state[key])
+        else:
+            assert key.endswith("attn_mask")  # goldens have that of block 0
+    if task.shared:
+        twice = {f"blocks.1.{k}": v for k, v in state.items() if k.startswith("shared_backbone")}
+        again = weights.from_official(task, {**state, **twice})
+        jax.tree.map(np.testing.assert_array_equal, again, case.params)
+    if len({*task.depth}) > 1:
+        return
+    tarflow = TarFlow(image=4, channels=1, patch=2, width=16, depth=1, blocks=2, head_dim=8, classes=3)
+    with pytest.raises(UserError, match="checkpoint of TarFlow"):
+        weights.from_official(TINY, weights.to_official(tarflow, fresh(tarflow)))
+    with pytest.raises(UserError, match="checkpoint of iTARFlow"):
+        weights.from_official(tarflow, weights.to_official(TINY, fresh(TINY)))
+
+
+def test_laws_of_the_level_are_the_official_ones():
+    helpers = json.loads((GOLDEN / "helpers.json").read_text())
+    u = jnp.asarray(helpers["u"], jnp.float32)
+    for key, want in helpers.items():
+        law, *bounds = key.split("_")
+        if law in ("uni", "linear"):
+            low, high = map(float, bounds)
+            found = dataclasses.replace(TINY, low=low, high=high, law=law).levels(u)
+            np.testing.assert_allclose(found, want, rtol=1e-5, err_msg=key)
+    share = jax.scipy.stats.norm.cdf(jnp.asarray(helpers["normal"]))
+    np.testing.assert_allclose(dataclasses.replace(TINY, law="edm").levels(share), helpers["edm"], rtol=1e-4)
+
+
+# --- laws -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return randomised(TINY, out=0.1)
+
+
+def test_the_denoiser_is_the_slope_of_the_density_and_its_energy_is_whole(tiny):
+    """Against finite differences at three levels, one by one and together; and in pieces."""
+    rng = np.random.default_rng(0)
+    x, t, label = rng.normal(size=(3, 4, 4, 1)), np.array([0.05, 0.2, 0.7]), np.array([0, -1, 2])
+    log_prob, slope, h = jax.jit(lambda x: TINY.log_prob(tiny, x, t, label)), np.zeros_like(x), 2e-2
+    for i in np.ndindex(4, 4):
+        step = np.zeros_like(x)
+        step[(slice(None), *i)] = h
+        near, far = (np.float64(log_prob(x + k * step)) - np.float64(log_prob(x - k * step)) for k in (1, 2))
+        slope[(slice(None), *i, 0)] = (8 * near - far) / (12 * h)  # of fourth order: numbers are float32
+    given = {"label": jnp.asarray(label)}
+    narrow, levels = jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32)
+    found = jax.jit(lambda p: TINY.denoise(p, narrow, levels, given))(tiny)
+    np.testing.assert_allclose(found, x + t.reshape(-1, 1, 1, 1) ** 2 * slope, atol=1e-3)
+    in_pieces = jax.jit(lambda p: dataclasses.replace(TINY, chunk=2).denoise(p, narrow, levels, given))(tiny)
+    np.testing.assert_allclose(in_pieces, found, atol=1e-5)
+    np.testing.assert_allclose(TINY.energy(tiny, narrow, levels, given), -np.asarray(log_prob(x)), rtol=1e-5)
+
+
+def test_its_log_det_is_that_of_the_jacobian_and_its_inverse_the_way_back(tiny):
+    x, t = np.random.default_rng(1).normal(size=(1, 4, 4, 1)).astype(np.float32), jnp.asarray([0.3])
+
+    @jax.jit
+    def both(params, x):
+        z, logdet, _ = TINY.forward(params, x, t)
+        slopes = jax.jacobian(lambda v: TINY.forward(params, v.reshape(x.shape), t)[0].ravel())(x.ravel())
+        return logdet[0] * x.size, slopes, TINY.inverse(params, z, None, 0.3)
+
+    log, slopes, back = both(tiny, x)
+    np.testing.assert_allclose(np.linalg.slogdet(slopes), (1, log), atol=1e-4)
+    np.testing.assert_allclose(back, x, atol=1e-4)
+
+
+def test_samples_are_the_inverse_and_then_the_solver(tiny):
+    """By hand, from the same noise."""
+    keys, label = jax.random.split(jax.random.key(3), 2), jnp.asarray([1, -1])
+    given = {"label": label}
+
+    @jax.jit
+    def ours(params):
+        def drawn(rows=slice(None), **options):
+            return TINY.sample(
+                params, keys[rows], len(keys[rows]), {"label": label[rows]}, ITarFlowSampling(**options)
+            )["image"]
+
+        return drawn(nfe=1), drawn(nfe=4), drawn(slice(1, 2), nfe=1)
+
+    @jax.jit
+    def by_hand(params):
+        x, states = TINY.inverse(params, TINY.latent(keys), label), []
+        for at, to in itertools.pairwise(np.append(np.linspace(0.7, 0.05, 4), 0.0)):
+            x0 = TINY.denoise(params, x, jnp.float32(at), given)
+            states.append(x0)
+            x = x0 + to / at * (x - x0)
+        return jnp.clip(states[0], -1, 1), jnp.clip(x, -1, 1)
+
+    one, four, alone = ours(tiny)
+    for found, wanted in zip((one, four), by_hand(tiny)):
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+    np.testing.assert_allclose(alone[0], one[1], atol=1e-5)  # of its key alone
+    with pytest.warns(UserWarning, match="outside of what the model was trained on"):
+        jax.eval_shape(lambda p: TINY.sample(p, keys, 2, given, ITarFlowSampling(level=0.9)), tiny)
+
+
+def test_without_levels_it_is_tarflow():
+    """Equal depths and a network of levels that gives zeros."""
+    task = dataclasses.replace(TINY, depth=(2, 2))
+    plain = TarFlow(
+        image=4, channels=1, patch=2, width=16, depth=2, blocks=2, head_dim=8, classes=3, noise=0.3, scan=False
+    )
+    params = randomised(plain, out=0.1)
+    level = jax.tree.map(jnp.zeros_like, fresh(task)["block0"]["level"])
+    own = {key: {**block, "level": level} for key, block in params.items() if key != "prior"}
+    x, label = jnp.asarray(np.random.default_rng(2).normal(size=(2, 4, 4, 1)), jnp.float32), jnp.asarray([0, 2])
+    found, wanted = (
+        jax.jit(lambda p, one=one: one.denoise(p, x, jnp.float32(0.3), {"label": label}))(p)
+        for one, p in ((task, own), (plain, params))
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_particles_begin_as_what_the_flow_draws(tiny):
+    options = ITarFlowSampling(temper=2.0, nfe=2, particles=Particles(8))
+    drawn = jax.eval_shape(
+        lambda p: TINY.sample(p, jax.random.key(0), 3, {"label": jnp.asarray([0, 1, -1])}, options), tiny
+    )
+    assert (drawn["image"].shape, drawn["trace"].log_normaliser.shape) == ((3, 4, 4, 1), (3,))
+
+
+def test_parameters_of_the_published_sizes_are_counted():
+    for name, count in (("64", 771_394_656), ("128", 1_202_502_784), ("256", 2_220_731_392)):
+        task = config.load(f"itarflow/imagenet{name}").task
+        assert sum(math.prod(x.shape) for x in jax.tree.leaves(weights.abstract(task))) == count
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dataclasses.replace(TINY, low=0.8), "task.low=0.8 must be below task.high=0.7"),
+        (lambda: dataclasses.replace(TINY, patch=(2, 1, 2)), "task.patch=.* for the 2 blocks"),
+        (lambda: dataclasses.replace(TINY, patch=(2, 3)), "task.patch=3 does not divide task.image=4"),
+        (lambda: dataclasses.replace(TINY, shared=1), "task.shared=1: every block needs a layer of its own"),
+        (lambda: ITarFlowSampling(temper=2.0, guidance=1.0), "without guidance"),
+        (lambda: ITarFlowSampling(particles=Particles(8)), "nothing to weigh"),
+        (lambda: ITarFlowSampling(solver=Heun(), nfe=4), "odd number of calls"),
+    ],
+)
+def test_mistakes_are_told(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
