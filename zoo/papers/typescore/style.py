@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor
 
-from zoo.papers.typescore.extractors import Extraction, Line
-from zoo.papers.typescore.extractors.base import flat
+from zoo.papers.typescore.extractors.base import Extraction, Line, flat
 from zoo.papers.typescore.render import COLOURS
 
 NEAR = 25.0  # Delta E (CIE 1976) up to which an ink is of a named colour
@@ -92,25 +91,26 @@ def measured(style: Mapping[str, str], picture: Image.Image, lines: Sequence[Lin
 
 
 def evaluate(
-    style: Mapping[str, str], picture: Image.Image, extraction: Extraction, extractor: Any = None
+    style: Mapping[str, str],
+    picture: Image.Image,
+    extraction: Extraction,
+    ask: Callable[[Sequence[str]], Sequence[Extraction]] | None = None,
 ) -> dict[str, Verdict]:
-    """A verdict for each attribute: measured where boxes tell, otherwise asked for where `extractor` answers questions.
+    """A verdict for each attribute: measured where boxes tell, otherwise by asking a model about the picture, if `ask` does.
 
-    The extractor may be behind a cache. Where no text was read, nothing is asked.
-    Errors of single questions are verdicts that evaluate nothing.
+    Where no text was read, nothing is asked. Errors of single questions are verdicts that evaluate nothing.
     """
     found = measured(style, picture, extraction.lines)
-    open_ = {attribute: style[attribute] for attribute, verdict in found.items() if verdict.followed is None}
-    if open_ and extraction.text.strip() and hasattr(getattr(extractor, "inner", extractor), "ask"):
-        asked = questions(open_)
-        answers = extractor.ask([picture] * len(asked), list(asked.values()))
+    asked = questions({name: style[name] for name, verdict in found.items() if verdict.followed is None})
+    if asked and ask is not None and extraction.text.strip():
+        answers = ask(list(asked.values()))
         found |= {attribute: answered(answer) for attribute, answer in zip(asked, answers, strict=True)}
     return found
 
 
-def share(verdicts: Mapping[str, Verdict]) -> float | None:
+def share(followed: Iterable[bool | None]) -> float | None:
     """Of the attributes that were evaluated, how many were followed, in 0..100; None where none was."""
-    known = [verdict.followed for verdict in verdicts.values() if verdict.followed is not None]
+    known = [one for one in followed if one is not None]
     return 100 * sum(known) / len(known) if known else None
 
 
