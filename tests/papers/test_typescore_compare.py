@@ -75,8 +75,8 @@ def test_models_are_ranked_with_paired_significance_beside_another_metric(models
     assert found["resolution"]["clip"] == clip
     json.loads((models / "x" / "comparison.json").read_text(), parse_constant=pytest.fail)
     text = (models / "x" / "comparison.md").read_text()
-    assert "| 1 | good | 100.00 (100.00 to 100.00) | yes | 0 |" in text
-    assert "| clip | 3 | 67% | 0% | inf |" in text
+    assert "| 1 | good | 100.00 | 100.00 | 100.00 | 0 | 0 | True |" in text
+    assert "| clip | 3 | 0.67 | inf | 0.00 |" in text
     judged(models / "clip.csv", "image,score", rows[:-1])
     for fields, words in (
         ({"truth": ("good", "fair")}, "truth=good,fair poor"),

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from typescore_stub import (
     KEY,
     TEXT_CHUNK,
@@ -122,17 +121,12 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
         (status(400), "HTTP 400 Bad Request: not now", 1),
         (status(401, b'{"error": "no such key"}'), "HTTP 401 Unauthorized: no such key", 1),
         (status(422, b'{"detail": "\\u00fcber"}'), ": \u00fcber", 1),
-        (status(400, b'{"error": {"message": "\\ud800"}}'), "HTTP 400 Bad Request: ?", 1),
-        (status(404, b""), "HTTP 404 Not Found", 1),
         (status(302, b"", Location="/v1/elsewhere"), "the endpoint lies elsewhere", 1),
         (body(b'{"choices": [{"message": '), "no choices[0].message.content", 1),
         (body(b"\xff\xfe\x00"), "no choices", 1),
         (body(b"[" * 100_000), "no choices", 1),
-        (body(b"1" * 10_000), "no choices", 1),
-        (body(b'{"choices": []}'), "no choices", 1),
         (body(b'{"choices": [{"message": "hi"}]}'), "no choices", 1),
         (says(None), "no choices", 1),
-        (says(7), "no choices", 1),
         (says("half \ud800 a character"), "no choices", 1),
         (body(b"<html>hello</html>", "text/html"), "not application/json", 1),
         (body(b'{"error": {"message": "model not loaded"}}'), "reports an error: model not loaded", 1),
@@ -190,19 +184,7 @@ def test_after_a_passing_fault_the_reading_comes_and_retry_after_is_kept_to(stub
         assert len(stub.seen) == sent + 1
 
 
-def test_waits_grow(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoo.papers.typescore.extractors.endpoint._FIRST_WAIT", 0.05)
-    monkeypatch.setattr("zoo.papers.typescore.extractors.endpoint._LONGEST_WAIT", 0.12)
-    stub.script = [status(500)]
-    client(stub, retries=3).extract([picture("x")])
-    waits = [b - a for a, b in zip(stub.times, stub.times[1:])]
-    assert len(waits) == 3
-    assert waits[0] >= 0.037
-    assert waits[1] >= 0.075
-    assert 0.12 <= waits[2] < 3
-
-
-@pytest.mark.parametrize("act", [hang, reset, status(500), status(401)])
+@pytest.mark.parametrize("act", [hang, status(500), status(401)])
 def test_an_endpoint_out_of_order_stops_the_run_and_what_was_read_is_kept(act: Act, stub: Stub, tmp_path: Path) -> None:
     """After eight failures in a row; the next run goes on, and what failed comes last."""
     readings = Readings(tmp_path / "readings.jsonl")
@@ -287,18 +269,14 @@ def entities(key: str) -> str:
     "act",
     [
         echo(),
-        echo(code=500),
         echo(code=200, kind="application/json"),
-        echo(str.upper),
         echo(lambda key: base64.b64encode(key.encode()).decode()),
         echo(lambda key: urllib.parse.quote(urllib.parse.quote(key, safe=""), safe="")),
         echo(lambda key: key.replace("/", "\\/"), kind="application/json"),
         echo(lambda key: json.dumps(key.replace("/", "\\/"))[1:-1]),
         echo(lambda key: html.escape(entities(key))),
         echo(lambda key: "".join(f"&#{ord(c)};" for c in key)),
-        echo(lambda key: "".join(f"%{ord(c):02x}" for c in key)),
         echo(lambda key: "".join(f"\\u{ord(c):04X}" for c in key)),
-        echo(lambda key: "".join(f"\\x{ord(c):x}" for c in key)),
         echo_elsewhere,
         echo_reading,
         echo_status_line,
@@ -374,12 +352,3 @@ def test_mistakes_are_told_before_anything_is_sent_and_without_a_secret(
     assert not stub.seen
     for good in ("http://127.0.0.1:8000/v1", "https://[::1]:8000/v1/", "HTTP://example.org"):
         assert dataclasses.replace(Http(), base_url=good).base_url == good
-
-
-def test_a_broken_image_is_an_error_and_stops_no_other(tmp_path: Path, stub: Stub) -> None:
-    file = tmp_path / "a.png"
-    Image.effect_noise((64, 64), 50).save(file)
-    file.write_bytes(file.read_bytes()[:2000])
-    first, second = client(stub).extract([Image.open(file), picture("fine")])
-    assert first.error
-    assert second.text == "fine"

@@ -54,7 +54,7 @@ def test_the_mean_is_over_pictures_then_instructions_of_what_was_read(
     assert found["low"] <= found["score"] <= found["high"]
     assert (found["read"], found["failed"], found["instructions"], found["of"]) == (7, 2, 5, 6)
     assert found["missing"] == {"count": 1, "ids": ["t-5"]}
-    assert "1 of 6 instructions have no picture" in caplog.text
+    assert "1 instructions have no picture and are in no mean: t-5" in caplog.text
     assert sum(found["error_types"].values()) == 7
     assert set(found["by"]["length_bin"]) == {"1-3", "4-8"}
     assert found["extractor"] == {"name": "oracle", "version": "1", "config": {}}
@@ -310,7 +310,7 @@ def test_an_extractor_that_repairs_is_told_from_one_that_reads(tmp_path: Path) -
     clean = [one["score"] for one in found["levels"] if one["style"] == "clean"]
     assert clean[0] == 100 > clean[1] > clean[2]
     assert found["spearman"]["styled"] < -0.9
-    assert "| clean | 20% |" in (tmp_path / "oracle" / "calibration.md").read_text()
+    assert "| clean | 0.20 | 4 |" in (tmp_path / "oracle" / "calibration.md").read_text()
     assert len(json.loads((tmp_path / "oracle" / "calibration.json").read_text())["pictures"]) == 24
     mends = dataclasses.replace(few, extractor=Repairs(texts=few.texts), out=str(tmp_path / "mends")).run()
     assert mends["verdict"] == "repairs"

@@ -92,15 +92,12 @@ def test_parts_are_the_plain_tables() -> None:
 
 
 def test_properties() -> None:
-    pairs = random_pairs(150, 30, 6)
-    there, back = (np.array([parts(*pair[::way]) for pair in pairs]) for way in (1, -1))
-    assert there.min() >= 0
-    assert there.max() <= 1
-    assert all(parts(left, left) == (1, 1, 1) for left, _ in pairs)
-    np.testing.assert_array_equal(there[:, :2], back[:, :2])  # NED and NLCS are symmetric, SW is not
-    assert (there[:, 2] != back[:, 2]).any()
-    assert (there[:, 1] >= there[:, 0] - 1e-9).all()  # an alignment is a common subsequence
-    for left, right in pairs:
+    for left, right in random_pairs(150, 30, 6):
+        there, back = parts(left, right), parts(right, left)
+        assert 0 <= min(there) <= max(there) <= 1
+        assert parts(left, left) == (1, 1, 1)
+        assert there[:2] == back[:2]  # NED and NLCS are symmetric
+        assert there.nlcs >= there.ned - 1e-9  # an alignment is a common subsequence
         if left:  # SW asks whether the reference is there
             appended = parts(left, left + " Q" + right)
             assert appended.sw == 1 > appended.ned
@@ -120,12 +117,8 @@ def test_weights_and_kinds() -> None:
     assert isinstance(typescore(found), float)
     # weights that no float holds leave the range by rounding
     assert all(typescore(Parts(1, 1, 1), weights=(w, 0.1, 0.7)) <= 100 for w in np.linspace(0, 1, 50))
-
-
-@pytest.mark.parametrize("weights", [(0, 0, 0), (1, float("nan"), 1)])
-def test_weights_that_make_no_score_are_refused(weights: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match=r"weights=.*\(1, 1, 1\)"):
-        typescore(Parts(1, 1, 1), weights=weights)
+        typescore(found, weights=(0, 0, 0))
 
 
 # Normalisation
@@ -207,7 +200,6 @@ def test_alignments_to_look_at() -> None:
         ("open daily", "opn daily", "spelling"),
         ("open daily", "open d", "missing"),
         ("open daily", "open da", "spelling"),  # exactly 70 % are there
-        ("open daily", "", "missing"),
         ("open daily", "oqen", "spelling"),  # short, and wrong as well
         ("open daily", "please open daily thanks", "surplus"),
         ("jazz night", "jazz jazz night", "surplus"),
@@ -243,16 +235,6 @@ def test_what_fits_no_piece_comes_last() -> None:
     assert assign(["a", "b"], []) == ["", ""]
 
 
-def test_assigning_loses_no_line() -> None:
-    rng = random.Random(9)
-    for _ in range(40):
-        pieces, lines = (
-            ["".join(rng.choices("abc ", k=rng.randint(1, 6))).strip() for _ in range(rng.randint(0, 4))] for _ in "ab"
-        )
-        found = "".join(assign(pieces, lines))
-        assert sorted(found.replace(" ", "")) == sorted("".join(lines).replace(" ", ""))
-
-
 # Over an instruction set
 
 
@@ -279,13 +261,3 @@ def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     some = interval(lambda pick: math.nan if 0 in pick else mean(pick), 40, 500, 7)  # undefined ones are left out
     assert all(map(math.isfinite, some))
     assert math.isnan(interval(lambda pick: math.nan, 40, 9, 7)[0])
-
-
-def test_intervals_cover_what_they_say() -> None:
-    rng = np.random.default_rng(2)
-    inside = 0
-    for trial in range(200):
-        values = rng.normal(50, 5, 60)
-        low, high = interval(lambda pick, v=values: float(v[pick].mean()), 60, 100, trial)  # type: ignore[misc]
-        inside += low <= 50 <= high
-    assert 0.88 <= inside / 200 <= 0.985  # 0.95 less what few resamples of 60 values lose, give or take three errors

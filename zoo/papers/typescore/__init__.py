@@ -8,21 +8,8 @@ from zoo.papers.typescore.calibrate import Calibrate
 from zoo.papers.typescore.compare import Compare
 from zoo.papers.typescore.evaluate import TypeScore
 from zoo.papers.typescore.instructions import Instruction, quoted
-from zoo.papers.typescore.metric import SPEC_VERSION, Normalisation, Parts, align, error_type, parts, typescore
+from zoo.papers.typescore.metric import Normalisation, Parts, error_type, parts, typescore
 from zoo.papers.typescore.render import Render
 
-__all__ = [
-    "SPEC_VERSION",
-    "Calibrate",
-    "Compare",
-    "Instruction",
-    "Normalisation",
-    "Parts",
-    "Render",
-    "TypeScore",
-    "align",
-    "error_type",
-    "parts",
-    "quoted",
-    "typescore",
-]
+__all__ = ["Calibrate", "Compare", "Instruction", "Normalisation", "Parts", "Render", "TypeScore"]
+__all__ += ["error_type", "parts", "quoted", "typescore"]

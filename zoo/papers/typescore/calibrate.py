@@ -7,6 +7,7 @@ a growing share of its letters replaced, and the score of what was read is compa
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,14 +79,11 @@ class Calibrate:
         need_packages("typescore", "rapidfuzz")
         self.extractor.check()
         normalise = Normalisation(self.case_sensitive, self.ignore_punct)
-        about = {
-            "spec_version": SPEC_VERSION,
-            "extractor": describe(self.extractor),
-            "normalisation": dataclasses.asdict(normalise),
-        }
+        about = {"spec_version": SPEC_VERSION, "extractor": describe(self.extractor)}
+        about["normalisation"] = dataclasses.asdict(normalise)
         own = {name: getattr(self, name) for name in ("texts", "levels", "seed", "size")}
         setting = {**about, **own, "styles": _STYLES}
-        jobs = [(style, level, i) for style in _STYLES for level in self.levels for i in range(len(self.texts))]
+        jobs = list(itertools.product(_STYLES, self.levels, range(len(self.texts))))
         rows, out, size = [], Path(self.out), max(int(self.extractor.batch), 1)
         with claim(out, setting, "a calibration"):
             readings = Readings(out / READINGS)
@@ -100,15 +98,16 @@ class Calibrate:
             good = [row for row in rows if row["error"] is None]
             if not good:
                 raise UserError(
-                    f"extractor {self.extractor.name} read none of {len(rows)} pictures; the first: {rows[0]['error']}"
+                    f"{self.extractor.name} read none of {len(rows)} pictures; the first: {rows[0]['error']}"
                 )
             for row in good:
                 ours, text = (parts(normalise(row["wanted"]), normalise(row[key])) for key in ("read", "drawn"))
                 row |= {"parts": ours._asdict(), "score": typescore(ours), "text_score": typescore(text)}
-            groups = [
-                [row for row in good if (row["style"], row["level"]) == (s, v)] for s in _STYLES for v in self.levels
+            levels = [
+                level_figures(some)
+                for at in itertools.product(_STYLES, self.levels)
+                if (some := [row for row in good if (row["style"], row["level"]) == at])
             ]
-            levels = [level_figures(group) for group in groups if group]
             figures = {
                 "metric": "typescore calibration",
                 **about,
@@ -164,15 +163,4 @@ def table(figures: Mapping[str, Any]) -> str:
     """The calibration as Markdown."""
     extractor = figures["extractor"]
     text = f"{extractor['name']} {extractor['version']}: {figures['verdict']}. TypeScore of pictures with a share of their letters "
-    return (
-        text
-        + "replaced, and of the drawn text itself.\n\n"
-        + markdown(
-            ("style", "replaced", "NED", "NLCS", "SW", "TypeScore", "of the text", "difference"),
-            [
-                (one["style"], f"{one['level']:.0%}", *(f"{one[name]:.3f}" for name in Parts._fields))
-                + (f"{one['score']:.1f}", f"{one['text_score']:.1f}", f"{one['difference']:+.1f}")
-                for one in figures["levels"]
-            ],
-        )
-    )
+    return text + "replaced (level), and of the drawn text itself.\n\n" + markdown(figures["levels"])

@@ -92,7 +92,6 @@ class Compare:
         scores = {label: np.array([one[name] for name in common]) for label, one in every.items()}
         order = sorted(scores, key=lambda label: (-sign * scores[label].mean(), label))
         found = self._pairs(scores, order, sign, self.resamples)
-        behind = dict(itertools.pairwise(order))
         ranking = [
             {
                 "place": place,
@@ -100,9 +99,7 @@ class Compare:
                 **mean_of(dict(zip(common, scores[label])), self.resamples, self.seed),
                 "failed": next(len(one.records) - len(one.read) for one in results if one.label == label),
                 "left_out": len(every[label]) - len(common),
-                "told_apart_from_next": {
-                    one["a"]: one["told_apart"] for one in found if behind.get(one["a"]) == one["b"]
-                }.get(label),
+                "told_apart_from_next": next((one["told_apart"] for one in found if one["a"] == label), None),
             }
             for place, label in enumerate(order, 1)
         ]
@@ -123,17 +120,11 @@ class Compare:
 
     def _other(self, results: Sequence[Result], common: Sequence[str]) -> dict[str, np.ndarray]:
         """Another metric's means by instruction, of every model."""
-        known = pictures(results)
-        rows = [
-            (found(known, row["image"], at), number(row["score"], at))
-            for at, row in lines("other", self.other, "image,score")
-        ]
-        means = {
-            one.label: by_instruction(
-                {"id": record["id"], "score": score} for (label, record), score in rows if label == one.label
-            )
-            for one in results
-        }
+        known, rows = pictures(results), []
+        for at, row in lines("other", self.other, "image,score"):
+            label, record = found(known, row["image"], at)
+            rows.append({"label": label, "id": record["id"], "score": number(row["score"], at)})
+        means = {one.label: by_instruction(row for row in rows if row["label"] == one.label) for one in results}
         for label, name in itertools.product(means, common):
             if name not in means[label]:
                 raise UserError(f"other={self.other} has no score of instruction {name!r} by {label}; add it")
@@ -400,52 +391,14 @@ def table(figures: Mapping[str, Any]) -> str:
     names = ("extractor", "normalisation", "piece_mode", "kind", "weights", "spec_version")
     setting = json.dumps({name: figures[name] for name in names})
     text = f"TypeScore on {figures['instructions']} instructions. Setting: {setting}. Scores are {figures['note']}.\n\n"
-    words = {True: "yes", False: "no", None: ""}
-    text += markdown(
-        ("", "model", "TypeScore (95 %)", "told apart from the next", "failed"),
-        [
-            (one["place"], one["label"], _ranged(one, "score"), words[one["told_apart_from_next"]], one["failed"])
-            for one in figures["ranking"]
-        ],
-    )
-    text += markdown(
-        ("pair", "difference (95 %)", "win rate", "z"),
-        [
-            (
-                f"{one['a']} over {one['b']}",
-                _ranged(one, "difference"),
-                f"{one['win_rate']:.0%}",
-                f"{float(one['z']):.1f}",
-            )
-            for one in figures["pairs"]
-        ],
-    )
-    text += markdown(
-        ("metric", "pairs", "told apart", "rightly", "median of |z|"),
-        [
-            (name, one["pairs"], f"{one['told_apart']:.0%}", _share(one["right"]), f"{float(one['median_z']):.1f}")
-            for name, one in figures["resolution"].items()
-        ],
-    )
-    if "human" in figures:
-        human = figures["human"]
-        text += f"{human['judgements']} judgements of people on {human['instructions']} instructions; {human['left_out']} of "
-        text += "pictures that were not read are left out. Intervals resample instructions.\n\n"
-        kinds = [
-            (by, kind, some) for by, some in (("picture", human), ("model", human.get("models", {}))) for kind in _KINDS
-        ]
+    text += markdown(figures["ranking"]) + markdown(figures["pairs"])
+    text += markdown([{"metric": name, **one} for name, one in figures["resolution"].items()])
+    people = figures.get("human", {})
+    for by, some in (("picture", people), ("model", people.get("models", {}))):
         told = [
-            (by, kind, *(("–" if v is None else f"{v:.2f}") for v in some[kind]))
-            for by, kind, some in kinds
+            {"agreement by": by, "as": kind, **dict(zip(("value", "low", "high"), some[kind]))}
+            for kind in _KINDS
             if kind in some
         ]
-        text += markdown(("agreement by", "as", "value", "from", "to"), told)
+        text += markdown(told)
     return text
-
-
-def _ranged(one: Mapping[str, Any], key: str) -> str:
-    return f"{one[key]:.2f} ({one['low']:.2f} to {one['high']:.2f})"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"

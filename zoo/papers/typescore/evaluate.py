@@ -166,10 +166,10 @@ class TypeScore:
         except Passing as error:  # a run that trains goes on without the figures
             records = self._judged([one._replace(picture=failed(str(error))) for one in some], Readings())
         found = self.summarise(records, instructions)
-        told = {"typescore": found, **({} if found["style"] is None else {"typescore_style": found["style"]})}
-        ends = {"": "score", "_low": "low", "_high": "high"}
-        figures = {name + end: one[key] for name, one in told.items() for end, key in ends.items()}
+        figures = {"typescore" + end: found[key] for end, key in (("", "score"), ("_low", "low"), ("_high", "high"))}
         figures |= {f"typescore_{name}": value for name, value in (found["parts"] | {"exact": found["exact"]}).items()}
+        if found["style"] is not None:
+            figures["typescore_style"] = found["style"]["score"]
         return {
             **{name: float("nan") if value is None else value for name, value in figures.items()},
             "typescore_read": found["read"],
@@ -207,7 +207,16 @@ class TypeScore:
         if not self.images or not folder.is_dir():
             raise UserError(f"images={self.images} is no folder; name the one that holds {{id}}_{{k}}.png, images=DIR")
         found = find(folder, instructions)
-        lacking = _lacking(instructions, found, folder)
+        there = {one.instruction.id for one in found}
+        lacking = [one.id for one in instructions if one.id not in there]
+        if not there:
+            raise UserError(
+                f"images={folder} holds no picture of the {len(instructions)} instructions; name the pictures by their ids, "
+                f"{instructions[0].id}_0.png or {instructions[0].id}.png (also .jpg, .webp)"
+            )
+        if lacking:
+            named = f"{', '.join(lacking[:NAMED])}{', ...' * (len(lacking) > NAMED)}"
+            _log.warning("typescore: %d instructions have no picture and are in no mean: %s", len(lacking), named)
         self._ready()
         out = Path(self.out) if self.out else self._beside(folder)
         told = [[one.id, one.text, one.pieces, one.style, one.length_bin, one.domain] for one in instructions]
@@ -280,13 +289,12 @@ class TypeScore:
 
     def _by(self, records: Sequence[Record], key: str) -> dict[str, Any]:
         groups: dict[str, list[Record]] = {}
-        for record in sorted(
-            records, key=lambda one: [f"{int(n):09}" for n in re.findall(r"\d+", one[key])] + [one[key]]
-        ):
-            if record[key]:
-                groups.setdefault(record[key], []).append(record)
+        for record in records:
+            groups.setdefault(record[key], []).append(record)
         return {
-            name: {**self._mean(some), "instructions": len({r["id"] for r in some})} for name, some in groups.items()
+            name: {**self._mean(groups[name]), "instructions": len({r["id"] for r in groups[name]})}
+            for name in sorted(groups, key=lambda name: ([int(n) for n in re.findall(r"\d+", name)] + [10**9], name))
+            if name
         }
 
     def _style(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -366,26 +374,6 @@ def find(folder: Path, instructions: Sequence[Instruction]) -> list[File]:
     return [found[one] for one in sorted(found, key=lambda one: (order[one[0]], one[1]))]
 
 
-def _lacking(instructions: Sequence[Instruction], found: Sequence[File], folder: Path) -> list[str]:
-    """Ids without a picture. UserError where that is all of them."""
-    there = {one.instruction.id for one in found}
-    lacking = [one.id for one in instructions if one.id not in there]
-    if not there:
-        raise UserError(
-            f"images={folder} holds no picture of the {len(instructions)} instructions; name the pictures by their ids, "
-            f"{instructions[0].id}_0.png or {instructions[0].id}.png (also .jpg, .webp)"
-        )
-    if lacking:
-        named = ", ".join(lacking[:NAMED]) + (", ..." if len(lacking) > NAMED else "")
-        _log.warning(
-            "typescore: %d of %d instructions have no picture and are in no mean: %s",
-            len(lacking),
-            len(instructions),
-            named,
-        )
-    return lacking
-
-
 def _open(picture: Path | Image.Image | Extraction) -> Image.Image | Extraction:
     """The picture, read whole; or a failed extraction that says what is wrong with the file."""
     if not isinstance(picture, Path):
@@ -427,8 +415,6 @@ def claim(out: Path, setting: Mapping[str, Any], what: str) -> Iterator[None]:
     file = out / SETTING
     with contextlib.ExitStack() as held:
         with files.writing(out, _WAY):
-            if out.exists() and not out.is_dir():
-                raise UserError(f"out={out} is no folder; name another with out=FOLDER")
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(files.locked(out, f"out={out}", "name another folder with out=FOLDER"))
             if not file.exists():

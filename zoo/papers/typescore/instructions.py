@@ -72,6 +72,10 @@ def _end(marks: str, start: int) -> int | None:
 
 # Records
 
+_NAME = re.compile(
+    r"[^\s./\\:*?\"<>|\x00-\x1f]([^/\\:*?\"<>|\x00-\x1f]*[^\s/\\:*?\"<>|\x00-\x1f])?"
+)  # of an image file
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -143,30 +147,19 @@ def _instruction(line: str, where: str) -> Instruction:
     except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(f"{where}: {error}; write one JSON object a line, with id and instruction") from None
     name, instruction = str(given.id), given.instruction or ""
-    if (
-        not name.isprintable()
-        or set(name) & set('/\\:*?"<>|')
-        or name != name.strip()
-        or name.startswith(".")
-        or not name
-    ):
-        raise UserError(
-            f"{where}: id {name!r:.80} cannot begin the name of an image file; use letters, digits, - and _"
-        )
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{where}: id {name!r:.80} cannot begin a file's name; use letters, digits, - and _")
     quotes = tuple(quoted(instruction))
     text = given.text or " ".join(quotes)
     if not text.strip():
-        raise UserError(
-            f'{where}: the instruction of id {name!r} quotes no text; quote it as "...", or give it as text'
-        )
+        raise UserError(f'{where}: the instruction of {name!r} quotes no text; quote it as "...", or give it as text')
     # the quoted texts, if it is they that make up the text; else the text as one piece
     pieces = quotes if " ".join(quotes).split() == text.split() else (text,)
     if given.pieces is not None:
         pieces = given.pieces
         if sorted(" ".join(pieces).split()) != sorted(text.split()):
             raise UserError(
-                f"{where}: pieces {list(pieces)!r:.80} do not hold the words of the text {text!r:.80}; cut the text into pieces, "
-                "in any order, or leave them out"
+                f"{where}: pieces {list(pieces)!r:.80} do not hold the words of the text {text!r:.80}; leave them out, or cut it"
             )
     binned = given.length_bin or length_bin(text)
     return Instruction(name, instruction, text, pieces, given.style or {}, binned, given.domain or "")

@@ -110,8 +110,7 @@ def typescore(parts: Parts, weights: Sequence[float] = (1, 1, 1), kind: Kind = "
 
 
 class Segment(NamedTuple):
-    """A stretch of an alignment: `reference` is "" of an "insert", `read` of a "delete"; of a "replace" both are
-    equally long."""
+    """A stretch of an alignment: "equal", "replace", "insert" (`reference` is "") or "delete" (`read` is "")."""
 
     op: str
     reference: str

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 from msgspec import Meta
@@ -397,14 +397,37 @@ def _shows(name: str, character: str) -> bool:
 
 
 def _surface(material: str, ink: np.ndarray, texture: bool, size: int, rng: np.random.Generator) -> np.ndarray:
-    """float32 [size, size, 3] in 0..255: the shade further from the ink, with a texture that is the same for all materials."""
+    """float32 [size, size, 3] in 0..255: the shade further from the ink, perhaps with the material's texture."""
     shade = max(_SHADES[material], key=lambda c: abs(float(np.dot((0.299, 0.587, 0.114), c - ink))))
     pixels = np.broadcast_to(np.asarray(shade, np.float32), (size, size, 3))
-    return pixels + (4 * _clouds(size, rng, 6) + 3 * _clouds(size, rng, size // 2))[:, :, None] if texture else pixels
+    return (pixels + _texture(material, size, rng)[:, :, None]).astype(np.float32) if texture else pixels
 
 
-def _clouds(size: int, rng: np.random.Generator, cells: int) -> np.ndarray:
-    """Smooth noise of unit deviation from a grid of cells x cells [size, size]."""
-    grid = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
-    found = np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
-    return found / (found.std() + 1e-6)
+def _texture(material: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Differences of brightness [size, size]."""
+
+    def clouds(rows: int, columns: int = 0) -> np.ndarray:
+        """Smooth noise of unit deviation from a grid."""
+        grid = Image.fromarray(rng.standard_normal((rows, columns or rows)).astype(np.float32))
+        found = np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
+        return found / (found.std() + 1e-6)
+
+    y, x = np.mgrid[:size, :size]
+    if material == "paper":
+        return 4 * clouds(6) + 3 * clouds(size // 2)
+    if material == "wood":
+        rings = np.sin(2 * math.pi * (14 * np.linspace(0, 1, size)[:, None] + 0.7 * clouds(5, 3)))
+        return 6 * rings + 4 * clouds(size // 2, 6)
+    if material == "stone":
+        return sum((6.0 / (k + 1) * clouds(n) for k, n in enumerate((6, 24, 96))), np.zeros((size, size)))
+    if material == "metal":
+        sheen = 8 * np.sin(np.linspace(0, 2 * math.pi, size) + rng.uniform(0, 6))[None]
+        return sheen + 4 * clouds(size, 8)
+    if material == "cloth":
+        return 3 * (np.sin(x * (2 * math.pi / 6)) + np.sin(y * (2 * math.pi / 6))) + 5 * clouds(4)
+    high, wide, mortar = size // 10, size // 5, max(size // 128, 1)
+    row = y // high
+    shifted = x + (row % 2) * (wide // 2)
+    tint = rng.uniform(-6, 6, (row.max() + 1, shifted.max() // wide + 1))
+    bricks = np.where((y % high < mortar) | (shifted % wide < mortar), 16, tint[row, shifted // wide])
+    return bricks + 3 * clouds(size // 3)

@@ -95,8 +95,12 @@ def sheet(records: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -
     return page
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table, and the empty line behind it."""
-    cells = [head, ["---"] * len(head), *rows]
-    lines = (" | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) for row in cells)
-    return "".join(f"| {line} |\n" for line in lines) + "\n"
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table with the rows' keys as its head, and the empty line behind it; "" without rows."""
+
+    def cell(value: Any) -> str:
+        text = f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value)
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    cells = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
+    return "".join(f"| {' | '.join(map(cell, row))} |\n" for row in cells) + "\n" * bool(rows)

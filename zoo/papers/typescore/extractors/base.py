@@ -67,23 +67,19 @@ class TextExtractor(Protocol):
     @property
     def batch(self) -> int:
         """How many images are worth handing over at once."""
-        ...
 
     def version(self) -> str:
         """Of all that decides what is read from an image, beside the fields."""
-        ...
 
     def check(self) -> None:
         """UserError when something that reading needs is missing: a package, a key."""
-        ...
 
     def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
-        """One extraction per image, in order. An image that cannot be read is one with an error.
+        """One extraction per image, in order; one with an error where it cannot be read.
 
         `keep` is called with each as it is done, in any order, so that a call that is stopped loses none. Raises Passing
         where a service is out of order.
         """
-        ...
 
 
 def aside(default: Any) -> Any:
@@ -92,15 +88,11 @@ def aside(default: Any) -> Any:
 
 
 def describe(extractor: Any) -> dict[str, Any]:
-    """Name, version, the fields that decide what is read, and the prompt if there is one: JSON values for every record.
-
-    Scores compare only where these are equal.
-    """
+    """Name, version, the fields that decide what is read, and the prompt if there is one: scores compare only where these are equal."""
     decide = [f.name for f in dataclasses.fields(extractor) if not f.metadata.get("aside", False)]
-    config = {name: getattr(extractor, name) for name in decide}
-    prompt = getattr(extractor, "prompt", None)
-    found = {"name": extractor.name, "version": extractor.version(), "config": config}
-    return found if prompt is None else {**found, "prompt": prompt}
+    found = {"name": extractor.name, "version": extractor.version()}
+    found["config"] = {name: getattr(extractor, name) for name in decide}
+    return found | ({"prompt": extractor.prompt} if hasattr(extractor, "prompt") else {})
 
 
 def need_packages(what: str, *packages: str) -> None:
@@ -199,15 +191,13 @@ def shorten(text: str) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
-def failed(error: BaseException | str, seconds: float = 0.0) -> Extraction:
+def failed(error: BaseException | str) -> Extraction:
     """The record of an image that could not be read."""
-    if isinstance(error, BaseException):
-        error = f"{type(error).__name__}: {error}"
-    return Extraction("", seconds=seconds, error=shorten(error))
+    return Extraction("", error=shorten(error if isinstance(error, str) else f"{type(error).__name__}: {error}"))
 
 
 def each(
-    images: Sequence[Image.Image], read: Callable[[Image.Image], Extraction], keep: Keep | None = None
+    images: Sequence[Image.Image], read: Callable[[Image.Image], Extraction], keep: Keep | None
 ) -> list[Extraction]:
     """`read` on one image after another, timed; what it raises becomes that image's error."""
     found = []

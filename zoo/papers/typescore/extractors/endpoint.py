@@ -21,7 +21,7 @@ import random
 import re
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Literal
@@ -43,6 +43,7 @@ _LARGEST, _ERROR_LARGEST, _ERROR_S = (
     1 << 16,
     5.0,
 )  # bytes of an answer; of one that tells of an error, and its time
+_ADDRESS = re.compile(r"https?://(\[[\da-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[^\s?#@]*)?", re.ASCII | re.IGNORECASE)
 _AGAIN = {408, 425, 429}  # and 5xx
 _SHUT = {401, 403}  # no other image will be let in either
 
@@ -76,7 +77,7 @@ class Http:
 
     Tried again after HTTP 408, 425, 429 and 5xx, time limits and broken connections; waits grow twofold, and a Retry-After of the
     server's is kept to as far as `total_s` allows. Redirects are not followed: they would carry the key elsewhere. Where eight
-    images in a row fail by such faults or by HTTP 401 and 403, the call ends with Passing: what has been read is kept by then.
+    images in a row fail so, or by HTTP 401 and 403, the call ends with Passing: what has been read is kept by then.
 
     An answer that repeats the key is an error, and never altered: what a picture says decides its score. Keys under 16
     characters, or of letters only, may be a picture's own words ("EMPTY", "password") and are let stand in readings.
@@ -98,8 +99,8 @@ class Http:
     name: ClassVar[str] = "http"
     prompt: ClassVar[str] = PROMPT
     replaced: ClassVar[dict[str, str]] = {
-        "backoff_s": "waits grow from a second, or as the server asks; set retries and total_s",
-        "longest_wait_s": "waits grow to half a minute, or as the server asks; set retries and total_s",
+        "backoff_s": "waits grow from a second, or are what the server asks for; set retries and total_s",
+        "longest_wait_s": "waits grow to half a minute, or are what the server asks for; set retries and total_s",
         "give_up": "after eight failures in a row the run stops with exit code 3, and the same command goes on",
         "max_bytes": "answers may have 4 MB; set max_tokens",
     }
@@ -107,17 +108,12 @@ class Http:
     def __post_init__(self) -> None:
         check_fields(self, f"extractor {self.name}: ")
         # nothing is shown that may hold a secret: a key in place of its name, a password in an address
-        if self.api_key_env and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.api_key_env):
+        if not re.fullmatch(r"([A-Z_][A-Z0-9_]{0,63})?", self.api_key_env):
             raise UserError(
                 "extractor http: api_key_env is no name of an environment variable in capitals; put the key into a variable, "
                 "and give the variable's name, such as api_key_env=VISION_API_KEY"
             )
-        plain = re.fullmatch(
-            r"https?://[\w.-]+(:\d{1,5})?(/[^\s?#@]*)?|https?://\[[\da-f:]+\](:\d{1,5})?(/[^\s?#@]*)?",
-            self.base_url,
-            re.ASCII | re.IGNORECASE,
-        )
-        if self.base_url and (not plain or self.base_url.rstrip("/").endswith("/chat/completions")):
+        if self.base_url and (not _ADDRESS.fullmatch(self.base_url) or "/chat/completions" in self.base_url):
             raise UserError(
                 "extractor http: base_url is no plain address; give http:// or https://, the host and the path before "
                 "/chat/completions, such as http://127.0.0.1:8000/v1, without a name, a password or a query"
@@ -140,16 +136,16 @@ class Http:
         _key(self.api_key_env)
 
     def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
-        return self._all(images, [PROMPT] * len(images), True, keep)
+        return self._all(images, [PROMPT] * len(images), clean, keep)
 
     def ask(
         self, images: Sequence[Image.Image], questions: Sequence[str], keep: Keep | None = None
     ) -> list[Extraction]:
         """A question on each image; the answers as they come."""
-        return self._all(images, questions, False, keep)
+        return self._all(images, questions, str.strip, keep)
 
     def _all(
-        self, images: Sequence[Image.Image], questions: Sequence[str], cleaned: bool, keep: Keep | None
+        self, images: Any, questions: Sequence[str], cleaned: Callable[[str], str], keep: Keep | None
     ) -> list[Extraction]:
         self.check()
         return asyncio.run(self._together(images, questions, cleaned, keep, _key(self.api_key_env)))
@@ -160,7 +156,7 @@ class Http:
         return []
 
     async def _together(
-        self, images: Sequence[Image.Image], questions: Sequence[str], cleaned: bool, keep: Keep | None, key: str
+        self, images: Any, questions: Sequence[str], cleaned: Callable[[str], str], keep: Keep | None, key: str
     ) -> list[Extraction]:
         import aiohttp
 
@@ -178,7 +174,7 @@ class Http:
                 start, theirs, answer = time.monotonic(), False, ""
                 try:
                     answer = await self._tries(session, self._body(images[i], questions[i]), key)
-                    found = Extraction(clean(answer) if cleaned else answer.strip(), raw=answer)
+                    found = Extraction(cleaned(answer), raw=answer)
                 except _Fault as fault:
                     found, theirs = failed(str(fault)), fault.theirs
                 except Exception as error:  # a broken image, or a fault nobody thought of: no image may stop the others
@@ -198,11 +194,9 @@ class Http:
                     elif theirs:  # failures of other kinds, such as a broken image, tell nothing of the endpoint
                         self._lost.append(str(found[i].error))
                     if len(self._lost) >= _GIVE_UP:
-                        last = self._lost[-1]
-                        self._lost.clear()
                         raise Passing(
-                            f"the endpoint failed {_GIVE_UP} images in a row, the last by: {last}; what was read is kept: see to "
-                            "the endpoint, and the same command goes on"
+                            f"the endpoint failed {_GIVE_UP} images in a row, the last by: {self._lost.pop()}; what was read is kept: "
+                            "see to the endpoint, and the same command goes on"
                         )
             finally:
                 for task in tasks:

@@ -13,19 +13,8 @@ import numpy as np
 from PIL import Image
 
 from zoo.fields import Share, check_fields
-from zoo.papers.typescore.extractors.base import (
-    REVISION,
-    TEXT_CHUNK,
-    Extraction,
-    Keep,
-    Line,
-    Threads,
-    aside,
-    each,
-    failed,
-    need_packages,
-    text_of,
-)
+from zoo.papers.typescore.extractors import base
+from zoo.papers.typescore.extractors.base import REVISION, TEXT_CHUNK, Extraction, Keep, Line
 
 
 @dataclass(frozen=True)
@@ -50,19 +39,19 @@ class Oracle:
         def read(image: Image.Image) -> Extraction:
             text = image.info.get(TEXT_CHUNK)
             if not isinstance(text, str):
-                return failed(
+                raise ValueError(
                     f"the image has no text chunk {TEXT_CHUNK!r}: the oracle reads only what zoo has rendered"
                 )
             return Extraction(str(text))
 
-        return each(images, read, keep)
+        return base.each(images, read, keep)
 
 
 @dataclass(frozen=True)
 class RapidOcr:
     """RapidOCR (the extra `typescore`), whose networks lie in its wheel: needs no network access and repairs no words."""
 
-    threads: Threads = aside(2)  # of one operation, on the CPU
+    threads: base.Threads = base.aside(2)  # of one operation, on the CPU
     least_score: Share = 0.5  # lines with less confidence are left out; 0 to 1
     upside_down: bool = True  # whether text that is upside down is turned
 
@@ -82,7 +71,7 @@ class RapidOcr:
 
     def check(self) -> None:
         # onnxruntime is no dependency of rapidocr's, which asks for it only when it reads
-        need_packages(f"extractor {self.name}", "onnxruntime", "rapidocr")
+        base.need_packages(f"extractor {self.name}", "onnxruntime", "rapidocr")
 
     def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
         self.check()
@@ -98,9 +87,9 @@ class RapidOcr:
                 Line(str(text), tuple((float(x), float(y)) for x, y in box), float(score))
                 for text, box, score in zip(texts, boxes, found.scores)
             )
-            return Extraction(text_of(lines), lines)
+            return Extraction(base.text_of(lines), lines)
 
-        return each(images, read, keep)
+        return base.each(images, read, keep)
 
 
 def as_read(boxes: np.ndarray, upside_down: bool) -> np.ndarray:
