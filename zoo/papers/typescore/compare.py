@@ -186,7 +186,8 @@ def load_all(names: Sequence[str]) -> list[Result]:
     first, *others = found
     wanted = {record["id"]: record["wanted"] for record in first.records}
     for other in others:
-        unlike = files.differences(*({k: v for k, v in one.setting.items() if k not in _OWN} for one in (first, other)))
+        mine, theirs = ({k: v for k, v in one.setting.items() if k not in _OWN} for one in (first, other))
+        unlike = files.differences(mine, theirs)
         texts = {record["id"]: record["wanted"] for record in other.records if record["id"] in wanted}
         unlike += files.differences({name: wanted[name] for name in texts}, texts, "text")
         if unlike:
@@ -303,7 +304,7 @@ def agreement(path: str, results: Sequence[Result], resamples: int = 1000, seed:
         ]
 
     kinds = _KINDS if rated else {"pair_accuracy": _preferred}
-    out = {"judgements": len(rows) - left_out, "left_out": left_out, "instructions": len(ids)}
+    out: dict[str, Any] = {"judgements": len(rows) - left_out, "left_out": left_out, "instructions": len(ids)}
     out |= figures(lambda pick: (x[pick], y[pick]), kinds)
     if len(labels) > 1:
         both = zip(labels, *means(np.arange(len(x))))

@@ -204,9 +204,11 @@ class TypeScore:
         """
         instructions = self.instructions()
         folder = Path(self.images)
-        if not self.images or not folder.is_dir():
-            raise UserError(f"images={self.images} is no folder; name the one that holds {{id}}_{{k}}.png, images=DIR")
-        found = find(folder, instructions)
+        way = "name the folder that holds {id}_{k}.png, images=DIR"
+        with files.reading(f"images={self.images}", way):
+            if not self.images or not folder.is_dir():
+                raise UserError(f"images={self.images} is no folder; {way}")
+            found = find(folder, instructions)
         there = {one.instruction.id for one in found}
         lacking = [one.id for one in instructions if one.id not in there]
         if not there:
@@ -329,7 +331,7 @@ class TypeScore:
             _log.info("typescore: %d pictures have been read before, %d are left", before, len(found) - before)
         todo = sorted(found, key=lambda one: readings.failed(one.key))
         size = max(int(self.extractor.batch), 1)
-        records = {}
+        records: dict[str, Record] = {}
         for start in tqdm(range(0, len(todo), size), unit_scale=size, disable=None):
             records |= {record["image"]: record for record in self._judged(todo[start : start + size], readings)}
         return [records[one.key.image] for one in found]

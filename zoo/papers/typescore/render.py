@@ -118,7 +118,8 @@ def corrupt(text: str, corruption: Corruption, rng: np.random.Generator) -> str:
         other = _other(letters[i], char.random())  # drawn for all, so that their number does not decide which
         if k in chosen:
             letters[i] = other
-    before, behind = [], []
+    before: list[str] = []
+    behind: list[str] = []
     rounding = surplus.random()
     for _ in range(math.floor(len(wanted) * corruption.p_surplus + rounding)):
         front, own, which = surplus.random(3)

@@ -74,7 +74,7 @@ def thumbnail(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def sheet(records: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> Image.Image:
+def sheet(records: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> Image.Image:
     """The first 16 images, each with its score, what was wanted and what was read below it."""
     font: Any = ImageFont.load_default(13)
     side, line, lines = 224, 16, 6

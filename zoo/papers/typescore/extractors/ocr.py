@@ -123,7 +123,7 @@ def _rapidocr(threads: int, least_score: float, upside_down: bool) -> Any:
 
         def cls_and_rotate(self, crops: list[np.ndarray]) -> tuple[list[np.ndarray], Any]:
             _, said = super().cls_and_rotate(crops)
-            self._doubtful = any("180" in str(label) for label, _ in said.cls_res)
+            self._doubtful = any("180" in str(label) for label, _ in said.cls_res or ())
             return crops, said
 
         def recognize_txt(self, crops: list[np.ndarray]) -> Any:
