@@ -1,6 +1,8 @@
 """Folders of pictures scored and calibrated: means, resuming, refusals, the page, the command line."""
 
+import base64
 import dataclasses
+import hashlib
 import html.parser
 import json
 import os
@@ -251,6 +253,8 @@ def test_the_page_stands_alone_and_lets_nothing_through(folder: Path) -> None:
     assert "http" not in text.replace("http-equiv", "")
     assert not [key for _, key, _ in page.attributes if key.startswith("on") or key == "style"]
     assert "default-src 'none'" in text
+    for body in re.findall(r"<style>(.*?)</style>|<script>(.*?)</script>", text, re.DOTALL):  # none but these may run
+        assert base64.b64encode(hashlib.sha256("".join(body).encode()).digest()).decode() in text
     kinds = [value for tag, key, value in page.attributes if tag == "article" and key == "data-kind"]
     assert (len(kinds), kinds.count("failed")) == (12, 1)
     assert "Not read: t-1_0.png cannot be opened" in page.text
