@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import email.utils
@@ -108,6 +109,13 @@ def test_good_answers(act: Act, text: str, stub: Stub) -> None:
     stub.script = [act]
     found = client(stub).extract([picture("x")])[0]
     assert (found.text, found.error) == (text, None)
+
+
+def test_a_notebook_whose_loop_runs_may_read_too(stub: Stub) -> None:
+    async def cell() -> str:
+        return client(stub).extract([picture("open")])[0].text
+
+    assert asyncio.run(cell()) == "open"
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"

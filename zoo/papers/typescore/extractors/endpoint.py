@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import email.utils
 import functools
@@ -148,7 +149,13 @@ class Http:
         self, images: Any, questions: Sequence[str], cleaned: Callable[[str], str], keep: Keep | None
     ) -> list[Extraction]:
         self.check()
-        return asyncio.run(self._together(images, questions, cleaned, keep, _key(self.api_key_env)))
+        work = self._together(images, questions, cleaned, keep, _key(self.api_key_env))
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(work)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # in a notebook, whose own loop runs in this thread
+            return pool.submit(asyncio.run, work).result()
 
     @functools.cached_property
     def _lost(self) -> list[str]:
