@@ -34,7 +34,7 @@ from zoo.rewards import LetterShare
 INSIDE = {
     "zoo.commands": "",
     "zoo.data.documents zoo.data.prepare zoo.data.prepare_text zoo.data.records zoo.data.sources zoo.data.vocabulary": "",
-    "zoo.models zoo.task zoo.train.step zoo.weights zoo.nn zoo.papers.typescore.results zoo.papers.typescore.extractors.cache": "",
+    "zoo.models zoo.task zoo.train.step zoo.weights zoo.nn": "",
     "zoo.data.images": "Encoded Files",
     "zoo.data.latents": "_Bucket _Example",
     "zoo.data.series": "Part",
@@ -48,16 +48,15 @@ INSIDE = {
     "zoo.metrics.frechet": "Moments",
     "zoo.metrics.samples": "Drawer",
     "zoo.papers.tada": "Dynamics",
-    "zoo.papers.typescore.coarse": "Clip Coarse",
-    "zoo.papers.typescore.evaluate": "File",
+    "zoo.papers.typescore.compare": "Result",
     "zoo.papers.typescore.extractors.base": "Extraction Line",
     "zoo.papers.typescore.instructions": "Instruction",
-    "zoo.papers.typescore.score": "Normalisation",
+    "zoo.papers.typescore.metric": "Normalisation",
 }
 # Texts of any content, or of more than a list of words says.
 WORDS = {
     "data_dir", "images", "labels", "series", "delimiter", "tokenizer", "aspect", "split", "out", "features", "reference", "workdir",
-    "wanted", "cache", "clip", "human", "lang", "base_url", "model", "api_key_env", "revision", "device", "classes", "results", "truth",
+    "wanted", "other", "human", "base_url", "model", "api_key_env", "classes", "results", "truth",
     "texts", "words", "template", "network",
 }  # fmt: skip
 NEEDED: dict[str, dict[str, Any]] = {  # of what has no default

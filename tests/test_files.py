@@ -21,7 +21,7 @@ from zoo import files
 from zoo.data.prepare import prepare
 from zoo.data.prepare_text import prepare_text
 from zoo.errors import UserError
-from zoo.papers.typescore.files import claim
+from zoo.papers.typescore.evaluate import claim
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(
         "eval",
         "Measure a run, an export, or a config whose weights are all given; or CONFIG alone, which says what it measures, "
-        "such as configs/typescore/rapidocr.py.",
+        "such as those that `zoo list` marks with zoo eval CONFIG.",
         "MODEL",
         "METRIC?",
         fields="fields of the metric, e.g. draws=16; data=PATH for other data, data.FIELD=value for fields of the run's data; ema=WIDTH "
@@ -481,7 +481,7 @@ def _eval(args: argparse.Namespace) -> int:
         return 1 if found.get("failed") or found.get("unanswered") else 0
     from zoo import config, dist, metrics, models
     from zoo.draws import Use, key_of
-    from zoo.task import Metric, check_needs, sampling
+    from zoo.task import Measures, Metric, check_needs, sampling
 
     known = metrics.named()
     if args.metric in known:
@@ -489,7 +489,7 @@ def _eval(args: argparse.Namespace) -> int:
     elif args.metric.partition(":")[0].endswith(".py") or args.metric.partition(":")[0] in config.shipped():
         metric = config.load(args.metric)
         if not isinstance(metric, Metric):
-            way = f"; write zoo eval {args.metric}" if hasattr(metric, "standalone") else ""
+            way = f"; write zoo eval {args.metric}" if isinstance(metric, Measures) else ""
             raise UserError(f"{args.metric} holds a {type(metric).__name__}, which is no metric of models{way}")
     else:
         raise UserError(f"no metric {args.metric!r}, nor a config file that defines one; {suggest(args.metric, known)}")
@@ -622,12 +622,6 @@ def _bench(args: argparse.Namespace) -> int:
             "it on one host, outside of the others"
         )
     run = config.load(args.config, args.fields)
-    if hasattr(run, "bench"):
-        _check_json(args.json)
-        figures = run.bench(max(args.rounds, 1))
-        print(json.dumps(figures))
-        _write_json(args.json, figures)
-        return 0
     run = _run(run, args.config)
     against = None if args.against is None else _run(config.load(args.against), args.against)
     _check_json(args.json)

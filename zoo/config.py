@@ -172,6 +172,8 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str, kind: Any = Non
         raise UserError(f"{prefix.rstrip('.')}={node!r} has no fields; set it as a whole")
     names = [f.name for f in dataclasses.fields(node)]
     unknown = [k for k in changes if k not in names]
+    if unknown and (way := getattr(node, "replaced", {}).get(unknown[0])):
+        raise UserError(f"{prefix}{unknown[0]} is gone: {way}")
     if unknown:
         raise UserError(f"no field {prefix}{unknown[0]} in {type(node).__name__}; {suggest(unknown[0], names)}")
     cls: type = type(node)

@@ -141,6 +141,15 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Measures(Protocol):
+    """Needs no model: `zoo eval CONFIG` prints what it finds. Figures under `failed` or `unanswered` that are not 0 end it with 1."""
+
+    def run(self) -> dict[str, Any]:
+        """The figures, as JSON values."""
+        ...
+
+
 # --- abilities ------------------------------------------------------------------------------------
 
 

@@ -5,9 +5,7 @@ zoo eval configs/typescore/calibrate.py:http extractor.base_url=http://127.0.0.1
 """
 
 from zoo.papers.typescore.calibrate import Calibrate
-from zoo.papers.typescore.extractors import Http, RapidOcr, Tesseract, Transformers
+from zoo.papers.typescore.extractors import Http, RapidOcr
 
 config = Calibrate(extractor=RapidOcr())
-tesseract = Calibrate(extractor=Tesseract())
 http = Calibrate(extractor=Http())
-transformers = Calibrate(extractor=Transformers())

@@ -3,7 +3,7 @@
 zoo eval configs/typescore/compare.py results=a-typescore,b-typescore out=FOLDER
     human=FILE.csv           agreement with people; then one result is enough
     truth=a,b                the models, best first, where that is known
-    extractors=true          how far extractors agree on the same models
+    other=FILE.csv           another metric's scores, to compare what it tells apart
 """
 
 from zoo.papers.typescore.compare import Compare

@@ -4,6 +4,6 @@ zoo eval configs/typescore/render.py out=good
 zoo eval configs/typescore/render.py out=worse corruption.p_char=0.1 style_skill=0.5 seed=1
 """
 
-from zoo.papers.typescore.pictures import Render
+from zoo.papers.typescore.render import Render
 
 config = Render()

@@ -394,7 +394,7 @@ def test_a_run_is_measured_by_typescore_while_it_trains_and_after(capsys, root, 
     )
     read = []
 
-    def extract(self, pictures):  # the second image of each prompt is read well, the first one not at all
+    def extract(self, pictures, keep=None):  # the second image of each prompt is read well, the first one not at all
         read.append(pictures)
         return [Extraction("says 0"), Extraction(""), Extraction("says 1"), Extraction("", error="no answer")]
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typescore_list import drawn
-from typescore_stub import Stub
+from typescore_stub import Stub, drawn
 
 
 @pytest.fixture
@@ -25,6 +24,8 @@ def folder(tmp_path: Path) -> Path:
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("zoo.papers.typescore.extractors.endpoint._FIRST_WAIT", 0.005)
+    monkeypatch.setattr("zoo.papers.typescore.extractors.endpoint._LONGEST_WAIT", 0.02)
     server = Stub()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

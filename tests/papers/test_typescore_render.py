@@ -1,29 +1,18 @@
 """Pictures with known faults: shares of faults, ink, colour, place and case as told, notes in the picture, mistakes refused."""
 
 import dataclasses
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
+from typescore_stub import LIST, listed
 
 from zoo.errors import UserError
+from zoo.papers.typescore.extractors.base import TEXT_CHUNK
 from zoo.papers.typescore.instructions import Instruction
-from zoo.papers.typescore.render import (
-    COLOURS,
-    ID,
-    STYLE,
-    STYLES,
-    TEXT,
-    Corruption,
-    corrupt,
-    plain,
-    render,
-    save,
-    save_all,
-)
+from zoo.papers.typescore.render import COLOURS, STYLES, Corruption, Render, corrupt, drawn_style, plain, render, save
+from zoo.papers.typescore.style import lab
 
 LONG = "The kettle is on, bread costs 4 pennies and Nora's Inn opens at 18 hours for all who sailed on HMS Plover today"
 SIZE = 256
@@ -51,15 +40,6 @@ def centre(mask: np.ndarray) -> tuple[float, float]:
     return (x.min() + x.max() + 1) / 2 / mask.shape[1], (y.min() + y.max() + 1) / 2 / mask.shape[0]
 
 
-def lab(colour: Sequence[float] | np.ndarray) -> np.ndarray:
-    """CIE Lab of red, green, blue in 0..255, white as of D65."""
-    c = np.asarray(colour, np.float64) / 255
-    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
-    f = np.cbrt(xyz / [0.9505, 1.0, 1.089])
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
-
-
 # --- faults ---------------------------------------------------------------------------------------
 
 
@@ -78,14 +58,6 @@ def test_letters_are_replaced_by_their_share(share: float) -> None:
     for a, b in changed:
         assert a.casefold() != b.casefold()
         assert (a.isdigit(), a.isupper(), a.islower()) == (b.isdigit(), b.isupper(), b.islower())
-
-
-def test_shares_of_short_texts_are_met_on_average() -> None:
-    found = [corrupt("ab c", Corruption(p_char=0.2), rng(s)) for s in range(600)]
-    assert sum(a != b for t in found for a, b in zip("ab c", t)) / 600 == pytest.approx(0.6, abs=0.06)
-    assert np.mean(
-        [len(corrupt("a b c", Corruption(p_drop=0.4), rng(s)).split()) for s in range(600)]
-    ) == pytest.approx(1.8, abs=0.06)
 
 
 def test_more_of_the_same_faults() -> None:
@@ -113,11 +85,6 @@ def test_surplus_words_leave_the_text_in_one_piece() -> None:
         assert abs(len(found.split()) - 1.4 * len(LONG.split())) < 1
 
 
-def test_faults_of_one_kind_do_not_move_those_of_another() -> None:
-    both = corrupt(LONG, Corruption(p_char=0.3, p_surplus=0.3), rng(4))
-    assert corrupt(LONG, Corruption(p_char=0.3), rng(4)) in both
-
-
 # --- pictures -------------------------------------------------------------------------------------
 
 
@@ -132,24 +99,13 @@ def test_a_picture_follows_from_its_arguments() -> None:
     assert render(wanted(id="x-2"), faults, 0.5, seed=3, size=SIZE).tobytes() != one.tobytes()
 
 
-@pytest.mark.parametrize("text", [LONG, "Café Größe Ωmega Привет “ja” – 5 €"])
-def test_notes_travel_with_the_file(tmp_path: Path, text: str) -> None:
-    picture = render(wanted(text, colour="red", placement="top", mood="grim"), seed=1, size=SIZE)
+def test_notes_travel_with_the_file(tmp_path: Path) -> None:
+    picture = render(wanted("Café Größe Ωmega Привет “ja” – 5 €", mood="grim"), seed=1, size=SIZE)
     save(picture, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as opened:
         opened.load()
         assert opened.tobytes() == picture.tobytes()
-        assert opened.info[TEXT] == text
-        assert opened.info[ID] == "x-1"
-        assert json.loads(opened.info[STYLE]) == {"colour": "red", "placement": "top"}
-
-
-def test_the_note_is_the_text_with_its_faults() -> None:
-    for case, change in (("capitals", str.upper), ("lowercase", str.lower)):
-        found = render(wanted(case=case), Corruption(p_char=0.2), size=SIZE).info[TEXT]
-        assert found == change(found)
-        assert found.casefold() != LONG.casefold()
-        assert len(found) == len(LONG)
+        assert opened.info[TEXT_CHUNK] == "Café Größe Ωmega Привет “ja” – 5 €"
 
 
 @pytest.mark.parametrize("colour", COLOURS)
@@ -191,115 +147,52 @@ def test_no_text_is_clipped(font: str, rotation: float) -> None:
         assert len(rows) > 1000  # and it is there
 
 
-def test_all_letters_are_drawn() -> None:
-    """Ink of a whole text is that of its words, drawn one by one in the same size: none is cut or left out."""
-    words = LONG.split()
-    dark = [float((255 - np.asarray(plain(t, points=14).convert("L"), np.float64)).sum()) for t in (LONG, *words, ".")]
-    ground = float((255 - np.asarray(plain("", points=14).convert("L"), np.float64)).sum())
-    assert dark[0] - ground == pytest.approx(sum(d - ground for d in dark[1:-1]), rel=0.02)
+STYLE = {
+    "font": "serif",
+    "colour": "blue",
+    "weight": "bold",
+    "case": "capitals",
+    "placement": "top",
+    "material": "wood",
+}
 
 
 def test_style_and_faults_are_independent() -> None:
-    style = {
-        "font": "serif",
-        "colour": "blue",
-        "weight": "bold",
-        "case": "capitals",
-        "placement": "top",
-        "material": "wood",
-    }
-    clean, faulty = (render(wanted(**style), Corruption(p), 0.5, seed=2, size=SIZE) for p in (0, 0.3))
-    assert clean.info[STYLE] == faulty.info[STYLE]
+    clean, faulty = (render(wanted(**STYLE), Corruption(p), 0.5, seed=2, size=SIZE) for p in (0, 0.3))
     assert np.array_equal(np.asarray(clean)[-8:], np.asarray(faulty)[-8:])  # the ground with its noise too
-    one, other = (render(wanted(**style), Corruption(0.2), skill, seed=2, size=SIZE) for skill in (0, 1))
-    assert one.info[TEXT].casefold() == other.info[TEXT].casefold()
-    assert json.loads(one.info[STYLE]) == {}
-    assert json.loads(other.info[STYLE]) == style
+    one, other = (render(wanted(**STYLE), Corruption(0.2), skill, seed=2, size=SIZE) for skill in (0, 1))
+    assert one.info[TEXT_CHUNK].casefold() == other.info[TEXT_CHUNK].casefold()
+    assert one.tobytes() != other.tobytes()
 
 
 def test_skill_is_the_share_of_attributes_honoured() -> None:
-    style = {
-        "font": "serif",
-        "colour": "blue",
-        "weight": "bold",
-        "case": "capitals",
-        "placement": "top",
-        "material": "wood",
-    }
-    honoured = [
-        set(json.loads(render(wanted("", **style), style_skill=skill, seed=s, size=64).info[STYLE]))
-        for skill in (0.3, 0.7)
-        for s in range(80)
-    ]
-    assert sum(map(len, honoured[:80])) / 480 == pytest.approx(0.3, abs=0.07)
-    assert sum(map(len, honoured[80:])) / 480 == pytest.approx(0.7, abs=0.07)
-    assert all(low <= high for low, high in zip(honoured[:80], honoured[80:]))  # more skill honours the same and more
+    def honoured(skill: float, seed: int) -> set[str]:
+        return {name for name, value in drawn_style(STYLE, skill, rng(seed)).items() if STYLE[name] == value}
+
+    low, high = ([honoured(skill, seed) for seed in range(80)] for skill in (0.3, 0.7))
+    assert sum(map(len, low)) / 480 == pytest.approx(0.3, abs=0.07)
+    assert sum(map(len, high)) / 480 == pytest.approx(0.7, abs=0.07)
+    assert all(few <= more for few, more in zip(low, high))  # more skill honours the same and more
+    assert drawn_style({"colour": "mauve"}, 1, rng())["colour"] in COLOURS  # an unknown value is passed over
 
 
-def test_materials_and_weights_look_different() -> None:
-    seen = {plain("Open", material=m, texture=True, size=SIZE).tobytes() for m in STYLES["material"]}
-    assert len(seen) == len(STYLES["material"])
-    strokes = [ink(plain("Open", weight=w, size=SIZE))[0].sum() for w in ("bold", "regular")]
-    assert strokes[0] > 1.2 * strokes[1]
-
-
-def test_noise_and_texture_are_as_told() -> None:
-    flat, noisy = (np.asarray(plain("", noise=n, size=SIZE), np.float64) for n in (0, 20))
-    assert flat.std((0, 1)).max() == 0
-    assert (noisy - flat).std() == pytest.approx(20, rel=0.35)  # light grounds are clipped at white
-
-
-def test_nothing_is_drawn_of_an_empty_text() -> None:
-    picture = render(wanted("word"), Corruption(p_drop=1), size=64)
-    assert picture.info[TEXT] == ""
-
-
-def test_a_font_file_may_be_named(tmp_path: Path) -> None:
-    file = ImageFont.load_default(12).font_bytes
-    (tmp_path / "own.ttf").write_bytes(file)
-    assert plain("Open", font=str(tmp_path / "own.ttf"), size=SIZE).tobytes() == plain("Open", size=SIZE).tobytes()
-
-
-def test_a_folder_of_pictures(tmp_path: Path) -> None:
-    paths = save_all([wanted("Open"), wanted("Shut", id="x-2")], tmp_path / "new", each=2, size=64)
-    assert [p.name for p in paths] == ["x-1_0.png", "x-1_1.png", "x-2_0.png", "x-2_1.png"]
-    pixels = []
-    for path, text in zip(paths, ("Open", "Open", "Shut", "Shut")):
-        with Image.open(path) as picture:
-            assert picture.info[TEXT] == text
-            pixels.append(picture.tobytes())
-    assert len(set(pixels)) == 4
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ({"style_skill": 1.5}, "style_skill=1.5: give a number from 0 to 1"),
-        ({"seed": -1}, "seed=-1: give a whole number"),
-        ({"size": 10}, "size=10: .*64 or more"),
-    ],
-)
-def test_mistakes_of_rendering(arguments: dict[str, float], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        render(wanted("Open"), **arguments)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ({"colour": "rad"}, "colour='rad' is not known; did you mean 'red'"),
-        ({"material": "mud"}, "material='mud' is not known"),
-        ({"font": "serf"}, "font='serf' .*did you mean 'serif'"),
-        ({"points": 0}, "points=0: give a size"),
-        ({"text": "a word " * 4000}, "a text of .* characters finds no room"),
-        ({"text": "茶"}, r"no font at hand shows '茶' \(U\+8336\)"),
-    ],
-)
-def test_mistakes_of_plain_pictures(arguments: dict[str, object], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        plain(**{"text": "Open", "size": SIZE, **arguments})  # type: ignore[arg-type]
-
-
-def test_a_value_of_style_that_is_not_known_is_passed_over() -> None:
-    asked = dataclasses.replace(wanted("Open"), style={"colour": "mauve", "material": "ice"})
-    assert json.loads(render(asked, size=64).info[STYLE]) == {}
+def test_pictures_in_a_folder_are_drawn_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "deep" / "made"
+    bad = dataclasses.replace(LIST[1], text="茶", pieces=("茶",))
+    listed(tmp_path / "wanted.jsonl", [LIST[0], bad])
+    made = Render(str(out), str(tmp_path / "wanted.jsonl"), size=64, each=2)
+    with pytest.raises(UserError, match="no font at hand shows '茶'"):
+        made.run()
+    with pytest.raises(UserError, match=r"a text of .* characters finds no room"):
+        plain("a word " * 4000, size=SIZE)
+    assert not out.exists()
+    listed(tmp_path / "wanted.jsonl", LIST[:2])
+    assert made.run() == {"pictures": 4, "instructions": 2, "out": str(out)}
+    assert sorted(path.name for path in out.iterdir()) == ["t-0_0.png", "t-0_1.png", "t-1_0.png", "t-1_1.png"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["made"]
+    assert len({path.read_bytes() for path in out.iterdir()}) == 4
+    with pytest.raises(UserError, match="is there and not empty; name a new folder"):
+        made.run()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert dataclasses.replace(made, out=".").run()["pictures"] == 4

@@ -1,9 +1,9 @@
-"""An endpoint of every fault, and pictures that carry their text, for the tests of TypeScore's extractors."""
+"""An endpoint of every fault, a short list with pictures, and extractors that read them, for the tests of TypeScore."""
 
 from __future__ import annotations
 
 import base64
-import contextlib
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -11,17 +11,18 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
-import pytest
 from PIL import Image, PngImagePlugin
 
-from zoo.papers.typescore.extractors import (
-    TEXT_CHUNK,
-    Http,
-)
+from zoo.papers.typescore.evaluate import TypeScore
+from zoo.papers.typescore.extractors import Extraction, Http, Line, Oracle
+from zoo.papers.typescore.extractors.base import TEXT_CHUNK, aside
+from zoo.papers.typescore.instructions import Instruction, length_bin
+from zoo.papers.typescore.render import plain, save
 
 KEY = "sk-Very+Secret/Key=0123456789"
 
@@ -38,9 +39,6 @@ def picture(text: str, shade: int = 255) -> Image.Image:
     Image.frombytes("RGB", (8, 8), pixels).save(data, "png", pnginfo=info)
     RENDERS[pixels] = data.getvalue()
     return Image.open(io.BytesIO(data.getvalue()))
-
-
-# ------------------------------------------------------------------------------------------------------------------ endpoint
 
 
 def completion(content: Any, **more: Any) -> bytes:
@@ -86,11 +84,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             script = self.server.script
             act = oracle if not script else script.pop(0) if len(script) > 1 else script[0]
         act(self)
-
-    def do_GET(self) -> None:
-        with self.server.lock:
-            self.server.headers.append(dict(self.headers))
-        self.send(200, completion("followed"))
 
     def send(self, status: int, body: bytes, kind: str | None = "application/json", **headers: str) -> None:
         self.send_response(status)
@@ -175,39 +168,105 @@ def reset(handler: Handler) -> None:
 
 
 def client(stub: Stub, **fields: Any) -> Http:
-    tiny = {"timeout_s": 5.0, "total_s": 10.0, "backoff_s": 0.005, "longest_wait_s": 0.02}
-    return Http(**{"base_url": stub.url, "model": "seer", **tiny, **fields})
+    return Http(**{"base_url": stub.url, "model": "seer", "timeout_s": 5.0, "total_s": 10.0, **fields})
 
 
-def grey(shades: Any, dtype: Any, file: str = "") -> Image.Image:
-    """A grey image of these shades, through a file of the kind `file`."""
-    image = Image.fromarray(np.asarray(shades, dtype))
-    if not file:
-        return image
-    data = io.BytesIO()
-    image.save(data, file)
-    return Image.open(io.BytesIO(data.getvalue()))
+# --- a list, its pictures, and who reads them -------------------------------------------------------
+
+TEXTS = (
+    "Open daily",
+    "Jazz night at nine",
+    "Mind the step",
+    "Fresh bread & butter",
+    "No entry after 8 pm",
+    "Lost? Ask us",
+)
+LIST = [
+    Instruction(
+        f"t-{i}", f'A sign says "{text}".', text, (text,), {"colour": "red", "font": "serif"}, length_bin(text), "shop"
+    )
+    for i, text in enumerate(TEXTS)
+]
 
 
-@contextlib.contextmanager
-def deaf() -> Iterator[int]:
-    """A port at which connections are neither taken nor refused: its queue is full."""
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(socket.socket())
-        server.bind(("127.0.0.1", 0))
-        server.listen(0)
-        for _ in range(4):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(server.getsockname())
-        yield server.getsockname()[1]
+def listed(path: Path, some: Sequence[Instruction]) -> Path:
+    """A file of these instructions."""
+    path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in some))
+    return path
 
 
-def lead_to(monkeypatch: pytest.MonkeyPatch, *ports: int, after: float = 0.0) -> None:
-    """Makes every host's addresses these ports here, told after so many seconds."""
+def drawn(folder: Path) -> Path:
+    """In the folder a list `wanted.jsonl`, and `a`: two pictures of each instruction, of which some have faults."""
+    listed(folder / "wanted.jsonl", LIST)
+    (folder / "a").mkdir()
+    for one in LIST:
+        for k, text in enumerate((one.text, one.text.replace("e", "a"))):
+            save(plain(text, size=64, points=8), folder / "a" / f"{one.id}_{k}.png")
+    return folder
 
-    def getaddrinfo(*_: Any, **__: Any) -> list[Any]:
-        time.sleep(after)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
 
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+def score(folder: Path, images: str = "a", **fields: Any) -> TypeScore:
+    fields = {"extractor": Oracle(), "resamples": 20, **fields}
+    return TypeScore(wanted=str(folder / "wanted.jsonl"), images=str(folder / images), **fields)
+
+
+def line(text: str, box: Sequence[float]) -> Line:
+    left, top, right, bottom = map(float, box)
+    return Line(text, ((left, top), (right, top), (right, bottom), (left, bottom)), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake:
+    """Reads what the renderer drew, with a box around the ink, and answers every question alike; may be stopped after some calls."""
+
+    fails: tuple[str, ...] = aside(())
+    stops_after: int = aside(10**9)
+    answer: str = aside("")  # empty: none
+    read: list[str] = dataclasses.field(default_factory=list, compare=False, metadata={"aside": True})
+    asked: list[str] = dataclasses.field(default_factory=list, compare=False, metadata={"aside": True})
+
+    name: ClassVar[str] = "fake"
+    batch: ClassVar[int] = 2
+
+    def __deepcopy__(self, memo: Any) -> Fake:
+        return self
+
+    def version(self) -> str:
+        return "1"
+
+    def check(self) -> None: ...
+
+    def _stop(self) -> None:
+        if len(self.read) + len(self.asked) >= self.stops_after:
+            raise KeyboardInterrupt
+
+    def extract(self, images: Sequence[Image.Image], keep: Any = None) -> list[Extraction]:
+        found = []
+        for i, image in enumerate(images):
+            self._stop()
+            text = str(image.info[TEXT_CHUNK])
+            self.read.append(text)
+            pixels = np.asarray(image.convert("RGB"), float)
+            far = np.linalg.norm(pixels - np.median(pixels, (0, 1)), axis=-1)
+            y, x = np.nonzero(far > 0.5 * far.max())
+            box = (x.min() - 3, y.min() - 3, x.max() + 4, y.max() + 4)
+            failed = any(word in text for word in self.fails)
+            found.append(Extraction("", error="no answer") if failed else Extraction(text, (line(text, box),)))
+            if keep:
+                keep(i, found[-1])
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked(Fake):
+    """One that answers questions as well, all alike."""
+
+    def ask(self, images: Sequence[Image.Image], questions: Sequence[str], keep: Any = None) -> list[Extraction]:
+        found = []
+        for i, question in enumerate(questions):
+            self._stop()
+            self.asked.append(question)
+            found.append(Extraction(self.answer, error=None if self.answer else "HTTP 500"))
+            if keep:
+                keep(i, found[-1])
+        return found

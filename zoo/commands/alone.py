@@ -7,11 +7,11 @@ from typing import Any
 
 from zoo import config
 from zoo.errors import UserError, suggest
-from zoo.task import Metric
+from zoo.task import Measures, Metric
 
 
 def run(name: str, fields: Sequence[str]) -> dict[str, Any]:
-    """The figures of a config whose value is `standalone` and has a `run`. UserError where `name` is no such config."""
+    """The figures of a config whose value measures by itself. UserError where `name` is no such config."""
     try:
         config.locate(name)
     except UserError:
@@ -26,10 +26,10 @@ def run(name: str, fields: Sequence[str]) -> dict[str, Any]:
     value = config.load(name)
     if isinstance(value, Metric):
         raise UserError(f"{name} holds the metric {value.name}, which measures models; write zoo eval MODEL {name}")
-    if not getattr(value, "standalone", False):
+    if not isinstance(value, Measures):
         raise UserError(
             f"{name} holds a {type(value).__name__}, which measures nothing by itself; write zoo eval MODEL METRIC, or name "
             "a config of what `zoo list` marks with zoo eval CONFIG"
         )
-    found: dict[str, Any] = config.override(value, fields).run()
-    return found
+    made: Measures = config.override(value, fields)
+    return made.run()

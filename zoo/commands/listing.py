@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import config, paths
-from zoo.task import abilities
+from zoo.task import Measures, abilities
 
 _ROOT = Path(__file__).parents[2]  # of the package
 
@@ -25,7 +25,7 @@ def papers() -> list[dict[str, Any]]:
         number = re.search(r"arXiv:(\d{4}\.\d{4,5})", title)
         own = _classes(module)
         tasks = {name: abilities(cls) for name, cls in own.items() if hasattr(cls, "spec") and hasattr(cls, "loss")}
-        tasks |= {name: ["zoo eval CONFIG"] for name, cls in own.items() if getattr(cls, "standalone", False)}
+        tasks |= {name: ["zoo eval CONFIG"] for name, cls in own.items() if issubclass(cls, Measures)}
         found.append({"module": path.stem, "title": title, "arxiv": number.group(1) if number else "", "tasks": tasks})
     return found
 

@@ -208,8 +208,6 @@ class Solvers:
     variance: Positive = 0.25  # mean over the pixels
     out: NotEmpty = "solvers"  # folder of the results
 
-    standalone = True
-
     def __post_init__(self) -> None:
         check_fields(self)
 

@@ -55,8 +55,6 @@ class Learned:
     levels: AtLeast2 = 201
     out: NotEmpty = "learned"  # folder of the results
 
-    standalone = True
-
     def __post_init__(self) -> None:
         check_fields(self)
         if (shape := self.task.spec(1)["image"].shape[1:]) != (1, 1, 2):

@@ -290,8 +290,6 @@ class Mixtures:
     stop: Positive = 1.0  # of the hybrid
     out: NotEmpty = "mixtures"  # folder of the results
 
-    standalone = True
-
     def __post_init__(self) -> None:
         check_fields(self)
 

@@ -7,23 +7,25 @@ a growing share of its letters replaced, and the score of what was read is compa
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from msgspec import Meta
+from PIL import Image
 
 from zoo.errors import UserError
 from zoo.fields import NotEmpty, Seed, Share, Some, check_fields
-from zoo.files import write
-from zoo.papers.typescore.extractors import Cached, RapidOcr, TextExtractor, describe
-from zoo.papers.typescore.files import as_json, as_png, claim, seen, writing
-from zoo.papers.typescore.render import TEXT, Corruption, corrupt, plain
-from zoo.papers.typescore.score import SPEC_VERSION, Normalisation, Parts, batch, typescore
+from zoo.files import sha256, write, writing
+from zoo.papers.typescore.evaluate import READINGS, as_json, claim
+from zoo.papers.typescore.extractors.base import TEXT_CHUNK, Key, Readings, TextExtractor, describe, need_packages
+from zoo.papers.typescore.extractors.ocr import RapidOcr
+from zoo.papers.typescore.metric import SPEC_VERSION, Normalisation, Parts, parts, typescore
+from zoo.papers.typescore.render import Corruption, Pixels, corrupt, plain
+from zoo.papers.typescore.report import markdown
 
 TEXTS = (
     "Fresh bread every morning at 7",
@@ -39,7 +41,6 @@ _STYLES: dict[str, dict[str, Any]] = {
     "clean": {"points": 32},
     "styled": {"font": "handwritten", "points": 30, "rotation": 8, "noise": 20, "texture": True},
 }
-_RESULT = "calibration.json"
 _log = logging.getLogger("zoo")
 
 
@@ -53,27 +54,21 @@ class Calibrate:
     case_sensitive: bool = False  # whether "Open" for "open" is an error
     ignore_punct: bool = False  # whether punctuation is left out of the comparison
     seed: Seed = 0  # of faults and pictures
-    size: Annotated[int, Meta(ge=64, le=2**14)] = 512  # pixels of a picture's side
-    cache: str = ""  # a folder in which readings are kept; empty for none
+    size: Pixels = 512
     out: NotEmpty = "typescore-calibration"  # a folder for the results
 
-    standalone: ClassVar[bool] = True  # `zoo eval` runs it without a model
+    replaced: ClassVar[dict[str, str]] = {"cache": f"readings are kept in {READINGS} of the results; leave it out"}
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not all(text.strip() for text in self.texts):
-            raise UserError("texts holds a blank one; give texts of four words or more")
         for text in self.texts:
             if not Normalisation(self.case_sensitive, self.ignore_punct)(text):
-                raise UserError(
-                    f"texts: {text!r} is nothing without its punctuation; leave ignore_punct out, or give another text"
-                )
+                raise UserError(f"texts: {text!r} is nothing to compare; give texts of four words or more")
         if len(set(self.levels)) < len(self.levels):
             raise UserError(f"levels={self.levels} must be shares from 0 to 1, each once")
 
     def run(self) -> dict[str, Any]:
-        """Writes calibration.json, calibration.md and calibration.png into `out`, in place of older ones of the same setting;
-        returns the first.
+        """Writes calibration.json and calibration.md into `out`, in place of older ones of the same setting; returns the first.
 
         "verdict" is "faithful", "repairs" where a level scores more than 3 points above its text, "misreads" where one scores
         more than 3 below, "repairs and misreads" for both. Failed readings are counted and left out of both sides.
@@ -81,57 +76,38 @@ class Calibrate:
         """
         from tqdm import tqdm
 
+        need_packages("typescore", "rapidfuzz")
         self.extractor.check()
-        out = Path(self.out)
         normalise = Normalisation(self.case_sensitive, self.ignore_punct)
-        about = {
-            "spec_version": SPEC_VERSION,
-            "extractor": describe(self.extractor),
-            "normalisation": dataclasses.asdict(normalise),
-        }
-        setting = {
-            **about,
-            "texts": list(self.texts),
-            "levels": list(self.levels),
-            "styles": _STYLES,
-            "seed": self.seed,
-            "size": self.size,
-        }
-        jobs = [(style, level, i) for style in _STYLES for level in self.levels for i in range(len(self.texts))]
-        rows = []
-        with (
-            claim(out, setting, "a calibration"),
-            tqdm(total=len(jobs), unit=" images", disable=not seen(), file=sys.stderr) as bar,
-        ):
-            reader: Any = Cached(self.extractor, self.cache) if self.cache else self.extractor
-            size = max(int(reader.batch), 1)
-            for start in range(0, len(jobs), size):
+        about = {"spec_version": SPEC_VERSION, "extractor": describe(self.extractor)}
+        about["normalisation"] = dataclasses.asdict(normalise)
+        own = {name: getattr(self, name) for name in ("texts", "levels", "seed", "size")}
+        setting = {**about, **own, "styles": _STYLES}
+        jobs = list(itertools.product(_STYLES, self.levels, range(len(self.texts))))
+        rows, out, size = [], Path(self.out), max(int(self.extractor.batch), 1)
+        with claim(out, setting, "a calibration"):
+            readings = Readings(out / READINGS)
+            for start in tqdm(range(0, len(jobs), size), disable=None):
                 some = jobs[start : start + size]
                 pictures = [self.picture(*job) for job in some]
-                for (style, level, i), picture, read in zip(some, pictures, reader.extract(pictures), strict=True):
-                    drawn = picture.info[TEXT]
-                    rows.append(
-                        {"style": style, "level": level, "wanted": self.texts[i], "drawn": drawn, "read": read.text}
-                        | {"error": read.error, "seconds": read.seconds}
-                    )
-                    bar.update()
+                keys = [Key("{}-{:g}-{}".format(*job), sha256(one.tobytes())) for job, one in zip(some, pictures)]
+                read = readings.through(self.extractor.extract, keys, pictures)
+                for (style, level, i), picture, one in zip(some, pictures, read):
+                    row = {"style": style, "level": level, "wanted": self.texts[i], "drawn": picture.info[TEXT_CHUNK]}
+                    rows.append(row | {"read": one.text, "error": one.error, "seconds": one.seconds})
             good = [row for row in rows if row["error"] is None]
             if not good:
                 raise UserError(
-                    f"extractor {reader.name} read none of {len(rows)} pictures; the first: {rows[0]['error']}"
+                    f"{self.extractor.name} read none of {len(rows)} pictures; the first: {rows[0]['error']}"
                 )
-            wanted = [normalise(row["wanted"]) for row in good]
-            by_read = batch(wanted, [normalise(row["read"]) for row in good])
-            by_text = batch(wanted, [normalise(row["drawn"]) for row in good])
-            for row, ours, text in zip(good, by_read, by_text):
-                row["parts"] = {name: round(float(value), 6) for name, value in zip(Parts._fields, ours)}
-                row["score"], row["text_score"] = round(float(typescore(ours)), 4), round(float(typescore(text)), 4)
+            for row in good:
+                ours, text = (parts(normalise(row["wanted"]), normalise(row[key])) for key in ("read", "drawn"))
+                row |= {"parts": ours._asdict(), "score": typescore(ours), "text_score": typescore(text)}
             levels = [
-                level_figures(style, level, [row for row in good if row["style"] == style and row["level"] == level])
-                for style in _STYLES
-                for level in self.levels
+                level_figures(some)
+                for at in itertools.product(_STYLES, self.levels)
+                if (some := [row for row in good if (row["style"], row["level"]) == at])
             ]
-            levels = [one for one in levels if one["read"]]
             figures = {
                 "metric": "typescore calibration",
                 **about,
@@ -143,40 +119,34 @@ class Calibrate:
                 "failed": len(rows) - len(good),
                 "seconds": round(sum(row["seconds"] for row in rows), 2),
             }
-            with writing(out):
-                whole = {**figures, "setting": setting, "pictures": rows}
-                write(out / _RESULT, as_json(whole, indent=1))
-                write(out / "calibration.md", table(figures).encode())
-                write(out / "calibration.png", plot(levels))
-        if figures["failed"]:
-            _log.warning("typescore: %d of %d pictures were not read and are left out", figures["failed"], len(rows))
+            with writing(out, "free some space, or name another folder with out=FOLDER"):
+                write(out / "calibration.json", as_json({**figures, "setting": setting, "pictures": rows}, indent=1))
+                write(out / "calibration.md", table(figures))
         _log.info("typescore: %s %s; see %s", self.extractor.name, figures["verdict"], out / "calibration.md")
         return {**figures, "out": str(out)}
 
-    def picture(self, style: str, level: float, i: int) -> Any:
+    def picture(self, style: str, level: float, i: int) -> Image.Image:
         """The i-th text in one of the two styles, with a share of its letters replaced; higher levels hold lower ones' faults."""
-        rng = np.random.default_rng([self.seed, i])
-        drawn = corrupt(self.texts[i], Corruption(p_char=level), rng)
+        drawn = corrupt(self.texts[i], Corruption(p_char=level), np.random.default_rng([self.seed, i]))
         return plain(drawn, seed=self.seed + i, size=self.size, **_STYLES[style])
 
 
-def level_figures(style: str, level: float, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def level_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The means of one style and level. `difference` is of the score less that of the drawn text, in points of 100."""
-    found: dict[str, Any] = {"style": style, "level": level, "read": len(rows)}
-    if rows:
-        found |= {name: round(float(np.mean([row["parts"][name] for row in rows])), 6) for name in Parts._fields}
-        score, text = (float(np.mean([row[key] for row in rows])) for key in ("score", "text_score"))
-        found |= {"score": round(score, 4), "text_score": round(text, 4), "difference": round(score - text, 4)}
-    return found
+    score, text = (float(np.mean([row[key] for row in rows])) for key in ("score", "text_score"))
+    return {
+        "style": rows[0]["style"],
+        "level": rows[0]["level"],
+        "read": len(rows),
+        **{name: round(float(np.mean([row["parts"][name] for row in rows])), 6) for name in Parts._fields},
+        **{"score": round(score, 4), "text_score": round(text, 4), "difference": round(score - text, 4)},
+    }
 
 
 def verdict(levels: Sequence[Mapping[str, Any]]) -> str:
     """What the differences of all levels say of the extractor."""
-    words = []
-    if any(one["difference"] > _APART for one in levels):
-        words.append("repairs")
-    if any(one["difference"] < -_APART for one in levels):
-        words.append("misreads")
+    apart = [one["difference"] for one in levels]
+    words = ["repairs"] * (max(apart) > _APART) + ["misreads"] * (min(apart) < -_APART)
     return " and ".join(words) or "faithful"
 
 
@@ -186,40 +156,11 @@ def _spearman(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
     if len({row["level"] for row in rows}) < 2 or len({row["score"] for row in rows}) < 2:
         return None
-    return round(float(stats.spearmanr([row["level"] for row in rows], [row["score"] for row in rows])[0]), 4)
+    return round(float(stats.spearmanr([row["level"] for row in rows], [row["score"] for row in rows]).statistic), 4)
 
 
 def table(figures: Mapping[str, Any]) -> str:
     """The calibration as Markdown."""
     extractor = figures["extractor"]
-    lines = [
-        f"{extractor['name']} {extractor['version']}: {figures['verdict']}. TypeScore of pictures with a share of their letters "
-        "replaced, and of the drawn text itself.",
-        "",
-        "| style | replaced | NED | NLCS | SW | TypeScore | of the text | difference |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {one['style']} | {one['level']:.0%} | {one['ned']:.3f} | {one['nlcs']:.3f} | {one['sw']:.3f} | {one['score']:.1f} | "
-        f"{one['text_score']:.1f} | {one['difference']:+.1f} |"
-        for one in figures["levels"]
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def plot(levels: Sequence[Mapping[str, Any]]) -> bytes:
-    """A PNG: the scores over the share of faults, beside those of a perfect extractor."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    for style, colour in zip(_STYLES, ("#1f6fb4", "#d1571b")):
-        some = sorted((one for one in levels if one["style"] == style), key=lambda one: one["level"])
-        at = [100 * one["level"] for one in some]
-        axes.plot(at, [one["text_score"] for one in some], color=colour, ls=":", lw=1)
-        axes.plot(at, [one["score"] for one in some], color=colour, marker="o", ms=4, label=style)
-    axes.set(xlabel="% of letters replaced", ylabel="TypeScore (dotted: of the drawn text)")
-    axes.grid(color="#e4e4e4")
-    axes.set_axisbelow(True)
-    axes.legend()
-    return as_png(figure)
+    text = f"{extractor['name']} {extractor['version']}: {figures['verdict']}. TypeScore of pictures with a share of their letters "
+    return text + "replaced (level), and of the drawn text itself.\n\n" + markdown(figures["levels"])

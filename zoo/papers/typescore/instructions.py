@@ -1,18 +1,21 @@
-"""Instruction sets: what text an image was asked to show. One JSON object a line, and the parser of quoted text."""
+"""Instruction sets: what text an image was asked to show. One JSON object a line, and the parser of quoted text.
+
+`typeinst_synth.jsonl` beside this file holds 118 instructions of our own with the published statistics of TYPEINST, whose list is not
+available: means are 34 words per instruction and 12 quoted words (range 1 to 30), over strata of length, domain, content and style.
+"""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from zoo import files
+import msgspec
+
 from zoo.errors import UserError
+from zoo.files import reading
 
+SHIPPED = "typeinst_synth"  # the name of the list that comes with this package
 BINS = ((1, 3), (4, 8), (9, 16), (17, 30))  # words of the text; what is longer is "31+"
 
 # Quoted text
@@ -69,6 +72,10 @@ def _end(marks: str, start: int) -> int | None:
 
 # Records
 
+_NAME = re.compile(
+    r"[^\s./\\:*?\"<>|\x00-\x1f]([^/\\:*?\"<>|\x00-\x1f]*[^\s/\\:*?\"<>|\x00-\x1f])?"
+)  # of an image file
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -83,138 +90,76 @@ class Instruction:
     domain: str = ""
 
 
+class _Given(msgspec.Struct):
+    """A line of a list. Other keys are passed over."""
+
+    id: str | int
+    instruction: str | None = None
+    text: str | None = None
+    pieces: tuple[str, ...] | None = None
+    style: dict[str, str] | None = None
+    length_bin: str | None = None
+    domain: str | None = None
+
+
 def length_bin(text: str) -> str:
     """The name of the bin that a text's number of words falls into."""
     words = len(text.split())
     return next((f"{low}-{high}" for low, high in BINS if words <= high), f"{BINS[-1][1] + 1}+")
 
 
-def read(path: str | os.PathLike[str]) -> list[Instruction]:
-    """The instructions of a file of JSON lines.
+def content(text: str) -> str:
+    """What a text shows first, of digits, acronym, punctuation; else "words"."""
+    if re.search(r"\d", text):
+        return "digits"
+    if re.search(r"\b[A-Z]{2,}\b", text):
+        return "acronym"
+    return "punctuation" if re.search(r"[^\w\s]", text) else "words"
+
+
+def listed(wanted: str, limit: int = 0) -> list[Instruction]:
+    """The instructions of a file of JSON lines, or of `SHIPPED`; the first `limit` of them, or all for 0.
 
     An object has "id" and "instruction", and may have "text", "pieces" (of the text, in any order), "style", "length_bin"
-    and "domain". A given "text" wins over what is quoted in the instruction, and needs no instruction. Empty lines and
-    other keys are passed over. UserError names the file, the line and what is wrong with it.
+    and "domain". A given "text" wins over what is quoted in the instruction, and needs no instruction. UserError names
+    the file, the line and what is wrong with it.
     """
-    path = Path(path)
-    with files.reading(f"list {path}", "name a file of JSON lines"):
-        content = path.read_bytes().decode("utf-8-sig")
-    found: list[Instruction] = []
-    lines: dict[str, int] = {}
-    for number, line in enumerate(
-        content.split("\n"), 1
-    ):  # not splitlines: JSON may hold other line separators as they are
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        record = _parsed(line, where)
-        instruction = _instruction(record, where)
-        if instruction.id in lines:
-            raise UserError(
-                f"{where}: id {instruction.id!r} is that of line {lines[instruction.id]} too; give each its own"
-            )
-        lines[instruction.id] = number
-        found.append(instruction)
+    path = Path(wanted)
+    if wanted == SHIPPED and not path.is_file():
+        path = Path(__file__).with_name(f"{SHIPPED}.jsonl")
+    with reading(f"wanted={wanted}", f"name a file of JSON lines, or {SHIPPED}"):
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # JSON may hold other separators of lines as they are
+    found: dict[str, Instruction] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            one = _instruction(line, f"{wanted}:{number}")
+            if one.id in found:
+                raise UserError(f"{wanted}:{number}: id {one.id!r} is that of an earlier line too; give each its own")
+            found[one.id] = one
     if not found:
-        raise UserError(f"instructions {path} are empty; write one JSON object a line, with id and instruction")
-    return found
+        raise UserError(f"wanted={wanted} is empty; write one JSON object a line, with id and instruction")
+    return list(found.values())[: limit or None]
 
 
-def write(path: str | os.PathLike[str], instructions: Iterable[Instruction]) -> None:
-    """A file that `read` reads as these instructions, in place of one that is there; pieces are left out where the
-    quotes of the instruction give them."""
-    lines = []
-    for one in instructions:
-        record: dict[str, Any] = {"id": one.id, "instruction": one.instruction, "text": one.text}
-        if one.pieces != _pieces(one.instruction, one.text):
-            record["pieces"] = list(one.pieces)
-        record |= {"style": one.style, "length_bin": one.length_bin, "domain": one.domain}
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    files.write(Path(path), "".join(lines))
-
-
-def _parsed(line: str, where: str) -> dict[str, Any]:
+def _instruction(line: str, where: str) -> Instruction:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply or a number too long"
-        raise UserError(f"{where}: not JSON ({reason}); write one object a line, with id and instruction") from None
-    if not isinstance(record, dict):
-        raise UserError(
-            f"{where}: a JSON {type(record).__name__}, not an object; write one object a line, with id and instruction"
-        )
-    return record
-
-
-def _string(record: dict[str, Any], name: str, where: str) -> str:
-    """A field's text, "" where it is absent or null."""
-    value = record.get(name)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name} {value!r:.80} must be a text, in double quotes")
-    _whole(value, name, where)
-    return value
-
-
-def _whole(value: str, name: str, where: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where}: {name} {value!r:.80} has half a character (a lone surrogate); write it whole"
-        ) from None
-
-
-def _instruction(record: dict[str, Any], where: str) -> Instruction:
-    name = record.get("id")
-    if isinstance(name, int) and not isinstance(name, bool):
-        record = {**record, "id": str(name)}
-    name = _string(record, "id", where)
-    if not name.strip():
-        raise UserError(f"{where}: no id; images are found by it ({{id}}_{{k}}.png)")
-    if not name.isprintable() or set(name) & set('/\\:*?"<>|') or name != name.strip() or name.startswith("."):
-        raise UserError(
-            f"{where}: id {name!r:.80} cannot begin the name of an image file; use letters, digits, - and _"
-        )
-    instruction = _string(record, "instruction", where)
-    text = _string(record, "text", where)
-    if not text:
-        text = " ".join(quoted(instruction))
-        if not text and not instruction:
-            raise UserError(f"{where}: id {name!r} has no instruction and no text; give one of them")
-        if not text:
-            raise UserError(
-                f'{where}: the instruction of id {name!r} quotes no text; quote it as "...", or give it as text'
-            )
+        given = msgspec.json.decode(line.encode(), type=_Given)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise UserError(f"{where}: {error}; write one JSON object a line, with id and instruction") from None
+    name, instruction = str(given.id), given.instruction or ""
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{where}: id {name!r:.80} cannot begin a file's name; use letters, digits, - and _")
+    quotes = tuple(quoted(instruction))
+    text = given.text or " ".join(quotes)
     if not text.strip():
-        raise UserError(f"{where}: the text of id {name!r} is blank; leave it out to take what the instruction quotes")
-    given = record.get("pieces")
-    if given is None:
-        pieces = _pieces(instruction, text)
-    elif isinstance(given, list) and all(isinstance(piece, str) for piece in given):
-        pieces = tuple(given)
-        for piece in pieces:
-            _whole(piece, "pieces", where)
+        raise UserError(f'{where}: the instruction of {name!r} quotes no text; quote it as "...", or give it as text')
+    # the quoted texts, if it is they that make up the text; else the text as one piece
+    pieces = quotes if " ".join(quotes).split() == text.split() else (text,)
+    if given.pieces is not None:
+        pieces = given.pieces
         if sorted(" ".join(pieces).split()) != sorted(text.split()):
             raise UserError(
-                f"{where}: pieces {given!r:.80} do not hold the words of the text {text!r:.80}; cut the text into pieces, in "
-                "any order, or leave them out"
+                f"{where}: pieces {list(pieces)!r:.80} do not hold the words of the text {text!r:.80}; leave them out, or cut it"
             )
-    else:
-        raise UserError(f"{where}: pieces {given!r:.80} must be a list of texts")
-    style = record.get("style")
-    if style is None:
-        style = {}
-    if not isinstance(style, dict) or not all(isinstance(value, str) for value in style.values()):
-        raise UserError(f'{where}: style {style!r:.80} must be an object of texts, such as {{"colour": "red"}}')
-    for key, value in style.items():
-        _whole(key + value, "style", where)
-    binned = _string(record, "length_bin", where) or length_bin(text)
-    return Instruction(name, instruction, text, pieces, style, binned, _string(record, "domain", where))
-
-
-def _pieces(instruction: str, text: str) -> tuple[str, ...]:
-    """The quoted texts, if it is they that make up the text; else the text as one piece."""
-    pieces = tuple(quoted(instruction))
-    return pieces if " ".join(" ".join(pieces).split()) == " ".join(text.split()) else (text,)
+    binned = given.length_bin or length_bin(text)
+    return Instruction(name, instruction, text, pieces, given.style or {}, binned, given.domain or "")

@@ -1,36 +1,33 @@
 """Pictures of a text with a known share of errors: synthetic text-to-image "models", so that all else can be tested without one.
 
 `render` draws the text of an instruction in the style that it asks for, with faults of spelling, missing and surplus words and with
-attributes of style that are not followed; `plain` draws one text in one given way. Both note in the picture what they drew: `save`
-writes the notes as text chunks of the PNG, from which the extractor `oracle` reads them. Faces are those that come with Pillow
-and matplotlib, so a picture does not depend on the fonts of the machine. Scripts whose letters join or combine are not set rightly.
+attributes of style that are not followed; `plain` draws one text in one given way; `Render` fills a folder. What was drawn is noted
+in the picture, which the extractor `oracle` reads. Faces are those that come with Pillow and matplotlib, so a picture does not depend
+on the fonts of the machine. Scripts whose letters join or combine are not set rightly.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
+import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 from msgspec import Meta
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from zoo.errors import UserError, suggest
-from zoo.fields import Share, check_fields
-from zoo.papers.typescore.instructions import Instruction
+from zoo.errors import UserError
+from zoo.fields import Count, NotEmpty, Seed, Share, Whole, check_fields
+from zoo.files import filled, names, writing
+from zoo.papers.typescore.extractors.base import TEXT_CHUNK
+from zoo.papers.typescore.instructions import SHIPPED, Instruction, listed
 
-TEXT, STYLE, ID = (
-    "typescore_text",
-    "typescore_style",
-    "typescore_id",
-)  # keys of a picture's `info` and of its text chunks
-
+# red, green and blue in 0..255 of the inks; any two are more than 40 apart in CIE Lab
 COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (18, 18, 20),
     "white": (246, 246, 244),
@@ -42,8 +39,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (136, 28, 144),
     "pink": (246, 110, 178),
 }
-"""Red, green and blue in 0..255 of the inks; any two are more than 40 apart in CIE Lab."""
-
 # material -> its light and its dark shade; the one further from the ink is taken
 _SHADES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "paper": ((240, 234, 218), (54, 48, 44)),
@@ -54,6 +49,8 @@ _SHADES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "cloth": ((228, 222, 206), (30, 36, 66)),
 }
 
+# attribute of style -> its values. A placement names the third of the picture, from top to bottom or from left to right, in which
+# the centre of the box around the text lies; "centre" is the middle third both ways
 STYLES: dict[str, tuple[str, ...]] = {
     "font": ("sans-serif", "serif", "monospaced", "handwritten"),
     "colour": tuple(COLOURS),
@@ -62,8 +59,7 @@ STYLES: dict[str, tuple[str, ...]] = {
     "placement": ("top", "bottom", "left", "right", "centre"),
     "material": tuple(_SHADES),
 }
-"""Attribute of style -> its values. A placement names the third of the picture, from top to bottom or from left to right, in which
-the centre of the box around the text lies; "centre" is the middle third both ways."""
+_PLAIN = {"font": "sans-serif", "weight": "regular", "colour": "black", "placement": "centre", "material": "paper"}
 
 _FACES: dict[tuple[str, str], tuple[str, ...]] = {
     ("sans-serif", "regular"): ("", "DejaVuSans.ttf"),  # "" is Pillow's built-in face
@@ -88,20 +84,10 @@ _FINE = 2  # letters are drawn so much larger and shrunk, which smooths them whe
 _LEAD = 1.3  # distance of lines in sizes of the font
 # without letters that look alike in many faces (i, j, l, o, q): whether a reader saw the wrong letter must not be in doubt
 _LETTERS = "abcdefghkmnprstuvwxyz"
-_SURPLUS = (
-    "market",
-    "velvet",
-    "number",
-    "summer",
-    "garden",
-    "before",
-    "Sunday",
-    "studio",
-    "twelve",
-    "please",
-    "street",
-    "paper",
-)
+_SURPLUS = re.findall(r"\w+", "market velvet number summer garden before Sunday studio twelve please street paper")
+
+Font: TypeAlias = ImageFont.FreeTypeFont
+Pixels: TypeAlias = Annotated[int, Meta(ge=64, le=2**14)]  # of a picture's side
 
 
 @dataclass(frozen=True)
@@ -129,9 +115,7 @@ def corrupt(text: str, corruption: Corruption, rng: np.random.Generator) -> str:
     places = [i for i, letter in enumerate(letters) if letter.isalnum()]
     chosen = set(_share(len(places), corruption.p_char, char))
     for k, i in enumerate(places):
-        other = _other(
-            letters[i], char.random()
-        )  # drawn for all, so that those replaced do not depend on how many there are
+        other = _other(letters[i], char.random())  # drawn for all, so that their number does not decide which
         if k in chosen:
             letters[i] = other
     before: list[str] = []
@@ -154,113 +138,80 @@ def render(
     """One picture [size, size] in RGB of the text an instruction wants, faulty as told; the same for the same arguments.
 
     Text, style, layout and noise are drawn from chance of their own: a change of `corruption` leaves the style, and one of
-    `style_skill` the faults of the text. An attribute that is not honoured takes another value; one that the instruction does not
-    ask for any. `info` (written by `save`) holds the drawn text, the honoured attributes as JSON, and the id.
-
-    Args:
-        instruction: its `text`, `style` (attribute -> value of `STYLES`; others are passed over) and `id` are read.
-        corruption: shares of faulty letters and words.
-        style_skill: the chance in 0..1 that each attribute asked for is honoured.
-        seed: 0 or more; pictures of different ids differ with the same seed.
-        size: side in pixels, 64 or more.
-
-    Raises:
-        UserError: a share, `style_skill`, `seed` or `size` out of range; a text that no font shows or that finds no room.
+    `style_skill` (the chance in 0..1 that an attribute of style is honoured) the faults of the text. An attribute that is not
+    honoured takes another value; one that is not asked for any. Pictures of different ids differ with the same seed.
+    UserError for a text that no font shows or that finds no room.
     """
-    if not 0 <= style_skill <= 1:  # also refuses what is no number
-        raise UserError(f"style_skill={style_skill}: give a number from 0 to 1")
-    if not isinstance(seed, int) or seed < 0:
-        raise UserError(f"seed={seed!r}: give a whole number of 0 or more")
     words, style, layout, ground = np.random.default_rng([seed, zlib.crc32(instruction.id.encode())]).spawn(4)
     text = corrupt(instruction.text, corruption, words)
-    drawn = {attribute: _value(instruction.style.get(attribute), attribute, style_skill, style) for attribute in STYLES}
+    drawn = drawn_style(instruction.style, style_skill, style)
     if drawn["case"]:
         text = text.upper() if drawn["case"] == "capitals" else text.lower()
-    picture = _draw(
-        text,
-        drawn,
-        layout,
-        ground,
-        size,
-        largest=size * layout.uniform(0.07, _LARGEST),
-        rotation=layout.uniform(-5, 5),
-        noise=layout.uniform(0, 12),
-        texture=True,
-    )
-    asked = {k: v for k, v in instruction.style.items() if k in STYLES}
-    honoured = {k: v for k, v in asked.items() if drawn[k] == v}
-    picture.info |= {STYLE: json.dumps(honoured), ID: instruction.id}
-    return picture
+    largest, rotation, noise = (layout.uniform(*of) for of in ((0.07, _LARGEST), (-5, 5), (0, 12)))
+    return _draw(text, drawn, layout, ground, size, size * largest, rotation, noise, texture=True)
 
 
 def plain(
     text: str,
     *,
-    font: str = "sans-serif",
-    weight: str = "regular",
-    colour: str = "black",
-    placement: str = "centre",
-    material: str = "paper",
     points: float = 32,
     rotation: float = 0,
     noise: float = 0,
     texture: bool = False,
     size: int = 512,
     seed: int = 0,
+    **style: str,
 ) -> Image.Image:
-    """One text drawn in one way; the plain defaults are the "clean" renders that extractors are tried on.
+    """One text drawn in one way, broken into lines; the plain defaults are the "clean" renders that extractors are tried on.
 
     Args:
-        text: drawn as it is, but for line breaks at spaces.
-        font: a family of `STYLES["font"]`, or a file of a font, by its path or by a name that Pillow finds among the machine's.
-        weight, colour, placement, material: values of `STYLES`.
         points: size of the font in pixels; made smaller where the text has no room.
         rotation: degrees, counter-clockwise.
         noise: standard deviation of the normal noise added to the picture, in 0..255.
-        texture: whether the material shows its texture, or is of one colour.
-        size: side in pixels.
-        seed: chooses the noise and the texture.
-
-    Raises:
-        UserError: an unknown value of style, a font that is not found, a text that finds no room.
+        texture: whether the ground has a texture, or is of one colour.
+        style: values of `STYLES`.
     """
-    drawn = {"font": font, "weight": weight, "colour": colour, "placement": placement, "material": material}
-    for attribute, value in drawn.items():
-        if value not in STYLES[attribute] and attribute != "font":
-            raise UserError(f"{attribute}={value!r} is not known; {suggest(value, STYLES[attribute])}")
-    if not points > 0:
-        raise UserError(f"points={points}: give a size in pixels above 0")
     layout, ground = np.random.default_rng(seed).spawn(2)
-    return _draw(text, drawn, layout, ground, size, points, rotation, noise, texture)
+    return _draw(text, _PLAIN | style, layout, ground, size, points, rotation, noise, texture)
 
 
-def save(picture: Image.Image, path: str | Path) -> None:
-    """Writes a picture as PNG together with the notes in its `info`, which Pillow alone would leave out."""
+def save(picture: Image.Image, path: Path) -> None:
+    """Writes a picture as PNG together with the note of its text, which Pillow alone would leave out."""
     notes = PngImagePlugin.PngInfo()
-    for key in (TEXT, STYLE, ID):
-        if key in picture.info:
-            notes.add_itxt(key, picture.info[key])
+    notes.add_itxt(TEXT_CHUNK, picture.info[TEXT_CHUNK])
     picture.save(path, format="PNG", pnginfo=notes)
 
 
-def save_all(
-    instructions: Iterable[Instruction],
-    folder: str | Path,
-    corruption: Corruption = Corruption(),
-    style_skill: float = 1.0,
-    seed: int = 0,
-    each: int = 1,
-    size: int = 512,
-) -> list[Path]:
-    """Pictures FOLDER/{id}_{k}.png, `each` of every instruction, as an own model would leave them; k-th ones are of seed + k."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for instruction in instructions:
-        for k in range(each):
-            paths.append(folder / f"{instruction.id}_{k}.png")
-            save(render(instruction, corruption, style_skill, seed + k, size), paths[-1])
-    return paths
+@dataclass(frozen=True)
+class Render:
+    """A folder of pictures with known faults, as a model of that skill would leave it, to try TypeScore on."""
+
+    out: NotEmpty = "typescore-pictures"  # a folder for {id}_{k}.png
+    wanted: NotEmpty = SHIPPED  # a file of JSON lines, or typeinst_synth
+    limit: Whole = 0  # the first so many instructions of the list; 0 for all
+    corruption: Corruption = Corruption()
+    style_skill: Share = 1.0  # probability that an attribute of the style is as wanted
+    each: Count = 1  # pictures of every instruction; the k-th are of seed + k
+    size: Pixels = 512
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def run(self) -> dict[str, Any]:
+        """Draws them, all or none. UserError for a folder that holds anything already, a text that cannot be drawn."""
+        instructions = listed(self.wanted, self.limit)
+        out = Path(self.out)
+        with writing(out, "free some space, or name another folder with out=FOLDER"):
+            if out.exists() and (not out.is_dir() or names(out)):
+                raise UserError(f"out={out} is there and not empty; name a new folder, and nothing is overwritten")
+            with filled(out) as part:
+                part.mkdir(parents=True, exist_ok=True)
+                for one in instructions:
+                    for k in range(self.each):
+                        picture = render(one, self.corruption, self.style_skill, self.seed + k, self.size)
+                        save(picture, part / f"{one.id}_{k}.png")
+        return {"pictures": len(instructions) * self.each, "instructions": len(instructions), "out": str(out)}
 
 
 # --- faults ---------------------------------------------------------------------------------------
@@ -280,19 +231,21 @@ def _other(letter: str, chance: float) -> str:
     return other.upper() if letter.isupper() else other
 
 
-def _value(asked: str | None, attribute: str, skill: float, rng: np.random.Generator) -> str:
-    """What is drawn; "" for the case in which a text is written."""
-    values = STYLES[attribute]
-    luck, which = rng.random(2)
-    if asked in values:
-        if luck < skill:
-            return str(asked)
-        values = tuple(v for v in values if v != asked)
-    elif attribute == "case":
-        return ""
-    elif attribute == "weight":
-        return "regular"
-    return values[int(which * len(values))]
+def drawn_style(asked: Mapping[str, str], skill: float, rng: np.random.Generator) -> dict[str, str]:
+    """What is drawn of each attribute; "" for the case in which a text is written."""
+    unasked = {"case": "", "weight": "regular"}
+    found = {}
+    for attribute, values in STYLES.items():
+        luck, which = rng.random(2)
+        wanted = asked.get(attribute)
+        others = [value for value in values if value != wanted]
+        if wanted in values and luck < skill:
+            found[attribute] = str(wanted)
+        elif wanted not in values and attribute in unasked:
+            found[attribute] = unasked[attribute]
+        else:
+            found[attribute] = others[int(which * len(others))]
+    return found
 
 
 # --- layout ---------------------------------------------------------------------------------------
@@ -310,28 +263,19 @@ def _draw(
     texture: bool,
 ) -> Image.Image:
     """A text in a style, in the largest font up to `largest` pixels in which it has room."""
-    if not isinstance(size, int) or size < 64:
-        raise UserError(f"size={size!r}: give a whole number of pixels, 64 or more")
     text = " ".join(text.split())
-    ink = COLOURS[style["colour"]]
+    ink = np.asarray(COLOURS[style["colour"]], np.float32)
     pixels = _surface(style["material"], ink, texture, size, ground)
     if text:
-        room = _room(style["placement"], size)
-        mask = _mask(text, style, layout, largest, size, room, rotation)
-        cover = np.zeros((size, size, 1), np.float32)
+        mask = _mask(text, style, layout, largest, size, rotation)
         x, y = _corner(style["placement"], size, *mask.size)
+        cover = np.zeros((size, size, 1), np.float32)
         cover[y : y + mask.height, x : x + mask.width, 0] = np.asarray(mask, np.float32) / 255
-        pixels = pixels * (1 - cover) + np.asarray(ink, np.float32) * cover
+        pixels = pixels * (1 - cover) + ink * cover
     pixels = pixels + noise * ground.standard_normal(pixels.shape, np.float32)
     picture = Image.fromarray(np.rint(np.clip(pixels, 0, 255)).astype(np.uint8))
-    picture.info[TEXT] = text
+    picture.info[TEXT_CHUNK] = text
     return picture
-
-
-def _room(placement: str, size: int) -> tuple[int, int]:
-    """Width and height in pixels that a text may take up."""
-    whole, part = int(size * (1 - 2 * _MARGIN)), int(size * (_REACH - _MARGIN))
-    return part if placement in ("left", "right") else whole, part if placement in ("top", "bottom") else whole
 
 
 def _corner(placement: str, size: int, width: int, height: int) -> tuple[int, int]:
@@ -349,19 +293,14 @@ def _corner(placement: str, size: int, width: int, height: int) -> tuple[int, in
 
 
 def _mask(
-    text: str,
-    style: Mapping[str, str],
-    rng: np.random.Generator,
-    largest: float,
-    size: int,
-    room: tuple[int, int],
-    rotation: float,
+    text: str, style: Mapping[str, str], rng: np.random.Generator, largest: float, size: int, rotation: float
 ) -> Image.Image:
-    """The text's ink in 0..255, turned and cut to its box, which is no larger than `room`."""
+    """The text's ink in 0..255, turned and cut to its box, which is no larger than its room."""
+    whole, part, place = int(size * (1 - 2 * _MARGIN)), int(size * (_REACH - _MARGIN)), style["placement"]
+    room = (part if place in ("left", "right") else whole, part if place in ("top", "bottom") else whole)
     centred, choice = rng.random() < 0.5, rng.random()
     jumps = int(rng.integers(2**31))
-    turn = math.radians(rotation)
-    cos, sin = abs(math.cos(turn)), abs(math.sin(turn))
+    cos, sin = abs(math.cos(math.radians(rotation))), abs(math.sin(math.radians(rotation)))
     find = _face(style, text, choice)
     # lines cannot take up less than their length times their distance; both grow with the size of the font
     points = min(largest, math.sqrt(room[0] * room[1] / (_LEAD * max(find(100).getlength(text) / 100, 1e-6))))
@@ -369,11 +308,10 @@ def _mask(
     while points >= max(size * _SMALLEST, 4):
         font = find(round(points * _FINE))
         # of a block w wide and h high the turned box is w cos + h sin wide; blocks are tried from the widest down
-        for part in (1.0, 0.85, 0.7, 0.5):
-            lines = wrap(text, font, longest * _FINE * part)
+        for share in (1.0, 0.85, 0.7, 0.5):
+            lines = wrap(text, font, longest * _FINE * share)
             width, height = max(font.getlength(line) for line in lines), len(lines) * _LEAD * points * _FINE
-            fits = width * cos + height * sin <= room[0] * _FINE and width * sin + height * cos <= room[1] * _FINE
-            if fits:
+            if width * cos + height * sin <= room[0] * _FINE and width * sin + height * cos <= room[1] * _FINE:
                 block = _block(lines, find, round(points * _FINE), centred, style["font"] == "handwritten", jumps)
                 block = block.rotate(rotation, Image.Resampling.BILINEAR, expand=True).reduce(_FINE)
                 box = block.getbbox()
@@ -385,7 +323,7 @@ def _mask(
     raise UserError(f"a text of {len(text)} characters finds no room in a picture of {size} pixels; give a larger size")
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def wrap(text: str, font: Font, width: float) -> list[str]:
     """The words of a text in lines of at most `width` pixels; a longer word has a line of its own."""
     lines: list[str] = []
     for word in text.split():
@@ -397,12 +335,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
 
 
 def _block(
-    lines: list[str],
-    find: Callable[[int], ImageFont.FreeTypeFont],
-    points: int,
-    centred: bool,
-    by_hand: bool,
-    seed: int,
+    lines: list[str], find: Callable[[int], Font], points: int, centred: bool, by_hand: bool, seed: int
 ) -> Image.Image:
     """Lines of ink on black with room enough around them that no stroke is cut."""
     font = find(points)
@@ -427,49 +360,31 @@ def _block(
 # --- fonts ----------------------------------------------------------------------------------------
 
 
-def _face(style: Mapping[str, str], text: str, choice: float) -> Callable[[int], ImageFont.FreeTypeFont]:
+def _face(style: Mapping[str, str], text: str, choice: float) -> Callable[[int], Font]:
     """The face of a style as a function of the size in pixels; another of our own where it lacks a character of the text."""
-    wanted = (style["font"], style["weight"])
-    if wanted not in _FACES:
-        name = style["font"]
-        try:
-            _font(name, 16)
-        except OSError as error:
-            raise UserError(
-                f"font={name!r} is neither a file of a font nor a family; {suggest(name, STYLES['font'])}"
-            ) from error
-        names: tuple[str, ...] = (name,)
-    else:
-        names = _FACES[wanted]
-        first = int(choice * len(names))
-        bold = "-Bold" if style["weight"] == "bold" else ""
-        names = (*names[first:], *names[:first], f"DejaVuSans{bold}.ttf")  # the last has the most characters
+    names = _FACES[style["font"], style["weight"]]
+    first = int(choice * len(names))
+    bold = "-Bold" if style["weight"] == "bold" else ""
+    names = (*names[first:], *names[:first], f"DejaVuSans{bold}.ttf")  # the last has the most characters
     lacking = ""
     for name in names:
         lacking = next((c for c in sorted(set(text)) if not c.isspace() and not _shows(name, c)), "")
         if not lacking:
             return functools.partial(_font, name)
-    raise UserError(
-        f"no font at hand shows {lacking!r} (U+{ord(lacking):04X}); plain(font=FILE) takes the file of one that does"
-    )
+    raise UserError(f"no font at hand shows {lacking!r} (U+{ord(lacking):04X}); take the text off the list")
 
 
 @functools.lru_cache(maxsize=256)
-def _font(name: str, points: int) -> ImageFont.FreeTypeFont:
+def _font(name: str, points: int) -> Font:
     # letters as they are, without ligatures, so that it does not matter what Pillow was built with
     if not name:
         font = ImageFont.load_default(points)
-        assert isinstance(font, ImageFont.FreeTypeFont), "Pillow without FreeType"
+        assert isinstance(font, Font), "Pillow without FreeType"
         return font
-    return ImageFont.truetype(_files().get(name, name), points, layout_engine=ImageFont.Layout.BASIC)
-
-
-@functools.cache
-def _files() -> dict[str, str]:
-    """The faces that come with matplotlib; of others Pillow looks for the name among the machine's."""
     import matplotlib  # late: most who import this draw nothing
 
-    return {path.name: str(path) for path in Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf")}
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
+    return ImageFont.truetype(file, points, layout_engine=ImageFont.Layout.BASIC)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -482,65 +397,38 @@ def _shows(name: str, character: str) -> bool:
 # --- materials ------------------------------------------------------------------------------------
 
 
-def _surface(
-    material: str, ink: tuple[int, int, int], texture: bool, size: int, rng: np.random.Generator
-) -> np.ndarray:
-    """float32 [size, size, 3] in 0..255."""
-    luma = np.asarray((0.299, 0.587, 0.114))
-    shade = max(_SHADES[material], key=lambda c: abs(float(luma @ (np.asarray(c) - np.asarray(ink)))))
-    pixels = np.empty((size, size, 3), np.float32)
-    pixels[:] = shade
-    if texture:
-        pixels += _TEXTURES[material](size, rng)[:, :, None]
-    return pixels
+def _surface(material: str, ink: np.ndarray, texture: bool, size: int, rng: np.random.Generator) -> np.ndarray:
+    """float32 [size, size, 3] in 0..255: the shade further from the ink, perhaps with the material's texture."""
+    shade = max(_SHADES[material], key=lambda c: abs(float(np.dot((0.299, 0.587, 0.114), c - ink))))
+    pixels = np.broadcast_to(np.asarray(shade, np.float32), (size, size, 3))
+    return (pixels + _texture(material, size, rng)[:, :, None]).astype(np.float32) if texture else pixels
 
 
-def _clouds(size: int, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Smooth noise of unit deviation from a grid of rows x columns [size, size]."""
-    grid = Image.fromarray(rng.standard_normal((max(rows, 2), max(columns, 2))).astype(np.float32))
-    found = np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
-    return found / (found.std() + 1e-6)
+def _texture(material: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Differences of brightness [size, size]."""
 
+    def clouds(rows: int, columns: int = 0) -> np.ndarray:
+        """Smooth noise of unit deviation from a grid."""
+        grid = Image.fromarray(rng.standard_normal((rows, columns or rows)).astype(np.float32))
+        found = np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
+        return found / (found.std() + 1e-6)
 
-def _paper(size: int, rng: np.random.Generator) -> np.ndarray:
-    return 4 * _clouds(size, rng, 6, 6) + 3 * _clouds(size, rng, size // 2, size // 2)
-
-
-def _wood(size: int, rng: np.random.Generator) -> np.ndarray:
-    y = np.linspace(0, 1, size)[:, None]
-    rings = np.sin(2 * math.pi * (14 * y + 0.7 * _clouds(size, rng, 5, 3)))
-    return 6 * rings + 4 * _clouds(size, rng, size // 2, 6)
-
-
-def _stone(size: int, rng: np.random.Generator) -> np.ndarray:
-    return sum((6.0 / (k + 1) * _clouds(size, rng, n, n) for k, n in enumerate((6, 24, 96))), np.zeros((size, size)))
-
-
-def _brick(size: int, rng: np.random.Generator) -> np.ndarray:
-    high, wide = size // 10, size // 5
     y, x = np.mgrid[:size, :size]
+    if material == "paper":
+        return 4 * clouds(6) + 3 * clouds(size // 2)
+    if material == "wood":
+        rings = np.sin(2 * math.pi * (14 * np.linspace(0, 1, size)[:, None] + 0.7 * clouds(5, 3)))
+        return 6 * rings + 4 * clouds(size // 2, 6)
+    if material == "stone":
+        return sum((6.0 / (k + 1) * clouds(n) for k, n in enumerate((6, 24, 96))), np.zeros((size, size)))
+    if material == "metal":
+        sheen = 8 * np.sin(np.linspace(0, 2 * math.pi, size) + rng.uniform(0, 6))[None]
+        return sheen + 4 * clouds(size, 8)
+    if material == "cloth":
+        return 3 * (np.sin(x * (2 * math.pi / 6)) + np.sin(y * (2 * math.pi / 6))) + 5 * clouds(4)
+    high, wide, mortar = size // 10, size // 5, max(size // 128, 1)
     row = y // high
     shifted = x + (row % 2) * (wide // 2)
-    mortar = (y % high < max(size // 128, 1)) | (shifted % wide < max(size // 128, 1))
     tint = rng.uniform(-6, 6, (row.max() + 1, shifted.max() // wide + 1))
-    return np.where(mortar, 16, tint[row, shifted // wide]) + 3 * _clouds(size, rng, size // 3, size // 3)
-
-
-def _metal(size: int, rng: np.random.Generator) -> np.ndarray:
-    sheen = 8 * np.sin(np.linspace(0, 2 * math.pi, size) + rng.uniform(0, 6))[None]
-    return sheen + 4 * _clouds(size, rng, size, 8)
-
-
-def _cloth(size: int, rng: np.random.Generator) -> np.ndarray:
-    y, x = np.mgrid[:size, :size] * (2 * math.pi / 6)
-    return 3 * (np.sin(x) + np.sin(y)) + 5 * _clouds(size, rng, 4, 4)
-
-
-_TEXTURES: dict[str, Callable[[int, np.random.Generator], Any]] = {
-    "paper": _paper,
-    "wood": _wood,
-    "stone": _stone,
-    "brick": _brick,
-    "metal": _metal,
-    "cloth": _cloth,
-}
+    bricks = np.where((y % high < mortar) | (shifted % wide < mortar), 16, tint[row, shifted // wide])
+    return bricks + 3 * clouds(size // 3)

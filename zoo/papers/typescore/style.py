@@ -1,8 +1,7 @@
 """Whether a text is drawn in the style that was asked for, told apart from what it says.
 
 With boxes of the text that was found, colour, case and placement are measured. A model that sees is asked about the other
-attributes, one question each, without a word about what the text should be. What neither can tell is "not evaluated" and
-counts in no mean.
+attributes, a question each, without a word of what the text should be. What neither can tell counts in no mean.
 """
 
 from __future__ import annotations
@@ -10,23 +9,19 @@ from __future__ import annotations
 import contextlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor
 
-from zoo.papers.typescore.extractors import Extraction, Line
-from zoo.papers.typescore.extractors.base import flat
+from zoo.papers.typescore.extractors.base import Extraction, Line, flat
 from zoo.papers.typescore.render import COLOURS
 
 NEAR = 25.0  # Delta E (CIE 1976) up to which an ink is of a named colour
-_CAPITALS, _LOWERCASE = ("capitals", "uppercase", "upper case"), ("lowercase", "lower case", "small letters")
 _SAME = "covwxszukpCOVWXSZUKPIl"  # letters that look like one of the other case: readers mix these up
 _SHORTEST, _LONGEST = 3, 640  # pixels of a box's sides that are looked at
-_SIDES = ("top", "bottom", "left", "right")
-_MIDDLES = ("centre", "center", "middle")
-
+_UNKNOWN = "not evaluated: neither boxes nor a model tell"
 _QUESTIONS = {
     "font": "Is the text in this image drawn in a {value} typeface?",
     "colour": "Are the letters of the text in this image {value}?",
@@ -34,7 +29,6 @@ _QUESTIONS = {
     "case": "Is all of the text in this image written in {value}?",
     "placement": "Is the text placed in the {value} of this image?",
     "material": "Is the text in this image drawn on {value}?",
-    "size": "Is the text in this image {value}?",
 }
 _OTHER = "Is this true of the text in this image: its {attribute} is {value}?"
 
@@ -57,15 +51,11 @@ def questions(style: Mapping[str, str]) -> dict[str, str]:
 
 def answered(answer: Extraction) -> Verdict:
     """The verdict in an answer: it begins with yes or no. A failed call evaluates nothing."""
-    if answer.error is not None:
-        return Verdict(None, f"not evaluated: {answer.error}", failed=True)
-    found = re.match(r"\W*(yes|no)\b", answer.text, re.IGNORECASE)
     said = " ".join(answer.text.split())[:60]
-    return (
-        Verdict(None, f"not evaluated: answered {said!r}")
-        if found is None
-        else Verdict(found[1].lower() == "yes", said)
-    )
+    found = re.match(r"\W*(yes|no)\b", said, re.IGNORECASE)
+    if found is None:
+        return Verdict(None, f"not evaluated: {answer.error or said}", failed=answer.error is not None)
+    return Verdict(found[1].lower() == "yes", said)
 
 
 def measured(style: Mapping[str, str], picture: Image.Image, lines: Sequence[Line]) -> dict[str, Verdict]:
@@ -75,42 +65,40 @@ def measured(style: Mapping[str, str], picture: Image.Image, lines: Sequence[Lin
     letters that tell. Placement: in which third of the picture the centre of the box around all lines lies, of "centre" both ways.
     """
     lines = [line for line in lines if line.text.strip()]
-    if not lines:
-        return {attribute: Verdict(None, "not evaluated: no box of text") for attribute in style}
+    text = " ".join(line.text for line in lines)
+    tell = {
+        "colour": lambda value: _colour(value, picture, lines),
+        "case": lambda value: _case(value, text),
+        "placement": lambda value: _placement(value, flat(picture).size, lines),
+    }
     found = {}
     for attribute, value in style.items():
-        value = value.strip().lower()
-        if attribute in ("colour", "color"):
-            found[attribute] = _colour(value, picture, lines)
-        elif attribute == "case":
-            found[attribute] = _case(value, " ".join(line.text for line in lines))
-        elif attribute == "placement":
-            found[attribute] = _placement(value, flat(picture).size, lines)
-        else:
-            found[attribute] = Verdict(None, "not evaluated: boxes do not tell")
+        verdict = tell[attribute](value.strip().lower()) if lines and attribute in tell else None
+        found[attribute] = verdict or Verdict(None, _UNKNOWN)
     return found
 
 
 def evaluate(
-    style: Mapping[str, str], picture: Image.Image, extraction: Extraction, extractor: Any = None
+    style: Mapping[str, str],
+    picture: Image.Image,
+    extraction: Extraction,
+    ask: Callable[[Sequence[str]], Sequence[Extraction]] | None = None,
 ) -> dict[str, Verdict]:
-    """A verdict for each attribute: measured where boxes tell, otherwise asked for where `extractor` answers questions.
+    """A verdict for each attribute: measured where boxes tell, otherwise by asking a model about the picture, if `ask` does.
 
-    The extractor may be behind a cache. Where no text was read, nothing is asked.
-    Errors of single questions are verdicts that evaluate nothing.
+    Where no text was read, nothing is asked. Errors of single questions are verdicts that evaluate nothing.
     """
     found = measured(style, picture, extraction.lines)
-    open_ = {attribute: style[attribute] for attribute, verdict in found.items() if verdict.followed is None}
-    if open_ and extraction.text.strip() and hasattr(getattr(extractor, "inner", extractor), "ask"):
-        asked = questions(open_)
-        answers = extractor.ask([picture] * len(asked), list(asked.values()))
+    asked = questions({name: style[name] for name, verdict in found.items() if verdict.followed is None})
+    if asked and ask is not None and extraction.text.strip():
+        answers = ask(list(asked.values()))
         found |= {attribute: answered(answer) for attribute, answer in zip(asked, answers, strict=True)}
     return found
 
 
-def share(verdicts: Mapping[str, Verdict]) -> float | None:
+def share(followed: Iterable[bool | None]) -> float | None:
     """Of the attributes that were evaluated, how many were followed, in 0..100; None where none was."""
-    known = [verdict.followed for verdict in verdicts.values() if verdict.followed is not None]
+    known = [one for one in followed if one is not None]
     return 100 * sum(known) / len(known) if known else None
 
 
@@ -150,38 +138,27 @@ def ink(picture: Image.Image, lines: Sequence[Line]) -> np.ndarray | None:
     return np.median(np.concatenate(inks), axis=0) if inks else None
 
 
-def _named(value: str) -> list[tuple[int, int, int]]:
-    """What a colour's name stands for: our ink, CSS's colour, or both; none for an unknown name."""
-    known = [COLOURS[value]] if value in COLOURS else []
+def _colour(value: str, picture: Image.Image, lines: Sequence[Line]) -> Verdict | None:
+    named = [COLOURS[value]] if value in COLOURS else []
     with contextlib.suppress(ValueError):
-        known.append(ImageColor.getrgb(value.replace(" ", ""))[:3])
-    return known
-
-
-def _colour(value: str, picture: Image.Image, lines: Sequence[Line]) -> Verdict:
-    named = _named(value)
-    if not named:
-        return Verdict(None, f"not evaluated: no known colour {value!r}")
+        named.append(ImageColor.getrgb(value.replace(" ", ""))[:3])
     seen = ink(picture, lines)
-    if seen is None:
-        return Verdict(None, "not evaluated: no ink found in the boxes")
+    if not named or seen is None:
+        return None
     apart = min(float(np.linalg.norm(lab(seen) - lab(colour))) for colour in named)
     return Verdict(apart < NEAR, f"#{''.join(f'{round(c):02x}' for c in seen)}, Delta E {apart:.0f}")
 
 
-def _case(value: str, text: str) -> Verdict:
-    if value not in (*_CAPITALS, *_LOWERCASE):
-        return Verdict(None, f"not evaluated: no known case {value!r}")
+def _case(value: str, text: str) -> Verdict | None:
     starts, inside = _telling(text)
     letters = [*starts, *inside]
-    if not letters:
-        return Verdict(None, "not evaluated: no letters")
     capitals = sum(c.isupper() for c in letters)
-    share = capitals / len(letters)
-    if value in _CAPITALS:
-        followed = share >= 0.9
-    else:  # one capital at a word's start makes a sentence or a name; within words it is a letter that was misread
-        followed = not any(c.isupper() for c in starts) and capitals <= 1 and share <= 0.1
+    if not letters or value not in ("capitals", "uppercase", "lowercase"):
+        return None
+    if value == "lowercase":  # one capital at a word's start makes a sentence or a name; within words it was misread
+        followed = not any(c.isupper() for c in starts) and capitals <= 1 and 10 * capitals <= len(letters)
+    else:
+        followed = 10 * capitals >= 9 * len(letters)
     return Verdict(followed, f"{capitals} of {len(letters)} letters that tell are capitals")
 
 
@@ -209,14 +186,14 @@ def _telling(text: str) -> tuple[list[str], list[str]]:
     return starts, inside or rest
 
 
-def _placement(value: str, size: tuple[int, int], lines: Sequence[Line]) -> Verdict:
+def _placement(value: str, size: tuple[int, int], lines: Sequence[Line]) -> Verdict | None:
     corners = np.array([line.box for line in lines], float).reshape(-1, 2)
     x, y = (corners.min(axis=0) + corners.max(axis=0)) / 2 / size
-    across, down = (("first", "middle", "last")[int(np.clip(3 * part, 0, 2))] for part in (x, y))
-    if value in _MIDDLES:
-        followed = across == down == "middle"
-    elif value in _SIDES:
-        followed = (down if value in ("top", "bottom") else across) == ("first" if value in ("top", "left") else "last")
-    else:
-        return Verdict(None, f"not evaluated: no known place {value!r}")
-    return Verdict(followed, f"centre at {x:.0%}, {y:.0%}")
+    thirds = [
+        ("left", "middle", "right")[int(np.clip(3 * x, 0, 2))],
+        ("top", "middle", "bottom")[int(np.clip(3 * y, 0, 2))],
+    ]
+    said = f"centre at {x:.0%}, {y:.0%}"
+    if value in ("centre", "center", "middle"):
+        return Verdict(thirds == ["middle", "middle"], said)
+    return Verdict(value in thirds, said) if value in ("top", "bottom", "left", "right") else None

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import inspect
+import importlib
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 from PIL import Image, ImageOps
 
 from zoo.errors import UserError
+from zoo.files import writing
 
-REVISION = (
-    1  # of what is done here with a reading: order, joining, prompt, cleaning. Scores of two revisions do not compare
-)
+REVISION = 1  # of what is done here with a reading: order, joining, prompt, cleaning. Scores of two do not compare
 TEXT_CHUNK = "typescore_text"  # the PNG text chunk in which the renderer leaves what it drew
 LONGEST = 300  # characters of an error
+WAY = "free some space, or name another folder with out=FOLDER"
 
-Box = tuple[tuple[float, float], ...]
+Box: TypeAlias = tuple[tuple[float, float], ...]
+Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86400)]  # at most a day
+Threads: TypeAlias = Annotated[int, Meta(ge=1, le=2**10)]
 
 
 @dataclass(frozen=True)
@@ -42,62 +47,39 @@ class Extraction:
 
     text: str
     lines: tuple[Line, ...] = ()  # in the reader's own order; empty where it gives no boxes
-    raw: Any = None  # what else it said, JSON values only
+    raw: str | None = None  # an answer as it came
     seconds: float = 0.0
     error: str | None = None
 
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> Extraction:
-        """The extraction of a `record()`. Raises KeyError, TypeError or ValueError when it is none."""
-        text, error = record["text"], record["error"]
-        if not isinstance(text, str) or not (error is None or isinstance(error, str)):
-            raise TypeError("text and error of an extraction are strings")
-        lines = []
-        for line in record["lines"]:
-            if not isinstance(line["text"], str):
-                raise TypeError("the text of a line is a string")
-            lines.append(Line(line["text"], box_of(line["box"]), float(line["score"])))
-        return cls(text, tuple(lines), record["raw"], float(record["seconds"]), error)
-
-
-Keep = Callable[
-    [int, Extraction], object
-]  # is told of the i-th image's reading; of one whose telling was broken off twice
+Keep: TypeAlias = Callable[[int, Extraction], object]  # is told of the i-th image's reading
 
 
 @runtime_checkable
 class TextExtractor(Protocol):
-    """Reads the text in images. Implementations are frozen dataclasses of plain values, so that configs may name them."""
+    """Reads the text in images. Implementations are frozen dataclasses of plain values, so that configs may name them.
+
+    One that answers questions as well has `ask(images, questions, keep)`, the answers as they come.
+    """
 
     name: ClassVar[str]
 
     @property
     def batch(self) -> int:
         """How many images are worth handing over at once."""
-        ...
 
     def version(self) -> str:
         """Of all that decides what is read from an image, beside the fields."""
-        ...
 
     def check(self) -> None:
-        """UserError when something that reading needs is missing: a package, a program, a key."""
-        ...
+        """UserError when something that reading needs is missing: a package, a key."""
 
     def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
-        """One extraction per image, in order. An image that cannot be read is one with an error.
+        """One extraction per image, in order; one with an error where it cannot be read.
 
-        `keep` is called in this thread with each as it is done, in any order, so that a call that is stopped loses none.
+        `keep` is called with each as it is done, in any order, so that a call that is stopped loses none. Raises Passing
+        where a service is out of order.
         """
-        ...
-
-
-Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86400)]  # at most a day
-Threads: TypeAlias = Annotated[int, Meta(ge=1, le=2**10)]
 
 
 def aside(default: Any) -> Any:
@@ -106,90 +88,99 @@ def aside(default: Any) -> Any:
 
 
 def describe(extractor: Any) -> dict[str, Any]:
-    """Name, version, the fields that decide what is read, and the prompt if there is one: JSON values for every record.
+    """Name, version, the fields that decide what is read, and the prompt if there is one: scores compare only where these are equal."""
+    decide = [f.name for f in dataclasses.fields(extractor) if not f.metadata.get("aside", False)]
+    found = {"name": extractor.name, "version": extractor.version()}
+    found["config"] = {name: getattr(extractor, name) for name in decide}
+    return found | ({"prompt": extractor.prompt} if hasattr(extractor, "prompt") else {})
 
-    Scores compare only where these are equal.
+
+def need_packages(what: str, *packages: str) -> None:
+    """UserError naming the extra where one of these is not installed."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise UserError(
+                f"{what} needs the package {package}, which is not installed; install the extra `typescore` "
+                '(pip install -e ".[typescore]")'
+            ) from None
+
+
+# --- readings on disk -----------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """What was read: a picture's name, the digest of its content, and what was asked about it ("" for its text)."""
+
+    image: str
+    sha256: str
+    question: str = ""
+
+
+class _Entry(msgspec.Struct):
+    key: Key
+    extraction: Extraction
+
+
+class Readings:
+    """What was read, a line each in a file as soon as it has come: a run that is stopped pays for nothing twice.
+
+    Failures are there too, so that those who read on can leave them to the end, and are tried again. Damaged lines are
+    passed over. UserError where the file cannot be written.
     """
-    if hasattr(extractor, "described"):  # one behind a cache
-        return dict(extractor.described)
-    fields = {
-        f.name: getattr(extractor, f.name) for f in dataclasses.fields(extractor) if not f.metadata.get("aside", False)
-    }
-    found = {"name": extractor.name, "version": extractor.version(), "config": fields}
-    prompt = getattr(extractor, "prompt", None)
-    return found if prompt is None else {**found, "prompt": prompt}
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path  # None: in memory
+        self._found: dict[Key, Extraction] = {}
+        for line in path.read_bytes().split(b"\n") if path is not None and path.exists() else ():
+            with contextlib.suppress(msgspec.DecodeError):
+                entry = msgspec.json.decode(line, type=_Entry)
+                self._found[entry.key] = entry.extraction
+
+    def good(self, key: Key) -> bool:
+        return key in self._found and self._found[key].error is None
+
+    def failed(self, key: Key) -> bool:
+        return key in self._found and not self.good(key)
+
+    def put(self, key: Key, one: Extraction) -> None:
+        self._found[key] = one
+        if self.path is not None:
+            entry = b"\n" + msgspec.json.encode(_Entry(key, one))  # in one piece, behind what may be half a line
+            with writing(self.path, WAY), open(self.path, "ab", buffering=0) as file:
+                file.write(entry)
+
+    def through(
+        self, read: Callable[..., list[Extraction]], keys: Sequence[Key], *columns: Sequence[Any]
+    ) -> list[Extraction]:
+        """What `read`, an extractor's `extract` or `ask`, gives of these columns; it is called for what is not there."""
+        todo = [i for i, key in enumerate(keys) if not self.good(key)]
+        if todo:
+            found = read(
+                *([column[i] for i in todo] for column in columns), keep=lambda j, one: self.put(keys[todo[j]], one)
+            )
+            self._found |= {keys[i]: one for i, one in zip(todo, found, strict=True)}
+        return [self._found[key] for key in keys]
 
 
-def missing(name: str, package: str, extra: str) -> UserError:
-    """The sentence for a package that is not installed."""
-    return UserError(
-        f"extractor {name} needs the package {package}, which is not installed; install the extra `{extra}` "
-        f'(pip install -e ".[{extra}]")'
-    )
-
-
-def need(good: bool, name: str, field: str, value: object, expected: str) -> None:
-    """UserError unless `good`."""
-    if not good:
-        raise UserError(f"extractor {name}: {field} is {value!r}; give {expected}")
-
-
-def keeping(read: Callable[..., list[Extraction]], keep: Keep, *given: Any) -> list[Extraction]:
-    """`read(*given)`, an extractor's `extract` or `ask`, and `keep` told; in the end, where that takes no `keep`."""
-    if takes_keep(read):
-        return read(*given, keep=keep)
-    found = read(*given)
-    for i, one in enumerate(found):
-        keep(i, one)
-    return found
-
-
-def takes_keep(read: Callable[..., list[Extraction]]) -> bool:
-    """Whether an `extract` or `ask` takes `keep`."""
-    return "keep" in inspect.signature(read).parameters
+# --- pictures and errors --------------------------------------------------------------------------
 
 
 def flat(image: Image.Image) -> Image.Image:
     """`image` as RGB the way it is seen: turned as its EXIF data say, transparency on white. Its `info` is kept.
 
-    Raises OSError or the like when the file behind it is broken, ValueError for shades of unknown range.
+    Raises OSError or the like when the file behind it is broken, ValueError for shades of more than 8 bits.
     """
-    png = image.format == "PNG"  # which the next line forgets
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _eight_bits(image, png)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()
-        return image
+    if image.mode[0] in "IF":  # Pillow would make white of all shades above 255
+        raise ValueError(
+            f"the image has mode {image.mode}, whose black and white are not known; save it as RGB or as 8-bit grey"
+        )
     if not image.has_transparency_data:
         return image.convert("RGB")
     over = image.convert("RGBA")
     seen = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-    seen.info = {key: value for key, value in image.info.items() if key != "transparency"}
-    return seen
-
-
-def _eight_bits(image: Image.Image, png: bool) -> Image.Image:
-    """A grey image of 16 or 32 bits as one of 8, mode L or LA. Pillow's own conversion would make white of all above 255.
-
-    Shades of 32 bits are taken for 0 to 65535 in a PNG file, which holds no other, and where the largest is above 32767, and
-    for 0 to 255 where it is from 2 to 255. ValueError where they may be of another range, such as 0 to 1 or 12 bits.
-    """
-    shades = np.asarray(image)
-    low, high = (float(shades.min()), float(shades.max())) if shades.size else (0.0, 0.0)
-    if image.mode.startswith("I;16") or png or (low >= 0 and 32767 < high <= 65535):
-        scaled = np.rint(shades / 257.0)
-    elif low >= 0 and 1 < high <= 255:
-        scaled = np.rint(shades)
-    else:
-        raise ValueError(
-            f"the image has mode {image.mode} with shades from {low:g} to {high:g}, of which black and white are not known; "
-            "hand it over as RGB or as L with 0 to 255"
-        )
-    seen = Image.fromarray(scaled.astype(np.uint8))
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):  # the shade that is transparent, on the scale of the file
-        seen = Image.merge("LA", (seen, Image.fromarray(np.where(shades == clear, 0, 255).astype(np.uint8))))
     seen.info = {key: value for key, value in image.info.items() if key != "transparency"}
     return seen
 
@@ -200,15 +191,13 @@ def shorten(text: str) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
-def failed(error: BaseException | str, seconds: float = 0.0, raw: Any = None) -> Extraction:
+def failed(error: BaseException | str) -> Extraction:
     """The record of an image that could not be read."""
-    if isinstance(error, BaseException):
-        error = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Extraction("", (), raw, seconds, shorten(error))
+    return Extraction("", error=shorten(error if isinstance(error, str) else f"{type(error).__name__}: {error}"))
 
 
 def each(
-    images: Sequence[Image.Image], read: Callable[[Image.Image], Extraction], keep: Keep | None = None
+    images: Sequence[Image.Image], read: Callable[[Image.Image], Extraction], keep: Keep | None
 ) -> list[Extraction]:
     """`read` on one image after another, timed; what it raises becomes that image's error."""
     found = []
@@ -224,12 +213,7 @@ def each(
     return found
 
 
-def box_of(corners: Any) -> Box:
-    """Four (x, y) corners of any nested sequence or array. ValueError when they are not."""
-    array = np.asarray(corners, dtype=float)
-    if array.shape != (4, 2) or not np.isfinite(array).all():
-        raise ValueError(f"a box has four corners (x, y), not {corners!r}")
-    return tuple((float(x), float(y)) for x, y in array)
+# --- order of reading -----------------------------------------------------------------------------
 
 
 def reading_order(lines: Sequence[Line]) -> list[list[Line]]:

@@ -1,38 +1,20 @@
-"""Extractors without a language model: the renderer's own record, RapidOCR, Tesseract."""
+"""Extractors without a language model: the renderer's own record, and RapidOCR."""
 
 from __future__ import annotations
 
 import functools
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from msgspec import Meta
 from PIL import Image
 
-from zoo.errors import UserError
 from zoo.fields import Share, check_fields
-from zoo.papers.typescore.extractors.base import (
-    REVISION,
-    TEXT_CHUNK,
-    Extraction,
-    Keep,
-    Line,
-    Seconds,
-    Threads,
-    aside,
-    box_of,
-    each,
-    failed,
-    join,
-    missing,
-    need,
-    text_of,
-)
+from zoo.papers.typescore.extractors import base
+from zoo.papers.typescore.extractors.base import REVISION, TEXT_CHUNK, Extraction, Keep, Line
 
 
 @dataclass(frozen=True)
@@ -57,19 +39,19 @@ class Oracle:
         def read(image: Image.Image) -> Extraction:
             text = image.info.get(TEXT_CHUNK)
             if not isinstance(text, str):
-                return failed(
+                raise ValueError(
                     f"the image has no text chunk {TEXT_CHUNK!r}: the oracle reads only what zoo has rendered"
                 )
             return Extraction(str(text))
 
-        return each(images, read, keep)
+        return base.each(images, read, keep)
 
 
 @dataclass(frozen=True)
 class RapidOcr:
     """RapidOCR (the extra `typescore`), whose networks lie in its wheel: needs no network access and repairs no words."""
 
-    threads: Threads = aside(2)  # of one operation, on the CPU
+    threads: base.Threads = base.aside(2)  # of one operation, on the CPU
     least_score: Share = 0.5  # lines with less confidence are left out; 0 to 1
     upside_down: bool = True  # whether text that is upside down is turned
 
@@ -88,14 +70,8 @@ class RapidOcr:
         return f"{metadata.version('rapidocr')}+{REVISION}"
 
     def check(self) -> None:
-        try:
-            import onnxruntime  # noqa: F401  no dependency of rapidocr's, which asks for it only when it reads
-        except ImportError:
-            raise missing(self.name, "onnxruntime", "typescore") from None
-        try:
-            import rapidocr  # noqa: F401
-        except ImportError:
-            raise missing(self.name, "rapidocr", "typescore") from None
+        # onnxruntime is no dependency of rapidocr's, which asks for it only when it reads
+        base.need_packages(f"extractor {self.name}", "onnxruntime", "rapidocr")
 
     def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
         self.check()
@@ -108,11 +84,12 @@ class RapidOcr:
                 return Extraction("")
             boxes = as_read(np.asarray(found.boxes, dtype=float), engine.upside_down)
             lines = tuple(
-                Line(str(text), box_of(box), float(score)) for text, box, score in zip(texts, boxes, found.scores)
+                Line(str(text), tuple((float(x), float(y)) for x, y in box), float(score))
+                for text, box, score in zip(texts, boxes, found.scores)
             )
-            return Extraction(text_of(lines), lines)
+            return Extraction(base.text_of(lines), lines)
 
-        return each(images, read, keep)
+        return base.each(images, read, keep)
 
 
 def as_read(boxes: np.ndarray, upside_down: bool) -> np.ndarray:
@@ -146,7 +123,7 @@ def _rapidocr(threads: int, least_score: float, upside_down: bool) -> Any:
 
         def cls_and_rotate(self, crops: list[np.ndarray]) -> tuple[list[np.ndarray], Any]:
             _, said = super().cls_and_rotate(crops)
-            self._doubtful = any("180" in str(label) for label, _ in said.cls_res)
+            self._doubtful = any("180" in str(label) for label, _ in said.cls_res or ())
             return crops, said
 
         def recognize_txt(self, crops: list[np.ndarray]) -> Any:
@@ -169,79 +146,3 @@ def _rapidocr(threads: int, least_score: float, upside_down: bool) -> Any:
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
         }
     )
-
-
-@dataclass(frozen=True)
-class Tesseract:
-    """Tesseract (the program and the package pytesseract). For clean images only: it reads letters into noise."""
-
-    lang: str = "eng"  # of its trained data, several joined by +
-    psm: Annotated[int, Meta(ge=0, le=13)] = 6  # its page segmentation: 6 takes the image for one block of text
-    timeout_s: Seconds = aside(60.0)  # for one image
-
-    name: ClassVar[str] = "tesseract"
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"extractor {self.name}: ")
-        need(bool(self.lang) and " " not in self.lang, self.name, "lang", self.lang, "languages such as eng or eng+deu")
-
-    @property
-    def batch(self) -> int:
-        return 1
-
-    def version(self) -> str:
-        self.check()
-        import pytesseract
-
-        return f"{pytesseract.get_tesseract_version()}+{REVISION}"
-
-    def check(self) -> None:
-        try:
-            import pytesseract
-        except ImportError:
-            raise missing(self.name, "pytesseract", "typescore") from None
-        if shutil.which("tesseract") is None:
-            raise UserError(
-                "extractor tesseract needs the program `tesseract`, which is not on the PATH; install it (Debian: apt-get "
-                "install tesseract-ocr), or take the extractor rapidocr"
-            )
-        lacking = set(self.lang.split("+")) - set(pytesseract.get_languages())
-        if lacking:
-            raise UserError(
-                f"extractor tesseract: lang is {self.lang!r}, and its data for {', '.join(sorted(lacking))} are not installed; "
-                f"install them (Debian: tesseract-ocr-{min(lacking)}), or name another lang"
-            )
-
-    def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
-        self.check()
-        import pytesseract
-
-        def read(image: Image.Image) -> Extraction:
-            found = pytesseract.image_to_data(
-                image,
-                lang=self.lang,
-                config=f"--psm {self.psm}",
-                timeout=self.timeout_s,
-                output_type=pytesseract.Output.DICT,
-            )
-            lines = _tesseract_lines(found)
-            return Extraction(join([line.text for line in lines]), tuple(lines))
-
-        return each(images, read, keep)
-
-
-def _tesseract_lines(found: dict[str, list[Any]]) -> list[Line]:
-    """Its words as its own lines, in its own order: its boxes are never turned."""
-    rows: dict[tuple[int, int, int], list[int]] = {}
-    for i, word in enumerate(found["text"]):
-        if str(word).strip():
-            rows.setdefault((found["block_num"][i], found["par_num"][i], found["line_num"][i]), []).append(i)
-    lines = []
-    for row in rows.values():
-        left, top = (min(found[side][i] for i in row) for side in ("left", "top"))
-        right = max(found["left"][i] + found["width"][i] for i in row)
-        bottom = max(found["top"][i] + found["height"][i] for i in row)
-        score = sum(max(float(found["conf"][i]), 0.0) for i in row) / len(row) / 100
-        corners = ((left, top), (right, top), (right, bottom), (left, bottom))
-        lines.append(Line(" ".join(str(found["text"][i]).strip() for i in row), box_of(corners), score))
-    return lines
