@@ -466,7 +466,9 @@ def test_the_noise_that_is_told_is_the_share_of_the_text_that_is_hidden():
     given = jnp.asarray([[-1, -1, -1], [-1, 0, 0], [-1, -1, 0]])
     for kernel, told in (("masked", [2, 0, 1]), ("uniform", [2, 2, 2])):
         task = Telling(kernel=kernel, objective="sedd", time=True)
-        found = task.sample({"net": tabular.net(0.0)}, jax.random.key(0), 3, {"tokens": given}, TcsmSampling(steps=1))["tokens"]
+        found = task.sample({"net": tabular.net(0.0)}, jax.random.key(0), 3, {"tokens": given}, TcsmSampling(steps=1))[
+            "tokens"
+        ]
         np.testing.assert_array_equal(found, np.where(given < 0, np.array(told)[:, None], given))
 
 

@@ -138,7 +138,7 @@ class Given(Tcsm):
 
 def students(texts: jax.Array, soft: jax.Array, held: jax.Array, steps: int, seeds: int) -> np.ndarray:
     """Bits per symbol of held-out text [arms, seeds] of small denoisers matched to `soft` [arms, N, T, V] of texts [N, T]."""
-    task = Given(vocab=V, length=LENGTH, width=64, depth=2, head_dim=32, scan=False)
+    task = Given(vocab=V, length=LENGTH, schedule="cosine", width=64, depth=2, head_dim=32, scan=False)
     optimizer = optim.build(AdamW(lr=2e-3, final_lr=1e-6, warmup=50, b2=0.99, weight_decay=0.0, clip=1.0), steps)
     step = make_train_step(task, optimizer)
 
