@@ -159,7 +159,10 @@ def students(texts: jax.Array, soft: jax.Array, held: jax.Array, steps: int, see
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_teacher_tells_more_of_few_texts_than_they_do(name: str) -> None:
-    """Matched to the teacher's conditionals, a small student of 3,000 symbols is better by at least .04 bits, in five seeds."""
+    """Matched to the teacher's conditionals, a small student of 3,000 symbols is better by at least .04 bits, in five seeds.
+
+    Both arms see the same texts, times and hidden places, with the main config's times, whose losses vary less.
+    """
     teacher, params, _ = taught(name)
     texts = jnp.asarray(windows(TEXTS[name], "train", LENGTH)[: 3_000 // LENGTH])
     held = jnp.asarray(windows(TEXTS[name], "test", LENGTH)[:500])
