@@ -49,7 +49,7 @@ MAY = {
         "config", "dist", "data", "draws", "encoders", "paths", "run", "weights",
         "train.averages", "train.optim", "train.step", "train.checkpoint", "train.report",
     },
-    "derived": {"config", "data", "dist", "models", "paths"},
+    "derived": {"config", "data", "dist", "models", "paths", "weights"},
     "train.provenance": {"config", "data", "encoders", "models", "paths", "run", "weights"},
     "train.loop": {
         "config", "dist", "data", "draws", "hosts", "models", "paths", "run", "weights",

@@ -13,6 +13,7 @@ import zoo
 from zoo import config, paths
 from zoo.data.images import Digits
 from zoo.metrics.likelihood import Bits
+from zoo.metrics.text import Generation
 from zoo.train.loop import train
 
 SHIPPED = paths.shipped()
@@ -49,7 +50,29 @@ def test_the_shipped_weights_are_what_their_card_says(name: str, figure: str) ->
         assert {key: found[key] for key, bar in bars.items() if found[key] > bar} == {}
 
 
-@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_the_shipped_denoiser_of_texts_is_what_its_card_says() -> None:
+    folder, run = SHIPPED["tcsm-stdlib"], config.load("tcsm/stdlib")
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 10**6
+    about = json.loads((folder / "config.json").read_text())
+    model = zoo.load("tcsm-stdlib")
+    assert (model.task, about["step"]) == (run.task, run.steps), "train and export the shipped weights anew"
+    found = run.evals[0](model.task, model.params, run.data, jax.random.key(1))
+    assert found["bits_per_char"] == pytest.approx(
+        about["metrics"]["bits_per_char"], abs=0.05
+    )  # docstrings vary with Python
+    assert found["bits_per_char"] < 3.1 < 4.1 - 0.5  # the entropy of single characters
+    drawn = Generation(samples=64)(model.task, model.params, run.data, jax.random.key(0))
+    assert drawn["unigram_kl"] < 0.02
+    assert drawn["bigram_log_likelihood"] > -2.65
+    assert abs(drawn["token_entropy"] - drawn["data_token_entropy"]) < 0.1
+    assert model.vocabulary is not None
+    tokens = model.vocabulary.encode("return the ".ljust(64)).astype(np.int32)
+    given = np.where(np.arange(64) < 11, tokens, -1)
+    filled = np.asarray(model.sample(2, conditions={"tokens": np.stack([given] * 2)}, steps=8)["tokens"])
+    assert [model.vocabulary.decode(row)[:11] for row in filled] == ["return the "] * 2
+
+
+@pytest.mark.parametrize("name", sorted({*SHIPPED} - {"tcsm-stdlib"}))
 def test_the_shipped_weights_sample_images_with_ink_where_digits_have_it(name: str) -> None:
     task, params = zoo.load(name)
     images = jax.jit(lambda p: task.sample(p, jax.random.key(0), 128)["image"])(params)

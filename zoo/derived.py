@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from zoo import config, dist, files, models, paths
+from zoo import config, dist, files, models, paths, weights
 from zoo.data.documents import SPLITS, cuts
 from zoo.data.pipeline import Data
 from zoo.data.tokens import TokenSource, check_split, narrowest
@@ -82,7 +82,9 @@ class Sampled(Data):
         if vocabulary is None:
             raise UserError(f"data.run={self.run} has no vocabulary.json; copy it there from the folder of the run")
         if not len(tokens):
-            raise UserError(f"data.n={self.n} leaves no {split} texts; give more, or set a larger data.test_fraction")
+            raise UserError(
+                f"data.n={self.n} leaves no {split} texts; give more, a larger data.test_fraction, or another split"
+            )
         flat = tokens.reshape(-1)
         return TokenSource(flat, tokens.shape[1], vocabulary, len(vocabulary.decode(flat)), f"data.run={self.run}")
 
@@ -101,8 +103,7 @@ def _drawn(run: str, n: int, seed: int, options: str) -> np.ndarray:
     check_needs(model.task, (Samples,), f"data.run={run}")
     asked = config.undump(json.loads(options))
     options_of(model.task, asked, "data.options")
-    about = {"n": n, "seed": seed, "options": options, "step": model.step, "weights": model.kind}
-    about |= {"model": str(model.folder)} if model.run is None else {}
+    about = {"n": n, "seed": seed, "options": options, "weights": weights.digest(model.params, repr(model.task))}
     path = model.samples_folder.parent / "drawn" / f"{sha256_of_json(about)[:16]}.npy"
     try:
         with paths.sentence(path):

@@ -33,7 +33,7 @@ from zoo.run import Checkpoint, Run, Samples
 from zoo.train.optim import AdamW
 
 config = Run(
-    task=Tcsm(vocab=27, length=64, schedule="cosine", width=96, depth=3, head_dim=32, scan=False),
+    task=Tcsm(vocab=27, length=64, schedule="cosine", width=80, depth=3, head_dim=40, scan=False),
     data=Docstrings(),
     optim=AdamW(lr=2e-3, final_lr=1e-6, warmup=100, b2=0.99, weight_decay=0.0, clip=1.0),
     ema=0.999,
@@ -50,7 +50,7 @@ uniform = replace(sedd, task=replace(sedd.task, kernel="uniform"))
 score = replace(config, task=replace(config.task, objective="gkl", weight="one"))
 ratio = replace(
     config,
-    task=TcsmRatio(vocab=27, length=64, schedule="cosine", width=96, depth=3, head_dim=32, scan=False),
+    task=TcsmRatio(vocab=27, length=64, schedule="cosine", width=80, depth=3, head_dim=40, scan=False),
     weights={"net": "runs/tcsm-stdlib:net", "start": "runs/tcsm-stdlib:net"},
     optim=replace(config.optim, lr=5e-4),
     steps=1_000,
@@ -58,7 +58,7 @@ ratio = replace(
 )
 
 # after pre-training
-BASE, SIZE = "runs/tcsm-stdlib:net", {"vocab": 27, "length": 64, "width": 96, "depth": 3, "head_dim": 32, "scan": False}
+BASE, SIZE = "runs/tcsm-stdlib:net", {"vocab": 27, "length": 64, "width": 80, "depth": 3, "head_dim": 40, "scan": False}
 reward = replace(
     config,
     task=TcsmReward(**SIZE, schedule="cosine", beta=0.02),
@@ -87,7 +87,7 @@ reward_chosen = replace(
 )
 distil = replace(
     config,
-    task=TcsmDistill(**SIZE, schedule="cosine", teacher=DiscreteLM(**SIZE)),
+    task=TcsmDistill(**SIZE, schedule="cosine", teacher=DiscreteLM(**{**SIZE, "width": 96, "head_dim": 32})),
     weights={"teacher": "runs/tarflow_lm-stdlib-discrete"},
     steps=1_000,
 )

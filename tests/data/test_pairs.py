@@ -213,6 +213,9 @@ def test_samples_of_a_run_are_drawn_once(model: Any, tmp_path: Path) -> None:
     np.save(file, np.load(file)[::-1])
     derived._drawn.cache_clear()
     np.testing.assert_array_equal(data.source("test", spec())[9]["tokens"], drawn[0])  # read, not drawn again
+    derived._opened("plain").params["logits"] += jnp.arange(27.0)  # a run of the same name, trained anew
+    derived._drawn.cache_clear()
+    assert (data.source("train", spec())[0]["tokens"] != drawn[[0, 99]]).any(1).all()  # neither as drawn nor as kept
     assert len(Sampled("plain", n=64).source("train", spec())) == 61
     with told("data.run=plain draws texts of 8 tokens", "task.length=8"):
         data.source("train", spec(9))

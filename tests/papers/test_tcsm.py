@@ -453,6 +453,25 @@ def test_samples_keep_what_is_given_and_hold_no_mask(task):
     ).all()
 
 
+@dataclasses.dataclass(frozen=True)
+class Telling(Tabular):
+    """Writes how noisy it is told that the text is."""
+
+    def log_p(self, net, xt, noise):
+        said = jax.nn.one_hot(jnp.floor(noise * (self.vocab - 0.5)).astype(int), self.vocab)
+        return jnp.broadcast_to(jnp.log(said)[:, None], (*xt.shape, self.vocab))
+
+
+def test_the_noise_that_is_told_is_the_share_of_the_text_that_is_hidden():
+    given = jnp.asarray([[-1, -1, -1], [-1, 0, 0], [-1, -1, 0]])
+    for kernel, told in (("masked", [2, 0, 1]), ("uniform", [2, 2, 2])):
+        task = Telling(kernel=kernel, objective="sedd", time=True)
+        found = task.sample({"net": tabular.net(0.0)}, jax.random.key(0), 3, {"tokens": given}, TcsmSampling(steps=1))[
+            "tokens"
+        ]
+        np.testing.assert_array_equal(found, np.where(given < 0, np.array(told)[:, None], given))
+
+
 def test_tokens_that_no_text_holds_are_refused(tmp_path):
     """MASK would come back as it is, and -1 would be read as MASK."""
     model = Model(SMALL, moved(SMALL), "raw", 1, None, (), tmp_path)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,8 @@ from zoo.rewards import LetterShare, rewarded
 from zoo.run import Run
 from zoo.task import About
 from zoo.train.loop import train
-from zoo.train.step import init_state, make_train_step
+from zoo.train.optim import AdamW
+from zoo.train.step import compile_step, init_state, make_train_step
 
 RNG = np.random.default_rng(1)
 P = law()
@@ -231,6 +233,36 @@ def test_a_teacher_tells_more_of_few_texts_than_they_do_themselves() -> None:
         for params in (soft, hard)
     )
     assert (ours < 0.5 * theirs).all(), (ours, theirs)
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task", [TcsmReward(**SMALL, beta=BETA), TcsmPreference(**SMALL)], ids=["reward", "preference"]
+)
+def test_two_devices_train_what_one_does(task: Any) -> None:
+    """Held networks and the running mean too, wherever they lie."""
+    rng, losses, states = np.random.default_rng(0), {}, {}
+    batches = [
+        {key: rng.integers(0, V, x.shape).astype(x.dtype) if x.dtype == jnp.int32 else R[: x.shape[0]] * (k + 1)
+         for key, x in task.spec(4).items()}
+        for k in range(4)
+    ]  # fmt: skip
+    for name, own, count in (("one", dist.Mesh(data=1), 1), ("two", dist.Mesh(data=1, fsdp=2), 2)):
+        mesh = own.build(jax.devices()[:count])
+        with dist.use(mesh):
+            init, step, _ = compile_step(task, AdamW(lr=0.01).build(10), mesh, ema=0.9)
+            state, losses[name] = init(3), []
+            for batch in batches:
+                state, metrics = step(state, jax.device_put(batch, dist.batch_sharding(mesh)))
+                losses[name].append(float(metrics["loss"]))
+            states[name] = jax.device_get(state.params)
+    np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-4)
+    chex.assert_trees_all_close(states["two"], states["one"], rtol=1e-3, atol=1e-5)
+    for key in task.about.held:
+        moved = jax.tree.map(lambda x, y: (x != y).any(), states["one"][key], jax.device_get(init(3).params[key]))
+        assert any(jax.tree.leaves(moved)) == (key == "norm")
 
 
 # --- configs --------------------------------------------------------------------------------------

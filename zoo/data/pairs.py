@@ -28,7 +28,9 @@ from zoo.files import sha256
 from zoo.rewards import Reward, rewarded
 
 _log = logging.getLogger("zoo")
-_LOCK = threading.Lock()  # several threads open a source at once, and one of them reads or scores its texts
+_LOCK = (
+    threading.RLock()
+)  # several threads open a source at once, and one reads or scores its texts: by a run on pairs, both
 _KEYS = ("chosen", "rejected")
 
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]

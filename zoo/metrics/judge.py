@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,10 +20,10 @@ from zoo import hosts
 from zoo.data.tokens import check_vocabulary
 from zoo.diffusion.compare import image_of
 from zoo.errors import UserError
-from zoo.fields import AtLeast2, Count, Whole, check_fields
-from zoo.metrics.text import check_texts, drawn_texts, held_texts, std_error, token_entropy
+from zoo.fields import Count
+from zoo.metrics.text import OfDrawn, check_texts, std_error, token_entropy
 from zoo.rewards import LetterShare, Reward, rewarded
-from zoo.task import Metric, Options, Params, Predicts, Samples, check_needs, options_of
+from zoo.task import Options, Params, Predicts, check_needs, options_of
 
 
 @lru_cache(maxsize=4)
@@ -38,7 +38,7 @@ def _nats(task: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Judge(Metric):
+class Judge(OfDrawn):
     """Perplexity of drawn texts under another language model, `network`, beside the entropy of their tokens.
 
     Texts that repeat themselves are likely too: a perplexity says something at an entropy near that of the data alone. What
@@ -48,17 +48,8 @@ class Judge(Metric):
 
     network: str = ""  # a run or export that can `predict`
     steps: tuple[Count, ...] = ()  # of the sampler, each in turn; (): as its options say
-    samples: AtLeast2 = 256
-    options: Options = field(default_factory=dict)  # of the task's `sample`
-    split: str = "test"  # of the held-out texts
-    batch: Count = 64
-    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "judge"
-    needs = (Samples,)
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def opens(self) -> str:
         """The run or export that judges. UserError where none is named."""
@@ -113,11 +104,11 @@ class Judge(Metric):
 
         rows = []
         for options in each:
-            texts, lost = drawn_texts(task, options, params, rng, self.samples, self.batch)
+            texts, lost = self.drawn(task, params, rng, options)
             found = figures(texts) if len(texts) else {}
             steps = {"steps": options["steps"]} if self.steps else {}
             rows.append({**steps, **found, "texts": len(texts), "not_finite": lost})
-        real = {f"data_{k}": v for k, v in figures(held_texts(task, data, self.split, self.samples)).items()}
+        real = {f"data_{k}": v for k, v in figures(self.held(task, data)).items()}
         about = {**real, "judge_network": self.network, "split": self.split}
         if not self.steps:
             return {**rows[0], **about}
@@ -163,35 +154,20 @@ def _picture(rows: Sequence[dict[str, Any]], real: dict[str, float]) -> Image.Im
 
 
 @dataclass(frozen=True)
-class MeanReward(Metric):
+class MeanReward(OfDrawn):
     """The mean reward of drawn texts with its standard error, beside that of as many held-out ones."""
 
     reward: Reward = LetterShare()
-    samples: AtLeast2 = 256
-    options: Options = field(default_factory=dict)  # of the task's `sample`
-    split: str = "test"  # of the held-out texts
-    batch: Count = 64
-    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "reward"
-    needs = (Samples,)
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
-
-    def check(self, task: Any) -> None:
-        """UserError for a task that draws no texts, or not with these options; asked before a run's first step."""
-        check_texts(task, self)
-        options_of(task, self.options, f"options of the metric {self.name}")
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """`reward`, and `data_reward` of held-out texts. UserError for a reward that is no number for each text."""
         self.check(task)
-        drawn, lost = drawn_texts(task, self.options, params, rng, self.samples, self.batch)
-        vocabulary = data.source(self.split, task.spec(1)).vocabulary
+        drawn, lost = self.drawn(task, params, rng, self.options)
         found: dict[str, Any] = {"texts": len(drawn), "not_finite": lost, "split": self.split}
-        for name, texts in (("reward", drawn), ("data_reward", held_texts(task, data, self.split, self.samples))):
-            values = rewarded(self.reward, texts, vocabulary).astype(np.float64)
+        for name, texts in (("reward", drawn), ("data_reward", self.held(task, data))):
+            values = rewarded(self.reward, texts, data.vocabulary()).astype(np.float64)
             if len(values):
                 found |= {name: float(values.mean()), f"{name}_std_error": std_error(values)}
         return found

@@ -18,7 +18,7 @@ from zoo import hosts
 from zoo.data.pipeline import epoch
 from zoo.data.tokens import check_vocabulary
 from zoo.errors import UserError
-from zoo.fields import Count, Whole, check_fields
+from zoo.fields import AtLeast2, Count, Whole, check_fields
 from zoo.metrics.likelihood import per_example
 from zoo.metrics.samples import drawer
 from zoo.task import Likely, Metric, Options, Params, Samples, is_text, option_names, options_of
@@ -120,25 +120,47 @@ def the_tokens(drawn: Mapping[str, jax.Array]) -> jax.Array:
     return drawn["tokens"]
 
 
-def drawn_texts(
-    task: Any, options: Options, params: Params, rng: jax.Array, samples: int, batch: int
-) -> tuple[np.ndarray, int]:
-    """Tokens [N, T] of so many samples without those that overflowed (tokens below 0), and how many did.
+@dataclass(frozen=True, kw_only=True)
+class OfDrawn(Metric):
+    """Base: what is measured on drawn texts, and beside it on as many held-out ones."""
 
-    Sample i depends on (rng, i) alone.
-    """
-    draw = drawer(task, options, the_tokens)
-    parts = [
-        hosts.fetch(draw(params, rng, np.arange(first, first + batch, dtype=np.int32), {}))
-        for first in range(0, samples, batch)
-    ]
-    drawn = np.concatenate(parts)[:samples]
-    whole = drawn[(drawn >= 0).all(1)]
-    return whole, samples - len(whole)
+    samples: AtLeast2 = 256
+    options: Options = field(default_factory=dict)  # of the task's `sample`
+    split: str = "test"  # of the held-out texts
+    batch: Count = 64
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
+
+    needs = (Samples,)
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"metric {self.name}: ")
+
+    def check(self, task: Any) -> None:
+        """UserError for a task that draws no texts, or not with these options; asked before a run's first step."""
+        check_texts(task, self)
+        options_of(task, self.options, f"options of the metric {self.name}")
+
+    def drawn(self, task: Any, params: Params, rng: jax.Array, options: Options) -> tuple[np.ndarray, int]:
+        """Tokens [N, T] of the samples without those that overflowed (tokens below 0), and how many did.
+
+        Sample i depends on (rng, i) alone.
+        """
+        draw = drawer(task, options, the_tokens)
+        parts = [
+            hosts.fetch(draw(params, rng, np.arange(first, first + self.batch, dtype=np.int32), {}))
+            for first in range(0, self.samples, self.batch)
+        ]
+        drawn = np.concatenate(parts)[: self.samples]
+        whole = drawn[(drawn >= 0).all(1)]
+        return whole, self.samples - len(whole)
+
+    def held(self, task: Any, data: Any) -> np.ndarray:
+        """As many held-out texts [N, T]."""
+        return some_texts(task, data, self.split, self.samples)
 
 
 @dataclass(frozen=True)
-class Generation(Metric):
+class Generation(OfDrawn):
     """Statistics of drawn texts beside those of held-out ones, which say how far chance alone takes them.
 
     `unigram_kl` is KL(samples || training texts) in nats over single tokens, `bigram_log_likelihood` the mean of
@@ -148,18 +170,9 @@ class Generation(Metric):
     texts. Samples that overflowed (tokens below 0) are counted as `not_finite` and left out.
     """
 
-    samples: Count = 256
-    options: Options = field(default_factory=dict)  # of the task's `sample`
-    split: str = "test"  # of the held-out texts
     train: Count = 10_000  # training texts that are counted at most, a fixed random choice
-    batch: Count = 64
-    every: Whole = 0  # steps between measurements while training; 0: at the end only
 
     name = "generation"
-    needs = (Samples,)
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError for a task that draws no texts, or not with these options; asked before a run's first step."""
@@ -169,7 +182,7 @@ class Generation(Metric):
                 f"the metric generation counts symbols, and {type(task).__name__} does not say how many there are; set "
                 "`vocabulary` in its About"
             )
-        options_of(task, self.options, "options of the metric generation")
+        super().check(task)
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """The figures above and the numbers of texts; of samples none where all overflowed. Sample i depends on (rng, i) alone.
@@ -179,8 +192,8 @@ class Generation(Metric):
         """
         self.check(task)
         vocabulary = task.about.vocabulary
-        train, held = (held_texts(task, data, *of) for of in (("train", self.train), (self.split, self.samples)))
-        whole, lost = drawn_texts(task, self.options, params, rng, self.samples, self.batch)
+        train, held = some_texts(task, data, "train", self.train), self.held(task, data)
+        whole, lost = self.drawn(task, params, rng, self.options)
         return {
             **(_figures(whole, train, vocabulary) if len(whole) else {}),
             "generated_texts": len(whole),
@@ -190,7 +203,7 @@ class Generation(Metric):
         }
 
 
-def held_texts(task: Any, data: Any, split: str, limit: int) -> np.ndarray:
+def some_texts(task: Any, data: Any, split: str, limit: int) -> np.ndarray:
     """Tokens [N, T] of at most `limit` texts of a split, a fixed random choice: neighbours may be of one document."""
     source = data.source(split, task.spec(1))
     check_vocabulary(task, source)

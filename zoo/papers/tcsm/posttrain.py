@@ -16,13 +16,11 @@ from msgspec import Meta
 
 from zoo.diffusion.tokens import inside
 from zoo.errors import UserError
-from zoo.fields import Dtype, Layers, Positive, Size, Vocabulary, check_fields
-from zoo.nn.attention import Backend, check_backend
-from zoo.nn.transformer import Remat, check_rotary
-from zoo.papers.tcsm.model import Body, Embed, Scalar, apply
+from zoo.fields import Positive, Size
+from zoo.papers.tcsm.model import Embed, Scalar, apply
 from zoo.papers.tcsm.objectives import preferred
 from zoo.papers.tcsm.targets import Target, one_hot, taylor, top_k
-from zoo.papers.tcsm.task import ALIKE, Denoiser, Tcsm
+from zoo.papers.tcsm.task import ALIKE, Denoiser, Reader, Tcsm
 from zoo.task import About, Batch, Network, Params, Predicts
 
 _MOST, _LEAST = 60.0, 1e-30  # log-weights above those of the first texts, and their mean: beyond, numbers overflow
@@ -165,33 +163,13 @@ def _agreement(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]:
 
 
 @dataclass(frozen=True)
-class TcsmRewardModel:
+class TcsmRewardModel(Reader):
     """A reward out of preferences, as Bradley and Terry see them: `zoo.derived.Classifier(RUN)` is that reward, for `TcsmReward`."""
-
-    vocab: Vocabulary = 27
-    length: Size = 256
-    width: Size = 768
-    depth: Layers = 12
-    head_dim: Size = 64
-    dtype: Dtype = "float32"
-    scan: bool = True
-    remat: Remat = "none"
-    attention: Backend = "xla"
-
-    def __post_init__(self) -> None:
-        check_fields(self, "task.")
-        check_rotary(self.width, self.head_dim)
-        check_backend(self.attention, self.dtype)
 
     @property
     def about(self) -> About:
         """Of texts; it has no likelihood and no sampler."""
         return About(unit="sequences", vocabulary=self.vocab, tokens=self.length)
-
-    @property
-    def _body(self) -> Body:
-        names = ("length", "width", "depth", "head_dim", "dtype", "scan", "remat", "attention")
-        return Body(**{name: getattr(self, name) for name in names}, time=False)
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Winners `tokens` [B, T] and losers `rejected` [B, T]."""
@@ -199,19 +177,13 @@ class TcsmRewardModel:
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: all texts are worth the same."""
-        keys, h = jax.random.split(rng, 3), jnp.zeros((1, self.length, self.width))
-        made: dict[str, Any] = {
-            "embed": Embed(self.vocab, self.width).init(keys[0], jnp.zeros((1, 1), jnp.int32)),
-            "body": self._body.init(keys[1], h, jnp.zeros(1)),
-            "scalar": Scalar().init(keys[2], h),
-        }
-        return {name: part["params"] for name, part in made.items()}
+        return self.init_reader(rng, scalar=Scalar())
 
     def logits(self, params: Params, batch: Batch) -> jax.Array:
         """The reward of each text, [B, 1]."""
         tokens = batch["tokens"]
         x = apply(Embed(self.vocab, self.width), params["embed"], tokens)
-        h = apply(self._body, params["body"], x, jnp.zeros(len(tokens)))
+        h = apply(self.body, params["body"], x, jnp.zeros(len(tokens)))
         found: jax.Array = apply(Scalar(), params["scalar"], h)[:, None]
         return found
 

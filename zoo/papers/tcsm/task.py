@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from msgspec import Meta
 
 from zoo.diffusion.tokens import Kernel, Masked, Schedule, Times, Uniform, antithetic, inside, reveal, sharpened
@@ -73,14 +74,11 @@ class TcsmRatioSampling(TcsmSampling):
 
 
 @dataclass(frozen=True)
-class Denoiser:
-    """What the tasks share: a process that hides tokens, and under `net` the parameters of a network that tells them all at once."""
+class Reader:
+    """What the tasks share: a transformer that sees all tokens of a text."""
 
     vocab: Vocabulary = 27  # V
     length: Size = 256  # T, tokens of a text
-    kernel: Literal["masked", "uniform"] = "masked"  # what becomes of a token: MASK, or any of the vocabulary
-    schedule: Schedule = "loglinear"  # of the noise: loglinear, cosine or geometric
-    time: bool = False  # the network is told the noise; masked tokens tell it by themselves
     width: Size = 768
     depth: Layers = 12
     head_dim: Size = 64
@@ -89,12 +87,42 @@ class Denoiser:
     remat: Remat = "none"  # none, dots or full: what the backward pass recomputes
     attention: Backend = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
-    Sampling = TcsmSampling
-
     def __post_init__(self) -> None:
         check_fields(self, "task.")
         check_rotary(self.width, self.head_dim)
         check_backend(self.attention, self.dtype)
+
+    @property
+    def body(self) -> Body:
+        """The transformer, without embeddings and outputs."""
+        names = ("length", "width", "depth", "head_dim", "dtype", "scan", "remat", "attention")
+        return Body(**{name: getattr(self, name) for name in names}, time=False)
+
+    def init_reader(self, rng: jax.Array, **last: nn.Module) -> Params:
+        """Fresh parameters of the embeddings, the transformer, and what reads its features."""
+        keys, h = jax.random.split(rng, 3), jnp.zeros((1, self.length, self.width))
+        made: dict[str, Any] = {
+            "embed": Embed(self.vocab, self.width).init(keys[0], jnp.zeros((1, 1), jnp.int32)),
+            "body": self.body.init(keys[1], h, jnp.zeros(1)),
+            **{name: module.init(keys[2], h) for name, module in last.items()},
+        }
+        return {name: part["params"] for name, part in made.items()}
+
+
+@dataclass(frozen=True)
+class Denoiser(Reader):
+    """A process that hides tokens, and under `net` the parameters of a network that tells them all at once."""
+
+    kernel: Literal["masked", "uniform"] = "masked"  # what becomes of a token: MASK, or any of the vocabulary
+    schedule: Schedule = "loglinear"  # of the noise: loglinear, cosine or geometric
+    time: bool = False  # the network is told the noise; masked tokens tell it by themselves
+
+    Sampling = TcsmSampling
+
+    @property
+    def body(self) -> Body:
+        """As of `Reader`, told the noise where `time` is set."""
+        return super().body.clone(time=self.time)
 
     @property
     def process(self) -> Kernel:
@@ -105,21 +133,6 @@ class Denoiser:
     def times(self) -> Times:
         """How much is hidden when."""
         return Times(self.schedule)
-
-    @property
-    def body(self) -> Body:
-        """The transformer, without embeddings and outputs."""
-        return Body(
-            self.length,
-            self.width,
-            self.depth,
-            self.head_dim,
-            self.time,
-            self.dtype,
-            self.scan,
-            self.remat,
-            self.attention,
-        )
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`tokens` [B, T]."""
@@ -132,13 +145,7 @@ class Denoiser:
 
     def init_net(self, rng: jax.Array) -> Params:
         """Fresh parameters of a denoiser, which finds all tokens equally likely."""
-        keys, h = jax.random.split(rng, 3), jnp.zeros((1, self.length, self.width))
-        made: dict[str, Any] = {
-            "embed": Embed(self.vocab, self.width).init(keys[0], jnp.zeros((1, 1), jnp.int32)),
-            "body": self.body.init(keys[1], h, jnp.zeros(1)),
-            "head": Head(self.vocab, self.dtype).init(keys[2], h),
-        }
-        return {name: part["params"] for name, part in made.items()}
+        return self.init_reader(rng, head=Head(self.vocab, self.dtype))
 
     def compared(
         self, net: Params, xt: jax.Array, noise: jax.Array, call: Callable[..., jax.Array], *arrays: jax.Array
@@ -214,11 +221,11 @@ class Denoiser:
         return found
 
     def proposed(self, params: Params, options: Any) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-        """The denoiser that a sampler asks: (x_t [n, T], noise [], keys [n]) -> log p [n, T, V], as sharp as the options say."""
+        """The denoiser that a sampler asks: (x_t [n, T], noise [n], keys [n]) -> log p [n, T, V], as sharp as the options say."""
         net = self._whole(params["net"])
 
         def ask(x: jax.Array, noise: jax.Array, keys: jax.Array) -> jax.Array:
-            log_p = self.log_p(net, x, jnp.broadcast_to(noise, len(x)))
+            log_p = self.log_p(net, x, noise)
             return sharpened(log_p, options.temperature, options.top_p)
 
         return ask
@@ -238,14 +245,21 @@ class Denoiser:
         pairs = jax.vmap(lambda key: jax.random.split(key, 3))(sample_keys(rng, n))
         keys, kernel = pairs[:, 0], self.process
         blank = jax.vmap(lambda key: kernel.corrupt(key, jnp.zeros(self.length, jnp.int32), jnp.ones(())))(pairs[:, 1])
-        start, known = constrain(blank, "batch"), None
+        start, known, share = constrain(blank, "batch"), None, jnp.ones(n)
         text = (conditions or {}).get("tokens")
         if text is not None:
             hole = text < 0
             again = jax.vmap(lambda key: jax.random.uniform(key, (self.length,)))(pairs[:, 2]) < o.strength
             known = ~jnp.where(hole.any(1, keepdims=True), hole, again)
             start = jnp.where(known, text, blank)
-        return {"tokens": reveal(keys, self.proposed(params, o), kernel, self.times.grid(o.steps), start, known)}
+            if self.kernel == "masked":  # given tokens beside replaced ones are a text of no noise
+                share = (~known).mean(1)
+        ask = self.proposed(params, o)
+
+        def denoise(x: jax.Array, noise: jax.Array, keys: jax.Array) -> jax.Array:
+            return ask(x, noise * share, keys)  # the share of all that is hidden, as in training
+
+        return {"tokens": reveal(keys, denoise, kernel, self.times.grid(o.steps), start, known)}
 
 
 @dataclass(frozen=True)
@@ -297,7 +311,7 @@ class Tcsm(Denoiser):
         return one_hot(batch["tokens"]), {}
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The objective, a mean over tokens with the weights of times and of the target; in nats where it is a bound of -log p."""
+        """The objective, a mean over tokens with the weights of times and of the target; in nats where it is a bound of -log p of data."""
         draw, own = jax.random.split(rng)
         t, xt = self.hidden(draw, batch["tokens"])
         noise = self.times.noise(t)
@@ -308,7 +322,8 @@ class Tcsm(Denoiser):
             uniform = self.kernel == "uniform"
             each = each * (self.times.rate(t) if uniform else self.times.weight(t))[:, None]
         loss = (each * target.weight.reshape(len(each), -1)).mean()
-        bound = self.weight == "nelbo" and self.objective in ("distribution", "sedd")
+        data = type(self).target is Tcsm.target
+        bound = data and self.weight == "nelbo" and self.objective in ("distribution", "sedd")
         return loss, {**({"bits": loss / math.log(2)} if bound else {}), **metrics}
 
     def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
@@ -401,7 +416,7 @@ class TcsmRatio(Denoiser):
                 pairs[:, 0], log_p
             )
             found = found.astype(jnp.int32)
-            many = found.reshape(n * k, t), jnp.repeat(x, k, 0), jnp.broadcast_to(noise, n * k)
+            many = found.reshape(n * k, t), jnp.repeat(x, k, 0), jnp.repeat(noise, k)
             scores = self.log_ratio(own, *many).reshape(n, k)
             picked = jax.vmap(jax.random.categorical)(pairs[:, 1], scores)
             lost = jnp.isnan(log_p).any((1, 2)) | jnp.isnan(scores).any(1)
