@@ -11,9 +11,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import msgspec
+from tqdm import tqdm
 
 from zoo.errors import UserError
 
@@ -170,6 +175,46 @@ def sha256_of_file(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def digests(root: Path, paths: Sequence[str]) -> list[tuple[str | None, int]]:
+    """`sha256_of_file` and size of each file below a folder; a file that cannot be read has none, and the size -1.
+
+    A file is read once: what it was is known by its path, size, times and inode, and kept in the cache.
+    """
+    kept = cache() / "digests" / f"{sha256(os.fsencode(root.resolve()))[:32]}.msgpack"
+    known: dict[bytes, tuple[tuple[int, ...], str]] = {}
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        known = msgspec.msgpack.decode(kept.read_bytes(), type=dict[bytes, tuple[tuple[int, ...], str]])
+    began, stamps = time.time_ns(), {path: _stamp(os.path.join(root, path)) for path in paths}
+    names = {path: os.fsencode(path) for path in paths}
+    unread = [path for path in stamps if stamps[path] and known.get(names[path], ((), ""))[0] != stamps[path]]
+    if unread:
+        total = sum(stamps[path][0] for path in unread)
+        bar = tqdm(total=total, desc="compared", unit="B", unit_scale=True, delay=2, leave=False)
+        with bar, ThreadPoolExecutor(8) as pool:
+            for path, found in zip(unread, pool.map(lambda path: sha256_of_file(root / path), unread)):
+                known[names[path]] = stamps[path], found or ""
+                bar.update(stamps[path][0])
+        # one written in the moment of its reading may change within the same tick of its clock
+        settled = {name: about for name, about in known.items() if max(about[0][1:3]) < began - 2 * 10**9}
+        with contextlib.suppress(OSError):
+            write(kept, msgspec.msgpack.encode(settled), sync=False)
+    return [(known[names[path]][1] or None if stamps[path] else None, (stamps[path] or (-1,))[0]) for path in paths]
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    """What changes with the bytes of a file; () where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def cache() -> Path:
+    """Where is kept what can be made again: `$ZOO_CACHE` or ~/.cache/zoo."""
+    return Path(os.environ.get("ZOO_CACHE") or os.path.expanduser("~/.cache/zoo"))
 
 
 def sha256_of_json(value: Any) -> str:
