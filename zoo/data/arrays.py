@@ -23,7 +23,7 @@ def picture_array(path: Path, key: str, field: str, version: str) -> np.ndarray:
     if array.size and field == "data.images" and array.dtype in (np.float32, np.uint8):
         low, high = array.min(), array.max()
         # written so that a NaN fails as well
-        if array.dtype == np.float32 and not (-1 <= low and high <= 1):
+        if array.dtype == np.float32 and not (low >= -1 and high <= 1):
             raise UserError(
                 f"{path}: array {key!r} has values in [{low:g}, {high:g}]; "
                 "floating-point images must lie in [-1, 1]: rescale them, or store uint8"

@@ -20,14 +20,14 @@ from zoo.files import digests, reading, sha256, sha256_of_parts
 SPLITS = ("train", "test")
 TESTS = ("test", "val", "dev", "eval")  # kinds of held-out parts; of several the first is the test split
 _WORDS = {
-    "train": "train training trn",
-    "test": "test tests testing tst",
-    "val": "val valid validation",
-    "dev": "dev devel development",
-    "eval": "eval evaluation holdout heldout",
+    "train": ("train", "training", "trn"),
+    "test": ("test", "tests", "testing", "tst"),
+    "val": ("val", "valid", "validation"),
+    "dev": ("dev", "devel", "development"),
+    "eval": ("eval", "evaluation", "holdout", "heldout"),
 }
-_KINDS = {word + end: kind for kind, words in _WORDS.items() for word in words.split() for end in ("", "set")}
-_FILLERS = {*"set sets split splits data dataset image images img imgs photo photos picture pictures".split()}
+_KINDS = {word + end: kind for kind, words in _WORDS.items() for word in words for end in ("", "set")}
+_FILLERS = {"set", "sets", "split", "data", "dataset", "image", "images", "img", "imgs", "photos", "pictures"}
 _JUNK = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db"}
 _log = logging.getLogger("zoo")
 

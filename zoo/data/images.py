@@ -33,13 +33,14 @@ from zoo.files import first_line, reading, sha256_of_json
 
 LEVELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
 # what Pillow reads by itself, the usual ones first
-SUFFIXES = tuple(
-    f".{name}"
-    for name in (
-        "jpg jpeg png webp bmp gif tif tiff avif jfif jpe ppm pgm pbm pnm pfm apng avifs blp bw cur dcx dds dib fit fits flc fli ftc "
-        "ftu icb icns ico im j2c j2k jp2 jpc jpf jpx msp pcd pcx psd pxr qoi ras rgb rgba sgi tga vda vst xbm xpm"
-    ).split()
+# fmt: off
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".pfm", ".apng", ".avifs", ".blp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".fit", ".fits", ".flc", ".fli",
+    ".ftc", ".ftu", ".icb", ".icns", ".ico", ".im", ".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx", ".msp", ".pcd",
+    ".pcx", ".psd", ".pxr", ".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".tga", ".vda", ".vst", ".xbm", ".xpm",
 )
+# fmt: on
 LOOKED_AT = 64  # files of a folder whose sizes are compared
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
 _log = logging.getLogger("zoo")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
@@ -195,9 +195,10 @@ class Writer:
 @contextmanager
 def writing(target: Path, settings: Settings, kind: type[Any]) -> Iterator[Writer]:
     """Goes on with the set of this kind in a folder that is held (`entering`). UserError where it was made differently."""
-    done = _open(target, settings, kind)
-    with open(target / PROGRESS, "ab") as log:
-        yield Writer(target, done, log)
+    with mending(target):
+        done = _open(target, settings, kind)
+        with open(target / PROGRESS, "ab") as log:
+            yield Writer(target, done, log)
 
 
 @contextmanager
@@ -210,19 +211,22 @@ def entering(target: Path, kind: type[Any]) -> Iterator[None]:
       UserError: the folder holds something else, is being written by another process, or cannot be.
     """
     check_dest(target, kind)
-    with (
-        files.writing(target, "mend that and run the same command again, what is finished is kept"),
-        ExitStack() as held,
-    ):
-        if not target.exists():
-            target.mkdir(parents=True, exist_ok=True)
-            held.callback(_remove_empty, target)
-        with files.locked(target, f"DEST {target}", "choose a new folder"):
+    with ExitStack() as held:
+        with mending(target):
+            if not target.exists():
+                target.mkdir(parents=True, exist_ok=True)
+                held.callback(_remove_empty, target)
+            held.enter_context(files.locked(target, f"DEST {target}", "choose a new folder"))
             check_dest(target, kind)  # another process may have been faster
             for path in target.iterdir():  # what killed runs left, the last kinds of earlier versions
                 if files.is_part(path.name) or path.name.endswith((".array_record.tmp", "json.tmp", "jsonl.tmp")):
                     path.unlink()
-            yield
+        yield
+
+
+def mending(target: Path) -> AbstractContextManager[None]:
+    """UserError where what is written to a set within cannot be."""
+    return files.writing(target, "mend that and run the same command again, what is finished is kept")
 
 
 def _remove_empty(folder: Path) -> None:

@@ -233,9 +233,8 @@ def _captions(root: Path, names: list[str], test_fraction: float) -> Source:
             caption,
         )
 
-    order = [i for part in parts.values() for i in part]
     listed = [images[i] for part in parts.values() for i in part]
-    told = [texts[stem] for stem in stems if stem in texts]
+    told = sorted({texts[stem] for stem in stems if stem in texts})
     others = len(names) - len(images) - len(told)
     if others:
         tell(f"{root}: passed over: {others} files that are neither images nor captions of any")
