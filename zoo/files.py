@@ -186,7 +186,7 @@ def digests(root: Path, paths: Sequence[str]) -> list[tuple[str | None, int]]:
     known: dict[bytes, tuple[tuple[int, ...], str]] = {}
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         known = msgspec.msgpack.decode(kept.read_bytes(), type=dict[bytes, tuple[tuple[int, ...], str]])
-    began, stamps = time.time_ns(), {path: _stamp(os.path.join(root, path)) for path in paths}
+    began, stamps = time.time_ns(), {path: stamp(f"{root}{os.sep}{path}") for path in paths}
     names = {path: os.fsencode(path) for path in paths}
     unread = [path for path in stamps if stamps[path] and known.get(names[path], ((), ""))[0] != stamps[path]]
     if unread:
@@ -196,20 +196,24 @@ def digests(root: Path, paths: Sequence[str]) -> list[tuple[str | None, int]]:
             for path, found in zip(unread, pool.map(lambda path: sha256_of_file(root / path), unread)):
                 known[names[path]] = stamps[path], found or ""
                 bar.update(stamps[path][0])
-        # one written in the moment of its reading may change within the same tick of its clock
-        settled = {name: about for name, about in known.items() if max(about[0][1:3]) < began - 2 * 10**9}
+        lasting = {name: about for name, about in known.items() if settled(began, [about[0]])}
         with contextlib.suppress(OSError):
-            write(kept, msgspec.msgpack.encode(settled), sync=False)
+            write(kept, msgspec.msgpack.encode(lasting), sync=False)
     return [(known[names[path]][1] or None if stamps[path] else None, (stamps[path] or (-1,))[0]) for path in paths]
 
 
-def _stamp(path: str) -> tuple[int, ...]:
+def stamp(path: str) -> tuple[int, ...]:
     """What changes with the bytes of a file; () where there is none."""
     try:
         status = os.stat(path)
     except OSError:
         return ()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def settled(now: int, stamps: Iterable[tuple[int, ...]]) -> bool:
+    """Whether these stamps are old enough to tell: what changes twice within one tick of its clock has the same."""
+    return all(max(found[1:3]) < now - 2 * 10**9 for found in stamps if found)
 
 
 def cache() -> Path:

@@ -6,6 +6,7 @@ import difflib
 import logging
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from zoo.errors import UserError
-from zoo.files import digests, reading, sha256, sha256_of_parts
+from zoo.files import digests, reading, settled, sha256, sha256_of_parts, stamp
 
 SPLITS = ("train", "test")
 TESTS = ("test", "val", "dev", "eval")  # kinds of held-out parts; of several the first is the test split
@@ -84,11 +85,15 @@ def divide(
         kinds, starts = np.unique(np.asarray(labels)[order], return_index=True)
         called = [names[k] if 0 <= k < len(names) else str(k) for k in kinds.tolist()]
         groups = list(zip(called, np.split(order, starts[1:])))
+    sizes = np.array([len(group) for _, group in groups])
+    most = np.floor(sizes * test_fraction).astype(int)
+    rest = sizes * test_fraction - most
+    most[np.argsort(-rest, kind="stable")[: round(count * test_fraction) - most.sum()]] += 1
+    most = np.clip(most, 1 if test_fraction else 0, np.maximum(sizes - 1, 0))
     held: list[int] = []
-    for name, group in groups:
-        most = min(len(group) - 1, max(1, round(len(group) * test_fraction))) if test_fraction and len(group) else 0
+    for (name, group), some_of_it in zip(groups, most):
         seed = 0 if name is None else int(sha256(os.fsencode(name))[:16], 16)
-        held += group[np.random.default_rng(seed).permutation(len(group))[:most]].tolist()
+        held += group[np.random.default_rng(seed).permutation(len(group))[:some_of_it]].tolist()
     lone = [name for name, group in groups if name is not None and len(group) == 1]
     if test_fraction and lone:
         tell(f"only one example has the class {some(lone)}: it is trained on, and none is held out")
@@ -125,25 +130,34 @@ def hashed(root: Path, paths: Iterable[str], *about: str) -> str:
     return sha256_of_parts([*(os.fsencode(path) + part for path, part in zip(paths, parts)), *about])
 
 
+_WALKED: dict[Path, tuple[dict[str, tuple[int, ...]], list[str]]] = {}  # a folder is listed many times in a run
+
+
 def walk(root: Path) -> list[str]:
     """All files below a folder by path, in the order of their folders and names; those hidden and what systems put there are not."""
-    found: list[str] = []
+    stamps, found = _WALKED.get(root, ({}, []))
+    if found and all(stamp(folder) == then for folder, then in stamps.items()):
+        return found
+    stamps, found = {}, []
 
-    def visit(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> None:
-        with reading(folder, "give a folder that you may read"):
-            status = os.stat(folder)
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        if (here := (status.st_dev, status.st_ino)) in above:  # a link back to a folder above
+    def visit(folder: str, below: str, above: tuple[str, ...]) -> None:
+        if (real := os.path.realpath(folder)) in above:  # a link back to a folder above
             return
+        stamps[folder] = stamp(folder)
+        with reading(folder, "give a folder that you may read"):
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower() in _JUNK:
                 continue
             if entry.is_dir():
-                visit(entry.path, f"{below}{entry.name}{os.sep}", (*above, here))
+                visit(entry.path, f"{below}{entry.name}{os.sep}", (*above, real))
             else:
                 found.append(below + entry.name)
 
+    began = time.time_ns()
     visit(os.fspath(root), "", ())
+    if settled(began, stamps.values()):
+        _WALKED[root] = stamps, found
     return found
 
 
@@ -185,6 +199,8 @@ def find_files(root: Path, suffixes: tuple[str, ...], what: str) -> tuple[dict[s
       what: what one of them is called, for errors.
     """
     everything = walk(root)
+    if (known := _FOUND.get((root, suffixes))) is not None and known[0] is everything:
+        return known[1]
     names = [name for name in everything if name.lower().endswith(suffixes)]
     tops = dict.fromkeys(name.partition(os.sep)[0] for name in names if os.sep in name)
     over = _passed_over(root, everything, suffixes, [*tops], what)
@@ -199,9 +215,8 @@ def find_files(root: Path, suffixes: tuple[str, ...], what: str) -> tuple[dict[s
     tests = sorted((top for top in tops if kinds[top] in TESTS), key=lambda top: TESTS.index(str(kinds[top])))
     parts: dict[str, Files]
     if trains and not loose and (tests or len(tops) == 1):
-        for twice in (trains, [top for top in tests if kinds[top] == kinds[tests[0]]]):
-            if len(twice) > 1:
-                raise UserError(f"{root} has several folders for one split ({some(twice)}); keep one, or join them")
+        if len(trains) > 1:
+            raise UserError(f"{root} has several folders to train on ({some(trains)}); keep one, or join them")
         train, classes = _by_class(root, f"{trains[0]}{os.sep}", names, None, what)
         parts = {"all": train}
         if tests:
@@ -228,7 +243,11 @@ def find_files(root: Path, suffixes: tuple[str, ...], what: str) -> tuple[dict[s
         parts = {"all": train}
     if over:
         tell(f"{root}: passed over: {over}")
+    _FOUND[root, suffixes] = everything, (parts, tuple(classes))
     return parts, tuple(classes)
+
+
+_FOUND: dict[tuple[Path, tuple[str, ...]], tuple[list[str], tuple[dict[str, Files], tuple[str, ...]]]] = {}
 
 
 def _by_class(

@@ -29,7 +29,7 @@ from zoo.data.pipeline import Data, Source
 from zoo.data.records import Info, Record, is_prepared, open_shards, read_info
 from zoo.errors import UserError
 from zoo.fields import Below1, NotEmpty, Side, check_fields
-from zoo.files import first_line, reading, sha256_of_json
+from zoo.files import digests, first_line, reading, sha256_of_json
 
 LEVELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
 # what Pillow reads by itself, the usual ones first
@@ -125,7 +125,8 @@ class Arrays(Data):
         check_split(split)
         path = existing(self.path)
         part = None if "{split}" in self.images else [split, self.test_fraction]
-        return hashed(path.parent, [path.name], repr([array_name(self.images, split, "data.images"), part]))
+        name = array_name(self.images, split, "data.images")
+        return sha256_of_json([digests(path.parent, [path.name]), name, part])
 
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split, read lazily from the file and kept in memory."""

@@ -25,7 +25,7 @@ from zoo.data.images import check_split
 from zoo.data.pipeline import Data, Source
 from zoo.errors import UserError
 from zoo.fields import Below1, Count, NotEmpty, Seed, Size, check_fields
-from zoo.files import reading
+from zoo.files import digests, reading, sha256_of_json
 
 RATES = (4, 9, 14, 19)  # what a chirp's frequency gains in the window, its class
 NOISE = 0.3
@@ -153,7 +153,7 @@ class Series(Data):
         how = [split, self.length, self.hop, self.standardise, self.test_fraction]
         if root.is_file():
             name = [self.series, self.labels] if _is_npz(root) else self.delimiter
-            return hashed(root.parent, [root.name], repr([name, *how]))
+            return sha256_of_json([digests(root.parent, [root.name]), name, *how])
         parts = find_files(root, SUFFIXES, "recording")[0]
         files = [path for part in parts.values() for path in part.paths]  # both splits: one standardises the other
         return hashed(root, files, repr([self.delimiter, *how]))
