@@ -134,6 +134,20 @@ def locked(folder: Path, name: str, way: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def held(folder: Path, name: str, way: str) -> Iterator[None]:
+    """Makes a folder where there is none and holds it (`locked`); one that is made and stays empty is taken away again."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder, name, way):
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def writing(what: object, way: str, *errors: type[Exception]) -> Iterator[None]:
     """UserError with the way out where what is written within cannot be; also for these `errors`."""
     kinds: tuple[type[Exception], ...] = (OSError, *errors)

@@ -116,7 +116,7 @@ def class_names(classes: Sequence[str], labels: np.ndarray | None) -> tuple[str,
 def tell_classes(where: object, labels: Sequence[int] | np.ndarray, names: Sequence[str]) -> None:
     """Warns of classes without an example, such as the first one where labels begin at 1."""
     found = np.unique(np.asarray(labels, np.int64))
-    missing = [names[k] for k in np.setdiff1d(np.arange(len(names)), found)]
+    missing = [names[k] for k in np.setdiff1d(np.arange(len(names)), found).tolist()]
     first = "; labels begin at 1, and classes count from 0" if len(found) and found[0] == 1 else ""
     if missing:
         tell(f"{where}: no example has the class {some(missing)}{first}")

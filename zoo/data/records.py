@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
@@ -213,10 +213,7 @@ def entering(target: Path, kind: type[Any]) -> Iterator[None]:
     check_dest(target, kind)
     with ExitStack() as held:
         with mending(target):
-            if not target.exists():
-                target.mkdir(parents=True, exist_ok=True)
-                held.callback(_remove_empty, target)
-            held.enter_context(files.locked(target, f"DEST {target}", "choose a new folder"))
+            held.enter_context(files.held(target, f"DEST {target}", "choose a new folder"))
             check_dest(target, kind)  # another process may have been faster
             for path in target.iterdir():  # what killed runs left, the last kinds of earlier versions
                 if files.is_part(path.name) or path.name.endswith((".array_record.tmp", "json.tmp", "jsonl.tmp")):
@@ -227,11 +224,6 @@ def entering(target: Path, kind: type[Any]) -> Iterator[None]:
 def mending(target: Path) -> AbstractContextManager[None]:
     """UserError where what is written to a set within cannot be."""
     return files.writing(target, "mend that and run the same command again, what is finished is kept")
-
-
-def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def check_dest(target: Path, kind: type[Any]) -> None:

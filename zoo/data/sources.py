@@ -550,8 +550,8 @@ def _npz(path: Path, test_fraction: float) -> Source:
         label = (lambda i: -1) if labels is None else (lambda i: int(labels[part[i]]))
         return Items(len(part), lambda i: images[part[i]], label, lambda i: f"{split} row {part[i]}")
 
-    labels = [labels for _, labels in arrays.values() if labels is not None]
-    classes = class_names((), np.concatenate(labels)) if labels else ()
+    every = [labels for _, labels in arrays.values() if labels is not None]
+    classes = class_names((), np.concatenate(every)) if every else ()
     if classes:
-        tell_classes(path, np.concatenate(labels), classes)
+        tell_classes(path, np.concatenate(every), classes)
     return Source({split: items(split) for split in SPLITS}, classes, hashed(path.parent, [path.name]))
