@@ -480,8 +480,10 @@ def _eval(args: argparse.Namespace) -> int:
         print(_json(found))
         return 1 if found.get("failed") or found.get("unanswered") else 0
     from zoo import config, dist, metrics, models
+    from zoo.data.folders import SPLITS
     from zoo.draws import Use, key_of
     from zoo.task import Metric, check_needs, sampling
+    from zoo.train.provenance import by_name, check_kept
 
     known = metrics.named()
     if args.metric in known:
@@ -505,6 +507,9 @@ def _eval(args: argparse.Namespace) -> int:
         metric.check(model.task)  # what is wrong with it is told before a tokeniser is asked for
     others = [f for f in fields if f not in own]
     data = _measured(model, args.model, others) if others or metric.uses_data else model.data
+    if metric.uses_data and not others and model.run is not None and metric.path is None:
+        check_kept(model.folder, data, splits=[metric.split] if metric.split else SPLITS)
+    metric, data = by_name(metric, data, model.labels)
     loaded = models.loaded_for(metric, args.allow, model.task, model.homes, model.data)
     found = metric(model.task, model.params, data, key_of(0, Use.LOOKS), **loaded)
     if metric.saves:

@@ -11,9 +11,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import msgspec
+from tqdm import tqdm
 
 from zoo.errors import UserError
 
@@ -129,6 +134,20 @@ def locked(folder: Path, name: str, way: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def held(folder: Path, name: str, way: str) -> Iterator[None]:
+    """Makes a folder where there is none and holds it (`locked`); one that is made and stays empty is taken away again."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder, name, way):
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def writing(what: object, way: str, *errors: type[Exception]) -> Iterator[None]:
     """UserError with the way out where what is written within cannot be; also for these `errors`."""
     kinds: tuple[type[Exception], ...] = (OSError, *errors)
@@ -170,6 +189,50 @@ def sha256_of_file(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def digests(root: Path, paths: Sequence[str]) -> list[tuple[str | None, int]]:
+    """`sha256_of_file` and size of each file below a folder; a file that cannot be read has none, and the size -1.
+
+    A file is read once: what it was is known by its path, size, times and inode, and kept in the cache.
+    """
+    kept = cache() / "digests" / f"{sha256(os.fsencode(root.resolve()))[:32]}.msgpack"
+    known: dict[bytes, tuple[tuple[int, ...], str]] = {}
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        known = msgspec.msgpack.decode(kept.read_bytes(), type=dict[bytes, tuple[tuple[int, ...], str]])
+    began, stamps = time.time_ns(), {path: stamp(f"{root}{os.sep}{path}") for path in paths}
+    names = {path: os.fsencode(path) for path in paths}
+    unread = [path for path in stamps if stamps[path] and known.get(names[path], ((), ""))[0] != stamps[path]]
+    if unread:
+        total = sum(stamps[path][0] for path in unread)
+        bar = tqdm(total=total, desc="compared", unit="B", unit_scale=True, delay=2, leave=False)
+        with bar, ThreadPoolExecutor(8) as pool:
+            for path, found in zip(unread, pool.map(lambda path: sha256_of_file(root / path), unread)):
+                known[names[path]] = stamps[path], found or ""
+                bar.update(stamps[path][0])
+        lasting = {name: about for name, about in known.items() if settled(began, [about[0]])}
+        with contextlib.suppress(OSError):
+            write(kept, msgspec.msgpack.encode(lasting), sync=False)
+    return [(known[names[path]][1] or None if stamps[path] else None, (stamps[path] or (-1,))[0]) for path in paths]
+
+
+def stamp(path: str) -> tuple[int, ...]:
+    """What changes with the bytes of a file; () where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def settled(now: int, stamps: Iterable[tuple[int, ...]]) -> bool:
+    """Whether these stamps are old enough to tell: what changes twice within one tick of its clock has the same."""
+    return all(max(found[1:3]) < now - 2 * 10**9 for found in stamps if found)
+
+
+def cache() -> Path:
+    """Where is kept what can be made again: `$ZOO_CACHE` or ~/.cache/zoo."""
+    return Path(os.environ.get("ZOO_CACHE") or os.path.expanduser("~/.cache/zoo"))
 
 
 def sha256_of_json(value: Any) -> str:

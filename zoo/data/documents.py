@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from zoo.data.sources import walk
+from zoo.data.folders import walk
 from zoo.data.vocabulary import characters_only
 from zoo.errors import UserError
 from zoo.files import first_line

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
@@ -49,7 +49,7 @@ class Settings(msgspec.Struct):
     """What a set was made from and how; it never mixes two of these."""
 
     source: str  # name only, for people
-    fingerprint: str  # of the names and sizes of its files
+    fingerprint: str  # of its files and all their bytes
     size: int | None
     channels: int
     convert: bool
@@ -194,12 +194,8 @@ class Writer:
 
 @contextmanager
 def writing(target: Path, settings: Settings, kind: type[Any]) -> Iterator[Writer]:
-    """Makes or re-enters the folder of a set of this kind.
-
-    Raises:
-      UserError: the folder holds something else or a set made differently, is being written by another process, or cannot be.
-    """
-    with entering(target, kind):
+    """Goes on with the set of this kind in a folder that is held (`entering`). UserError where it was made differently."""
+    with mending(target):
         done = _open(target, settings, kind)
         with open(target / PROGRESS, "ab") as log:
             yield Writer(target, done, log)
@@ -207,16 +203,27 @@ def writing(target: Path, settings: Settings, kind: type[Any]) -> Iterator[Write
 
 @contextmanager
 def entering(target: Path, kind: type[Any]) -> Iterator[None]:
-    """Makes the folder of a set of this kind and holds it, so that nobody else writes there; UserError where that cannot be."""
-    with files.writing(target, "mend that and run the same command again, what is finished is kept"):
-        with suppress(FileExistsError):
-            target.mkdir(parents=True)
-        with files.locked(target, f"DEST {target}", "choose a new folder"):
-            check_dest(target, kind)
+    """Makes the folder of a set of this kind and holds it before anything is read, so that nobody else writes there.
+
+    A new one into which nothing was written is taken away again.
+
+    Raises:
+      UserError: the folder holds something else, is being written by another process, or cannot be.
+    """
+    check_dest(target, kind)
+    with ExitStack() as held:
+        with mending(target):
+            held.enter_context(files.held(target, f"DEST {target}", "choose a new folder"))
+            check_dest(target, kind)  # another process may have been faster
             for path in target.iterdir():  # what killed runs left, the last kinds of earlier versions
                 if files.is_part(path.name) or path.name.endswith((".array_record.tmp", "json.tmp", "jsonl.tmp")):
                     path.unlink()
-            yield
+        yield
+
+
+def mending(target: Path) -> AbstractContextManager[None]:
+    """UserError where what is written to a set within cannot be."""
+    return files.writing(target, "mend that and run the same command again, what is finished is kept")
 
 
 def check_dest(target: Path, kind: type[Any]) -> None:
@@ -270,7 +277,7 @@ def write_shard(path: Path, results: Iterable[bytes | Lost]) -> Shard:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     count, unreadable = 0, []
-    with files.whole(path) as part:
+    with files.whole(path) as part:  # under a name of this process alone until its digest is known
         # group_size:1 is what random access needs; images are compressed already, latents do not compress
         writer = _disk(ArrayRecordWriter, str(part), "group_size:1,uncompressed")
         try:
@@ -282,7 +289,8 @@ def write_shard(path: Path, results: Iterable[bytes | Lost]) -> Shard:
                     unreadable.append(result)
         finally:
             _disk(writer.close)
-    return Shard(path.name, count, path.stat().st_size, sha256_of_file(path) or "", unreadable)
+        size, found = part.stat().st_size, sha256_of_file(part) or ""
+    return Shard(path.name, count, size, found, unreadable)
 
 
 def _disk(call: Callable[..., Any], *args: Any) -> Any:

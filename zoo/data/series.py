@@ -19,25 +19,13 @@ import jax
 import numpy as np
 from msgspec import Meta
 
-from zoo.data.images import (
-    SPLITS,
-    Files,
-    array_name,
-    check_labels,
-    check_split,
-    class_names,
-    digest,
-    divide,
-    existing,
-    file_digest,
-    file_size,
-    find_files,
-    read_array,
-)
+from zoo.data.arrays import array_name, check_labels, class_names, read_array, tell_classes
+from zoo.data.folders import SPLITS, Files, divide, existing, find_files, hashed
+from zoo.data.images import check_split
 from zoo.data.pipeline import Data, Source
 from zoo.errors import UserError
 from zoo.fields import Below1, Count, NotEmpty, Seed, Size, check_fields
-from zoo.files import reading, sha256_of_file
+from zoo.files import digests, reading, sha256_of_json
 
 RATES = (4, 9, 14, 19)  # what a chirp's frequency gains in the window, its class
 NOISE = 0.3
@@ -159,26 +147,16 @@ class Series(Data):
         return source
 
     def fingerprint(self, split: str) -> str:
-        """What the windows of a split are, wherever the files lie: their bytes (of many files names, sizes and the bytes of a few)
-        and how windows are cut from them."""
+        """What the windows of a split are, wherever the files lie: names and bytes of these, and how windows are cut from them."""
         check_split(split)
         root = self._root()
         how = [split, self.length, self.hop, self.standardise, self.test_fraction]
         if root.is_file():
             name = [self.series, self.labels] if _is_npz(root) else self.delimiter
-            return digest([[file_digest(root, root.stat().st_mtime_ns), name, *how]])
+            return sha256_of_json([digests(root.parent, [root.name]), name, *how])
         parts = find_files(root, SUFFIXES, "recording")[0]
         files = [path for part in parts.values() for path in part.paths]  # both splits: one standardises the other
-        some = set(files[:: max(1, len(files) // 16)])
-        return digest(
-            [
-                [self.delimiter, *how],
-                *(
-                    [path, file_size(root / path), sha256_of_file(root / path) if path in some else None]
-                    for path in files
-                ),
-            ]
-        )
+        return hashed(root, files, repr([self.delimiter, *how]))
 
     def _root(self) -> Path:
         root = existing(self.path)
@@ -217,12 +195,18 @@ class Series(Data):
             labels = _labels(stamp, array_name(self.labels, split, "data.labels"))
             check_labels(root, labels, count, "series")
         names = class_names(self.classes, labels)
+        if labels is not None and split == "train":
+            tell_classes(root, labels, names)
         if "{split}" in self.series:
             members, first, last = np.arange(count), 0, steps
         elif count == 1:
             members, (first, last) = np.arange(1), self._cut(steps)[split]
         else:
-            members, first, last = np.asarray(divide(count, self.test_fraction)[split], np.int64), 0, steps
+            members, first, last = (
+                np.asarray(divide(count, self.test_fraction, labels, names)[split], np.int64),
+                0,
+                steps,
+            )
         spans = np.full(len(members), first), np.full(len(members), last)
         return Part(series, members, *spans, None if labels is None else labels[members], names)
 

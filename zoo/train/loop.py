@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import numpy as np
 from zoo import config, dist, files, hosts, models, paths, weights
 from zoo.data.pipeline import epoch, label_names
 from zoo.data.tokens import check_vocabulary
-from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.draws import Use, key_of
 from zoo.errors import UserError
 from zoo.files import differences
@@ -28,7 +28,15 @@ from zoo.run import MAY_DIFFER, Run
 from zoo.task import Params, Samples, check_needs, is_text, options_of, sampling
 from zoo.train import averages, optim, tracking
 from zoo.train.checkpoint import Checkpoints
-from zoo.train.provenance import ENCODERS, check_encoders, check_vocabularies
+from zoo.train.provenance import (
+    ENCODERS,
+    by_name,
+    check_classes,
+    check_data,
+    check_encoders,
+    check_vocabularies,
+    vocabulary_of,
+)
 from zoo.train.report import Report, class_name, spelled
 from zoo.train.step import Metrics, State, compile_step, make_sampler, sampler_spec, split
 
@@ -58,9 +66,10 @@ def _termination() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Folder, dict[str, Any]]:
-    """Make or re-enter the run folder, which `held` holds for this process from now on (a bucket has no locks); its config.json
-    says which run it belongs to.
+def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> Callable[[], dict[str, Any]]:
+    """Make or re-enter the run folder, which `held` holds for this process from now on (a bucket has no locks).
+
+    Nothing is written yet but by what is returned: it says in config.json which run the folder belongs to, and returns that.
 
     Raises:
         UserError: in use, not writable, not empty and no run, or a run whose numbers would differ.
@@ -70,8 +79,7 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
     about = {"format": 1, "run": config.dump(run), "labels": list(labels)}
     with files.writing(f"the run folder {folder}", "choose another workdir="):
         if isinstance(folder, Path):  # a bucket has no folders
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(files.locked(folder, f"workdir={folder}", "choose another workdir="))
+            held.enter_context(files.held(folder, f"workdir={folder}", "choose another workdir="))
         inside = paths.names(folder)
         if "config.json" in inside:
             old = models.read_config(folder)
@@ -87,6 +95,7 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
                     f"workdir={folder} belongs to a run with another config: {'; '.join(changed[:5])}"
                     f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}. Choose another workdir=, or the old values"
                 )
+            check_classes(folder, old.get("labels", labels), labels)
             steps = old["run"].get("steps")
             if steps != run.steps:
                 _log.warning(
@@ -94,8 +103,15 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
                 )
         elif inside:
             raise UserError(f"workdir={folder} is not empty and is no run ({inside[0]} ...); choose another workdir=")
-        paths.write(folder / "config.json", json.dumps(about, indent=1))
-    return folder, about
+    keep_data = check_data(run, folder)
+
+    def keep() -> dict[str, Any]:
+        with files.writing(f"the run folder {folder}", "choose another workdir="):
+            paths.write(folder / "config.json", json.dumps(about, indent=1))
+        keep_data()
+        return about
+
+    return keep
 
 
 def _check_labels(run: Run, labels: tuple[str, ...]) -> None:
@@ -199,7 +215,7 @@ class _Watch:
         homes = models.homes(None, run.weights)
         self.loaded = [models.loaded_for(m, task=run.task, places=homes, data=run.data) for m in run.evals]
         self.series = _told_apart(run.evals)
-        self.vocabulary = _vocabulary(run)
+        self.vocabulary = vocabulary_of(run)
         n = run.samples.n
         self.draw = None
         self.captions: list[str] | None = None
@@ -255,15 +271,9 @@ def _told_apart(metrics: Sequence[Any]) -> list[str]:
     return names
 
 
-def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -> dict[str, Any]:
-    """Process 0 makes or re-enters the run folder and holds it; then the others must see it."""
-
-    def claim() -> dict[str, Any]:
-        _, about = claim_folder(run, labels, held)
-        _keep_vocabulary(run, folder)
-        return about
-
-    about = hosts.first(claim)
+def _keep(keep: Callable[[], dict[str, Any]] | None, folder: Folder) -> dict[str, Any]:
+    """Process 0 writes what the run folder keeps; then the others must see it."""
+    about = hosts.first(keep or dict)
     if about is None:
         try:
             about = models.read_config(folder)
@@ -273,51 +283,6 @@ def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -
                 "one in a bucket (gs://BUCKET/FOLDER)"
             ) from None
     return about
-
-
-def _vocabulary(run: Run) -> Vocabulary | None:
-    """What the tokens of the training data mean, where these are texts or captions without an encoder."""
-    return run.source("train").vocabulary if is_text(run.task) or run.task.about.vocabulary else None
-
-
-def _keep_vocabulary(run: Run, folder: Folder) -> None:
-    """Save the vocabulary with the run, for who samples where the data are not, and in `data.json` which text it is.
-
-    UserError when the run was begun with another vocabulary (its tokens would change their meaning) or on another text.
-    A folder of an earlier version has no `data.json`: it gets one.
-    """
-    vocabulary = _vocabulary(run)
-    if vocabulary is None:
-        return
-    with paths.sentence(folder):
-        before = open_vocabulary(folder)
-    if before is not None and before.digest != vocabulary.digest:
-        raise UserError(
-            f"workdir={folder} belongs to a run of other tokens ({before}; the data now have {vocabulary}): the text or its "
-            "tokenizer has changed. Choose another workdir=, or the old data"
-        )
-    if before is None:
-        with paths.sentence(folder, "write"):
-            vocabulary.save(folder)
-    now, record = run.data.fingerprint("train"), folder / "data.json"
-    if now is None:
-        return
-    try:
-        with paths.sentence(folder):
-            written = record.read_text()
-        known = str(json.loads(written)["train"])
-    except FileNotFoundError:
-        paths.write(record, json.dumps({"format": "zoo-data", "version": 1, "train": now}, indent=1) + "\n")
-        return
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{record} is damaged; remove it where the text is still that of the run") from None
-    if known != now:
-        where = run.data.place
-        raise UserError(
-            f"workdir={folder} belongs to a run on another text: the train split of "
-            f"{f'data={type(run.data).__name__}' if not where else f'data.path={where}'} has changed since it was begun. "
-            "Restore that text, or choose another workdir="
-        )
 
 
 def _versions() -> dict[str, str]:
@@ -410,6 +375,8 @@ def train(
         hosts.same({"run": config.dump(run), **_versions()})
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
+        keep = None if folder is None else hosts.first(lambda: claim_folder(run, labels, held))
+        run = dataclasses.replace(run, evals=tuple(by_name(metric, None, labels)[0] for metric in run.evals))
         _check_labels(run, labels)
         if run.task.about.vocabulary and not run.data.made_up:
             check_vocabulary(run.task, run.source("train"))
@@ -435,7 +402,8 @@ def train(
         del filled
         checkpoints = snapshots = state = about = None
         if folder is not None:
-            about = _claim(run, labels, folder, held)
+            if not begun:
+                about = _keep(keep, folder)
             checkpoints = Checkpoints(folder, run.checkpoint.keep)
             snapshots = Checkpoints(folder, None, inside="snapshots") if run.checkpoint.snapshots else None
             state = checkpoints.restore(abstract)
@@ -447,6 +415,8 @@ def train(
             check_encoders(run, {k: hosts.fetch(state.params[k]) for k in ENCODERS if k in made and k in state.params})
         start = int(state.step)
         _check_profile(profile, run, start)
+        if folder is not None and begun:  # what is refused changes nothing
+            about = _keep(keep, folder)
         report = Report(
             folder or ".",
             total=run.steps,
