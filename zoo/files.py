@@ -158,6 +158,28 @@ def writing(what: object, way: str, *errors: type[Exception]) -> Iterator[None]:
         raise UserError(f"cannot write {what} ({reason}); {way}") from error
 
 
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # what UTF-16 and UTF-32 begin with
+_POINTER = b"version https://git-lfs"
+
+
+def text_of(data: bytes) -> str:
+    """What a small file of UTF-8 says, `tidied`. Raises UnicodeDecodeError, whose reason tells UTF-16."""
+    if data.startswith(UTF16):
+        raise UnicodeDecodeError("utf-8", data, 0, 2, "it is UTF-16")
+    return tidied(data.decode("utf-8"))
+
+
+def tidied(text: str) -> str:
+    """A text without a byte order mark, its line ends newlines."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def pointer(path: object, head: bytes) -> None:
+    """UserError for a file whose first bytes say that it only stands for one that Git LFS has elsewhere."""
+    if head.startswith(_POINTER):
+        raise UserError(f"{path} is a Git LFS pointer and not the file itself; fetch that with `git lfs pull`")
+
+
 @contextlib.contextmanager
 def reading(what: object, way: str) -> Iterator[None]:
     """UserError with the way out where what is read within cannot be, or is no text."""
@@ -166,7 +188,8 @@ def reading(what: object, way: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{what} cannot be read ({error.strerror or first_line(error)}); {way}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} is no UTF-8 text (byte {error.start:,}); {way}") from error
+        why = "it is UTF-16" if error.object.startswith(UTF16) else f"byte {error.start:,}"
+        raise UserError(f"{what} is no UTF-8 text ({why}); {way}") from error
 
 
 def sha256(*parts: Data) -> str:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from zoo import files
 from zoo.data import vocabulary as vocabularies
-from zoo.data.documents import SPLITS, check_fractions, cuts, list_texts
+from zoo.data.documents import PACKED, SPLITS, check_fractions, cuts, list_texts
 from zoo.data.folders import file_size, hashed
 from zoo.data.prepare import places
 from zoo.data.records import AGAIN, INFO, PROGRESS, entering, is_prepared, mending, read_info, same
@@ -118,7 +118,7 @@ def _prepare(
         valid_fraction,
         test_fraction,
     )
-    plain = all(file.suffix.lower() not in (".gz", ".zip", ".parquet") for file in every)
+    plain = all(file.suffix.lower() not in (*PACKED, ".parquet") for file in every)
     total = sum(map(file_size, every)) if plain else None
     # the bar shows itself late: mistakes are told before, in one line
     with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, delay=1) as bar:

@@ -25,7 +25,7 @@ from zoo.data.images import SUFFIXES, BadImage
 from zoo.data.records import Info, Record, format_of, open_shards, read_info
 from zoo.data.tables import Groups, class_names_of, columns_of, numbers
 from zoo.errors import UserError
-from zoo.files import sha256
+from zoo.files import sha256, text_of, tidied
 
 _log = logging.getLogger("zoo")
 
@@ -190,9 +190,11 @@ def _bytes(path: Path) -> bytes:
 
 def _text(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8").strip()
-    except UnicodeDecodeError:
-        raise BadImage(f"has a caption that is no UTF-8 ({_shown(where)})", "write it again as UTF-8") from None
+        return text_of(data).strip()
+    except UnicodeDecodeError as error:
+        raise BadImage(
+            f"has a caption that is no UTF-8 ({_shown(where)}: {error.reason})", "write it again as UTF-8"
+        ) from None
 
 
 # Folders
@@ -320,7 +322,7 @@ def _index(pairs: _Pairs, path: Path, number: int) -> None:
                 members[key] = (member.name, member.offset_data if whole else _LINK, member.size)
                 if suffix == ".cls":
                     opened = file.extractfile(member) if whole else None
-                    text = opened.read(64).strip() if opened is not None else b""
+                    text = opened.read(64).removeprefix(b"\xef\xbb\xbf").strip() if opened is not None else b""
                     labels[key] = int(text) if text.isdigit() and len(text) < 10 else _NO_LABEL
     except (tarfile.TarError, OSError) as error:
         raise UserError(
@@ -394,7 +396,7 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
                 said.encode()
             except UnicodeEncodeError:  # JSON may hold half of a character
                 raise BadImage(f"has a caption that is no text ({_shown(where)})", "write it again as UTF-8") from None
-            return said.strip()
+            return tidied(said).strip()
 
         def label(n: int) -> int:
             found = pairs.label[part[n]] if labelled else _UNLABELLED
@@ -488,7 +490,7 @@ def _parquet(
             said = cell(part[i], text) if text is not None else ""
             if said is None:
                 raise BadImage(f"has no caption in the column {text!r}", "fill it in, or remove the row")
-            return said.strip()
+            return tidied(said).strip()
 
         def label(i: int) -> int:
             if column is None:
