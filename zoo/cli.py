@@ -97,13 +97,16 @@ def _parser() -> argparse.ArgumentParser:
         help="batch size of stablehlo programs: the sampler (or the features where there is none), the denoiser and the energy",
     )
     opens(sub)
-    verb(
+    sub = verb(
         "import",
         "Bring in a published checkpoint.",
         "CONFIG",
         "FILE",
         "OUT",
         fields="override fields of the config, e.g. task.head_dim=64",
+    )
+    sub.add_argument(
+        "--weights", choices=("raw", "ema"), help="of a file that holds the weights and their average; default: raw"
     )
     sub = verb(
         "bench", "Time the train step, the sampler and the data of a config.", "CONFIG", fields="override fields"
@@ -610,7 +613,7 @@ def _import(args: argparse.Namespace) -> int:
     value = config.load(args.config, args.fields)
     if not isinstance(value, Published):
         value = _run(value, args.config)
-    print(import_checkpoint(value, Path(args.file), Path(args.out)))
+    print(import_checkpoint(value, Path(args.file), Path(args.out), args.weights))
     return 0
 
 

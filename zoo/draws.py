@@ -32,7 +32,9 @@ KEYS = 2  # which way from a seed to its keys this is; a folder of samples that 
 
 
 def key_of(seed: int | jax.Array, use: Use) -> jax.Array:
-    """The key of a seed for one use."""
+    """The key of a seed for one use. UserError for one beyond 32 bits: two of them would draw the same."""
+    if isinstance(seed, int) and not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} is out of range; choose 0 <= seed < 2**32")
     return jax.random.fold_in(jax.random.key(seed), use)
 
 

@@ -163,9 +163,7 @@ _POINTER = b"version https://git-lfs"
 
 
 def text_of(data: bytes) -> str:
-    """What a small file of UTF-8 says, `tidied`. Raises UnicodeDecodeError, whose reason tells UTF-16."""
-    if data.startswith(UTF16):
-        raise UnicodeDecodeError("utf-8", data, 0, 2, "it is UTF-16")
+    """What a small file of UTF-8 says, `tidied`. Raises UnicodeDecodeError."""
     return tidied(data.decode("utf-8"))
 
 
@@ -174,10 +172,12 @@ def tidied(text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def pointer(path: object, head: bytes) -> None:
-    """UserError for a file whose first bytes say that it only stands for one that Git LFS has elsewhere."""
+def check_head(path: object, head: bytes) -> None:
+    """UserError for a file whose first bytes say that it stands for one that Git LFS has elsewhere, or is UTF-16."""
     if head.startswith(_POINTER):
         raise UserError(f"{path} is a Git LFS pointer and not the file itself; fetch that with `git lfs pull`")
+    if head.startswith(UTF16):
+        raise UserError(f"{path} is UTF-16; write it again as UTF-8 (iconv -f utf-16 -t utf-8)")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ import numpy as np
 from zoo.data.folders import some, tell, walk
 from zoo.data.vocabulary import characters_only
 from zoo.errors import UserError
-from zoo.files import UTF16, first_line, pointer
+from zoo.files import check_head, first_line
 
 SPLITS = ("train", "valid", "test")
 PIECE = 1 << 20  # characters of a document that are read at a time
@@ -190,6 +190,8 @@ def _opened(path: Path) -> Iterator[tuple[str, io.BufferedReader]]:
                     name, packed = _member(path, packed)
                     held.enter_context(packed)
                 file = held.enter_context(io.BufferedReader(packed, max(io.DEFAULT_BUFFER_SIZE, _HEAD)))
+            if name.lower().endswith(PACKED):
+                raise UserError(f"{path} cannot be read or unpacked (its first bytes are no packed file's); restore it")
             yield _told(path, name, head), file
     except OSError as error:  # among them what gzip says of a damaged file
         raise UserError(f"{path} cannot be read ({error.strerror or first_line(error)}); restore it") from None
@@ -211,9 +213,7 @@ def _member(path: Path, packed: zipfile.ZipFile) -> tuple[str, Any]:
 
 def _told(path: Path, name: str, head: bytes) -> str:
     """What bytes are that begin with `head`, in a file of that name (the last of what was packed). UserError for what is no text."""
-    pointer(path, head)
-    if head.startswith(UTF16):
-        raise UserError(f"{path} is UTF-16; write it again as UTF-8 (iconv -f utf-16 -t utf-8)")
+    check_head(path, head)
     if packed := next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None):
         if packed == "parquet" and name == path.name:
             return packed
@@ -244,7 +244,9 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
                 "text, write it again as UTF-8 (iconv -f latin1 -t utf-8), else give another file"
             ) from None
         if "\0" in text:
-            raise UserError(f"{path} is no text but a binary file, or UTF-16 (it has bytes of value 0); give a text in UTF-8")
+            raise UserError(
+                f"{path} is no text but a binary file, or UTF-16 (it has bytes of value 0); give a text in UTF-8"
+            )
         if text:
             yield text
         if not block:

@@ -25,7 +25,7 @@ from zoo.data.images import SUFFIXES, BadImage
 from zoo.data.records import Info, Record, format_of, open_shards, read_info
 from zoo.data.tables import Groups, class_names_of, columns_of, numbers
 from zoo.errors import UserError
-from zoo.files import sha256, text_of, tidied
+from zoo.files import UTF16, sha256, text_of, tidied
 
 _log = logging.getLogger("zoo")
 
@@ -191,10 +191,9 @@ def _bytes(path: Path) -> bytes:
 def _text(data: bytes, where: str) -> str:
     try:
         return text_of(data).strip()
-    except UnicodeDecodeError as error:
-        raise BadImage(
-            f"has a caption that is no UTF-8 ({_shown(where)}: {error.reason})", "write it again as UTF-8"
-        ) from None
+    except UnicodeDecodeError:
+        what = "UTF-16 and no UTF-8" if data.startswith(UTF16) else "no UTF-8"
+        raise BadImage(f"has a caption that is {what} ({_shown(where)})", "write it again as UTF-8") from None
 
 
 # Folders
