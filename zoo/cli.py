@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import Passing, UserError, suggest
+from zoo import process
+from zoo.errors import UserError, suggest
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -267,6 +268,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `zoo`; returns the exit code: 0 done, 1 done with losses, 2 a mistake to mend, 3 try again."""
     args = _parse(argv)
+    process.begin()
     _no_tpu_here()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log = logging.getLogger("zoo")
@@ -275,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"note: {' '.join(str(message).split())[:300]}", file=sys.stderr
     )
     try:
-        code = _run_verb(args)
+        code = process.end(_run_verb(args), args.verb)
     except BaseException:
         if (hosts := sys.modules.get("zoo.hosts")) is not None and hosts.several():
             traceback.print_exc()
@@ -297,17 +299,13 @@ def _no_tpu_here() -> None:
 def _run_verb(args: argparse.Namespace) -> int:
     try:
         return int(_VERBS[args.verb](args) or 0)
-    except UserError as error:
-        if args.traceback:
+    except Exception as error:
+        if args.traceback or (code := process.explained(args.verb, error)) is None:
             raise
-        print(f"zoo {args.verb}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 3 if isinstance(error, Passing) else 2
+        return code
     except KeyboardInterrupt:
         print(f"zoo {args.verb}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 # --- training -------------------------------------------------------------------------------------

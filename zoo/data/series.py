@@ -472,7 +472,7 @@ def _numbered(path: Path, rows: Sequence[list[str]]) -> bool:
     if not others or not numbers or any(a >= b for a, b in pairwise(numbers)):
         return False
     if not any(map(_whole, others)):  # writers of floats give 0 a point
-        return len(numbers) > 1 or numbers[0] in (0, 1)
+        return len(numbers) > 1
     counts = numbers == [*range(numbers[0], numbers[0] + len(numbers))] and numbers[0] in (0, 1) and len(numbers) > 1
     time = _whole(others[0][:1]) and int(others[0][0]) == numbers[0] + 1
     if counts and not time and not (_whole(others[0]) and int(others[0][0]) == numbers[-1] + 1):

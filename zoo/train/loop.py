@@ -6,10 +6,11 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from zoo import config, dist, files, hosts, models, paths, weights
 from zoo.data.pipeline import epoch, label_names
 from zoo.data.tokens import check_vocabulary
 from zoo.draws import Use, key_of
-from zoo.errors import UserError
+from zoo.errors import Passing, UserError
 from zoo.files import differences
 from zoo.paths import Folder
 from zoo.run import MAY_DIFFER, Run
@@ -49,21 +50,40 @@ class Diverged(UserError):
     """Loss or gradients have not been finite for too long."""
 
 
-@contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets (a pod's preemption, a scheduler's time limit), so that the loop can save first.
+class _Stop:
+    """Whether somebody asked to stop: a SIGTERM (a pod's preemption, a scheduler's time limit), or a Ctrl-C while steps are taken.
 
-    Among several processes JAX listens instead, so that all of them stop after the same step (`hosts.asked_to_stop`).
+    The loop saves first. A second Ctrl-C stops at once, but for a save that has begun. Among several processes JAX listens
+    instead, so that all of them stop after the same step (`hosts.asked_to_stop`).
     """
-    asked = threading.Event()
-    if hosts.several() or threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+    asked = saving = again = by_hand = False
+
+    def terminate(self, *_: Any) -> None:
+        """What SIGTERM does."""
+        self.asked = True
+
+    def interrupt(self, *_: Any) -> None:
+        """What Ctrl-C does."""
+        self.again = self.by_hand
+        self.asked = self.by_hand = True
+        if self.again and not self.saving:
+            raise KeyboardInterrupt
+        said = "the save is finished first" if self.again else "saving after this step; Ctrl-C again stops at once"
+        with suppress(OSError):
+            os.write(2, f"\ninterrupted: {said}\n".encode())  # print() cannot be entered twice
+
+    @contextmanager
+    def listening(self, number: int, action: Callable[..., None]) -> Iterator[None]:
+        """While this holds, a signal does that."""
+        if hosts.several() or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(number, action)
+        try:
+            yield
+        finally:
+            signal.signal(number, before)
 
 
 def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> Callable[[], dict[str, Any]]:
@@ -348,7 +368,8 @@ def train(
 ) -> tuple[State, list[dict[str, float]]]:
     """Start or resume a run and bring it to its last step.
 
-    With `workdir=None` nothing is written. SIGTERM saves and returns early; `state.step` tells. `profile` traces these
+    With `workdir=None` nothing is written. SIGTERM saves and returns early; `state.step` tells. Ctrl-C saves
+    and raises KeyboardInterrupt. `profile` traces these
     steps, both included, into `profile/` of the run folder; `wandb` is a project that gets all records as well.
 
     Returns:
@@ -357,6 +378,7 @@ def train(
     Raises:
         UserError: anything that can be known before the first step, a folder that cannot be written, or a run whose
             loss has not been finite for 20 steps.
+        Passing: data or a metric that fail later; what was trained is saved.
     """
     with hosts.guarded(), ExitStack() as held:
         _check_profile(profile, run)
@@ -371,7 +393,8 @@ def train(
         folder = None if run.workdir is None else paths.reach(run.workdir, "workdir=")
         mesh = run.mesh.build()
         held.enter_context(dist.use(mesh, run.rules))
-        asked = held.enter_context(_termination())
+        asked = _Stop()
+        held.enter_context(asked.listening(signal.SIGTERM, asked.terminate))
         hosts.same({"run": config.dump(run), **_versions()})
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
@@ -435,7 +458,8 @@ def train(
                 if start >= run.steps:
                     report.note(f"this run is finished: step {start} of {run.steps} (a larger steps= goes on)")
                 try:
-                    with hosts.guarded():  # the others hear of a failure before this process tidies up
+                    # until now Ctrl-C ended at once: nothing was lost; the others hear of a failure before this process tidies up
+                    with asked.listening(signal.SIGINT, asked.interrupt), hosts.guarded():
                         state, history = _steps(
                             run, state, step_fn, mesh, start, report, watch, trace, checkpoints, snapshots, about, asked
                         )
@@ -446,6 +470,8 @@ def train(
         finally:
             for one in filter(None, (checkpoints, snapshots)):
                 one.close()
+    if asked.by_hand and int(state.step) < run.steps:
+        raise KeyboardInterrupt
     return state, history
 
 
@@ -461,7 +487,7 @@ def _steps(
     checkpoints: Checkpoints | None,
     snapshots: Checkpoints | None,
     about: Mapping[str, Any] | None,
-    asked: threading.Event,
+    asked: _Stop,
 ) -> tuple[State, list[dict[str, float]]]:
     history: list[dict[str, float]] = []
     taken = [0, *hosts.told(snapshots.steps)] if snapshots else []  # also after a step that is taken again
@@ -472,6 +498,23 @@ def _steps(
             one.wait()  # several processes cannot write both at once, and no checkpoint is there without snapshots before it
         to.save(at, what, about or {})
 
+    @contextmanager
+    def rescuing(at: int) -> Iterator[None]:
+        """What fails in here costs no step: that of `at` is saved. Of several processes one alone cannot."""
+        try:
+            yield
+        except Exception as error:
+            if not checkpoints or at <= start or hosts.several():
+                raise
+            save(checkpoints, at, state)
+            checkpoints.wait()
+            if not isinstance(error, (UserError, OSError)):
+                report.note(f"step {at} is saved")
+                raise
+            raise Passing(
+                f"{' '.join(str(error).split()).rstrip('.')}. Step {at} is saved: the same command goes on from there"
+            ) from error
+
     try:
         for step in range(start + 1, run.steps + 1):
             # before a step, so that one lost to a kill is made up for; of the last step the checkpoint has them
@@ -479,10 +522,12 @@ def _steps(
                 with report.away():
                     save(snapshots, step - 1, {"ema": state.ema})
             trace.before(step, state)
-            state, metrics = step_fn(state, next(feed))
+            with rescuing(step - 1):
+                batch = next(feed)
+            state, metrics = step_fn(state, batch)
             trace.after(step, state)
             report.tick(step)
-            last, stop = step == run.steps, asked.is_set() or hosts.asked_to_stop(step)
+            last, stop = step == run.steps, asked.asked or hosts.asked_to_stop(step)
             if last or stop or step % run.log_every == 0 or step == start + 1:
                 history.append({"step": step, **_check(step, metrics)})
                 report.log(step, {k: v for k, v in history[-1].items() if k not in ("step", "streak")})
@@ -491,15 +536,12 @@ def _steps(
                 report.push(wait=0 if stop else _PUSH)  # a saved step is not run again: its records must be there
             if here and stop:
                 # who asked may not wait for the look; a saved step is not run again, so look all the same
+                asked.saving = True
                 save(here, step, state)
                 here.wait()
-            try:
-                watch_now = watch.look(step, state)
-            except Exception:
-                # a figure that fails costs no step; of several processes one alone cannot save
-                if checkpoints and not (here and stop) and not hosts.several():
-                    save(checkpoints, step, state)
-                raise
+                asked.saving = False
+            with rescuing(step):
+                watch_now = watch.look(step, state) if not asked.again else []
             if here and not stop:
                 with report.away():
                     save(here, step, state)
