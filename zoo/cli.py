@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import logging
 import math
@@ -231,6 +230,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--flip", action="store_true", help="mirror a random half of the images of --statistics")
     opens(sub)
+    sub = verb(
+        "check",
+        "Read images, captions, texts, series, latents or weights once and say what is wrong with them.",
+        "SOURCE",
+    )
+    sub.add_argument(
+        "--tokenizer",
+        default=None,
+        metavar="TOKENS",
+        help="count tokens of captions and texts: bytes, or a tokenizer's file",
+    )
+    sub.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens that a caption may have")
+    sub.add_argument("--delimiter", default=",", help="of CSV files")
+    sub.add_argument("--json", action="store_true", help="print what was found as JSON")
     verb("list", "Papers, their abilities, shipped configs and weights.")
     sub = verb(
         "show",
@@ -269,7 +282,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `zoo`; returns the exit code: 0 done, 1 done with losses, 2 a mistake to mend, 3 try again."""
     args = _parse(argv)
     process.begin()
-    _no_tpu_here()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log = logging.getLogger("zoo")
     log.setLevel(logging.INFO)
@@ -286,14 +298,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (hosts := sys.modules.get("zoo.hosts")) is not None:
         hosts.stop(code)
     return code
-
-
-def _no_tpu_here() -> None:
-    """Where only a chip's compiler is installed and there is neither a TPU nor a GPU, JAX shall not look for one: it says a lot."""
-    devices = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-    compilers = any(importlib.util.find_spec(name) is not None for name in ("libtpu", "jax_cuda12_plugin"))
-    if compilers and not any(map(os.path.exists, devices)):
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _run_verb(args: argparse.Namespace) -> int:
@@ -765,6 +769,12 @@ def _prepare_text(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> int:
+    from zoo.commands import check
+
+    return check.run(args)
+
+
 def _list(args: argparse.Namespace) -> int:
     from zoo.commands import listing
 
@@ -794,6 +804,7 @@ _VERBS = {
     "bench": _bench,
     "compile": _compile,
     "prepare": _prepare,
+    "check": _check,
     "list": _list,
     "show": _show,
 }

@@ -9,15 +9,15 @@ import errno
 import os
 import signal
 import sys
-from typing import Any
+import types
 
 _running = False  # whether a command is under way, which tidies up after itself
 
 
-def _interrupted(_: int, frame: Any) -> None:
+def _interrupted(_: int, frame: object) -> None:
     """Ctrl-C: an exception in a command, the end where there is nothing to tidy up: modules half imported, a command that is done."""
     importing = False
-    while frame is not None and not importing:
+    while isinstance(frame, types.FrameType) and not importing:
         importing, frame = frame.f_code.co_filename.startswith("<frozen importlib"), frame.f_back
     if _running and not importing:
         raise KeyboardInterrupt
@@ -34,6 +34,13 @@ def begin() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names of classes in a locale that cannot spell them
+    from importlib import util
+
+    # where only a chip's compiler is installed and there is neither a TPU nor a GPU, JAX shall not look for one: it says a lot
+    devices = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+    compilers = any(util.find_spec(name) is not None for name in ("libtpu", "jax_cuda12_plugin"))
+    if compilers and not any(map(os.path.exists, devices)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def explained(verb: str, error: Exception) -> int | None:

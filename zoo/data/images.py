@@ -291,6 +291,9 @@ def open_image(data: bytes, channels: int, convert: bool) -> tuple[Image.Image, 
         raw.load()
         if raw.mode.startswith(("I", "F")):
             raise BadImage(f"has 16-bit or floating-point pixels (mode {raw.mode})", "store it with 8 bits per channel")
+        # of 16 bits grey with alpha Pillow makes colour of 8
+        if raw.format == "PNG" and raw.mode == "RGBA" and data[24:26] == b"\x10\x04":
+            raise BadImage("has 16-bit grey pixels with alpha", "store it with 8 bits per channel")
         grey = raw.mode in ("1", "L", "LA", "La")
         if raw.mode == "P":
             palette = np.asarray((raw.getpalette() or [])[: 3 * 256]).reshape(-1, 3)
@@ -311,9 +314,7 @@ def open_image(data: bytes, channels: int, convert: bool) -> tuple[Image.Image, 
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image file that Pillow knows"
-        raise BadImage(
-            f"cannot be decoded ({reason})", "delete it, or run `zoo prepare`, which skips and lists such files"
-        ) from None
+        raise BadImage(f"cannot be decoded ({reason})", "restore or delete it (`zoo check` names all such)") from None
 
 
 def upright_size(data: bytes | Path | np.ndarray) -> tuple[int, int]:

@@ -134,7 +134,7 @@ class Series(Data):
 
     def source(self, split: str, spec: SpecOf | None = None) -> WindowSource:
         """The windows of a split, in the order of the recordings and of time."""
-        part = self._part(split)
+        part = self.part(split)
         hop = self.length if self.hop is None else self.hop
         mean, scale = _moments(self, self._stamp()) if self.standardise else (None, None)
         if mean is not None and mean.size != part.channels:
@@ -171,7 +171,8 @@ class Series(Data):
             )
         return root
 
-    def _part(self, split: str) -> Part:
+    def part(self, split: str) -> Part:
+        """The recordings of a split, before they are cut into windows."""
         check_split(split)
         root = self._root()
         return self._from_npz(root, split) if root.is_file() and _is_npz(root) else self._from_csv(root, split)
@@ -318,7 +319,7 @@ class WindowSource(Source):
 @lru_cache(maxsize=8)
 def _moments(data: Series, stamp: tuple[Stamp, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each channel over the training split, float64 [C]; 1 for the deviation of a constant channel."""
-    part = data._part("train")
+    part = data.part("train")
     count, mean, squares = 0, np.zeros(part.channels), np.zeros(part.channels)
     low, high = np.full(part.channels, np.inf), np.full(part.channels, -np.inf)
     for piece in part.pieces():

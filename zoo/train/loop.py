@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -43,6 +44,7 @@ from zoo.train.step import Metrics, State, compile_step, make_sampler, sampler_s
 
 _log = logging.getLogger("zoo")
 _PUSH = 10.0  # seconds that a save waits for the records of its steps to reach a bucket
+_SAME = 1.0  # seconds in which two Ctrl-C are one: a shell and a launcher both pass it on
 _PATIENCE = 20  # skipped steps in a row before a run gives up
 
 
@@ -58,6 +60,7 @@ class _Stop:
     """
 
     asked = saving = again = by_hand = False
+    since = 0.0
 
     def terminate(self, *_: Any) -> None:
         """What SIGTERM does."""
@@ -65,8 +68,11 @@ class _Stop:
 
     def interrupt(self, *_: Any) -> None:
         """What Ctrl-C does."""
+        if self.by_hand and time.monotonic() < self.since + _SAME:
+            return
         self.again = self.by_hand
         self.asked = self.by_hand = True
+        self.since = time.monotonic()
         if self.again and not self.saving:
             raise KeyboardInterrupt
         said = "the save is finished first" if self.again else "saving after this step; Ctrl-C again stops at once"
