@@ -167,7 +167,7 @@ class _Look:
     mode: str
     digest: str
     flat: bool  # of one colour
-    hash: int
+    hashes: tuple[int, ...]  # perceptual, 64 bits each: one is firm where grounds are flat, the other for small images
     small: np.ndarray  # uint8 [16, 16]
 
 
@@ -185,7 +185,8 @@ def _looker(items: Items) -> Callable[[int], _Look | tuple[str, str]]:
             return items.name(i), f"{error}; {error.advice}"
         stored = _mode(data)
         grey = image.convert("L")
-        hashed = 0 if imagehash is None else int(str(imagehash.phash(grey)), 16)
+        kinds = () if imagehash is None else (imagehash.phash, imagehash.dhash)
+        hashed = tuple(int(str(kind(grey)), 16) for kind in kinds)
         small = np.asarray(grey.resize((16, 16), Image.Resampling.BOX))
         flat = all(low == high for low, high in image.getextrema())
         digest = sha256(data if isinstance(data, bytes) else data.tobytes())
@@ -262,22 +263,24 @@ def _duplicates(digests: Mapping[str, Sequence[tuple[str, str]]], found: Found) 
 
 def _near(train: list[_Look], test: list[_Look], found: Found) -> None:
     """Images of both splits that look the same: hashes (of which, differing in three bits, one of four parts is equal), and grey levels."""
-    if not any(look.hash for look in [*train, *test]):
+    if not all(look.hashes for look in test):
         found.left_out.append("near-duplicates were not looked for (pip install -e '.[check]')")
         return
-    ours, theirs = (np.array([look.hash for look in some_of_it], np.uint64) for some_of_it in (train, test))
     pairs: dict[int, int] = {}
-    for shift in np.arange(0, 64, 16, dtype=np.uint64):
-        keys, wanted = (ours >> shift) & np.uint64(0xFFFF), (theirs >> shift) & np.uint64(0xFFFF)
-        order = np.argsort(keys, kind="stable")
-        first, last = (np.searchsorted(keys[order], wanted, side) for side in ("left", "right"))
-        for i in np.flatnonzero(last > first):
-            near = order[first[i] : last[i]]
-            near = near[np.bitwise_count(ours[near] ^ theirs[i]) <= _NEAR]
-            for j in near[:64]:
-                apart = np.abs(train[j].small.astype(np.float32) - test[i].small).mean()
-                if apart <= _LEVELS and train[j].digest != test[i].digest:
-                    pairs.setdefault(int(i), int(j))
+    for ours, theirs in zip(
+        *(np.array([look.hashes for look in one], np.uint64).reshape(-1, 2).T for one in (train, test))
+    ):
+        for shift in np.arange(0, 64, 16, dtype=np.uint64):
+            keys, wanted = (ours >> shift) & np.uint64(0xFFFF), (theirs >> shift) & np.uint64(0xFFFF)
+            order = np.argsort(keys, kind="stable")
+            first, last = (np.searchsorted(keys[order], wanted, side) for side in ("left", "right"))
+            for i in np.flatnonzero(last > first).tolist():
+                near = order[first[i] : last[i]]
+                near = near[np.bitwise_count(ours[near] ^ theirs[i]) <= _NEAR]
+                for j in near[:64].tolist():
+                    apart = np.abs(train[j].small.astype(np.float32) - test[i].small).mean()
+                    if apart <= _LEVELS and train[j].digest != test[i].digest:
+                        pairs.setdefault(i, j)
     found.blame([f"{test[i].name} ~ {train[j].name}" for i, j in pairs.items()], "in test look as one in train does")
 
 
@@ -317,8 +320,6 @@ def _texts(path: Path, found: Found, vocabulary: Any) -> None:
                 bar.update()
     found.counts = {split: len(kept) for split, kept in digests.items()}
     found.figures = {"characters": characters} | ({} if vocabulary is None else {"tokens": count})
-    empty = sha256("")
-    found.blame([name for kept in digests.values() for name, digest in kept if digest == empty], "without a text")
     _duplicates(digests, found)
 
 
