@@ -210,9 +210,9 @@ def digests(root: Path, paths: Sequence[str]) -> list[tuple[str | None, int]]:
             for path, found in zip(unread, pool.map(lambda path: sha256_of_file(root / path), unread)):
                 known[names[path]] = stamps[path], found or ""
                 bar.update(stamps[path][0])
-        lasting = {name: about for name, about in known.items() if settled(began, [about[0]])}
-        with contextlib.suppress(OSError):
-            write(kept, msgspec.msgpack.encode(lasting), sync=False)
+        if lasting := {name: about for name, about in known.items() if settled(began, [about[0]])}:
+            with contextlib.suppress(OSError):
+                write(kept, msgspec.msgpack.encode(lasting), sync=False)
     return [(known[names[path]][1] or None if stamps[path] else None, (stamps[path] or (-1,))[0]) for path in paths]
 
 

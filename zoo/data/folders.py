@@ -84,7 +84,7 @@ def divide(
         order = np.argsort(labels, kind="stable")
         kinds, starts = np.unique(np.asarray(labels)[order], return_index=True)
         called = [names[k] if 0 <= k < len(names) else str(k) for k in kinds.tolist()]
-        groups = list(zip(called, np.split(order, starts[1:])))
+        groups = sorted(zip(called, np.split(order, starts[1:])), key=lambda group: group[0])
     sizes = np.array([len(group) for _, group in groups])
     most = np.floor(sizes * test_fraction).astype(int)
     rest = sizes * test_fraction - most
@@ -220,7 +220,7 @@ def find_files(root: Path, suffixes: tuple[str, ...], what: str) -> tuple[dict[s
         train, classes = _by_class(root, f"{trains[0]}{os.sep}", names, None, what)
         parts = {"all": train}
         if tests:
-            test, _ = _by_class(root, f"{tests[0]}{os.sep}", names, classes, what)
+            test, _ = _by_class(root, f"{tests[0]}{os.sep}", names, None if train.labels is None else classes, what)
             if (train.labels is None) != (test.labels is None):
                 raise UserError(
                     f"{root / trains[0]} and {root / tests[0]} differ: one has class folders, the other has not; "
@@ -294,9 +294,8 @@ def _passed_over(
         for name in everything
         if not name.lower().endswith(suffixes)
     )
-    said = [
-        f"{sum(others.values())} files that are no {what}s ({some([f'{n} {end}' for end, n in others.most_common()])})"
-    ]
+    counted = [f"{count:,} {suffix}" for suffix, count in others.most_common()]
+    said = [f"files that are no {what}s ({some(counted)})"]
     with reading(root, "give a folder that you may read"):
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
     empty = [name for name in folders if name not in tops]
