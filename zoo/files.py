@@ -136,15 +136,15 @@ def locked(folder: Path, name: str, way: str) -> Iterator[None]:
 @contextlib.contextmanager
 def held(folder: Path, name: str, way: str) -> Iterator[None]:
     """Makes a folder where there is none and holds it (`locked`); one that is made and stays empty is taken away again."""
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder, name, way):
             yield
     finally:
-        if made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ def divide(
         order = np.argsort(labels, kind="stable")
         kinds, starts = np.unique(np.asarray(labels)[order], return_index=True)
         called = [names[k] if 0 <= k < len(names) else str(k) for k in kinds.tolist()]
-        groups = sorted(zip(called, np.split(order, starts[1:])), key=lambda group: group[0])
+        groups = sorted(zip(called, np.split(order, starts[1:])), key=lambda group: str(group[0]))
     sizes = np.array([len(group) for _, group in groups])
     most = np.floor(sizes * test_fraction).astype(int)
     rest = sizes * test_fraction - most
