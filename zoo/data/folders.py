@@ -233,7 +233,7 @@ def find_files(root: Path, suffixes: tuple[str, ...], what: str) -> tuple[dict[s
         deep = [
             top for top in tops if kinds[top] and any(n.startswith(top + os.sep) and n.count(os.sep) > 1 for n in names)
         ]
-        if tops and (all(kinds.values()) or deep):
+        if tops and not loose and (all(kinds.values()) or deep):
             raise UserError(
                 f"{root}: {some(deep or [*tops])} {'is a word' if len(deep or tops) == 1 else 'are words'} for a split and no "
                 f"class, and there is no train folder with a test or val folder beside it; give the folder of one split, or "
@@ -262,7 +262,7 @@ def _by_class(
         return Files(paths, None), []
     if loose := [name for name, inside, _ in folders if not inside]:
         raise UserError(
-            f"{here} holds {what}s ({some(loose, 1)}, ...) beside folders of {what}s ({some([*classes], 1)}, ...); "
+            f"{here} holds {what}s ({some(loose[:1])}, ...) beside folders of {what}s ({some([*classes][:1])}, ...); "
             "move all of them into class folders, or all of them out"
         )
     nested = {path for _, _, rest in folders for path in rest.split(os.sep)[:-1]}
