@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from zoo.errors import UserError
-from zoo.files import digests, reading, settled, sha256, sha256_of_parts, stamp
+from zoo.files import digests, reading, settled, sha256, stamp
 
 SPLITS = ("train", "test")
 TESTS = ("test", "val", "dev", "eval")  # kinds of held-out parts; of several the first is the test split
@@ -123,14 +123,13 @@ def file_size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def hashed(root: Path, paths: Iterable[str], *about: str) -> str:
+def hashed(root: Path, paths: Sequence[str], *about: str) -> str:
     """A digest of files by their paths below a folder and all their bytes, and of what else is said `about` them."""
-    paths = list(paths)
-    parts = [f"\0{found}\0{size}\0".encode() for found, size in digests(root, paths)]
-    return sha256_of_parts([*(os.fsencode(path) + part for path, part in zip(paths, parts)), *about])
+    parts = (f"{path}\0{digest}\0{size}\0" for path, (digest, size) in zip(paths, digests(root, paths)))
+    return sha256("".join([*parts, *about]).encode("utf-8", "surrogateescape"))
 
 
-_WALKED: dict[Path, tuple[dict[str, tuple[int, ...]], list[str]]] = {}  # a folder is listed many times in a run
+_WALKED: dict[Path, tuple[dict[str, str], list[str]]] = {}  # a folder is listed many times in a run
 
 
 def walk(root: Path) -> list[str]:
