@@ -91,12 +91,14 @@ def test_files_of_many_examples_name_their_split_anywhere():
 @pytest.mark.parametrize(
     "train, test", [("Train", "Test"), ("TRAIN", "VAL"), ("training_set", "dev"), ("train2017", "eval")]
 )
-def test_split_folders_of_any_spelling(tmp_path, train, test):
+def test_split_folders_of_any_spelling(tmp_path, train, test, caplog):
+    (tmp_path / train / "emu").mkdir(parents=True)
     tree(tmp_path, f"{train}/cat/0.png", f"{train}/dog/deep/1.png", f"{test}/dog/2.png")
     parts, classes = find_files(tmp_path, SUFFIXES, "image")
     assert classes == ("cat", "dog")
     assert (parts["train"].paths, parts["train"].labels) == ([f"{train}/cat/0.png", f"{train}/dog/deep/1.png"], [0, 1])
     assert (parts["test"].paths, parts["test"].labels) == ([f"{test}/dog/2.png"], [1])
+    assert caplog.messages == [f"{tmp_path}: passed over: folders without images ({train}/emu)"]
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def find_files(root: Path, suffixes: tuple[str, ...], what: str) -> tuple[dict[s
         return known[1]
     names = [name for name in everything if name.lower().endswith(suffixes)]
     tops = dict.fromkeys(name.partition(os.sep)[0] for name in names if os.sep in name)
-    over = _passed_over(root, everything, suffixes, [*tops], what)
+    over = _passed_over(root, everything, suffixes, names, what)
     if not names:
         raise UserError(
             f"{root} holds no {what}s{over and f' ({over})'}; expected {what} files ({some(suffixes, 12)}), folders of them by "
@@ -285,7 +285,7 @@ def _by_class(
 
 
 def _passed_over(
-    root: Path, everything: Sequence[str], suffixes: tuple[str, ...], tops: Sequence[str], what: str
+    root: Path, everything: Sequence[str], suffixes: tuple[str, ...], names: Sequence[str], what: str
 ) -> str:
     """What of a folder does not count and why; "" where all of it does."""
     others = Counter(
@@ -295,7 +295,12 @@ def _passed_over(
     )
     counted = [f"{count:,} {suffix}" for suffix, count in others.most_common()]
     said = [f"files that are no {what}s ({some(counted)})"]
-    with reading(root, "give a folder that you may read"):
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-    empty = [name for name in folders if name not in tops]
+    full = {
+        os.sep.join(name.split(os.sep)[:depth]) for name in names for depth in (1, 2) if name.count(os.sep) >= depth
+    }
+    empty = []
+    for above in ("", *(f"{top}{os.sep}" for top in sorted(full) if os.sep not in top and word_of(top))):
+        with os.scandir(root / above) as entries:
+            inside = sorted(above + entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+        empty += [folder for folder in inside if folder not in full]
     return " and ".join(said * bool(others) + [f"folders without {what}s ({some(empty)})"] * bool(empty))
