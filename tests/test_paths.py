@@ -358,9 +358,7 @@ def test_a_folder_in_a_bucket_is_claimed_by_its_run_alone() -> None:
     with pytest.raises(UserError, match=r"not empty and is no run \(thesis.tex"):
         claim_folder(Run(task=TASK, data=Synthetic(), steps=4, batch=8, workdir="gs://bucket/thesis"), (), ExitStack())
     Bucket.away = True
-    with pytest.raises(
-        UserError, match=r"cannot write gs://bucket/new/config.json \(OSError: Forbidden.*Storage Object User"
-    ):
+    with pytest.raises(UserError, match=r"cannot read gs://bucket/new \(OSError: Forbidden.*Storage Object User"):
         claim_folder(Run(task=TASK, data=Synthetic(), steps=4, batch=8, workdir="gs://bucket/new"), (), ExitStack())()
 
 

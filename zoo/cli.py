@@ -414,6 +414,7 @@ def _sample(args: argparse.Namespace) -> int:
     from zoo.commands.sample import Form, Images, draw
     from zoo.draws import label_numbers
     from zoo.task import is_text
+    from zoo.train.provenance import check_kept
 
     texts, asked = conditions.read(model.task, prompt, prompts)
     writes = is_text(model.task)
@@ -428,6 +429,8 @@ def _sample(args: argparse.Namespace) -> int:
     given: Any
     tokeniser: dict[str, str] = {}
     if split is not None:
+        if model.run is not None:
+            check_kept(model.folder, model.data, splits=[split])
         given, captions, asked = conditions.pictures(model, split, n), None, {"from": split}
         form = text.Texts(model.vocabulary)
     elif writes:

@@ -136,15 +136,15 @@ def locked(folder: Path, name: str, way: str) -> Iterator[None]:
 @contextlib.contextmanager
 def held(folder: Path, name: str, way: str) -> Iterator[None]:
     """Makes a folder where there is none and holds it (`locked`); one that is made and stays empty is taken away again."""
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder, name, way):
             yield
     finally:
-        if made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 @contextlib.contextmanager
@@ -220,37 +220,43 @@ def digests(root: Path, paths: Sequence[str]) -> list[tuple[str | None, int]]:
     A file is read once: what it was is known by its path, size, times and inode, and kept in the cache.
     """
     kept = cache() / "digests" / f"{sha256(os.fsencode(root.resolve()))[:32]}.msgpack"
-    known: dict[bytes, tuple[tuple[int, ...], str]] = {}
+    known: dict[bytes, str] = {}  # stamps and digests
     with contextlib.suppress(OSError, msgspec.MsgspecError):
-        known = msgspec.msgpack.decode(kept.read_bytes(), type=dict[bytes, tuple[tuple[int, ...], str]])
-    began, stamps = time.time_ns(), {path: stamp(f"{root}{os.sep}{path}") for path in paths}
-    names = {path: os.fsencode(path) for path in paths}
-    unread = [path for path in stamps if stamps[path] and known.get(names[path], ((), ""))[0] != stamps[path]]
+        known = msgspec.msgpack.decode(kept.read_bytes(), type=dict[bytes, str])
+    began = time.time_ns()
+    there = [(path, path.encode("utf-8", "surrogateescape"), stamp(f"{root}{os.sep}{path}")) for path in paths]
+    unread = [about for about in there if about[2] and not known.get(about[1], "").startswith(f"{about[2]} ")]
     if unread:
-        total = sum(stamps[path][0] for path in unread)
-        bar = tqdm(total=total, desc="compared", unit="B", unit_scale=True, delay=2, leave=False)
+        sizes = [_size(now) for _, _, now in unread]
+        bar = tqdm(total=sum(sizes), desc="compared", unit="B", unit_scale=True, delay=2, leave=False)
         with bar, ThreadPoolExecutor(8) as pool:
-            for path, found in zip(unread, pool.map(lambda path: sha256_of_file(root / path), unread)):
-                known[names[path]] = stamps[path], found or ""
-                bar.update(stamps[path][0])
-        lasting = {name: about for name, about in known.items() if settled(began, [about[0]])}
-        with contextlib.suppress(OSError):
-            write(kept, msgspec.msgpack.encode(lasting), sync=False)
-    return [(known[names[path]][1] or None if stamps[path] else None, (stamps[path] or (-1,))[0]) for path in paths]
+            read = pool.map(lambda about: sha256_of_file(root / about[0]), unread)
+            for (_, name, now), size, digest in zip(unread, sizes, read):
+                known[name] = f"{now} {digest or ''}"
+                bar.update(size)
+        if lasting := {name: about for name, about in known.items() if settled(began, [about])}:
+            with contextlib.suppress(OSError):
+                write(kept, msgspec.msgpack.encode(lasting), sync=False)
+    found = [known[name].rpartition(" ")[2] if now else "" for _, name, now in there]
+    return [(digest or None, _size(now)) for digest, (_, _, now) in zip(found, there)]
 
 
-def stamp(path: str) -> tuple[int, ...]:
-    """What changes with the bytes of a file; () where there is none."""
+def stamp(path: str) -> str:
+    """What changes with the bytes of a file: its size, times and inode; "" where there is none."""
     try:
         status = os.stat(path)
     except OSError:
-        return ()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
-def settled(now: int, stamps: Iterable[tuple[int, ...]]) -> bool:
+def _size(stamped: str) -> int:
+    return int(stamped.partition(" ")[0] or -1)
+
+
+def settled(now: int, stamps: Iterable[str]) -> bool:
     """Whether these stamps are old enough to tell: what changes twice within one tick of its clock has the same."""
-    return all(max(found[1:3]) < now - 2 * 10**9 for found in stamps if found)
+    return all(max(map(int, found.split(" ")[1:3])) < now - 2 * 10**9 for found in stamps if found)
 
 
 def cache() -> Path:

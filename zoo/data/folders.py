@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from zoo.errors import UserError
-from zoo.files import digests, reading, settled, sha256, sha256_of_parts, stamp
+from zoo.files import digests, reading, settled, sha256, stamp
 
 SPLITS = ("train", "test")
 TESTS = ("test", "val", "dev", "eval")  # kinds of held-out parts; of several the first is the test split
@@ -84,7 +84,7 @@ def divide(
         order = np.argsort(labels, kind="stable")
         kinds, starts = np.unique(np.asarray(labels)[order], return_index=True)
         called = [names[k] if 0 <= k < len(names) else str(k) for k in kinds.tolist()]
-        groups = list(zip(called, np.split(order, starts[1:])))
+        groups = sorted(zip(called, np.split(order, starts[1:])), key=lambda group: str(group[0]))
     sizes = np.array([len(group) for _, group in groups])
     most = np.floor(sizes * test_fraction).astype(int)
     rest = sizes * test_fraction - most
@@ -123,14 +123,13 @@ def file_size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def hashed(root: Path, paths: Iterable[str], *about: str) -> str:
+def hashed(root: Path, paths: Sequence[str], *about: str) -> str:
     """A digest of files by their paths below a folder and all their bytes, and of what else is said `about` them."""
-    paths = list(paths)
-    parts = [f"\0{found}\0{size}\0".encode() for found, size in digests(root, paths)]
-    return sha256_of_parts([*(os.fsencode(path) + part for path, part in zip(paths, parts)), *about])
+    parts = (f"{path}\0{digest}\0{size}\0" for path, (digest, size) in zip(paths, digests(root, paths)))
+    return sha256("".join([*parts, *about]).encode("utf-8", "surrogateescape"))
 
 
-_WALKED: dict[Path, tuple[dict[str, tuple[int, ...]], list[str]]] = {}  # a folder is listed many times in a run
+_WALKED: dict[Path, tuple[dict[str, str], list[str]]] = {}  # a folder is listed many times in a run
 
 
 def walk(root: Path) -> list[str]:
@@ -203,7 +202,7 @@ def find_files(root: Path, suffixes: tuple[str, ...], what: str) -> tuple[dict[s
         return known[1]
     names = [name for name in everything if name.lower().endswith(suffixes)]
     tops = dict.fromkeys(name.partition(os.sep)[0] for name in names if os.sep in name)
-    over = _passed_over(root, everything, suffixes, [*tops], what)
+    over = _passed_over(root, everything, suffixes, names, what)
     if not names:
         raise UserError(
             f"{root} holds no {what}s{over and f' ({over})'}; expected {what} files ({some(suffixes, 12)}), folders of them by "
@@ -220,7 +219,7 @@ def find_files(root: Path, suffixes: tuple[str, ...], what: str) -> tuple[dict[s
         train, classes = _by_class(root, f"{trains[0]}{os.sep}", names, None, what)
         parts = {"all": train}
         if tests:
-            test, _ = _by_class(root, f"{tests[0]}{os.sep}", names, classes, what)
+            test, _ = _by_class(root, f"{tests[0]}{os.sep}", names, None if train.labels is None else classes, what)
             if (train.labels is None) != (test.labels is None):
                 raise UserError(
                     f"{root / trains[0]} and {root / tests[0]} differ: one has class folders, the other has not; "
@@ -233,7 +232,7 @@ def find_files(root: Path, suffixes: tuple[str, ...], what: str) -> tuple[dict[s
         deep = [
             top for top in tops if kinds[top] and any(n.startswith(top + os.sep) and n.count(os.sep) > 1 for n in names)
         ]
-        if tops and (all(kinds.values()) or deep):
+        if tops and not loose and (all(kinds.values()) or deep):
             raise UserError(
                 f"{root}: {some(deep or [*tops])} {'is a word' if len(deep or tops) == 1 else 'are words'} for a split and no "
                 f"class, and there is no train folder with a test or val folder beside it; give the folder of one split, or "
@@ -262,7 +261,7 @@ def _by_class(
         return Files(paths, None), []
     if loose := [name for name, inside, _ in folders if not inside]:
         raise UserError(
-            f"{here} holds {what}s ({some(loose, 1)}, ...) beside folders of {what}s ({some([*classes], 1)}, ...); "
+            f"{here} holds {what}s ({some(loose[:1])}, ...) beside folders of {what}s ({some([*classes][:1])}, ...); "
             "move all of them into class folders, or all of them out"
         )
     nested = {path for _, _, rest in folders for path in rest.split(os.sep)[:-1]}
@@ -286,7 +285,7 @@ def _by_class(
 
 
 def _passed_over(
-    root: Path, everything: Sequence[str], suffixes: tuple[str, ...], tops: Sequence[str], what: str
+    root: Path, everything: Sequence[str], suffixes: tuple[str, ...], names: Sequence[str], what: str
 ) -> str:
     """What of a folder does not count and why; "" where all of it does."""
     others = Counter(
@@ -294,10 +293,14 @@ def _passed_over(
         for name in everything
         if not name.lower().endswith(suffixes)
     )
-    said = [
-        f"{sum(others.values())} files that are no {what}s ({some([f'{n} {end}' for end, n in others.most_common()])})"
-    ]
-    with reading(root, "give a folder that you may read"):
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-    empty = [name for name in folders if name not in tops]
+    counted = [f"{count:,} {suffix}" for suffix, count in others.most_common()]
+    said = [f"files that are no {what}s ({some(counted)})"]
+    full = {
+        os.sep.join(name.split(os.sep)[:depth]) for name in names for depth in (1, 2) if name.count(os.sep) >= depth
+    }
+    empty = []
+    for above in ("", *(f"{top}{os.sep}" for top in sorted(full) if os.sep not in top and word_of(top))):
+        with os.scandir(root / above) as entries:
+            inside = sorted(above + entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+        empty += [folder for folder in inside if folder not in full]
     return " and ".join(said * bool(others) + [f"folders without {what}s ({some(empty)})"] * bool(empty))

@@ -171,8 +171,8 @@ class Images(Data):
     """Images by path: a folder, a set made by `zoo prepare`, an .npz file, or "tfds:name/config" prepared on this disk.
 
     An .npz file has the layout that `Arrays` expects by default. A folder holds images, or one folder of images per
-    class, or `train` and `test` (or `val`) folders of either kind. Without a test part a fixed share `test_fraction` of
-    all images is held out. Images are turned upright, transparent ones laid on white, resized (bicubic, antialiased) to
+    class, or `train` and `test` (or `val`) folders of either kind (`zoo/data/folders.py`). Without a test part a fixed share
+    `test_fraction` of every class is held out. Images are turned upright, transparent ones laid on white, resized (bicubic, antialiased) to
     `size` on the shorter side and cropped at the centre.
     """
 

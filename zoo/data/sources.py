@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from zoo.data.arrays import checked_arrays, class_names, open_npz, tell_classes
-from zoo.data.folders import SPLITS, TESTS, divide, hashed, list_folder, tell, walk, word_in, word_of
+from zoo.data.folders import SPLITS, TESTS, divide, hashed, list_folder, some, tell, walk, word_in, word_of
 from zoo.data.images import SUFFIXES, BadImage
 from zoo.data.records import Info, Record, format_of, open_shards, read_info
 from zoo.data.tables import Groups, class_names_of, columns_of, numbers
@@ -526,6 +526,8 @@ def _npz(path: Path, test_fraction: float) -> Source:
                 f"{path} has the arrays {', '.join(keys) or 'none'}; "
                 "expected train_images (and train_labels, test_images, test_labels), or images (and labels)"
             )
+        if others := [key for key in keys if key not in {name for names in wanted.values() for name in names}]:
+            tell(f"{path}: passed over: the arrays {some(others)}")
         arrays = {}
         try:
             for split, (images, labels) in wanted.items():

@@ -91,23 +91,32 @@ def check_data(run: Run, folder: Folder) -> Callable[[], None]:
                 "tokenizer has changed. Choose another workdir=, or the old data"
             )
     now = _fingerprints(run.data, SPLITS)
-    known = check_kept(folder, run.data, now)
+    count = len(run.source("train"))
+    known = check_kept(folder, run.data, now, count)
 
     def keep() -> None:
         if vocabulary is not None and before is None:
             with paths.sentence(folder, "write"):
                 vocabulary.save(folder)
         if now and not known:
-            paths.write(folder / "data.json", json.dumps({"format": "zoo-data", "version": 1, **now}, indent=1) + "\n")
+            about = {"format": "zoo-data", "version": 1, **now, "examples": count}
+            paths.write(folder / "data.json", json.dumps(about, indent=1) + "\n")
 
     return keep
 
 
-def check_kept(folder: Folder, data: Any, now: Mapping[str, str] | None = None, splits: Sequence[str] = SPLITS) -> bool:
+def check_kept(
+    folder: Folder,
+    data: Any,
+    now: Mapping[str, str] | None = None,
+    count: int | None = None,
+    splits: Sequence[str] = SPLITS,
+) -> bool:
     """Whether a run folder says on which data it was begun. UserError where these have changed since.
 
     Args:
         now: their fingerprints by split, where they are known.
+        count: of the examples to train on.
         splits: that are compared.
     """
     record = folder / "data.json"
@@ -115,17 +124,20 @@ def check_kept(folder: Folder, data: Any, now: Mapping[str, str] | None = None, 
         with paths.sentence(folder):
             known = json.loads(record.read_text())
         before = {split: str(known[split]) for split in SPLITS if split == "train" or split in known}
-        before = {split: before[split] for split in before if split in splits}
     except FileNotFoundError:
         return False
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{record} is damaged; remove it where the data are still those of the run") from None
+    before = {split: before[split] for split in before if split in splits}
     now = _fingerprints(data, [*before]) if now is None else now
     if changed := [split for split in before if before[split] != now.get(split)]:
-        where = f"data={type(data).__name__}" if not data.place else f"data.path={data.place}"
+        where, were = f"data.path={data.place}" if data.place else f"data={type(data).__name__}", known.get("examples")
+        counts = f": {were:,} examples to train on became {count:,}" if count and were and were != count else ""
         raise UserError(
-            f"{folder} belongs to a run on other data: of {where} files of the {' and the '.join(changed)} split were added, removed "
-            "or changed since it was begun. Restore them; or choose another workdir= to train, data=PATH to measure"
+            f"workdir={folder} belongs to a run on other data: the {' and the '.join(changed)} split of {where} was changed since it "
+            f"was begun (files added, removed or replaced{counts}). Restore them; or choose another workdir=, to measure data=PATH"
         )
     return True
 
