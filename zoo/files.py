@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -260,8 +261,10 @@ def settled(now: int, stamps: Iterable[str]) -> bool:
 
 
 def cache() -> Path:
-    """Where is kept what can be made again: `$ZOO_CACHE` or ~/.cache/zoo."""
-    return Path(os.environ.get("ZOO_CACHE") or os.path.expanduser("~/.cache/zoo"))
+    """Where is kept what can be made again: `$ZOO_CACHE` or ~/.cache/zoo; for a user without a home in the folder of scratch files."""
+    home = os.path.expanduser("~")
+    kept = os.path.join(tempfile.gettempdir(), f"zoo-{os.getuid()}") if home == "~" else f"{home}/.cache/zoo"
+    return Path(os.environ.get("ZOO_CACHE") or kept)
 
 
 def sha256_of_json(value: Any) -> str:

@@ -33,7 +33,7 @@ def begin() -> None:
     _running = True
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names of classes in a locale that cannot spell them
+            stream.reconfigure(errors="backslashreplace")  # halves of characters
     from importlib import util
 
     # where only a chip's compiler is installed and there is neither a TPU nor a GPU, JAX shall not look for one: it says a lot
@@ -80,6 +80,11 @@ def end(code: int, verb: str) -> int:
 if "zoo.cli" in sys.orig_argv[1:6] or any(os.path.basename(word) == "zoo" for word in sys.orig_argv[:2]):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
+    if (
+        sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1"
+    ):  # names, arguments and files are UTF-8
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
     while os.open(os.devnull, os.O_RDWR) < 3:  # closed ones: files would take their numbers, and get what is printed
         pass
     sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")  # noqa: SIM115

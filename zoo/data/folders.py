@@ -39,10 +39,14 @@ def tell(line: str) -> None:
     _log.warning("%s", line)
 
 
+def shown(name: str) -> str:
+    """A name for people and for JSON; on disk it may be bytes that are no UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first of these names, for people; a name may be bytes that are no UTF-8."""
-    shown = ", ".join(os.fsencode(name).decode("utf-8", "replace") for name in names[:most])
-    return shown + (" ..." if len(names) > most else "")
+    """The first of these names, for people."""
+    return ", ".join(map(shown, names[:most])) + (" ..." if len(names) > most else "")
 
 
 # Words for splits
@@ -145,8 +149,11 @@ def walk(root: Path) -> list[str]:
         stamps[folder] = stamp(folder)
         with reading(folder, "give a folder that you may read"):
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        drawn = any(
+            entry.name == "settings.json" for entry in entries
+        )  # by `zoo sample`, whose sheet is none of its samples
         for entry in entries:
-            if entry.name.startswith(".") or entry.name.lower() in _JUNK:
+            if entry.name.startswith(".") or entry.name.lower() in _JUNK or (drawn and entry.name == "sheet.png"):
                 continue
             if entry.is_dir():
                 visit(entry.path, f"{below}{entry.name}{os.sep}", (*above, real))
@@ -242,8 +249,11 @@ def find_files(root: Path, suffixes: tuple[str, ...], what: str) -> tuple[dict[s
         parts = {"all": train}
     if over:
         tell(f"{root}: passed over: {over}")
-    _FOUND[root, suffixes] = everything, (parts, tuple(classes))
-    return parts, tuple(classes)
+    labels = tuple(map(shown, classes))
+    if len({*labels}) < len(labels):
+        raise UserError(f"{root} has folders of classes whose names are no UTF-8 and look the same; rename them")
+    _FOUND[root, suffixes] = everything, (parts, labels)
+    return parts, labels
 
 
 _FOUND: dict[tuple[Path, tuple[str, ...]], tuple[list[str], tuple[dict[str, Files], tuple[str, ...]]]] = {}

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
 import msgspec
+import numpy as np
 
 from zoo import files
 from zoo.errors import UserError
@@ -143,22 +145,44 @@ def open_shards(root: Path, shards: list[Shard], split: str, record: type[R]) ->
             raise IndexError(i)
 
         return 0, nothing
-    try:
-        records = ArrayRecordDataSource([str(path) for path in paths])
-        counted = len(records)
-    except Exception as error:  # what a foreign file raises is up to ArrayRecord
-        raise UserError(f"{damaged} ({first_line(error)}); {AGAIN}") from None
-    if counted != count:
-        raise UserError(f"{damaged} ({counted} records in place of {count}); {AGAIN}")
+    ends = np.cumsum([shard.count for shard in shards])
+
+    @lru_cache(maxsize=max(8, _handles() // 4))
+    def opened(k: int) -> Any:
+        try:
+            records = ArrayRecordDataSource([str(paths[k])])
+        except Exception as error:  # what a foreign file raises is up to ArrayRecord
+            if "too many open files" in str(error).lower():
+                raise UserError(f"{paths[k]} cannot be opened: too many files are; raise `ulimit -n`") from None
+            raise UserError(f"{damaged} ({first_line(error)}); {AGAIN}") from None
+        if len(records) != shards[k].count:
+            raise UserError(f"{damaged} ({len(records)} records in place of {shards[k].count}); {AGAIN}")
+        return records
+
+    for k in range(len(shards)):
+        opened(k)
     decoder = msgspec.msgpack.Decoder(record)
 
     def read(i: int) -> R:
+        k = int(np.searchsorted(ends, i, "right"))
         try:
-            return decoder.decode(records[i])
+            return decoder.decode(opened(k)[i - int(ends[k]) + shards[k].count])
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"{damaged} (record {i}: {first_line(error)}); {AGAIN}") from None
 
     return count, read
+
+
+def _handles() -> int:
+    """How many files this process may have open."""
+    try:
+        import resource
+
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except (ImportError, OSError):
+        return 256
 
 
 # Writing

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from zoo.data.arrays import checked_arrays, class_names, open_npz, tell_classes
-from zoo.data.folders import SPLITS, TESTS, divide, hashed, list_folder, some, tell, walk, word_in, word_of
+from zoo.data.folders import SPLITS, TESTS, divide, hashed, list_folder, shown, some, tell, walk, word_in, word_of
 from zoo.data.images import SUFFIXES, BadImage
 from zoo.data.records import Info, Record, format_of, open_shards, read_info
 from zoo.data.tables import Groups, class_names_of, columns_of, numbers
@@ -118,7 +118,7 @@ def kind_of(origin: Path) -> tuple[str, list[str]]:
     names = walk(origin)
     found = {kind: [name for name in names if name.lower().endswith(f".{kind}")] for kind in ("tar", "parquet")}
     found["images"] = images = [name for name in names if name.lower().endswith(SUFFIXES)]
-    there = [_shown(some[0]) for some in found.values() if some]
+    there = [shown(some[0]) for some in found.values() if some]
     if len(there) > 1:
         raise UserError(
             f"{origin} holds files of several kinds ({' beside '.join(there)}), and one kind would hide the other; "
@@ -130,7 +130,7 @@ def kind_of(origin: Path) -> tuple[str, list[str]]:
         if told and 2 * len(told) < len(images) and _in_classes(images):
             text = texts[os.path.splitext(told[0])[0]]
             raise UserError(
-                f"{origin} holds class folders, and {len(told)} of {len(images)} images have a caption ({_shown(text)}, "
+                f"{origin} holds class folders, and {len(told)} of {len(images)} images have a caption ({shown(text)}, "
                 "...): remove the texts to take the folders as labels, or write one beside every image to take captions"
             )
         return ("captions", names) if told else ("folder", [])
@@ -177,10 +177,6 @@ def _split(
     return {"train": train, "test": [i for i, word in enumerate(words) if word == test]}
 
 
-def _shown(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "replace")  # a name may be bytes that are no UTF-8
-
-
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -193,7 +189,7 @@ def _text(data: bytes, where: str) -> str:
         return text_of(data).strip()
     except UnicodeDecodeError:
         what = "UTF-16 and no UTF-8" if data.startswith(UTF16) else "no UTF-8"
-        raise BadImage(f"has a caption that is {what} ({_shown(where)})", "write it again as UTF-8") from None
+        raise BadImage(f"has a caption that is {what} ({shown(where)})", "write it again as UTF-8") from None
 
 
 # Folders
@@ -205,7 +201,7 @@ def _folder(root: Path, test_fraction: float) -> Source:
     def items(split: str) -> Items:
         files = splits[split]
         label = (lambda i: -1) if files.labels is None else files.labels.__getitem__
-        return Items(len(files.paths), lambda i: _bytes(root / files.paths[i]), label, lambda i: _shown(files.paths[i]))
+        return Items(len(files.paths), lambda i: _bytes(root / files.paths[i]), label, lambda i: shown(files.paths[i]))
 
     listed = [path for split in SPLITS for path in splits[split].paths]
     return Source({split: items(split) for split in SPLITS}, classes, hashed(root, listed, repr(classes)))
@@ -223,14 +219,14 @@ def _captions(root: Path, names: list[str], test_fraction: float) -> Source:
         def caption(i: int) -> str:
             stem = stems[part[i]]
             if stem not in texts:
-                raise BadImage("has no caption", f"write it to {_shown(os.path.basename(stem))}.txt beside it")
+                raise BadImage("has no caption", f"write it to {shown(os.path.basename(stem))}.txt beside it")
             return _text(_bytes(root / texts[stem]), texts[stem])
 
         return Items(
             len(part),
             lambda i: _bytes(root / images[part[i]]),
             lambda i: -1,
-            lambda i: _shown(images[part[i]]),
+            lambda i: shown(images[part[i]]),
             caption,
         )
 
@@ -394,7 +390,7 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
             try:
                 said.encode()
             except UnicodeEncodeError:  # JSON may hold half of a character
-                raise BadImage(f"has a caption that is no text ({_shown(where)})", "write it again as UTF-8") from None
+                raise BadImage(f"has a caption that is no text ({shown(where)})", "write it again as UTF-8") from None
             return tidied(said).strip()
 
         def label(n: int) -> int:
@@ -405,7 +401,7 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
             return found
 
         def name(n: int) -> str:
-            return _shown(f"{names[pairs.file[part[n]]] or root.name}:{pairs.name(part[n])}")
+            return shown(f"{names[pairs.file[part[n]]] or root.name}:{pairs.name(part[n])}")
 
         return Items(len(part), lambda n: content(part[n], pairs.image, "is"), label, name, caption)
 
@@ -502,7 +498,7 @@ def _parquet(
 
         def name(i: int) -> str:
             file = groups[int(np.searchsorted(starts, part[i], "right")) - 1][0]
-            return f"{_shown(names[file] or root.name)} row {part[i] - begins[file]}"
+            return f"{shown(names[file] or root.name)} row {part[i] - begins[file]}"
 
         return Items(len(part), read, label, name, caption)
 

@@ -517,8 +517,9 @@ def _steps(
             if not isinstance(error, (UserError, OSError)):
                 report.note(f"step {at} is saved")
                 raise
+            look = f"; `zoo check {run.data.place}` looks through all of it" if run.data.place and at < step else ""
             raise Passing(
-                f"{' '.join(str(error).split()).rstrip('.')}. Step {at} is saved: the same command goes on from there"
+                f"{' '.join(str(error).split()).rstrip('.')}. Step {at} is saved: the same command goes on from there{look}"
             ) from error
 
     try:
