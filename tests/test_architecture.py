@@ -61,7 +61,9 @@ MAY = {
         "metrics",
         "train.optim", "train.report", "train.step",
     },
-    "cli": {"config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop"},
+    "cli": {
+        "config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop", "train.provenance",
+    },
     "": {"models"},
 }  # fmt: skip
 FLAX = {"nn", "encoders", "papers", "dist", "train.step"}  # train.step: flax.struct only

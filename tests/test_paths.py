@@ -346,8 +346,7 @@ def test_records_that_cannot_be_fetched_stop_a_run_before_they_are_overwritten()
 def test_a_folder_in_a_bucket_is_claimed_by_its_run_alone() -> None:
     run = Run(task=TASK, data=Synthetic(), steps=4, batch=8, workdir=HOME)
     for _ in range(2):
-        folder, _about = claim_folder(run, ("a",), ExitStack())
-        assert str(folder) == HOME
+        assert claim_folder(run, ("a",), ExitStack())()["labels"] == ["a"]
     assert json.loads(there()["config.json"])["labels"] == ["a"]
     assert models.read_config(paths.where(HOME))["run"]["batch"] == 8
     other = Run(task=TASK, data=Synthetic(), steps=4, batch=16, workdir=HOME)
@@ -359,10 +358,8 @@ def test_a_folder_in_a_bucket_is_claimed_by_its_run_alone() -> None:
     with pytest.raises(UserError, match=r"not empty and is no run \(thesis.tex"):
         claim_folder(Run(task=TASK, data=Synthetic(), steps=4, batch=8, workdir="gs://bucket/thesis"), (), ExitStack())
     Bucket.away = True
-    with pytest.raises(
-        UserError, match=r"cannot write gs://bucket/new/config.json \(OSError: Forbidden.*Storage Object User"
-    ):
-        claim_folder(Run(task=TASK, data=Synthetic(), steps=4, batch=8, workdir="gs://bucket/new"), (), ExitStack())
+    with pytest.raises(UserError, match=r"cannot read gs://bucket/new \(OSError: Forbidden.*Storage Object User"):
+        claim_folder(Run(task=TASK, data=Synthetic(), steps=4, batch=8, workdir="gs://bucket/new"), (), ExitStack())()
 
 
 def test_only_finished_checkpoints_of_a_bucket_count() -> None:

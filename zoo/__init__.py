@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zoo import process as process  # isort: split  # before what takes long
+
 if TYPE_CHECKING:
     from zoo.models import Model
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import logging
 import math
@@ -18,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import Passing, UserError, suggest
+from zoo import process
+from zoo.errors import UserError, suggest
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,13 +97,16 @@ def _parser() -> argparse.ArgumentParser:
         help="batch size of stablehlo programs: the sampler (or the features where there is none), the denoiser and the energy",
     )
     opens(sub)
-    verb(
+    sub = verb(
         "import",
         "Bring in a published checkpoint.",
         "CONFIG",
         "FILE",
         "OUT",
         fields="override fields of the config, e.g. task.head_dim=64",
+    )
+    sub.add_argument(
+        "--weights", choices=("raw", "ema"), help="of a file that holds the weights and their average; default: raw"
     )
     sub = verb(
         "bench", "Time the train step, the sampler and the data of a config.", "CONFIG", fields="override fields"
@@ -227,6 +230,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--flip", action="store_true", help="mirror a random half of the images of --statistics")
     opens(sub)
+    sub = verb(
+        "check",
+        "Read images, captions, texts, series, latents or weights once and say what is wrong with them.",
+        "SOURCE",
+    )
+    sub.add_argument(
+        "--tokenizer",
+        default=None,
+        metavar="TOKENS",
+        help="count tokens of captions and texts: bytes, or a tokenizer's file",
+    )
+    sub.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens that a caption may have")
+    sub.add_argument("--delimiter", default=",", help="of CSV files")
+    sub.add_argument("--json", action="store_true", help="print what was found as JSON")
     verb("list", "Papers, their abilities, shipped configs and weights.")
     sub = verb(
         "show",
@@ -264,7 +281,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `zoo`; returns the exit code: 0 done, 1 done with losses, 2 a mistake to mend, 3 try again."""
     args = _parse(argv)
-    _no_tpu_here()
+    process.begin()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log = logging.getLogger("zoo")
     log.setLevel(logging.INFO)
@@ -272,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"note: {' '.join(str(message).split())[:300]}", file=sys.stderr
     )
     try:
-        code = _run_verb(args)
+        code = process.end(_run_verb(args), args.verb)
     except BaseException:
         if (hosts := sys.modules.get("zoo.hosts")) is not None and hosts.several():
             traceback.print_exc()
@@ -283,28 +300,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _no_tpu_here() -> None:
-    """Where only a chip's compiler is installed and there is neither a TPU nor a GPU, JAX shall not look for one: it says a lot."""
-    devices = ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-    compilers = any(importlib.util.find_spec(name) is not None for name in ("libtpu", "jax_cuda12_plugin"))
-    if compilers and not any(map(os.path.exists, devices)):
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
 def _run_verb(args: argparse.Namespace) -> int:
     try:
         return int(_VERBS[args.verb](args) or 0)
-    except UserError as error:
-        if args.traceback:
+    except Exception as error:
+        if args.traceback or (code := process.explained(args.verb, error)) is None:
             raise
-        print(f"zoo {args.verb}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 3 if isinstance(error, Passing) else 2
+        return code
     except KeyboardInterrupt:
         print(f"zoo {args.verb}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -409,6 +414,7 @@ def _sample(args: argparse.Namespace) -> int:
     from zoo.commands.sample import Form, Images, draw
     from zoo.draws import label_numbers
     from zoo.task import is_text
+    from zoo.train.provenance import check_kept
 
     texts, asked = conditions.read(model.task, prompt, prompts)
     writes = is_text(model.task)
@@ -423,6 +429,8 @@ def _sample(args: argparse.Namespace) -> int:
     given: Any
     tokeniser: dict[str, str] = {}
     if split is not None:
+        if model.run is not None:
+            check_kept(model.folder, model.data, splits=[split])
         given, captions, asked = conditions.pictures(model, split, n), None, {"from": split}
         form = text.Texts(model.vocabulary)
     elif writes:
@@ -480,8 +488,10 @@ def _eval(args: argparse.Namespace) -> int:
         print(_json(found))
         return 1 if found.get("failed") or found.get("unanswered") else 0
     from zoo import config, dist, metrics, models
+    from zoo.data.folders import SPLITS
     from zoo.draws import Use, key_of
     from zoo.task import Measures, Metric, check_needs, sampling
+    from zoo.train.provenance import by_name, check_kept
 
     known = metrics.named()
     if args.metric in known:
@@ -505,6 +515,9 @@ def _eval(args: argparse.Namespace) -> int:
         metric.check(model.task)  # what is wrong with it is told before a tokeniser is asked for
     others = [f for f in fields if f not in own]
     data = _measured(model, args.model, others) if others or metric.uses_data else model.data
+    if metric.uses_data and not others and model.run is not None and metric.path is None:
+        check_kept(model.folder, data, splits=[metric.split] if metric.split else SPLITS)
+    metric, data = by_name(metric, data, model.labels)
     loaded = models.loaded_for(metric, args.allow, model.task, model.homes, model.data)
     found = metric(model.task, model.params, data, key_of(0, Use.LOOKS), **loaded)
     if metric.saves:
@@ -605,7 +618,7 @@ def _import(args: argparse.Namespace) -> int:
     value = config.load(args.config, args.fields)
     if not isinstance(value, Published):
         value = _run(value, args.config)
-    print(import_checkpoint(value, Path(args.file), Path(args.out)))
+    print(import_checkpoint(value, Path(args.file), Path(args.out), args.weights))
     return 0
 
 
@@ -753,6 +766,12 @@ def _prepare_text(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> int:
+    from zoo.commands import check
+
+    return check.run(args)
+
+
 def _list(args: argparse.Namespace) -> int:
     from zoo.commands import listing
 
@@ -782,6 +801,7 @@ _VERBS = {
     "bench": _bench,
     "compile": _compile,
     "prepare": _prepare,
+    "check": _check,
     "list": _list,
     "show": _show,
 }

@@ -22,6 +22,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from msgspec import Meta
 
+from zoo import files
 from zoo.errors import UserError
 from zoo.fields import check_fields
 
@@ -176,7 +177,7 @@ def start(cache: str | None = None, *, batch: int | None = None, mesh: Mesh | No
     _keep_memory()
     if batch is not None:
         _share_cores(batch, mesh)
-    folder = Path(cache or os.environ.get("ZOO_CACHE") or Path.home() / ".cache" / "zoo") / "xla"
+    folder = Path(cache or files.cache()) / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -32,7 +32,9 @@ KEYS = 2  # which way from a seed to its keys this is; a folder of samples that 
 
 
 def key_of(seed: int | jax.Array, use: Use) -> jax.Array:
-    """The key of a seed for one use."""
+    """The key of a seed for one use. UserError for one beyond 32 bits: two of them would draw the same."""
+    if isinstance(seed, int) and not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} is out of range; choose 0 <= seed < 2**32")
     return jax.random.fold_in(jax.random.key(seed), use)
 
 
@@ -114,11 +116,12 @@ def label_numbers(
     if label is None:
         return (np.arange(n) % classes).astype(np.int32)
     chosen, split = [], isinstance(label, str)
-    for word in label.split(",") if isinstance(label, str) else label:
-        if word == "none":
-            chosen.append(-1)
-        elif word in names:
+    words = _named(label.split(","), names) if isinstance(label, str) else label
+    for word in words:
+        if word in names:  # even where a class is called none
             chosen.append(list(names).index(str(word)))
+        elif word == "none":
+            chosen.append(-1)
         elif isinstance(word, int) or (split and word.lstrip("-").isdigit()):
             if not 0 <= int(word) < classes:
                 raise UserError(f"label={word} is out of range; this model has classes 0 to {classes - 1}")
@@ -126,3 +129,14 @@ def label_numbers(
         else:
             raise UserError(f"label={word!r} is no class; {suggest(word, names)}")
     return np.resize(np.array(chosen, np.int32), n)
+
+
+def _named(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Words between commas, joined where the name of a class has commas; of several such names the longest is meant."""
+    found = []
+    while words:
+        ends = (end for end in range(len(words), 1, -1) if ",".join(words[:end]) in names)
+        end = next(ends, 1)
+        found.append(",".join(words[:end]))
+        words = words[end:]
+    return found

@@ -29,7 +29,7 @@ Dtype: TypeAlias = Literal["float32", "bfloat16"]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # of what is gone through: steps, examples
 AtLeast2: TypeAlias = Annotated[int, Meta(ge=2, le=2**31 - 1)]  # likewise, of what is compared
 Whole: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # likewise, where 0 means none, all or off
-Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 2)]  # `jax.random.key` takes it and the next one
+Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # `jax.random.key` keeps 32 bits
 Size: TypeAlias = Annotated[int, Meta(ge=1, le=2**18)]  # of an axis of an array
 Side: TypeAlias = Annotated[int, Meta(ge=1, le=2**14)]  # of an image, in pixels
 Layers: TypeAlias = Annotated[int, Meta(ge=1, le=2**10)]  # of what is built one after the other

@@ -11,9 +11,15 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import msgspec
+from tqdm import tqdm
 
 from zoo.errors import UserError
 
@@ -129,6 +135,20 @@ def locked(folder: Path, name: str, way: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def held(folder: Path, name: str, way: str) -> Iterator[None]:
+    """Makes a folder where there is none and holds it (`locked`); one that is made and stays empty is taken away again."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder, name, way):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+@contextlib.contextmanager
 def writing(what: object, way: str, *errors: type[Exception]) -> Iterator[None]:
     """UserError with the way out where what is written within cannot be; also for these `errors`."""
     kinds: tuple[type[Exception], ...] = (OSError, *errors)
@@ -139,6 +159,28 @@ def writing(what: object, way: str, *errors: type[Exception]) -> Iterator[None]:
         raise UserError(f"cannot write {what} ({reason}); {way}") from error
 
 
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # what UTF-16 and UTF-32 begin with
+_POINTER = b"version https://git-lfs"
+
+
+def text_of(data: bytes) -> str:
+    """What a small file of UTF-8 says, `tidied`. Raises UnicodeDecodeError."""
+    return tidied(data.decode("utf-8"))
+
+
+def tidied(text: str) -> str:
+    """A text without a byte order mark, its line ends newlines."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def check_head(path: object, head: bytes) -> None:
+    """UserError for a file whose first bytes say that it stands for one that Git LFS has elsewhere, or is UTF-16."""
+    if head.startswith(_POINTER):
+        raise UserError(f"{path} is a Git LFS pointer and not the file itself; fetch that with `git lfs pull`")
+    if head.startswith(UTF16):
+        raise UserError(f"{path} is UTF-16; write it again as UTF-8 (iconv -f utf-16 -t utf-8)")
+
+
 @contextlib.contextmanager
 def reading(what: object, way: str) -> Iterator[None]:
     """UserError with the way out where what is read within cannot be, or is no text."""
@@ -147,7 +189,8 @@ def reading(what: object, way: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{what} cannot be read ({error.strerror or first_line(error)}); {way}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} is no UTF-8 text (byte {error.start:,}); {way}") from error
+        why = "it is UTF-16" if error.object.startswith(UTF16) else f"byte {error.start:,}"
+        raise UserError(f"{what} is no UTF-8 text ({why}); {way}") from error
 
 
 def sha256(*parts: Data) -> str:
@@ -170,6 +213,58 @@ def sha256_of_file(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def digests(root: Path, paths: Sequence[str]) -> list[tuple[str | None, int]]:
+    """`sha256_of_file` and size of each file below a folder; a file that cannot be read has none, and the size -1.
+
+    A file is read once: what it was is known by its path, size, times and inode, and kept in the cache.
+    """
+    kept = cache() / "digests" / f"{sha256(os.fsencode(root.resolve()))[:32]}.msgpack"
+    known: dict[bytes, str] = {}  # stamps and digests
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        known = msgspec.msgpack.decode(kept.read_bytes(), type=dict[bytes, str])
+    began = time.time_ns()
+    there = [(path, path.encode("utf-8", "surrogateescape"), stamp(f"{root}{os.sep}{path}")) for path in paths]
+    unread = [about for about in there if about[2] and not known.get(about[1], "").startswith(f"{about[2]} ")]
+    if unread:
+        sizes = [_size(now) for _, _, now in unread]
+        bar = tqdm(total=sum(sizes), desc="compared", unit="B", unit_scale=True, delay=2, leave=False)
+        with bar, ThreadPoolExecutor(8) as pool:
+            read = pool.map(lambda about: sha256_of_file(root / about[0]), unread)
+            for (_, name, now), size, digest in zip(unread, sizes, read):
+                known[name] = f"{now} {digest or ''}"
+                bar.update(size)
+        if lasting := {name: about for name, about in known.items() if settled(began, [about])}:
+            with contextlib.suppress(OSError):
+                write(kept, msgspec.msgpack.encode(lasting), sync=False)
+    found = [known[name].rpartition(" ")[2] if now else "" for _, name, now in there]
+    return [(digest or None, _size(now)) for digest, (_, _, now) in zip(found, there)]
+
+
+def stamp(path: str) -> str:
+    """What changes with the bytes of a file: its size, times and inode; "" where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+
+
+def _size(stamped: str) -> int:
+    return int(stamped.partition(" ")[0] or -1)
+
+
+def settled(now: int, stamps: Iterable[str]) -> bool:
+    """Whether these stamps are old enough to tell: what changes twice within one tick of its clock has the same."""
+    return all(max(map(int, found.split(" ")[1:3])) < now - 2 * 10**9 for found in stamps if found)
+
+
+def cache() -> Path:
+    """Where is kept what can be made again: `$ZOO_CACHE` or ~/.cache/zoo; for a user without a home in the folder of scratch files."""
+    home = os.path.expanduser("~")
+    kept = os.path.join(tempfile.gettempdir(), f"zoo-{os.getuid()}") if home == "~" else f"{home}/.cache/zoo"
+    return Path(os.environ.get("ZOO_CACHE") or kept)
 
 
 def sha256_of_json(value: Any) -> str:

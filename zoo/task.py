@@ -439,6 +439,7 @@ class Metric(ABC):
     captions: ClassVar[bool] = (
         False  # asks for `encode`, (texts, S) -> ids [N, S] of the model's captions; `tokenizer` may name its file
     )
+    by_class: ClassVar[bool] = True  # labels of its data are classes of the model; False: classes of these data alone
     uses_data: ClassVar[bool] = True  # False: measures models whose data are not known as well
     saves: ClassVar[str] = ""  # the file beside a model in which `zoo eval` keeps what it found
     every: Any = 0  # steps between measurements while training; 0: at the end only

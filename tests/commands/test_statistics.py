@@ -227,6 +227,8 @@ def test_what_has_to_be_prepared_first(tmp_path, capsys):
     assert "11 images" in made(capsys, str(flat), tmp_path / "flat.npz")
     shutil.copytree(flat, tmp_path / "nested" / "a" / "b")
     shutil.copytree(flat, tmp_path / "nested" / "c")
+    assert "22 images" in made(capsys, str(tmp_path / "nested"), tmp_path / "nested.npz")
+    shutil.copytree(flat, tmp_path / "nested", dirs_exist_ok=True)
     assert "images with captions in folders of their own" in refused(capsys, tmp_path / "nested", "--size", "8")
 
 

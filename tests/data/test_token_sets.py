@@ -27,7 +27,7 @@ from zoo.data.tokens import Docstrings, Text, check_vocabulary
 from zoo.data.vocabulary import normalise, open_vocabulary
 from zoo.errors import UserError
 from zoo.task import About, Captions
-from zoo.train.loop import _keep_vocabulary
+from zoo.train.provenance import check_data
 
 # vocabularies
 
@@ -366,7 +366,7 @@ def test_a_run_does_not_go_on_with_another_text(book, tmp_path):
     task = SimpleNamespace(spec=lambda batch: spec(batch=batch), about=About())
 
     def keep(data):
-        _keep_vocabulary(SimpleNamespace(task=task, data=data, source=lambda split: data.source(split, spec())), run)
+        check_data(SimpleNamespace(task=task, data=data, source=lambda split: data.source(split, spec())), run)()
 
     run, data = tmp_path / "run", Text(str(book))
     run.mkdir()

@@ -13,7 +13,7 @@ import numpy as np
 
 from zoo.data.captions import bucket
 from zoo.errors import UserError
-from zoo.files import reading, sha256
+from zoo.files import reading, sha256, text_of
 from zoo.models import ENCODER
 from zoo.task import is_text
 
@@ -52,7 +52,7 @@ def read(task: Any, prompt: str | None, prompts: str | None) -> tuple[list[str] 
     with reading(field, f"give a text file, one {what} per line"):
         data = Path(prompts).read_bytes()
         # not splitlines(): a caption may hold what Unicode calls the end of a line
-        lines = data.decode("utf-8-sig").removesuffix("\n").split("\n")
+        lines = text_of(data).removesuffix("\n").split("\n")
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise UserError(f"{field} holds no {what} in {_count(lines)}; give a text file, one {what} per line")

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from zoo import dist, models
-from zoo.data.images import SPLITS, SUFFIXES, Images, check_channels, existing, list_folder, open_npz
+from zoo.data.arrays import open_npz
+from zoo.data.folders import SPLITS, existing, list_folder
+from zoo.data.images import SUFFIXES, Images, check_channels
 from zoo.data.records import is_prepared
 from zoo.data.sources import kind_of
 from zoo.errors import UserError
@@ -59,7 +61,7 @@ def _check_source(source: str, test_fraction: float) -> None:
     if kind == "captions":
         images = sum(name.lower().endswith(SUFFIXES) for name in names)
         try:
-            listed = sum(len(list_folder(root, test_fraction)[0][split].paths) for split in SPLITS)
+            listed = sum(len(list_folder(root, test_fraction, SUFFIXES)[0][split].paths) for split in SPLITS)
         except UserError:
             listed = 0
         if listed != images:

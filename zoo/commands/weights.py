@@ -182,7 +182,7 @@ def _programs(task: Any, samples: int, fields: Sequence[str], allow: Sequence[st
     return found
 
 
-def import_checkpoint(config: Any, file: Path, out: Path) -> str:
+def import_checkpoint(config: Any, file: Path, out: Path, which: weights.Which | None = None) -> str:
     """Bring a published checkpoint into an export; returns what to tell the user.
 
     The config, a run or a bare task, gives what shapes can't tell (head size, patch, noise); networks that the task holds
@@ -190,13 +190,14 @@ def import_checkpoint(config: Any, file: Path, out: Path) -> str:
 
     Args:
         file: a file of tensors, or a folder of its parts.
+        which: the weights or their average, of a file that holds both.
 
     Raises:
         UserError: every tensor that is missing, left over or of another shape, or a held network that is not given;
             nothing is written then.
     """
     task, given = (config.task, config.weights) if isinstance(config, Run) else (config, None)
-    params = weights.from_official(task, weights.read_state_dict(file), _held(task, given or {}))
+    params = weights.from_official(task, weights.read_state_dict(file, which), _held(task, given or {}))
     model = Model(task, params, "imported", None, config.data if isinstance(config, Run) else None, (), out)
     _write(model, out, {}, _tokenizer(homes(file if file.is_dir() else file.parent, given)))
     count = sum(np.size(x) for x in jax.tree.leaves(params))

@@ -1,36 +1,65 @@
-"""Text files as documents: .txt, .gz, .zip, JSON lines and parquet, read piece by piece.
+"""Text files as documents: plain text, JSON and parquet, packed or not, read piece by piece.
 
-A plain file (also within .gz or .zip) is one document; a line of a .jsonl file or a row of a parquet file is one each,
-its text under "text". A long document comes in pieces, so that none has to fit into memory.
+A plain file is one document; a line of a .jsonl file, an element of a JSON array or a row of a parquet file is one each, its
+text under "text". A long document comes in pieces, so that none has to fit into memory. What a file is, its first bytes and
+the name of what is packed in it say, not its own name alone: markup is never taken for text.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import contextlib
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 
-from zoo.data.sources import walk
+from zoo.data.folders import some, tell, walk
 from zoo.data.vocabulary import characters_only
 from zoo.errors import UserError
-from zoo.files import first_line
+from zoo.files import check_head, first_line
 
 SPLITS = ("train", "valid", "test")
 PIECE = 1 << 20  # characters of a document that are read at a time
 _WORDS = {"validation": "valid", "val": "valid", "dev": "valid"}  # what files may call their splits
-_KINDS = {".txt": "text", ".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet"}
-_PACKED = (".gz", ".zip")
+_KINDS = {
+    ".txt": "text",
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "lines",
+    ".parquet": "parquet",
+    ".csv": "table",
+    ".tsv": "table",
+}
+
+
+def _zstd(file: Any) -> Any:
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(file, "zstd")
+
+
+_PACKERS: dict[str, tuple[bytes, Callable[[Any], Any]]] = {  # by suffix: first bytes, and what unpacks
+    ".gz": (b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
+    ".bz2": (b"BZh", bz2.BZ2File),
+    ".xz": (b"\xfd7zXZ", lzma.LZMAFile),
+    ".zst": (b"\x28\xb5\x2f\xfd", _zstd),
+    ".zip": (b"PK\3\4", zipfile.ZipFile),
+}
+PACKED = tuple(_PACKERS)
+_OTHERS = {b"PAR1": "parquet", b"%PDF": "PDF", b"\x89PNG": "image", b"\xff\xd8\xff": "image"}
+_HEAD = 1 << 12  # bytes by which a file is known
 
 
 def list_texts(origin: Path) -> dict[str | None, list[Path]]:
@@ -42,11 +71,16 @@ def list_texts(origin: Path) -> dict[str | None, list[Path]]:
     """
     if not origin.is_dir():
         return {None: [origin]}
-    names = [name for name in walk(origin) if _kind(name) is not None]
+    there = walk(origin)
+    names = [name for name in there if _kind(name) not in (None, "table") and not name.lower().endswith(".json")]
+    names = names or [name for name in there if name.lower().endswith(".json")]  # else they tell about the others
     if not names:
         raise UserError(
-            f"{origin} holds no text; expected files that end in .txt, .jsonl or .parquet (or .txt.gz, .jsonl.gz, .zip)"
+            f"{origin} holds no text; expected files that end in .txt, .jsonl, .json or .parquet (or .txt.gz, .jsonl.zst, .zip)"
         )
+    over = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in {*there} - {*names})
+    if over:
+        tell(f"{origin}: passed over: {some([f'{n} {end}' for end, n in over.most_common()])}, which are no texts")
     kinds = {_kind(name): name for name in reversed(names)}
     if len(kinds) > 1:
         raise UserError(
@@ -79,11 +113,11 @@ def _refuse_twins(origin: Path, names: list[str]) -> None:
     seen: dict[str, str] = {}
     for name in names:
         stem, suffix = os.path.splitext(name)
-        packed = suffix.lower() in _PACKED
+        packed = suffix.lower() in PACKED
         first, last = os.path.splitext(stem if packed else name)
         plain = first if last.lower() in _KINDS else stem  # a.txt, a.txt.gz and a.zip are all a
         twin = seen.setdefault(plain, name)
-        if twin != name and (packed or twin.lower().endswith(_PACKED)):
+        if twin != name and (packed or twin.lower().endswith(PACKED)):
             raise UserError(
                 f"{origin} holds {twin} and {name}, which differ in their packing alone, so that one text would be read twice; "
                 "remove one of them, or rename it where it is another text"
@@ -92,7 +126,7 @@ def _refuse_twins(origin: Path, names: list[str]) -> None:
 
 def _kind(name: str) -> str | None:
     stem, suffix = os.path.splitext(name.lower())
-    if suffix in _PACKED:
+    if suffix in PACKED:
         return _KINDS.get(os.path.splitext(stem)[1], "text")
     return _KINDS.get(suffix)
 
@@ -100,7 +134,8 @@ def _kind(name: str) -> str | None:
 def _word(name: str) -> str | None:
     """The split that the path of a file names: its folder, or the first or the last word of its own name."""
     *folders, last = Path(name.lower()).parts
-    parts = re.split(r"[-_.]", os.path.splitext(last.removesuffix(".gz").removesuffix(".zip"))[0])
+    stem, suffix = os.path.splitext(last)
+    parts = re.split(r"[-_.]", os.path.splitext(stem if suffix in PACKED else last)[0])
     words = (_WORDS.get(word, word) for word in (*folders, parts[0], parts[-1]))
     return next((word for word in words if word in SPLITS), None)
 
@@ -114,7 +149,7 @@ def pieces(path: Path) -> Iterator[tuple[str, bool]]:
       UserError: it cannot be read, is no UTF-8, or has another layout.
     """
     if is_plain(path):
-        with _readable(path), _open(path) as file:
+        with _opened(path) as (_, file):
             yield from _cut(_decoded(path, file))
         return
     for _, (text,) in rows(path, ("text",)):
@@ -122,45 +157,74 @@ def pieces(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file is one document, not one for each line or row."""
-    return (_kind(path.name) or "text") == "text"
+    """Whether a file is one document, not one for each line, element or row. UserError where it is neither."""
+    with _opened(path) as (kind, _):
+        return kind == "text"
 
 
 def rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str | None, ...]]]:
-    """Number and texts of each line of a .jsonl file or row of a parquet file; None where a row of parquet has none.
+    """Number and texts of each line of a .jsonl file, element of a JSON array or row of a parquet file; None where a row of
+    parquet has none.
 
     Raises:
       UserError: it cannot be read, or has no text under one of these keys.
     """
-    with _readable(path):
-        if _kind(path.name) == "parquet":
-            yield from _rows(path, keys)
-            return
-        with _open(path) as file:
-            yield from _lines(path, file, keys)
+    with _opened(path) as (kind, file):
+        yield from _rows(path, keys) if kind == "parquet" else _lines(path, file, keys)
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _opened(path: Path) -> Iterator[tuple[str, io.BufferedReader]]:
+    """What a file holds ("text", "lines" or "parquet"), and its bytes, unpacked."""
     try:
-        yield
+        with contextlib.ExitStack() as held:
+            file, name = held.enter_context(open(path, "rb")), path.name
+            while True:
+                head = file.peek(_HEAD)[:_HEAD]
+                suffix = next((end for end, (magic, _) in _PACKERS.items() if head.startswith(magic)), None)
+                if suffix is None:
+                    break
+                stem, last = os.path.splitext(name)
+                name, packed = stem if last.lower() == suffix else name, held.enter_context(_PACKERS[suffix][1](file))
+                if suffix == ".zip":
+                    name, packed = _member(path, packed)
+                    held.enter_context(packed)
+                file = held.enter_context(io.BufferedReader(packed, max(io.DEFAULT_BUFFER_SIZE, _HEAD)))
+            if name.lower().endswith(PACKED):
+                raise UserError(f"{path} cannot be read or unpacked (its first bytes are no packed file's); restore it")
+            yield _told(path, name, head), file
     except OSError as error:  # among them what gzip says of a damaged file
         raise UserError(f"{path} cannot be read ({error.strerror or first_line(error)}); restore it") from None
-    except (EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} cannot be unpacked ({first_line(error)}); restore it, or unpack it first") from None
 
 
-def _open(path: Path) -> IO[bytes]:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if suffix != ".zip":
-        return open(path, "rb")
-    with zipfile.ZipFile(path) as packed:
-        members = [info for info in packed.infolist() if not info.is_dir()]
-        if len(members) != 1:
-            raise UserError(f"{path} holds {len(members)} files in place of one; unpack it and give the folder")
-        return packed.open(members[0])
+def _member(path: Path, packed: zipfile.ZipFile) -> tuple[str, Any]:
+    """The name and the bytes of the one file in a .zip file; what macOS and others hide in it does not count."""
+    members = [
+        info
+        for info in packed.infolist()
+        if not info.is_dir() and not any(part.startswith((".", "__MACOSX")) for part in info.filename.split("/"))
+    ]
+    if len(members) != 1:
+        raise UserError(f"{path} holds {len(members)} files in place of one; unpack it and give the folder")
+    return members[0].filename, packed.open(members[0])
+
+
+def _told(path: Path, name: str, head: bytes) -> str:
+    """What bytes are that begin with `head`, in a file of that name (the last of what was packed). UserError for what is no text."""
+    check_head(path, head)
+    if packed := next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None):
+        if packed == "parquet" and name == path.name:
+            return packed
+        raise UserError(f"{path} holds a file of the kind {packed}; unpack it, or give a text")
+    kind = _KINDS.get(os.path.splitext(name.lower())[1])
+    if kind == "table":
+        raise UserError(f"{path} holds a table, and its separators are no text; write its texts as .jsonl or parquet")
+    if head[257:262] == b"ustar":
+        raise UserError(f"{path} is a tar file; unpack it and give the folder")
+    looks = re.match(rb"(\xef\xbb\xbf)?\s*(\{\s*\"|\[\s*\{\s*\")", head)
+    return "lines" if looks else kind or "text"
 
 
 def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
@@ -180,7 +244,9 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
                 "text, write it again as UTF-8 (iconv -f latin1 -t utf-8), else give another file"
             ) from None
         if "\0" in text:
-            raise UserError(f"{path} is no text but a binary file (it has bytes of value 0); give a text in UTF-8")
+            raise UserError(
+                f"{path} is no text but a binary file, or UTF-16 (it has bytes of value 0); give a text in UTF-8"
+            )
         if text:
             yield text
         if not block:
@@ -201,23 +267,29 @@ def _cut(blocks: Iterator[str]) -> Iterator[tuple[str, bool]]:
         yield held, True
 
 
-def _lines(path: Path, file: IO[bytes], keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    for number, line in enumerate(file, 1):
+def _lines(path: Path, file: io.BufferedReader, keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    array = re.match(rb"(\xef\xbb\xbf)?\s*\[", file.peek(_HEAD))
+    for number, line in enumerate([file.read()] if array else file, 1):
         if not line.strip():
             continue
+        at = path if array else f"{path}, line {number:,}"
         try:
-            row = json.loads(line)
+            found = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}, line {number:,} is no JSON ({first_line(error)}); mend or remove it") from None
+            raise UserError(
+                f"{at} is no JSON ({first_line(error)}); mend or remove it (one object a line, or one array of objects)"
+            ) from None
         except RecursionError:
-            raise UserError(f"{path}, line {number:,} is JSON nested too deep to be read; mend or remove it") from None
-        texts = []
-        for key in keys:
-            text = row.get(key) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                raise UserError(f'{path}, line {number:,} has no text under "{key}"; mend or remove it')
-            texts.append(characters_only(text))  # JSON can spell half a character ("\ud800")
-        yield number, tuple(texts)
+            raise UserError(f"{at} is JSON nested too deep to be read; mend or remove it") from None
+        for element, row in enumerate(found if array and isinstance(found, list) else [found], number):
+            texts = []
+            for key in keys:
+                text = row.get(key) if isinstance(row, dict) else None
+                if not isinstance(text, str):
+                    where = f"{path}, element {element:,}" if array else at
+                    raise UserError(f'{where} has no text under "{key}"; mend or remove it')
+                texts.append(characters_only(text))  # JSON can spell half a character ("\ud800")
+            yield element, tuple(texts)
 
 
 def _rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str | None, ...]]]:

@@ -6,15 +6,12 @@ images are labelled, `label` int32 [].
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import importlib.util
 import io
-import json
 import logging
 import os
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,16 +23,24 @@ import numpy as np
 from msgspec import Meta
 from PIL import Image, ImageOps
 
+from zoo.data.arrays import array_name, checked_arrays, class_names, picture_array, tell_classes
+from zoo.data.folders import SPLITS, TESTS, divide, existing, hashed, list_folder, word_of
 from zoo.data.pipeline import Data, Source
 from zoo.data.records import Info, Record, is_prepared, open_shards, read_info
 from zoo.errors import UserError
 from zoo.fields import Below1, NotEmpty, Side, check_fields
-from zoo.files import first_line, reading, sha256_of_file, sha256_of_parts
+from zoo.files import digests, first_line, reading, sha256_of_json
 
 LEVELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-TESTS = ("test", "val", "validation", "valid")  # what a folder or a data set may call its held-out part
-SPLITS = ("train", "test")
+# what Pillow reads by itself, the usual ones first
+# fmt: off
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".pfm", ".apng", ".avifs", ".blp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".fit", ".fits", ".flc", ".fli",
+    ".ftc", ".ftu", ".icb", ".icns", ".ico", ".im", ".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx", ".msp", ".pcd",
+    ".pcx", ".psd", ".pxr", ".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".tga", ".vda", ".vst", ".xbm", ".xpm",
+)
+# fmt: on
 LOOKED_AT = 64  # files of a folder whose sizes are compared
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
 _log = logging.getLogger("zoo")
@@ -120,24 +125,25 @@ class Arrays(Data):
         check_split(split)
         path = existing(self.path)
         part = None if "{split}" in self.images else [split, self.test_fraction]
-        return digest(
-            [[file_digest(path, path.stat().st_mtime_ns), array_name(self.images, split, "data.images"), part]]
-        )
+        name = array_name(self.images, split, "data.images")
+        return sha256_of_json([digests(path.parent, [path.name]), name, part])
 
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split, read lazily from the file and kept in memory."""
         check_split(split)
         path = existing(self.path)
         version = str(path.stat().st_mtime_ns)
-        images = _array(path, array_name(self.images, split, "data.images"), "data.images", version)
+        images = picture_array(path, array_name(self.images, split, "data.images"), "data.images", version)
         labels = None
         if self.labels:
-            labels = _array(path, array_name(self.labels, split, "data.labels"), "data.labels", version)
+            labels = picture_array(path, array_name(self.labels, split, "data.labels"), "data.labels", version)
         images, labels = checked_arrays(path, images, labels)
         names = class_names(self.classes, labels)
+        if labels is not None and split == "train":
+            tell_classes(path, labels, names)
         part = np.arange(len(images))
         if "{split}" not in self.images:
-            part = np.asarray(divide(len(images), self.test_fraction)[split])
+            part = np.asarray(divide(len(images), self.test_fraction, labels, names)[split], np.int64)
         if not len(part):
             raise UserError(f"{path} leaves no image for the {split} split; change data.test_fraction")
         if images.dtype != np.uint8 and self.size is not None and images.shape[1:3] != (self.size, self.size):
@@ -165,8 +171,8 @@ class Images(Data):
     """Images by path: a folder, a set made by `zoo prepare`, an .npz file, or "tfds:name/config" prepared on this disk.
 
     An .npz file has the layout that `Arrays` expects by default. A folder holds images, or one folder of images per
-    class, or `train` and `test` (or `val`) folders of either kind. Without a test part a fixed share `test_fraction` of
-    all images is held out. Images are turned upright, transparent ones laid on white, resized (bicubic, antialiased) to
+    class, or `train` and `test` (or `val`) folders of either kind (`zoo/data/folders.py`). Without a test part a fixed share
+    `test_fraction` of every class is held out. Images are turned upright, transparent ones laid on white, resized (bicubic, antialiased) to
     `size` on the shorter side and cropped at the centre.
     """
 
@@ -207,8 +213,7 @@ class Images(Data):
         return ImageSource(encoded.count, read, encoded.labels, self.flip)
 
     def fingerprint(self, split: str) -> str:
-        """What the images of a split are, wherever they lie: the bytes of a prepared set or of an .npz file; of a folder names
-        and sizes of all files and the bytes of a few; for TFDS this description."""
+        """What the images of a split are, wherever they lie: names and all bytes of files; for TFDS this description."""
         check_split(split)
         if self.path.startswith("tfds:"):
             return repr(self)
@@ -216,13 +221,8 @@ class Images(Data):
         if root.suffix == ".npz" and root.is_file():
             return self._arrays(root).fingerprint(split)
         if is_prepared(root):
-            return digest([shard.sha256, shard.count] for shard in read_info(root, Info).splits[split])
-        files = list_folder(root, self.test_fraction)[0][split]
-        some = set(files.paths[:: max(1, len(files.paths) // 16)])
-        return digest(
-            [path, file_size(root / path), sha256_of_file(root / path) if path in some else None]
-            for path in files.paths
-        )
+            return sha256_of_json([[shard.sha256, shard.count] for shard in read_info(root, Info).splits[split]])
+        return hashed(root, list_folder(root, self.test_fraction, SUFFIXES)[0][split].paths)
 
     def _arrays(self, path: Path) -> Arrays:
         """The same images from an .npz file; channels that differ are left for the task to refuse unless converted."""
@@ -291,6 +291,9 @@ def open_image(data: bytes, channels: int, convert: bool) -> tuple[Image.Image, 
         raw.load()
         if raw.mode.startswith(("I", "F")):
             raise BadImage(f"has 16-bit or floating-point pixels (mode {raw.mode})", "store it with 8 bits per channel")
+        # of 16 bits grey with alpha Pillow makes colour of 8
+        if raw.format == "PNG" and raw.mode == "RGBA" and data[24:26] == b"\x10\x04":
+            raise BadImage("has 16-bit grey pixels with alpha", "store it with 8 bits per channel")
         grey = raw.mode in ("1", "L", "LA", "La")
         if raw.mode == "P":
             palette = np.asarray((raw.getpalette() or [])[: 3 * 256]).reshape(-1, 3)
@@ -311,9 +314,7 @@ def open_image(data: bytes, channels: int, convert: bool) -> tuple[Image.Image, 
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image file that Pillow knows"
-        raise BadImage(
-            f"cannot be decoded ({reason})", "delete it, or run `zoo prepare`, which skips and lists such files"
-        ) from None
+        raise BadImage(f"cannot be decoded ({reason})", "restore or delete it (`zoo check` names all such)") from None
 
 
 def upright_size(data: bytes | Path | np.ndarray) -> tuple[int, int]:
@@ -382,18 +383,7 @@ def from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
-# Places
-
-
-def digest(parts: Iterable[Any]) -> str:
-    """One digest of what JSON can hold."""
-    return sha256_of_parts(f"{json.dumps(part)}\n" for part in parts)
-
-
-@lru_cache(maxsize=4)
-def file_digest(path: Path, version: int) -> str:
-    """The digest of a file; `version` makes a file that was rewritten a new one."""
-    return sha256_of_file(path) or ""
+# Reading
 
 
 def check_split(split: str) -> None:
@@ -411,138 +401,8 @@ class Encoded:
     labels: tuple[str, ...]
 
 
-def file_size(path: Path) -> int:
-    """The bytes of a file; -1 where it is none, say a broken link."""
-    return path.stat().st_size if path.is_file() else -1
-
-
-def existing(path: str) -> Path:
-    """The absolute form of a path that must exist."""
-    full = Path(path).expanduser().absolute()
-    if full.exists():
-        return full
-    siblings = [p.name for p in full.parent.iterdir()] if full.parent.is_dir() else []
-    close = difflib.get_close_matches(full.name, siblings, n=1)
-    raise UserError(
-        f"{full} does not exist; "
-        + (f"did you mean {full.parent / close[0]}?" if close else "give the path of a folder or file that does")
-    )
-
-
-def divide(count: int, test_fraction: float) -> dict[str, list[int]]:
-    """Which of `count` examples are for training and which for testing: fixed, both in ascending order."""
-    if not 0 <= test_fraction < 1:
-        raise UserError(f"test_fraction={test_fraction} is no share of the examples; choose 0 <= test_fraction < 1")
-    held_out = min(count - 1, max(1, round(count * test_fraction))) if test_fraction and count else 0
-    order = np.random.default_rng(0).permutation(count)
-    return {"train": sorted(order[held_out:].tolist()), "test": sorted(order[:held_out].tolist())}
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files of one split, by path below the folder, in the order of (class, name)."""
-
-    paths: list[str]
-    labels: list[int] | None
-
-    def part(self, members: Sequence[int]) -> Files:
-        """These of them, in this order."""
-        labels = self.labels
-        return Files([self.paths[i] for i in members], None if labels is None else [labels[i] for i in members])
-
-
-def list_folder(root: Path, test_fraction: float) -> tuple[dict[str, Files], tuple[str, ...]]:
-    """The files of both splits of a folder of images, and the class names."""
-    parts, names = find_files(root)
-    if "all" in parts:
-        shares = divide(len(parts["all"].paths), test_fraction)
-        parts = {split: parts["all"].part(members) for split, members in shares.items()}
-    return parts, names
-
-
-def find_files(
-    root: Path, suffixes: tuple[str, ...] = SUFFIXES, what: str = "image"
-) -> tuple[dict[str, Files], tuple[str, ...]]:
-    """The files of a folder by split ("train" and "test"; "all" where its folders name none), and the class names.
-
-    Args:
-      suffixes: of the files that count, in lower case.
-      what: what one of them is called, for errors.
-    """
-    names, folders = _entries(root, suffixes)
-    tests = [name for name in TESTS if name in folders]
-    if "train" in folders and not names and (tests or len(folders) == 1):
-        classes = _entries(root / "train", suffixes)[1]
-        train = _list_classes(root, "train", classes, suffixes, what)
-        if tests:
-            test = _list_classes(root, tests[0], classes, suffixes, what)
-            if (train.labels is None) != (test.labels is None):
-                raise UserError(
-                    f"{root / 'train'} and {root / tests[0]} differ: one has class folders, the other has not; "
-                    "give both the same layout"
-                )
-            others = tuple(name for name in folders if name not in ("train", tests[0]))
-            _tell_left_out(root, tests[0], others, suffixes, what)
-            return {"train": train, "test": test}, () if train.labels is None else tuple(classes)
-        everything = train
-    else:
-        classes = folders
-        everything = _list_classes(root, "", classes, suffixes, what)
-    if not everything.paths:
-        raise UserError(
-            f"{root} holds no {what}s; expected {what} files ({', '.join(suffixes)}), folders of them by class, "
-            "or train and test folders"
-        )
-    return {"all": everything}, () if everything.labels is None else tuple(classes)
-
-
-@lru_cache(maxsize=64)  # a folder is listed for every split
-def _tell_left_out(root: Path, test: str, others: tuple[str, ...], suffixes: tuple[str, ...], what: str) -> None:
-    """Warns of folders of images that are neither trained nor tested on."""
-    for other in others:
-        names, folders = _entries(root / other, suffixes)
-        if names or any(_entries(root / other / folder, suffixes)[0] for folder in folders):
-            _log.warning("%s: %s is the test split, and the %ss of %s are left out", root, test, what, other)
-
-
-def _entries(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Sorted names of the files that count and of the folders in a folder; hidden ones are passed over."""
-    files, folders = [], []
-    with reading(folder, "give a folder that you may read"):
-        entries = list(os.scandir(folder))
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            folders.append(entry.name)
-        elif entry.name.lower().endswith(suffixes):
-            files.append(entry.name)
-    return sorted(files), sorted(folders)
-
-
-def _list_classes(root: Path, below: str, classes: list[str], suffixes: tuple[str, ...], what: str) -> Files:
-    """The files in root/below or in its class folders, which must be among `classes`."""
-    here = root / below
-    names, folders = _entries(here, suffixes)
-    inside = {folder: _entries(here / folder, suffixes)[0] for folder in folders}
-    if names and any(inside.values()):
-        full = next(folder for folder, files in inside.items() if files)
-        raise UserError(
-            f"{here} holds {what}s ({names[0]}, ...) beside folders of {what}s ({full}, ...); "
-            "move all of them into class folders, or all of them out"
-        )
-    if names:
-        return Files([os.path.join(below, name) for name in names], None)
-    unknown = [folder for folder in folders if inside[folder] and folder not in classes]
-    if unknown:
-        raise UserError(f"{here / unknown[0]} is a class without a folder in {root / 'train'}; add one, or remove it")
-    paths = [(os.path.join(below, folder, name), folder) for folder in folders for name in inside[folder]]
-    index = {name: i for i, name in enumerate(classes)}
-    return Files([path for path, _ in paths], [index[folder] for _, folder in paths])
-
-
 def _folder(data: Images, root: Path, split: str) -> Encoded:
-    splits, classes = list_folder(root, data.test_fraction)
+    splits, classes = list_folder(root, data.test_fraction, SUFFIXES)
     files = splits[split]
     everything = [path for part in splits.values() for path in part.paths]
     _tell_sizes(root, data.size, tuple(everything[:: -(-len(everything) // LOOKED_AT) or 1]))
@@ -572,100 +432,6 @@ def _tell_sizes(root: Path, size: int, some: tuple[str, ...]) -> None:
         f"different sizes (e.g. {shown})" if len(sizes) > 1 else shown,
         size,
     )
-
-
-# Arrays
-
-
-@lru_cache(maxsize=4)
-def _array(path: Path, key: str, field: str, version: str) -> np.ndarray:
-    """One array of an .npz file, read-only; `version` makes a file that was rewritten a new one."""
-    array = read_array(path, key, field, "images")
-    if array.dtype.kind == "f":
-        array = array.astype(np.float32)
-        # written so that a NaN fails as well
-        if array.size and not (array.min() >= -1 and array.max() <= 1):
-            raise UserError(
-                f"{path}: array {key!r} has values in [{array.min():g}, {array.max():g}]; "
-                "floating-point images must lie in [-1, 1]: rescale them, or store uint8"
-            )
-    array.setflags(write=False)
-    return array
-
-
-def read_array(path: Path, key: str, field: str, what: str) -> np.ndarray:
-    """One array of an .npz file as it is stored; for errors the field that names it and what the examples are called."""
-    with open_npz(path) as file:
-        if key not in file.files:
-            other = f" (set data.labels='' for unlabelled {what})" if field == "data.labels" else ""
-            raise UserError(
-                f"{path} has no array {key!r}, it has {', '.join(file.files) or 'none'}; "
-                f"set {field} to one of them{other}"
-            )
-        try:
-            return file[key]
-        except Exception as error:  # a pickled object array, a damaged member
-            raise UserError(
-                f"{path}: array {key!r} cannot be read ({error}); save plain arrays with numpy.savez"
-            ) from None
-
-
-def array_name(name: str, split: str, field: str) -> str:
-    """The array of a split, `{split}` in its name being "train" or "test"; UserError where other braces stand in it."""
-    if set("{}") & set(name.replace("{split}", "")):
-        raise UserError(
-            f"{field}={name!r}: of braces only {{split}} is known, which becomes 'train' or 'test'; write that, or the name of an "
-            "array as it stands in the file"
-        )
-    return name.replace("{split}", split)
-
-
-def open_npz(path: Path) -> Any:
-    """An .npz file, open for reading; no pickle in it is ever loaded."""
-    try:
-        file = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no .npz file ({error}); write one with numpy.savez") from None
-    if not hasattr(file, "files"):
-        raise UserError(f"{path} is a single array; save examples and labels together with numpy.savez")
-    return file
-
-
-def checked_arrays(path: Path, images: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images as [N, H, W, C] and labels as [N], or an error that names the array."""
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise UserError(
-            f"{path}: images have shape {list(images.shape)}; expected [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
-        )
-    if images.dtype not in (np.uint8, np.float32):
-        raise UserError(f"{path}: images are {images.dtype}; store uint8, or floats in [-1, 1]")
-    if labels is not None:
-        check_labels(path, labels, len(images), "image")
-    return images, labels
-
-
-def check_labels(path: Path, labels: np.ndarray, count: int, what: str) -> None:
-    """Refuses labels that are not `count` integers from 0; `what` is what an example is called."""
-    if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise UserError(
-            f"{path}: labels are {labels.dtype}{list(labels.shape)}; expected one integer per {what}: [{count}]"
-        )
-    if labels.size and labels.min() < 0:
-        raise UserError(f"{path}: labels go down to {labels.min()}; number classes from 0")
-
-
-def class_names(classes: Sequence[str], labels: np.ndarray | None) -> tuple[str, ...]:
-    """The names of the classes: those given, which must suffice, or "0", "1", ...; () without labels."""
-    if labels is None or not len(labels):
-        return ()
-    highest = int(labels.max())
-    if classes and highest >= len(classes):
-        raise UserError(
-            f"data.classes names {len(classes)} classes, but the labels go up to {highest}; name {highest + 1}"
-        )
-    return tuple(classes) or tuple(map(str, range(highest + 1)))
 
 
 # Prepared sets
@@ -712,7 +478,8 @@ def _tfds(data: Images, split: str) -> Encoded:
                 + _tfds_recipe(name, data_dir)
             ) from None
 
-    tests = [test for test in TESTS if builder.info.splits.get(test)]
+    words = {name: word_of(name) for name in builder.info.splits if builder.info.splits[name]}
+    tests = sorted((name for name in words if words[name] in TESTS), key=lambda name: TESTS.index(str(words[name])))
     # some sets publish a test split without its labels (-1)
     blind = [test for test in tests if labelled and int(open_split(test)[0]["label"]) < 0]
     tests = [test for test in tests if test not in blind]

@@ -27,18 +27,10 @@ from tqdm import tqdm
 from zoo import files
 from zoo.data import pipeline
 from zoo.data.captions import ASPECTS, bucket, nearest, template
-from zoo.data.images import (
-    SPLITS,
-    BadImage,
-    check_channels,
-    check_split,
-    existing,
-    fit,
-    to_array,
-    upright_size,
-)
+from zoo.data.folders import SPLITS, existing
+from zoo.data.images import BadImage, check_channels, check_split, fit, to_array, upright_size
 from zoo.data.prepare import Report, picture, places
-from zoo.data.records import AGAIN, Lost, Settings, Shard, Writer, open_shards, read_info, writing
+from zoo.data.records import AGAIN, Lost, Settings, Shard, Writer, entering, open_shards, read_info, writing
 from zoo.data.sources import Items, Source, open_source
 from zoo.errors import UserError, suggest
 from zoo.fields import NotEmpty, check_fields
@@ -143,6 +135,12 @@ class Latents(pipeline.Data):
                 f"{', '.join(there) or 'none'}: set data.aspect to one of them"
             )
         return LatentSource(opened, tuple(info.labels))
+
+    def fingerprint(self, split: str) -> str:
+        """What the latents of a split are, wherever they lie."""
+        info = read_info(existing(self.path), LatentInfo)
+        chosen = {name: info.buckets[name] for name in self._chosen(info, Path(self.path))}
+        return files.sha256_of_json({name: [s.sha256 for s in b.splits[split]] for name, b in chosen.items()})
 
     def made_with(self) -> dict[str, str]:
         """What the latents were made with.
@@ -285,8 +283,10 @@ def encode_set(
             f"size={size} is no multiple of {multiple}, by which the encoder shrinks images (or --multiple); choose size={best}"
         )
     origin, target = places(source, dest)
-    found = open_source(origin, test_fraction, image_column=image_column, caption_column=caption_column, prepared=True)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with entering(target, LatentInfo), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        found = open_source(
+            origin, test_fraction, image_column=image_column, caption_column=caption_column, prepared=True
+        )
         buckets = _buckets(found, aspects, pool, progress)
         work = _Work(encoder, batch, channels, convert, aspects, pool)
         sizes = {name: bucket(size, name, multiple) for name in buckets}

@@ -18,7 +18,7 @@ import numpy as np
 
 from zoo.data import vocabulary as vocabularies
 from zoo.data.documents import SPLITS, check_fractions, cuts, is_plain, list_texts, rows
-from zoo.data.images import existing
+from zoo.data.folders import existing
 from zoo.data.pipeline import Data, Example, Source
 from zoo.data.tokens import check_split
 from zoo.data.vocabulary import Vocabulary

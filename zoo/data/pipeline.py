@@ -14,6 +14,7 @@ JPEG. For the same reason the order comes from one permutation per epoch and not
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from abc import ABC, abstractmethod
@@ -28,6 +29,7 @@ import grain
 import jax
 import numpy as np
 
+from zoo.data.folders import some, tell
 from zoo.errors import UserError
 
 _log = logging.getLogger("zoo")
@@ -213,6 +215,46 @@ def epoch(
     count = -(-size // batch)
     host = _read(lambda i: source[int(part[min(i, size - 1)])], keys, batch, np.arange(batch), 0, count, threads=8)
     return ((b, min(batch, size - k * batch)) for k, b in enumerate(host))
+
+
+def named(data: Data, names: tuple[str, ...]) -> Data:
+    """The same data, label k of which is the class `names[k]`, whatever its number there.
+
+    Its sources raise UserError for a class that is not among the names, and warn of names without examples, where labels are
+    asked for. Data without labels, or whose classes have no names, stay as they are.
+    """
+
+    def source(split: str, spec: Spec | None = None) -> Source:
+        found = data.source(split, spec)
+        if not found.labels or found.labels == names or (spec is not None and "label" not in spec):
+            return found
+        where = data.place or type(data).__name__
+        if unknown := [name for name in found.labels if name not in names]:
+            raise UserError(
+                f"{where} has classes that the model does not know ({some(unknown)}); it knows {some(names)}: give data of these, or "
+                "name them so"
+            )
+        if missing := [name for name in names if name not in found.labels]:
+            tell(f"{where} has no example of the class {some(missing)}, which the model knows")
+        return _Named(found, names)
+
+    twin = copy.copy(data)
+    object.__setattr__(twin, "source", source)
+    return twin
+
+
+class _Named(Source):
+    def __init__(self, source: Source, names: tuple[str, ...]) -> None:
+        self._source, self._numbers = source, np.array([names.index(name) for name in source.labels], np.int32)
+        self.labels, self.augment, self.groups, self.aspects = names, source.augment, source.groups, source.aspects
+        self.vocabulary, self.characters_per_token = source.vocabulary, source.characters_per_token
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        return {**example, "label": self._numbers[example["label"]]} if "label" in example else example
 
 
 def label_names(data: Data, spec: Spec | None = None) -> tuple[str, ...]:

@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from zoo.data.images import SPLITS, BadImage, check_channels, check_kind, existing, from_array, open_image, square
-from zoo.data.records import UNREADABLE, Info, Lost, Record, Settings, Shard, writing
+from zoo.data.folders import SPLITS, existing
+from zoo.data.images import BadImage, check_channels, check_kind, from_array, open_image, square
+from zoo.data.records import UNREADABLE, Info, Lost, Record, Settings, Shard, entering, writing
 from zoo.data.sources import Items, open_source
 from zoo.errors import UserError
 
@@ -91,25 +92,26 @@ def prepare(
         if value is not None and value < 1:
             raise UserError(f"{name}={value} is too small; choose 1 or more")
     origin, target = places(source, dest)
-    found = open_source(origin, test_fraction, image_column=image_column, caption_column=caption_column)
-    settings = Settings(origin.name, found.fingerprint, size, channels, convert, test_fraction, shard_examples)
-    encode = _encoder(size, channels, convert)
-    probe(origin, list(found.splits.values()), encode)
-    with (
-        writing(target, settings, Info) as out,
-        ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
-        tqdm(total=sum(s.count for s in found.splits.values()), unit=" images", disable=not progress) as bar,
-    ):
-        splits: dict[str, list[Shard]] = {}
-        for split in SPLITS:
-            items, splits[split] = found.splits[split], []
-            for number, first in enumerate(range(0, items.count, shard_examples)):
-                part = range(first, min(first + shard_examples, items.count))
-                make = partial(_records, items, part, encode, pool, bar)
-                shard, there = out.shard(f"{split}-{number:05d}.array_record", make)
-                splits[split].append(shard)
-                bar.update(len(part) if there else 0)
-        lost = out.finish(Info(settings, list(found.labels), splits, found.captioned))
+    with entering(target, Info):
+        found = open_source(origin, test_fraction, image_column=image_column, caption_column=caption_column)
+        settings = Settings(origin.name, found.fingerprint, size, channels, convert, test_fraction, shard_examples)
+        encode = _encoder(size, channels, convert)
+        probe(origin, list(found.splits.values()), encode)
+        with (
+            writing(target, settings, Info) as out,
+            ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
+            tqdm(total=sum(s.count for s in found.splits.values()), unit=" images", disable=not progress) as bar,
+        ):
+            splits: dict[str, list[Shard]] = {}
+            for split in SPLITS:
+                items, splits[split] = found.splits[split], []
+                for number, first in enumerate(range(0, items.count, shard_examples)):
+                    part = range(first, min(first + shard_examples, items.count))
+                    make = partial(_records, items, part, encode, pool, bar)
+                    shard, there = out.shard(f"{split}-{number:05d}.array_record", make)
+                    splits[split].append(shard)
+                    bar.update(len(part) if there else 0)
+            lost = out.finish(Info(settings, list(found.labels), splits, found.captioned))
     counts = {split: sum(shard.count for shard in shards) for split, shards in splits.items()}
     return Report(target, counts, found.labels, lost, allow_unreadable, captioned=found.captioned)
 

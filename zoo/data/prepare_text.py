@@ -7,6 +7,7 @@ of `progress.jsonl` says how far the files were on disk, and the same command go
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +21,10 @@ from tqdm import tqdm
 
 from zoo import files
 from zoo.data import vocabulary as vocabularies
-from zoo.data.documents import SPLITS, check_fractions, cuts, list_texts
-from zoo.data.images import file_size
+from zoo.data.documents import PACKED, SPLITS, check_fractions, cuts, list_texts
+from zoo.data.folders import file_size, hashed
 from zoo.data.prepare import places
-from zoo.data.records import INFO, PROGRESS, check_dest, entering, is_prepared, read_info, same
-from zoo.data.sources import hashed
+from zoo.data.records import AGAIN, INFO, PROGRESS, entering, is_prepared, mending, read_info, same
 from zoo.data.tokens import (
     TokenFile,
     TokenInfo,
@@ -66,6 +66,7 @@ class _Mark(msgspec.Struct):
     tokens: int = 0
     characters: int = 0
     documents: int = 0
+    sha256: str = ""  # of these tokens
 
 
 def prepare_text(
@@ -94,24 +95,31 @@ def prepare_text(
     origin, target = places(source, dest)
     if origin.is_dir() and is_prepared(origin):
         raise UserError(f"SOURCE {origin} is a prepared set; give the texts it was made from")
-    check_dest(target, TokenInfo)
+    with entering(target, TokenInfo):
+        return _prepare(origin, target, tokenizer, valid_fraction, test_fraction, keep, progress)
+
+
+def _prepare(
+    origin: Path, target: Path, tokenizer: str, valid_fraction: float, test_fraction: float, keep: int, progress: bool
+) -> TextReport:
     listed = list_texts(origin)
     every = [file for some in listed.values() for file in some]
     symbols = ""
     if tokenizer == "chars" and not (symbols := symbols_of(every)):
         raise UserError(f"{origin} is empty; give a text")
     vocabulary = vocabularies.named(tokenizer, symbols, "--text ")
-    sizes = {file: file_size(file) for file in every}
+    root = origin if origin.is_dir() else origin.parent
+    names = [os.path.relpath(file, root) for file in every]
     settings = TokenSettings(
         origin.name,
-        _fingerprint(origin, sizes, progress),
+        hashed(root, names),
         tokenizer if tokenizer in vocabularies.KINDS else Path(tokenizer).name,
         vocabulary.digest,
         valid_fraction,
         test_fraction,
     )
-    plain = all(file.suffix.lower() not in (".gz", ".zip", ".parquet") for file in every)
-    total = sum(sizes.values()) if plain else None
+    plain = all(file.suffix.lower() not in (*PACKED, ".parquet") for file in every)
+    total = sum(map(file_size, every)) if plain else None
     # the bar shows itself late: mistakes are told before, in one line
     with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, delay=1) as bar:
         begun = {
@@ -121,7 +129,7 @@ def prepare_text(
         streams = {name: units for name, units in begun.items() if units is not None}
         if not streams:
             raise nothing(origin, vocabulary)
-        with entering(target, TokenInfo):
+        with mending(target):
             if (info := _finished(target, settings, vocabulary)) is None:
                 marks = _enter(target, settings, vocabulary, streams)
                 with open(target / PROGRESS, "ab") as log:
@@ -129,19 +137,6 @@ def prepare_text(
                         _write(target, vocabulary, units, marks[name], log, keep)
                 info = _finish(target, settings, vocabulary, marks, None in listed)
     return _report(target, info, vocabulary)
-
-
-def _fingerprint(origin: Path, sizes: dict[Path, int], progress: bool) -> str:
-    """A digest of the names and of all bytes of the files: an edit may keep a size, and a copy changes times."""
-    listed = []
-    with tqdm(
-        total=sum(sizes.values()), desc="compared", unit="B", unit_scale=True, disable=not progress, delay=1
-    ) as bar:
-        for file, size in sizes.items():
-            name = os.path.relpath(file, origin) if file != origin else file.name
-            listed.append((f"{name}\0{files.sha256_of_file(file)}", size))
-            bar.update(size)
-    return hashed(listed)
 
 
 def _report(target: Path, info: TokenInfo, vocabulary: Vocabulary) -> TextReport:
@@ -163,6 +158,8 @@ def _finished(target: Path, settings: TokenSettings, vocabulary: Vocabulary) -> 
     whole = all(files.sha256_of_file(target / about.file) == about.sha256 for about in info.splits.values())
     with contextlib.suppress(UserError):
         if whole and vocabularies.open_vocabulary(target) == vocabulary:
+            for left in (target / PROGRESS, *target.glob("*.tmp")):  # by a run that was killed at its end
+                left.unlink(missing_ok=True)
             return info
     return None
 
@@ -178,8 +175,8 @@ def _enter(target: Path, settings: TokenSettings, vocabulary: Vocabulary, stream
         try:
             if lines:
                 same(target, msgspec.json.decode(lines[0], type=dict[str, Any]), settings)
-            for mark in (msgspec.json.decode(line, type=_Mark) for line in lines[1:]):
-                if mark.stream in marks and _reaches(target, mark, vocabulary):
+            for mark in (msgspec.json.decode(line, type=_Mark) for line in reversed(lines[1:])):  # the last one first
+                if not marks.get(mark.stream, mark).tokens and _reaches(target, mark, vocabulary):
                     marks[mark.stream] = mark
         except msgspec.MsgspecError as error:
             raise UserError(f"{target / PROGRESS} is damaged ({error}); remove DEST {target}") from None
@@ -198,7 +195,17 @@ def _sizes(target: Path, marks: Any, vocabulary: Vocabulary) -> Iterator[tuple[P
 
 
 def _reaches(target: Path, mark: _Mark, vocabulary: Vocabulary) -> bool:
-    return all(file_size(path) >= size for path, size in _sizes(target, [mark], vocabulary))
+    """Whether the files of a stream hold what was written up to a mark."""
+    if not all(file_size(path) >= size for path, size in _sizes(target, [mark], vocabulary)):
+        return False
+    path, size = next(_sizes(target, [mark], vocabulary))
+    return _digest(path, size).hexdigest() == mark.sha256
+
+
+def _digest(path: Path, size: int) -> Any:
+    """Of the first bytes of a file, to go on with."""
+    part = np.memmap(path, np.uint8, "r", 0, size) if size else np.empty(0, np.uint8)
+    return hashlib.sha256(part.data)
 
 
 def _write(
@@ -206,9 +213,11 @@ def _write(
 ) -> None:
     """Appends the tokens of a stream from `mark` on, which moves along."""
     due = mark.tokens + keep
+    digest = _digest(*next(_sizes(target, [mark], vocabulary)))  # of what is written, whoever else may write there
     with open(target / f"{mark.stream}.tmp", "ab") as file, open(target / f"{mark.stream}.{_ENDS}", "ab") as ends:
         for ids, characters, last in encoded(vocabulary, islice(units, mark.units, None)):
             file.write(ids.tobytes())
+            digest.update(ids.tobytes())
             mark.units, mark.tokens, mark.characters = (
                 mark.units + 1,
                 mark.tokens + len(ids),
@@ -218,8 +227,10 @@ def _write(
                 ends.write(np.int64(mark.tokens).astype("<i8").tobytes())
                 mark.documents += 1
             if mark.tokens >= due:
+                mark.sha256 = digest.hexdigest()
                 _note(mark, log, file, ends)
                 due = mark.tokens + keep
+        mark.sha256 = digest.hexdigest()
         _note(mark, log, file, ends)
 
 
@@ -238,6 +249,8 @@ def _finish(
 ) -> TokenInfo:
     """Cuts the one stream into splits, where there is but one, gives the files their names and describes the set."""
     kept = narrowest(vocabulary.size)
+    if not all(_reaches(target, mark, vocabulary) for mark in marks.values()):
+        raise UserError(f"{target} was changed by another program while it was written; {AGAIN}")
     spans = {name: (name, 0, mark.tokens) for name, mark in marks.items()}
     if divided:
         ends = np.fromfile(target / f"train.{_ENDS}", "<i8")

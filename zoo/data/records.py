@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
 import msgspec
+import numpy as np
 
 from zoo import files
 from zoo.errors import UserError
@@ -49,7 +51,7 @@ class Settings(msgspec.Struct):
     """What a set was made from and how; it never mixes two of these."""
 
     source: str  # name only, for people
-    fingerprint: str  # of the names and sizes of its files
+    fingerprint: str  # of its files and all their bytes
     size: int | None
     channels: int
     convert: bool
@@ -143,22 +145,44 @@ def open_shards(root: Path, shards: list[Shard], split: str, record: type[R]) ->
             raise IndexError(i)
 
         return 0, nothing
-    try:
-        records = ArrayRecordDataSource([str(path) for path in paths])
-        counted = len(records)
-    except Exception as error:  # what a foreign file raises is up to ArrayRecord
-        raise UserError(f"{damaged} ({first_line(error)}); {AGAIN}") from None
-    if counted != count:
-        raise UserError(f"{damaged} ({counted} records in place of {count}); {AGAIN}")
+    ends = np.cumsum([shard.count for shard in shards])
+
+    @lru_cache(maxsize=max(8, _handles() // 4))
+    def opened(k: int) -> Any:
+        try:
+            records = ArrayRecordDataSource([str(paths[k])])
+        except Exception as error:  # what a foreign file raises is up to ArrayRecord
+            if "too many open files" in str(error).lower():
+                raise UserError(f"{paths[k]} cannot be opened: too many files are; raise `ulimit -n`") from None
+            raise UserError(f"{damaged} ({first_line(error)}); {AGAIN}") from None
+        if len(records) != shards[k].count:
+            raise UserError(f"{damaged} ({len(records)} records in place of {shards[k].count}); {AGAIN}")
+        return records
+
+    for k in range(len(shards)):
+        opened(k)
     decoder = msgspec.msgpack.Decoder(record)
 
     def read(i: int) -> R:
+        k = int(np.searchsorted(ends, i, "right"))
         try:
-            return decoder.decode(records[i])
+            return decoder.decode(opened(k)[i - int(ends[k]) + shards[k].count])
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"{damaged} (record {i}: {first_line(error)}); {AGAIN}") from None
 
     return count, read
+
+
+def _handles() -> int:
+    """How many files this process may have open."""
+    try:
+        import resource
+
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except (ImportError, OSError):
+        return 256
 
 
 # Writing
@@ -194,12 +218,8 @@ class Writer:
 
 @contextmanager
 def writing(target: Path, settings: Settings, kind: type[Any]) -> Iterator[Writer]:
-    """Makes or re-enters the folder of a set of this kind.
-
-    Raises:
-      UserError: the folder holds something else or a set made differently, is being written by another process, or cannot be.
-    """
-    with entering(target, kind):
+    """Goes on with the set of this kind in a folder that is held (`entering`). UserError where it was made differently."""
+    with mending(target):
         done = _open(target, settings, kind)
         with open(target / PROGRESS, "ab") as log:
             yield Writer(target, done, log)
@@ -207,16 +227,27 @@ def writing(target: Path, settings: Settings, kind: type[Any]) -> Iterator[Write
 
 @contextmanager
 def entering(target: Path, kind: type[Any]) -> Iterator[None]:
-    """Makes the folder of a set of this kind and holds it, so that nobody else writes there; UserError where that cannot be."""
-    with files.writing(target, "mend that and run the same command again, what is finished is kept"):
-        with suppress(FileExistsError):
-            target.mkdir(parents=True)
-        with files.locked(target, f"DEST {target}", "choose a new folder"):
-            check_dest(target, kind)
+    """Makes the folder of a set of this kind and holds it before anything is read, so that nobody else writes there.
+
+    A new one into which nothing was written is taken away again.
+
+    Raises:
+      UserError: the folder holds something else, is being written by another process, or cannot be.
+    """
+    check_dest(target, kind)
+    with ExitStack() as held:
+        with mending(target):
+            held.enter_context(files.held(target, f"DEST {target}", "choose a new folder"))
+            check_dest(target, kind)  # another process may have been faster
             for path in target.iterdir():  # what killed runs left, the last kinds of earlier versions
                 if files.is_part(path.name) or path.name.endswith((".array_record.tmp", "json.tmp", "jsonl.tmp")):
                     path.unlink()
-            yield
+        yield
+
+
+def mending(target: Path) -> AbstractContextManager[None]:
+    """UserError where what is written to a set within cannot be."""
+    return files.writing(target, "mend that and run the same command again, what is finished is kept")
 
 
 def check_dest(target: Path, kind: type[Any]) -> None:
@@ -270,7 +301,7 @@ def write_shard(path: Path, results: Iterable[bytes | Lost]) -> Shard:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     count, unreadable = 0, []
-    with files.whole(path) as part:
+    with files.whole(path) as part:  # under a name of this process alone until its digest is known
         # group_size:1 is what random access needs; images are compressed already, latents do not compress
         writer = _disk(ArrayRecordWriter, str(part), "group_size:1,uncompressed")
         try:
@@ -282,7 +313,8 @@ def write_shard(path: Path, results: Iterable[bytes | Lost]) -> Shard:
                     unreadable.append(result)
         finally:
             _disk(writer.close)
-    return Shard(path.name, count, path.stat().st_size, sha256_of_file(path) or "", unreadable)
+        size, found = part.stat().st_size, sha256_of_file(part) or ""
+    return Shard(path.name, count, size, found, unreadable)
 
 
 def _disk(call: Callable[..., Any], *args: Any) -> Any:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import math
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -19,29 +21,18 @@ import jax
 import numpy as np
 from msgspec import Meta
 
-from zoo.data.images import (
-    SPLITS,
-    Files,
-    array_name,
-    check_labels,
-    check_split,
-    class_names,
-    digest,
-    divide,
-    existing,
-    file_digest,
-    file_size,
-    find_files,
-    read_array,
-)
+from zoo.data.arrays import array_name, check_labels, class_names, read_array, tell_classes
+from zoo.data.folders import SPLITS, Files, divide, existing, find_files, hashed, tell
+from zoo.data.images import check_split
 from zoo.data.pipeline import Data, Source
 from zoo.errors import UserError
 from zoo.fields import Below1, Count, NotEmpty, Seed, Size, check_fields
-from zoo.files import reading, sha256_of_file
+from zoo.files import check_head, digests, reading, sha256_of_json
 
 RATES = (4, 9, 14, 19)  # what a chirp's frequency gains in the window, its class
 NOISE = 0.3
 SUFFIXES = (".csv", ".tsv")
+_LOOKED_AT = 256  # rows by which a header is told from numbers
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
 
 
@@ -115,8 +106,9 @@ class Series(Data):
     array becomes "train" or "test". Without it `test_fraction` of the series are held out, whole and drawn at random: where
     neighbours come from one recording, store one series per recording or the splits as arrays of their own.
 
-    In a CSV file (.csv or .tsv) a row is a time step and every column is a channel, a column of times too: leave it out. A header
-    line and lines before it that begin with # are passed over. `path` is one such file, a folder of them, folders of
+    In a CSV file (.csv or .tsv) a row is a time step and every column is a channel, a column of times too: leave it out; an index of pandas
+    (no name; 0, 1, 2, ...) is left out here. A header line, also one of numbers, and lines before it that begin with # are passed
+    over. `path` is one such file, a folder of them, folders of
     them by class, or `train` and `test` folders of either kind. Without a test part a share of the files is held out, of every
     class at least one.
 
@@ -142,7 +134,7 @@ class Series(Data):
 
     def source(self, split: str, spec: SpecOf | None = None) -> WindowSource:
         """The windows of a split, in the order of the recordings and of time."""
-        part = self._part(split)
+        part = self.part(split)
         hop = self.length if self.hop is None else self.hop
         mean, scale = _moments(self, self._stamp()) if self.standardise else (None, None)
         if mean is not None and mean.size != part.channels:
@@ -159,26 +151,16 @@ class Series(Data):
         return source
 
     def fingerprint(self, split: str) -> str:
-        """What the windows of a split are, wherever the files lie: their bytes (of many files names, sizes and the bytes of a few)
-        and how windows are cut from them."""
+        """What the windows of a split are, wherever the files lie: names and bytes of these, and how windows are cut from them."""
         check_split(split)
         root = self._root()
         how = [split, self.length, self.hop, self.standardise, self.test_fraction]
         if root.is_file():
             name = [self.series, self.labels] if _is_npz(root) else self.delimiter
-            return digest([[file_digest(root, root.stat().st_mtime_ns), name, *how]])
+            return sha256_of_json([digests(root.parent, [root.name]), name, *how])
         parts = find_files(root, SUFFIXES, "recording")[0]
         files = [path for part in parts.values() for path in part.paths]  # both splits: one standardises the other
-        some = set(files[:: max(1, len(files) // 16)])
-        return digest(
-            [
-                [self.delimiter, *how],
-                *(
-                    [path, file_size(root / path), sha256_of_file(root / path) if path in some else None]
-                    for path in files
-                ),
-            ]
-        )
+        return hashed(root, files, repr([self.delimiter, *how]))
 
     def _root(self) -> Path:
         root = existing(self.path)
@@ -189,7 +171,8 @@ class Series(Data):
             )
         return root
 
-    def _part(self, split: str) -> Part:
+    def part(self, split: str) -> Part:
+        """The recordings of a split, before they are cut into windows."""
         check_split(split)
         root = self._root()
         return self._from_npz(root, split) if root.is_file() and _is_npz(root) else self._from_csv(root, split)
@@ -217,12 +200,18 @@ class Series(Data):
             labels = _labels(stamp, array_name(self.labels, split, "data.labels"))
             check_labels(root, labels, count, "series")
         names = class_names(self.classes, labels)
+        if labels is not None and split == "train":
+            tell_classes(root, labels, names)
         if "{split}" in self.series:
             members, first, last = np.arange(count), 0, steps
         elif count == 1:
             members, (first, last) = np.arange(1), self._cut(steps)[split]
         else:
-            members, first, last = np.asarray(divide(count, self.test_fraction)[split], np.int64), 0, steps
+            members, first, last = (
+                np.asarray(divide(count, self.test_fraction, labels, names)[split], np.int64),
+                0,
+                steps,
+            )
         spans = np.full(len(members), first), np.full(len(members), last)
         return Part(series, members, *spans, None if labels is None else labels[members], names)
 
@@ -330,7 +319,7 @@ class WindowSource(Source):
 @lru_cache(maxsize=8)
 def _moments(data: Series, stamp: tuple[Stamp, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each channel over the training split, float64 [C]; 1 for the deviation of a constant channel."""
-    part = data._part("train")
+    part = data.part("train")
     count, mean, squares = 0, np.zeros(part.channels), np.zeros(part.channels)
     low, high = np.full(part.channels, np.inf), np.full(part.channels, -np.inf)
     for piece in part.pieces():
@@ -412,29 +401,45 @@ def _separator(delimiter: str) -> str:
 @lru_cache(maxsize=4)
 def _recordings(stamps: tuple[Stamp, ...], separator: str) -> tuple[np.ndarray, ...]:
     """CSV files as float64 [T, C], with the same channels everywhere."""
-    found = []
+    found, said = [], Counter[str]()
     for path, *_ in stamps:
         with reading(path, "restore it, or remove it"):
-            found.append(_recording(path, separator))
+            values, notes = _recording(path, separator)
+        found.append(values)
+        said.update(notes)
         if found[-1].shape[1] != found[0].shape[1]:
             raise UserError(
                 f"{path} has {found[-1].shape[1]} columns, but {stamps[0][0]} has {found[0].shape[1]}; "
                 "give all recordings the same channels"
             )
+    for note, count in said.items():
+        tell(f"{stamps[0][0]}{f' and {count - 1} more' if count > 1 else ''}: {note}")
     return tuple(found)
 
 
-def _recording(path: Path, separator: str) -> np.ndarray:
-    """One CSV file as float64 [T, C], read-only; all of it is finite."""
-    first = next(_rows(path, separator), None)
-    if first is None:
+def _recording(path: Path, separator: str) -> tuple[np.ndarray, list[str]]:
+    """One CSV file as float64 [T, C], read-only and all of it finite; and what of it is no channel."""
+    with open(path, "rb") as file:
+        check_head(path, file.read(64))
+    head = list(islice(_rows(path, separator), _LOOKED_AT))
+    notes: list[str] = []
+    first = head[0][1] if head else []
+    unnamed = len(first) > 1 and not first[0].strip()  # as pandas writes an index
+    if first and all(_number(cell) is None for cell in first):
+        head = head[1:]
+    elif (unnamed and _whole(first[1:])) or _numbered(path, [cells for _, cells in head]):
+        notes.append(
+            f"the first line ({', '.join(first[:6])}) is taken for numbers of channels and not for a time step"
+        )
+        head = head[1:]
+    if not head:
         raise UserError(f"{path} holds no row of numbers; remove that file, or fill it")
     try:
         # as latin-1, since a header may be in anything and numbers are the same in all
         values = np.loadtxt(
             path,
             delimiter=None if separator == " " else separator,
-            skiprows=first[0] - 1,
+            skiprows=head[0][0] - 1,
             comments=None,
             quotechar='"',
             ndmin=2,
@@ -443,14 +448,47 @@ def _recording(path: Path, separator: str) -> np.ndarray:
     except ValueError:
         values = None
     if values is None or not _usable(values).all():
-        values = _read_by_line(path, separator)  # slower, but it takes more and says where something is wrong
+        values = _read_by_line(
+            path, separator, head[0][0]
+        )  # slower, but it takes more and says where something is wrong
+    if unnamed and values.shape[1] > 1 and (values[:, 0] == np.arange(len(values))).all():
+        values = np.ascontiguousarray(values[:, 1:])
+        notes.append("1 column is an index and no channel: the first, which has no name and counts 0, 1, 2, ...")
     values.setflags(write=False)
-    return values
+    return values, notes
 
 
-def _read_by_line(path: Path, separator: str) -> np.ndarray:
+def _whole(cells: Sequence[str]) -> bool:
+    return all(cell.strip().isdigit() for cell in cells)
+
+
+def _numbered(path: Path, rows: Sequence[list[str]]) -> bool:
+    """Whether the first row of a recording is a header of the numbers of channels: ascending integers above other values.
+
+    UserError where it may be one above other integers.
+    """
+    first, *others = rows or [[]]
+
+    numbers = [int(cell) for cell in first] if first and _whole(first) else []
+    if not others or not numbers or any(a >= b for a, b in pairwise(numbers)):
+        return False
+    if not any(map(_whole, others)):  # writers of floats give 0 a point
+        return len(numbers) > 1
+    counts = numbers == [*range(numbers[0], numbers[0] + len(numbers))] and numbers[0] in (0, 1) and len(numbers) > 1
+    time = _whole(others[0][:1]) and int(others[0][0]) == numbers[0] + 1
+    if counts and not time and not (_whole(others[0]) and int(others[0][0]) == numbers[-1] + 1):
+        raise UserError(
+            f"{path}: its first row {', '.join(first[:6])} may be the numbers of channels or a time step; put # before a header, "
+            f"or write {numbers[0]}.0 where it is a time step"
+        )
+    return False
+
+
+def _read_by_line(path: Path, separator: str, begin: int) -> np.ndarray:
     values, width, first = array("d"), 0, 0
     for line, cells in _rows(path, separator):
+        if line < begin:
+            continue
         if not width:
             width, first = len(cells), line
         numbers = [_number(cell) for cell in cells]
@@ -485,8 +523,8 @@ def _number(cell: str) -> float | None:
 
 
 def _rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Lines of cells with their number from 1: no empty ones, and without what comes before the first numbers."""
-    begun = headed = False
+    """Lines of cells with their number from 1: no empty ones, and no comments before the first numbers."""
+    begun = False
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.reader(file, delimiter=separator)
         lines = enumerate((line.split() for line in file), 1)
@@ -496,10 +534,7 @@ def _rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
                     continue
                 if not begun and cells[0].lstrip().startswith("#"):
                     continue
-                if not begun and not headed and all(_number(cell) is None for cell in cells):
-                    headed = True
-                    continue
-                begun = True
+                begun = begun or any(_number(cell) is not None for cell in cells)
                 yield line, cells
         except csv.Error as error:
             raise UserError(f"{path} is no CSV file ({error}); save it as plain text") from None

@@ -10,34 +10,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import tarfile
-import threading
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zoo.data.images import (
-    SPLITS,
-    SUFFIXES,
-    TESTS,
-    BadImage,
-    checked_arrays,
-    divide,
-    file_size,
-    list_folder,
-    open_npz,
-)
+from zoo.data.arrays import checked_arrays, class_names, open_npz, tell_classes
+from zoo.data.folders import SPLITS, TESTS, divide, hashed, list_folder, shown, some, tell, walk, word_in, word_of
+from zoo.data.images import SUFFIXES, BadImage
 from zoo.data.records import Info, Record, format_of, open_shards, read_info
-from zoo.errors import UserError, suggest
-from zoo.files import sha256, sha256_of_file, sha256_of_parts
+from zoo.data.tables import Groups, class_names_of, columns_of, numbers
+from zoo.errors import UserError
+from zoo.files import UTF16, sha256, text_of, tidied
 
 _log = logging.getLogger("zoo")
 
@@ -130,7 +118,7 @@ def kind_of(origin: Path) -> tuple[str, list[str]]:
     names = walk(origin)
     found = {kind: [name for name in names if name.lower().endswith(f".{kind}")] for kind in ("tar", "parquet")}
     found["images"] = images = [name for name in names if name.lower().endswith(SUFFIXES)]
-    there = [_shown(some[0]) for some in found.values() if some]
+    there = [shown(some[0]) for some in found.values() if some]
     if len(there) > 1:
         raise UserError(
             f"{origin} holds files of several kinds ({' beside '.join(there)}), and one kind would hide the other; "
@@ -142,7 +130,7 @@ def kind_of(origin: Path) -> tuple[str, list[str]]:
         if told and 2 * len(told) < len(images) and _in_classes(images):
             text = texts[os.path.splitext(told[0])[0]]
             raise UserError(
-                f"{origin} holds class folders, and {len(told)} of {len(images)} images have a caption ({_shown(text)}, "
+                f"{origin} holds class folders, and {len(told)} of {len(images)} images have a caption ({shown(text)}, "
                 "...): remove the texts to take the folders as labels, or write one beside every image to take captions"
             )
         return ("captions", names) if told else ("folder", [])
@@ -157,61 +145,36 @@ def _texts(names: Iterable[str]) -> dict[str, str]:
 def _in_classes(images: Sequence[str]) -> bool:
     """Whether all images lie in two or more folders, themselves perhaps in `train`, `test`, ..."""
     paths = [name.split(os.sep) for name in images]
-    inside = [path[1:] if path[0] in ("train", *TESTS) else path for path in paths]
+    inside = [path[1:] if word_of(path[0]) else path for path in paths]
     return all(len(path) == 2 for path in inside) and len({path[0] for path in inside}) > 1
 
 
-def walk(root: Path) -> list[str]:
-    """All files below a folder by path, sorted; hidden ones and what cannot be listed are passed over."""
-    found, seen = [], set()
-    for here, folders, files in os.walk(root, followlinks=True):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = os.path.relpath(here, root)
-        found += [os.path.normpath(os.path.join(below, name)) for name in files if not name.startswith(".")]
-    return sorted(found)
-
-
 def _split(
-    root: Path, members: Sequence[Any], words: Sequence[str | None], test_fraction: float, blind: Sequence[str] = ()
+    root: Path,
+    words: Sequence[str | None],
+    test_fraction: float,
+    blind: Sequence[str] = (),
+    labels: Sequence[int] | np.ndarray | None = None,
+    names: Sequence[str] = (),
 ) -> dict[str, list[int]]:
-    """Members of both splits, in ascending order, by a word for each of them; without both words a share is held out.
+    """Members of both splits, in ascending order, by a word for each of them; without both parts a share is held out.
 
     Of several words for the held-out part the first of `TESTS` that is not `blind` (published without its labels) is meant,
     and a warning tells of the others.
     """
     tests = [test for test in TESTS if test in words]
-    if not tests or "train" not in words:
-        return divide(len(members), test_fraction)
+    if not tests or {*words} <= {*TESTS}:
+        return divide(len(words), test_fraction, labels, names)
     test = next((test for test in tests if test not in blind), None)
     for other in tests:
         if other != test:
             what = f"{other} has no labels" if other in blind else f"{test} is the test split"
-            _log.warning("%s: %s, and the %d images of %s are left out", root, what, words.count(other), other)
+            tell(f"{root}: {what}, and the {words.count(other):,} images of {other} are left out")
     train = [i for i, word in enumerate(words) if word not in TESTS]
     if test is None:
-        return {split: [train[i] for i in part] for split, part in divide(len(train), test_fraction).items()}
+        parts = divide(len(train), test_fraction, None if labels is None else np.asarray(labels)[train], names)
+        return {split: [train[i] for i in part] for split, part in parts.items()}
     return {"train": train, "test": [i for i, word in enumerate(words) if word == test]}
-
-
-def _word(name: str) -> str | None:
-    """The split that the path of a tar or parquet file names: `test/0.tar`, `data/test-00000-of-00001.parquet`."""
-    *folders, last = name.split(os.sep)
-    words = [*folders, re.split(r"[-_.]", last, maxsplit=1)[0]]
-    return next((word for word in words if word in ("train", *TESTS)), None)
-
-
-def hashed(parts: Iterable[tuple[str, int]]) -> str:
-    """A digest of names and sizes of files."""
-    return sha256_of_parts(os.fsencode(name) + f"\0{size}\0".encode() for name, size in parts)
-
-
-def _shown(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "replace")  # a name may be bytes that are no UTF-8
 
 
 def _bytes(path: Path) -> bytes:
@@ -223,67 +186,57 @@ def _bytes(path: Path) -> bytes:
 
 def _text(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8").strip()
+        return text_of(data).strip()
     except UnicodeDecodeError:
-        raise BadImage(f"has a caption that is no UTF-8 ({_shown(where)})", "write it again as UTF-8") from None
+        what = "UTF-16 and no UTF-8" if data.startswith(UTF16) else "no UTF-8"
+        raise BadImage(f"has a caption that is {what} ({shown(where)})", "write it again as UTF-8") from None
 
 
 # Folders
 
 
 def _folder(root: Path, test_fraction: float) -> Source:
-    splits, classes = list_folder(root, test_fraction)
+    splits, classes = list_folder(root, test_fraction, SUFFIXES)
 
     def items(split: str) -> Items:
         files = splits[split]
         label = (lambda i: -1) if files.labels is None else files.labels.__getitem__
-        return Items(len(files.paths), lambda i: _bytes(root / files.paths[i]), label, lambda i: _shown(files.paths[i]))
+        return Items(len(files.paths), lambda i: _bytes(root / files.paths[i]), label, lambda i: shown(files.paths[i]))
 
-    listed = [(path, file_size(root / path)) for files in splits.values() for path in files.paths]
-    return Source({split: items(split) for split in SPLITS}, classes, hashed(listed))
+    listed = [path for split in SPLITS for path in splits[split].paths]
+    return Source({split: items(split) for split in SPLITS}, classes, hashed(root, listed, repr(classes)))
 
 
 def _captions(root: Path, names: list[str], test_fraction: float) -> Source:
     texts = _texts(names)
     images = [name for name in names if name.lower().endswith(SUFFIXES)]
-    parts = _split(root, images, [name.split(os.sep)[0] for name in images], test_fraction)
+    parts = _split(
+        root, [word_of(name.partition(os.sep)[0]) if os.sep in name else None for name in images], test_fraction
+    )
     stems = [os.path.splitext(name)[0] for name in images]
 
     def items(part: list[int]) -> Items:
         def caption(i: int) -> str:
             stem = stems[part[i]]
             if stem not in texts:
-                raise BadImage("has no caption", f"write it to {_shown(os.path.basename(stem))}.txt beside it")
+                raise BadImage("has no caption", f"write it to {shown(os.path.basename(stem))}.txt beside it")
             return _text(_bytes(root / texts[stem]), texts[stem])
 
         return Items(
             len(part),
             lambda i: _bytes(root / images[part[i]]),
             lambda i: -1,
-            lambda i: _shown(images[part[i]]),
+            lambda i: shown(images[part[i]]),
             caption,
         )
 
-    order = [i for part in parts.values() for i in part]
-    listed = hashed((images[i], file_size(root / images[i])) for i in order)
-    said = _all_bytes([root / texts[stems[i]] if stems[i] in texts else None for i in order])
-    # an edited caption may keep its length
-    digest = sha256_of_parts(chain([listed], (f"{len(text)}\0".encode() + text for text in said)))
+    listed = [images[i] for part in parts.values() for i in part]
+    told = sorted({texts[stem] for stem in stems if stem in texts})
+    others = len(names) - len(images) - len(told)
+    if others:
+        tell(f"{root}: passed over: {others} files that are neither images nor captions of any")
+    digest = hashed(root, listed + told)
     return Source({split: items(parts[split]) for split in SPLITS}, (), digest, captioned=True)
-
-
-def _all_bytes(paths: Sequence[Path | None]) -> Iterator[bytes]:
-    """The bytes of small files, which may be many and far; none of what cannot be read."""
-
-    def read(path: Path | None) -> bytes:
-        try:
-            return b"" if path is None else path.read_bytes()
-        except OSError:
-            return b""
-
-    with ThreadPoolExecutor(16) as pool:
-        for first in range(0, len(paths), 4096):
-            yield from pool.map(read, paths[first : first + 4096])
 
 
 def _prepared(root: Path, test_fraction: float) -> Source:
@@ -309,6 +262,7 @@ def _prepared(root: Path, test_fraction: float) -> Source:
 _NONE, _LINK = -1, -2  # offsets of what is not there, and of what holds no bytes of its own
 _UNLABELLED, _NO_LABEL = -1, -2  # labels: none there, or one that is no number
 _MOST_CLASSES = 100_000
+_READ = {*SUFFIXES, ".txt", ".json", ".cls"}
 
 
 class _Pairs:
@@ -317,6 +271,7 @@ class _Pairs:
     def __init__(self) -> None:
         self.file, self.label = array("q"), array("q")
         self.image, self.caption = array("q"), array("q")  # offset and size of each, in turn
+        self.others = 0  # files that are none of these
         self._names, self._ends = bytearray(), array("q", [0])  # of the image and of its caption, in turn
 
     def __len__(self) -> int:
@@ -351,7 +306,8 @@ def _index(pairs: _Pairs, path: Path, number: int) -> None:
                 file.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all that it has seen
                 base = member.name.rpartition("/")[2]
                 suffix = os.path.splitext(base)[1].lower()
-                if base.startswith(".") or suffix not in (*SUFFIXES, ".txt", ".json", ".cls"):
+                if base.startswith(".") or suffix not in _READ:
+                    pairs.others += member.isreg() and not base.startswith(".")
                     continue
                 whole = member.isreg() and not member.issparse()
                 if not whole and not (member.islnk() or member.issym() or member.isreg()):
@@ -361,7 +317,7 @@ def _index(pairs: _Pairs, path: Path, number: int) -> None:
                 members[key] = (member.name, member.offset_data if whole else _LINK, member.size)
                 if suffix == ".cls":
                     opened = file.extractfile(member) if whole else None
-                    text = opened.read(64).strip() if opened is not None else b""
+                    text = opened.read(64).removeprefix(b"\xef\xbb\xbf").strip() if opened is not None else b""
                     labels[key] = int(text) if text.isdigit() and len(text) < 10 else _NO_LABEL
     except (tarfile.TarError, OSError) as error:
         raise UserError(
@@ -387,13 +343,18 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
     pairs = _Pairs()
     for number, path in enumerate(files):
         _index(pairs, path, number)
+    if pairs.others:
+        tell(f"{root}: passed over: {pairs.others:,} files that are no images, captions or labels")
     told, highest = sum(offset != _NONE for offset in pairs.caption[::2]), max(pairs.label, default=-1)
     captioned, labelled = told > 0, any(label != _UNLABELLED for label in pairs.label)
     if highest >= _MOST_CLASSES:
         _log.warning("%s: labels go up to %d, which are no classes; they are left out", root, highest)
         labelled = False
-    words = [_word(name) for name in names]
-    parts = _split(root, pairs.file, [words[file] for file in pairs.file], test_fraction)
+    words = [word_in(name) for name in names]
+    classes = tuple(map(str, range(highest + 1))) if labelled else ()
+    if labelled:
+        tell_classes(root, pairs.label, classes)
+    parts = _split(root, [words[file] for file in pairs.file], test_fraction, (), pairs.label if labelled else None)
 
     def content(i: int, places: array[int], what: str) -> bytes:
         offset, size = places[2 * i : 2 * i + 2]
@@ -429,8 +390,8 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
             try:
                 said.encode()
             except UnicodeEncodeError:  # JSON may hold half of a character
-                raise BadImage(f"has a caption that is no text ({_shown(where)})", "write it again as UTF-8") from None
-            return said.strip()
+                raise BadImage(f"has a caption that is no text ({shown(where)})", "write it again as UTF-8") from None
+            return tidied(said).strip()
 
         def label(n: int) -> int:
             found = pairs.label[part[n]] if labelled else _UNLABELLED
@@ -440,23 +401,15 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
             return found
 
         def name(n: int) -> str:
-            return _shown(f"{names[pairs.file[part[n]]] or root.name}:{pairs.name(part[n])}")
+            return shown(f"{names[pairs.file[part[n]]] or root.name}:{pairs.name(part[n])}")
 
         return Items(len(part), lambda n: content(part[n], pairs.image, "is"), label, name, caption)
 
-    listed = [(name or root.name, path.stat().st_size) for name, path in zip(names, files)]
-    listed += [("captions", told)] if captioned else []
-    listed += [(sha256(memoryview(pairs.label)), -1)] if labelled else []
-    classes = tuple(map(str, range(highest + 1))) if labelled else ()
-    return Source({split: items(parts[split]) for split in SPLITS}, classes, hashed(listed), captioned)
+    digest = hashed(root, names) if root.is_dir() else hashed(root.parent, [root.name])
+    return Source({split: items(parts[split]) for split in SPLITS}, classes, digest, captioned)
 
 
 # Parquet files
-
-_IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture", "pixels", "bytes")
-_CAPTIONS = ("caption", "text", "prompt", "txt", "captions", "description", "sentence", "alt_text")
-_LABELS = ("label", "labels", "cls", "class")
-_KEPT = 2**29  # bytes of row groups that stay in memory: examples are read in nearly ascending order
 
 
 def _parquet(
@@ -469,7 +422,7 @@ def _parquet(
     groups: list[tuple[int, int, int]] = []  # file, row group in it, rows
     columns: tuple[str, str | None, str | None] = ("", None, None)
     classes: tuple[str, ...] = ()
-    numbers = [np.zeros(0, np.int64)]  # the labels of each file
+    numbered = [np.zeros(0, np.int64)]  # the labels of each file
     for number, path in enumerate(files):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -480,20 +433,20 @@ def _parquet(
         except (pyarrow.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} is no parquet file that can be read ({reason}); restore or remove it") from None
-        found = _columns(path, schema, image_column, caption_column)
-        named = () if found[2] is None else _class_names(schema, found[2])
+        found = columns_of(path, schema, image_column, caption_column)
+        named = () if found[2] is None else class_names_of(schema, found[2])
         if found[2] is not None:
-            numbers.append(_numbers(path, found[2]))
+            numbered.append(numbers(path, found[2]))
         if number and (found, named) != (columns, classes):
             what = f"other columns {found} than {files[0]} {columns}" if found != columns else "other class names"
             raise UserError(f"{path} has its images, captions and labels in {what}; prepare them apart")
         columns, classes = found, named
     starts = np.cumsum([0, *(rows for _, _, rows in groups)])
-    words = [_word(name) for name in names]
+    words = [word_in(name) for name in names]
     begins = {file: int(start) for (file, _, _), start in reversed([*zip(groups, starts)])}  # first row of each file
     image, text, column = columns
-    table = _Groups(files, [c for c in (image, text) if c is not None])
-    labels = np.concatenate(numbers)
+    table = Groups(files, [c for c in (image, text) if c is not None])
+    labels = np.concatenate(numbered)
     highest = int(labels.max(initial=-1))
     if highest >= _MOST_CLASSES:
         _log.warning(
@@ -505,10 +458,12 @@ def _parquet(
         classes = tuple(map(str, range(highest + 1)))
     blind = []  # test splits that were published without their labels
     if column is not None:
-        none = [word for word, found in zip(words, numbers[1:]) if (found < 0).all()]
+        none = [word for word, found in zip(words, numbered[1:]) if (found < 0).all()]
         blind = [test for test in TESTS if test in words and none.count(test) == words.count(test)]
     members = [words[file] for file, _, rows in groups for _ in range(rows)]
-    parts = _split(root, members, members, test_fraction, blind)
+    if column is not None:
+        tell_classes(root, labels, classes)
+    parts = _split(root, members, test_fraction, blind, labels if column is not None else None, classes)
 
     def cell(row: int, column: str) -> Any:
         group = int(np.searchsorted(starts, row, "right")) - 1
@@ -530,7 +485,7 @@ def _parquet(
             said = cell(part[i], text) if text is not None else ""
             if said is None:
                 raise BadImage(f"has no caption in the column {text!r}", "fill it in, or remove the row")
-            return said.strip()
+            return tidied(said).strip()
 
         def label(i: int) -> int:
             if column is None:
@@ -543,134 +498,19 @@ def _parquet(
 
         def name(i: int) -> str:
             file = groups[int(np.searchsorted(starts, part[i], "right")) - 1][0]
-            return f"{_shown(names[file] or root.name)} row {part[i] - begins[file]}"
+            return f"{shown(names[file] or root.name)} row {part[i] - begins[file]}"
 
         return Items(len(part), read, label, name, caption)
 
-    listed = [(name or root.name, path.stat().st_size) for name, path in zip(names, files)]
-    listed += [(image, 0), (text or "", 0), *([] if column is None else [(column, 0)])]
-    return Source({split: items(parts[split]) for split in SPLITS}, classes, hashed(listed), text is not None)
-
-
-class _Groups:
-    """Row groups of parquet files, decoded once and kept while they are read."""
-
-    def __init__(self, files: list[Path], columns: list[str]) -> None:
-        self._files, self._columns = files, columns
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
-
-    def rows(self, file: int, group: int) -> Any:
-        import pyarrow.parquet
-
-        with self._lock:
-            if (file, group) in self._kept:
-                self._kept.move_to_end((file, group))
-                return self._kept[file, group]
-            try:
-                with pyarrow.parquet.ParquetFile(self._files[file]) as opened:
-                    table = opened.read_row_group(group, columns=self._columns)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise BadImage(
-                    f"cannot be read ({' '.join(str(error).split())})", f"restore {self._files[file]}"
-                ) from None
-            self._kept[file, group] = table
-            while len(self._kept) > 2 and sum(kept.nbytes for kept in self._kept.values()) > _KEPT:
-                self._kept.popitem(last=False)
-            return table
-
-
-def _columns(path: Path, schema: Any, image: str | None, caption: str | None) -> tuple[str, str | None, str | None]:
-    """The names of the columns of images, of captions (None: there is no text at all) and of labels (None: there are none)."""
-    import pyarrow
-
-    def plain(kind: Any) -> Any:
-        return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-
-    def is_bytes(kind: Any) -> bool:
-        return bool(pyarrow.types.is_binary(plain(kind)) or pyarrow.types.is_large_binary(plain(kind)))
-
-    def is_image(kind: Any) -> bool:
-        if pyarrow.types.is_struct(kind):
-            return any(kind.field(i).name == "bytes" and is_bytes(kind.field(i).type) for i in range(kind.num_fields))
-        return is_bytes(kind)
-
-    def is_text(kind: Any) -> bool:
-        kind = plain(kind)
-        views = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-        return any(is_such(kind) for is_such in views)
-
-    listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
-
-    def choose(
-        fits: Callable[[Any], bool], named: str | None, usual: tuple[str, ...], what: str, flag: str
-    ) -> str | None:
-        fields = [field.name for field in schema if fits(field.type)]
-        if named == "" and what == "captions":
-            return None
-        if named is not None:
-            if named not in schema.names:
-                raise UserError(f"{path} has no column {named!r} ({flag}); {suggest(named, schema.names)}")
-            if named not in fields:
-                raise UserError(f"{path}: the column {named!r} ({flag}) holds no {what}; its columns: {listed}")
-            return named
-        for word in usual:
-            if close := [name for name in fields if name.lower() == word]:
-                return close[0]
-            if what == "captions" and (other := [field for field in schema if field.name.lower() == word]):
-                raise UserError(
-                    f"{path}: the column {other[0].name!r} holds {other[0].type} and not one text a row, so that its captions "
-                    f'cannot be read; store one text a row, or say {flag} NAME, or {flag}="" to leave captions out'
-                )
-        if fields and (len(fields) > 1 or what == "captions"):  # a lone text may be a file's name or a key
-            none = f', or {flag}="" where none does' if what == "captions" else ""
-            raise UserError(f"{path} does not tell which column holds the {what}: {listed}; say {flag} NAME{none}")
-        return fields[0] if fields else None
-
-    found = choose(is_image, image, _IMAGES, "images", "--image-column")
-    if found is None:
-        raise UserError(
-            f"{path} has no column of images (bytes, or a struct with bytes), it has {listed}; give other files"
-        )
-    text = choose(is_text, caption, _CAPTIONS, "captions", "--caption-column")
-    whole = [field.name for field in schema if pyarrow.types.is_integer(field.type)]
-    label = next((name for word in _LABELS for name in whole if name.lower() == word), None)
-    for column in (found, text, label):
-        if column is not None and schema.names.count(column) > 1:
-            raise UserError(f"{path} has {schema.names.count(column)} columns named {column!r}; rename all but one")
-    return found, text, label
-
-
-def _numbers(path: Path, column: str) -> np.ndarray:
-    """A column of whole numbers, -1 where there is none."""
-    import pyarrow
-    import pyarrow.compute
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            found = file.read(columns=[column])[column].cast(pyarrow.int64())
-        return np.asarray(pyarrow.compute.fill_null(found, -1).to_numpy(), np.int64)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: the labels in {column!r} cannot be read ({reason}); restore or remove it") from None
-
-
-def _class_names(schema: Any, column: str) -> tuple[str, ...]:
-    """The names of the classes that Hugging Face's `datasets` keeps beside a column; () where there are none."""
-    try:
-        about = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
-        names = about["names"] if about["_type"] == "ClassLabel" else ()
-        return tuple(names) if all(isinstance(name, str) for name in names) else ()
-    except (ValueError, KeyError, TypeError):
-        return ()
+    chosen = repr([image, text, column])
+    digest = hashed(root, names, chosen) if root.is_dir() else hashed(root.parent, [root.name], chosen)
+    return Source({split: items(parts[split]) for split in SPLITS}, classes, digest, text is not None)
 
 
 # Arrays
 
 
 def _npz(path: Path, test_fraction: float) -> Source:
-    fingerprint = sha256_of_file(path) or ""
     with open_npz(path) as file:
         keys = file.files
         if "train_images" in keys:
@@ -682,6 +522,8 @@ def _npz(path: Path, test_fraction: float) -> Source:
                 f"{path} has the arrays {', '.join(keys) or 'none'}; "
                 "expected train_images (and train_labels, test_images, test_labels), or images (and labels)"
             )
+        if others := [key for key in keys if key not in {name for names in wanted.values() for name in names}]:
+            tell(f"{path}: passed over: the arrays {some(others)}")
         arrays = {}
         try:
             for split, (images, labels) in wanted.items():
@@ -700,14 +542,15 @@ def _npz(path: Path, test_fraction: float) -> Source:
         raise UserError(f"{path} has labels for one split only; add the other's, or remove them")
     parts = {split: list(range(len(images))) for split, (images, _) in arrays.items()}
     if "test" not in arrays:
-        parts = divide(len(arrays["train"][0]), test_fraction)
+        parts = divide(len(arrays["train"][0]), test_fraction, arrays["train"][1])
 
     def items(split: str) -> Items:
         (images, labels), part = arrays.get(split, arrays["train"]), parts[split]
         label = (lambda i: -1) if labels is None else (lambda i: int(labels[part[i]]))
         return Items(len(part), lambda i: images[part[i]], label, lambda i: f"{split} row {part[i]}")
 
-    classes = max(
-        (1 + int(labels.max()) for _, labels in arrays.values() if labels is not None and labels.size), default=0
-    )
-    return Source({split: items(split) for split in SPLITS}, tuple(map(str, range(classes))), fingerprint)
+    every = [labels for _, labels in arrays.values() if labels is not None]
+    classes = class_names((), np.concatenate(every)) if every else ()
+    if classes:
+        tell_classes(path, np.concatenate(every), classes)
+    return Source({split: items(split) for split in SPLITS}, classes, hashed(path.parent, [path.name]))

@@ -24,7 +24,7 @@ import numpy as np
 
 from zoo.data import vocabulary as vocabularies
 from zoo.data.documents import SPLITS, check_fractions, cuts, list_texts, pieces
-from zoo.data.images import existing
+from zoo.data.folders import existing
 from zoo.data.pipeline import Data, Source
 from zoo.data.records import AGAIN, is_prepared, read_info
 from zoo.data.vocabulary import Vocabulary, normalise

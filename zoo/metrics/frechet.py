@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo import files, hosts, weights
-from zoo.data.images import open_npz
+from zoo.data.arrays import open_npz
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, Count, Whole, check_fields

@@ -130,6 +130,7 @@ class _Judged(Metric):
 
     name: ClassVar[str]
     needs = (Encodes,)
+    by_class = False
 
     def __post_init__(self) -> None:
         check_fields(self, f"metric {self.name}: ")

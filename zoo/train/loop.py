@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
+import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +22,29 @@ import numpy as np
 from zoo import config, dist, files, hosts, models, paths, weights
 from zoo.data.pipeline import epoch, label_names
 from zoo.data.tokens import check_vocabulary
-from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.draws import Use, key_of
-from zoo.errors import UserError
+from zoo.errors import Passing, UserError
 from zoo.files import differences
 from zoo.paths import Folder
 from zoo.run import MAY_DIFFER, Run
 from zoo.task import Params, Samples, check_needs, is_text, options_of, sampling
 from zoo.train import averages, optim, tracking
 from zoo.train.checkpoint import Checkpoints
-from zoo.train.provenance import ENCODERS, check_encoders, check_vocabularies
+from zoo.train.provenance import (
+    ENCODERS,
+    by_name,
+    check_classes,
+    check_data,
+    check_encoders,
+    check_vocabularies,
+    vocabulary_of,
+)
 from zoo.train.report import Report, class_name, spelled
 from zoo.train.step import Metrics, State, compile_step, make_sampler, sampler_spec, split
 
 _log = logging.getLogger("zoo")
 _PUSH = 10.0  # seconds that a save waits for the records of its steps to reach a bucket
+_SAME = 1.0  # seconds in which two Ctrl-C are one: a shell and a launcher both pass it on
 _PATIENCE = 20  # skipped steps in a row before a run gives up
 
 
@@ -41,26 +52,50 @@ class Diverged(UserError):
     """Loss or gradients have not been finite for too long."""
 
 
-@contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets (a pod's preemption, a scheduler's time limit), so that the loop can save first.
+class _Stop:
+    """Whether somebody asked to stop: a SIGTERM (a pod's preemption, a scheduler's time limit), or a Ctrl-C while steps are taken.
 
-    Among several processes JAX listens instead, so that all of them stop after the same step (`hosts.asked_to_stop`).
+    The loop saves first. A second Ctrl-C stops at once, but for a save that has begun. Among several processes JAX listens
+    instead, so that all of them stop after the same step (`hosts.asked_to_stop`).
     """
-    asked = threading.Event()
-    if hosts.several() or threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+    asked = saving = again = by_hand = False
+    since = 0.0
+
+    def terminate(self, *_: Any) -> None:
+        """What SIGTERM does."""
+        self.asked = True
+
+    def interrupt(self, *_: Any) -> None:
+        """What Ctrl-C does."""
+        if self.by_hand and time.monotonic() < self.since + _SAME:
+            return
+        self.again = self.by_hand
+        self.asked = self.by_hand = True
+        self.since = time.monotonic()
+        if self.again and not self.saving:
+            raise KeyboardInterrupt
+        said = "the save is finished first" if self.again else "saving after this step; Ctrl-C again stops at once"
+        with suppress(OSError):
+            os.write(2, f"\ninterrupted: {said}\n".encode())  # print() cannot be entered twice
+
+    @contextmanager
+    def listening(self, number: int, action: Callable[..., None]) -> Iterator[None]:
+        """While this holds, a signal does that."""
+        if hosts.several() or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(number, action)
+        try:
+            yield
+        finally:
+            signal.signal(number, before)
 
 
-def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Folder, dict[str, Any]]:
-    """Make or re-enter the run folder, which `held` holds for this process from now on (a bucket has no locks); its config.json
-    says which run it belongs to.
+def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> Callable[[], dict[str, Any]]:
+    """Make or re-enter the run folder, which `held` holds for this process from now on (a bucket has no locks).
+
+    Nothing is written yet but by what is returned: it says in config.json which run the folder belongs to, and returns that.
 
     Raises:
         UserError: in use, not writable, not empty and no run, or a run whose numbers would differ.
@@ -70,8 +105,7 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
     about = {"format": 1, "run": config.dump(run), "labels": list(labels)}
     with files.writing(f"the run folder {folder}", "choose another workdir="):
         if isinstance(folder, Path):  # a bucket has no folders
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(files.locked(folder, f"workdir={folder}", "choose another workdir="))
+            held.enter_context(files.held(folder, f"workdir={folder}", "choose another workdir="))
         inside = paths.names(folder)
         if "config.json" in inside:
             old = models.read_config(folder)
@@ -87,6 +121,7 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
                     f"workdir={folder} belongs to a run with another config: {'; '.join(changed[:5])}"
                     f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}. Choose another workdir=, or the old values"
                 )
+            check_classes(folder, old.get("labels", labels), labels)
             steps = old["run"].get("steps")
             if steps != run.steps:
                 _log.warning(
@@ -94,8 +129,15 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> tuple[Fo
                 )
         elif inside:
             raise UserError(f"workdir={folder} is not empty and is no run ({inside[0]} ...); choose another workdir=")
-        paths.write(folder / "config.json", json.dumps(about, indent=1))
-    return folder, about
+    keep_data = check_data(run, folder)
+
+    def keep() -> dict[str, Any]:
+        with files.writing(f"the run folder {folder}", "choose another workdir="):
+            paths.write(folder / "config.json", json.dumps(about, indent=1))
+        keep_data()
+        return about
+
+    return keep
 
 
 def _check_labels(run: Run, labels: tuple[str, ...]) -> None:
@@ -199,7 +241,7 @@ class _Watch:
         homes = models.homes(None, run.weights)
         self.loaded = [models.loaded_for(m, task=run.task, places=homes, data=run.data) for m in run.evals]
         self.series = _told_apart(run.evals)
-        self.vocabulary = _vocabulary(run)
+        self.vocabulary = vocabulary_of(run)
         n = run.samples.n
         self.draw = None
         self.captions: list[str] | None = None
@@ -255,15 +297,9 @@ def _told_apart(metrics: Sequence[Any]) -> list[str]:
     return names
 
 
-def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -> dict[str, Any]:
-    """Process 0 makes or re-enters the run folder and holds it; then the others must see it."""
-
-    def claim() -> dict[str, Any]:
-        _, about = claim_folder(run, labels, held)
-        _keep_vocabulary(run, folder)
-        return about
-
-    about = hosts.first(claim)
+def _keep(keep: Callable[[], dict[str, Any]] | None, folder: Folder) -> dict[str, Any]:
+    """Process 0 writes what the run folder keeps; then the others must see it."""
+    about = hosts.first(keep or dict)
     if about is None:
         try:
             about = models.read_config(folder)
@@ -273,51 +309,6 @@ def _claim(run: Run, labels: tuple[str, ...], folder: Folder, held: ExitStack) -
                 "one in a bucket (gs://BUCKET/FOLDER)"
             ) from None
     return about
-
-
-def _vocabulary(run: Run) -> Vocabulary | None:
-    """What the tokens of the training data mean, where these are texts or captions without an encoder."""
-    return run.source("train").vocabulary if is_text(run.task) or run.task.about.vocabulary else None
-
-
-def _keep_vocabulary(run: Run, folder: Folder) -> None:
-    """Save the vocabulary with the run, for who samples where the data are not, and in `data.json` which text it is.
-
-    UserError when the run was begun with another vocabulary (its tokens would change their meaning) or on another text.
-    A folder of an earlier version has no `data.json`: it gets one.
-    """
-    vocabulary = _vocabulary(run)
-    if vocabulary is None:
-        return
-    with paths.sentence(folder):
-        before = open_vocabulary(folder)
-    if before is not None and before.digest != vocabulary.digest:
-        raise UserError(
-            f"workdir={folder} belongs to a run of other tokens ({before}; the data now have {vocabulary}): the text or its "
-            "tokenizer has changed. Choose another workdir=, or the old data"
-        )
-    if before is None:
-        with paths.sentence(folder, "write"):
-            vocabulary.save(folder)
-    now, record = run.data.fingerprint("train"), folder / "data.json"
-    if now is None:
-        return
-    try:
-        with paths.sentence(folder):
-            written = record.read_text()
-        known = str(json.loads(written)["train"])
-    except FileNotFoundError:
-        paths.write(record, json.dumps({"format": "zoo-data", "version": 1, "train": now}, indent=1) + "\n")
-        return
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{record} is damaged; remove it where the text is still that of the run") from None
-    if known != now:
-        where = run.data.place
-        raise UserError(
-            f"workdir={folder} belongs to a run on another text: the train split of "
-            f"{f'data={type(run.data).__name__}' if not where else f'data.path={where}'} has changed since it was begun. "
-            "Restore that text, or choose another workdir="
-        )
 
 
 def _versions() -> dict[str, str]:
@@ -383,7 +374,8 @@ def train(
 ) -> tuple[State, list[dict[str, float]]]:
     """Start or resume a run and bring it to its last step.
 
-    With `workdir=None` nothing is written. SIGTERM saves and returns early; `state.step` tells. `profile` traces these
+    With `workdir=None` nothing is written. SIGTERM saves and returns early; `state.step` tells. Ctrl-C saves
+    and raises KeyboardInterrupt. `profile` traces these
     steps, both included, into `profile/` of the run folder; `wandb` is a project that gets all records as well.
 
     Returns:
@@ -392,6 +384,7 @@ def train(
     Raises:
         UserError: anything that can be known before the first step, a folder that cannot be written, or a run whose
             loss has not been finite for 20 steps.
+        Passing: data or a metric that fail later; what was trained is saved.
     """
     with hosts.guarded(), ExitStack() as held:
         _check_profile(profile, run)
@@ -406,10 +399,13 @@ def train(
         folder = None if run.workdir is None else paths.reach(run.workdir, "workdir=")
         mesh = run.mesh.build()
         held.enter_context(dist.use(mesh, run.rules))
-        asked = held.enter_context(_termination())
+        asked = _Stop()
+        held.enter_context(asked.listening(signal.SIGTERM, asked.terminate))
         hosts.same({"run": config.dump(run), **_versions()})
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
+        keep = None if folder is None else hosts.first(lambda: claim_folder(run, labels, held))
+        run = dataclasses.replace(run, evals=tuple(by_name(metric, None, labels)[0] for metric in run.evals))
         _check_labels(run, labels)
         if run.task.about.vocabulary and not run.data.made_up:
             check_vocabulary(run.task, run.source("train"))
@@ -435,7 +431,8 @@ def train(
         del filled
         checkpoints = snapshots = state = about = None
         if folder is not None:
-            about = _claim(run, labels, folder, held)
+            if not begun:
+                about = _keep(keep, folder)
             checkpoints = Checkpoints(folder, run.checkpoint.keep)
             snapshots = Checkpoints(folder, None, inside="snapshots") if run.checkpoint.snapshots else None
             state = checkpoints.restore(abstract)
@@ -447,6 +444,8 @@ def train(
             check_encoders(run, {k: hosts.fetch(state.params[k]) for k in ENCODERS if k in made and k in state.params})
         start = int(state.step)
         _check_profile(profile, run, start)
+        if folder is not None and begun:  # what is refused changes nothing
+            about = _keep(keep, folder)
         report = Report(
             folder or ".",
             total=run.steps,
@@ -465,7 +464,8 @@ def train(
                 if start >= run.steps:
                     report.note(f"this run is finished: step {start} of {run.steps} (a larger steps= goes on)")
                 try:
-                    with hosts.guarded():  # the others hear of a failure before this process tidies up
+                    # until now Ctrl-C ended at once: nothing was lost; the others hear of a failure before this process tidies up
+                    with asked.listening(signal.SIGINT, asked.interrupt), hosts.guarded():
                         state, history = _steps(
                             run, state, step_fn, mesh, start, report, watch, trace, checkpoints, snapshots, about, asked
                         )
@@ -476,6 +476,8 @@ def train(
         finally:
             for one in filter(None, (checkpoints, snapshots)):
                 one.close()
+    if asked.by_hand and int(state.step) < run.steps:
+        raise KeyboardInterrupt
     return state, history
 
 
@@ -491,7 +493,7 @@ def _steps(
     checkpoints: Checkpoints | None,
     snapshots: Checkpoints | None,
     about: Mapping[str, Any] | None,
-    asked: threading.Event,
+    asked: _Stop,
 ) -> tuple[State, list[dict[str, float]]]:
     history: list[dict[str, float]] = []
     taken = [0, *hosts.told(snapshots.steps)] if snapshots else []  # also after a step that is taken again
@@ -502,6 +504,24 @@ def _steps(
             one.wait()  # several processes cannot write both at once, and no checkpoint is there without snapshots before it
         to.save(at, what, about or {})
 
+    @contextmanager
+    def rescuing(at: int) -> Iterator[None]:
+        """What fails in here costs no step: that of `at` is saved. Of several processes one alone cannot."""
+        try:
+            yield
+        except Exception as error:
+            if not checkpoints or at <= start or hosts.several():
+                raise
+            save(checkpoints, at, state)
+            checkpoints.wait()
+            if not isinstance(error, (UserError, OSError)):
+                report.note(f"step {at} is saved")
+                raise
+            look = f"; `zoo check {run.data.place}` looks through all of it" if run.data.place and at < step else ""
+            raise Passing(
+                f"{' '.join(str(error).split()).rstrip('.')}. Step {at} is saved: the same command goes on from there{look}"
+            ) from error
+
     try:
         for step in range(start + 1, run.steps + 1):
             # before a step, so that one lost to a kill is made up for; of the last step the checkpoint has them
@@ -509,10 +529,12 @@ def _steps(
                 with report.away():
                     save(snapshots, step - 1, {"ema": state.ema})
             trace.before(step, state)
-            state, metrics = step_fn(state, next(feed))
+            with rescuing(step - 1):
+                batch = next(feed)
+            state, metrics = step_fn(state, batch)
             trace.after(step, state)
             report.tick(step)
-            last, stop = step == run.steps, asked.is_set() or hosts.asked_to_stop(step)
+            last, stop = step == run.steps, asked.asked or hosts.asked_to_stop(step)
             if last or stop or step % run.log_every == 0 or step == start + 1:
                 history.append({"step": step, **_check(step, metrics)})
                 report.log(step, {k: v for k, v in history[-1].items() if k not in ("step", "streak")})
@@ -521,15 +543,12 @@ def _steps(
                 report.push(wait=0 if stop else _PUSH)  # a saved step is not run again: its records must be there
             if here and stop:
                 # who asked may not wait for the look; a saved step is not run again, so look all the same
+                asked.saving = True
                 save(here, step, state)
                 here.wait()
-            try:
-                watch_now = watch.look(step, state)
-            except Exception:
-                # a figure that fails costs no step; of several processes one alone cannot save
-                if checkpoints and not (here and stop) and not hosts.several():
-                    save(checkpoints, step, state)
-                raise
+                asked.saving = False
+            with rescuing(step):
+                watch_now = watch.look(step, state) if not asked.again else []
             if here and not stop:
                 with report.away():
                     save(here, step, state)

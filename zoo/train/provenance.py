@@ -1,16 +1,21 @@
-"""Whether the encoders of a run are those that its data were made with, and networks of texts have their symbols."""
+"""Whether the data of a run are still those that it was begun on, of the classes, symbols and encoders that it knows."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from zoo import config, models, paths, weights
-from zoo.data.vocabulary import open_vocabulary
+from zoo.data.folders import SPLITS, some
+from zoo.data.pipeline import Data, named
+from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.encoders import tokenizer
 from zoo.errors import UserError
+from zoo.paths import Folder
 from zoo.run import Run
 from zoo.task import Params, is_text
 
@@ -54,6 +59,106 @@ def check_encoders(run: Run, given: Mapping[str, Params]) -> None:
             f"task.template={template!r}, but the captions in data.path={path} were encoded with {made['template']!r}; set "
             f"task.template={made['template']}, or encode them again {aspects} --aspects"
         )
+
+
+def check_classes(folder: Folder, before: Sequence[str], now: Sequence[str]) -> None:
+    """UserError where the classes of a run's data are not those that it was begun with: its labels would change their meaning."""
+    if [*before] == [*now]:
+        return
+    new, gone = [name for name in now if name not in before], [name for name in before if name not in now]
+    said = [f"new: {some(new)}"] * bool(new) + [f"gone: {some(gone)}"] * bool(gone) or ["their order"]
+    raise UserError(
+        f"workdir={folder} belongs to a run on other classes ({'; '.join(said)}): it learned {some(before)}, and the data now have "
+        f"{some(now) or 'none'}. Restore the data, or choose another workdir="
+    )
+
+
+def check_data(run: Run, folder: Folder) -> Callable[[], None]:
+    """What is called to keep with a new run which data it is begun on: `data.json`, and of texts the vocabulary, for who samples
+    where the data are not.
+
+    UserError when the run was begun with another vocabulary (its tokens would change their meaning) or on other data. A folder of
+    an earlier version has no `data.json`: it gets one.
+    """
+    vocabulary = vocabulary_of(run)
+    before = None
+    if vocabulary is not None:
+        with paths.sentence(folder):
+            before = open_vocabulary(folder)
+        if before is not None and before.digest != vocabulary.digest:
+            raise UserError(
+                f"workdir={folder} belongs to a run of other tokens ({before}; the data now have {vocabulary}): the text or its "
+                "tokenizer has changed. Choose another workdir=, or the old data"
+            )
+    now = _fingerprints(run.data, SPLITS)
+    count = len(run.source("train"))
+    known = check_kept(folder, run.data, now, count)
+
+    def keep() -> None:
+        if vocabulary is not None and before is None:
+            with paths.sentence(folder, "write"):
+                vocabulary.save(folder)
+        if now and not known:
+            about = {"format": "zoo-data", "version": 1, **now, "examples": count}
+            paths.write(folder / "data.json", json.dumps(about, indent=1) + "\n")
+
+    return keep
+
+
+def check_kept(
+    folder: Folder,
+    data: Any,
+    now: Mapping[str, str] | None = None,
+    count: int | None = None,
+    splits: Sequence[str] = SPLITS,
+) -> bool:
+    """Whether a run folder says on which data it was begun. UserError where these have changed since.
+
+    Args:
+        now: their fingerprints by split, where they are known.
+        count: of the examples to train on.
+        splits: that are compared.
+    """
+    record = folder / "data.json"
+    try:
+        with paths.sentence(folder):
+            known = json.loads(record.read_text())
+        before = {split: str(known[split]) for split in SPLITS if split == "train" or split in known}
+    except FileNotFoundError:
+        return False
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{record} is damaged; remove it where the data are still those of the run") from None
+    before = {split: before[split] for split in before if split in splits}
+    now = _fingerprints(data, [*before]) if now is None else now
+    if changed := [split for split in before if before[split] != now.get(split)]:
+        where, were = f"data.path={data.place}" if data.place else f"data={type(data).__name__}", known.get("examples")
+        counts = f": {were:,} examples to train on became {count:,}" if count and were and were != count else ""
+        raise UserError(
+            f"workdir={folder} belongs to a run on other data: the {' and the '.join(changed)} split of {where} was changed since it "
+            f"was begun (files added, removed or replaced{counts}). Restore them; or choose another workdir=, to measure data=PATH"
+        )
+    return True
+
+
+def _fingerprints(data: Any, splits: Sequence[str]) -> dict[str, str]:
+    found = {split: data.fingerprint(split) for split in splits}
+    return {split: digest for split, digest in found.items() if digest is not None}
+
+
+def vocabulary_of(run: Run) -> Vocabulary | None:
+    """What the tokens of the training data mean, where these are texts or captions without an encoder."""
+    return run.source("train").vocabulary if is_text(run.task) or run.task.about.vocabulary else None
+
+
+def by_name(metric: Any, data: Any, labels: tuple[str, ...]) -> tuple[Any, Any]:
+    """A metric and data to measure on, label k of which is the class `labels[k]` of the model, whatever its number there."""
+    if not labels or not metric.by_class:
+        return metric, data
+    if isinstance(metric.path, Data):
+        metric = dataclasses.replace(metric, path=named(metric.path, labels))
+    return metric, data if data is None else named(data, labels)
 
 
 def check_vocabularies(run: Run) -> None:

@@ -353,14 +353,18 @@ class Report:
         self._show(record, train, eta)
 
     def note(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the bar where there is one. A full disk or a closed pipe costs lines, and no step."""
         if self.quiet:
             return
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        else:
-            print(text, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            else:
+                print(text, flush=True)
+        except OSError as error:
+            self.quiet = True
+            _log.warning("stdout cannot be written to (%s): the run goes on without", error.strerror)
 
     def sheet(
         self,

@@ -20,10 +20,11 @@ from zoo.weights.layout import (
     stacked,
     unflatten,
 )
-from zoo.weights.official import from_official, read_state_dict, to_official, write_state_dict
+from zoo.weights.official import Which, from_official, read_state_dict, to_official, write_state_dict
 
 __all__ = [
     "Program",
+    "Which",
     "abstract",
     "card",
     "digest",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,19 +28,30 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 PICKLES = (".pkl", ".pickle")
 
 
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+_RAW = ("state_dict", "model", "model_state_dict", "module", "net", "network", "online_model", "params")
+_EMA = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "params_ema")
+_ENTRIES = {"raw": _RAW, "ema": _EMA}
+Which: TypeAlias = Literal["raw", "ema"]
+_log = logging.getLogger("zoo")
+
+
+def read_state_dict(path: str | Path, which: Which | None = None) -> dict[str, np.ndarray]:
     """Tensors by name from `.safetensors`, `.npz` or a PyTorch file; no file can run code.
 
     A folder gives the tensors of all its `.safetensors` files, or else of its `pytorch_model*.bin` files. A dict nested
-    under "state_dict", "model" or "model_state_dict" is unwrapped, and the prefixes "module." and
-    "_orig_mod." (parallel and compiled PyTorch modules) are stripped where all names carry them. bfloat16 of a PyTorch
+    under "state_dict", "model", "ema" or the like is unwrapped: where a file holds weights and their average, those that are
+    asked for, else the weights, and a warning says so. The prefixes "module." and "_orig_mod." (parallel and compiled PyTorch
+    modules, `AveragedModel`) are stripped where all names carry them. bfloat16 of a PyTorch
     file becomes float32, which is exact. Raises UserError for anything that is not a plain file of tensors.
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, which)
     if not path.is_file():
         raise UserError(f"{path} is no file; give a checkpoint in .safetensors, .npz or .pth format")
+    with files.reading(path, "restore it, or remove it"), open(path, "rb") as file:
+        files.check_head(path, file.read(64))
+    state: Any
     if path.suffix == ".safetensors":
         state = read_safetensors(path)[0]
     elif path.suffix == ".npz":
@@ -58,6 +70,10 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'!r}; a checkpoint ends in one of {known}")
     if not state:
         raise UserError(f"{path} holds no tensors; give the file that holds the model's state dict")
+    state = _chosen(path, state, which)
+    averaged = state.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    if averaged is not None:
+        _log.info("%s: the average of %d models", path, averaged)
     prefixes = ("module.", "_orig_mod.")
     while prefix := next((p for p in prefixes if all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): array for name, array in state.items()}
@@ -204,14 +220,14 @@ def _torch(path: Path) -> Any:
     return torch
 
 
-def _read_folder(folder: Path) -> dict[str, np.ndarray]:
+def _read_folder(folder: Path, which: Which | None) -> dict[str, np.ndarray]:
     """All tensors of a folder whose files are parts of one checkpoint."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*pytorch_model*.bin"))
     if not files:
         raise UserError(f"{folder} holds neither .safetensors nor pytorch_model*.bin files; give a checkpoint's file")
     state: dict[str, np.ndarray] = {}
     for file in files:
-        part = read_state_dict(file)
+        part = read_state_dict(file, which)
         if twice := [name for name in part if name in state]:
             raise UserError(
                 f"{folder} holds the tensors {few(twice)} in {file.name} and in another file; give one of its files"
@@ -241,7 +257,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     return state
 
 
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
+def _read_torch(path: Path) -> Mapping[Any, Any]:
     torch = _torch(path)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -253,16 +269,56 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # torch.load has no base class for what a damaged file may raise
         first = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} cannot be read by PyTorch ({type(error).__name__}: {first}); {AGAIN}") from None
-    while isinstance(state, Mapping) and not all(isinstance(x, torch.Tensor) for x in state.values()):
-        inner = next(
-            (k for k in ("state_dict", "model", "model_state_dict") if isinstance(state.get(k), Mapping)), None
-        )
-        if inner is None:
-            odd = [str(name) for name, x in state.items() if not isinstance(x, torch.Tensor)]
-            raise UserError(
-                f"{path} holds entries that are not tensors: {few(odd)}; save the model's state_dict() alone"
-            )
-        state = state[inner]
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds a {type(state).__name__}, not tensors by name; save the model's state_dict()")
+    return state
+
+
+def _chosen(path: Path, state: Mapping[Any, Any], which: Which | None) -> dict[str, np.ndarray]:
+    """The tensors of a file, of the entry that is meant where it holds several."""
+
+    def is_array(value: Any) -> bool:
+        return isinstance(value, np.ndarray) or hasattr(value, "detach")
+
+    taken: list[str] = []
+    state = _nested(state)
+    while True:
+        entries = {
+            kind: [key for key in keys if isinstance(state.get(key), Mapping)] for kind, keys in _ENTRIES.items()
+        }
+        odd = [str(name) for name, value in state.items() if not is_array(value)]
+        if not odd or not any(entries.values()):
+            break
+        if not taken and not entries[which or "raw"]:
+            there = next(key for keys in entries.values() for key in keys)
+            raise UserError(
+                f"{path} holds {'an average of the weights alone' if which is None else f'no {which} weights'} ({there!r}); "
+                + ("take it with --weights ema" if which is None else f"leave --weights {which} out")
+            )
+        kind = which if which is not None and entries[which] else "raw" if entries["raw"] else "ema"
+        taken.append(entries[kind][0])
+        other = next(iter(entries["ema" if kind == "raw" else "raw"]), None)
+        if other and which is None:
+            _log.warning(
+                "%s: the weights %r are taken; their average %r is beside them: --weights ema", path, taken[-1], other
+            )
+        state = state[taken[-1]]
+    if which == "ema" and not taken:
+        raise UserError(f"{path} holds one set of weights and no average beside it; leave --weights ema out")
+    if odd:
+        raise UserError(f"{path} holds entries that are not tensors: {few(odd)}; save the model's state_dict() alone")
     return {str(name): _numpy(tensor, str(name)) for name, tensor in state.items()}
+
+
+def _nested(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """A flat dict that holds weights and their average under prefixes ("online_model.", "ema_model."), as a nested one."""
+    heads = {str(name).partition(".")[0] for name in state if "." in str(name)}
+    both = heads <= {*_RAW, *_EMA} and heads & {*_RAW} and heads & {*_EMA}
+    if not both:
+        return state
+    found: dict[str, Any] = {head: {} for head in heads}
+    for name, value in state.items():
+        head, dot, rest = str(name).partition(".")
+        if dot:
+            found[head][rest] = value
+    return found
