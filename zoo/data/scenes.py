@@ -130,7 +130,9 @@ def arc(drawn: np.ndarray, frames: int, floor: np.ndarray) -> np.ndarray:
 
 # --- what a ray meets ---------------------------------------------------------------------------------
 
-_FACES = 3 + 6 * 6  # numbers of the room: its sides; of each face a colour, how often it is checkered, a phase along both axes
+_FACES = (
+    3 + 6 * 6
+)  # numbers of the room: its sides; of each face a colour, how often it is checkered, a phase along both axes
 _BALL = 3 + 1 + 3 + 2  # presence, place; radius; colour; stripes
 _BOX = 3 + 3 + 3 + 1
 _AXES = ((1, 2), (0, 2), (0, 1))  # along a face that is at right angles to an axis
@@ -222,7 +224,9 @@ def _painted(room: Room, point: np.ndarray, axis: np.ndarray, d: list[np.ndarray
     side = np.where(axis == 0, d[0], np.where(axis == 1, d[1], d[2])) > 0
     face = 2 * axis + side
     place = point / room.half[:, None]  # [-1, 1]
-    one, two = (np.where(axis == 0, place[..., a], np.where(axis == 1, place[..., b], place[..., c])) for a, b, c in zip(*_AXES))
+    one, two = (
+        np.where(axis == 0, place[..., a], np.where(axis == 1, place[..., b], place[..., c])) for a, b, c in zip(*_AXES)
+    )
     often, phase = room.often[clip, face], room.phase[clip, face]
     squares = np.floor((one + 1) / 2 * often + phase[..., 0]) + np.floor((two + 1) / 2 * often + phase[..., 1])
     colour = room.colour[clip, face] * _checkered(squares)[..., None]

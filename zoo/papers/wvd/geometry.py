@@ -16,6 +16,7 @@ from zoo.errors import UserError
 _FEWEST = 6  # points of a camera: eleven numbers of a 3 x 4 matrix up to scale, two from each
 _HYPOTHESES, _DRAWN = 128, 12  # of RANSAC, and points of each
 _USED = 4096  # points of a frame at most
+_JUDGES = 256  # of them, that choose among hypotheses
 _STEPS = 20  # of the refinement
 _FLAT = 1e-3  # thickness of the points, as a share of their spread, below which they lie on one plane
 _NOISE = 1.5  # and in units of what they are off their pixels' rays
@@ -91,11 +92,11 @@ def _flat(points: np.ndarray, noise: float = 0.0) -> str:
 
 def _robust(points: np.ndarray, at: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
     """The best of many matrices: the one with the least median distance to rays."""
-    drawn = np.argsort(rng.random((_HYPOTHESES, len(points))), 1)[:, :_DRAWN]
+    drawn = rng.integers(len(points), size=(_HYPOTHESES, _DRAWN))
     few = dlt(points[drawn], at[drawn])
     whole = dlt(points[None], at[None])
     camera, focal = (np.concatenate(pair) for pair in zip(whole, few))
-    some = slice(0, 1024)  # in random order
+    some = slice(0, _JUDGES)  # in random order
     far = np.median(off_rays(points[None, some], at[some], camera, focal), -1)
     best = int(np.argmin(np.where(np.isfinite(far), far, np.inf)))
     return camera[best], float(focal[best])
@@ -186,9 +187,9 @@ def refine(
         found = float((residual**2).sum())
         if found < cost:
             (rotation, place, log_f), saved = trial, (residual, slope)
-            done = cost - found <= 1e-14 * cost
+            settled = found >= (1 - 1e-10) * cost
             cost, damping = found, damping / 10
-            if done:
+            if settled:
                 break
         else:
             damping *= 100
