@@ -146,7 +146,9 @@ def check_rigid(camera: np.ndarray, where: str) -> None:
 
 
 def read_cameras(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """Cameras [F, 4, 4] float64 of a `cameras.json`, and all that it says: `frames`, a list of dicts with a `camera` each.
+    """Cameras [F, 4, 4] float64 of a `cameras.json`, and all that it says.
+
+    Its `frames` are a list of dicts with a `camera` each, or with an `eye` and a `target` that it looks at, upright.
 
     Raises:
         UserError: it cannot be read, or has no such cameras.
@@ -155,24 +157,36 @@ def read_cameras(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         text = path.read_text()
     try:
         said = json.loads(text)
-        camera = np.asarray([frame["camera"] for frame in said["frames"]], np.float64).reshape(-1, 4, 4)
+        camera = np.asarray([_camera(frame) for frame in said["frames"]], np.float64).reshape(-1, 4, 4)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f'{path} is no list of cameras; write {{"frames": [{{"camera": [[...], [...], [...], [...]]}}, ...]}} with a '
-            "camera-to-world matrix for every frame"
+            'camera-to-world matrix for every frame, or {"eye": [x, y, z], "target": [x, y, z]}'
         ) from None
+    if not len(camera):
+        raise UserError(f"{path} has no frames; add some")
     check_rigid(camera, str(path))
     return camera, said
 
 
-def cameras_json(camera: np.ndarray, focal: np.ndarray, size: Sequence[int], scale: float) -> str:
-    """Cameras [F, 4, 4] with focal lengths [F] as `read_cameras` reads them.
+def _camera(frame: dict[str, Any]) -> Any:
+    if "camera" in frame:
+        return frame["camera"]
+    eye, target = (np.asarray(frame[key], np.float64).reshape(3) for key in ("eye", "target"))
+    return look_at(eye, target, np.array([0.0, -1.0, 0.0]))  # y points down
+
+
+def cameras_json(camera: np.ndarray, focal: float, size: Sequence[int], scale: float) -> str:
+    """Cameras [F, 4, 4] with one focal length as `read_cameras` reads them.
 
     Args:
         size: rows and columns of the images.
         scale: median depth of the first frame: by it the path can be walked in another world.
     """
     height, width = size
-    frames = [{"camera": np.round(c, 6).tolist(), "focal": round(float(f), 4)} for c, f in zip(camera, focal)]
-    said = {"width": width, "height": height, "scale": round(float(scale), 6), "frames": frames}
+    frames = [{"camera": np.round(c.astype(float), 6).tolist()} for c in camera]
+    lengths = {"focal": round(focal, 4), "scale": round(scale, 6)}
+    said = {"width": width, "height": height, **lengths, "frames": frames}
     return json.dumps(said, indent=1) + "\n"

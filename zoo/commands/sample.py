@@ -235,7 +235,7 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
                     f"{out} holds samples drawn with other settings ({'; '.join(differ[:3])}); choose another --out"
                 )
         elif filled:
-            kind = "images" if suffix == ".png" else "texts"
+            kind = {".png": "images", ".txt": "texts"}.get(suffix, "clips")
             raise UserError(f"{out} holds {kind} that zoo did not draw; choose another --out")
         else:
             paths.write(path, json.dumps(settings, indent=1) + "\n")

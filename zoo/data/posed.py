@@ -275,8 +275,6 @@ def _read(folder: Path) -> _Scene:
                 raise UserError(
                     f"{folder / frame[key]}, the {key} of frame {i}, does not exist; add it, or take the frame out"
                 )
-    if not frames:
-        raise UserError(f"{path} has no frames; add some")
     images = tuple(folder / frame["image"] for frame in frames)
     depths = tuple(folder / frame["depth"] for frame in frames)
     try:
