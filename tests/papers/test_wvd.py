@@ -1,0 +1,239 @@
+"""WVD's network and task: what is known stays as it is, and is all that the rest depends on."""
+
+import dataclasses
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zoo.data.scenes import Scenes
+from zoo.diffusion.solvers import Euler, Heun, run
+from zoo.dist import unbox
+from zoo.errors import UserError
+from zoo.papers.wvd import Mixture, Wvd, WvdSampling
+from zoo.papers.wvd.projection import filled
+from zoo.papers.wvd.task import NAMES, Known
+
+TASK = Wvd(frames=3, image=8, patch=4, width=16, depth=2, head_dim=8)
+ALL = ("joint", "image", "stereo", "depth", "camera", "render")
+
+
+@pytest.fixture(scope="module")
+def clips():
+    source = Scenes("open", 3, 8, train=4, test=4).source("train")
+    rows = [source[i] for i in range(4)]
+    clips = {key: jnp.asarray(np.stack([row[key] for row in rows])) for key in rows[0]}
+    return {**clips, "seen": clips["seen"].at[:, :, 6:, 2].set(False)}
+
+
+def random(params, seed=1):
+    """Parameters of which none is zero."""
+    leaves, tree = jax.tree.flatten(unbox(params))
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32) for x in leaves])
+
+
+@dataclass(frozen=True)
+class Oracle(Wvd):
+    """Knows the clip: params["truth"] [B, F, S, S, 6]."""
+
+    def velocity(self, params, z, level, cell):
+        t = level.max((1, 2))[:, None, None, None, None]
+        truth = jnp.resize(params["truth"], z.shape)
+        return (z - truth) / jnp.where(t > 0, t, 1.0)
+
+
+@dataclass(frozen=True)
+class Told(Wvd):
+    """Its velocity is params["v"]."""
+
+    def velocity(self, params, z, level, cell):
+        return params["v"]
+
+
+def _truth(clips):
+    return jnp.concatenate([clips["frames"], clips["points"]], -1)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_whoever_knows_the_clip_draws_it(clips, guidance):
+    """For every task, trained or replaced, what is not known is the truth to 1e-3, and what is known is itself to the bit."""
+    kind = Oracle(**{f.name: getattr(TASK, f.name) for f in dataclasses.fields(TASK)})
+    rare = replace(kind, tasks=Mixture(1, 0, 0, 0, 0))
+
+    def draw(task, name, nfe=4):
+        options = WvdSampling(name, nfe=nfe, guidance=guidance)
+        return task.sample({"truth": _truth(clips)}, jax.random.key(0), 4, clips, options), task._given(name, clips, 4)
+
+    cases = [(kind, name) for name in ALL] + ([] if guidance else [(rare, "stereo"), (rare, "render")])
+    found = jax.jit(lambda: [draw(task, name) for task, name in cases])()
+    for (_, name), (drawn, (given, known)) in zip(cases, found):
+        assert np.asarray(known).any() == (name != "joint")
+        for i, key in enumerate(("frames", "points")):
+            mask = np.asarray(known[..., i])
+            np.testing.assert_array_equal(drawn[key][mask], given[i][mask])
+            np.testing.assert_allclose(drawn[key][~mask], clips[key][~mask], atol=1e-3, err_msg=f"{name} {key}")
+        strip = np.asarray(drawn["image"][0])
+        np.testing.assert_array_equal(strip[8:, 8:16], drawn["points"][0, 1])
+
+
+def test_known_parts_of_a_network_in_any_solver(clips):
+    params = random(TASK.init(jax.random.key(0)))
+    rare = replace(TASK, tasks=Mixture(1, 0, 0, 0, 0))
+    cases = [(TASK, WvdSampling("camera", solver=Heun(), nfe=3)), (rare, WvdSampling("stereo", nfe=2))]
+    found = jax.jit(lambda: [task.sample(params, jax.random.key(0), 4, clips, o) for task, o in cases])()
+    for (_, o), drawn in zip(cases, found):
+        given, known = TASK._given(o.task, clips, 4)
+        for i, key in enumerate(("frames", "points")):
+            mask = np.asarray(known[..., i])
+            assert 0.1 < mask.mean() or key == "points"
+            np.testing.assert_array_equal(drawn[key][mask], np.asarray(given[i])[mask])
+            assert np.isfinite(drawn[key]).all() or mask.all()
+
+
+def test_noise_of_known_cells_changes_nothing_and_their_values_do(clips):
+    params, value = random(TASK.init(jax.random.key(0))), _truth(clips)
+    cell = jax.random.bernoulli(jax.random.key(3), 0.5, (4, 3, 8, 8, 2)).at[:, 0, ..., 0].set(True)
+    there = jnp.repeat(cell, 3, -1)
+    x = value + 0.7 * jax.random.normal(jax.random.key(4), value.shape)
+    x0 = jax.jit(lambda x, value: TASK.x0(params, x, jnp.asarray(0.7), Known(value, cell)))
+    one, noisy, moved = x0(x, value), x0(x + 5 * there, value), x0(x, value + 0.1 * there)
+    np.testing.assert_array_equal(one, noisy)
+    assert np.abs(one - moved)[~np.asarray(there)].max() > 1e-3
+    np.testing.assert_array_equal(one[there], value[there])
+
+
+def test_forward_law_and_where_the_loss_looks(clips):
+    """The loss is 0 for the true velocity; its gradient is 0 exactly where a pixel is known or not seen; x0 = z - t v."""
+    fields = {f.name: getattr(TASK, f.name) for f in dataclasses.fields(TASK)}
+    oracle, told, rng = Oracle(**fields), Told(**fields), jax.random.key(5)
+    v = jnp.full((4, 3, 8, 8, 6), 7.0)
+    exact, grad = jax.jit(
+        lambda: (oracle.loss({"truth": _truth(clips)}, clips, rng), jax.grad(lambda v: told.loss({"v": v}, clips, rng)[0])(v))
+    )()
+    assert exact[0] < 1e-7
+    known = np.asarray(told.masks(clips, told._drawn(jax.random.split(rng, 3)[2], 4)))
+    counts = ~known & np.stack([np.ones_like(clips["seen"]), clips["seen"]], -1)
+    assert 0.1 < counts.mean() < 0.9
+    np.testing.assert_array_equal(np.asarray(grad) != 0, np.repeat(counts, 3, -1))
+    sigma, none = jnp.asarray([0.5, 1.0, 2.0, 4.0]), jnp.zeros((4, 3, 8, 8, 2), bool)
+    x, t = _truth(clips), np.asarray(sigma / (1 + sigma))[:, None, None, None, None]
+    np.testing.assert_allclose(told.x0({"v": v}, x, sigma, Known(x, none)), (1 - t) * x - t * 7.0, atol=1e-5)
+
+
+def test_masks_are_what_the_mixture_says(clips):
+    known = np.asarray(jax.jit(TASK.masks)({key: x[jnp.zeros(5, int)] for key, x in clips.items()}, jnp.arange(5)))
+    seen = np.asarray(clips["seen"][0])
+    want = {"joint": [0, 0, 0], "image": [1, 0, 0], "stereo": [1, 1, 1], "camera": [1, 0, 0], "render": [1, 0, 0]}
+    for name, mask in zip(NAMES, known):
+        np.testing.assert_array_equal(mask[..., 0].all((1, 2)), want[name])
+        np.testing.assert_array_equal(mask[..., 0].any((1, 2)), want[name])
+    first = np.arange(3)[:, None, None] == 0
+    np.testing.assert_array_equal(known[4, ..., 1], seen)
+    np.testing.assert_array_equal(known[3, 0, ..., 1], seen[0])
+    assert 0.2 < known[3, 1:, ..., 1].mean() < 1 and not known[:3, ..., 1].any()
+    assert not (known[..., 1] & ~seen & ~first).any()
+
+
+def test_a_factorised_network_is_a_joint_one_where_blocks_see_the_same():
+    """With one frame the blocks within frames see all; those across see a token alone, so they are without attention here."""
+    joint = replace(TASK, frames=1)
+    crossed = replace(joint, pattern="factorised")
+    params = random(joint.init(jax.random.key(0)))
+    block = params["trunk"]["trunk"]["block"]
+    block["attention"]["out"] = jax.tree.map(lambda x: x.at[1].set(0), block["attention"]["out"])
+    halves = {name: jax.tree.map(lambda x, i=i: x[i::2], block) for i, name in enumerate(("space", "time"))}
+    other = {**params, "trunk": {**params["trunk"], "trunk": {"block": halves}}}
+    z, level = jax.random.normal(jax.random.key(1), (2, 1, 8, 8, 6)), jnp.full((2, 1, 2), 0.3)
+    cell = jnp.zeros((2, 1, 8, 8, 2), bool)
+    a, b = jax.jit(lambda: (joint.velocity(params, z, level, cell), crossed.velocity(other, z, level, cell)))()
+    np.testing.assert_allclose(a, b, atol=1e-4)
+    assert np.abs(a).max() > 0.1
+    want = jax.eval_shape(lambda: unbox(crossed.init(jax.random.key(0))))
+    assert jax.tree.map(jnp.shape, other) == jax.tree.map(lambda x: x.shape, want)
+
+
+def test_a_frame_of_a_factorised_network_hears_of_the_others():
+    crossed = replace(TASK, pattern="factorised", scan=False)
+    params = random(crossed.init(jax.random.key(0)))
+    level, cell = jnp.full((1, 3, 2), 0.3), jnp.zeros((1, 3, 8, 8, 2), bool)
+    z = jax.random.normal(jax.random.key(1), (1, 3, 8, 8, 6))
+    told = jax.jit(lambda z: crossed.velocity(params, z, level, cell))
+    off = np.abs(told(z) - told(z.at[:, 0].add(1))).max((0, 2, 3, 4))
+    assert (off > 1e-3).all()
+
+
+def test_points_are_added_to_a_network_of_images_without_a_change():
+    twin = replace(TASK, modalities="rgb", tasks=Mixture(0.5, 0.5, 0, 0, 0))
+    images = random(twin.init(jax.random.key(0)))
+    both = {**unbox(TASK.init(jax.random.key(0))), **images}
+    z, level = jax.random.normal(jax.random.key(1), (2, 3, 8, 8, 6)), jnp.full((2, 3, 2), 0.3)
+    cell = jax.random.bernoulli(jax.random.key(2), 0.5, (2, 3, 8, 8, 2))
+    a = twin.velocity(images, z[..., :3], level[..., :1], cell[..., :1])
+    b = TASK.velocity(both, z, level, cell)
+    np.testing.assert_allclose(a, b[..., :3], atol=1e-5)
+    assert np.abs(a).max() > 0.1 and not np.asarray(b[..., 3:]).any()
+
+
+def test_shift_of_noise():
+    """sigma of a shifted t is a sigma, and a lies between 1 and 4."""
+    assert TASK.noise.mean == 0  # 12 tokens
+    assert Wvd(frames=8, image=32).noise.mean == pytest.approx(np.log(np.sqrt(512 / 256)))
+    assert Wvd(frames=64, image=128).noise.mean == pytest.approx(np.log(4))
+    t, a = 0.3, 2.5
+    shifted = a * t / (1 + (a - 1) * t)
+    assert shifted / (1 - shifted) == pytest.approx(a * t / (1 - t))
+
+
+def test_holes_take_the_nearest_known_value():
+    rng = np.random.default_rng(0)
+    known = rng.random((2, 8, 8)) < 0.3
+    image = rng.random((2, 8, 8, 3)).astype(np.float32)
+    got = np.asarray(filled(jnp.asarray(image), jnp.asarray(known)))
+    where = np.stack(np.meshgrid(np.arange(8), np.arange(8), indexing="ij"), -1)
+    for x, y, mask in zip(image, got, known):
+        far = np.linalg.norm(where[:, :, None] - where[mask], axis=-1)
+        at = np.linalg.norm(y[:, :, None] - x[mask], axis=-1).argmin(-1)
+        # jump flooding misses the nearest one now and then, by little
+        assert (np.take_along_axis(far, at[..., None], -1)[..., 0] <= far.min(-1) + 1).all()
+        np.testing.assert_array_equal(y[mask], x[mask])
+
+
+def test_solvers_hand_their_state_to_a_projection():
+    """Before calls that read it as it is: all of Euler's, of Heun's those that begin a step."""
+    levels = np.asarray([4.0, 2.0, 1.0])
+    for solver, calls in ((Euler(), [1, 1, 1]), (Heun(), [1, 0, 1, 0, 1])):
+        last = run(
+            solver.plan(levels),
+            lambda x, sigma: x,
+            jnp.ones((1, 2)),
+            project=lambda i, x, sigma: jnp.full_like(x, 100.0) + i,
+        )
+        np.testing.assert_array_equal(last, 100.0 + len(calls) - 1)
+    seen = run(Heun().plan(levels), lambda x, sigma: x, jnp.ones((1, 2)), project=lambda i, x, s: x + (i == 1) + (i == 3))
+    np.testing.assert_allclose(seen, run(Heun().plan(levels), lambda x, sigma: x, jnp.ones((1, 2))))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: WvdSampling("stero"), "task='stero' must be one of .* did you mean 'stereo'"),
+        (lambda: Wvd(modalities="rgb"), "task.tasks.stereo is about points"),
+        (lambda: Mixture(0, 0, 0, 0, 0), "has no task"),
+        (lambda: Wvd(pattern="factorised", depth=3), "even task.depth"),
+        (lambda: Wvd(image=30), "task.patch=4"),
+        (lambda: TASK.sample({}, jax.random.key(0), 1, None, WvdSampling("stereo")), "there are no frames here"),
+        (lambda: TASK.sample({}, jax.random.key(0), 1, {"frames": 0}, WvdSampling("camera")), "there are no points here"),
+        (
+            lambda: replace(TASK, modalities="rgb", tasks=Mixture(1, 1, 0, 0, 0)).sample(
+                {}, jax.random.key(0), 1, None, WvdSampling("stereo")
+            ),
+            "draws images alone",
+        ),
+    ],
+)
+def test_mistakes(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
