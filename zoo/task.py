@@ -333,6 +333,15 @@ class Cached(Protocol):
 
 
 @runtime_checkable
+class Locates(Protocol):
+    """Reads cameras off the points of its clips: what `zoo sample` writes beside them, and from where a path begins."""
+
+    def cameras(self, points: Any, seen: Any) -> tuple[Any, Any]:
+        """Cameras [F, 4, 4], NaN where a frame has none, and their focal length [] of points [F, H, W, 3], `seen` bool [F, H, W]."""
+        ...
+
+
+@runtime_checkable
 class Decodes(Protocol):
     """An autoencoder of images: latents are encoded and decoded by it."""
 

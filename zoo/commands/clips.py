@@ -40,7 +40,9 @@ class Clips:
     `000000.cameras.json` where cameras are known; of all `viewer.html`, which asks no other file for anything, and `sheet.png`.
     """
 
-    solve: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]] | None = None  # cameras and focal length of points, seen
+    solve: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]] | None = (
+        None  # cameras and focal length of points, seen
+    )
 
     key = "frames"
     suffix = ".npz"

@@ -1,17 +1,27 @@
 """What clips are worth as geometry: errors of points, depth and cameras, agreement of frames, and PSNR of what both views see.
 
-Pure functions of finished clips, in NumPy on the host. B clips, F frames; `points` and `frames` [B, F, H, W, 3], the latter in
-[-1, 1], `seen` bool [B, F, H, W], `camera` [B, F, 4, 4], `focal` [B].
+Pure functions of finished clips, in NumPy on the host, and below them the metric that asks a model for clips. B clips, F frames;
+`points` and `frames` [B, F, H, W, 3], the latter in [-1, 1], `seen` bool [B, F, H, W], `camera` [B, F, 4, 4], `focal` [B].
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
 import numpy as np
 
+from zoo import hosts
 from zoo.cameras import project
+from zoo.data.pipeline import epoch
 from zoo.errors import UserError
+from zoo.fields import Count, Whole, check_fields
+from zoo.metrics.samples import drawer
 from zoo.papers.wvd.geometry import Cameras, align, angle_between, area_under, depth_of, pose_errors, solve
 from zoo.papers.wvd.projection import shared
+from zoo.task import Metric, Options, Params, Samples, options_of
 
 Figures = dict[str, float]
 
@@ -206,3 +216,96 @@ def frame_figures(frames: np.ndarray, true: np.ndarray, covisible: np.ndarray) -
 def depths_of(points: np.ndarray, found: list[Cameras]) -> np.ndarray:
     """Depths [B, F, H, W] of points under their cameras, NaN in frames without one."""
     return np.stack([depth_of(x, one.camera, one.focal) for x, one in zip(points, found)])
+
+
+# --- the metric -----------------------------------------------------------------------------------
+
+
+def _clips(drawn: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {key: drawn[key] for key in ("frames", "points") if key in drawn}
+
+
+@dataclass(frozen=True)
+class Geometry(Metric):
+    """Held-out clips completed in three tasks, each beside its controls.
+
+    stereo, all images given: errors of points, depth and cameras, of the same when the images are those of another clip
+    (`_shuffled`), and of the mean of the training clips' points (`points_mean`). render, the first image and all points given: PSNR of
+    the other images, with the points of another clip (`psnr_wrong`) and without any (`psnr_none`, the task image). image: whether
+    frames agree with each other. A model of images alone has the last two without points.
+    """
+
+    split: str = "test"
+    limit: Count = 32  # clips at most, a fixed random choice
+    draws: Count = 1  # samples of each clip whose points are averaged, in stereo
+    batch: Count = 32
+    options: Options = field(default_factory=dict)  # of the task's `sample`, besides `task`
+    every: Whole = 0  # steps between measurements while training; 0: at the end only
+
+    name = "geometry"
+    needs = (Samples,)
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"metric {self.name}: ")
+
+    def check(self, task: Any) -> None:
+        """UserError for a task that draws no clips."""
+        if "frames" not in task.spec(1):
+            raise UserError(
+                f"the metric {self.name} compares clips, and {type(task).__name__} draws none; leave it out"
+            )
+        if "task" in self.options:
+            raise UserError(f"the metric {self.name} asks for several tasks; leave task out of its options")
+        options_of(task, self.options, f"options of the metric {self.name}")
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
+        """Figures in the units of `points`, degrees and dB, under the names of the functions above."""
+        true = self._all(task, data, self.split, self.limit)
+        count = len(true["frames"])
+
+        def drawn(part: str, draw: int = 0, **changed: np.ndarray) -> dict[str, np.ndarray]:
+            program = drawer(task, {**self.options, "task": part}, _clips)
+            given, found = {**true, **changed}, []
+            for first in range(0, count, self.batch):
+                rows = np.arange(first, first + self.batch)
+                one = program(
+                    params, jax.random.fold_in(rng, draw), rows, {k: x[rows % count] for k, x in given.items()}
+                )
+                found.append(hosts.fetch(one))
+            return {key: np.concatenate([x[key] for x in found])[:count] for key in found[0]}
+
+        figures: Figures = {}
+        free = drawn("image")
+        if "points" not in true:
+            figures["psnr_none"] = psnr(
+                free["frames"][:, 1:], true["frames"][:, 1:], np.ones(true["frames"][:, 1:].shape[:4], bool)
+            )
+            return {**figures, "clips": count, "split": self.split}
+        points, seen = true["points"], true["seen"]
+        mean = self._all(task, data, "train", 512)["points"].mean(0)
+        stereo = np.mean([drawn("stereo", draw)["points"] for draw in range(self.draws)], 0)
+        figures |= point_figures(stereo, points, seen, mean)
+        found = cameras_of(stereo, seen)
+        eyes, lengths = np.asarray(true["camera"]), true["focal"]
+        figures |= pose_figures(found, eyes, lengths)
+        other = pose_figures([*found[-1:], *found[:-1]], eyes, lengths)
+        figures |= {f"{key}_shuffled": other[key] for key in ("pose_turn", "pose_absolute") if key in other}
+        _, depth = project(points, eyes, np.broadcast_to(lengths[:, None], eyes.shape[:2]), *seen.shape[2:])
+        figures |= depth_figures(depths_of(stereo, found), depth, seen)
+        figures["reprojection"] = reprojection(stereo, found, seen)
+        both = covisible_with_first(points, seen, eyes, lengths)
+        figures |= frame_figures(drawn("render")["frames"], true["frames"], both)
+        wrong = drawn("render", points=np.roll(points, 1, 0), seen=np.roll(seen, 1, 0))
+        for key, clips in (("wrong", wrong), ("none", free)):
+            figures[f"psnr_{key}"] = frame_figures(clips["frames"], true["frames"], both)["psnr"]
+        figures |= agreement(
+            free["frames"], free["points"], np.ones_like(seen), cameras_of(free["points"], np.ones_like(seen))
+        )
+        return {**figures, "clips": count, "split": self.split}
+
+    def _all(self, task: Any, data: Any, split: str, limit: int) -> dict[str, np.ndarray]:
+        rows = [
+            {key: np.asarray(x[:count]) for key, x in batch.items()}
+            for batch, count in epoch(data, self.batch, split=split, spec=task.spec(self.batch), limit=limit, seed=0)
+        ]
+        return {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}

@@ -114,7 +114,9 @@ class WvdTrunk(nn.Module):
         when = Table(self.frames, self.width, std=0.02, name="times")()
         h = h + (when[:, None] + where).reshape(-1, self.width).astype(h.dtype)
         known = nn.silu(told)
-        modulation = Dense(6 * self.width, ("embed", None), kernel_init=zeros, bias_init=zeros, name="modulation")(known)
+        modulation = Dense(6 * self.width, ("embed", None), kernel_init=zeros, bias_init=zeros, name="modulation")(
+            known
+        )
         last = Dense(2 * self.width, ("embed", None), kernel_init=zeros, bias_init=zeros, name="last")(known)
         rope = jnp.asarray(angles(self.frames, self.rows, self.columns, self.head_dim, self.base))
         joint = self.pattern == "joint"

@@ -110,7 +110,9 @@ def filled(image: jax.Array, known: jax.Array) -> jax.Array:
         source = jnp.where(known[..., None], own, 4 * (height + width))  # far away: knows of none
         for step in (2**k for k in reversed(range(max(height, width).bit_length()))):
             asked = [(own + step * jnp.asarray((a, b))) for a in (-1, 0, 1) for b in (-1, 0, 1)]
-            told = jnp.stack([source[jnp.clip(y[..., 0], 0, height - 1), jnp.clip(y[..., 1], 0, width - 1)] for y in asked])
+            told = jnp.stack(
+                [source[jnp.clip(y[..., 0], 0, height - 1), jnp.clip(y[..., 1], 0, width - 1)] for y in asked]
+            )
             best = jnp.square(told - own).sum(-1).argmin(0)
             source = jnp.take_along_axis(told, best[None, ..., None], 0)[0]
         return image[jnp.minimum(source[..., 0], height - 1), jnp.minimum(source[..., 1], width - 1)]

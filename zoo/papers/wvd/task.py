@@ -28,6 +28,7 @@ from zoo.fields import AtLeast2, Dtype, Layers, NonNegative, Positive, Side, Siz
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.transformer import Remat
+from zoo.papers.wvd.geometry import solve
 from zoo.papers.wvd.model import Modality, Pattern, WvdTrunk
 from zoo.papers.wvd.projection import carried, filled
 from zoo.task import About, Batch, Decodes, Network, Params, sample_keys
@@ -84,12 +85,16 @@ def known_frames(frames: int) -> np.ndarray:
 class WvdSampling(DenoiserSampling):
     """What is completed, and how."""
 
-    task: Part = "joint"  # joint: out of nothing; else what `Mixture` says is known. depth: image, for the first frame's depth
+    task: Part = (
+        "joint"  # joint: out of nothing; else what `Mixture` says is known. depth: image, for the first frame's depth
+    )
     solver: Solver = Euler()
     nfe: AtLeast2 = 25
     guidance: NonNegative | Guidance = 0.0  # x0 + weight (x0 - x0 with nothing known); 0: off
     levels: Levels = Levels("flow")
-    corrections: Annotated[int, Meta(ge=0, le=64)] = 1  # Langevin steps before each call, of a task without weight in training
+    corrections: Annotated[int, Meta(ge=0, le=64)] = (
+        1  # Langevin steps before each call, of a task without weight in training
+    )
 
     @property
     def known(self) -> str:
@@ -138,7 +143,9 @@ class Wvd:
             raise UserError(f"task.head_dim={self.head_dim} must be a multiple of 4, for rotations by three axes")
         check_divisor("patch", self.patch * self.factor, "image", self.image)
         if self.pattern == "factorised" and self.depth % 2:
-            raise UserError(f"task.pattern='factorised' takes blocks in pairs; set an even task.depth, not {self.depth}")
+            raise UserError(
+                f"task.pattern='factorised' takes blocks in pairs; set an even task.depth, not {self.depth}"
+            )
         if self.low >= self.high:
             raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
         if self.vae is not None and self.vae.channels != 3:
@@ -316,6 +323,12 @@ class Wvd:
         parts = pixels.reshape(*pixels.shape[:2], rows, f, columns, f, *pixels.shape[4:])
         return parts.mean((3, 5)) >= share if f > 1 else pixels
 
+    def cameras(self, points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cameras [F, 4, 4] with one focal length, read off points [F, S, S, 3]; NaN for frames that show none."""
+        found = solve(points, seen, one_focal=True)
+        known = found.focal[np.isfinite(found.focal)]
+        return found.camera, np.median(known) if len(known) else np.asarray(np.nan)
+
     # --- training -----------------------------------------------------------------------------------
 
     def masks(self, batch: Batch, task: jax.Array) -> jax.Array:
@@ -422,10 +435,16 @@ class Wvd:
         have = conditions or {}
         name = "image" if task == "depth" else task
         if self.modalities == "rgb" and name not in ("joint", "image"):
-            raise UserError(f"task={task} is about points, and this model draws images alone; choose task=joint or image")
-        needs = {"joint": (), "render": ("frames", "points", "seen"), "camera": tuple(self.spec(1))}.get(name, ("frames",))
+            raise UserError(
+                f"task={task} is about points, and this model draws images alone; choose task=joint or image"
+            )
+        needs = {"joint": (), "render": ("frames", "points", "seen"), "camera": tuple(self.spec(1))}.get(
+            name, ("frames",)
+        )
         if missing := [key for key in needs if key not in have]:
-            raise UserError(f"task={task} completes clips, and there are no {missing[0]} here; give some, e.g. from=test")
+            raise UserError(
+                f"task={task} completes clips, and there are no {missing[0]} here; give some, e.g. from=test"
+            )
         empty = {key: jnp.zeros((n, *leaf.shape[1:]), leaf.dtype) for key, leaf in self.spec(1).items()}
         batch = {**empty, **{key: have[key] for key in needs}}
         pixels = self._whole(batch, jnp.full(n, NAMES.index(name)))
@@ -438,7 +457,9 @@ class Wvd:
             pixels = pixels.at[..., 1].set(there)
         return given, pixels
 
-    def _completing(self, params: Params, known: Known, keys: jax.Array, o: WvdSampling) -> tuple[Denoiser, Project | None]:
+    def _completing(
+        self, params: Params, known: Known, keys: jax.Array, o: WvdSampling
+    ) -> tuple[Denoiser, Project | None]:
         """The denoiser of a task, guided or not, and what is done to the state between its calls."""
         there, normal = self._each(known.cell), noises(keys, self.shape)
         none = Known(known.value, jnp.zeros_like(known.cell))
