@@ -110,8 +110,8 @@ def steady(points: np.ndarray, seen: np.ndarray) -> np.ndarray:
     kept = seen & np.isfinite(points).all(-1)
     for axis in (1, 2):
         step = np.linalg.norm(np.diff(points, axis=axis), axis=-1)
-        limit = _JUMP * np.median(step, (1, 2), keepdims=True)
-        far = step > limit
+        limit = [_JUMP * np.median(one[np.isfinite(one)]) if np.isfinite(one).any() else 0.0 for one in step]
+        far = step > np.reshape(limit, (-1, 1, 1))
         edge = [(0, 0)] * 3
         before, after = edge.copy(), edge.copy()
         before[axis], after[axis] = (1, 0), (0, 1)
