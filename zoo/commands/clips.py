@@ -40,7 +40,9 @@ class Clips:
     `000000.cameras.json` where cameras are known; of all `viewer.html`, which asks no other file for anything, and `sheet.png`.
     """
 
-    solve: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]] | None = None  # cameras and focal length of points, seen
+    solve: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]] | None = (
+        None  # cameras and focal length of points, seen
+    )
 
     key = "frames"
     suffix = ".npz"
@@ -108,8 +110,8 @@ def steady(points: np.ndarray, seen: np.ndarray) -> np.ndarray:
     kept = seen & np.isfinite(points).all(-1)
     for axis in (1, 2):
         step = np.linalg.norm(np.diff(points, axis=axis), axis=-1)
-        limit = _JUMP * np.median(step, (1, 2), keepdims=True)
-        far = step > limit
+        limit = [_JUMP * np.median(one[np.isfinite(one)]) if np.isfinite(one).any() else 0.0 for one in step]
+        far = step > np.reshape(limit, (-1, 1, 1))
         edge = [(0, 0)] * 3
         before, after = edge.copy(), edge.copy()
         before[axis], after[axis] = (1, 0), (0, 1)
