@@ -137,7 +137,8 @@ def check_rigid(camera: np.ndarray, where: str) -> None:
     """UserError unless cameras [F, 4, 4] are finite rotations with a place, none of them a mirror."""
     turn = camera[:, :3, :3]
     off = np.abs(turn.mT @ turn - np.eye(3)).max((-2, -1), initial=0) + np.abs(camera[:, 3] - [0, 0, 0, 1]).max(-1)
-    fits = (off < RIGID) & (np.linalg.det(turn) > 0) & np.isfinite(camera).all((-2, -1))
+    with np.errstate(invalid="ignore"):
+        fits = (off < RIGID) & (np.linalg.det(turn) > 0) & np.isfinite(camera).all((-2, -1))
     if not fits.all():
         raise UserError(
             f"{where}: frame {int(np.argmin(fits))} has a `camera` that is no rotation with a place; write camera-to-world "

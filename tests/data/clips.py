@@ -15,7 +15,9 @@ from zoo.data.scenes import Scenes
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
-def posed(folder: Path, kind: str = "", frames: int = 8, size: int = 48, seed: int = 0, png: bool = False) -> dict[str, Any]:
+def posed(
+    folder: Path, kind: str = "", frames: int = 8, size: int = 48, seed: int = 0, png: bool = False
+) -> dict[str, Any]:
     """One scene in `folder`; returns the example it was made from. `kind` names what is wrong with it."""
     example = Scenes("open", frames, size, seed=seed, train=1, test=1).source("train")[0]
     camera = example["camera"].astype(np.float64)
