@@ -92,7 +92,8 @@ def test_what_is_written(tmp_path):
          options=WvdSampling(), form=known.form(made.task))  # fmt: skip
     names = {path.name for path in out.iterdir()}
     assert names == {
-        *(f"00000{i}{end}" for i in range(2) for end in (".npz", ".gif", ".ply", ".cameras.json")), "viewer.html", "sheet.png", "settings.json",
+        *(f"00000{i}{end}" for i in range(2) for end in (".npz", ".gif", ".ply", ".cameras.json")),
+        "viewer.html", "sheet.png", "settings.json",
     }  # fmt: skip
     assert json.loads((out / "settings.json").read_text())["task"] == "joint"
     camera, _ = read_cameras(out / "000001.cameras.json")

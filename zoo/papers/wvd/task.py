@@ -463,7 +463,13 @@ class Wvd:
         """The denoiser of a task, guided or not, and what is done to the state between its calls."""
         there, normal = self._each(known.cell), noises(keys, self.shape)
         none = Known(known.value, jnp.zeros_like(known.cell))
-        if not getattr(self.tasks, o.known):
+        guidance, trained = Guidance.of(o.guidance), o.known == "joint" or getattr(self.tasks, o.known) > 0
+        if guidance.weight and not (self.tasks.joint and trained and o.known != "joint"):
+            raise UserError(
+                f"guidance={o.guidance} compares what is known with nothing known: it takes a model that was trained on the task joint "
+                f"and on what is asked, and task={o.task} is not that; leave guidance out"
+            )
+        if not trained:
             return self._replacing(params, known, none, normal, o.corrections)
 
         def alone(x: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -476,7 +482,7 @@ class Wvd:
             strong, weak = jnp.split(self.x0(params, jnp.concatenate([x, blind]), sigma, twice), 2)
             return strong, jnp.where(there, strong, weak)
 
-        return Guidance.of(o.guidance).denoiser(alone, both), None
+        return guidance.denoiser(alone, both), None
 
     def _replacing(
         self, params: Params, known: Known, none: Known, normal: Any, corrections: int
