@@ -192,9 +192,8 @@ class _PosedSource(Source):
         views = [_view(scene, i, data.size, half) for i in members]
         depth = np.stack([depth for _, depth in views])
         camera = scene.camera[members.start : members.stop : members.step]
-        return clip(
-            np.stack([image for image, _ in views]), unproject(depth, camera, focal), depth > 0, camera, focal[0]
-        )
+        images, points = np.stack([image for image, _ in views]), unproject(depth, camera, focal)
+        return clip(images, points, depth > 0, camera, focal[0], f"the clip from {scene.images[begin]} on")
 
 
 def _view(scene: _Scene, i: int, size: int, half: float) -> tuple[np.ndarray, np.ndarray]:
@@ -209,16 +208,24 @@ def _view(scene: _Scene, i: int, size: int, half: float) -> tuple[np.ndarray, np
         sizes = " and ".join(f"{w}x{h}" for w, h in (scene.size, image.size))
         raise UserError(f"{path}: the frames of a scene are {sizes}; give all of them one size, and K that fits it")
     (fx, fy), (cx, cy) = scene.focal[:, i], scene.k[i, :2, 2]
-    box = tuple(float(x) for x in (cx - half * fx, cy - half * fy, cx + half * fx, cy + half * fy))
-    box = tuple(float(np.clip(x, 0, scene.size[k % 2])) for k, x in enumerate(box))  # rounding
-    at = (np.arange(size) + 0.5) / size
-    columns, rows = (np.floor(box[k] + at * (box[2 + k] - box[k])).astype(int) for k in range(2))
-    depth = scene.depth(i)[np.minimum(rows, scene.size[1] - 1)[:, None], np.minimum(columns, scene.size[0] - 1)]
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box)), depth
+    (width, height), at = scene.size, (np.arange(size) + 0.5) / size
+    left, top = max(cx - half * fx, 0.0), max(cy - half * fy, 0.0)  # it is no less but for rounding
+    right, bottom = min(cx + half * fx, float(width)), min(cy + half * fy, float(height))
+    columns = np.minimum(np.floor(left + at * (right - left)).astype(int), width - 1)
+    rows = np.minimum(np.floor(top + at * (bottom - top)).astype(int), height - 1)
+    square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    return np.asarray(square), scene.depth(i)[rows[:, None], columns]
 
 
-def clip(images: np.ndarray, points: np.ndarray, seen: np.ndarray, camera: np.ndarray, focal: float) -> Example:
-    """An example from uint8 images and world points [F, H, W, 3], bool [F, H, W], cameras [F, 4, 4] and a focal length."""
+def clip(
+    images: np.ndarray, points: np.ndarray, seen: np.ndarray, camera: np.ndarray, focal: float, name: str
+) -> Example:
+    """An example from uint8 images and world points [F, H, W, 3], bool [F, H, W], cameras [F, 4, 4] and a focal length.
+
+    UserError, which calls it `name`, where no point is seen.
+    """
+    if not seen.any():
+        raise UserError(f"{name} has no point that is seen; leave it out, or give its depth")
     points = np.where(seen[..., None], points, 0).astype(np.float64)
     if not seen.all():
         from scipy.ndimage import distance_transform_edt
@@ -227,8 +234,7 @@ def clip(images: np.ndarray, points: np.ndarray, seen: np.ndarray, camera: np.nd
             if seen[f].any():
                 row, column = distance_transform_edt(~seen[f], return_distances=False, return_indices=True)
                 points[f] = points[f, row, column]
-    there = seen if seen.any() else np.ones_like(seen)
-    normal = normalisation(points, there, camera)
+    normal = normalisation(points, seen, camera)
     return {
         "frames": LEVELS[images],
         "points": normal.points(points).astype(np.float32),
@@ -422,7 +428,7 @@ class _PointSource(ClipSource):
         if not 0 <= index < len(self):
             raise IndexError(index)
         one = {key: x[index] for key, x in self._clips.items()}
-        return clip(one["frames"], one["points"], one["seen"], one["camera"], float(one["focal"]))
+        return clip(*(one[key] for key in ("frames", "points", "seen", "camera", "focal")), f"clip {index}")
 
 
 @lru_cache(maxsize=4)

@@ -10,7 +10,6 @@ n clips, F frames, R rays of a frame; rays are handled as three arrays [n, F R] 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ def _clips(data: Scenes, split: str, count: int) -> dict[str, np.ndarray]:
     if data.family != "open":
         drawn[:, :3] = 0  # the sides of the room are the least
     shape = (count, data.frames, data.size, data.size)
-    clips = {
+    clips: dict[str, np.ndarray] = {
         "frames": np.empty((*shape, 3), np.uint8),
         "points": np.empty((*shape, 3), np.float32),
         "seen": np.ones(shape, bool),
@@ -109,7 +108,7 @@ def _clips(data: Scenes, split: str, count: int) -> dict[str, np.ndarray]:
         clips["frames"][part] = np.rint(colour * 255)
         clips["points"][part], clips["camera"][part] = points, camera
 
-    with ThreadPoolExecutor(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         list(pool.map(make, range(0, count, some)))  # NumPy lets go of the interpreter's lock
     for x in clips.values():
         x.setflags(write=False)

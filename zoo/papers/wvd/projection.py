@@ -39,8 +39,8 @@ def splat(
     nearest = jnp.full(height * width + 1, jnp.inf, depth.dtype).at[cell].min(depth)
     wins = inside & (depth == nearest[cell])
     count = len(points)
-    number = jnp.full(height * width + 1, count, jnp.int32).at[jnp.where(wins, cell, height * width)]
-    number = number.min(jnp.arange(count, dtype=jnp.int32))[:-1]
+    place = jnp.full(height * width + 1, count, jnp.int32).at[jnp.where(wins, cell, height * width)]
+    number = place.min(jnp.arange(count, dtype=jnp.int32))[:-1]
     hit = number < count
     shape = (height, width)
     return jnp.where(hit, number, -1).reshape(shape), jnp.where(hit, nearest[:-1], jnp.inf).reshape(shape)
