@@ -11,6 +11,7 @@ import pytest
 from zoo.data.scenes import Scenes
 from zoo.diffusion.solvers import Euler, Heun, run
 from zoo.dist import unbox
+from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
 from zoo.papers.wvd import Mixture, Wvd, WvdSampling
 from zoo.papers.wvd.metrics import Geometry
@@ -216,6 +217,31 @@ def test_figures_of_geometry_stand_beside_their_controls():
     assert (found["clips"], found["split"]) == (3, "test")
     with pytest.raises(UserError, match="asks for several tasks"):
         Geometry(options={"task": "stereo"}).check(TASK)
+
+
+def test_latents_that_are_known_stay_and_pixels_with_them(clips):
+    """With an autoencoder a cell is known where nine in ten of its pixels are; given pixels come back as they were given."""
+    task = replace(
+        TASK, patch=1, vae=AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=4, scale=1.0)
+    )
+    options = WvdSampling(task="camera", nfe=2)
+    params = random(task)
+    drawn, (given, known), x = jax.jit(
+        lambda: (
+            task.sample(params, jax.random.key(0), 4, clips, options),
+            task._given("camera", clips, 4),
+            task.encoded(params, clips["frames"], clips["points"]),
+        )
+    )()
+    assert x.shape == (4, *task.shape) == (4, 3, 4, 4, 4)
+    cell = np.asarray(task._cells(known, 0.9))
+    parts = np.asarray(known).reshape(4, 3, 4, 2, 4, 2, 2)
+    np.testing.assert_array_equal(cell, parts.all((3, 5)))
+    for i, key in enumerate(("frames", "points")):
+        mask = np.asarray(known[..., i])
+        np.testing.assert_array_equal(drawn[key][mask], given[i][mask])
+        assert np.isfinite(drawn[key]).all()
+    assert not np.asarray(given[1][:, 1:] == 0).all(-1).any()  # holes are filled before they are encoded
 
 
 def test_shift_of_noise():

@@ -64,6 +64,10 @@ class Mixture:
         """In the order of the fields."""
         return tuple(dataclasses.astuple(self))
 
+    def has(self, name: str) -> bool:
+        """Whether training sees the task of this name."""
+        return dict(zip(NAMES, self.weights))[name] > 0
+
 
 NAMES = tuple(field.name for field in dataclasses.fields(Mixture))
 
@@ -150,7 +154,7 @@ class Wvd:
             raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
         if self.vae is not None and self.vae.channels != 3:
             raise UserError(f"task.vae takes images of {self.vae.channels} channels, and images and points have 3")
-        points = [name for name in ("stereo", "camera", "render") if getattr(self.tasks, name)]
+        points = [name for name in ("stereo", "camera", "render") if self.tasks.has(name)]
         if self.modalities == "rgb" and points:
             raise UserError(
                 f"task.tasks.{points[0]} is about points, and task.modalities='rgb' has none; set its weight to 0"
@@ -453,7 +457,9 @@ class Wvd:
             shown, there = self._carried(batch)
             first = jnp.arange(self.frames)[:, None, None] == 0
             there = jnp.where(first, batch["seen"], there)
-            given[1] = jnp.where(first[..., None], batch["points"], filled(shown, there) if self.vae else shown)
+            given[1] = jnp.where(
+                first[..., None], batch["points"], jax.vmap(filled)(shown, there) if self.vae else shown
+            )
             pixels = pixels.at[..., 1].set(there)
         return given, pixels
 
@@ -463,7 +469,7 @@ class Wvd:
         """The denoiser of a task, guided or not, and what is done to the state between its calls."""
         there, normal = self._each(known.cell), noises(keys, self.shape)
         none = Known(known.value, jnp.zeros_like(known.cell))
-        guidance, trained = Guidance.of(o.guidance), o.known == "joint" or getattr(self.tasks, o.known) > 0
+        guidance, trained = Guidance.of(o.guidance), o.known == "joint" or self.tasks.has(o.known)
         if guidance.weight and not (self.tasks.joint and trained and o.known != "joint"):
             raise UserError(
                 f"guidance={o.guidance} compares what is known with nothing known: it takes a model that was trained on the task joint "
