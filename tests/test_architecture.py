@@ -33,7 +33,7 @@ MAY = {
     "weights": set(),
     "nn": {"dist"},
     "flows": {"dist", "nn"},
-    "encoders": {"nn"},
+    "encoders": {"nn", "paths"},
     "diffusion": {"dist", "nn"},
     "papers": {"nn", "flows", "diffusion", "encoders", "dist", "cameras"},
     "papers.metrics": {"papers", "metrics", "data", "dist", "hosts", "cameras"},  # a paper's own, in zoo/papers/PAPER/metrics.py
@@ -49,7 +49,7 @@ MAY = {
         "config", "dist", "data", "draws", "encoders", "paths", "run", "weights",
         "train.averages", "train.optim", "train.step", "train.checkpoint", "train.report",
     },
-    "train.provenance": {"config", "models", "run", "weights"},
+    "train.provenance": {"config", "encoders", "models", "run", "weights"},
     "train.loop": {
         "config", "dist", "data", "draws", "hosts", "models", "paths", "run", "weights",
         "train.averages", "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",

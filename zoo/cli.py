@@ -512,7 +512,7 @@ def _eval(args: argparse.Namespace) -> int:
         metric.check(model.task)  # what is wrong with it is told before a tokeniser is asked for
     others = [f for f in fields if f not in own]
     data = _measured(model, args.model, others) if others or metric.uses_data else model.data
-    loaded = models.loaded_for(metric, args.allow, model.task, model.homes)
+    loaded = models.loaded_for(metric, args.allow, model.task, model.homes, model.data)
     found = metric(model.task, model.params, data, key_of(0, Use.LOOKS), **loaded)
     if metric.saves:
         from zoo.commands import strategy

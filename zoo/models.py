@@ -21,11 +21,9 @@ from zoo import config, dist, paths, weights
 from zoo.data.captions import as_tokens, framed, lettered
 from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.draws import Use, finite, keys, label_numbers
-from zoo.encoders.tokenizer import NAME as TOKENIZER
-from zoo.encoders.tokenizer import Tokenizer
+from zoo.encoders import tokenizer
 from zoo.errors import UserError, suggest
 from zoo.fields import Count, Seed, fits, sentence
-from zoo.files import sha256
 from zoo.paths import Folder, shipped
 from zoo.run import Run
 from zoo.task import (
@@ -234,7 +232,7 @@ class Model:
         n: int,
         options: Any,
         aspect: str | None = None,
-        tokenizer: str | None = None,
+        file: str | None = None,
     ) -> tuple[dict[str, np.ndarray] | None, list[str] | None, dict[str, str]]:
         """Arrays that lead with n for the task's sampler, n words for people, and what to remember of the tokeniser.
 
@@ -244,7 +242,7 @@ class Model:
             labels: class numbers [n] of a task with classes.
             texts: captions; None: drawn without any.
             options: of the sampler, whose `grid` tells the aspect ratio where `aspect` does not.
-            tokenizer: file of the tokeniser; None: the one that belongs to the model.
+            file: of the tokeniser; None: the one that belongs to the model.
         """
         task = self.task
         if labels is not None:
@@ -265,36 +263,50 @@ class Model:
             if around is None:
                 return None, None, {}
         words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
-        if task.about.vocabulary:
-            if tokenizer is not None:
-                raise UserError("--tokenizer: the captions of this model are letters, which need none; leave it out")
-            vocabulary = vocabulary_of(self)
-            if vocabulary is None:
-                raise UserError(
-                    f"{self.folder} needs its vocabulary.json for captions; copy it from the folder of the run"
-                )
-            assert texts is not None
-            ids = lettered(vocabulary, texts, task.spec(1)["tokens"].shape[1])
-            return {"tokens": ids[np.arange(n) % len(texts)]}, words, {}
-        encode, digest = open_tokenizer(task, self.homes, tokenizer)
-        return as_tokens(task, encode, texts, n, around), words, {"tokenizer": digest}
+        encode, about = _encode(task, self.homes, self.data, file)
+        return as_tokens(task, encode, texts, n, around), words, about
 
 
 def vocabulary_of(model: Model) -> Vocabulary | None:
     """The vocabulary in the folder of a model, or in that of its weights, else that of the data it was trained on; None, and a
     note, where none is."""
-    found, why = None, ""
-    for folder in model.homes:
-        with paths.sentence(folder):
-            found = found or open_vocabulary(folder)
-    if found is None and model.data is not None:
-        try:
-            found = model.data.vocabulary()
-        except UserError as error:  # an export is used where its data are not
-            why = f", and its data give none ({error})"
+    found, why = _vocabulary(model.homes, model.data)
     if found is None:
         _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", model.folder, why)
     return found
+
+
+def _vocabulary(places: Sequence[Folder], data: Any) -> tuple[Vocabulary | None, str]:
+    """The vocabulary in the first of these folders that has one, else that of the data; and why these give none."""
+    for folder in places:
+        with paths.sentence(folder):
+            if (found := open_vocabulary(folder)) is not None:
+                return found, ""
+    try:
+        return None if data is None else data.vocabulary(), ""
+    except UserError as error:  # an export is used where its data are not
+        return None, f", and its data give none ({error})"
+
+
+def _encode(
+    task: Any, places: Sequence[Folder], data: Any, file: str | None, way: str = "with --tokenizer FILE"
+) -> tuple[Any, dict[str, str]]:
+    """What makes numbers of captions, (texts, S) -> ids [N, S] and what did not fit, and what to remember of it.
+
+    Letters by a vocabulary, tokens by a tokeniser; arguments as of `tokenizer.find`.
+    """
+    if not task.about.vocabulary:
+        encode, digest = tokenizer.find(task, places, file, way)
+        return encode, {"tokenizer": digest}
+    if file is not None:
+        raise UserError(f"a tokeniser given {way}: captions of letters need none; leave it out")
+    vocabulary, why = _vocabulary(places, data)
+    if vocabulary is None:
+        where = " or ".join(map(str, places)) or "its data"
+        raise UserError(
+            f"captions of letters need the vocabulary.json of the run, and {where} has none{why}; copy it there"
+        )
+    return partial(lettered, vocabulary), {}
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
@@ -570,59 +582,19 @@ def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder
     return found
 
 
-def has_tokenizer(folder: Folder) -> bool:
-    """Whether a folder holds the file of a tokeniser."""
-    with paths.sentence(folder):
-        return (folder / TOKENIZER).is_file()
-
-
-def tokenizer_digest(file: Folder) -> str:
-    """What tells one tokeniser from another: 16 digits of the digest of its file, or of the one in this folder."""
-    with paths.sentence(file):
-        file = file / TOKENIZER if file.is_dir() else file
-        return sha256(file.read_bytes())[:16]
-
-
-def open_tokenizer(
-    task: Any, places: Sequence[Folder], file: str | None = None, way: str = "with --tokenizer FILE"
-) -> tuple[Tokenizer, str]:
-    """The tokeniser of a task's captions, and the digest of its file.
-
-    Args:
-        places: folders in which it may lie, as of `homes`.
-        file: where it lies; None: in the first of `places` that has one.
-        way: how the user says where it lies.
-
-    Raises:
-        UserError: there is none, or it has more pieces than the task's text encoder knows.
-    """
-    if file is not None:
-        found, digest = Tokenizer(file), tokenizer_digest(Path(file))
-    else:
-        folder = next((place for place in places if has_tokenizer(place)), None)
-        if folder is None:
-            where = f"there is none in {' or '.join(map(str, places))}" if places else "none is known"
-            raise UserError(
-                f"captions need the tokeniser {TOKENIZER}, and {where}; copy it there from "
-                f"where the text encoder is published, or give it {way}"
-            )
-        with paths.here(folder, (TOKENIZER,)) as near:
-            found, digest = Tokenizer(near), tokenizer_digest(near)
-    captions = task.about.captions
-    if captions is not None and captions.vocabulary is not None:
-        found.check(captions.vocabulary)
-    return found, digest
-
-
 def loaded_for(
-    metric: Any, allow: Sequence[str] = (), task: Any = None, places: Sequence[Folder] = ()
+    metric: Any, allow: Sequence[str] = (), task: Any = None, places: Sequence[Folder] = (), data: Any = None
 ) -> dict[str, Any]:
     """What a metric asks for besides the task: the network that its `network()` names, opened, and for one with
-    `captions` the tokeniser of `task`, looked for in `places` unless its field `tokenizer` names a file."""
+    `captions` what makes numbers of those of `task`, looked for in `places` and `data` unless its field `tokenizer` names a file.
+
+    UserError also for captions that do not fit.
+    """
     name = metric.network()
     found: dict[str, Any] = {"network": open_model(name, allow=allow)} if name else {}
     if metric.captions:
-        found["encode"], _ = open_tokenizer(
-            task, places, metric.tokenizer or None, f"in the field tokenizer of the metric {metric.name}"
-        )
+        way = f"in the field tokenizer of the metric {metric.name}"
+        found["encode"], _ = _encode(task, places, data, metric.tokenizer or None, way)
+        if task.about.vocabulary:  # which refuses where a tokeniser cuts
+            metric.check_captions(task, found["encode"])
     return found

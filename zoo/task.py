@@ -94,7 +94,9 @@ class About:
     unit: str = "images"  # what its examples are called
     classes: int = 0  # of `label`; 0: none
     conditions: tuple[str, ...] = ()  # keys of a batch that the sampler is given, besides `label`
-    completes: tuple[str, ...] = ()  # keys that the sampler takes as a start: texts to rewrite
+    completes: tuple[
+        str, ...
+    ] = ()  # keys that the sampler takes as a start: texts to rewrite, images to write captions of
     buffers: tuple[str, ...] = ()  # top-level keys of params that no gradient moves: `after_step` does, or they stay
     networks: Mapping[str, Network] = field(default_factory=dict)  # from elsewhere, by top-level key
     likelihood: Likelihood | None = None  # of what `nll` is, where it can be told in bits
@@ -421,7 +423,7 @@ class Metric(ABC):
     name: ClassVar[str]  # as `zoo eval` takes it
     needs: ClassVar[tuple[type, ...]] = ()  # abilities that it asks of a task
     captions: ClassVar[bool] = (
-        False  # asks for `encode`, the tokeniser of the model's captions, which `tokenizer` may name
+        False  # asks for `encode`, (texts, S) -> ids [N, S] of the model's captions; `tokenizer` may name its file
     )
     uses_data: ClassVar[bool] = True  # False: measures models whose data are not known as well
     saves: ClassVar[str] = ""  # the file beside a model in which `zoo eval` keeps what it found
@@ -444,6 +446,9 @@ class Metric(ABC):
 
     def check_data(self, task: Any, data: Any) -> None:  # noqa: B027
         """UserError where it makes none for the data; asked before a run's first step."""
+
+    def check_captions(self, task: Any, encode: Any) -> None:  # noqa: B027
+        """UserError for captions of letters that do not fit; asked of one with `captions` before a run's first step."""
 
     @abstractmethod
     def __call__(self, *arguments: Any, **loaded: Any) -> dict[str, Any]:

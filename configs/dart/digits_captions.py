@@ -2,7 +2,7 @@
 
     zoo train configs/dart/digits_captions.py
     zoo sample runs/dart-digits_captions prompt="a seven" n=16 guidance=1
-    zoo sample runs/dart-digits_captions form=text from=test n=16
+    zoo sample runs/dart-digits_captions form=text from=test n=16 --out captions
 
 An example has its caption in front of the copies, or where that is dropped behind them. `:draws` and `:reads` are the two halves
 alone, the controls: always in front, and hardly ever.

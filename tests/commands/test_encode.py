@@ -164,8 +164,7 @@ def test_buckets_may_be_multiples_of_more_than_the_factor(root, fitting, capsys)
 
 
 def test_a_run_refuses_captions_of_another_tokenizer(root):
-    assert models.TOKENIZER == tokenizer.NAME
-    made = {"tokenizer": models.tokenizer_digest(root.path / "text")}
+    made = {"tokenizer": tokenizer.digest(root.path / "text")}
     data = SimpleNamespace(place="out", made_with=lambda: made)
     run = SimpleNamespace(data=data, task=SimpleNamespace(about=About(captions=Captions(4))), weights={"text": "text"})
     check_encoders(run, {})

@@ -16,7 +16,9 @@ from zoo.commands import bench
 from zoo.commands.weights import _licence, export
 from zoo.data.captions import template
 from zoo.data.synthetic import Synthetic
+from zoo.data.vocabulary import text8
 from zoo.draws import keys
+from zoo.encoders import tokenizer
 from zoo.encoders.text import T5
 from zoo.encoders.tokenizer import NAME, Tokenizer
 from zoo.encoders.vae import AutoEncoder
@@ -327,15 +329,27 @@ class Echo:
         return {"image": conditions["tokens"].astype("float32").reshape(n, 1, 3, 1)}
 
 
+@dataclass(frozen=True)
+class Spelled(Synthetic):
+    """Whose tokens are letters."""
+
+    def source(self, split, spec=None):
+        source = super().source(split, spec)
+        source.vocabulary = text8()
+        return source
+
+
 def test_sheets_show_captions_of_the_held_out_part():
-    run = Run(Echo(), Synthetic(examples=3, values=99), steps=1, batch=8, samples=Samples(n=4))
-    drawn = []
-    report = SimpleNamespace(
-        away=contextlib.nullcontext, curve=lambda: None, sheet=lambda name, image, *_, **__: drawn.append(image)
-    )
-    loop._Watch(run, report, ()).look(1, SimpleNamespace(params={}, ema={}))
-    source = run.source("test")
-    np.testing.assert_array_equal(drawn[0][:, 0, :, 0], [source[i]["tokens"] for i in (0, 1, 2, 0)])
+    for data, spelled in ((Synthetic(examples=3, values=99), False), (Spelled(examples=3, values=27), True)):
+        run = Run(Echo(), data, steps=1, batch=8, samples=Samples(n=4))
+        drawn = []
+        report = SimpleNamespace(
+            away=contextlib.nullcontext, curve=lambda: None, sheet=lambda _, *of, drawn=drawn, **__: drawn.extend(of)
+        )
+        loop._Watch(run, report, ()).look(1, SimpleNamespace(params={}, ema={}))
+        tokens = [run.source("test")[i]["tokens"] for i in (0, 1, 2, 0)]
+        np.testing.assert_array_equal(drawn[0][:, 0, :, 0], tokens)
+        assert drawn[1] == ([text8().decode(ids).rstrip() for ids in tokens] if spelled else None)
 
 
 def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):
@@ -343,7 +357,7 @@ def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):
     for given in ({"text": "exports/t5"}, {"": "exports/flow"}, {"vae": "lost", "text": "exports/t5"}):
         run = Run(TASK, Synthetic(), steps=1, batch=8, weights=given)
         asked = dataclasses.replace(opened, folder=tmp_path, run=run, step=1)
-        assert models.open_tokenizer(asked.task, asked.homes)[0](["a red cat"], 24)[0].any()
+        assert tokenizer.find(asked.task, asked.homes)[0](["a red cat"], 24)[0].any()
     export(asked, tmp_path / "out", "zoo", 1)
     assert (tmp_path / "out" / "spiece.model").read_bytes() == (root / "t5" / "spiece.model").read_bytes()
     with pytest.raises(UserError, match=r"--format stablehlo: .* takes captions, .*; use --format zoo"):
@@ -351,10 +365,10 @@ def test_what_a_run_names_gives_the_tokeniser(root, model, tmp_path):
     assert not (tmp_path / "program").exists()
     lost = dataclasses.replace(asked, run=dataclasses.replace(run, weights={"text": "lost"}))
     with pytest.raises(UserError, match=rf"there is none in {tmp_path} or lost; copy it there .* --tokenizer FILE"):
-        models.open_tokenizer(lost.task, lost.homes)
+        tokenizer.find(lost.task, lost.homes)
     small = dataclasses.replace(asked, task=dataclasses.replace(TASK, text=dataclasses.replace(TEXT, vocab=9)))
     with pytest.raises(UserError, match=r"pieces, and the text encoder knows 9 \(task.text.vocab\)"):
-        models.open_tokenizer(small.task, small.homes)
+        tokenizer.find(small.task, small.homes)
 
 
 PROMPTED = """

@@ -26,7 +26,7 @@ from zoo.data.prepare_text import prepare_text
 from zoo.data.tokens import Docstrings, Text, check_vocabulary
 from zoo.data.vocabulary import normalise, open_vocabulary
 from zoo.errors import UserError
-from zoo.task import About
+from zoo.task import About, Captions
 from zoo.train.loop import _keep_vocabulary
 
 # vocabularies
@@ -355,6 +355,11 @@ def test_the_vocabulary_of_a_task_must_be_that_of_the_data(book):
     check_vocabulary(task(5), Digits().source("train"))
     with told("27 symbols", "task.vocab=50257", "task.vocab=27"):
         check_vocabulary(task(50257), source)
+    letters = SimpleNamespace(about=About(vocabulary=29, captions=Captions(8)))  # captions without an encoder
+    with told("27 letters", "task.text_width=30", "set task.text_width=28"):
+        check_vocabulary(letters, source)
+    with told("task.captions='letters'", "Captioned(Digits())"):  # as those of a prepared set are a tokeniser's
+        check_vocabulary(letters, Digits().source("train"))
 
 
 def test_a_run_does_not_go_on_with_another_text(book, tmp_path):

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zoo import models
+from zoo.data.captions import Captioned
+from zoo.data.images import Digits
+from zoo.data.vocabulary import characters
 from zoo.errors import UserError
 from zoo.metrics.prompted import Prompted
 from zoo.task import About, Captions, Grid
@@ -27,15 +31,17 @@ class Draws:
     latent: tuple[int, int] = (2, 2)
     channels: int = 1
     image: bool = True
+    letters: int | None = None
 
     Sampling = Shape
 
     @property
     def about(self):
-        return About(conditions=self.given, captions=Captions(3, None, self.template), grid=Grid(self.latent))
+        captions = Captions(3, None, self.template)
+        return About(conditions=self.given, captions=captions, grid=Grid(self.latent), vocabulary=self.letters)
 
     def spec(self, batch):
-        return {key: jax.ShapeDtypeStruct((batch, 3), jnp.int32) for key in ("tokens", "null_tokens")}
+        return {key: jax.ShapeDtypeStruct((batch, 3), jnp.int32) for key in self.given}
 
     def init(self, rng):
         return {"shift": jnp.zeros(())}
@@ -118,6 +124,26 @@ def test_captions_name_the_aspect_ratio_where_they_did_in_training():
         metric = Prompted(Notes({"a": "x"}), options=options)
         metric(Draws(template="aspect"), {"shift": jnp.zeros(())}, None, jax.random.key(0), encode=noted)
         assert texts == [f"\n in a {words} aspect ratio.\n", f"x\n in a {words} aspect ratio.\n"]
+
+
+def test_prompts_of_letters_need_no_tokeniser_and_are_checked_beforehand(tmp_path):
+    """By the vocabulary of the data, before which comes the one beside the model."""
+    task, scorer = Draws(given=("tokens",), letters=27), Notes({"a": "B", "b": "zoo"})
+    metric = Prompted(scorer)
+    loaded = models.loaded_for(metric, task=task, data=Captioned(Digits()))
+    metric(task, {"shift": jnp.zeros(())}, None, jax.random.key(0), **loaded)
+    seen = [scorer.seen[0][one][0][0, 0, 0] for one in "ab"]
+    assert seen == [round((level / 100 + 1) * 127.5) for level in (2, 26)]
+    characters("BozB ").save(tmp_path)
+    encode = models.loaded_for(metric, task=task, places=[tmp_path], data=Captioned(Digits()))["encode"]
+    assert encode(["B", "zoo"], 3)[0].tolist() == [[1, 0, 0], [3, 2, 2]]
+    for fields, data, message in (
+        ({"scorer": Notes({"a": "zoos"})}, Captioned(Digits()), "'zoos' has 4 letters, and the model takes 1 to 3"),
+        ({"tokenizer": "x"}, Captioned(Digits()), "captions of letters need none; leave it out"),
+        ({}, Digits(), r"need the vocabulary\.json of the run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            models.loaded_for(Prompted(**{"scorer": scorer, **fields}), task=task, data=data)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from dart_by_hand import CAPTIONED, MASKS, NESTED, TASK, WRITES, conditions, randomised
 from fresh import fresh
 from mistakes import told
 
-import zoo
-from zoo import config, dist, weights
-from zoo.cli import main
+from zoo import config, dist
 from zoo.data.images import Digits
 from zoo.data.synthetic import Synthetic
-from zoo.data.vocabulary import WORDS, text8
+from zoo.errors import UserError
 from zoo.papers.dart import Dart
 from zoo.papers.dart.metrics import Context
 from zoo.papers.dart.process import Nomad
 from zoo.papers.dart.task import DartSampling, Reader
-from zoo.task import Denoises, Samples, is_text, sample_keys
+from zoo.task import Denoises, Samples, sample_keys
 from zoo.train.loop import train
 
 SCHEDULES = ("copies", "chain")
@@ -125,42 +125,6 @@ def test_of_digits_the_context_tells_what_one_copy_does_not() -> None:
 
 # --- who sees whom, and caches --------------------------------------------------------------------
 
-TASK = Dart(
-    latent=(4, 4),
-    channels=1,
-    classes=3,
-    vae=None,
-    steps=3,
-    width=16,
-    depth=2,
-    head_dim=16,
-    base=100.0,
-    centre=0.1,
-    spread=0.7,
-)
-MASKS = {
-    "blocks": TASK,
-    "same": dataclasses.replace(TASK, mask="same"),
-    "tokens": dataclasses.replace(TASK, mask="tokens"),
-}
-NESTED = dataclasses.replace(TASK, coarse=2, patch=1, depth=1)
-CAPTIONED = dataclasses.replace(TASK, classes=0, text_tokens=3, text_width=8, captions="features")
-WRITES = dataclasses.replace(CAPTIONED, captions="letters", writes=True, steps=2, depth=1)
-
-
-def randomised(task: Any, seed: int = 0) -> Any:
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), weights.abstract(task))
-
-
-def conditions(task: Dart, n: int) -> dict[str, jax.Array]:
-    if task.classes:
-        return {"label": jnp.arange(n) % 4 - 1}
-    if task.captions == "letters":
-        return {"tokens": (jnp.arange(3 * n) % 7).reshape(n, 3)}
-    text, null = (jax.random.normal(jax.random.key(k), (n, 3, 8)) for k in (5, 6))
-    return {"text": text, "null_text": null} if task.text_tokens else {}
-
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_block_changes_no_noisier_one_by_one_bit(mask: str) -> None:
@@ -208,112 +172,6 @@ def test_a_cache_gives_what_the_whole_sequence_does(task: Dart) -> None:
     cached, whole = draw(params)
     np.testing.assert_allclose(cached, whole, atol=1e-4)
     assert np.abs(cached).max() > 0.3
-
-
-def test_small_copies_come_first_and_at_the_place_of_what_they_cover() -> None:
-    """Sizes of blocks, rotations by hand, who sees whom, and errors and loss of both scales."""
-    at, params = NESTED.layout, randomised(NESTED)
-    assert at.spans == (4, 4, 16, 16, 16)
-    angles = at.angles(16, 100.0)
-    small, large = angles[:4].reshape(2, 2, 8), angles[8:24].reshape(4, 4, 8)
-    for i, j in itertools.product(
-        range(2), range(2)
-    ):  # the mean over the four that a small one covers, two steps later
-        np.testing.assert_allclose(
-            small[i, j, 2:], large[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((0, 1))[2:], atol=1e-6
-        )
-    np.testing.assert_allclose(at.angles(16, 100.0)[::4, 0], np.repeat(range(5), np.asarray(at.spans) // 4), atol=1e-6)
-    assert sorted(set(at.places[:8])) == [*range(4)]
-    assert sorted(set(at.places[8:])) == [*range(4, 20)]
-    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
-    pooled = (np.asarray(x).reshape(2, 2, 2, 2, 2).mean((2, 4)) - 0.1) / 0.7
-    np.testing.assert_allclose(NESTED.scales[0].tokens(x), pooled.reshape(2, 4, 1), atol=1e-6)
-    batch = {"latent": x, "latent_std": 0 * x, "label": jnp.arange(2)}
-    copies = [jax.random.normal(jax.random.key(t), (2, t, k, 1)) for t, k in ((2, 4), (3, 16))]
-    seen = NESTED.conditions(params, batch)
-    run = jax.jit(lambda copies: [found for found, _ in NESTED.estimates(params, copies, None, seen)])
-    before = run(copies)
-    for scale, b in ((0, 0), (0, 1), (1, 0), (1, 2)):
-        changed = [copy.at[:, b, -1].add(1.0) if i == scale else copy for i, copy in enumerate(copies)]
-        moved = [np.asarray(a != b).any((0, 2, 3)) for a, b in zip(run(changed), before)]
-        np.testing.assert_array_equal(np.concatenate(moved), np.arange(5) >= 2 * scale + b)
-    keys = jax.random.split(jax.random.key(1), 2)
-    plain, swapped = (jax.jit(NESTED.errors)(params, batch, keys, jnp.asarray(swap)) for swap in (False, True))
-    assert plain.shape == (2, 5)
-    assert (np.asarray(plain == swapped) == [True, False, False, False, False]).all()
-    drawn = jax.eval_shape(lambda: NESTED.sample(params, keys, 2))
-    assert {key: value.shape for key, value in drawn.items()} == {"coarse_latent": (2, 2, 2, 1), "latent": (2, 4, 4, 1)}
-    zeros = [np.square(scale.tokens(x)).mean() * scale.steps for scale in NESTED.scales]
-    cap = dataclasses.replace(NESTED, cap=1.0)  # all weights 1
-    assert float(jax.jit(cap.loss)(fresh(cap), batch, keys[0])[0]) == pytest.approx(sum(zeros) / 5, rel=1e-5)
-    assert "denoise" in NESTED.about.lacks
-
-
-def test_letters_see_those_before_them_and_are_written_as_the_whole_sequence_has_them() -> None:
-    """Front letters 0 to 3, two blocks of four, letters behind: 12 to 15."""
-    params, n, keys = randomised(WRITES), 3, jax.random.split(jax.random.key(0), 3)
-    image = {"latent": jax.random.normal(jax.random.key(1), (n, 4, 4, 1)), "latent_std": jnp.zeros((n, 4, 4, 1))}
-    x0 = WRITES.tokens(image["latent"])
-    copies = WRITES.copies(x0, jax.vmap(lambda key: jax.random.normal(key, (2, 4, 4)))(keys))
-    run = jax.jit(lambda seen, copies: WRITES.read(params, [copies], None, seen))
-    seen = WRITES.conditions(params, conditions(WRITES, n))
-    assert seen is not None
-    [(before, _)], letters = run(seen, copies)
-    assert letters.shape == (n, 8, 7)
-    for j in range(8):  # in the order of the sequence
-        [(found, _)], other = run(seen.at[:, j].set(jnp.roll(seen[:, j], 1, -1)), copies)
-        np.testing.assert_array_equal(np.asarray(other != letters).any((0, 2)), np.arange(8) >= j)
-        assert (found == before).all() == (j >= 4)
-    _, other = run(seen, copies.at[:, 1].add(1.0))
-    np.testing.assert_array_equal(np.asarray(other != letters).any((0, 2)), np.arange(8) >= 4)
-    tokens = jax.jit(lambda: WRITES.sample(params, keys, n, image))()["tokens"]
-    seen = WRITES.conditions(params, {"tokens": tokens}, jnp.ones(n, bool))
-    logits = run(seen, copies)[1][:, 4:7]
-    again = [
-        [int(jax.random.categorical(jax.random.fold_in(key, i), logits[row, i])) for i in range(3)]
-        for row, key in enumerate(keys)
-    ]
-    np.testing.assert_array_equal(tokens, again)
-    batch = {**image, **conditions(WRITES, n)}
-    task, (_, noise, drop, _) = dataclasses.replace(WRITES, drop=0.5), jax.random.split(keys[1], 4)
-    dropped = jax.random.bernoulli(drop, 0.5, (n,))
-    assert 0 < dropped.sum() < n
-    loss = jax.jit(task.loss)(params, batch, keys[1])[1]["letter"]
-    noise = jax.random.normal(noise, (n, 8, 4)).reshape(n, 2, 4, 4)
-    logits = run(WRITES.conditions(params, batch, dropped), WRITES.copies(x0, noise))[1]
-    chances = jax.nn.log_softmax(jnp.where(dropped[:, None, None], logits[:, 4:7], logits[:, :3]))
-    said = jnp.take_along_axis(chances, batch["tokens"][..., None], -1)
-    assert float(loss) == pytest.approx(-float(said.mean()), rel=1e-4)
-
-
-def test_captions_are_read_and_written(tmp_path: Path, capsys: Any) -> None:
-    fields = [f"workdir={tmp_path / 'run'}", "steps=1", "batch=8", "task.width=16", "task.depth=1", "task.steps=2"]
-    run = config.override(config.load("dart/digits_captions"), [*fields, "samples.n=0"])
-    train(run, quiet=True)
-    for fields in (["form=text", "from=test", "n=2"], ["prompt=a 7", "n=2", "guidance=1"]):
-        assert main(["sample", str(tmp_path / "run"), *fields, "--out", str(tmp_path / fields[0])]) == 0
-    assert len((tmp_path / "form=text/000001.txt").read_text().rstrip("\n")) == 8
-    assert (tmp_path / "prompt=a 7/000001.png").exists()
-    model = zoo.load(tmp_path / "run")
-    given, words, _ = model.conditions(None, ["a 7", "a  two"], 3, None)
-    assert given is not None
-    assert words == ["a 7", "a  two", "a 7"]
-    spelled = [text8().decode(row) for row in given["tokens"]]
-    assert spelled == ["a seven ", "a two   ", "a seven "]
-    assert not is_text(run.task)
-    source = run.data.source("test", run.task.spec(1))
-    for i in range(20):
-        example = source[i]
-        assert text8().decode(example["tokens"]).rstrip() == f"a {WORDS[int(example['label'])]}"
-    for fields, words in (
-        (["form=text", "from=other"], "form=text from=SPLIT"),
-        (["from=test"], "form=text from=SPLIT"),
-        (["form=tune"], "form=tune"),
-        (["prompt=a very long text"], "1 to 8"),
-        (["prompt=7", "--tokenizer", "x"], "--tokenizer"),
-    ):
-        assert main(["sample", str(tmp_path / "run"), *fields]) == 2
-        assert words in capsys.readouterr().err
 
 
 # --- samplers with exact denoisers ----------------------------------------------------------------
@@ -491,13 +349,28 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     ):
         with told(*words):
             config.override(smoke, f"task.{field}".split())
+    for fields in (
+        ["width=20"],
+        ["width=48", "head_dim=32"],
+        ["latent=5,7", "patch=1", "coarse=2"],
+    ):  # the way out is one
+        given = {name: value for name, _, value in (field.partition("=") for field in fields)}
+        with pytest.raises(UserError) as error:
+            config.override(smoke, [f"task.{name}={value}" for name, value in given.items()])
+        given |= dict([re.findall(r"task\.(\w+)=([\d,]+)", str(error.value))[-1]])
+        config.override(smoke, [f"task.{name}={value}" for name, value in given.items()])
     with told("task.attention='cudnn'", "task.attention=auto"):
         config.override(smoke, ["task.attention=cudnn", "task.dtype=bfloat16"])
     with told("task.classes=3", "task.text_tokens=3"):
         dataclasses.replace(CAPTIONED, classes=3)
     with told("task.mask='same'", "caption"):
         dataclasses.replace(CAPTIONED, mask="same")
-    for task, given in ((dataclasses.replace(TASK, classes=0), None), (TASK, None)):
+    label = {"label": jnp.zeros(2, jnp.int32)}
+    for task, given in (
+        (dataclasses.replace(TASK, classes=0), None),
+        (TASK, None),
+        (dataclasses.replace(TASK, drop=0.0), label),
+    ):
         with told("guidance=1", "leave guidance out"):
             task.sample(randomised(task), jax.random.key(0), 2, given, DartSampling(1.0))
 

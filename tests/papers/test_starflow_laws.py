@@ -78,6 +78,26 @@ def test_logdet_is_the_jacobians(name):
     assert abs(float(logdet[0])) > 1e-3
 
 
+@pytest.mark.filterwarnings("error")  # guidance without a caption warns
+def test_letters_are_the_features_of_one_hot_vectors():
+    """A caption that is dropped, or not given, is the last of the numbers; the flow behind it is the same."""
+    task = dataclasses.replace(TINY, classes=0, text_tokens=3, text_width=5, captions="letters")
+    same = dataclasses.replace(task, captions="features")
+    assert (task.about.vocabulary, task.given, same.about.vocabulary) == (4, ("tokens",), None)
+    assert (task.stack, weights.abstract(task)) == (same.stack, weights.abstract(same))
+    letters, image = jnp.asarray([[0, 1, 2], [3, 3, 0]]), {"latent": latents(task, 2)}
+    null = {"null_text": jnp.broadcast_to(jax.nn.one_hot(4, 5), (2, 3, 5))}
+    for ours, theirs in (({"tokens": letters}, {"text": jax.nn.one_hot(letters, 5)}), ({}, {})):
+        for drop in (None, jnp.asarray([True, False])):
+            found = task.conditions({}, {**image, **ours}, drop)
+            np.testing.assert_array_equal(found, same.conditions({}, {**image, **theirs, **null}, drop))
+    drawn = jax.eval_shape(
+        lambda p: task.sample(p, jax.random.key(0), 2, {"tokens": letters}, task.Sampling(guidance=1.0)),
+        weights.abstract(task),
+    )
+    assert drawn["latent"].shape == (2, 4, 4, 2)
+
+
 @functools.cache
 def deep(name):
     """What the deep block gives [T + 2, T, 2 D], all at once and in pieces with a cache.

@@ -8,12 +8,13 @@ import numpy as np
 
 from zoo.cameras import project
 from zoo.data.scenes import Scenes
-from zoo.papers.wvd.projection import carried, mended, shared, splat
+from zoo.papers.wvd.projection import carried, mended, shared, splat, told_by_first
 
 SIZE = (6, 9)
 SPLAT = jax.jit(splat, static_argnums=4)
 CARRIED = jax.jit(carried, static_argnums=4)
 MENDED = jax.jit(mended)
+TOLD = jax.jit(told_by_first)
 
 
 def by_hand(points: np.ndarray, seen: np.ndarray, focal: float) -> tuple[np.ndarray, np.ndarray]:
@@ -69,6 +70,11 @@ def test_points_are_carried_into_the_views_of_other_cameras() -> None:
         _, depth = project(e["points"], e["camera"], np.broadcast_to(e["focal"], 4), 48, 48)
         steps = [np.abs(depth - np.roll(depth, by, a)) for a in (1, 2) for by in (-1, 1)]
         flat = np.max(steps, 0) < 0.1 * depth
+        told = np.asarray(TOLD(e["points"], e["seen"], e["camera"], e["focal"]))
+        assert told[0].all()
+        assert 0.4 < told[1:].mean() < 0.95
+        off = np.linalg.norm(found - e["points"], axis=-1) * e["focal"] / depth
+        assert (told == (hit & (off <= 1.5))).all()
         near.append((np.linalg.norm(found - e["points"], axis=-1) < 0.05)[1:][(hit & flat)[1:]])
     assert np.mean(back) >= 0.99
     assert np.concatenate(near).mean() >= 0.95

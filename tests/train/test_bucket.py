@@ -140,6 +140,26 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_ends_as_one_on_this_disk(servic
     assert service.weights(home, "again") == (service.root / "near" / "model.safetensors").read_bytes()
 
 
+def test_an_average_out_of_snapshots_in_a_bucket_is_that_of_this_disk(service: Service) -> None:
+    lines = (
+        "from dataclasses import replace",
+        "from zoo import config as configs",
+        "from zoo.run import Checkpoint",
+        "from zoo.train.averages import Power",
+        f"run = configs.load({CONFIG!r})",
+        "config = replace(run, ema=(Power(0.05), Power(0.2)), checkpoint=Checkpoint(every=8, keep=2, snapshots=4), steps=64)",
+    )
+    (service.root / "averaged.py").write_text("\n".join(lines))
+    home = f"gs://{BUCKET}/runs/averaged"
+    made = []
+    for place, name in ((home, "far-average"), ("averaged", "near-average")):
+        service.run("train", "averaged.py", f"workdir={place}", "mesh.data=1")
+        service.run("export", place, name, "ema=0.1")
+        made.append((service.root / name / "model.safetensors").read_bytes())
+    assert made[0] == made[1]
+    assert {name.split("/")[0] for name in service.names("runs/averaged/snapshots/")} == {str(n) for n in range(4, 64, 4)}
+
+
 def test_sigterm_saves_to_the_bucket(service: Service) -> None:
     child = service.start(
         "train", CONFIG, "steps=4000", "log_every=1", "samples.every=1000", f"workdir=gs://{BUCKET}/runs/two"

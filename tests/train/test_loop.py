@@ -105,24 +105,25 @@ class _BadSource(Source):
 
     def augment(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         # the stream of (seed, position) tells positions apart, which an index in a shuffled epoch does not
-        first = [np.random.default_rng((0, k * self.data.batch, 1)).random() for k in self._bad()]
+        bad = range(self.data.since, min(self.data.since + self.data.lasting, 60))
+        first = [np.random.default_rng((0, k * self.data.batch, 1)).random() for k in bad]
         return {"x": np.full(4, np.nan, np.float32)} if rng.random() in first else example
-
-    def _bad(self) -> range:
-        return range(self.data.since, min(self.data.since + self.data.lasting, 60))
 
 
 @dataclass(frozen=True)
 class Held(Metric):
-    """A metric that counts what it is shown; `kill` sends SIGTERM to this process at that step's look."""
+    """A metric that counts what it is shown; `kill` sends SIGTERM to this process at that step's look, and `full` fails."""
 
     every: int = 0
     kill: bool = False
+    full: bool = False
     name = "held"
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         if self.kill:
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.full:
+            raise UserError("no room for the statistics")
         drawn = float(jax.random.uniform(rng))
         return {"bpd": float(np.abs(params["net"]["in"]["kernel"]).sum()), "bpd_examples": 3, "drawn": drawn}
 
@@ -196,6 +197,15 @@ def test_a_run_leaves_what_it_promises(finished: Finished) -> None:
     assert steps_of(folder) == ["3", "6"]
     about = json.loads((folder / "config.json").read_text())["run"]
     assert (about["batch"], about["task"]["class"].rpartition(".")[2]) == (8, "Wide")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    training = [r for r in records if "loss" in r]
+    held = [r for r in records if "loss" not in r]
+    assert [r["step"] for r in training] == [1, 2, 3, 4, 5, 6]  # each once
+    assert [r["step"] for r in held] == [3, 6]
+    assert all(set(r) >= {"loss", "bits", "grad_norm", "skipped"} and "bpd" not in r for r in training)
+    assert all(set(r) == {"step", "time", "bpd", "bpd_examples", "drawn", "weights"} for r in held)
+    assert {r["drawn"] for r in held} == {float(jax.random.uniform(key_of(RUN.seed, Use.LOOKS)))}
+    assert {r["weights"] for r in held} == {"ema"}
 
 
 def test_three_steps_and_three_more_equal_six(
@@ -357,6 +367,7 @@ def test_a_folder_of_something_else_is_refused_and_stays(
 
 
 SMALL = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8)
+FLOW = dataclasses.replace(SMALL, blocks=1)
 
 
 @pytest.mark.parametrize(
@@ -389,18 +400,13 @@ def test_twenty_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     assert [r["step"] for r in records] == list(range(1, 24))
     assert [r["skipped"] for r in records[:6]] == [0, 0, 0, 0, 1, 2]
     assert steps_of(tmp_path / "run") == ["18", "21"]
-
-
-def test_fewer_bad_steps_are_lived_through_and_counted() -> None:
+    # fewer are lived through, and counted
     state = go(None, data=Bad(since=2, lasting=19), steps=24)
     assert (int(state.step), int(state.skipped), int(state.streak)) == (24, 19, 0)
     assert np.isfinite(plain(state)["params/net/in/kernel"]).all()
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
-
-
-FLOW = dataclasses.replace(SMALL, blocks=1)
 
 
 @dataclass(frozen=True)
@@ -415,25 +421,24 @@ class Taught(Wide):
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """An export of a TarFlow whose first layer has the shapes of `Wide`."""
-    task = FLOW
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), weights.abstract(task))
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), weights.abstract(FLOW))
     folder = tmp_path_factory.mktemp("export") / "model"
-    weights.save(folder, params, {"format": 1, "task": config.dump(task), "data": None, "labels": []}, "")
+    weights.save(folder, params, {"format": 1, "task": config.dump(FLOW), "data": None, "labels": []}, "")
     return folder, params
 
 
 def test_weights_of_another_model_fill_what_fits_and_are_reported(
     export: Export, caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, given = export
-    monkeypatch.setattr(models, "given_weights", lambda *_, **__: {"": {"net": given["block0"]}})
+    block = export[1]["block0"]
+    monkeypatch.setattr(models, "given_weights", lambda *_, **__: {"": {"net": block}})
     frozen = AdamW(lr=1e-30, final_lr=1e-30, weight_decay=0.0, schedule="constant")
     fields = {"weights": {"": "x"}, "optim": frozen, "steps": 1}
     with caplog.at_level(logging.INFO, "zoo"):
         state = go(tmp_path / "run", **fields)
     for tree in (state.params, state.ema):
-        chex.assert_trees_all_equal(jax.device_get(tree["net"]["in"]), given["block0"]["in"])
+        chex.assert_trees_all_equal(jax.device_get(tree["net"]["in"]), block["in"])
     monkeypatch.setattr(models, "given_weights", lambda *_, **__: {})
     fresh = go(None, **{**fields, "weights": None})
     chex.assert_trees_all_equal(state.params["net"]["last"], fresh.params["net"]["last"])
@@ -444,9 +449,8 @@ def test_weights_of_another_model_fill_what_fits_and_are_reported(
 
 
 def test_weights_are_read_at_the_start_only(export: Export, tmp_path: Path) -> None:
-    folder, _ = export
     gone = tmp_path / "moved"
-    os.symlink(folder, gone)
+    os.symlink(export[0], gone)
     fields = {"task": Taught(), "weights": {"teacher": f"{gone}:block0"}}
     go(tmp_path / "run", steps=3, **fields)
     gone.unlink()
@@ -475,10 +479,7 @@ def test_frozen_networks_that_would_stay_random_are_refused(tmp_path: Path, monk
     go(tmp_path / "run", **fields, weights={"teacher": "x"})
     given = {}
     assert go(tmp_path / "run", **{**fields, "steps": 2}, weights={"teacher": "x"}).params["teacher"]["bias"].sum() == 3
-
-
-def test_frozen_networks_that_are_filled_in_part_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "given_weights", lambda *_, **__: {"": {"net": {"last": {"kernel": np.ones((8, 1))}}}})
+    given = {"": {"net": {"last": {"kernel": np.ones((8, 1))}}}}  # a part
     monkeypatch.setattr(Pupil, "about", About(networks={"net": Network()}))
     with told("weights['']=x", "2 of the 3", "net/in/b"):
         go(None, task=Pupil(), data=Bad(since=10**6), weights={"": "x"})
@@ -496,27 +497,14 @@ def test_frozen_networks_that_are_filled_in_part_are_refused(monkeypatch: pytest
 def test_wrong_weights_leave_the_folder_to_the_right_ones(
     export: Export, tmp_path: Path, part: str, reference: str, words: str
 ) -> None:
-    folder, _ = export
+    folder, params = export
     with told("weights", *words.split()):
         go(tmp_path / "run", task=Taught(), weights={part: f"{folder}{reference}"})
     state = go(tmp_path / "run", task=Taught(), weights={"teacher": f"{folder}:block0"}, steps=1)
-    chex.assert_trees_all_equal(jax.device_get(state.params["teacher"]["in"]), export[1]["block0"]["in"])
+    chex.assert_trees_all_equal(jax.device_get(state.params["teacher"]["in"]), params["block0"]["in"])
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
-
-
-def test_metrics_hold_each_step_once_and_bpd_is_the_held_out_figure_alone(finished: Finished) -> None:
-    folder, _ = finished
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    training = [r for r in records if "loss" in r]
-    held = [r for r in records if "loss" not in r]
-    assert [r["step"] for r in training] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in held] == [3, 6]
-    assert all(set(r) >= {"loss", "bits", "grad_norm", "skipped"} and "bpd" not in r for r in training)
-    assert all(set(r) == {"step", "time", "bpd", "bpd_examples", "drawn", "weights"} for r in held)
-    assert {r["drawn"] for r in held} == {float(jax.random.uniform(key_of(RUN.seed, Use.LOOKS)))}
-    assert {r["weights"] for r in held} == {"ema"}
 
 
 def test_an_evaluation_sees_the_average_where_there_is_one_and_says_so(finished: Finished, tmp_path: Path) -> None:
@@ -534,17 +522,9 @@ def test_an_evaluation_sees_the_average_where_there_is_one_and_says_so(finished:
 # ---------------------------------------------------------------------------------------- looks that cannot be, or that fail
 
 
-@dataclass(frozen=True)
-class Failing(Held):
-    """A metric that fails when it is called."""
-
-    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
-        raise UserError("no room for the statistics")
-
-
 def test_a_figure_that_fails_costs_no_step(tmp_path: Path) -> None:
     with told("no room"):
-        go(tmp_path / "run", steps=2, evals=(Failing(),), checkpoint=Checkpoint(every=100))
+        go(tmp_path / "run", steps=2, evals=(Held(full=True),), checkpoint=Checkpoint(every=100))
     assert steps_of(tmp_path / "run") == ["2"]
     assert int(go(tmp_path / "run", steps=2, checkpoint=Checkpoint(every=100)).step) == 2
 
@@ -589,16 +569,13 @@ def test_a_profile_covers_its_steps_and_changes_no_number(
     assert list((tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz"))
 
 
-@pytest.mark.parametrize("span", [(0, 2), (3, 2), (5, 7)])
-def test_other_profiles_are_refused_before_a_folder_is_made(tmp_path: Path, span: tuple[int, int]) -> None:
-    with told("--profile {}:{}".format(*span)):
-        train(dataclasses.replace(RUN, workdir=str(tmp_path / "run")), quiet=True, profile=span)
+def test_profiles_of_other_steps_are_refused(tmp_path: Path) -> None:
+    for span in ((0, 2), (3, 2), (5, 7)):
+        with told("--profile {}:{}".format(*span)):
+            train(dataclasses.replace(RUN, workdir=str(tmp_path / "run")), quiet=True, profile=span)
     assert not (tmp_path / "run").exists()
     with told("--profile", "folder"):
         train(RUN, quiet=True, profile=(1, 2))
-
-
-def test_a_profile_of_steps_that_were_taken_before_is_refused(tmp_path: Path) -> None:
     go(tmp_path / "run", steps=3)
     for steps, span, words in ((6, (3, 5), "(4 to 6)"), (3, (2, 3), "finished at 3")):
         with told(words):

@@ -67,7 +67,7 @@ def check_form(task: Any, form: str | None, split: str | None, texts: Sequence[s
         raise UserError(f"form={form} is no form of samples; write form=text from=test, or form=image")
     if form != "text" and split is None:
         return False
-    can = task.about.vocabulary and not is_text(task)
+    can = task.about.completes and not is_text(task)
     if not can or form != "text" or split not in ("train", "test") or texts is not None:
         way = (
             "write form=text from=test, without prompt="
@@ -80,10 +80,11 @@ def check_form(task: Any, form: str | None, split: str | None, texts: Sequence[s
 
 def pictures(model: Any, split: str, n: int) -> dict[str, np.ndarray]:
     """What captions of n images are written from: the first of a split, again from the beginning where these are fewer."""
-    spec = {key: value for key, value in model.task.spec(1).items() if key in ("image", "latent", "latent_std")}
     source = model.data.source(split, model.task.spec(1))
+    if not len(source):
+        raise UserError(f"from={split}: the {split} split of the model's data is empty; take the other one, from=")
     rows = [source[i % len(source)] for i in range(n)]
-    return {key: np.stack([row[key] for row in rows]) for key in spec}
+    return {key: np.stack([row[key] for row in rows]) for key in model.task.about.completes}
 
 
 def _count(lines: Sequence[str]) -> str:

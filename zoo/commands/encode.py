@@ -17,7 +17,7 @@ from zoo.data.latents import encode_set
 from zoo.data.prepare import Report
 from zoo.encoders import text as text_encoder
 from zoo.encoders import vae as autoencoder
-from zoo.encoders.tokenizer import NAME
+from zoo.encoders.tokenizer import NAME, digest, held
 from zoo.errors import UserError, suggest
 from zoo.task import Decodes, Params, Reads
 
@@ -172,7 +172,7 @@ class _Text:
         if not isinstance(task, Reads):
             raise UserError(f"--encode text={name}: {type(task).__name__} is no text encoder; {_HOW['text']}")
         file = Path(tokenizer) if tokenizer is not None else None
-        if file is None and isinstance(folder, Path) and models.has_tokenizer(folder):
+        if file is None and isinstance(folder, Path) and held(folder):
             file = folder / NAME
         if file is None:
             raise UserError(
@@ -186,7 +186,7 @@ class _Text:
         self.length, self.cut = int(task.tokens), 0
         self.about = {
             "window": str(self.length),
-            "tokenizer": models.tokenizer_digest(file),
+            "tokenizer": digest(file),
         }
         self._net: _Net | None = None
         if features:  # else the tokens say all, and the network, which may be large, is not even opened

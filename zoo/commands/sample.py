@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -225,8 +226,8 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
         if not paths.in_bucket(out):  # where there are no folders
             out.mkdir(parents=True, exist_ok=True)
         inside = paths.names(out)
-        filled = any(name[:1].isdigit() and name.endswith(suffix) for name in inside)
-        if path.name in inside and filled:
+        filled = {Path(name).suffix for name in inside if name[:1].isdigit()}
+        if path.name in inside and filled & {".png", ".txt"}:  # whichever the model draws this time
             with paths.sentence(path):
                 text = path.read_text()
             differ = differences(json.loads(text), json.loads(json.dumps(settings)))
@@ -234,7 +235,7 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
                 raise UserError(
                     f"{out} holds samples drawn with other settings ({'; '.join(differ[:3])}); choose another --out"
                 )
-        elif filled:
+        elif suffix in filled:
             kind = {".png": "images", ".txt": "texts"}.get(suffix, "clips")
             raise UserError(f"{out} holds {kind} that zoo did not draw; choose another --out")
         else:

@@ -14,8 +14,9 @@ import numpy as np
 from zoo import config, dist, models, paths, weights
 from zoo.commands.text import files
 from zoo.diffusion.energies import scored
+from zoo.encoders import tokenizer
 from zoo.errors import UserError
-from zoo.models import TOKENIZER, Model, has_tokenizer, homes, vocabulary_of
+from zoo.models import Model, homes, vocabulary_of
 from zoo.paths import Folder
 from zoo.run import Run
 from zoo.task import Noted, Published, Samples, abilities, call, is_text, paper, sampling, speed, trace_of
@@ -42,9 +43,9 @@ def _licence(model: Model) -> str | None:
 def _tokenizer(places: Iterable[Folder]) -> dict[str, bytes]:
     """The file of the tokeniser in the first of these folders that has it."""
     for folder in places:
-        if has_tokenizer(folder):
-            with paths.sentence(folder / TOKENIZER):
-                return {TOKENIZER: (folder / TOKENIZER).read_bytes()}
+        if tokenizer.held(folder):
+            with paths.sentence(folder / tokenizer.NAME):
+                return {tokenizer.NAME: (folder / tokenizer.NAME).read_bytes()}
     return {}
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from zoo.data.pipeline import Data, Example, Source
-from zoo.data.vocabulary import WORDS, Vocabulary, text8
+from zoo.data.vocabulary import WORDS, Vocabulary, normalise, text8
 from zoo.errors import UserError, suggest
 from zoo.fields import check_fields
 
@@ -92,7 +92,8 @@ def as_tokens(
     n: int,
     aspect: str | None,
 ) -> dict[str, np.ndarray]:
-    """What a sampler is given for n captions: `tokens` and `null_tokens` [n, S] int32; without texts `null_tokens` alone.
+    """What a sampler is given for n captions: `tokens` and, where it takes them, `null_tokens` [n, S] int32; without texts
+    these alone.
 
     Sample i has text i modulo their number.
 
@@ -101,25 +102,30 @@ def as_tokens(
         aspect: as of `framed`.
     """
     length = task.about.captions.tokens
-    null, _ = encode([template("", aspect=aspect)], length)
-    found = {"null_tokens": np.repeat(null, n, 0)}
+    found: dict[str, np.ndarray] = {}
+    if "null_tokens" in task.about.conditions:
+        null, _ = encode([template("", aspect=aspect)], length)
+        found = {"null_tokens": np.repeat(null, n, 0)}
     if texts is not None:
         ids, _ = encode([template(text, aspect=aspect) for text in texts], length)
         found = {"tokens": ids[np.arange(n) % len(texts)], **found}
     return found
 
 
-def lettered(vocabulary: Vocabulary, texts: Sequence[str], length: int) -> np.ndarray:
-    """Captions as letters [N, length] int32, filled up with blanks. UserError for one that is longer or has no letters."""
+def lettered(
+    vocabulary: Vocabulary, texts: Sequence[str], length: int, way: str = "give another"
+) -> tuple[np.ndarray, list[int]]:
+    """Captions as letters [N, length] int32, filled up with blanks, and how much of each did not fit: nothing.
+
+    UserError, which says the `way` out, for one that is longer or has no letters.
+    """
     rows = []
     for text in texts:
         ids = vocabulary.encode(vocabulary.normalise(text), f"the caption {text!r}")
         if not 0 < len(ids) <= length:
-            raise UserError(
-                f"the caption {text!r} has {len(ids)} letters, and the model takes 1 to {length}; give another"
-            )
+            raise UserError(f"the caption {text!r} has {len(ids)} letters, and the model takes 1 to {length}; {way}")
         rows.append(np.concatenate([ids, np.tile(vocabulary.encode(" "), length - len(ids))]).astype(np.int32))
-    return np.stack(rows)
+    return np.stack(rows), [0] * len(rows)
 
 
 # Captions made of classes
@@ -134,10 +140,28 @@ class Captioned(Data):
 
     data: Data
     words: tuple[str, ...] = WORDS  # for each class
-    template: str = "a {}"
+    template: str = "a {}"  # {}: the word
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
+        if self.template.count("{}") != 1 or set("{}") & set(self.template.replace("{}", "")):
+            raise UserError(
+                f"data.template={self.template!r} has no one place for the word; write it as {{}}, e.g. 'a {{}}'"
+            )
+
+    @property
+    def place(self) -> str:
+        """Where the images lie."""
+        return self.data.place
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether a random half of the images is mirrored."""
+        return self.data.mirrored
+
+    def made_with(self) -> dict[str, str]:
+        """What encoders made the images' latents. Their captions are others."""
+        return {key: made for key, made in self.data.made_with().items() if key not in ("tokenizer", "template")}
 
     def fingerprint(self, split: str) -> str | None:
         """That of the images."""
@@ -150,17 +174,23 @@ class Captioned(Data):
     def source(self, split: str, spec: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> _Captioned:
         """The examples of a split. UserError where a caption is longer than those of the task, or a class has no word."""
         source = self.data.source(split, spec)
-        texts = [self.template.format(word) for word in self.words]
+        texts = [normalise(self.template.format(word)) for word in self.words]
+        if not source.labels:
+            raise UserError(
+                f"{type(self.data).__name__} has no classes to make captions of; give data.data with labels"
+            )
         if len(source.labels) > len(texts):
             raise UserError(f"data.words has {len(texts)} words for {len(source.labels)} classes; give one for each")
-        length = spec["tokens"].shape[1] if spec else max(map(len, texts))
-        return _Captioned(source, lettered(text8(), texts, length))
+        longest = max(map(len, texts))
+        length = spec["tokens"].shape[1] if spec and "tokens" in spec else longest
+        ids, _ = lettered(text8(), texts, length, f"set task.text_tokens={longest}, or other data.words")
+        return _Captioned(source, ids)
 
 
 class _Captioned(Source):
     def __init__(self, source: Source, ids: np.ndarray) -> None:
         self._source, self._ids, self.labels, self.augment = source, ids, source.labels, source.augment
-        self.vocabulary = text8()
+        self.groups, self.aspects, self.vocabulary = source.groups, source.aspects, text8()
 
     def __len__(self) -> int:
         return len(self._source)

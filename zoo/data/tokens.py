@@ -172,8 +172,19 @@ class TokenSource(Source):
 
 
 def check_vocabulary(task: Any, source: Source) -> None:
-    """UserError when the task's vocabulary is not of as many symbols as the data have."""
+    """UserError when the task's vocabulary is not of as many symbols as the data have, or these have no letters for captions."""
     vocabulary, vocab = source.vocabulary, task.about.vocabulary
+    if vocab is not None and task.about.captions is not None:
+        if vocabulary is None:
+            raise UserError(
+                "task.captions='letters' takes captions of letters, and the data have none; give data such as "
+                "Captioned(Digits()), or another task.captions"
+            )
+        if vocab != vocabulary.size:
+            raise UserError(
+                f"the captions of the data have {vocabulary.size} letters, and task.text_width={vocab + 1} is of {vocab} and one "
+                f"for none; set task.text_width={vocabulary.size + 1}"
+            )
     if vocabulary is not None and vocab is not None and vocab != vocabulary.size:
         raise UserError(f"the data has {vocabulary.size} symbols, task.vocab={vocab}; set task.vocab={vocabulary.size}")
 

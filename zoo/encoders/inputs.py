@@ -169,18 +169,26 @@ class Inputs:
         return {**params, "text": self.text.init(two)} if self.text else params
 
     def posterior(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-        """Mean and standard deviation of the autoencoder's posterior [B, H, W, C]; the pixels and None where there is none."""
+        """Mean and standard deviation of the autoencoder's posterior [B, H, W, C]; of pixels, and of latents without it, None."""
         if self.inputs == "pixels":
             return batch["image"], None
         if self.inputs == "images":
             assert self.vae is not None
             return jax.lax.stop_gradient(self.vae.encode(params["vae"], batch["image"]))
-        return batch["latent"], batch["latent_std"]
+        return batch["latent"], batch.get("latent_std")
 
     def clean(self, params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        """What is modelled before noise is added [B, H, W, C]: a draw from the autoencoder's posterior, or the pixels."""
+        """What is modelled before noise is added [B, H, W, C]: a draw from the autoencoder's posterior, or the pixels.
+
+        Args:
+            rng: one key, or one for each example.
+        """
         mean, std = self.posterior(params, batch)
-        return mean if std is None else mean + std * jax.random.normal(rng, mean.shape)
+        if std is None:
+            return mean
+        if not jnp.ndim(rng):
+            return mean + std * jax.random.normal(rng, mean.shape)
+        return mean + std * jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(rng)
 
     def conditions(self, params: Params, batch: Batch, drop: jax.Array | None = None) -> jax.Array | None:
         """The condition tokens [B, S, E]: one-hot classes or letters, or the features of captions; None for an unconditional model.

@@ -1,4 +1,4 @@
-"""Captions to token ids by a published sentencepiece model."""
+"""Captions to token ids by a published sentencepiece model, and where its file is looked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from zoo import paths
 from zoo.errors import UserError
+from zoo.files import sha256
+from zoo.paths import Folder
 
 NAME = "spiece.model"
 PAD, END = 0, 1  # ids, the same in every published T5
@@ -105,3 +108,50 @@ class Tokenizer:
 
 def _short(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+# Files
+
+
+def held(folder: Folder) -> bool:
+    """Whether a folder holds the file of a tokeniser."""
+    with paths.sentence(folder):
+        return (folder / NAME).is_file()
+
+
+def digest(file: Folder) -> str:
+    """What tells one tokeniser from another: 16 digits of the digest of its file, or of the one in this folder."""
+    with paths.sentence(file):
+        file = file / NAME if file.is_dir() else file
+        return sha256(file.read_bytes())[:16]
+
+
+def find(
+    task: Any, places: Sequence[Folder], file: str | None = None, way: str = "with --tokenizer FILE"
+) -> tuple[Tokenizer, str]:
+    """The tokeniser of a task's captions, and the digest of its file.
+
+    Args:
+        places: folders in which it may lie.
+        file: where it lies; None: in the first of `places` that has one.
+        way: how the user says where it lies.
+
+    Raises:
+        UserError: there is none, or it has more pieces than the task's text encoder knows.
+    """
+    if file is not None:
+        found, which = Tokenizer(file), digest(Path(file))
+    else:
+        folder = next((place for place in places if held(place)), None)
+        if folder is None:
+            where = f"there is none in {' or '.join(map(str, places))}" if places else "none is known"
+            raise UserError(
+                f"captions need the tokeniser {NAME}, and {where}; copy it there from where the text encoder is published, or "
+                f"give it {way}"
+            )
+        with paths.here(folder, (NAME,)) as near:
+            found, which = Tokenizer(near), digest(near)
+    captions = task.about.captions
+    if captions is not None and captions.vocabulary is not None:
+        found.check(captions.vocabulary)
+    return found, which

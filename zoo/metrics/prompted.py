@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ from zoo.fields import Count, Whole, check_fields
 from zoo.metrics.drawing import rgb
 from zoo.metrics.samples import drawer, image_shape
 from zoo.task import Metric, Options, Params, Samples, options_of
+
+Encode: TypeAlias = Callable[[Sequence[str], int], tuple[np.ndarray, Any]]  # (texts, S) -> ids [N, S], what did not fit
 
 
 @runtime_checkable
@@ -45,7 +47,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Prompted(Metric):
-    """The figures that a scorer gives images of its prompts; for tasks whose captions are tokens."""
+    """The figures that a scorer gives images of its prompts; for tasks whose captions are tokens or letters."""
 
     scorer: Any = None  # a paper's; a config sets it
     images: Count = 1  # of each prompt
@@ -56,7 +58,7 @@ class Prompted(Metric):
 
     name = "prompted"
     needs = (Samples,)
-    captions = True  # asks for a tokeniser
+    captions = True
     uses_data = False
 
     def __post_init__(self) -> None:
@@ -89,26 +91,26 @@ class Prompted(Metric):
             raise UserError(f"the metric prompted needs a task that takes captions, and this {kind} takes none")
         options_of(task, self.options, "options of the metric prompted")
 
-    def __call__(
-        self,
-        task: Any,
-        params: Params,
-        data: Any,
-        rng: jax.Array,
-        encode: Callable[[Sequence[str], int], tuple[np.ndarray, Any]],
-    ) -> dict[str, Any]:
+    def check_captions(self, task: Any, encode: Encode) -> None:
+        """UserError for a prompt that letters do not spell, or not in so many."""
+        self._conditions(task, encode, list(self.scorer.prompts().values()))
+
+    def _conditions(self, task: Any, encode: Encode, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        return as_tokens(task, encode, texts, len(texts), framed(task, self.options.get("grid")))
+
+    def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array, encode: Encode) -> dict[str, Any]:
         """What the scorer measures. Sample i depends on (rng, i) and its prompt alone; those not finite are left out.
 
         Among several processes all draw and process 0 scores.
 
         Args:
-            encode: the tokeniser, (texts, S) -> ids [N, S] and what did not fit.
+            encode: what makes numbers of captions.
         """
         self._check(task)
         prompts = self.scorer.prompts()
         ids = [one for one in prompts for _ in range(self.images)]
         texts = [prompts[one] for one in ids]
-        conditions = as_tokens(task, encode, texts, len(texts), framed(task, self.options.get("grid")))
+        conditions = self._conditions(task, encode, texts)
         draw, drawn = drawer(task, self.options), []
         for first in range(0, len(texts), self.batch):
             rows = np.arange(first, first + self.batch, dtype=np.int32)  # one shape: the last batch begins again

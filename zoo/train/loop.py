@@ -197,14 +197,17 @@ class _Watch:
         self.run, self.report, self.labels = run, report, labels
         self.kind = "ema" if run.ema else "raw"
         homes = models.homes(None, run.weights)
-        self.loaded = [models.loaded_for(metric, task=run.task, places=homes) for metric in run.evals]
+        self.loaded = [models.loaded_for(m, task=run.task, places=homes, data=run.data) for m in run.evals]
         self.series = _told_apart(run.evals)
         self.vocabulary = _vocabulary(run)
         n = run.samples.n
         self.draw = None
+        self.captions: list[str] | None = None
         if n and isinstance(run.task, Samples):
             self.draw = jax.jit(make_sampler(run.task, n, run.samples.options))
             self.conditions = _held_out(run, n)
+            if self.conditions and self.vocabulary:  # letters
+                self.captions = [spelled(ids, self.vocabulary).rstrip() for ids in self.conditions["tokens"]]
 
     def due(self, step: int, every: int) -> bool:
         return step == self.run.steps or (every > 0 and step % every == 0)
@@ -222,7 +225,7 @@ class _Watch:
             if sheet and self.draw is not None:
                 drawn = hosts.fetch(self.draw(params, key_of(run.seed, Use.LOOKS), self.conditions))
                 if "image" in drawn:
-                    names = [class_name(self.labels, i) for i in drawn["label"]] if "label" in drawn else None
+                    names = [class_name(self.labels, i) for i in drawn["label"]] if "label" in drawn else self.captions
                     self.report.sheet("samples", drawn["image"], names, step=step, metadata=about)
                 elif is_text(run.task):
                     texts = [spelled(ids, self.vocabulary) for ids in drawn["tokens"]]
@@ -408,7 +411,7 @@ def train(
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
         _check_labels(run, labels)
-        if run.task.about.vocabulary:
+        if run.task.about.vocabulary and not run.data.made_up:
             check_vocabulary(run.task, run.source("train"))
         _check_shapes(run)
         _check_looks(run)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo import config, models, weights
+from zoo.encoders import tokenizer
 from zoo.errors import UserError
 from zoo.run import Run
 from zoo.task import Params
@@ -57,13 +58,13 @@ def check_encoders(run: Run, given: Mapping[str, Params]) -> None:
 def _check_tokenizer(run: Run, made: str) -> None:
     """UserError when the tokeniser beside the run's text encoder is another than that of the data's captions."""
     try:
-        found = next((home for home in models.homes(None, run.weights) if models.has_tokenizer(home)), None)
-        here = None if found is None else models.tokenizer_digest(found)
+        found = next((home for home in models.homes(None, run.weights) if tokenizer.held(home)), None)
+        here = None if found is None else tokenizer.digest(found)
     except UserError:  # a resumed run does without the folder
         return
     if here not in (None, made):
         raise UserError(
-            f"data.path={run.data.place} holds captions of another tokeniser (digest {made}) than {found}/{models.TOKENIZER} "
+            f"data.path={run.data.place} holds captions of another tokeniser (digest {made}) than {found}/{tokenizer.NAME} "
             f"(digest {here}), beside weights.text; encode the captions again with `zoo prepare --encode text={found}`, or "
             "put the file there that they were encoded with"
         )

@@ -20,7 +20,7 @@ from msgspec import Meta
 from zoo.diffusion.sampling import noises
 from zoo.dist import whole
 from zoo.encoders.inputs import Inputs
-from zoo.errors import UserError, check_divisor
+from zoo.errors import UserError
 from zoo.fields import Count, Dtype, Layers, NonNegative, Offset, Positive, Side, Size, check_fields
 from zoo.flows.inverse import Stepper, sequential
 from zoo.nn.attention import Backend, check_backend, reaches, reaching
@@ -45,6 +45,11 @@ class DartSampling:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+def _apart(keys: jax.Array, use: int) -> jax.Array:
+    """Keys [B] of their own for another use of each of these."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, use)
 
 
 class Reader(NamedTuple):
@@ -92,11 +97,15 @@ class Dart(Inputs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_divisor("head_dim", self.head_dim, "width", self.width)
         if self.head_dim % 16:
             raise UserError(
                 f"task.head_dim={self.head_dim} is not shared out among step, row and column, a quarter and three eighths twice of "
                 "its pairs; choose a multiple of 16"
+            )
+        if self.width % self.head_dim:
+            raise UserError(
+                f"task.head_dim={self.head_dim} does not divide task.width={self.width}; choose a multiple of it, e.g. "
+                f"task.width={-(-self.width // self.head_dim) * self.head_dim}"
             )
         check_backend(self.attention, self.dtype)
         if self.attention == "cudnn" and self.mask != "tokens":
@@ -108,9 +117,10 @@ class Dart(Inputs):
         if self.text_tokens and self.mask == "same":
             raise UserError("task.mask='same' hides the caption too; set task.text_tokens=0, or another mask")
         if self.coarse and any(n % (2 * self.patch) for n in self.latent):
+            fits = ",".join(str(-(-n // (2 * self.patch)) * 2 * self.patch) for n in self.latent)
             raise UserError(
                 f"task.coarse={self.coarse} models half of task.latent={self.latent} first, which task.patch={self.patch} must "
-                "divide too, e.g. task.latent=32,32"
+                f"divide too, e.g. task.latent={fits}"
             )
         if self.coarse and (self.mask == "tokens" or self.head == "flow"):
             raise UserError(
@@ -135,7 +145,9 @@ class Dart(Inputs):
             lacks["denoise"] = "task.coarse; its estimates know coarser copies"
         elif self.inputs == "images":
             lacks["denoise"] = "task.inputs='images'; latents are what is denoised"
-        return About(**self.told, tokens=self.layout.slots, lacks=lacks)
+        # the letters behind an image are trained where those before it are dropped
+        completes = tuple(key for key in self.spec(1) if key not in self.given) if self.writes and self.drop else ()
+        return About(**self.told, tokens=self.layout.slots, completes=completes, lacks=lacks)
 
     @property
     def process(self) -> Nomad:
@@ -240,6 +252,11 @@ class Dart(Inputs):
         """The number of the copy [N] that a token is of, in the order of `parts`."""
         sizes = [scale.rows * scale.columns for scale in self.scales for _ in range(scale.steps)]
         return np.repeat(np.arange(len(sizes)), sizes)
+
+    def _noise(self, keys: jax.Array) -> list[jax.Array]:
+        """Of the copies of each scale [B, T, K, D], an example's from its own key of `keys` [B]."""
+        shape = len(self._blocks), self.dims
+        return self.parts(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
 
     def parts(self, x: jax.Array) -> list[jax.Array]:
         """Of all tokens [B, N, W] those of each scale's copies, [B, T, K, W]."""
@@ -360,10 +377,10 @@ class Dart(Inputs):
         Args:
             swap: bool []; whether the earlier copies are of the next example of the batch, with the same noise.
         """
-        x = self.clean(params, batch, keys[0])
+        x = self.clean(params, batch, _apart(keys, 0))
         x0 = [scale.tokens(x) for scale in self.scales]
         condition, blocks = self.conditions(params, batch), self._blocks
-        eps = self.parts(jax.vmap(lambda key: jax.random.normal(key, (len(blocks), self.dims)))(keys))
+        eps = self._noise(keys)
         own, other = (
             [scale.copies(jnp.roll(x, by, 0), e) for scale, x, e in zip(self.scales, x0, eps)] for by in (0, -1)
         )
@@ -421,19 +438,27 @@ class Dart(Inputs):
         Args:
             rng: one key, or n keys.
             conditions: `label` [n] (negative: none), or the keys of `given`. None: neither class nor caption. Of a model that
-                writes, `image` (or `latent` and `latent_std`), without a caption: it is what captions are written of.
+                writes, `image` (or `latent`, with `latent_std` a draw around it), without a caption: what captions are written of.
             options: None: the defaults.
 
         Returns:
             As `Inputs.drawn`, and with `coarse` the small `image` and `latent` that came first under these names with `coarse_`
-            in front; or captions, `tokens` [n, S]. UserError for guidance where there is neither class nor caption.
+            in front; or captions, `tokens` [n, S]. UserError for guidance where there is neither class nor caption to draw from.
         """
         o, keys = options or DartSampling(), sample_keys(rng, n)
         if self.writes and {"image", "latent"} & set(conditions or {}):
+            if o.guidance:
+                raise UserError(
+                    f"guidance={o.guidance:g} is of images, and captions are written here; leave guidance out"
+                )
             return {"tokens": self._written(params, conditions or {}, keys)}
         if o.guidance and not self.asked(conditions):
             raise UserError(
                 f"guidance={o.guidance:g} compares a class or a caption with none, and there is neither here; leave guidance out"
+            )
+        if o.guidance and not self.drop:
+            raise UserError(
+                f"guidance={o.guidance:g} compares with no class or caption, which task.drop=0 has not trained; leave guidance out"
             )
         batch = {**(conditions or {}), "keys": keys}
         reader = self._reader(params, batch, n, o)
@@ -456,17 +481,15 @@ class Dart(Inputs):
         """Captions [n, S] of images, letter by letter after the images' copies."""
         n, at, net = len(keys), self.layout, self._net
         own = whole(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
-        clean, slot = self.clean(params, batch, keys[0]), at.prefix
+        clean, slot = self.clean(params, batch, _apart(keys, self.text_tokens)), at.prefix
         none = jax.nn.one_hot(jnp.full((n, at.prefix), self.text_width - 1), self.text_width)
 
         def apply(*given: Any) -> Any:
             return net.apply({"params": own}, *given)
 
         kept = apply(None, none, net.memory(n), 0)[-1]
-        for scale in self.scales:
-            x0, size = scale.tokens(clean), scale.layout.size
-            eps = jax.vmap(lambda key, scale=scale, x=x0: jax.random.normal(key, (scale.steps, *x.shape[1:])))(keys)
-            copies = scale.copies(x0, eps).swapaxes(0, 1)
+        for scale, eps in zip(self.scales, self._noise(keys)):
+            copies, size = scale.copies(scale.tokens(clean), eps).swapaxes(0, 1), scale.layout.size
 
             def block(kept: Any, row: Any) -> tuple[Any, None]:
                 return apply(row[0], None, kept, row[1])[-1], None

@@ -30,13 +30,12 @@ from zoo.nn.embed import patchify, unpatchify
 from zoo.nn.transformer import Remat
 from zoo.papers.wvd.geometry import solve
 from zoo.papers.wvd.model import Modality, Pattern, WvdTrunk
-from zoo.papers.wvd.projection import carried, filled
+from zoo.papers.wvd.projection import carried, filled, told_by_first
 from zoo.task import About, Batch, Decodes, Network, Params, sample_keys
 
 Part: TypeAlias = Literal["joint", "image", "stereo", "depth", "camera", "render"]
 _CELL = 0.9  # share of a cell's pixels that make it known
 _SEEN = 0.5  # and that make it count in the loss
-_NEAR = 5.0  # times 1 / S, that a carried point may be off the one that is seen there: 0.02 at 256 pixels
 _OWN = 2**20  # numbers of noises that no solver draws
 
 
@@ -340,10 +339,8 @@ class Wvd:
         pixels = self._whole(batch, task)
         if not self.tasks.camera:
             return pixels
-        shown, there = self._carried(batch)
-        off = jnp.linalg.norm(shown - batch["points"], axis=-1)
-        there &= (off <= _NEAR / self.image) & (task == NAMES.index("camera"))[:, None, None, None]
-        return pixels.at[..., 1].max(there & batch["seen"])
+        told = jax.vmap(told_by_first)(batch["points"], batch["seen"], batch["camera"], batch["focal"])
+        return pixels.at[..., 1].max(told & (task == NAMES.index("camera"))[:, None, None, None])
 
     def _whole(self, batch: Batch, task: jax.Array) -> jax.Array:
         """Those of them that are known because all of their frame is; points where they are seen."""
