@@ -28,7 +28,7 @@ Given = dict[str, np.ndarray]
 
 def form(task: Any) -> Form:
     """How clips are kept: with points and cameras where the task knows these, else as pictures of their frames."""
-    return Clips(task.cameras) if isinstance(task, Locates) and "points" in task.spec(1) else Images()
+    return Clips(task.cameras) if "points" in task.spec(1) and isinstance(task, Locates) else Images()
 
 
 def start(
@@ -124,7 +124,13 @@ def _located(model: Model, options: Any, given: Given, seed: int, batch: int) ->
     for i, camera in enumerate(cameras):
         if not np.isfinite(camera[0]).all():
             raise UserError(f"clip {i}: no camera fits the points that were drawn for its image; try another seed=")
-    return {**given, "points": points, "seen": seen, "camera": np.float32(cameras), "focal": np.float32(focal)}
+    return {
+        **given,
+        "points": points,
+        "seen": seen,
+        "camera": np.asarray(cameras, np.float32),
+        "focal": np.asarray(focal, np.float32),
+    }
 
 
 def _walked(path: str, given: Given) -> np.ndarray:

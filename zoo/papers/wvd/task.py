@@ -259,12 +259,14 @@ class Wvd:
         h, told = jnp.zeros(()), jnp.zeros(())
         for i, name in enumerate(self.names):
             own = self._modality(name)
-            entered = own.apply(
+            entered: Any = own.apply(
                 {"params": params[name]}, self._tokens(parts[i]), self._tokens(known[i]), level[..., i], method="enter"
             )
             h, told = h + entered[0], told + entered[1]
-        hidden = self._trunk.apply({"params": params["trunk"]}, h.astype(self.dtype), told)
-        found = [self._modality(name).apply({"params": params[name]}, hidden, method="leave") for name in self.names]
+        hidden: Any = self._trunk.apply({"params": params["trunk"]}, h.astype(self.dtype), told)
+        found: list[Any] = [
+            self._modality(name).apply({"params": params[name]}, hidden, method="leave") for name in self.names
+        ]
         return jnp.concatenate([self._image(x) for x in found], -1)
 
     def _tokens(self, x: jax.Array) -> jax.Array:
@@ -353,7 +355,7 @@ class Wvd:
         """The points of first frames in the views of all [B, F, S, S, 3], and where these show them."""
 
         def one(points: jax.Array, seen: jax.Array, camera: jax.Array, focal: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return carried(points.reshape(-1, 3), seen.reshape(-1), camera, focal, seen.shape)
+            return carried(points.reshape(-1, 3), seen.reshape(-1), camera, focal, (self.image, self.image))
 
         return jax.vmap(one)(batch["points"][:, 0], batch["seen"][:, 0], batch["camera"], batch["focal"])
 
