@@ -227,7 +227,7 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
             out.mkdir(parents=True, exist_ok=True)
         inside = paths.names(out)
         filled = {Path(name).suffix for name in inside if name[:1].isdigit()}
-        if path.name in inside and filled & {".png", ".txt"}:  # whichever the model draws this time
+        if path.name in inside and filled & {".png", ".txt", ".npz"}:  # whichever the model draws this time
             with paths.sentence(path):
                 text = path.read_text()
             differ = differences(json.loads(text), json.loads(json.dumps(settings)))

@@ -428,7 +428,7 @@ class _PointSource(ClipSource):
         if not 0 <= index < len(self):
             raise IndexError(index)
         one = {key: x[index] for key, x in self._clips.items()}
-        return clip(*(one[key] for key in ("frames", "points", "seen", "camera", "focal")), f"clip {index}")
+        return clip(one["frames"], one["points"], one["seen"], one["camera"], float(one["focal"]), f"clip {index}")
 
 
 @lru_cache(maxsize=4)
