@@ -14,7 +14,15 @@ from zoo.dist import unbox
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
 from zoo.papers.wvd import Mixture, Wvd, WvdSampling
-from zoo.papers.wvd.metrics import Geometry
+from zoo.papers.wvd.metrics import (
+    Geometry,
+    agreement,
+    cameras_of,
+    depth_figures,
+    depths_of,
+    pose_figures,
+    reprojection,
+)
 from zoo.papers.wvd.projection import filled
 from zoo.papers.wvd.task import NAMES, Known
 
@@ -217,6 +225,18 @@ def test_figures_of_geometry_stand_beside_their_controls():
     assert (found["clips"], found["split"]) == (3, "test")
     with pytest.raises(UserError, match="asks for several tasks"):
         Geometry(options={"task": "stereo"}).check(TASK)
+
+
+def test_points_that_show_no_camera_have_no_figures_of_one():
+    """As a model draws them that has learned nothing."""
+    flat, seen = np.zeros((2, 3, 8, 8, 3)), np.ones((2, 3, 8, 8), bool)
+    found = cameras_of(flat, seen)
+    assert all(map(all, (one.refused for one in found)))
+    assert np.isnan(reprojection(flat, found, seen))
+    assert agreement(flat, flat, seen, found) == {"covisible": 0.0}
+    assert depth_figures(depths_of(flat, found), np.ones((2, 3, 8, 8)), seen) == {}
+    eyes = np.broadcast_to(np.eye(4), (2, 3, 4, 4))
+    assert pose_figures(found, eyes, np.ones(2))["unsolved"] == 1
 
 
 def test_latents_that_are_known_stay_and_pixels_with_them(clips):

@@ -131,10 +131,12 @@ def reprojection(points: np.ndarray, found: list[Cameras], seen: np.ndarray) -> 
     at = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1)
     squares = []
     for x, one, mask in zip(points.astype(np.float64), found, seen):
-        ok = [not why for why in one.refused]
+        ok = np.asarray([not why for why in one.refused])
+        if not ok.any():
+            continue
         where, depth = project(x[ok], one.camera[ok], one.focal[ok], height, width)
         squares.append(((where - at) ** 2).sum(-1)[mask[ok] & (depth > 0)])
-    every = np.concatenate(squares)
+    every = np.concatenate(squares) if squares else np.zeros(0)
     return float(np.sqrt(every.mean())) if len(every) else float("nan")
 
 
@@ -301,7 +303,7 @@ class Geometry(Metric):
         figures |= agreement(
             free["frames"], free["points"], np.ones_like(seen), cameras_of(free["points"], np.ones_like(seen))
         )
-        return {**figures, "clips": count, "split": self.split}
+        return {**{key: x for key, x in figures.items() if np.isfinite(x)}, "clips": count, "split": self.split}
 
     def _all(self, task: Any, data: Any, split: str, limit: int) -> dict[str, np.ndarray]:
         rows = [
