@@ -1,7 +1,7 @@
 """WVD in made rooms of one size and one paint with other things in each, seen from the first camera: 4 frames of 16x16 pixels.
 
 zoo train wvd/fixed_room
-zoo eval runs/wvd-fixed-room geometry
+zoo eval runs/wvd-fixed_room geometry
 """
 
 from dataclasses import replace
