@@ -39,7 +39,7 @@ step() {
 
 # The flags of `zoo train`, which pass through; a test compares them with the command line of zoo.
 train_flags="--quiet"
-train_valued="--profile --wandb" # and a value behind
+train_valued="--profile --wandb --allow" # and a value behind
 
 # parse "VALUED OPTIONS" "BARE OPTIONS" ARGUMENT...: `--some-option VALUE` or `--some-option=VALUE` becomes $some_option, a
 # bare one becomes 1, in any order with the rest, which becomes ($train) = zoo train CONFIG ... and $config.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
@@ -113,6 +113,29 @@ class Editor(Unigram):
             return {"tokens": last}
         states = jnp.stack([noise, half, last], 1)
         return {"tokens": last, "passes": states, "latents": jax.nn.one_hot(states, 3) * (1.0 + states[..., None])}
+
+
+@dataclass(frozen=True)
+class Filled:
+    strength: float = 0.5
+    network_calls: int = 7
+
+
+@dataclass(frozen=True)
+class Filler(Editor):
+    """Fills holes in with the token 1."""
+
+    Sampling = Filled
+
+    @property
+    def about(self) -> About:
+        return replace(super().about, holes=True)
+
+    def sample(
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
+    ) -> dict[str, jax.Array]:
+        given = jnp.full((n, self.length), -1) if conditions is None else conditions["tokens"]
+        return {"tokens": jnp.where(given < 0, 1, given)}
 
 
 class Listed(list, Source):

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PROJECT",
         help="send the records to Weights & Biases as well (the wandb extra)",
     )
+    allows(sub)
     sub = verb(
         "sample",
         "Draw samples from a run, an export, a shipped model, or a config whose weights are all given.",
@@ -317,7 +318,7 @@ def _train(args: argparse.Namespace) -> int:
     if not hosts.main():
         logging.getLogger("zoo").setLevel(logging.WARNING)
     with hosts.guarded():  # a config may be missing on one host
-        run = _run(config.load(args.config, args.fields), args.config)
+        run = _run(config.load(args.config, args.fields, args.allow), args.config)
         from zoo.train.loop import train
 
         dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
@@ -414,7 +415,7 @@ def _sample(args: argparse.Namespace) -> int:
     writes = is_text(model.task)
     about = model.task.about
     if texts is None and about.completes:
-        _no_strength(args.fields)
+        _no_strength(args.fields, "none is given; add prompt=TEXT or prompts=FILE")
     if path is not None and not clips:
         raise UserError(f"path={path}: {type(model.task).__name__} draws no clips; leave it out")
     writes = conditions.check_form(model.task, kind, None if clips else split, texts) or writes
@@ -429,11 +430,12 @@ def _sample(args: argparse.Namespace) -> int:
         captions, asked = None, {"from": split, "path": path}
     elif split is not None:
         given, captions, asked = conditions.pictures(model, split, n), None, {"from": split}
-        form = text.Texts(models.vocabulary_of(model))
+        form = text.Texts(model.vocabulary)
     elif writes:
-        vocabulary = models.vocabulary_of(model)
-        given, captions = text.rewritten(model, vocabulary, texts, n)
-        form = text.Texts(vocabulary, captions)
+        given, captions = text.rewritten(model, model.vocabulary, texts, n)
+        if given and all((row < 0).any() for row in given["tokens"]):
+            _no_strength(args.fields, "here holes say which tokens are; give all of a text")
+        form = text.Texts(model.vocabulary, captions)
     else:
         given, captions, tokeniser = model.conditions(labels, texts, n, options, aspect, args.tokenizer)
         form = Images(captions)
@@ -461,14 +463,11 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def _no_strength(fields: Sequence[str]) -> None:
+def _no_strength(fields: Sequence[str], why: str) -> None:
     """UserError for a strength of rewriting where there is no text to rewrite."""
     for text in fields:
         if text.startswith("strength="):
-            raise UserError(
-                f"{text} says how much of a given text shall be new, and none is given; add prompt=TEXT or prompts=FILE, or "
-                "leave strength= out"
-            )
+            raise UserError(f"{text} says how much of a given text shall be new, and {why}, or leave strength= out")
 
 
 # --- evaluation -----------------------------------------------------------------------------------

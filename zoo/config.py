@@ -73,11 +73,12 @@ def _execute(path: Path) -> ModuleType:
     return module
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> Any:
+def load(name: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> Any:
     """The value `config` (or the one named after a colon) of a config file, with `field=value` overrides applied.
 
     Args:
         name: a path (`configs/tarflow/digits.py`), a shipped name (`tarflow/digits`), either with `:smoke`.
+        allow: packages besides zoo whose classes overrides may name.
 
     Raises:
         UserError: no such file, no such value in it, or an override that does not fit.
@@ -91,7 +92,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Any:
     if getattr(config, "workdir", 0) is None:
         suffix = "" if value == "config" else f"-{value}"
         config = dataclasses.replace(config, workdir=f"runs/{path.resolve().parent.name}-{path.stem}{suffix}")
-    return override(config, overrides)
+    return override(config, overrides, allow=allow)
 
 
 def describe(name: str) -> str:

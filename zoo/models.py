@@ -19,6 +19,7 @@ from PIL import Image
 
 from zoo import config, dist, paths, weights
 from zoo.data.captions import as_tokens, framed, lettered
+from zoo.data.tokens import check_ids
 from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.draws import Use, finite, keys, label_numbers
 from zoo.encoders import tokenizer
@@ -102,6 +103,14 @@ class Model:
     def homes(self) -> list[Folder]:
         """Where its tokeniser or vocabulary may lie."""
         return homes(None if self.untrained else self.folder, self.run.weights if self.run is not None else None)
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The one in its folder, or in that of its weights, else that of its data; None, and a note, where none is."""
+        found, why = _vocabulary(self.homes, self.data)
+        if found is None:
+            _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", self.folder, why)
+        return found
 
     @property
     def samples_folder(self) -> Folder:
@@ -207,9 +216,11 @@ class Model:
     def _check(self, what: str, batch: Mapping[str, Any], n: int | None = None) -> int:
         """How many examples a batch has, or n of whose conditions it consists.
 
-        UserError for a key that is missing or unknown, or another shape than the task's.
+        UserError for a key that is missing or unknown, another shape than the task's, or tokens that its texts cannot hold.
         """
         spec, about = self.task.spec(1), self.task.about
+        if is_text(self.task) and "tokens" in batch:
+            check_ids(batch["tokens"], -1 if about.holes and n is not None else 0, about.vocabulary, what)
         told = ("label", *about.conditions)
         needed = [key for key in spec if key not in told] if n is None else []
         known = {k: v for k, v in spec.items() if n is None or k in (*told, *about.completes)}
@@ -265,15 +276,6 @@ class Model:
         words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
         encode, about = _encode(task, self.homes, self.data, file)
         return as_tokens(task, encode, texts, n, around), words, about
-
-
-def vocabulary_of(model: Model) -> Vocabulary | None:
-    """The vocabulary in the folder of a model, or in that of its weights, else that of the data it was trained on; None, and a
-    note, where none is."""
-    found, why = _vocabulary(model.homes, model.data)
-    if found is None:
-        _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", model.folder, why)
-    return found
 
 
 def _vocabulary(places: Sequence[Folder], data: Any) -> tuple[Vocabulary | None, str]:
@@ -543,11 +545,13 @@ def given_weights(
             hint, _ = _hint(task, name)
             field = f"weights.{key}" if key else "weights['']"
             raise UserError(f"{field}: {error}{f'; {hint}' if hint else ''}") from None
-        network = None if weights.parts_of(where)[1] else task.about.networks.get(key)
+        network, whole = task.about.networks.get(key), not weights.parts_of(where)[1]
 
-        def read(name: str, key: str = key, where: str = where, network: Network | None = network) -> Params:
+        def read(
+            name: str, key: str = key, where: str = where, network: Network | None = network, whole: bool = whole
+        ) -> Params:
             model = open_model(name, allow=allow, on_host=on_host)
-            if network is not None and network.can is not None and not holds(model.task, network.can):
+            if network is not None and whole and network.can is not None and not holds(model.task, network.can):
                 raise UserError(
                     f"weights.{key}={where}: {type(model.task).__name__} is not what {key!r} is; {_hint(task, key)[0]}"
                 )
@@ -562,11 +566,9 @@ def given_weights(
 def must_add(key: str, task: Any) -> str:
     """The end of a sentence on `weights.KEY` that is missing: how to come by such a network, and where a config names it."""
     how, entry = _hint(task, key)
-    return (
-        f"{how}; then add {entry}"
-        if how
-        else f"add {entry}, {'OUT' if 'OUT' in entry else 'RUN'} being a run or an export"
-    )
+    if how:
+        return f"{how}; then add {entry}"
+    return f"add {entry}, {'OUT' if 'OUT' in entry else 'RUN'} being a run or an export"
 
 
 def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder]:
@@ -585,12 +587,10 @@ def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder
 def loaded_for(
     metric: Any, allow: Sequence[str] = (), task: Any = None, places: Sequence[Folder] = (), data: Any = None
 ) -> dict[str, Any]:
-    """What a metric asks for besides the task: the network that its `network()` names, opened, and for one with
+    """What a metric asks for besides the task: the network that its `opens()` names, opened, and for one with
     `captions` what makes numbers of those of `task`, looked for in `places` and `data` unless its field `tokenizer` names a file.
-
-    UserError also for captions that do not fit.
-    """
-    name = metric.network()
+    UserError also for captions that do not fit."""
+    name = metric.opens()
     found: dict[str, Any] = {"network": open_model(name, allow=allow)} if name else {}
     if metric.captions:
         way = f"in the field tokenizer of the metric {metric.name}"

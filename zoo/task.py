@@ -58,6 +58,9 @@ class Likelihood:
     bins: float = 1.0  # of the data per unit of what is modelled: grey levels 2/256 apart have 128
     noise: float = 0.0  # standard deviation of the noise, where it is "noisy"
     clean: Any = None  # the same task without that noise
+    weighted: bool = (
+        True  # of a bound: the mean probability by several draws is a tighter one; False: draws are terms of a sum
+    )
 
     def bits(self, nats: Any) -> Any:
         """Bits per dimension from nats per dimension of a density: those of a bin that is 1 / bins wide."""
@@ -97,6 +100,7 @@ class About:
     completes: tuple[
         str, ...
     ] = ()  # keys that the sampler takes as a start: texts to rewrite, images to write captions of
+    holes: bool = False  # and it fills in tokens of -1 there
     buffers: tuple[str, ...] = ()  # top-level keys of params that no gradient moves: `after_step` does, or they stay
     networks: Mapping[str, Network] = field(default_factory=dict)  # from elsewhere, by top-level key
     likelihood: Likelihood | None = None  # of what `nll` is, where it can be told in bits
@@ -180,6 +184,16 @@ class Trace(Protocol):
 
 
 @runtime_checkable
+class Counting(Protocol):
+    """Options of a sampler that know what a sample costs: `zoo sample` writes it into `settings.json`."""
+
+    @property
+    def network_calls(self) -> int:
+        """For one sample."""
+        ...
+
+
+@runtime_checkable
 class Likely(Protocol):
     """Knows the likelihood of an example, or a bound of it: the metrics `bpd`, `bayes` and `text`."""
 
@@ -216,7 +230,7 @@ class Predicts(Protocol):
     """A language model that can teach and judge."""
 
     def predict(self, params: Params, tokens: jax.Array) -> jax.Array:
-        """log p(x_t | x_<t) [B, T, V] in nats."""
+        """log p(x_t | x_<t) [B, T, V] in nats of tokens int [B, T], or of rows [B, T, V] that mix embeddings, for gradients."""
         ...
 
 
@@ -437,8 +451,8 @@ class Metric(ABC):
         """The batch that the cores of a CPU shall share; None: they share none."""
         return None
 
-    def network(self) -> str | None:
-        """The run or export whose network it is to be given, opened, as `network`; None: none."""
+    def opens(self) -> str | None:
+        """The run or export that it is to be given, opened, as `network`; None: none."""
         return None
 
     def check(self, task: Any) -> None:  # noqa: B027

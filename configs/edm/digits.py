@@ -1,4 +1,4 @@
-"""EDM on the bundled scans of digits, by class: a small transformer, two minutes on two CPU cores.
+"""EDM on the bundled scans of digits, by class: a small transformer, four minutes on two CPU cores.
 
     zoo train configs/edm/digits.py
     zoo sample runs/edm-digits n=64 guidance=1

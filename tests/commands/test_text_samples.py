@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from unigram import Editor, Lossy, Unigram, Windows
+from unigram import Editor, Filler, Lossy, Unigram, Windows
 
-from zoo import models, weights
+from zoo import cli, models, weights
 from zoo.commands import conditions, text
 from zoo.commands import weights as exports
 from zoo.commands.sample import draw, keys
@@ -31,7 +31,7 @@ def model(task: Any, folder: Folder, data: Any = None) -> models.Model:
 
 
 def sampled(made: models.Model, out: Path, n: int, texts: list[str] | None = None, **options: Any) -> None:
-    vocabulary = models.vocabulary_of(made)
+    vocabulary = made.vocabulary
     given, starts = text.rewritten(made, vocabulary, texts, n)
     form = text.Texts(vocabulary, starts)
     draw(made, out, n=n, seed=3, conditions=given, captions=starts, asked={"prompt": None}, batch=3,
@@ -42,7 +42,7 @@ def test_a_config_has_the_vocabulary_of_its_weights(tmp_path: Path) -> None:
     text8().save(tmp_path)
     run = Run(Unigram(), Synthetic(), steps=1, batch=8, weights={"": str(tmp_path)})
     made = models.Model(run.task, {}, str(tmp_path), None, None, (), tmp_path / "config.py", run)
-    assert models.vocabulary_of(made) == text8()
+    assert made.vocabulary == text8()
 
 
 def lines(out: Path, name: str) -> str:
@@ -203,14 +203,53 @@ def test_texts_that_cannot_be_rewritten_are_sentences(tmp_path: Path) -> None:
         conditions.shaped(Editor(), "16:9", {})
 
 
+def test_holes_are_filled_in_and_what_is_given_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, out = model(Filler(), tmp_path, Windows()), tmp_path / "out"
+    cases = {
+        "the __ a": "the __ a",
+        "a_": "a_______",  # what is missing behind is to be filled in too
+        "_ _9": "_ _ nine",  # blanks beside a hole stay
+        "The fox!": "the fox_",
+        "_" * 8: "_" * 8,
+    }
+    for given, read in cases.items():
+        found, starts = text.rewritten(made, text8(), [given], 1)
+        assert found is not None
+        assert starts == [read]
+        assert [" abcdefghijklmnopqrstuvwxyz"[i] if i >= 0 else "_" for i in found["tokens"][0]] == list(read)
+    sampled(made, out, 1, ["the __ a"])
+    assert lines(out, "000000.txt") == "the aa a\n"
+    assert json.loads(lines(out, "settings.json"))["network calls"] == 7
+    assert "made from: the __ a" in capsys.readouterr().out
+
+
+def test_holes_that_cannot_be_filled_in_are_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = model(Filler(), tmp_path, Windows())
+    for vocabulary in (raw_bytes(), characters("ab_")):
+        with pytest.raises(
+            UserError, match=r"prompt= has _, which marks a token to fill in, and .* has it for a symbol"
+        ):
+            text.rewritten(made, vocabulary, ["a_b"], 1)
+    with pytest.raises(UserError, match="prompt= has 10 tokens, and this model fills in texts of 8; take 2 out"):
+        text.rewritten(made, text8(), ["abcd_fghij"], 1)
+    with pytest.raises(UserError, match=r"prompt= has .*none of the 3 symbols"):
+        text.rewritten(made, characters("abc"), ["a_x"], 1)
+    monkeypatch.setattr(models, "open_model", lambda *args, **options: made)
+    for fields, words in ((["prompt=the __ a"], "holes say which tokens are"), ([], "none is given; add prompt=TEXT")):
+        assert cli.main(["sample", "RUN", *fields, "strength=0.3", "--out", str(tmp_path / "out")]) == 2
+        assert words in capsys.readouterr().err
+
+
 # --- vocabularies ---------------------------------------------------------------------------------
 
 
 def test_the_vocabulary_of_the_folder_comes_before_that_of_the_data(tmp_path: Path) -> None:
     made = model(Unigram(), tmp_path, Windows())
-    assert models.vocabulary_of(made) == text8()
+    assert made.vocabulary == text8()
     characters("abc").save(tmp_path)
-    assert models.vocabulary_of(made) == characters("abc")
+    assert made.vocabulary == characters("abc")
 
 
 def test_an_export_has_the_vocabulary_of_its_model(tmp_path: Path) -> None:
@@ -221,6 +260,6 @@ def test_an_export_has_the_vocabulary_of_its_model(tmp_path: Path) -> None:
         if data is None:
             characters("".join(map(chr, range(97, 124)))).save(folder)
         exports.export(made, tmp_path / "out", "zoo", 1)
-        assert open_vocabulary(tmp_path / "out") == models.vocabulary_of(made)
+        assert open_vocabulary(tmp_path / "out") == made.vocabulary
     assert json.loads((tmp_path / "out" / "vocabulary.json").read_text())["name"] == "text8"
     assert weights.load(tmp_path / "out")[1]["step"] == 5

@@ -201,7 +201,7 @@ def test_features_of_a_network_on_one_device_and_eight(tmp_path: Path) -> None:
     params = jax.device_put(params, jax.sharding.NamedSharding(dist.Mesh(data=1).build(jax.devices()[:1]), jax.P()))
     network = SimpleNamespace(task=flow, params=params)
     metric = replace(PIXELS, features="runs/flow", reference=str(tmp_path / "stats.npz"), options={"shift": 0.3})
-    assert metric.network() == "runs/flow"
+    assert metric.opens() == "runs/flow"
     alone = metric(Copies(), first(12), Digits(), RNG, network=network)
     assert alone["frechet"] > 0
     assert alone["frechet_features"].startswith("runs/flow (TarFlow, weights ")

@@ -93,6 +93,17 @@ def test_a_bound_is_weighted_text_by_text_over_its_own_draws() -> None:
     assert found["iw_nats_per_token"] < found["nats_per_token"]
 
 
+def test_a_bound_whose_draws_are_terms_of_a_sum_is_not_weighted() -> None:
+    """The mean of exp(-term) is no probability, and may lie above that of the text."""
+
+    class Sum(Unigram):
+        about = About(likelihood=Likelihood((8,), "bound", weighted=False), vocabulary=27)
+
+    found = TextBound(batch=8, limit=8, draws=2)(Sum(spread=4.0), UNIFORM, Windows(), RNG)
+    assert found["bound"]
+    assert not [key for key in found if key.startswith("iw_")]
+
+
 def test_devices_share_the_texts() -> None:
     one = TextBound(batch=16, draws=2)(Unigram(spread=1.0), UNIFORM, Windows(), RNG)
     with dist.use(dist.Mesh().build()):

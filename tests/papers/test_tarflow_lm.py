@@ -14,6 +14,7 @@ from zoo.commands import flops
 from zoo.errors import UserError
 from zoo.flows.inverse import invert
 from zoo.flows.transforms import codebook_log_prob, normal_log_prob, rosenblatt_inverse
+from zoo.nn import layers
 from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
 from zoo.papers.tarflow_lm import model as lm
 
@@ -181,7 +182,7 @@ def test_parts_of_a_text_give_what_the_whole_gives(monkeypatch):
     z = vectors(ONE, params, 8)
     value = jax.value_and_grad(lambda p: ONE.loss(p, {"tokens": x}, jax.random.key(0))[0])
     whole = jax.jit(value)(params), forward(ONE)(params, z)
-    monkeypatch.setattr(lm, "_ROOM", 8 * 2 * ONE.vocab)
+    monkeypatch.setattr(layers, "ROOM", 8 * 2 * ONE.vocab)
     parts = jax.jit(lambda p: value(p))(params), jax.jit(lambda p: lm.forward(ONE.flow, p, z))(params)
     assert "scan" in str(jax.make_jaxpr(lambda p: ONE.loss(p, {"tokens": x}, jax.random.key(0)))(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), whole, parts)
@@ -411,3 +412,17 @@ def test_options_out_of_range(options, sentence):
     with pytest.raises(UserError) as error:
         task.sample({}, jax.random.key(0), 1, None, task.Sampling(**options))
     assert sentence in str(error.value)
+
+
+def test_predictions_of_the_discrete_model_are_its_likelihood():
+    task = DiscreteLM(vocab=5, length=6, width=8, depth=1, head_dim=8, scan=False)
+    params, tokens = moved(task, 0.5), texts(task, 4)
+    predict = jax.jit(task.predict)
+    logs = predict(params, tokens)
+    np.testing.assert_allclose(jnp.exp(logs).sum(-1), 1, rtol=1e-5)
+    own = jnp.take_along_axis(logs, tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(-own.sum(1), task.nll(params, {"tokens": tokens}), rtol=1e-5)
+    changed = np.abs(predict(params, tokens.at[:, 2].add(1).clip(max=4)) - logs).max((0, 2))
+    assert (changed[:3] == 0).all()
+    assert (changed[3:] > 0).all()
+    np.testing.assert_allclose(task.predict(params, jax.nn.one_hot(tokens, 5)), logs, atol=1e-5)

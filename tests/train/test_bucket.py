@@ -157,7 +157,9 @@ def test_an_average_out_of_snapshots_in_a_bucket_is_that_of_this_disk(service: S
         service.run("export", place, name, "ema=0.1")
         made.append((service.root / name / "model.safetensors").read_bytes())
     assert made[0] == made[1]
-    assert {name.split("/")[0] for name in service.names("runs/averaged/snapshots/")} == {str(n) for n in range(4, 64, 4)}
+    assert {name.split("/")[0] for name in service.names("runs/averaged/snapshots/")} == {
+        str(n) for n in range(4, 64, 4)
+    }
 
 
 def test_sigterm_saves_to_the_bucket(service: Service) -> None:

@@ -19,6 +19,7 @@ from zoo.run import Run, Samples
 from zoo.train import loop, report
 from zoo.train.loop import train
 from zoo.train.optim import AdamW
+from zoo.train.provenance import check_vocabularies
 from zoo.train.report import Report, read_metrics, spelled
 
 RUN = Run(
@@ -151,3 +152,13 @@ def test_the_curve_shows_held_out_bits_of_either_kind(
     assert report._curve(records, "run", per) is not None
     assert labels == [f"bits per {per}"] * 2
     assert drawn[1][1]["label"] == "held-out bits (last: 3.500)"
+
+
+def test_a_network_of_other_symbols_is_refused(tmp_path: Path) -> None:
+    run = Run(task=Unigram(), data=Windows(), weights={"logits": f"{tmp_path}:logits"}, steps=1, batch=4)
+    check_vocabularies(run)  # nobody knows its symbols
+    text8().save(tmp_path)
+    check_vocabularies(run)
+    characters("".join(map(chr, range(97, 124)))).save(tmp_path)
+    with pytest.raises(UserError, match=r"weights\.logits=.* other tokens \(27 symbols \(chars\)\) than the data"):
+        check_vocabularies(run)

@@ -23,7 +23,7 @@ from zoo.errors import UserError
 from zoo.files import differences
 from zoo.models import Model
 from zoo.paths import Folder
-from zoo.task import trace_of
+from zoo.task import Counting, trace_of
 from zoo.train.report import grid, save_png
 
 _log = logging.getLogger("zoo")
@@ -119,6 +119,7 @@ def draw(
         "keys": KEYS,
         **asked,
         **_plain(options),
+        **({"network calls": options.network_calls} if isinstance(options, Counting) else {}),
     }
     taken = options if resolved is None else resolved
     method = getattr(taken, "method", None)

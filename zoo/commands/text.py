@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from zoo import paths
-from zoo.data.vocabulary import Vocabulary
+from zoo.data.vocabulary import UNKNOWN, Vocabulary
 from zoo.errors import UserError
 from zoo.models import Model
 from zoo.paths import Folder
@@ -24,6 +24,7 @@ from zoo.train.report import printable, save_text, spelled
 
 _log = logging.getLogger("zoo")
 SHOWN = 8  # texts that are printed at most, and drawn where nothing says how many
+HOLE = "_"  # in a given text, one token that is to be filled in
 _MARKED = 0.5  # share of a pass that must have stayed for the rest to be marked
 
 
@@ -39,8 +40,11 @@ def rewritten(
 ) -> tuple[dict[str, np.ndarray] | None, list[str] | None]:
     """`tokens` [n, T] of the texts that samples shall be made from, and the texts; sample i has text i modulo their number.
 
+    For a model that fills holes in, `_` is one, and what is missing of a text at its end are more: tokens of -1.
+
     Raises:
-        UserError: the model has no vocabulary, does not know a character, or a text is shorter than its texts are.
+        UserError: the model has no vocabulary, does not know a character, a text is shorter than its texts are, or of a model that
+            fills holes in longer, or the vocabulary has `_` for a symbol.
     """
     if texts is None:
         return None, None
@@ -49,13 +53,26 @@ def rewritten(
             f"{model.folder} has no vocabulary.json, so that no text can be given to it; copy it there from the folder of the "
             "run, with the tokenizer's own file where there is one"
         )
-    length, rows = model.task.spec(1)["tokens"].shape[1], []
+    length, holes, rows = model.task.spec(1)["tokens"].shape[1], model.task.about.holes, []
     for i, text in enumerate(texts):
         name = "prompt=" if len(texts) == 1 else f"text {i + 1} of prompts="
-        plain = vocabulary.normalise(text)
+        if holes and HOLE in text and not len(vocabulary.foreign(HOLE)):
+            raise UserError(
+                f"{name} has {HOLE}, which marks a token to fill in, and {vocabulary} has it for a symbol; leave it out, or give "
+                "ids with -1 in its place: zoo.load(RUN).sample(1, conditions={'tokens': ids})"
+            )
+        pieces = _pieces(vocabulary, text) if holes else [vocabulary.normalise(text)]
+        plain = HOLE.join(pieces)
         if plain != text:
             _log.info("%s is read as %s", name, plain if len(plain) <= 60 else f"{plain[:60]} ...")
-        ids = vocabulary.encode(plain, name)
+        parts = [vocabulary.encode(piece, name) for piece in pieces]
+        ids = np.concatenate([x for part in parts for x in (np.full(1, -1, np.int32), part)][1:])
+        if holes and len(ids) > length:
+            raise UserError(
+                f"{name} has {len(ids)} tokens, and this model fills in texts of {length}; take {len(ids) - length} out"
+            )
+        if holes:
+            ids = np.pad(ids, (0, length - len(ids)), constant_values=-1)
         if len(ids) < length:
             raise UserError(
                 f"{name} has {len(ids)} tokens, and this model rewrites texts of {length}; give {length - len(ids)} more"
@@ -64,7 +81,22 @@ def rewritten(
             _log.info("%s has %d tokens; the first %d are rewritten", name, len(ids), length)
         rows.append(ids[:length])
     turn = np.arange(n) % len(rows)
-    return {"tokens": np.stack(rows)[turn]}, [vocabulary.decode(rows[i]) for i in turn.tolist()]
+    shown = [
+        vocabulary.decode(row).replace(UNKNOWN, HOLE) if (row < 0).any() else vocabulary.decode(row) for row in rows
+    ]
+    return {"tokens": np.stack(rows)[turn]}, [shown[i] for i in turn.tolist()]
+
+
+def _pieces(vocabulary: Vocabulary, text: str) -> list[str]:
+    """What stands between the holes of a text, normalised; blanks beside a hole stay."""
+    pieces, found = text.split(HOLE), []
+    for i, piece in enumerate(pieces):
+        before, behind = int(i > 0), int(i < len(pieces) - 1)
+        plain = vocabulary.normalise(
+            "x" * before + piece + "x" * behind
+        )  # letters, which the rule of text8 leaves alone
+        found.append(plain[before : len(plain) - behind])
+    return found
 
 
 # --- files and the terminal -----------------------------------------------------------------------

@@ -16,7 +16,7 @@ from zoo.commands.text import files
 from zoo.diffusion.energies import scored
 from zoo.encoders import tokenizer
 from zoo.errors import UserError
-from zoo.models import Model, homes, vocabulary_of
+from zoo.models import Model, homes
 from zoo.paths import Folder
 from zoo.run import Run
 from zoo.task import Noted, Published, Samples, abilities, call, is_text, paper, sampling, speed, trace_of
@@ -99,7 +99,7 @@ def export(
             jax.eval_shape(program.call, model.params, *program.arguments)
     beside = _tokenizer(model.homes)
     worded = is_text(model.task) or ("tokens" in model.task.spec(1) and model.task.about.vocabulary)
-    if worded and (vocabulary := vocabulary_of(model)) is not None:
+    if worded and (vocabulary := model.vocabulary) is not None:
         beside |= files(vocabulary)
     _write(model, out, metrics, beside)
     if not programs:

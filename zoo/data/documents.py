@@ -7,6 +7,7 @@ its text under "text". A long document comes in pieces, so that none has to fit 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -112,13 +113,37 @@ def pieces(path: Path) -> Iterator[tuple[str, bool]]:
     Raises:
       UserError: it cannot be read, is no UTF-8, or has another layout.
     """
-    kind = _kind(path.name) or "text"
-    try:
-        if kind == "parquet":
-            yield from _rows(path)
+    if is_plain(path):
+        with _readable(path), _open(path) as file:
+            yield from _cut(_decoded(path, file))
+        return
+    for _, (text,) in rows(path, ("text",)):
+        yield from _cut(iter([(text or "").replace("\r\n", "\n").replace("\r", "\n")]))
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file is one document, not one for each line or row."""
+    return (_kind(path.name) or "text") == "text"
+
+
+def rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str | None, ...]]]:
+    """Number and texts of each line of a .jsonl file or row of a parquet file; None where a row of parquet has none.
+
+    Raises:
+      UserError: it cannot be read, or has no text under one of these keys.
+    """
+    with _readable(path):
+        if _kind(path.name) == "parquet":
+            yield from _rows(path, keys)
             return
         with _open(path) as file:
-            yield from _lines(path, file) if kind == "lines" else _cut(_decoded(path, file))
+            yield from _lines(path, file, keys)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:  # among them what gzip says of a damaged file
         raise UserError(f"{path} cannot be read ({error.strerror or first_line(error)}); restore it") from None
     except (EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
@@ -176,41 +201,43 @@ def _cut(blocks: Iterator[str]) -> Iterator[tuple[str, bool]]:
         yield held, True
 
 
-def _document(text: str) -> Iterator[tuple[str, bool]]:
-    return _cut(iter([text.replace("\r\n", "\n").replace("\r", "\n")]))
-
-
-def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, bool]]:
+def _lines(path: Path, file: IO[bytes], keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            text = row.get("text") if isinstance(row, dict) else None
         except ValueError as error:
             raise UserError(f"{path}, line {number:,} is no JSON ({first_line(error)}); mend or remove it") from None
         except RecursionError:
             raise UserError(f"{path}, line {number:,} is JSON nested too deep to be read; mend or remove it") from None
-        if not isinstance(text, str):
-            raise UserError(f'{path}, line {number:,} has no text under "text"; mend or remove it')
-        yield from _document(characters_only(text))  # JSON can spell half a character ("\ud800")
+        texts = []
+        for key in keys:
+            text = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise UserError(f'{path}, line {number:,} has no text under "{key}"; mend or remove it')
+            texts.append(characters_only(text))  # JSON can spell half a character ("\ud800")
+        yield number, tuple(texts)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, bool]]:
+def _rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str | None, ...]]]:
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             kinds = {field.name: field.type for field in file.schema_arrow}
-            if "text" not in kinds:
-                raise UserError(
-                    f"{path} has no column 'text' (it has {', '.join(kinds)}); rename the one with the text"
-                )
-            if not _is_text(kinds["text"]):
-                raise UserError(f"{path}: its column 'text' holds {kinds['text']} and no text; give other files")
-            for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    yield from _document(text or "")
+            for key in keys:
+                if key not in kinds:
+                    raise UserError(
+                        f"{path} has no column '{key}' (it has {', '.join(kinds)}); rename the one with the text"
+                    )
+                if not _is_text(kinds[key]):
+                    raise UserError(f"{path}: its column '{key}' holds {kinds[key]} and no text; give other files")
+            number = 0
+            for batch in file.iter_batches(batch_size=256, columns=list(keys)):
+                for texts in zip(*(batch.column(key).to_pylist() for key in keys)):
+                    number += 1
+                    yield number, texts
     except pyarrow.ArrowException as error:
         raise UserError(
             f"{path} is no parquet file that can be read ({first_line(error)}); restore or remove it"

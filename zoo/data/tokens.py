@@ -189,6 +189,13 @@ def check_vocabulary(task: Any, source: Source) -> None:
         raise UserError(f"the data has {vocabulary.size} symbols, task.vocab={vocab}; set task.vocab={vocabulary.size}")
 
 
+def check_ids(tokens: Any, least: int, vocab: int | None, what: str) -> None:
+    """UserError for tokens that are no whole numbers in [least, vocab)."""
+    ids = np.asarray(tokens)
+    if vocab is not None and (ids.dtype.kind not in "iu" or ((ids < least) | (ids >= vocab)).any()):
+        raise UserError(f"{what}: tokens must be whole numbers from {least} to {vocab - 1}")
+
+
 # From texts to tokens
 
 
@@ -205,19 +212,20 @@ class Corpus:
 
     def fingerprint(self, split: str) -> str:
         """A digest of the tokens of a split and of what they mean."""
-        _check_split(split)
+        check_split(split)
         known = dict(self.digests).get(split)
         digest = known or sha256(np.ascontiguousarray(self.splits[split]).data)
         return sha256(f"{digest} {self.splits[split].dtype} {self.vocabulary.digest}")
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
+    """UserError for a split of an unknown name."""
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown; choose 'train', 'valid' or 'test'")
 
 
 def _windows(corpus: Corpus, data: Text | Docstrings, split: str, spec: SpecOf | None) -> TokenSource:
-    _check_split(split)
+    check_split(split)
     kind = type(data).__name__
     if spec is None:
         raise UserError(

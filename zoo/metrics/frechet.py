@@ -111,12 +111,12 @@ class Frechet(Metric):
     def check(self, task: Any) -> None:
         """UserError for a task that draws no images, or none such as these; asked before a run's first step."""
         shape = self._shape(task)
-        if self.network() is None:
+        if self.opens() is None:
             _check_dims(shape)
         if self.path is not None:
             check_images(self.path, None, self.split, shape, self.name)
 
-    def network(self) -> str | None:
+    def opens(self) -> str | None:
         """The run or export whose features are wanted, for the caller to open; None for pixels.
 
         Raises:
@@ -137,7 +137,7 @@ class Frechet(Metric):
         than two samples left the distance is NaN.
 
         Args:
-            network: what `network()` names, opened: anything with `task` and `params`.
+            network: what `opens()` names, opened: anything with `task` and `params`.
 
         Raises:
             UserError: a task that draws no images, data without such, features that do not fit, unknown options,
@@ -173,7 +173,7 @@ class Frechet(Metric):
 
         Args:
             spec: shape of `image` in a batch.
-            network: what `network()` names, opened.
+            network: what `opens()` names, opened.
 
         Raises:
             UserError: features that do not fit, statistics made with other settings.
@@ -221,7 +221,7 @@ class Frechet(Metric):
 
     def extractor(self, shape: tuple[int, ...], network: Any) -> tuple[Callable[[Any], np.ndarray], str]:
         """A function from images [N, S, S, C] in [-1, 1] to [N, D], and what identifies it."""
-        name = self.network()
+        name = self.opens()
         if name is None:
             _check_dims(shape)
             pixels = jax.jit(lambda image: (quantise(image) / 255).reshape(len(image), -1))

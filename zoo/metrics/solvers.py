@@ -95,9 +95,9 @@ class Solvers(Metric):
         if self.converged <= max(self.nfe):
             raise UserError(f"converged={self.converged} of the metric solvers must be more than nfe={max(self.nfe)}")
 
-    def network(self) -> str | None:
+    def opens(self) -> str | None:
         """The run or export whose features are wanted; None for none."""
-        return Frechet(self.features).network() if self.features else None
+        return Frechet(self.features).opens() if self.features else None
 
     def check(self, task: Any) -> None:
         """UserError: it makes a table, and no figure of a run while that trains."""

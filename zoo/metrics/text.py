@@ -32,7 +32,8 @@ def bounds(nats: jax.Array) -> jax.Array:
     return jnp.stack([nats.mean(0), math.log(len(nats)) - jax.nn.logsumexp(-nats, 0)])
 
 
-def _check_texts(task: Any, metric: Any) -> None:
+def check_texts(task: Any, metric: Any) -> None:
+    """UserError for a task that models no texts."""
     if not is_text(task):
         raise UserError(
             f"the metric {metric.name} is of texts, and {type(task).__name__} models {', '.join(task.spec(1))}; "
@@ -44,7 +45,7 @@ def _check_texts(task: Any, metric: Any) -> None:
 class TextBound(Metric):
     """Bits per token of held-out texts: exact, or by an upper bound for a model of latents.
 
-    The headline averages one-draw bounds over draws, as papers report them. With several draws there is the
+    The headline averages one-draw bounds over draws, as papers report them. With several draws of latents there is the
     importance-weighted bound of each text as well, which is tighter. Noise of a text depends on its index alone.
 
     The standard error takes texts as independent. Windows cut from one long text are not: neighbours resemble each other,
@@ -65,7 +66,7 @@ class TextBound(Metric):
 
     def check(self, task: Any) -> None:
         """UserError for a task that models no texts; asked before a run's first step."""
-        _check_texts(task, self)
+        check_texts(task, self)
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """The figures, the standard error over texts, and what they were measured on; `bound` says whether they are one.
@@ -89,12 +90,12 @@ class TextBound(Metric):
         out: dict[str, Any] = {
             "nats_per_token": nats,
             "bits_per_token": nats / math.log(2),
-            "bits_per_token_std_error": _std_error(plain) / math.log(2),
+            "bits_per_token_std_error": std_error(plain) / math.log(2),
             "perplexity": float(np.exp(nats)),
         }
         if share := source.characters_per_token:
             out["bits_per_char"] = out["bits_per_token"] / share
-        if self.draws > 1:
+        if self.draws > 1 and (likelihood is None or likelihood.weighted):
             nats = float(weighted.mean())
             out["iw_nats_per_token"], out["iw_bits_per_token"] = nats, nats / math.log(2)
         return {
@@ -106,7 +107,8 @@ class TextBound(Metric):
         }
 
 
-def _std_error(values: np.ndarray) -> float:
+def std_error(values: np.ndarray) -> float:
+    """Of the mean of values [N]."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
@@ -116,6 +118,23 @@ def _std_error(values: np.ndarray) -> float:
 def the_tokens(drawn: Mapping[str, jax.Array]) -> jax.Array:
     """Of what a sampler gives, the texts."""
     return drawn["tokens"]
+
+
+def drawn_texts(
+    task: Any, options: Options, params: Params, rng: jax.Array, samples: int, batch: int
+) -> tuple[np.ndarray, int]:
+    """Tokens [N, T] of so many samples without those that overflowed (tokens below 0), and how many did.
+
+    Sample i depends on (rng, i) alone.
+    """
+    draw = drawer(task, options, the_tokens)
+    parts = [
+        hosts.fetch(draw(params, rng, np.arange(first, first + batch, dtype=np.int32), {}))
+        for first in range(0, samples, batch)
+    ]
+    drawn = np.concatenate(parts)[:samples]
+    whole = drawn[(drawn >= 0).all(1)]
+    return whole, samples - len(whole)
 
 
 @dataclass(frozen=True)
@@ -144,7 +163,7 @@ class Generation(Metric):
 
     def check(self, task: Any) -> None:
         """UserError for a task that draws no texts, or not with these options; asked before a run's first step."""
-        _check_texts(task, self)
+        check_texts(task, self)
         if task.about.vocabulary is None:
             raise UserError(
                 f"the metric generation counts symbols, and {type(task).__name__} does not say how many there are; set "
@@ -160,24 +179,18 @@ class Generation(Metric):
         """
         self.check(task)
         vocabulary = task.about.vocabulary
-        train, held = _texts(task, data, "train", self.train), _texts(task, data, self.split, self.samples)
-        draw = drawer(task, self.options, the_tokens)
-        parts = [
-            hosts.fetch(draw(params, rng, np.arange(first, first + self.batch, dtype=np.int32), {}))
-            for first in range(0, self.samples, self.batch)
-        ]
-        drawn = np.concatenate(parts)[: self.samples]
-        whole = drawn[(drawn >= 0).all(1)]
+        train, held = (held_texts(task, data, *of) for of in (("train", self.train), (self.split, self.samples)))
+        whole, lost = drawn_texts(task, self.options, params, rng, self.samples, self.batch)
         return {
             **(_figures(whole, train, vocabulary) if len(whole) else {}),
             "generated_texts": len(whole),
-            "not_finite": len(drawn) - len(whole),
+            "not_finite": lost,
             **{f"data_{k}": v for k, v in _figures(held, train, vocabulary).items()},
             "data_texts": len(held),
         }
 
 
-def _texts(task: Any, data: Any, split: str, limit: int) -> np.ndarray:
+def held_texts(task: Any, data: Any, split: str, limit: int) -> np.ndarray:
     """Tokens [N, T] of at most `limit` texts of a split, a fixed random choice: neighbours may be of one document."""
     source = data.source(split, task.spec(1))
     check_vocabulary(task, source)

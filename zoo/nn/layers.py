@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from zoo.dist import gathered
+from zoo.dist import batch_ways, gathered
 
 Axes = tuple[str | None, ...]
 Init = Callable[..., jax.Array]
 
 zeros: Init = nn.initializers.zeros
+
+ROOM = 1 << 28  # numbers in arrays of [rows, K] that a device works on at a time
 
 
 def normal(std: float) -> Init:
@@ -209,3 +211,19 @@ class Table(nn.Module):
         init = nn.with_logical_partitioning(self.start or normal(self.std), (None, self.axis))
         table: Any = self.param("table", init, (self.rows, self.width), jnp.float32)
         return table
+
+
+def over_tokens(call: Callable[..., Any], tokens: int, size: int, *arrays: jax.Array) -> Any:
+    """call(*arrays) for arrays [B, S, ...] in parts of so many steps that [rows, size] arrays stay small.
+
+    What a part computes inside is computed again in the backward pass.
+    """
+    rows = max(1, len(arrays[0]) // batch_ways()) * arrays[0].shape[1] * tokens
+    steps = arrays[0].shape[1]
+    want = -(-rows * size // ROOM)
+    parts = next((n for n in range(want, steps) if steps % n == 0), steps)
+    if want <= 1:
+        return call(*arrays)
+    cut = [jnp.moveaxis(x.reshape(len(x), parts, steps // parts, *x.shape[2:]), 1, 0) for x in arrays]
+    done = jax.lax.map(lambda part: jax.checkpoint(call)(*part), tuple(cut))
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(len(arrays[0]), steps, *y.shape[3:]), done)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from zoo.dist import check_divides, constrain
+from zoo.errors import UserError
 from zoo.nn.attention import Stages, attend, attend_cached, init_cache, write_cache
 from zoo.nn.embed import rotate
 from zoo.nn.layers import Dense, LayerNorm, RMSNorm, gelu
@@ -20,6 +21,16 @@ REMAT: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def check_rotary(width: int, head_dim: int) -> None:
+    """UserError where heads do not divide the width, or positions find no pairs in them to turn."""
+    if width % head_dim or head_dim % 2:
+        fits = [k for k in range(2, min(head_dim, width) + 1, 2) if width % k == 0]
+        raise UserError(
+            f"task.head_dim={head_dim} must be even (positions turn pairs) and divide task.width={width}"
+            + (f"; choose e.g. task.head_dim={fits[-1]}" if fits else "; choose an even width")
+        )
 
 
 def attend_layer(

@@ -28,7 +28,7 @@ from zoo.run import MAY_DIFFER, Run
 from zoo.task import Params, Samples, check_needs, is_text, options_of, sampling
 from zoo.train import averages, optim, tracking
 from zoo.train.checkpoint import Checkpoints
-from zoo.train.provenance import ENCODERS, check_encoders
+from zoo.train.provenance import ENCODERS, check_encoders, check_vocabularies
 from zoo.train.report import Report, class_name, spelled
 from zoo.train.step import Metrics, State, compile_step, make_sampler, sampler_spec, split
 
@@ -431,6 +431,7 @@ def train(
                 needed = [key for key, network in run.task.about.networks.items() if network.required]
                 models.check_filled(run, filled, needed)
             check_encoders(run, given)
+            check_vocabularies(run)
         del filled
         checkpoints = snapshots = state = about = None
         if folder is not None:

@@ -1,4 +1,4 @@
-"""Whether the encoders of a run are those that its data were made with."""
+"""Whether the encoders of a run are those that its data were made with, and networks of texts have their symbols."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from zoo import config, models, weights
+from zoo import config, models, paths, weights
+from zoo.data.vocabulary import open_vocabulary
 from zoo.encoders import tokenizer
 from zoo.errors import UserError
 from zoo.run import Run
-from zoo.task import Params
+from zoo.task import Params, is_text
 
 ENCODERS = {"vae": "autoencoder", "text": "text encoder"}
 
@@ -53,6 +54,20 @@ def check_encoders(run: Run, given: Mapping[str, Params]) -> None:
             f"task.template={template!r}, but the captions in data.path={path} were encoded with {made['template']!r}; set "
             f"task.template={made['template']}, or encode them again {aspects} --aspects"
         )
+
+
+def check_vocabularies(run: Run) -> None:
+    """UserError when a network of `Run.weights` was trained on texts of other symbols than those of the data."""
+    ours = run.data.vocabulary() if is_text(run.task) and run.weights else None
+    for key, where in (run.weights or {}).items() if ours is not None else ():
+        folder = models.locate(weights.parts_of(where)[0])
+        with paths.sentence(folder):
+            theirs = open_vocabulary(folder)
+        if theirs is not None and theirs != ours:
+            raise UserError(
+                f"weights.{key}={where} was trained on other tokens ({theirs}) than the data have ({ours}); give the data that "
+                "tokenizer, or name another model"
+            )
 
 
 def _check_tokenizer(run: Run, made: str) -> None:

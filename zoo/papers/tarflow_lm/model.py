@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from zoo.dist import batch_ways, constrain, whole
+from zoo.dist import constrain, whole
 from zoo.fields import Layers, Size, check_fields
 from zoo.flows.inverse import Before, Chain, Inverted, Jacobi, Stepper, invert
 from zoo.flows.transforms import (
@@ -33,11 +33,10 @@ from zoo.flows.transforms import (
     shift_right,
 )
 from zoo.nn.embed import rope_angles
-from zoo.nn.layers import Dense, LayerNorm, gelu, normal, zeros
+from zoo.nn.layers import Dense, LayerNorm, gelu, normal, over_tokens, zeros
 from zoo.nn.transformer import Block, Trunk, cast_trunk, init_trunk_cache
 from zoo.task import Params
 
-_ROOM = 1 << 28  # numbers in arrays of [rows, K] that a device works on at a time
 _LOG_SIGMA = (-5.0, 3.0)  # limits of the log-scales of tokens
 _LOG_SCALE = (-7.0, 5.0)  # and of a mixture's components
 HIDDEN = 128  # D_m of the head that goes channel by channel (section H of the paper); half of it per channel
@@ -283,22 +282,6 @@ def init_layer(flow: Flow, l: int, rng: jax.Array) -> Params:
 
 
 # --- one flow layer -------------------------------------------------------------------------------
-
-
-def over_tokens(call: Callable[..., Any], tokens: int, size: int, *arrays: jax.Array) -> Any:
-    """call(*arrays) for arrays [B, S, ...] in parts of so many steps that [rows, size] arrays stay small.
-
-    What a part computes inside is computed again in the backward pass.
-    """
-    rows = max(1, len(arrays[0]) // batch_ways()) * arrays[0].shape[1] * tokens
-    steps = arrays[0].shape[1]
-    want = -(-rows * size // _ROOM)
-    parts = next((n for n in range(want, steps) if steps % n == 0), steps)
-    if want <= 1:
-        return call(*arrays)
-    cut = [jnp.moveaxis(x.reshape(len(x), parts, steps // parts, *x.shape[2:]), 1, 0) for x in arrays]
-    done = jax.lax.map(lambda part: jax.checkpoint(call)(*part), tuple(cut))
-    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(len(arrays[0]), steps, *y.shape[3:]), done)
 
 
 def _split(outputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -16,8 +16,8 @@ from zoo.fields import Count, Dtype, Layers, Positive, Share, Size, Some, Vocabu
 from zoo.flows.inverse import Jacobi, Method, Stepper, invert, sequential, swept
 from zoo.flows.transforms import shift_right
 from zoo.nn.attention import Backend, check_backend
-from zoo.nn.layers import Table, normal, zeros
-from zoo.nn.transformer import Remat, cast_trunk
+from zoo.nn.layers import Table, normal, over_tokens, zeros
+from zoo.nn.transformer import Remat, cast_trunk, check_rotary
 from zoo.papers.tarflow_lm.model import (
     HIDDEN,
     Context,
@@ -36,7 +36,6 @@ from zoo.papers.tarflow_lm.model import (
     init_layer,
     inverse,
     ordered,
-    over_tokens,
     pick,
     restored,
     take,
@@ -47,12 +46,7 @@ from zoo.task import About, Batch, Likelihood, Network, Params, sample_keys
 
 def _check_common(task: Any) -> None:
     check_fields(task, "task.")
-    if task.width % task.head_dim or task.head_dim % 2:
-        fits = [k for k in range(2, min(task.head_dim, task.width) + 1, 2) if task.width % k == 0]
-        raise UserError(
-            f"task.head_dim={task.head_dim} must be even (positions turn pairs) and divide task.width={task.width}"
-            + (f"; choose e.g. task.head_dim={fits[-1]}" if fits else "; choose an even width")
-        )
+    check_rotary(task.width, task.head_dim)
     check_backend(task.attention, task.dtype)
 
 
@@ -373,14 +367,26 @@ class DiscreteLM:
     def nll(self, params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
         """-log p [B] of the whole text in nats, without noise."""
         tokens = batch["tokens"]
-        x = params["embedding"]["table"][tokens]
-        features, _ = apply(self._context(), params["context"], shift_right(x))
 
         def cross_entropy(f: jax.Array, tokens: jax.Array) -> jax.Array:
             logits = apply(self._head(), params["head"], f)[..., 0, :]
             return jax.nn.logsumexp(logits, -1) - take(logits, tokens)
 
-        return over_tokens(cross_entropy, 1, self.vocab, features, tokens).sum(1)
+        return over_tokens(cross_entropy, 1, self.vocab, self._features(params, tokens), tokens).sum(1)
+
+    def _features(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """[B, T, W], each of the tokens before it."""
+        table = params["embedding"]["table"]
+        x = table[tokens] if tokens.ndim == 2 else tokens @ table
+        return apply(self._context(), params["context"], shift_right(x))[0]
+
+    def predict(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """log p(x_t | x_<t) float32 [B, T, V] of tokens [B, T], or of rows [B, T, V] in place of them."""
+
+        def logs(f: jax.Array) -> jax.Array:
+            return jax.nn.log_softmax(apply(self._head(), params["head"], f)[..., 0, :])
+
+        return over_tokens(logs, 1, self.vocab, self._features(params, tokens))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy, nats per token."""

@@ -1,0 +1,512 @@
+"""TCSM: objectives, targets and tilts on texts that can be enumerated, the losses of MDLM and SEDD by hand, and the network."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tabular
+from fresh import fresh
+from tabular import CLEAN, HIDING, NOISY, L, Tabular, V, kl, law
+
+from zoo.diffusion.tokens import EPS, Masked, Times, Uniform
+from zoo.errors import UserError
+from zoo.models import Model
+from zoo.nn import layers
+from zoo.papers.tcsm import Tcsm, TcsmRatio, TcsmRatioSampling, TcsmSampling, objectives, targets
+from zoo.papers.tcsm.targets import Target
+
+P = law()
+TABLE = tabular.marginals(tabular.posterior(P, 0.5, True)[1])  # of masked tokens it is the same at all times
+PAIRS = [(x, h) for x in range(27) for h in range(8)]  # of a clean text and what of it is hidden
+X0, XT = CLEAN[[x for x, _ in PAIRS]], np.where(HIDING[[h for _, h in PAIRS]], V, CLEAN[[x for x, _ in PAIRS]])
+# the integral of times over 1 / noise and the probability of hiding so many of three tokens: what the bound gives them
+OMEGA = np.array([0 if not h.any() else math.factorial(h.sum() - 1) * math.factorial(L - h.sum()) / 6 for h in HIDING])
+WEIGHTS = np.array([OMEGA[h] for _, h in PAIRS])
+GRID = np.asarray(Times().grid(256), np.float64)
+
+
+def sampler_law(table):
+    """Exactly what a table [64, L, V] of log-probabilities, up to a constant, draws in 256 steps."""
+    p = np.exp(np.asarray(table, np.float64) - np.max(table, -1, keepdims=True))
+    p = np.where(NOISY[..., None] == V, p / p.sum(-1, keepdims=True), NOISY[..., None] == np.arange(V))
+    return np.maximum(tabular.pruned(tabular.drawn(lambda noise: p, GRID, True)), 1e-30)
+
+
+def conditionals(p):
+    """p(x_i = y | the other tokens) [27, L, V]."""
+    ones = np.stack([[np.where(np.arange(L) == i, y, CLEAN) for y in range(V)] for i in range(L)])  # [L, V, 27, L]
+    found = np.moveaxis(p[tabular.index(ones, V)], 2, 0)
+    return found / found.sum(-1, keepdims=True)
+
+
+def fitted(loss, tables, steps=1_500, lr=0.1):
+    """What minimises a loss, by Adam and in one program: a sum of losses of separate tables is as good as one at a time."""
+    optim = optax.adam(optax.cosine_decay_schedule(lr, steps), b2=0.99)
+
+    @jax.jit
+    def run(tables):
+        def step(carry, _):
+            tables, state = carry
+            updates, state = optim.update(jax.grad(loss)(tables), state)
+            return (optax.apply_updates(tables, updates), state), None
+
+        return jax.lax.scan(step, (tables, optim.init(tables)), length=steps)[0][0]
+
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), run(tables))
+
+
+# --- identities and minimisers (E1 to E4) ---------------------------------------------------------
+
+
+def test_the_score_form_is_a_divergence_of_distributions():
+    """Of a position: E[D(c, c')] = V KL + sum of p / p' - log(p / p') - 1, for generalised KL and for Itakura-Saito."""
+    rng = np.random.default_rng(0)
+    log_p, log_q = np.log(rng.dirichlet(np.ones(5), (2, 7)))
+    with jax.enable_x64(True):
+        p, ratio = np.exp(log_p), np.exp(log_p - log_q)
+        wanted = 5 * (p * (log_p - log_q)).sum(-1) + (ratio - (log_p - log_q) - 1).sum(-1)
+        for kind in ("gkl", "is", "squared"):
+            each = jnp.stack(
+                [objectives.bregman(kind, log_p - log_p[:, [x]], log_q - log_q[:, [x]]) for x in range(5)], -1
+            )
+            assert (each >= -1e-12).all()
+            exact = (p * each).sum(-1)
+            if kind != "squared":
+                np.testing.assert_allclose(exact, wanted, rtol=1e-9)
+            # what is written of it in terms of a target differs by what does not depend on the model
+            soft = Target(None, jnp.asarray(log_p), jnp.ones(7))
+            at = [objectives.score(kind, jnp.asarray(q), soft) for q in (log_q, log_p)]
+            np.testing.assert_allclose(5 * (at[0] - at[1]), exact, rtol=1e-9)
+            hard = [
+                objectives.score(kind, jnp.asarray(log_q), Target(jnp.full((7, 1), x), jnp.zeros((7, 1)), jnp.ones(7)))
+                for x in range(5)
+            ]
+            np.testing.assert_allclose((p * jnp.stack(hard, -1)).sum(-1), at[0], rtol=1e-9)
+
+
+def test_every_objective_finds_the_joint_posterior():
+    """A table of the joint p(x0 | x_t) under the uniform kernel, whatever clean texts it is compared at."""
+    total, posterior = tabular.posterior(P, 0.5, False)
+    ones = np.stack([[np.where(np.arange(L) == i, y, CLEAN) for y in range(V)] for i in range(L)])
+    near = np.moveaxis(tabular.index(ones, V), 2, 0)  # [27, L, V], the texts that differ in one place
+    own, weight = tabular.index(CLEAN, V), jnp.asarray(total[:, None] * posterior)
+
+    def scores(log_p):
+        return log_p[:, near], log_p[:, near] - log_p[:, own, None, None]  # [S, 27, L, V]
+
+    true, true_score = scores(jnp.log(posterior))
+    true = jax.nn.log_softmax(true)
+    hard = jnp.broadcast_to(jnp.asarray(CLEAN)[None, ..., None], (27, 27, L, 1))
+
+    def loss(tables):
+        found = 0.0
+        for name, table in tables.items():
+            log, score = scores(table)
+            if name == "gkl":
+                each = objectives.bregman("gkl", true_score, score)
+            elif name == "data":
+                each = objectives.score(
+                    "gkl", jax.nn.log_softmax(log), Target(hard, jnp.zeros(hard.shape), jnp.ones(27))
+                )
+            else:
+                each = objectives.distribution(jax.nn.log_softmax(log), Target(None, true, jnp.ones(27)))
+            w = total[:, None] / 27 if name == "even" else weight  # any proposal of full support
+            found += (w * each.sum(-1)).sum()
+        return found
+
+    with jax.enable_x64(True):
+        tables = {name: jnp.zeros((27, 27)) for name in ("gkl", "data", "distribution", "even")}
+        for name, table in fitted(loss, tables, 3_000, 0.2).items():
+            found = table - np.logaddexp.reduce(table, 1, keepdims=True)
+            assert (total * (posterior * (np.log(posterior) - found)).sum(1)).sum() < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("kernel", "schedule"), [("masked", "loglinear"), ("masked", "cosine"), ("uniform", "loglinear")]
+)
+def test_the_bound_of_the_exact_denoiser_is_the_entropy(kernel, schedule):
+    """Whatever the schedule."""
+    task = Tabular(kernel=kernel, schedule=schedule, objective="sedd" if kernel == "uniform" else "distribution")
+    entropy = -(P * np.log(P)).sum()
+    u, w = np.polynomial.legendre.leggauss(40)
+    u, w = (u + 1) / 2, w / 2
+    t, w = (u, w) if kernel == "masked" else (u**2, 2 * u * w)  # the bound of the other one falls steeply at the end
+    last = {"loglinear": 1 / (1 - EPS), "cosine": 4 / np.pi * np.arcsin((2 * (1 - EPS)) ** -0.5)}[schedule]
+    t, w = t * last, w * last  # all of the noise
+    if kernel == "masked":
+        noise = np.asarray(task.times.noise(jnp.asarray(t)), np.float64)
+        hidden = HIDING[[h for _, h in PAIRS]].sum(1)
+        chance = noise[:, None] ** hidden * (1 - noise[:, None]) ** (L - hidden)  # [t, pairs]
+        tables = np.broadcast_to(np.log(np.maximum(TABLE, 1e-30)), (len(t), *TABLE.shape))
+        x0, xt, p = X0, XT, np.array([P[x] for x, _ in PAIRS])
+    else:
+        tables, chance, pairs = [], [], [(a, b) for a in range(27) for b in range(27)]
+        x0, xt = CLEAN[[a for a, _ in pairs]], CLEAN[[b for _, b in pairs]]
+        for noise in np.asarray(task.times.noise(jnp.asarray(t, jnp.float32)), np.float64):
+            q = tabular.kernel(noise, False)
+            chance.append(np.prod([q[x0[:, i], xt[:, i]] for i in range(L)], 0))
+            tables.append(np.log(tabular.marginals(tabular.posterior(P, noise, False)[1])))
+        p = np.array([P[a] for a, _ in pairs])
+    nats = jax.vmap(lambda table, t: task.nelbo(tabular.net(table), x0, xt, jnp.full(len(x0), t)))
+    found = nats(jnp.asarray(tables, jnp.float32), jnp.asarray(t, jnp.float32))
+    bound = np.einsum("t,tp,p,tp->", w, chance, p, np.asarray(found, np.float64))
+    assert bound == pytest.approx(entropy, abs=1e-6 if kernel == "masked" else 2e-4)
+    if (kernel, schedule) == ("masked", "loglinear"):
+        np.testing.assert_allclose(np.einsum("t,tp->p", w / t, chance)[hidden > 0], WEIGHTS[hidden > 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("objective", "steps", "lr"), [("distribution", 2_000, 0.05), ("gkl", 3_000, 0.03)])
+def test_a_table_trained_on_samples_draws_the_data(objective, steps, lr):
+    task = Tabular(objective=objective, weight="nelbo" if objective == "distribution" else "one")
+    optim = optax.adam(optax.cosine_decay_schedule(lr, steps))
+    clean, log = jnp.asarray(CLEAN), jnp.log(jnp.asarray(P))
+
+    @jax.jit
+    def run(params):
+        def step(carry, key):
+            params, state = carry
+            texts = clean[jax.random.categorical(key, log, shape=(256,))]
+            grads = jax.grad(lambda p: task.loss(p, {"tokens": texts}, jax.random.fold_in(key, 1))[0])(params)
+            updates, state = optim.update(grads, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(jax.random.key(0), steps)
+        return jax.lax.scan(step, (params, optim.init(params)), keys)[0][0]
+
+    table = run({"net": task.init_net(jax.random.key(0))})["net"]["table"]
+    assert kl(P, sampler_law(table)) < 2e-3
+    assert kl(P, sampler_law(np.zeros((64, L, V)))) > 0.5
+
+
+# --- rewards, preferences, distillation (E5, E7, E8) ----------------------------------------------
+
+BETA = 0.5
+REWARD = np.random.default_rng(0).normal(size=27)
+TILTED = P * np.exp(REWARD / BETA)
+TILTED = TILTED / TILTED.sum()
+
+
+@functools.cache
+def matched():
+    """Tables matched to targets at all pairs, each pair as often as the bound and the named law of texts say."""
+    x = np.array([x for x, _ in PAIRS])
+    near = np.moveaxis(
+        tabular.index(np.stack([[np.where(np.arange(L) == i, y, X0) for y in range(V)] for i in range(L)]), V), 2, 0
+    )
+    hard = np.where(np.arange(V) == X0[..., None], 0.0, -np.inf)
+    clean = np.log(conditionals(P))[x]
+    noisy = np.log(np.maximum(TABLE[tabular.index(XT)], 1e-30))
+    soft = {name: targets.tilted(jnp.asarray(log), jnp.asarray(REWARD[near]), BETA).log for name, log in
+            (("soft", clean), ("noisy", noisy))}  # fmt: skip
+    few = {n: np.bincount(np.random.default_rng(1).choice(27, n, p=P), minlength=27) / n for n in (30, 100)}
+    runs = {
+        "weighted": (hard, P * np.exp(REWARD / BETA)),
+        "weighted soft": (soft["soft"], P * np.exp(REWARD / BETA)),
+        "soft": (soft["soft"], P),
+        "of noisy texts": (soft["noisy"], P * np.exp(REWARD / BETA)),
+        **{f"hard {n}": (hard, few[n]) for n in few},
+        **{f"taught {n}": (clean, few[n]) for n in few},
+    }
+    log = jnp.stack([jnp.asarray(target, jnp.float32) for target, _ in runs.values()])
+    weight = jnp.stack([jnp.asarray(p[x] / p.sum() * WEIGHTS, jnp.float32) for _, p in runs.values()])
+    hidden, states = jnp.asarray(XT == V), tabular.index(XT)
+
+    def loss(tables):
+        each = objectives.distribution(jax.nn.log_softmax(tables[:, states]), Target(None, log, weight))
+        return (weight[..., None] * jnp.where(hidden, each, 0)).sum()
+
+    tables = fitted(loss, jnp.zeros((len(runs), 64, L, V)), 1_500, 0.2)
+    return {name: sampler_law(table) for name, table in zip(runs, tables)}
+
+
+def test_weights_by_the_reward_give_the_tilted_law_and_soft_targets_without_them_do_not():
+    found = {name: kl(TILTED, p) for name, p in matched().items()}
+    assert kl(TILTED, P) > 0.5
+    exact = tabular.marginals(tabular.posterior(TILTED, 0.5, True)[1])
+    bar = 1.5 * kl(TILTED, sampler_law(np.log(np.maximum(exact, 1e-30)))) + 5e-4
+    assert found["weighted"] < bar < 3e-3
+    assert found["weighted soft"] < bar
+    assert found["soft"] > 0.05  # right targets at texts of another law
+    assert found["of noisy texts"] > 3 * found["weighted"]  # p(y | x_t) for p(y | the other clean tokens)
+
+
+def test_a_teacher_s_conditionals_teach_more_of_few_texts():
+    for n in (30, 100):
+        assert kl(P, matched()[f"taught {n}"]) < kl(P, matched()[f"hard {n}"]) / 2
+
+
+def test_preferences_tilt_the_law():
+    """Exactly where the log-probability is at hand; by its bound the law comes near."""
+    a, b = (np.ravel(x) for x in np.meshgrid(np.arange(27), np.arange(27)))
+    chance = P[a] * P[b] / (1 + np.exp(REWARD[b] - REWARD[a]))  # that a is chosen, of all pairs
+    log = np.log(P)
+    hidden, states = jnp.asarray(XT == V), tabular.index(XT)
+
+    def bound(table):
+        log_p = jax.nn.log_softmax(table[states])
+        each = -objectives.distribution(log_p, targets.one_hot(jnp.asarray(X0)))
+        return (jnp.asarray(WEIGHTS)[:, None] * jnp.where(hidden, each, 0)).sum(1).reshape(27, 8).sum(1)
+
+    base = jnp.log(jnp.maximum(TABLE, 1e-9))
+    reference = bound(base)
+
+    def loss(tables):
+        gain = BETA * (jax.nn.log_softmax(tables["log_p"]) - log), BETA * (bound(tables["denoiser"]) - reference)
+        return sum((chance * objectives.preferred(g[a], g[b])).sum() for g in gain)
+
+    with jax.enable_x64(True):
+        tables = fitted(loss, {"log_p": jnp.asarray(log), "denoiser": jnp.asarray(base, jnp.float64)}, 4_000, 0.1)
+    found = np.exp(tables["log_p"]) / np.exp(tables["log_p"]).sum()
+    assert kl(TILTED, found) < 1e-6
+    found = sampler_law(tables["denoiser"])
+    assert kl(TILTED, found) < kl(TILTED, P) / 10
+    assert ((found - P) * REWARD).sum() > 0.8 * ((TILTED - P) * REWARD).sum()
+
+
+# --- ratios (E6) ----------------------------------------------------------------------------------
+
+
+def test_every_divergence_finds_the_ratio_of_joint_and_independent_tokens():
+    total, posterior = tabular.posterior(P, 0.5, True)
+    each = tabular.marginals(posterior)
+    alone = np.prod([each[:, i][:, CLEAN[:, i]] for i in range(L)], 0)
+    w = jnp.asarray(total[:, None, None] * posterior[:, :, None] * alone[:, None])
+
+    def loss(tables):
+        return sum((w * objectives.ratio(kind, t[:, :, None], t[:, None])).sum() for kind, t in tables.items())
+
+    def gap(log_ratio):
+        p = alone * np.exp(log_ratio)
+        p = p / p.sum(1, keepdims=True)
+        return (
+            total * (posterior * (np.log(np.maximum(posterior, 1e-30)) - np.log(np.maximum(p, 1e-30)))).sum(1)
+        ).sum()
+
+    with jax.enable_x64(True):
+        tables = fitted(loss, {kind: jnp.zeros((64, 27)) for kind in ("bce", "lsif", "gkl")}, 3_000, 0.2)
+    assert gap(np.zeros((64, 27))) > 0.1
+    for kind, table in tables.items():
+        assert gap(table) < 0.01, kind
+
+
+# --- targets --------------------------------------------------------------------------------------
+
+
+def test_targets_of_a_scorer_are_the_conditionals_of_its_law():
+    log, truth = jnp.log(jnp.asarray(P)), conditionals(P)
+
+    def score(texts):
+        return log[tabular.index(texts, V)]
+
+    texts, noise = jnp.asarray(CLEAN), 0.3
+    found = targets.exact(score, texts, V)
+    np.testing.assert_allclose(np.exp(found.log), truth, rtol=1e-4)
+    proposals = jnp.asarray(np.random.default_rng(0).normal(size=(27, L, V)))
+    all_of = targets.top_k(score, texts, proposals, V)
+    np.testing.assert_allclose(np.exp(all_of.log), np.take_along_axis(truth, all_of.ids, -1), rtol=1e-4)
+    some = targets.top_k(score, texts, proposals, 2, positions=jnp.asarray(np.arange(27) % L)[:, None])
+    assert (some.ids[..., 0] == texts).all()
+    two = np.take_along_axis(truth, some.ids, -1)
+    chosen = np.arange(L) == np.arange(27)[:, None] % L
+    wanted = np.where(chosen[..., None], two / two.sum(-1, keepdims=True), [1.0, 0.0])
+    np.testing.assert_allclose(np.exp(some.log), wanted, rtol=1e-4)
+    # what is known of the noisy text besides
+    xt = jnp.asarray(CLEAN[::-1].copy())
+    q = tabular.kernel(noise, False)[:, CLEAN[::-1]]  # [y, 27, L]
+    given = truth * np.moveaxis(q, 0, -1)
+    noisy = targets.given_noise(found, Uniform(V), xt, jnp.full((27, 1), noise))
+    np.testing.assert_allclose(np.exp(noisy.log), given / given.sum(-1, keepdims=True), rtol=1e-4)
+    masked = targets.given_noise(
+        all_of, Masked(V), jnp.asarray(np.where(HIDING[5], V, CLEAN)), jnp.full((27, 1), noise)
+    )
+    np.testing.assert_allclose(masked.log[:, 0], all_of.log[:, 0], atol=1e-6)
+    assert (np.exp(masked.log[:, 1]) == (all_of.ids[:, 1] == texts[:, 1:2])).all()
+
+
+def test_first_order_scores_are_exact_where_the_score_is_linear():
+    slope = jnp.asarray(np.random.default_rng(0).normal(size=(L, V)))
+    log = targets.taylor(lambda rows: (rows * slope).sum((1, 2)), jnp.asarray(CLEAN), V)
+    np.testing.assert_allclose(log, np.broadcast_to(jax.nn.log_softmax(slope), log.shape), rtol=1e-4, atol=1e-6)
+
+
+# --- MDLM and SEDD by hand ------------------------------------------------------------------------
+
+
+def by_hand(outputs, x0, xt, t, vocab, kind):
+    """MDLM (arXiv:2406.07524, equation 11) and SEDD (arXiv:2310.16834) with their own parametrisations, in float64, token by token."""
+    sigma = -np.log1p(-(1 - EPS) * t)
+    rate, e = (1 - EPS) / (1 - (1 - EPS) * t), np.expm1(sigma)
+    total = 0.0
+    for b in range(len(x0)):
+        for i in range(x0.shape[1]):
+            out, a, z = outputs[b, i].astype(np.float64), x0[b, i], xt[b, i]
+            p = np.exp(out - out.max()) / np.exp(out - out.max()).sum()
+            if kind == "mdlm":
+                total += (z == vocab) * rate[b] / e[b] * -np.log(p[a])
+            elif kind == "absorb":
+                s, rho = out - np.log(e[b]) - np.log(vocab), 1 / e[b]
+                total += (z == vocab) * rate[b] * (np.exp(s).sum() - rho * s[a] + rho * (np.log(rho / 1) - 1))
+            else:
+                q = np.exp(-sigma[b]) * np.eye(vocab) + (1 - np.exp(-sigma[b])) / vocab  # [x, y]
+                s = np.log((p[:, None] / q[:, [z]] * q).sum(0))
+                r = e[b] / (e[b] + vocab)
+                mean = s.mean() - s[z] / vocab
+                negative = r * mean if z == a else s[a] / e[b] + mean
+                if z == a:
+                    constant = (vocab - 1) / vocab * r * (np.log(r) - 1)
+                else:
+                    constant = ((-np.log(r) - 1) / r - (vocab - 2)) / vocab
+                total += rate[b] * (np.exp(s).mean() - np.exp(s[z]) / vocab - negative + constant)
+    return total / x0.size
+
+
+SMALL = Tcsm(vocab=5, length=6, width=16, depth=1, head_dim=8, scan=False)
+TIMED = dataclasses.replace(SMALL, objective="sedd", kernel="uniform", time=True)
+
+
+@functools.cache
+def moved(task, scale=0.2):
+    """Random weights: fresh heads give zeros, which would hide what is before them."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), fresh(task))
+
+
+def texts(task, n, seed=2):
+    return jax.random.randint(jax.random.key(seed), (n, task.length), 0, task.vocab)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("mdlm", {}), ("absorb", {"objective": "sedd"}), ("uniform", {"objective": "sedd", "kernel": "uniform"})],
+)
+def test_the_loss_is_that_of_mdlm_and_of_sedd(kind, fields):
+    task, x, rng = Tabular(**fields), jnp.asarray(np.tile(CLEAN, (8, 1))), jax.random.key(3)
+    table = np.random.default_rng(0).normal(size=(27 if kind == "uniform" else 64, L, V)).astype(np.float32)
+    t, xt = task.hidden(jax.random.split(rng)[0], x)
+    loss, _ = task.loss({"net": tabular.net(table)}, {"tokens": x}, rng)
+    outputs = table[tabular.index(np.asarray(xt), V if kind == "uniform" else V + 1)]
+    wanted = by_hand(outputs, np.asarray(x), np.asarray(xt), np.asarray(t, np.float64), V, kind)
+    assert (xt != x).any()
+    assert loss == pytest.approx(wanted, rel=1e-6)
+
+
+def test_sedd_is_zero_at_the_true_ratios_and_nowhere_less():
+    xt, x0, noise = (np.ravel(x) for x in np.meshgrid(np.arange(5), np.arange(5), [0.001, 0.3, 0.9]))
+    q = (1 - noise) * np.eye(5)[..., None] + noise / 5  # [x, y, pairs]
+    every = np.arange(len(xt))
+    log = np.log(q[x0, :, every] / q[x0, xt, every][:, None])
+    target = targets.one_hot(jnp.asarray(x0))
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(objectives.score_entropy_uniform(log, target, xt, noise), 0, atol=1e-9)
+        away = log + 0.3 * (np.arange(5) == (xt[:, None] + 1) % 5)
+        assert (objectives.score_entropy_uniform(away, target, xt, noise) > 0).all()
+
+
+# --- the network, and samples ---------------------------------------------------------------------
+
+
+def test_every_token_sees_all_others_and_time_is_told_where_it_is_on():
+    x = texts(SMALL, 1)
+    others = jnp.concatenate([x, jnp.tile(x, (6, 1)).at[jnp.arange(6), jnp.arange(6)].set(5)])  # one hidden at a time
+    for task in (SMALL, TIMED):
+        ask = jax.jit(
+            lambda net, noise, task=task: task.compared(net, others, jnp.full(7, noise), lambda found, *_: found)
+        )
+        out = ask(moved(task, 0.05)["net"], 0.2)
+        assert (np.abs(out[1:] - out[0]).max(-1) > 1e-6).all()
+        assert (np.abs(ask(moved(task, 0.05)["net"], 0.8) - out).max() > 1e-3) == task.time
+    assert "modulation" not in str(jax.tree_util.tree_structure(moved(SMALL)))
+    shapes = jax.tree.map(jnp.shape, moved(SMALL)["net"])
+    assert (shapes["embed"]["tokens"]["table"], shapes["head"]["out"]["kernel"]) == ((6, 16), (16, 5))
+    table = np.random.default_rng(0).normal(size=(64, L, V))
+    log_p = Tabular().log_p(tabular.net(table), jnp.asarray(NOISY), jnp.full(64, 0.5))
+    np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)
+    known = NOISY < V  # what is not hidden is what it is
+    assert (np.exp(log_p)[known] == np.eye(V)[NOISY[known]]).all()
+
+
+@pytest.mark.parametrize("task", [SMALL, TcsmRatio(vocab=5, length=6, width=16, depth=1, head_dim=8, scan=False)],
+                         ids=["masked", "ratio"])  # fmt: skip
+def test_samples_keep_what_is_given_and_hold_no_mask(task):
+    params, n = moved(task), 16
+    options = task.Sampling(steps=3, temperature=0.9, top_p=0.9, strength=0.5)
+    draw = jax.jit(lambda p, keys, given: task.sample(p, keys, len(keys), given, options)["tokens"])
+    keys, text = jax.random.split(jax.random.key(0), n), texts(task, n)
+    given = text.at[:8, ::2].set(-1)
+    found = np.asarray(draw(params, keys, {"tokens": given}))
+    assert (found[given >= 0] == given[given >= 0])[:24].all()
+    assert ((found >= 0) & (found < task.vocab)).all()
+    changed = (found != text).mean(1)
+    assert 0 < changed[8:].mean() < 0.6  # a share of the others
+    assert (found[:8] == np.where(given < 0, found, text)[:8]).all()
+    other = np.asarray(draw(params, keys[::-1], {"tokens": given[::-1]}))
+    assert (other[::-1] == found).all()  # each from its own key
+    assert options.network_calls == (15 if isinstance(task, TcsmRatio) else 3)
+    part = "ratio" if isinstance(task, TcsmRatio) else "net"  # of which a diverged one is seen
+    assert (
+        draw({**params, part: jax.tree.map(lambda x: x * jnp.nan, params[part])}, keys, {"tokens": given}) < 0
+    ).all()
+
+
+def test_tokens_that_no_text_holds_are_refused(tmp_path):
+    """MASK would come back as it is, and -1 would be read as MASK."""
+    model = Model(SMALL, moved(SMALL), "raw", 1, None, (), tmp_path)
+    for token in (5, -2, 0.0):
+        with pytest.raises(UserError, match="sample: tokens must be whole numbers from -1 to 4"):
+            model.sample(1, conditions={"tokens": np.full((1, 6), token)})
+    for token in (5, -1, 0.0):
+        with pytest.raises(UserError, match="nll: tokens must be whole numbers from 0 to 4"):
+            model.nll({"tokens": np.full((1, 6), token)})
+
+
+def test_the_bound_of_a_text_follows_from_its_key():
+    nll = jax.jit(lambda x, keys: SMALL.nll(moved(SMALL), {"tokens": x}, keys))
+    x, keys = texts(SMALL, 8), jax.random.split(jax.random.key(0), 8)
+    found = np.asarray(nll(x, keys))
+    np.testing.assert_allclose(nll(x[::-1], keys[::-1])[::-1], found, rtol=1e-5)
+    assert SMALL.about.likelihood.kind == "bound"
+
+
+def test_settings_that_do_not_go_together_are_sentences():
+    for fields, words in (
+        ({"kernel": "uniform"}, "task.weight='nelbo' with task.kernel='uniform' is of task.objective='sedd'"),
+        ({"head_dim": 5}, "task.head_dim=5 must be even"),
+        ({"schedule": "linear"}, "task.schedule='linear' must be one of"),
+    ):
+        with pytest.raises(UserError, match=words):
+            dataclasses.replace(SMALL, **fields)
+    for options in ({"steps": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"strength": 1.5}):
+        with pytest.raises(UserError, match=next(iter(options))):
+            TcsmSampling(**options)
+    with pytest.raises(UserError, match="candidates=0"):
+        TcsmRatioSampling(candidates=0)
+
+
+def test_a_ratio_is_refused_the_network_of_another_kernel(tmp_path, monkeypatch):
+    from zoo import models
+
+    ratio = TcsmRatio(vocab=5, length=6, width=16, depth=1, head_dim=8)
+    given = models.Model(
+        dataclasses.replace(SMALL, kernel="uniform", weight="one"), {"net": {}}, "raw", 1, None, (), tmp_path
+    )
+    monkeypatch.setattr(models, "open_model", lambda *_, **__: given)
+    monkeypatch.setattr(models, "locate", lambda name: tmp_path)
+    with pytest.raises(
+        UserError, match=r'weights.net=RUN:net differs in kernel \("uniform" there, and here "masked"\)'
+    ):
+        models.given_weights({"net": "RUN:net"}, ratio)
+
+
+def test_parts_of_a_text_give_what_the_whole_gives(monkeypatch):
+    """Large vocabularies are worked on in parts of a text."""
+    x, found = texts(SMALL, 8), []
+    for room in (layers.ROOM, 8 * 2 * 5):
+        monkeypatch.setattr(layers, "ROOM", room)
+        found.append(jax.jit(lambda p, room=room: SMALL.loss(p, {"tokens": x}, jax.random.key(0))[0])(moved(SMALL)))
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert "scan" in str(jax.make_jaxpr(SMALL.loss)(moved(SMALL), {"tokens": x}, jax.random.key(0)))

@@ -1,0 +1,51 @@
+"""Every shipped config without a compilation: it is built, has a loss and samples of the promised shapes."""
+
+import jax
+import numpy as np
+import pytest
+from fresh import fresh
+from smokes import CONFIGS, RUNS, SMOKES, smoke
+
+from zoo import config, dist, weights
+from zoo.errors import UserError
+from zoo.train import optim
+from zoo.train.loop import train
+from zoo.train.step import abstract_state, make_sampler, sampler_spec
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_full_config_is_built_abstractly_and_survives_json(name: str) -> None:
+    run = config.load(name)
+    run.mesh.build(jax.devices()[:1])  # one GPU is enough to start any of them
+    mesh = dist.Mesh(data=2, fsdp=4).abstract(8)
+    with dist.use(mesh, run.rules):
+        state = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
+    assert sum(x.size for x in jax.tree.leaves(state.params)) > 1000
+    assert config.undump(config.dump(run)) == run
+    assert run.workdir == "runs/" + name.replace("/", "-")
+    assert config.describe(name)
+
+
+@pytest.mark.parametrize("name", sorted({*CONFIGS} - {*SMOKES}))
+def test_a_smoke_config_that_is_not_trained_has_a_loss_and_samples(name: str) -> None:
+    run = smoke(name)
+    params = weights.abstract(run.task)
+    loss, _ = jax.eval_shape(run.task.loss, params, run.spec(), jax.random.key(0))
+    assert loss.shape == ()
+    batch = next(iter(run.batches()))
+    assert {key: (x.shape, x.dtype) for key, x in run.spec().items()} == {
+        k: (x.shape, x.dtype) for k, x in batch.items()
+    }
+    if run.samples.n:
+        draw = make_sampler(run.task, run.samples.n, run.samples.options)
+        assert jax.eval_shape(draw, params, jax.random.key(0), sampler_spec(run.task, run.samples.n))
+
+
+@pytest.mark.parametrize("name", sorted({*RUNS} - {*CONFIGS}))
+def test_what_is_made_of_trained_models_samples_and_says_that_it_does_not_train(name: str) -> None:
+    run = smoke(name)
+    label = {"label": np.zeros(4, np.int32)} if run.task.about.classes else None
+    drawn = jax.jit(make_sampler(run.task, 4, {"nfe": 5}))(fresh(run.task), jax.random.key(0), label)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(drawn))
+    with pytest.raises(UserError, match="nothing to train"):
+        train(run, quiet=True)
