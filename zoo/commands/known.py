@@ -14,11 +14,10 @@ from zoo.cameras import project
 from zoo.commands.clips import Clips
 from zoo.commands.sample import Form, Images
 from zoo.commands.trajectory import check_clear, trajectory
-from zoo.data.images import LEVELS, SPLITS, BadImage, open_image
-from zoo.data.posed import PointMaps, Posed
+from zoo.data.images import LEVELS, SPLITS
+from zoo.data.posed import PointMaps, Posed, picture
 from zoo.draws import finite
 from zoo.errors import UserError
-from zoo.files import reading
 from zoo.models import Model
 from zoo.task import Locates
 
@@ -101,12 +100,8 @@ def _images(folder: Path, task: str, n: int, frames: int, size: int) -> Given:
         raise UserError(f"from={folder} has {len(files)} images, and task={task} takes {each} a clip; add some")
     clips = np.zeros((len(files) // each, frames, size, size, 3), np.float32)
     for i, path in enumerate(files[: len(clips) * each]):
-        try:
-            with reading(path, "restore it"):
-                image, _ = open_image(path.read_bytes(), 3, convert=True)
-        except BadImage as error:
-            raise UserError(f"{path} {error}; {error.advice}") from None
-        clips[i // each, i % each] = LEVELS[np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))]
+        image = ImageOps.fit(picture(path), (size, size), Image.Resampling.BICUBIC)
+        clips[i // each, i % each] = LEVELS[np.asarray(image)]
     return {"frames": clips[np.arange(n) % len(clips)]}
 
 

@@ -55,15 +55,10 @@ _PAIRS, _GRID = 8, 64  # pairs of frames of a scene that are compared, and point
 _OVERLAP = 0.2  # share of the points of a pair that must fall into the other image
 _AGREE = 0.05  # median share of the depth beyond which nothing fits
 _EXACT = 1e-5  # below it readings are not compared
-_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
-_Y_UP = "its cameras have y up and look along -z (OpenGL): change the signs of their second and third columns"
-_INVERSE = "its matrices take the world to cameras: write their inverses"
-_HALVES = {
-    "K has the centre of the first pixel at 0, here it lies at 1/2: add 1/2 to both numbers of the principal point": 0.5,
-    "the principal point lies half a pixel too far right and down: take 1/2 off both of its numbers": -0.5,
-}
-
-
+_NEAR, _SHIFTED = (
+    0.05,
+    0.25,
+)  # share of the width that points may lie off their pixels, and pixels that all of them may be shifted
 # --- folders --------------------------------------------------------------------------------------
 
 
@@ -146,6 +141,14 @@ class _Scene:
     k: np.ndarray  # [M, 3, 3]
     size: tuple[int, int]  # of the images, width and height
 
+    def check_size(self, i: int, size: tuple[int, int]) -> None:
+        """UserError unless image i has the size of the first one."""
+        if size != self.size:
+            sizes = " and ".join(f"{w}x{h}" for w, h in (self.size, size))
+            raise UserError(
+                f"{self.images[i]}: the frames of a scene are {sizes}; give all one size, and K that fits it"
+            )
+
     def depth(self, i: int) -> np.ndarray:
         """Depth [H, W] of frame i, 0 where it is not known."""
         path = self.depths[i]
@@ -198,15 +201,8 @@ class _PosedSource(Source):
 
 def _view(scene: _Scene, i: int, size: int, half: float) -> tuple[np.ndarray, np.ndarray]:
     """The middle of frame i, uint8 [S, S, 3], and its depth [S, S], never blended."""
-    path = scene.images[i]
-    try:
-        with reading(path, "restore it, or take it out of cameras.json"):
-            image, _ = open_image(path.read_bytes(), 3, convert=True)
-    except BadImage as error:
-        raise UserError(f"{path} {error}; {error.advice}") from None
-    if image.size != scene.size:
-        sizes = " and ".join(f"{w}x{h}" for w, h in (scene.size, image.size))
-        raise UserError(f"{path}: the frames of a scene are {sizes}; give all of them one size, and K that fits it")
+    image = picture(scene.images[i])
+    scene.check_size(i, image.size)
     (fx, fy), (cx, cy) = scene.focal[:, i], scene.k[i, :2, 2]
     (width, height), at = scene.size, (np.arange(size) + 0.5) / size
     left, top = max(cx - half * fx, 0.0), max(cy - half * fy, 0.0)  # it is no less but for rounding
@@ -215,6 +211,22 @@ def _view(scene: _Scene, i: int, size: int, half: float) -> tuple[np.ndarray, np
     rows = np.minimum(np.floor(top + at * (bottom - top)).astype(int), height - 1)
     square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     return np.asarray(square), scene.depth(i)[rows[:, None], columns]
+
+
+def picture(path: Path) -> Image.Image:
+    """The image of a file, in three channels; UserError where it is none."""
+    try:
+        with reading(path, "restore it"):
+            return open_image(path.read_bytes(), 3, convert=True)[0]
+    except BadImage as error:
+        raise UserError(f"{path} {error}; {error.advice}") from None
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        return upright_size(path)
+    except BadImage as error:
+        raise UserError(f"{path} {error}; {error.advice}") from None
 
 
 def clip(
@@ -251,15 +263,7 @@ def _opened(stamps: tuple[tuple[Path, int], ...], apart: int) -> tuple[_Scene, .
     each = max(1, LOOKED_AT // len(scenes))
     for scene in scenes[:LOOKED_AT]:
         for i in range(0, len(scene.images), -(-len(scene.images) // each)):
-            try:
-                size = upright_size(scene.images[i])
-            except BadImage as error:
-                raise UserError(f"{scene.images[i]} {error}; {error.advice}") from None
-            if size != scene.size:
-                sizes = " and ".join(f"{w}x{h}" for w, h in (scene.size, size))
-                raise UserError(
-                    f"{scene.images[i]}: the frames of a scene are {sizes}; give all one size, and K that fits it"
-                )
+            scene.check_size(i, _size(scene.images[i]))
             if not scene.depth(i).any():
                 raise UserError(
                     f"{scene.depths[i]} knows no depth anywhere; give depth, or take the frame out of cameras.json"
@@ -287,11 +291,9 @@ def _read(folder: Path) -> _Scene:
         k = np.asarray([frame.get("K", said.get("K")) for frame in frames], np.float64).reshape(-1, 3, 3)
         own = [frame.get("depth_unit", said.get("depth_unit")) for frame in frames]
         units = tuple(float(unit or (1 if path.suffix == ".npy" else 0.001)) for unit, path in zip(own, depths))
-        width, height = upright_size(images[0])
     except (ValueError, TypeError):
         raise UserError(f'{path}: "K" is no 3 x 3 matrix, or "depth_unit" no number; write them as numbers') from None
-    except BadImage as error:
-        raise UserError(f"{images[0]} {error}; {error.advice}") from None
+    width, height = _size(images[0])
     plain = (
         (k[:, 0, 0] > 0) & (k[:, 1, 1] > 0) & (np.abs(k[:, 0, 1]) <= RIGID * k[:, 0, 0]) & np.isfinite(k).all((1, 2))
     )
@@ -319,44 +321,34 @@ def _compare(scene: _Scene, folder: Path, apart: int) -> None:
     pairs = [(i, i + apart) for i in range(0, last, -(-last // _PAIRS))] if last > 0 else []
     if not pairs:
         return
+    camera, k, (width, height) = scene.camera, scene.k, scene.size
     depth = {i: scene.depth(i) for pair in pairs for i in pair}
-    width, height = scene.size
-    k = scene.k
-    long = {i: np.linalg.norm(_rays(k[i], width, height), axis=-1) for i in depth}
+    flat = {i: x / np.linalg.norm(_rays(k[i], width, height), axis=-1) for i, x in depth.items()}
+    half = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
     readings = {
-        "": (scene.camera, k, depth),
-        _Y_UP: (scene.camera @ _OPENGL, k, depth),
-        _INVERSE: (np.linalg.inv(scene.camera), k, depth),
-        "its depth is the length of rays: divide it by that of [(u + 1/2 - cx) / fx, (v + 1/2 - cy) / fy, 1]": (
-            scene.camera,
-            k,
-            {i: x / long[i] for i, x in depth.items()},
+        "": (camera, k, depth),
+        "its cameras have y up and look along -z (OpenGL): change the signs of their second and third columns": (
+            camera @ np.diag([1.0, -1.0, -1.0, 1.0]), k, depth,
         ),
-        **{way: (scene.camera, k + shift * _MIDDLE, depth) for way, shift in _HALVES.items()},
+        "its matrices take the world to cameras: write their inverses": (np.linalg.inv(camera), k, depth),
+        "its depth is the length of rays: divide it by that of [(u + 1/2 - cx) / fx, (v + 1/2 - cy) / fy, 1]": (camera, k, flat),
+        "K has the centre of the first pixel at 0, here it lies at 1/2: add 1/2 to both numbers of the principal point": (
+            camera, k + half, depth,
+        ),
+        "the principal point lies half a pixel too far right and down: take 1/2 off both of its numbers": (camera, k - half, depth),
         "its depth is in thousandths of the units of its cameras: set depth_unit to a thousandth of what it is": (
-            scene.camera,
-            k,
-            {i: x / 1000 for i, x in depth.items()},
+            camera, k, {i: x / 1000 for i, x in depth.items()},
         ),
-    }
+    }  # fmt: skip
     off = {way: _off(*reading, pairs) for way, reading in readings.items()}
-    verdict(off, f"{folder}: a point of one frame is not where others see it, by {{:.2g}} of its depth", _EXACT, _AGREE)
-
-
-_MIDDLE = np.array([[0, 0, 1], [0, 0, 1], [0, 0, 0]])  # where K has its principal point
-
-
-def verdict(off: Mapping[str, float], what: str, exact: float, agree: float) -> None:
-    """UserError, `what` of how far it is off, where a reading with another name than "" is nearer by half, or all are far."""
     read, best = off[""], min(off, key=lambda way: off[way])
+    what = f"{folder}: a point of one frame is not where others see it, by {read:.2g} of its depth"
     if not np.isfinite(off[best]):
-        _log.warning("%s: it cannot be told; frames overlap too little", what.partition(":")[0])
-    elif best and read > exact and off[best] < read / 2:
-        raise UserError(f"{what.format(read)}, and {off[best]:.2g} if {best}")
-    elif read > agree:
-        raise UserError(
-            f"{what.format(read)}; mend cameras or depth (x right, y down, z forward; depth along z, both in one unit)"
-        )
+        _log.warning("%s: whether its cameras fit cannot be told; frames overlap too little", folder)
+    elif best and read > _EXACT and off[best] < read / 2:
+        raise UserError(f"{what}, and {off[best]:.2g} if {best}")
+    elif read > _AGREE:
+        raise UserError(f"{what}; mend cameras or depth (x right, y down, z forward; depth along z, both in one unit)")
 
 
 def _off(camera: np.ndarray, k: np.ndarray, depth: Mapping[int, np.ndarray], pairs: Sequence[tuple[int, int]]) -> float:
@@ -462,23 +454,12 @@ def _place(path: Path, i: int, one: Mapping[str, np.ndarray]) -> None:
     if not one["seen"].any():
         raise UserError(f"{path}: clip {i} has no point that is seen; leave it out")
     frames, height, width = one["seen"].shape
-    focal = np.full(frames, one["focal"], np.float64)
-    centre = centred(height, width) + np.array([width, height]) / 2
-    off = {}
-    for way, camera, shift in (
-        ("", one["camera"], 0.0),
-        (_Y_UP, one["camera"] @ _OPENGL, 0.0),
-        (_INVERSE, np.linalg.inv(one["camera"]), 0.0),
-        (
-            "it counts from centres of pixels at 0, here they lie at 1/2: move points by half a pixel",
-            one["camera"],
-            0.5,
-        ),
-        ("its points lie half a pixel too far right and down", one["camera"], -0.5),
-    ):
-        at, depth = project(one["points"].astype(np.float64), camera.astype(np.float64), focal, height, width)
-        far = np.where(depth > 0, np.abs(at + shift - centre).max(-1), np.inf)
-        off[way] = float(np.median(far[one["seen"]]))
-    verdict(
-        off, f"{path}: points of clip {i} are not where their pixels see them, by {{:.2g}} pixels", 0.1, 0.05 * width
-    )
+    focal, middle = np.full(frames, one["focal"], np.float64), np.array([width, height]) / 2
+    at, depth = project(one["points"].astype(np.float64), one["camera"].astype(np.float64), focal, height, width)
+    off = (at - middle - centred(height, width))[one["seen"]]
+    far = float(np.median(np.where(depth[one["seen"]] > 0, np.abs(off).max(-1), np.inf)))
+    if far > _NEAR * width or np.abs(np.median(off, 0)).max() > _SHIFTED:
+        raise UserError(
+            f"{path}: points of clip {i} are not where their pixels see them, by {far:.2g} pixels in the middle; mend cameras, focal "
+            "lengths or points (camera to world, x right, y down, z forward, the centre of the first pixel at 1/2)"
+        )
