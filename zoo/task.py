@@ -352,8 +352,9 @@ class Cached(Protocol):
 class Locates(Protocol):
     """Reads cameras off the points of its clips: what `zoo sample` writes beside them, and from where a path begins."""
 
-    def cameras(self, points: Any, seen: Any) -> tuple[Any, Any]:
-        """Cameras [F, 4, 4], NaN where a frame has none, and their focal length [] of points [F, H, W, 3], `seen` bool [F, H, W]."""
+    def cameras(self, points: Any, seen: Any) -> tuple[Any, Any, Any]:
+        """Cameras [F, 4, 4], NaN where a frame has none, their focal length [], and why there is none [F] ("": there is one); of
+        points [F, H, W, 3], `seen` bool [F, H, W]."""
         ...
 
 

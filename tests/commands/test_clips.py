@@ -49,7 +49,7 @@ def test_a_clip_without_cameras_is_asked_for_them(clips, tmp_path) -> None:
     assert not (tmp_path / "000000.cameras.json").exists()
     camera = clips[0]["camera"].copy()
     camera[1] = np.nan
-    Clips(lambda points, seen: (camera, 20.0)).save(tmp_path, 1, drawn, {})
+    Clips(lambda points, seen: (camera, 20.0, ("", "flat", ""))).save(tmp_path, 1, drawn, {})
     np.testing.assert_allclose(read_cameras(tmp_path / "000001.cameras.json")[0], camera[[0, 2]], atol=1e-5)
     assert Clips().show(tmp_path, 2)
 

@@ -82,9 +82,8 @@ def test_wild_points_do_not_count(clips) -> None:
     mask = np.random.default_rng(5).random(wild.shape[:-1]) < 0.33
     wild[mask] = np.random.default_rng(6).uniform(-1, 1, wild.shape)[mask]
     wild[0, 0, 0] = np.nan
-    found = solve(wild, e["seen"].astype(bool)).check()
+    found = solve(wild, e["seen"].astype(bool))
     assert angle_between(found.camera[:, :3, :3], e["camera"][:, :3, :3]).max() < 0.1
-    assert ((found.trusted > 0.5) & (found.trusted < 0.8)).all()
 
 
 def test_one_focal_length_is_that_of_all(clips) -> None:
@@ -133,8 +132,6 @@ def test_one_plane_shows_no_camera(noise: float) -> None:
     found = solve(wall(noise), np.ones((1, 32, 32), bool))
     assert "lie on one plane" in found.refused[0]
     assert np.isnan(found.camera).all()
-    with pytest.raises(UserError, match="frame 0 has no camera: its points lie on one plane"):
-        found.check()
 
 
 def test_five_points_show_no_camera(clips) -> None:
@@ -143,10 +140,11 @@ def test_five_points_show_no_camera(clips) -> None:
     seen[:, 4, :5] = True
     seen[3:] = True
     found = solve(e["points"], seen, one_focal=True)
-    assert [why.partition(" of ")[0] for why in found.refused] == ["5"] * 3 + [""] * 5
+    assert (
+        list(found.refused)
+        == ["5 of its points are seen, and a camera takes 6; give a frame that shows more"] * 3 + [""] * 5
+    )
     assert angle_between(found.camera[3:, :3, :3], e["camera"][3:, :3, :3]).max() < 0.01
-    with pytest.raises(UserError, match="a camera takes 6"):
-        found.check()
 
 
 def test_six_points_off_a_plane_show_one(clips) -> None:

@@ -40,9 +40,7 @@ class Clips:
     `000000.cameras.json` where cameras are known; of all `viewer.html`, which asks no other file for anything, and `sheet.png`.
     """
 
-    solve: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]] | None = (
-        None  # cameras and focal length of points, seen
-    )
+    solve: Callable[[Any, Any], tuple[Any, Any, Any]] | None = None  # as of `zoo.task.Locates`
 
     key = "frames"
     suffix = ".npz"
@@ -52,7 +50,7 @@ class Clips:
         clip = {key: drawn[key] for key in ("frames", "points", "seen", "camera", "focal") if key in drawn}
         clip["seen"] = np.asarray(clip.get("seen", np.ones(clip["points"].shape[:3], bool)))
         if "camera" not in clip and self.solve is not None:
-            camera, focal = self.solve(clip["points"], clip["seen"])
+            camera, focal, _ = self.solve(clip["points"], clip["seen"])
             clip |= {"camera": camera, "focal": np.asarray(focal)}
         paths.write(out / f"{i:06d}.gif", gif(clip, json.dumps(dict(about))))
         paths.write(out / f"{i:06d}.ply", ply(clip))

@@ -115,10 +115,12 @@ def _located(model: Model, options: Any, given: Given, seed: int, batch: int) ->
     ]
     points = np.concatenate([part["points"] for part in parts])
     seen = np.isfinite(points).all(-1)
-    cameras, focal = zip(*(model.task.cameras(x, mask) for x, mask in zip(points, seen)))
-    for i, camera in enumerate(cameras):
-        if not np.isfinite(camera[0]).all():
-            raise UserError(f"clip {i}: no camera fits the points that were drawn for its image; try another seed=")
+    cameras, focal, refused = zip(*(model.task.cameras(x, mask) for x, mask in zip(points, seen)))
+    for i, why in enumerate(refused):
+        if why[0]:
+            raise UserError(
+                f"the points drawn for the image of clip {i} show no camera: {why[0]}; or try another seed="
+            )
     return {
         **given,
         "points": points,

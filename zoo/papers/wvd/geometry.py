@@ -6,7 +6,7 @@ middle of the image (`zoo.cameras.centred`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,23 +24,12 @@ _FLAT = 1e-3  # thickness of the points, as a share of their spread, below which
 _NOISE = 1.5  # and in units of what they are off their pixels' rays
 
 
-@dataclass(frozen=True)
-class Cameras:
-    """The cameras of F frames: `camera` [F, 4, 4], `focal` [F], NaN where `refused` says why; `off` [F], r.m.s. distance of
-    points to their pixels' rays; `trusted` [F], the share of points that counted."""
+class Cameras(NamedTuple):
+    """The cameras of F frames."""
 
-    camera: np.ndarray
-    focal: np.ndarray
-    off: np.ndarray
-    trusted: np.ndarray
-    refused: tuple[str, ...]
-
-    def check(self) -> Cameras:
-        """These cameras; UserError for the first frame that has none."""
-        for number, why in enumerate(self.refused):
-            if why:
-                raise UserError(f"frame {number} has no camera: {why}")
-        return self
+    camera: np.ndarray  # [F, 4, 4], NaN where a frame is refused
+    focal: np.ndarray  # [F], NaN there too
+    refused: tuple[str, ...]  # why a frame has no camera, "" where it has one
 
 
 def solve(points: np.ndarray, seen: np.ndarray, *, one_focal: bool = False, seed: int = 0) -> Cameras:
@@ -59,8 +48,7 @@ def solve(points: np.ndarray, seen: np.ndarray, *, one_focal: bool = False, seed
     where = centred(height, width).reshape(-1, 2)
     rng = np.random.default_rng(seed)
     camera, focal = np.full((frames, 4, 4), np.nan), np.full(frames, np.nan)
-    off, trusted, refused = np.full(frames, np.nan), np.zeros(frames), [""] * frames
-    kept = []
+    refused, kept = [""] * frames, []
     for f in range(frames):
         x = points[f].reshape(-1, 3).astype(np.float64)
         rows = np.flatnonzero(seen[f].reshape(-1) & np.isfinite(x).all(-1))
@@ -69,17 +57,14 @@ def solve(points: np.ndarray, seen: np.ndarray, *, one_focal: bool = False, seed
         refused[f] = _flat(x[rows])
         if refused[f]:
             continue
-        camera[f], focal[f] = _robust(*kept[f], rng)
-        camera[f], focal[f], off[f], trusted[f], refused[f] = _settle(*kept[f], camera[f], focal[f])
+        camera[f], focal[f], refused[f] = _settle(*kept[f], *_robust(*kept[f], rng))
     if one_focal and not all(refused):
         common = float(np.exp(np.nanmedian(np.log(np.where([not r for r in refused], focal, np.nan)))))
         for f in (f for f in range(frames) if not refused[f]):
-            found = _settle(*kept[f], camera[f], common, free=False)
-            camera[f], focal[f], off[f], trusted[f], refused[f] = found
-    for f in range(frames):
-        if refused[f]:
-            camera[f], focal[f] = np.nan, np.nan
-    return Cameras(camera, focal, off, trusted, tuple(refused))
+            camera[f], focal[f], refused[f] = _settle(*kept[f], camera[f], common, free=False)
+    lost = np.asarray([bool(why) for why in refused])
+    camera[lost], focal[lost] = np.nan, np.nan
+    return Cameras(camera, focal, tuple(refused))
 
 
 def _flat(points: np.ndarray, noise: float = 0.0) -> str:
@@ -106,10 +91,10 @@ def _robust(points: np.ndarray, at: np.ndarray, rng: np.random.Generator) -> tup
 
 def _settle(
     points: np.ndarray, at: np.ndarray, camera: np.ndarray, focal: float, free: bool = True
-) -> tuple[np.ndarray, float, float, float, str]:
-    """A camera refined on what is not far off, twice; its focal length, r.m.s. distance to rays, share that counted, refusal."""
+) -> tuple[np.ndarray, float, str]:
+    """A camera refined on what is not far off, its focal length, and why it is none."""
     if not np.isfinite(camera).all():
-        return camera, focal, np.nan, 0.0, "no camera has its points in front of it; they are no view of a scene"
+        return camera, focal, "no camera has its points in front of it; they are no view of a scene"
     near = np.zeros(len(points), bool)
     for _ in range(_LOOKS):
         far = off_rays(points, at, camera, focal)
@@ -119,7 +104,7 @@ def _settle(
             break
         camera, focal = refine(points[near], at[near], camera, focal, free=free)
     left = float(np.sqrt((off_rays(points[near], at[near], camera, focal) ** 2).mean()))
-    return camera, focal, left, float(near.mean()), _flat(points[near], left / np.sqrt(2))
+    return camera, focal, _flat(points[near], left / np.sqrt(2))
 
 
 def dlt(points: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

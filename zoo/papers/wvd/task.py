@@ -328,11 +328,11 @@ class Wvd:
         parts = pixels.reshape(*pixels.shape[:2], rows, f, columns, f, *pixels.shape[4:])
         return parts.mean((3, 5)) >= share if f > 1 else pixels
 
-    def cameras(self, points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cameras [F, 4, 4] with one focal length, read off points [F, S, S, 3]; NaN for frames that show none."""
+    def cameras(self, points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+        """Cameras [F, 4, 4] with one focal length, read off points [F, S, S, 3]; NaN for frames that show none, and why."""
         found = solve(points, seen, one_focal=True)
         known = found.focal[np.isfinite(found.focal)]
-        return found.camera, np.median(known) if len(known) else np.asarray(np.nan)
+        return found.camera, np.median(known) if len(known) else np.asarray(np.nan), found.refused
 
     # --- training -----------------------------------------------------------------------------------
 
