@@ -99,9 +99,10 @@ class Posed(Data):
             ends = [(i, 0, lengths[i]) for i in divide(len(scenes), self.test_fraction)[split]]
         clips = [(i, begin) for i, first, last in ends for begin in range(max(first, 0), last - span + 1)]
         if not clips:
+            where = f" in its {split} split" if self.test_fraction else ""
             raise UserError(
-                f"{self.path} has no {span} frames in a row in its {split} split (scenes of {', '.join(map(str, lengths[:5]))}), "
-                f"and data.frames={self.frames}, data.stride={self.stride} take so many; set fewer, or change data.test_fraction"
+                f"{self.path} has no {span} frames in a row{where} (scenes of {', '.join(map(str, lengths[:5]))}), and clips of "
+                f"{self.frames} with stride {self.stride} take so many; give more, or set data.frames, data.stride, data.test_fraction"
             )
         return _PosedSource(self, scenes, clips)
 
