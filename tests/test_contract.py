@@ -7,7 +7,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from smokes import CONFIGS, SMOKES, smoke
+from smokes import CONFIGS, KINDS, SMOKES, smoke
 
 from zoo import dist, weights
 from zoo.run import Run
@@ -21,7 +21,9 @@ def test_there_are_configs() -> None:
     assert {type(smoke(name).task) for name in SMOKES} == {type(smoke(name).task) for name in CONFIGS}
 
 
-@pytest.fixture(scope="module", params=SMOKES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=[] if n in KINDS.values() else pytest.mark.variant) for n in SMOKES]
+)
 def trained(request: pytest.FixtureRequest) -> tuple[Run, State, list[dict[str, float]]]:
     """Four steps of a smoke run, with its sheet of samples: the compiled programs that all tests below share."""
     run = dataclasses.replace(smoke(request.param), steps=4, log_every=1)

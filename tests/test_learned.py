@@ -52,7 +52,7 @@ def test_the_shipped_weights_are_what_their_card_says(name: str, figure: str) ->
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_the_shipped_weights_sample_images_with_ink_where_digits_have_it(name: str) -> None:
     task, params = zoo.load(name)
-    images = jax.jit(lambda p: task.sample(p, jax.random.key(0), 256)["image"])(params)
+    images = jax.jit(lambda p: task.sample(p, jax.random.key(0), 128)["image"])(params)
     source = Digits().source("train")
     real = np.stack([source[i]["image"] for i in range(len(source))])
     assert np.isfinite(images).all()
