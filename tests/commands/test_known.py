@@ -104,9 +104,6 @@ def test_mistakes(tmp_path):
     made, images = model(tmp_path), tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (16, 16)).save(images / "0.png")
-    (tmp_path / "path.json").write_text(
-        json.dumps({"frames": [{"eye": [0, 0, i], "target": [0, 0, 9]} for i in range(3)]})
-    )
     for words, *asked in (
         ("task=stereo completes clips; say of which", "stereo", None),
         ("from=nowhere is neither train, test nor", "image", "nowhere"),
@@ -114,7 +111,6 @@ def test_mistakes(tmp_path):
         ("task=render takes the points of all frames", "render", str(images)),
         ("path=orbit says where the camera goes, and task=image", "image", "test", "orbit"),
         ("path=orbti is no path; did you mean 'orbit'", "camera", "test", "orbti"),
-        ("does not say in what scale", "camera", "test", str(tmp_path / "path.json")),
         ("a folder of images says none", "camera", str(images)),
     ):
         with pytest.raises(UserError, match=words):

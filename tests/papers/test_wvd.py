@@ -14,15 +14,7 @@ from zoo.dist import unbox
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
 from zoo.papers.wvd import Mixture, Wvd, WvdSampling
-from zoo.papers.wvd.metrics import (
-    Geometry,
-    agreement,
-    cameras_of,
-    depth_figures,
-    depths_of,
-    pose_figures,
-    reprojection,
-)
+from zoo.papers.wvd.metrics import Geometry
 from zoo.papers.wvd.projection import filled
 from zoo.papers.wvd.task import NAMES, Known
 
@@ -90,18 +82,12 @@ def test_whoever_knows_the_clip_draws_it(clips, guidance):
         np.testing.assert_array_equal(strip[8:, 8:16], drawn["points"][0, 1])
 
 
-def test_known_parts_of_a_network_in_any_solver(clips):
-    params = random(TASK)
-    rare = replace(TASK, tasks=Mixture(1, 0, 0, 0, 0))
-    cases = [(TASK, WvdSampling(task="camera", solver=Heun(), nfe=3)), (rare, WvdSampling(task="stereo", nfe=2))]
-    found = jax.jit(lambda: [task.sample(params, jax.random.key(0), 4, clips, o) for task, o in cases])()
-    for (_, o), drawn in zip(cases, found):
-        given, known = TASK._given(o.task, clips, 4)
-        for i, key in enumerate(("frames", "points")):
-            mask = np.asarray(known[..., i])
-            assert mask.mean() > 0.1 or key == "points"
-            np.testing.assert_array_equal(drawn[key][mask], np.asarray(given[i])[mask])
-            assert np.isfinite(drawn[key]).all()
+def test_what_a_network_has_not_learned_to_complete_keeps_what_is_known(clips):
+    params, rare = random(TASK), replace(TASK, tasks=Mixture(1, 0, 0, 0, 0))
+    options = WvdSampling(task="stereo", nfe=2)
+    drawn = jax.jit(lambda: rare.sample(params, jax.random.key(0), 4, clips, options))()
+    np.testing.assert_array_equal(drawn["frames"], clips["frames"])
+    assert np.isfinite(drawn["points"]).all()
 
 
 def test_noise_of_known_cells_changes_nothing_and_their_values_do(clips):
@@ -227,24 +213,12 @@ def test_figures_of_geometry_stand_beside_their_controls():
         Geometry(options={"task": "stereo"}).check(TASK)
 
 
-def test_points_that_show_no_camera_have_no_figures_of_one():
-    """As a model draws them that has learned nothing."""
-    flat, seen = np.zeros((2, 3, 8, 8, 3)), np.ones((2, 3, 8, 8), bool)
-    found = cameras_of(flat, seen)
-    assert all(map(all, (one.refused for one in found)))
-    assert np.isnan(reprojection(flat, found, seen))
-    assert agreement(flat, flat, seen, found) == {"covisible": 0.0}
-    assert depth_figures(depths_of(flat, found), np.ones((2, 3, 8, 8)), seen) == {}
-    eyes = np.broadcast_to(np.eye(4), (2, 3, 4, 4))
-    assert pose_figures(found, eyes, np.ones(2))["unsolved"] == 1
-
-
 def test_latents_that_are_known_stay_and_pixels_with_them(clips):
     """With an autoencoder a cell is known where nine in ten of its pixels are; given pixels come back as they were given."""
     task = replace(
         TASK, patch=1, vae=AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=4, scale=1.0)
     )
-    options = WvdSampling(task="camera", nfe=2)
+    options = WvdSampling(task="camera", solver=Heun(), nfe=3)
     params = random(task)
     drawn, (given, known), x = jax.jit(
         lambda: (
