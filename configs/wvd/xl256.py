@@ -1,4 +1,4 @@
-"""WVD at 256 pixels with 446 million parameters, over latents of the published autoencoder.
+"""WVD at 256 pixels with 446 million parameters: `wvd/rgbd256`, wider and deeper, and the paper's number of steps and batch.
 
 zoo import starflow/sd_vae FILE exports/sd-vae
 zoo train wvd/xl256 data.path=FOLDER
@@ -7,50 +7,14 @@ zoo compile wvd/xl256 --topology v5p:4x4x4
 
 from dataclasses import replace
 
-from zoo.data.posed import Posed
-from zoo.data.synthetic import Synthetic
-from zoo.dist import Mesh
-from zoo.encoders.vae import AutoEncoder, sd
-from zoo.papers import wvd
-from zoo.run import Checkpoint, Run, Samples
-from zoo.train.optim import AdamW
+from zoo.config import load
 
-SMALL = AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=4, scale=1.0)
-
-config = Run(
-    task=wvd.Wvd(
-        frames=8,
-        image=256,
-        patch=2,
-        width=1152,
-        depth=28,
-        head_dim=72,
-        base=10_000.0,
-        vae=sd(),
-        dtype="bfloat16",
-        remat="full",
-        attention="auto",
-    ),
-    data=Posed("data/rgbd", size=256, frames=8),
-    weights={"vae": "exports/sd-vae"},
-    optim=AdamW(lr=3e-4, warmup=5_000, schedule="constant", b2=0.95, weight_decay=0.01, clip=1.0),
-    ema=0.9999,
+_base = load("wvd/rgbd256")
+config = replace(
+    _base,
+    task=replace(_base.task, width=1152, depth=28, head_dim=72),
     steps=1_000_000,
     batch=128,
-    mesh=Mesh(data=1, fsdp=-1),
-    checkpoint=Checkpoint(every=5_000, keep=3),
-    samples=Samples(every=25_000, n=8, options={"task": "image", "nfe": 50}),
-    log_every=50,
+    workdir=None,
 )
-
-smoke = replace(
-    config,
-    task=replace(config.task, frames=2, image=16, width=16, depth=2, head_dim=8, vae=SMALL),
-    data=Synthetic(),
-    weights=None,
-    optim=replace(config.optim, warmup=0),
-    steps=4,
-    batch=8,
-    mesh=Mesh(),
-    samples=Samples(n=2, options={"task": "camera", "nfe": 2}),
-)
+smoke = replace(load("wvd/rgbd256:smoke"), workdir=None)
