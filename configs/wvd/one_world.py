@@ -35,9 +35,9 @@ config = Run(
     evals=(Geometry(),),
     log_every=50,
 )
-rgb = replace(
+rgb = replace(  # sees the task image as often; where the other is told of points it is told nothing
     config,
-    task=replace(config.task, modalities="rgb", tasks=wvd.Mixture(joint=1, image=2, stereo=0, camera=0, render=0)),
+    task=replace(config.task, modalities="rgb", tasks=wvd.Mixture(joint=6, image=2, stereo=0, camera=0, render=0)),
     samples=Samples(n=8, options={"task": "image"}),
 )
 
