@@ -32,7 +32,7 @@ class Cameras(NamedTuple):
     refused: tuple[str, ...]  # why a frame has no camera, "" where it has one
 
 
-def solve(points: np.ndarray, seen: np.ndarray, *, one_focal: bool = False, seed: int = 0) -> Cameras:
+def solve(points: np.ndarray, seen: np.ndarray, *, one_focal: bool = False) -> Cameras:
     """The pinhole cameras that see images of points, each frame by itself.
 
     A matrix from all points and from 128 draws of eight (DLT); the one whose median point is nearest to its pixel's ray;
@@ -46,7 +46,7 @@ def solve(points: np.ndarray, seen: np.ndarray, *, one_focal: bool = False, seed
     """
     frames, height, width = seen.shape
     where = centred(height, width).reshape(-1, 2)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     camera, focal = np.full((frames, 4, 4), np.nan), np.full(frames, np.nan)
     refused, kept = [""] * frames, []
     for f in range(frames):

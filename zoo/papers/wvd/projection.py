@@ -73,28 +73,21 @@ def _neighbours(image: jax.Array, beyond: float) -> jax.Array:
 
 
 def carried(
-    points: jax.Array,
-    seen: jax.Array,
-    camera: jax.Array,
-    focal: jax.Array,
-    size: tuple[int, int],
-    values: jax.Array | None = None,
+    points: jax.Array, seen: jax.Array, camera: jax.Array, focal: jax.Array, size: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Images [F, H, W, C] of points in the views of cameras [F, 4, 4], and where they show something, bool [F, H, W].
+    """Images [F, H, W, 3] of points in the views of cameras [F, 4, 4], and where they show something, bool [F, H, W].
 
-    What a cell shows is the value of one point, to the bit; 0 elsewhere.
+    What a cell shows is one point, to the bit; 0 elsewhere.
 
     Args:
         points: [N, 3].
         seen: bool [N].
         focal: [].
-        values: [N, C], such as colours beside coordinates; None: the points.
     """
-    shown = points if values is None else values
 
     def view(one: jax.Array) -> tuple[jax.Array, jax.Array]:
         number, _ = mended(*splat(points, seen, one, focal, size))
-        return jnp.where((number >= 0)[..., None], shown[number], 0), number >= 0
+        return jnp.where((number >= 0)[..., None], points[number], 0), number >= 0
 
     return jax.vmap(view)(camera)
 
