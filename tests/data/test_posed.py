@@ -134,8 +134,8 @@ def test_point_maps_are_put_before_their_first_camera(tmp_path) -> None:
     clips["points"] = 3 * clips["points"] @ turn.T + 5
     clips["camera"][..., :3, 3] = 3 * clips["camera"][..., :3, 3] @ turn.T + 5
     clips["camera"][..., :3, :3] = turn @ clips["camera"][..., :3, :3]
-    np.savez(tmp_path / "a.npz", **{f"train_{key}": x for key, x in clips.items() if key != "seen"})
-    found = PointMaps(str(tmp_path / "a.npz")).source("train")
+    np.savez(tmp_path / "a.npz", **{key: x for key, x in clips.items() if key != "seen"})
+    found = PointMaps(str(tmp_path / "a.npz"), test_fraction=0).source("train")
     assert len(found) == 4
     for i in range(4):
         for key, x in source[i].items():

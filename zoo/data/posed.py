@@ -389,10 +389,7 @@ def _rays(k: np.ndarray, width: int, height: int) -> np.ndarray:
 @dataclass(frozen=True)
 class PointMaps(Data):
     """Clips in an .npz file: `frames` uint8 and `points` [N, F, H, W, 3], `camera` [N, F, 4, 4] to world, `focal` [N] in
-    pixels, and where some points are not known `seen` bool [N, F, H, W].
-
-    With `train_` and `test_` before all names the splits are those; else `test_fraction` of the clips is held out. Points must
-    lie where their pixels see them.
+    pixels, and where some points are not known `seen` bool [N, F, H, W]. Points must lie where their pixels see them.
     """
 
     path: NotEmpty
@@ -405,7 +402,7 @@ class PointMaps(Data):
         """The clips of a split, normalised at once and kept in memory."""
         check_split(split)
         path = existing(self.path)
-        return _PointSource(_maps(path, path.stat().st_mtime_ns, split, self.test_fraction))
+        return ClipSource(_maps(path, path.stat().st_mtime_ns, split, self.test_fraction))
 
     def fingerprint(self, split: str) -> str:
         """What the clips of a split are: the bytes of the file."""
@@ -414,25 +411,13 @@ class PointMaps(Data):
         return digest([[file_digest(path, path.stat().st_mtime_ns), split, self.test_fraction]])
 
 
-class _PointSource(ClipSource):
-    """`ClipSource` of world points, which are normalised when they are read."""
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        one = {key: x[index] for key, x in self._clips.items()}
-        return clip(one["frames"], one["points"], one["seen"], one["camera"], float(one["focal"]), f"clip {index}")
-
-
 @lru_cache(maxsize=4)
 def _maps(path: Path, version: int, split: str, test_fraction: float) -> dict[str, np.ndarray]:
     with open_npz(path) as file:
         names = set(file.files)
-    prefix = f"{split}_" if f"{split}_frames" in names else ""
-    clips = {key: read_array(path, prefix + key, key, "clips") for key in ("frames", "points", "camera", "focal")}
+    clips = {key: read_array(path, key, key, "clips") for key in ("frames", "points", "camera", "focal")}
     shape = clips["points"].shape
-    seen = read_array(path, f"{prefix}seen", "seen", "clips") if f"{prefix}seen" in names else np.ones(shape[:-1], bool)
-    clips["seen"] = seen
+    seen = clips["seen"] = read_array(path, "seen", "seen", "clips") if "seen" in names else np.ones(shape[:-1], bool)
     wanted = {"frames": shape, "camera": (*shape[:2], 4, 4), "focal": shape[:1], "seen": shape[:-1]}
     wrong = [f"{key} {list(clips[key].shape)}" for key, size in wanted.items() if clips[key].shape != size]
     if len(shape) != 5 or shape[-1] != 3 or wrong or clips["frames"].dtype != np.uint8 or seen.dtype != bool:
@@ -441,19 +426,19 @@ def _maps(path: Path, version: int, split: str, test_fraction: float) -> dict[st
             "[N, F, H, W, 3], frames uint8 of that shape, seen bool [N, F, H, W], camera [N, F, 4, 4], focal [N]"
         )
     clips["seen"] = seen & np.isfinite(clips["points"]).all(-1)
-    for i in range(0, shape[0], -(-shape[0] // LOOKED_AT) or 1):
-        _place(path, i, {key: x[i] for key, x in clips.items()})
-    part = divide(shape[0], test_fraction)[split] if not prefix else list(range(shape[0]))
+    part = divide(shape[0], test_fraction)[split]
     if not part:
         raise UserError(f"{path} leaves no clip for the {split} split; change data.test_fraction")
-    return {key: x[part] for key, x in clips.items()}
+    order = ("frames", "points", "seen", "camera", "focal")
+    for i in np.flatnonzero(clips["seen"].any((1, 2, 3)))[:: -(-shape[0] // LOOKED_AT) or 1]:
+        _place(path, i, {key: clips[key][i] for key in order})
+    found = [clip(*(clips[key][i] for key in order), f"{path}: clip {i}") for i in part]
+    return {key: np.stack([one[key] for one in found]) for key in order[1:]} | {"frames": clips["frames"][part]}
 
 
 def _place(path: Path, i: int, one: Mapping[str, np.ndarray]) -> None:
     """UserError where the points of a clip do not lie on the rays of their pixels."""
     check_rigid(one["camera"], f"{path}, clip {i}")
-    if not one["seen"].any():
-        raise UserError(f"{path}: clip {i} has no point that is seen; leave it out")
     frames, height, width = one["seen"].shape
     focal, middle = np.full(frames, one["focal"], np.float64), np.array([width, height]) / 2
     at, depth = project(one["points"].astype(np.float64), one["camera"].astype(np.float64), focal, height, width)
