@@ -196,8 +196,14 @@ class _PosedSource(Source):
         views = [_view(scene, i, data.size, half) for i in members]
         depth = np.stack([depth for _, depth in views])
         camera = scene.camera[members.start : members.stop : members.step]
-        images, points = np.stack([image for image, _ in views]), unproject(depth, camera, focal)
-        return clip(images, points, depth > 0, camera, focal[0], f"the clip from {scene.images[begin]} on")
+        given = {
+            "frames": np.stack([image for image, _ in views]),
+            "points": unproject(depth, camera, focal),
+            "seen": depth > 0,
+            "camera": camera,
+            "focal": focal[0],
+        }
+        return clip(given, f"the clip from {scene.images[begin]} on")
 
 
 def _view(scene: _Scene, i: int, size: int, half: float) -> tuple[np.ndarray, np.ndarray]:
@@ -230,16 +236,15 @@ def _size(path: Path) -> tuple[int, int]:
         raise UserError(f"{path} {error}; {error.advice}") from None
 
 
-def clip(
-    images: np.ndarray, points: np.ndarray, seen: np.ndarray, camera: np.ndarray, focal: float, name: str
-) -> Example:
-    """An example from uint8 images and world points [F, H, W, 3], bool [F, H, W], cameras [F, 4, 4] and a focal length.
+def clip(given: Mapping[str, np.ndarray], name: str) -> Example:
+    """An example from uint8 `frames` and world `points` [F, H, W, 3], `seen` bool [F, H, W], `camera` [F, 4, 4] and `focal` [].
 
     UserError, which calls it `name`, where no point is seen.
     """
+    seen, camera = given["seen"], given["camera"]
     if not seen.any():
         raise UserError(f"{name} has no point that is seen; leave it out, or give its depth")
-    points = np.where(seen[..., None], points, 0).astype(np.float64)
+    points = np.where(seen[..., None], given["points"], 0).astype(np.float64)
     if not seen.all():
         from scipy.ndimage import distance_transform_edt
 
@@ -249,11 +254,11 @@ def clip(
                 points[f] = points[f, row, column]
     normal = normalisation(points, seen, camera)
     return {
-        "frames": LEVELS[images],
+        "frames": LEVELS[given["frames"]],
         "points": normal.points(points).astype(np.float32),
         "seen": seen,
         "camera": normal.cameras(camera).astype(np.float32),
-        "focal": np.asarray(focal, np.float32),
+        "focal": np.asarray(given["focal"], np.float32),
     }
 
 
@@ -429,11 +434,11 @@ def _maps(path: Path, version: int, split: str, test_fraction: float) -> dict[st
     part = divide(shape[0], test_fraction)[split]
     if not part:
         raise UserError(f"{path} leaves no clip for the {split} split; change data.test_fraction")
-    order = ("frames", "points", "seen", "camera", "focal")
     for i in np.flatnonzero(clips["seen"].any((1, 2, 3)))[:: -(-shape[0] // LOOKED_AT) or 1]:
-        _place(path, i, {key: clips[key][i] for key in order})
-    found = [clip(*(clips[key][i] for key in order), f"{path}: clip {i}") for i in part]
-    return {key: np.stack([one[key] for one in found]) for key in order[1:]} | {"frames": clips["frames"][part]}
+        _place(path, i, {key: x[i] for key, x in clips.items()})
+    found = [clip({key: x[i] for key, x in clips.items()}, f"{path}: clip {i}") for i in part]
+    normal = {key: np.stack([one[key] for one in found]) for key in clips if key != "frames"}
+    return {"frames": clips["frames"][part], **normal}
 
 
 def _place(path: Path, i: int, one: Mapping[str, np.ndarray]) -> None:
