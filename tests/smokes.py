@@ -16,12 +16,12 @@ def smoke(name: str) -> Run:
 
 
 def choices(value: Any, place: str = "") -> set[str]:
-    """What of a task decides its program, choice by choice: not its rates, dtypes, sizes or frozen autoencoder."""
+    """What of a task decides its program, choice by choice: not its rates, dtypes, sizes, frozen autoencoder or having classes."""
     if isinstance(value, dict):
         return {
             c
             for k, v in value.items()
-            if k not in ("dtype", "levels")
+            if k not in ("dtype", "levels", "classes")
             for c in choices(bool(v) if k == "vae" else v, f"{place}.{k}")
         }
     if isinstance(value, list):
