@@ -9,9 +9,9 @@ import pytest
 from clips import OPENGL, posed
 from PIL import Image
 
-from zoo.cameras import project, to_world
+from zoo.cameras import look_at, project, to_world
 from zoo.data.posed import PointMaps, Posed
-from zoo.data.scenes import Scenes
+from zoo.data.scenes import _SCENE, Room, Scenes, cast
 from zoo.errors import UserError
 
 CENTRES = np.stack(np.meshgrid(np.arange(24) + 0.5, np.arange(24) + 0.5), -1)
@@ -86,6 +86,26 @@ def test_cameras_that_fit_nothing_are_refused(tmp_path) -> None:
         Posed(str(tmp_path), size=24, frames=4, test_fraction=0).source("train")
 
 
+def test_frames_that_do_not_overlap_are_no_mistake(tmp_path, caplog) -> None:
+    """A camera that goes round and looks outwards: the frames compared show other walls, and no other reading is believed."""
+    drawn = np.random.default_rng(0).random((1, _SCENE), np.float32)
+    angle, size = np.radians(18) * np.arange(8), 48
+    out = np.stack([np.cos(angle), np.zeros(8), np.sin(angle)], -1)
+    camera = look_at(out, 2 * out, np.array([0.0, 1, 0]))
+    focal = np.full(8, size / 2 / np.tan(np.radians(30)))
+    _, points = cast(Room(drawn), camera[None].astype(np.float32), focal[:1].astype(np.float32), size)
+    _, depth = project(points[0].astype(float), camera, focal, size, size)
+    posed(tmp_path, size=size)
+    said = json.loads((tmp_path / "cameras.json").read_text())
+    said["K"] = [[focal[0], 0, size / 2], [0, focal[0], size / 2], [0, 0, 1]]
+    for frame, one, c in zip(said["frames"], depth, camera):
+        np.save(tmp_path / frame["depth"], one)
+        frame["camera"] = c.tolist()
+    (tmp_path / "cameras.json").write_text(json.dumps(said))
+    assert len(Posed(str(tmp_path), size=24, frames=8, test_fraction=0).source("train")) == 1
+    assert "frames overlap too little" in caplog.text
+
+
 def test_pixels_without_depth_are_not_seen_and_take_the_point_next_to_them(tmp_path) -> None:
     posed(tmp_path)
     depth = np.load(tmp_path / "depth/1.npy")
@@ -151,6 +171,11 @@ def test_without_splits_a_share_is_held_out_and_unknown_points_are_not_seen(tmp_
     one = data.source("test")[0]
     assert np.isfinite(one["points"]).all()
     assert np.argwhere(~one["seen"]).tolist() == [[1, 3, 4]]
+    far = {**clips, "points": clips["points"] + 1_000, "camera": clips["camera"].copy()}
+    far["camera"][..., :3, 3] += 1_000
+    far["points"][:, 1] = np.nan
+    np.savez(tmp_path / "far.npz", **far)
+    assert np.abs(PointMaps(str(tmp_path / "far.npz")).source("train")[0]["points"]).max() < 1.001
     assert data.fingerprint("test") != data.fingerprint("train")
 
 
@@ -175,6 +200,7 @@ def shifted(clips: dict[str, np.ndarray], pixels: float) -> np.ndarray:
         (lambda c: {"points": shifted(c, -0.5)}, OFF + ", by 0.5 pixels"),
         (lambda c: {"points": shifted(c, 0.5)}, OFF + ", by 0.5 pixels"),
         (lambda c: {"focal": c["focal"] * 2}, OFF),
+        (lambda c: {"focal": c["focal"] * [1, 1, np.nan, 1]}, "focal of clip 2 is nan"),
         (lambda c: {"focal": c["focal"][:2]}, r"focal \[2\]; expected points"),
         (lambda c: {"frames": c["frames"].astype(np.float32)}, "frames float32; expected points"),
         (lambda c: {"seen": np.zeros_like(c["seen"])}, "clip 0 has no point that is seen"),

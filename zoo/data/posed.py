@@ -1,7 +1,8 @@
 """Clips of the user's own still scenes: folders of images, depth and cameras, and .npz files of point maps.
 
 Both give what `zoo.data.scenes.Scenes` gives, seen from the first camera of a clip and with its points in [-1, 1]
-(`zoo.cameras.normalisation`). Points of pixels that are not `seen` are those of the nearest seen pixel of their frame.
+(`zoo.cameras.normalisation`). Points of pixels that are not `seen` are those of the nearest seen pixel of their frame, the
+middle of the clip in frames that have none.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Posed(Data):
         return _PosedSource(self, scenes, clips)
 
     def fingerprint(self, split: str) -> str:
-        """What the clips of a split are, wherever they lie: their cameras, names and sizes of all files and the bytes of a few."""
+        """What the clips of a split are, wherever they lie: cameras, units, names and sizes of all files, the bytes of a few."""
         check_split(split)
         scenes = self._scenes()
         files = [path for scene in scenes for path in (*scene.images, *scene.depths)]
@@ -115,7 +116,7 @@ class Posed(Data):
         return digest(
             [
                 [split, self.size, self.frames, self.stride, self.test_fraction],
-                *([scene.camera.tolist(), scene.k.tolist()] for scene in scenes),
+                *([scene.camera.tolist(), scene.k.tolist(), scene.units] for scene in scenes),
                 *([path.name, file_size(path), sha256_of_file(path) if path in some else None] for path in files),
             ]
         )
@@ -239,11 +240,12 @@ def _size(path: Path) -> tuple[int, int]:
 def clip(given: Mapping[str, np.ndarray], name: str) -> Example:
     """An example from uint8 `frames` and world `points` [F, H, W, 3], `seen` bool [F, H, W], `camera` [F, 4, 4] and `focal` [].
 
-    UserError, which calls it `name`, where no point is seen.
+    UserError, which calls it `name`, where no point is seen or a camera is none.
     """
     seen, camera = given["seen"], given["camera"]
     if not seen.any():
         raise UserError(f"{name} has no point that is seen; leave it out, or give its depth")
+    check_rigid(camera, name)
     points = np.where(seen[..., None], given["points"], 0).astype(np.float64)
     if not seen.all():
         from scipy.ndimage import distance_transform_edt
@@ -253,9 +255,11 @@ def clip(given: Mapping[str, np.ndarray], name: str) -> Example:
                 row, column = distance_transform_edt(~seen[f], return_distances=False, return_indices=True)
                 points[f] = points[f, row, column]
     normal = normalisation(points, seen, camera)
+    points = normal.points(points)
+    points[~seen.any((1, 2))] = 0  # wherever the world has its origin
     return {
         "frames": LEVELS[given["frames"]],
-        "points": normal.points(points).astype(np.float32),
+        "points": points.astype(np.float32),
         "seen": seen,
         "camera": normal.cameras(camera).astype(np.float32),
         "focal": np.asarray(given["focal"], np.float32),
@@ -349,10 +353,11 @@ def _compare(scene: _Scene, folder: Path, apart: int) -> None:
     off = {way: _off(*reading, pairs) for way, reading in readings.items()}
     read, best = off[""], min(off, key=lambda way: off[way])
     what = f"{folder}: a point of one frame is not where others see it, by {read:.2g} of its depth"
-    if not np.isfinite(off[best]):
-        _log.warning("%s: whether its cameras fit cannot be told; frames overlap too little", folder)
-    elif best and read > _EXACT and off[best] < read / 2:
+    # in a wrong reading frames that do not overlap may seem to, but then nothing fits
+    if best and read > _EXACT and off[best] < min(read, _AGREE) / 2:
         raise UserError(f"{what}, and {off[best]:.2g} if {best}")
+    if not np.isfinite(read):
+        _log.warning("%s: whether its cameras fit cannot be told; frames overlap too little", folder)
     elif read > _AGREE:
         raise UserError(f"{what}; mend cameras or depth (x right, y down, z forward; depth along z, both in one unit)")
 
@@ -431,19 +436,21 @@ def _maps(path: Path, version: int, split: str, test_fraction: float) -> dict[st
             "[N, F, H, W, 3], frames uint8 of that shape, seen bool [N, F, H, W], camera [N, F, 4, 4], focal [N]"
         )
     clips["seen"] = seen & np.isfinite(clips["points"]).all(-1)
+    focal = clips["focal"]
+    if len(bad := np.flatnonzero(~((focal > 0) & (focal < np.inf)))):
+        raise UserError(f"{path}: focal of clip {bad[0]} is {focal[bad[0]]:g}; give focal lengths in pixels")
     part = divide(shape[0], test_fraction)[split]
     if not part:
         raise UserError(f"{path} leaves no clip for the {split} split; change data.test_fraction")
+    found = [clip({key: x[i] for key, x in clips.items()}, f"{path}: clip {i}") for i in part]
     for i in np.flatnonzero(clips["seen"].any((1, 2, 3)))[:: -(-shape[0] // LOOKED_AT) or 1]:
         _place(path, i, {key: x[i] for key, x in clips.items()})
-    found = [clip({key: x[i] for key, x in clips.items()}, f"{path}: clip {i}") for i in part]
     normal = {key: np.stack([one[key] for one in found]) for key in clips if key != "frames"}
     return {"frames": clips["frames"][part], **normal}
 
 
 def _place(path: Path, i: int, one: Mapping[str, np.ndarray]) -> None:
     """UserError where the points of a clip do not lie on the rays of their pixels."""
-    check_rigid(one["camera"], f"{path}, clip {i}")
     frames, height, width = one["seen"].shape
     focal, middle = np.full(frames, one["focal"], np.float64), np.array([width, height]) / 2
     at, depth = project(one["points"].astype(np.float64), one["camera"].astype(np.float64), focal, height, width)
