@@ -179,15 +179,21 @@ def _camera(frame: dict[str, Any]) -> Any:
     return look_at(eye, target, np.array([0.0, -1.0, 0.0]))  # y points down
 
 
-def cameras_json(camera: np.ndarray, focal: float, size: Sequence[int], scale: float) -> str:
+def cameras_json(
+    camera: np.ndarray, focal: float, size: Sequence[int], scale: float, numbers: Sequence[int] | None = None
+) -> str:
     """Cameras [F, 4, 4] with one focal length as `read_cameras` reads them.
 
     Args:
         size: rows and columns of the images.
         scale: median depth of the first frame: by it the path can be walked in another world.
+        numbers: which frames of a clip these are; None: all.
     """
     height, width = size
-    frames = [{"camera": np.round(c.astype(float), 6).tolist()} for c in camera]
+    frames = [
+        {"frame": i, "camera": np.round(c.astype(float), 6).tolist()}
+        for i, c in zip(numbers or range(len(camera)), camera)
+    ]
     lengths = {"focal": round(focal, 4), "scale": round(scale, 6)}
     said = {"width": width, "height": height, **lengths, "frames": frames}
     return json.dumps(said, indent=1) + "\n"

@@ -50,7 +50,9 @@ def test_a_clip_without_cameras_is_asked_for_them(clips, tmp_path) -> None:
     camera = clips[0]["camera"].copy()
     camera[1] = np.nan
     Clips(lambda points, seen: (camera, 20.0, ("", "flat", ""))).save(tmp_path, 1, drawn, {})
-    np.testing.assert_allclose(read_cameras(tmp_path / "000001.cameras.json")[0], camera[[0, 2]], atol=1e-5)
+    told, said = read_cameras(tmp_path / "000001.cameras.json")
+    np.testing.assert_allclose(told, camera[[0, 2]], atol=1e-5)
+    assert [frame["frame"] for frame in said["frames"]] == [0, 2]
     assert Clips().show(tmp_path, 2)
 
 

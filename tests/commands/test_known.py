@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from zoo.cameras import read_cameras
 from zoo.commands import known
 from zoo.commands.sample import draw
 from zoo.data.scenes import Scenes
+from zoo.dist import unbox
 from zoo.errors import UserError
 from zoo.papers.wvd import Mixture, Wvd, WvdSampling
 
@@ -29,7 +31,8 @@ class Knows(Wvd):
 
     def sample(self, params, rng, n, conditions=None, options=None):
         rows = jnp.arange(n) % len(params["points"])
-        return {key: params[key][rows] for key in ("frames", "points")}
+        clips = {key: params[key][rows] for key in ("frames", "points")}
+        return {**clips, "image": jnp.concatenate([clips["frames"][:, 0], clips["points"][:, 0]], 1)}
 
 
 def model(tmp_path, task=Wvd(frames=3, image=16, width=16, depth=2, head_dim=8), params=None, data=DATA):
@@ -83,6 +86,16 @@ def test_a_single_image_is_given_points_before_a_camera_goes_anywhere(tmp_path):
     assert np.isfinite(given["camera"]).all()
 
 
+def test_points_that_overflow_are_told_where_all_images_are_given(tmp_path, caplog):
+    given = start(made := model(tmp_path), "stereo", "test")
+    made.params.update(jax.jit(lambda: unbox(made.task.init(jax.random.key(0))))())
+    made.params["points"]["out"]["bias"] *= jnp.nan
+    draw(made, tmp_path / "out", n=2, seed=0, conditions=given, captions=None, asked={}, batch=2,
+         options=WvdSampling(task="stereo", nfe=2), form=known.form(made.task))  # fmt: skip
+    assert "samples 0, 1 are not finite" in caplog.text
+    assert (tmp_path / "out/000001.ply").exists()
+
+
 def test_what_is_written(tmp_path):
     """Points that a camera is read off: the files of a clip tell of the clip."""
     rows = [DATA.source("test")[i] for i in range(2)]
@@ -110,6 +123,7 @@ def test_mistakes(tmp_path):
         ("has 1 images, and task=stereo takes 3", "stereo", str(images)),
         ("task=render takes the points of all frames", "render", str(images)),
         ("path=orbit says where the camera goes, and task=image", "image", "test", "orbit"),
+        ("from=test: the task joint draws clips out of nothing", "joint", "test"),
         ("path=orbti is no path; did you mean 'orbit'", "camera", "test", "orbti"),
         ("a folder of images says none", "camera", str(images)),
     ):
@@ -118,4 +132,6 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"has frames of \[3, 16, 16, 3\], and this model takes \[2, 16, 16, 3\]"):
         start(model(tmp_path, Wvd(frames=2, image=16)), "stereo", "test")
     twin = replace(made.task, modalities="rgb", tasks=Mixture(1, 1, 0, 0, 0))
-    assert known.form(twin).key == "image"
+    assert known.form(twin).suffix == ".png"
+    with pytest.raises(UserError, match="task=camera goes by points, and this model draws images alone"):
+        start(model(tmp_path, twin), "camera", "test", "orbit")

@@ -42,7 +42,7 @@ class Clips:
 
     solve: Callable[[Any, Any], tuple[Any, Any, Any]] | None = None  # as of `zoo.task.Locates`
 
-    key = "frames"
+    key = "image"  # the strip: not a number where frames or points overflowed, whichever of them were given
     suffix = ".npz"
 
     def save(self, out: Folder, i: int, drawn: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
@@ -58,7 +58,7 @@ class Clips:
             paths.write(out / f"{i:06d}.cameras.json", told)
         file = io.BytesIO()
         arrays = {**clip, "frames": _levels(clip["frames"])}
-        np.savez_compressed(file, allow_pickle=False, **{key: np.asarray(x)[None] for key, x in arrays.items()})
+        np.savez_compressed(file, **{key: np.asarray(x)[None] for key, x in arrays.items()})
         paths.write(out / f"{i:06d}.npz", file.getvalue())
 
     def show(self, out: Folder, n: int) -> str:
@@ -141,7 +141,9 @@ def cameras(clip: Clip) -> str | None:
         return None
     one = which[0]
     depth = to_camera(clip["points"][one], clip["camera"][one])[..., 2][clip["seen"][one]]
-    return cameras_json(clip["camera"][which], float(clip["focal"]), clip["seen"].shape[1:], float(np.median(depth)))
+    return cameras_json(
+        clip["camera"][which], float(clip["focal"]), clip["seen"].shape[1:], float(np.median(depth)), which.tolist()
+    )
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -168,6 +170,7 @@ def _entry(name: str, clip: Clip) -> dict[str, Any]:
     centre, unit = (low + high) / 2, float(max((high - low).max() / 2, 1e-6))
     which, width = known(clip), mask.shape[2]
     near = np.linalg.norm(np.diff(clip["points"], axis=2), axis=-1)
+    near = near[np.isfinite(near)]
     file = io.BytesIO()
     Image.fromarray(strip(clip)).save(file, "PNG")
     return {
@@ -178,7 +181,7 @@ def _entry(name: str, clip: Clip) -> dict[str, Any]:
         "centre": centre.tolist(),
         "middle": (np.median(points, 0) if len(points) else centre).tolist(),
         "unit": unit,
-        "spacing": float(np.nanmedian(near)) * stride**0.5,
+        "spacing": float(np.median(near)) * stride**0.5 if near.size else 0.0,
         "cameras": clip["camera"][which].tolist() if len(which) else [],
         "focal": float(clip["focal"]) / width if len(which) else 1.0,
         "strip": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),

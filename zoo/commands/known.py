@@ -51,6 +51,12 @@ def start(
         if options.task != "joint":
             raise UserError(f"task={options.task} completes clips; say of which, e.g. from=test or from=FOLDER")
         return None
+    if options.task == "joint":
+        raise UserError(
+            f"from={source}: the task joint draws clips out of nothing; leave it out, or write e.g. task=stereo"
+        )
+    if options.task == "camera" and "points" not in model.task.spec(1):
+        raise UserError("task=camera goes by points, and this model draws images alone; choose task=joint or image")
     if path is not None:
         trajectory(
             path, np.eye(4), 1.0, model.task.spec(1)["frames"].shape[1]
@@ -110,7 +116,7 @@ def _located(model: Model, options: Any, given: Given, seed: int, batch: int) ->
     first, n = replace(options, task="image"), len(given["frames"])
     sampler = jax.jit(lambda params, rng, rows: model.task.sample(params, rng, batch, rows, first))
     parts = [
-        finite(sampler, model.params, seed, np.arange(i, min(i + batch, n)), given, batch, "frames")
+        finite(sampler, model.params, seed, np.arange(i, min(i + batch, n)), given, batch, "image")
         for i in range(0, n, batch)
     ]
     points = np.concatenate([part["points"] for part in parts])
