@@ -197,11 +197,15 @@ def test_figures_of_geometry_stand_beside_their_controls():
             frames = jnp.where(jnp.abs(own - points).max((1, 2, 3, 4), keepdims=True) > 0, -frames, frames)
         return {"frames": frames, "points": points}
 
+    def lost(self, params, rng, n, conditions=None, options=None):
+        return {key: jnp.nan * conditions[key] for key in ("frames", "points")}
+
     kind = dataclass(frozen=True)(type("Painter", (Wvd,), {"sample": sample}))
     found = Geometry(limit=3, batch=2)(kind(frames=3, image=16), {}, data, jax.random.key(0))
     assert found["points"] == found["points_median"] == 0
     assert found["points_shuffled"] > found["points_shuffled_aligned"] > 0.1
-    assert found["points_mean"] > 0.1
+    mean = np.mean([data.source("train")[i]["points"] for i in range(4)], 0)
+    assert found["points_mean"] == pytest.approx(np.linalg.norm(true - mean, axis=-1).mean(), rel=1e-5)
     assert found["pose_turn"] < 0.1
     assert min(found["pose_identity"], found["pose_turn_shuffled"], found["pose_absolute_shuffled"]) > 1
     assert found["depth_rel"] < 1e-3
@@ -209,6 +213,15 @@ def test_figures_of_geometry_stand_beside_their_controls():
     assert found["psnr"] > 100 > 30 > found["psnr_none"] == pytest.approx(found["psnr_copy"])
     assert found["psnr_wrong"] < 20
     assert (found["clips"], found["split"]) == (3, "test")
+    with pytest.raises(UserError, match="tells a clip from another one, and the test split has one"):
+        Geometry().check_data(TASK, Scenes("open", 3, 8, train=1, test=1))
+    with pytest.raises(UserError, match="gives numbers that are not finite"):
+        Geometry(limit=2, batch=2)(
+            dataclass(frozen=True)(type("Lost", (Wvd,), {"sample": lost}))(frames=3, image=16),
+            {},
+            data,
+            jax.random.key(0),
+        )
     with pytest.raises(UserError, match="asks for several tasks"):
         Geometry(options={"task": "stereo"}).check(TASK)
 

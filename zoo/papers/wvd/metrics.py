@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from zoo import hosts
 from zoo.cameras import project
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.fields import Count, Whole, check_fields
+from zoo.fields import AtLeast2, Count, Whole, check_fields
+from zoo.metrics.probe import finite
 from zoo.metrics.samples import drawer
 from zoo.papers.wvd.geometry import Cameras, align, angle_between, area_under, depth_of, pose_errors, solve
 from zoo.papers.wvd.projection import shared
@@ -234,11 +234,11 @@ class Geometry(Metric):
     stereo, all images given: errors of points, depth and cameras, of the same when the images are those of another clip
     (`_shuffled`), and of the mean of the training clips' points (`points_mean`). render, the first image and all points given: PSNR of
     the other images, with the points of another clip (`psnr_wrong`) and without any (`psnr_none`, the task image). image: whether
-    frames agree with each other. A model of images alone has the last two without points.
+    frames agree with each other. Of a model of images alone it is the PSNR of the task image (`psnr_none`).
     """
 
     split: str = "test"
-    limit: Count = 32  # clips at most, a fixed random choice
+    limit: AtLeast2 = 32  # clips at most, a fixed random choice
     draws: Count = 1  # samples of each clip whose points are averaged, in stereo
     batch: Count = 32
     options: Options = field(default_factory=dict)  # of the task's `sample`, besides `task`
@@ -260,9 +260,17 @@ class Geometry(Metric):
             raise UserError(f"the metric {self.name} asks for several tasks; leave task out of its options")
         options_of(task, self.options, f"options of the metric {self.name}")
 
+    def check_data(self, task: Any, data: Any) -> None:
+        """UserError where a clip has no other one to be told from; asked before a run's first step."""
+        if len(data.source(self.split, task.spec(1))) < 2:
+            raise UserError(
+                f"the metric {self.name} tells a clip from another one, and the {self.split} split has one; give it more"
+            )
+
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """Figures in the units of `points`, degrees and dB, under the names of the functions above."""
-        true = self._all(task, data, self.split, self.limit)
+        self.check_data(task, data)
+        true = self._true(task, data)
         count = len(true["frames"])
 
         def drawn(part: str, draw: int = 0, **changed: np.ndarray) -> dict[str, np.ndarray]:
@@ -273,7 +281,7 @@ class Geometry(Metric):
                 one = program(
                     params, jax.random.fold_in(rng, draw), rows, {k: x[rows % count] for k, x in given.items()}
                 )
-                found.append(hosts.fetch(one))
+                found.append(finite(one, "sample", task, self))
             return {key: np.concatenate([x[key] for x in found])[:count] for key in found[0]}
 
         figures: Figures = {}
@@ -284,7 +292,7 @@ class Geometry(Metric):
             )
             return {**figures, "clips": count, "split": self.split}
         points, seen = true["points"], true["seen"]
-        mean = self._all(task, data, "train", 512)["points"].mean(0)
+        mean = self._mean(task, data)
         stereo = np.mean([drawn("stereo", draw)["points"] for draw in range(self.draws)], 0)
         figures |= point_figures(stereo, points, seen, mean)
         found = cameras_of(stereo, seen)
@@ -305,9 +313,19 @@ class Geometry(Metric):
         )
         return {**{key: x for key, x in figures.items() if np.isfinite(x)}, "clips": count, "split": self.split}
 
-    def _all(self, task: Any, data: Any, split: str, limit: int) -> dict[str, np.ndarray]:
+    def _mean(self, task: Any, data: Any) -> np.ndarray:
+        """The mean points [F, H, W, 3] of training clips, of which only a batch is kept at a time."""
+        total, number, spec = np.zeros(task.spec(1)["points"].shape[1:]), 0, task.spec(self.batch)
+        for batch, count in epoch(data, self.batch, split="train", spec={"points": spec["points"]}, limit=512, seed=0):
+            total += batch["points"][:count].sum(0, dtype=np.float64)
+            number += count
+        return total / number
+
+    def _true(self, task: Any, data: Any) -> dict[str, np.ndarray]:
         rows = [
             {key: np.asarray(x[:count]) for key, x in batch.items()}
-            for batch, count in epoch(data, self.batch, split=split, spec=task.spec(self.batch), limit=limit, seed=0)
+            for batch, count in epoch(
+                data, self.batch, split=self.split, spec=task.spec(self.batch), limit=self.limit, seed=0
+            )
         ]
         return {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
