@@ -110,7 +110,7 @@ class Similarity:
 
 
 def normalisation(points: np.ndarray, seen: np.ndarray, camera: np.ndarray) -> Similarity:
-    """What puts a clip into the frame of its first camera and its seen points into [-1, 1] (arXiv:2412.01821, section 3.1).
+    """What puts a clip into the frame of its first camera and its seen points into [-1, 1] (arXiv:2412.01821).
 
     One centre and one scale for all frames and axes: the longest side of the box around the points becomes 2.
 

@@ -80,6 +80,16 @@ def test_points_are_carried_into_the_views_of_other_cameras() -> None:
     assert np.concatenate(near).mean() >= 0.95
 
 
+def test_points_are_moved_by_whole_products() -> None:
+    """On a TPU float32 products have 8 bits where nobody asks for more."""
+    shapes = ((2, 4, 4, 3), (2, 4, 4), (2, 4, 4), ())
+    program = str(
+        jax.make_jaxpr(told_by_first)(*(jnp.ones(s, bool if i == 1 else float) for i, s in enumerate(shapes)))
+    )
+    products = program.count("dot_general[")
+    assert products == program.count("precision=(Precision.HIGHEST") > 0, program
+
+
 def test_two_views_share_what_both_see() -> None:
     """A wall at depth 2, a pole before it: the second camera stands half a unit to the right."""
     camera = np.stack([np.eye(4)] * 2)

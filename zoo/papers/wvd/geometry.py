@@ -1,4 +1,4 @@
-"""Cameras, focal lengths and depth read off images of points (WVD, section 3.3), similarities, and errors of poses.
+"""Cameras, focal lengths and depth read off images of points (arXiv:2412.01821), similarities, and errors of poses.
 
 All of it runs on the host, in float64, after sampling. F frames, N points, H hypotheses; `at` [N, 2] are pixel centres from the
 middle of the image (`zoo.cameras.centred`).
@@ -73,7 +73,7 @@ def _flat(points: np.ndarray, noise: float = 0.0) -> str:
         return f"{len(points)} of its points are seen, and a camera takes {_FEWEST}; give a frame that shows more"
     spread = np.linalg.svd(points - points.mean(0), compute_uv=False) / np.sqrt(len(points))
     if spread[2] <= max(_FLAT * spread[0], _NOISE * noise):
-        return "its points lie on one plane, which many cameras see alike; give a frame with more than a wall in view"
+        return "its points lie on one plane, but for noise, which many cameras see alike; give a frame with more than a wall in view"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The network of WVD (arXiv:2412.01821, section 3.2): a transformer over the tokens of all frames, images and points together.
+"""The network of WVD (arXiv:2412.01821): a transformer over the tokens of all frames, images and points together.
 
 B clips, F frames, L tokens of a frame, T = F L tokens, D numbers of a token, W width. A modality (frames or points) has a module of
 its own for what enters and leaves, and the trunk knows none of them: a network of frames alone is a part of one of both.
