@@ -90,6 +90,45 @@ def test_what_a_network_has_not_learned_to_complete_keeps_what_is_known(clips):
     assert np.isfinite(drawn["points"]).all()
 
 
+@dataclass(frozen=True)
+class Plain(Wvd):
+    """Knows that numbers of clips are standard normal, and no more."""
+
+    def velocity(self, params, z, level, cell):
+        t = level.max((1, 2))[:, None, None, None, None]
+        return (2 * t - 1) * z / ((1 - t) ** 2 + t**2)
+
+
+def test_langevin_steps_lead_to_the_law_of_the_model(clips):
+    """From half of their standard deviation, numbers that are not known come to it; the known ones are noised."""
+    task = Plain(frames=3, image=8, tasks=Mixture(1, 0, 0, 0, 0))
+    keys, sigma = jax.random.split(jax.random.key(0), 4), jnp.asarray(1.5)
+    known = Known(_truth(clips), jnp.zeros((4, 3, 8, 8, 2), bool).at[..., 0].set(True))
+    _, project = task._completing({}, known, keys, WvdSampling(task="stereo", corrections=60))
+    start = 0.5 * jnp.sqrt(1 + sigma**2) * jax.random.normal(jax.random.key(1), known.value.shape)
+    x = np.asarray(jax.jit(project)(0, start, sigma))
+    assert np.square(x[..., 3:]).mean() == pytest.approx(1 + 1.5**2, rel=0.08)
+    assert np.std(x[..., :3] - clips["frames"]) == pytest.approx(1.5, rel=0.05)
+
+
+def test_guidance_goes_away_from_what_is_said_with_nothing_known(clips):
+    params, sigma, keys = random(TASK), jnp.asarray(0.7), jax.random.split(jax.random.key(0), 4)
+    cell = jnp.zeros((4, 3, 8, 8, 2), bool).at[..., 0].set(True)
+    x = _truth(clips) + 0.7 * jax.random.normal(jax.random.key(4), _truth(clips).shape)
+
+    @jax.jit
+    def x0(value):
+        options = [WvdSampling(task="stereo", guidance=weight) for weight in (0.0, 2.0)]
+        state = jnp.where(jnp.repeat(cell, 3, -1), value, x)  # in sampling it comes near what is known
+        return [TASK._completing(params, Known(value, cell), keys, o)[0](state, sigma) for o in options]
+
+    (one, guided), (other, others) = x0(_truth(clips)), x0(-_truth(clips))
+    weak, same = ((3 * a - b)[..., 3:] / 2 for a, b in ((one, guided), (other, others)))
+    np.testing.assert_allclose(weak, same, atol=1e-4)
+    assert np.abs(one - other)[..., 3:].max() > 0.1 < np.abs(weak - one[..., 3:]).max()
+    np.testing.assert_array_equal(guided[..., :3], clips["frames"])
+
+
 def test_noise_of_known_cells_changes_nothing_and_their_values_do(clips):
     params, value = random(TASK), _truth(clips)
     cell = jax.random.bernoulli(jax.random.key(3), 0.5, (4, 3, 8, 8, 2)).at[:, 0, ..., 0].set(True)
