@@ -28,10 +28,10 @@ config = Run(
     evals=(Geometry(limit=64),),
     log_every=100,
 )
-rgb = replace(
+rgb = replace(  # in half of the steps sees the task image as often
     config,
     task=replace(
-        config.task, modalities="rgb", tasks=wvd.Mixture(joint=0.25, image=0.75, stereo=0, camera=0, render=0)
+        config.task, modalities="rgb", tasks=wvd.Mixture(joint=0.4, image=0.6, stereo=0, camera=0, render=0)
     ),
     steps=10_000,
     samples=Samples(every=5_000, n=8, options={"task": "image"}),
