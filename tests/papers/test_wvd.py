@@ -11,7 +11,7 @@ import pytest
 from zoo.data.scenes import Scenes
 from zoo.diffusion.solvers import Euler, Heun, run
 from zoo.dist import unbox
-from zoo.encoders.vae import AutoEncoder
+from zoo.encoders.vae import AutoEncoder, sd
 from zoo.errors import UserError
 from zoo.papers.wvd import Mixture, Wvd, WvdSampling
 from zoo.papers.wvd.metrics import Geometry
@@ -336,6 +336,10 @@ def test_solvers_hand_their_state_to_a_projection():
         (lambda: Mixture(0, 0, 0, 0, 0), "has no task"),
         (lambda: Wvd(pattern="factorised", depth=3), "even task.depth"),
         (lambda: Wvd(image=30), "task.patch=4"),
+        (
+            lambda: Wvd(image=248, vae=sd(), patch=2),
+            "no multiple of 16 pixels, a token's side .task.patch=2 cells of 8 pixels",
+        ),
         (lambda: TASK.sample({}, jax.random.key(0), 1, None, WvdSampling(task="stereo")), "there are no frames here"),
         (
             lambda: TASK.sample({}, jax.random.key(0), 1, {"frames": 0}, WvdSampling(task="camera")),

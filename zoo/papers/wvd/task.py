@@ -144,7 +144,11 @@ class Wvd:
         check_divisor("head_dim", self.head_dim, "width", self.width)
         if self.head_dim % 4:
             raise UserError(f"task.head_dim={self.head_dim} must be a multiple of 4, for rotations by three axes")
-        check_divisor("patch", self.patch * self.factor, "image", self.image)
+        if self.image % (self.patch * self.factor):
+            raise UserError(
+                f"task.image={self.image} is no multiple of {self.patch * self.factor} pixels, a token's side (task.patch={self.patch} "
+                f"cells of {self.factor} pixels); change one of them"
+            )
         if self.pattern == "factorised" and self.depth % 2:
             raise UserError(
                 f"task.pattern='factorised' takes blocks in pairs; set an even task.depth, not {self.depth}"
