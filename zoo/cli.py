@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "sample",
         "Draw samples from a run, an export, a shipped model, or a config whose weights are all given.",
         "MODEL",
-        fields="n, seed, label, prompt or prompts=FILE, form=text from=test, aspect and the sampler's options, e.g. n=64 "
-        "guidance=2.0, or passes=true",
+        fields="n, seed, label, prompt or prompts=FILE, form=text from=test, of clips from and path, aspect and the sampler's "
+        "options, e.g. n=64 guidance=2.0, or passes=true",
     )
     sub.add_argument(
         "--out", default=None, metavar="FOLDER", help="default: samples/ in the run folder, or samples/ here"
