@@ -58,7 +58,7 @@ class Clips:
             paths.write(out / f"{i:06d}.cameras.json", told)
         file = io.BytesIO()
         arrays = {**clip, "frames": _levels(clip["frames"])}
-        np.savez_compressed(file, **{key: np.asarray(x)[None] for key, x in arrays.items()})
+        np.savez_compressed(file, **{key: np.asarray(x)[None] for key, x in arrays.items()})  # type: ignore[arg-type]
         paths.write(out / f"{i:06d}.npz", file.getvalue())
 
     def show(self, out: Folder, n: int) -> str:
