@@ -28,6 +28,8 @@ HEADS = {
     "gaussian_noisy_latent_bits_per_dim": "Gaussian on noisy latents",
     "denoising": "denoising error, held out",
     "mse_6": "error at the sixth copy, held out",
+    "points": "error of points, held out",
+    "points_shuffled": "that of points of other images",
     "accuracy": "accuracy of Bayes' rule",
     "histogram_bpd": "histogram",
     "gaussian_bpd": "Gaussian",

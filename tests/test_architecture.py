@@ -29,14 +29,15 @@ MAY = {
     "dist": set(),
     "hosts": set(),
     "draws": set(),
-    "data": set(),
+    "cameras": set(),
+    "data": {"cameras"},
     "weights": set(),
     "nn": {"dist"},
     "flows": {"dist", "nn"},
     "encoders": {"nn", "paths"},
     "diffusion": {"dist", "nn"},
-    "papers": {"nn", "flows", "diffusion", "encoders", "dist"},
-    "papers.metrics": {"papers", "metrics", "data", "dist", "hosts"},  # a paper's own, in zoo/papers/PAPER/metrics.py
+    "papers": {"nn", "flows", "diffusion", "encoders", "dist", "cameras"},
+    "papers.metrics": {"papers", "metrics", "data", "dist", "hosts", "cameras"},  # a paper's own, in zoo/papers/PAPER/metrics.py
     "metrics": {"encoders", "flows", "diffusion", "data", "dist", "hosts", "weights"},
     "train.optim": set(),
     "train.report": {"paths", "train.tracking"},
@@ -57,7 +58,7 @@ MAY = {
         "train.provenance",
     },
     "commands": {
-        "config", "dist", "data", "diffusion", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights",
+        "cameras", "config", "dist", "data", "diffusion", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights",
         "metrics",
         "train.optim", "train.report", "train.step",
     },

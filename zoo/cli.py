@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "sample",
         "Draw samples from a run, an export, a shipped model, or a config whose weights are all given.",
         "MODEL",
-        fields="n, seed, label, prompt or prompts=FILE, form=text from=test, aspect and the sampler's options, e.g. n=64 "
-        "guidance=2.0, or passes=true",
+        fields="n, seed, label, prompt or prompts=FILE, form=text from=test, of clips from and path, aspect and the sampler's "
+        "options, e.g. n=64 guidance=2.0, or passes=true",
     )
     sub.add_argument(
         "--out", default=None, metavar="FOLDER", help="default: samples/ in the run folder, or samples/ here"
@@ -353,7 +353,7 @@ def _of_config(name: str, fields: Sequence[str]) -> tuple[list[str], list[str]]:
     """Where a model is a config, the overrides of its task and weights; and the other fields."""
     from zoo import models
 
-    own = [f for f in fields if re.match(r"(task|weights)[.=]", f)]
+    own = [f for f in fields if re.match(r"(task\.|weights[.=])", f)]
     own = own if own and models.is_config(name) else []
     return own, [f for f in fields if f not in own]
 
@@ -380,7 +380,7 @@ def _options(model: Any, fields: Sequence[str], allow: Sequence[str]) -> tuple[d
     asked: dict[str, Any] = {
         "n": None,
         "seed": 0,
-        **dict.fromkeys(("label", "prompt", "prompts", "aspect", "form", "from")),
+        **dict.fromkeys(("label", "prompt", "prompts", "aspect", "form", "from", "path")),
     }
     kinds: dict[str, Any] = {"n": Count, "seed": Seed}
     options, own = option_names(model.task), []
@@ -407,30 +407,40 @@ def _sample(args: argparse.Namespace) -> int:
     own, fields = _of_config(args.model, fields)
     model = models.open_model(args.model, own, raw=args.raw, ema=ema, allow=args.allow, on_host=True)
     words, options = _options(model, fields, args.allow)
-    n, seed, label, prompt, prompts, aspect, kind, split = words.values()
+    n, seed, label, prompt, prompts, aspect, kind, split, path = words.values()
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}; draw at least one sample at a time")
-    from zoo.commands import conditions, strategy, text
+    from zoo.commands import conditions, known, strategy, text
     from zoo.commands.sample import Form, Images, draw
     from zoo.draws import label_numbers
     from zoo.task import is_text
     from zoo.train.provenance import check_kept
 
     texts, asked = conditions.read(model.task, prompt, prompts)
+    clips = "frames" in model.task.spec(1)
     writes = is_text(model.task)
     about = model.task.about
     if texts is None and about.completes:
         _no_strength(args.fields, "none is given; add prompt=TEXT or prompts=FILE")
-    writes = conditions.check_form(model.task, kind, split, texts) or writes
-    n = n or (len(texts) if texts and prompts is not None else text.SHOWN if writes else 64)
+    if path is not None and not clips:
+        raise UserError(f"path={path}: {type(model.task).__name__} draws no clips; leave it out")
+    writes = conditions.check_form(model.task, kind, None if clips else split, texts) or writes
+    n = n or (len(texts) if texts and prompts is not None else text.SHOWN if writes else 8 if clips else 64)
     labels = label_numbers(label, about.classes, model.labels, n)
     options, shape = conditions.shaped(model.task, aspect, options)
     form: Form
     given: Any
     tokeniser: dict[str, str] = {}
+<<<<<<< HEAD
     if split is not None:
         if model.run is not None:
             check_kept(model.folder, model.data, splits=[split])
+=======
+    if clips:
+        given, form = known.start(model, options, split, path, n, seed, min(args.batch, n)), known.form(model.task)
+        captions, asked = None, {"from": split, "path": path}
+    elif split is not None:
+>>>>>>> wvdrev
         given, captions, asked = conditions.pictures(model, split, n), None, {"from": split}
         form = text.Texts(model.vocabulary)
     elif writes:

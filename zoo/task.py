@@ -358,6 +358,16 @@ class Cached(Protocol):
 
 
 @runtime_checkable
+class Locates(Protocol):
+    """Reads cameras off the points of its clips: what `zoo sample` writes beside them, and from where a path begins."""
+
+    def cameras(self, points: Any, seen: Any) -> tuple[Any, Any, Any]:
+        """Cameras [F, 4, 4], NaN where a frame has none, their focal length [], and why there is none [F] ("": there is one); of
+        points [F, H, W, 3], `seen` bool [F, H, W]."""
+        ...
+
+
+@runtime_checkable
 class Decodes(Protocol):
     """An autoencoder of images: latents are encoded and decoded by it."""
 

@@ -228,7 +228,7 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
             out.mkdir(parents=True, exist_ok=True)
         inside = paths.names(out)
         filled = {Path(name).suffix for name in inside if name[:1].isdigit()}
-        if path.name in inside and filled & {".png", ".txt"}:  # whichever the model draws this time
+        if path.name in inside and filled & {".png", ".txt", ".npz"}:  # whichever the model draws this time
             with paths.sentence(path):
                 text = path.read_text()
             differ = differences(json.loads(text), json.loads(json.dumps(settings)))
@@ -237,7 +237,7 @@ def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
                     f"{out} holds samples drawn with other settings ({'; '.join(differ[:3])}); choose another --out"
                 )
         elif suffix in filled:
-            kind = "images" if suffix == ".png" else "texts"
+            kind = {".png": "images", ".txt": "texts"}.get(suffix, "clips")
             raise UserError(f"{out} holds {kind} that zoo did not draw; choose another --out")
         else:
             paths.write(path, json.dumps(settings, indent=1) + "\n")

@@ -298,6 +298,14 @@ def _advice(data: Data, key: str, got: tuple[int, ...], want: tuple[int, ...]) -
         other = f" (or data.length={want[0]})" if hasattr(data, "length") else ""
         ways += [f"task.length={got[0]}{other}"] if got[0] != want[0] else []
         return "set " + ", and ".join(ways)
+    if key in ("frames", "points", "seen", "camera") and len(got) == len(want) and got != want:
+        named = (("frames", "frames"), ("image", "size"))[: 1 if key == "camera" else 2]
+        ways = [
+            f"task.{ours}={a}" + (f" or data.{theirs}={b}" if hasattr(data, theirs) else "")
+            for (ours, theirs), a, b in zip(named, got, want)
+            if a != b
+        ]
+        return "set " + ", and ".join(ways)
     if len(got) != 3 or len(want) != 3 or got == want:
         return "change the field of the task or of the data that sets it"
     ways = []

@@ -12,7 +12,7 @@ import numpy as np
 
 from zoo.diffusion.guidance import Denoiser, Guidance
 from zoo.diffusion.levels import Levels
-from zoo.diffusion.solvers import Heun, Plan, Solver, run
+from zoo.diffusion.solvers import Heun, Plan, Project, Solver, run
 from zoo.dist import constrain
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, NonNegative, check_fields
@@ -101,16 +101,21 @@ def noises(keys: jax.Array, shape: tuple[int, ...]) -> Callable[[Any], jax.Array
 
 
 def draw(
-    plan: Plan, denoise: Denoiser, keys: jax.Array, shape: tuple[int, ...], random: bool | None = None
+    plan: Plan,
+    denoise: Denoiser,
+    keys: jax.Array,
+    shape: tuple[int, ...],
+    random: bool | None = None,
+    project: Project | None = None,
 ) -> jax.Array:
-    """One sample [n, *shape] for each of n keys.
+    """One sample [n, *shape] for each of n keys; `project` as of `zoo.diffusion.solvers.run`.
 
     `random` says whether the solver has noise of its own; None: as `plan` does, where it is no input of the program.
     """
     starts, normal = plan.start.shape[1], noises(keys, shape)
     start = jnp.stack([normal(i) for i in range(starts)])
     has_noise = plan.random if random is None else random
-    return run(plan, denoise, start, (lambda i: normal(starts + i)) if has_noise else None)
+    return run(plan, denoise, start, (lambda i: normal(starts + i)) if has_noise else None, project)
 
 
 def start_from(plan: Plan, x: jax.Array, normal: Callable[[Any], jax.Array]) -> jax.Array:

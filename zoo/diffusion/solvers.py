@@ -26,6 +26,7 @@ from zoo.errors import UserError
 from zoo.fields import Named, NonNegative, Positive, Share, check_fields
 
 Array = Any  # of NumPy or JAX: formulas work on both
+Project = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (number of the call [], x [*x], sigma []) -> x [*x]
 
 
 class Plan(NamedTuple):
@@ -92,6 +93,7 @@ def run(
     denoise: Callable[[jax.Array, jax.Array], jax.Array],
     noise: jax.Array,
     fresh: Callable[[jax.Array], jax.Array] | None = None,
+    project: Project | None = None,
 ) -> jax.Array:
     """A sample [*x], the output of the last call, in the dtype of `noise`.
 
@@ -100,6 +102,7 @@ def run(
         denoise: (x [*x], sigma []) -> x0 [*x].
         noise: [Z, *x] standard normal.
         fresh: i -> standard normal [*x], the noise of call i; None: calls have none.
+        project: what is put in the place of the first state before calls that read it as it is, such as all of `Euler`.
     """
     dtype = noise.dtype
     table: Any = jax.tree.map(lambda a: jnp.asarray(a, dtype), plan)
@@ -110,6 +113,9 @@ def run(
     def call(carry: tuple[jax.Array, jax.Array], row: tuple[jax.Array, Any]) -> tuple[Any, None]:
         (x, h), (i, now) = carry, row
         e = None if fresh is None else fresh(i).astype(dtype)
+        if project is not None:
+            plain = (now.read_x[0] == 1) & ~now.read_x[1:].any() & ~now.read_h.any() & (now.read_e == 0)
+            x = x.at[0].set(jax.lax.cond(plain, project, lambda i, x, sigma: x, i, x[0], now.sigma).astype(dtype))
         y = mix(now.read_x, x) + mix(now.read_h, h)
         x0 = denoise(y if e is None else y + now.read_e * e, now.sigma).astype(dtype)
         if x0.shape != y.shape:
