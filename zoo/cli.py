@@ -431,16 +431,12 @@ def _sample(args: argparse.Namespace) -> int:
     form: Form
     given: Any
     tokeniser: dict[str, str] = {}
-<<<<<<< HEAD
-    if split is not None:
-        if model.run is not None:
-            check_kept(model.folder, model.data, splits=[split])
-=======
+    if split is not None and model.run is not None:
+        check_kept(model.folder, model.data, splits=[split])
     if clips:
         given, form = known.start(model, options, split, path, n, seed, min(args.batch, n)), known.form(model.task)
         captions, asked = None, {"from": split, "path": path}
     elif split is not None:
->>>>>>> wvdrev
         given, captions, asked = conditions.pictures(model, split, n), None, {"from": split}
         form = text.Texts(model.vocabulary)
     elif writes:
