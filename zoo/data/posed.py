@@ -28,26 +28,22 @@ from zoo.cameras import (
     to_world,
     unproject,
 )
+from zoo.data.arrays import open_npz, read_array
 from zoo.data.images import (
     LEVELS,
     LOOKED_AT,
     BadImage,
     check_split,
-    digest,
     divide,
     existing,
-    file_digest,
-    file_size,
     open_image,
-    open_npz,
-    read_array,
     upright_size,
 )
 from zoo.data.pipeline import Data, Example, Source
 from zoo.data.scenes import ClipSource, Frames
 from zoo.errors import UserError
 from zoo.fields import Below1, Count, NotEmpty, Side, check_fields
-from zoo.files import first_line, reading, sha256_of_file
+from zoo.files import digests, first_line, reading, sha256_of_json
 
 _log = logging.getLogger("zoo")
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
@@ -108,16 +104,16 @@ class Posed(Data):
         return _PosedSource(self, scenes, clips)
 
     def fingerprint(self, split: str) -> str:
-        """What the clips of a split are, wherever they lie: cameras, units, names and sizes of all files, the bytes of a few."""
+        """What the clips of a split are, wherever they lie: cameras, units, names and bytes of all files."""
         check_split(split)
         scenes = self._scenes()
-        files = [path for scene in scenes for path in (*scene.images, *scene.depths)]
-        some = set(files[:: max(1, len(files) // 16)])
-        return digest(
+        root = existing(self.path)
+        files = [str(path.relative_to(root)) for scene in scenes for path in (*scene.images, *scene.depths)]
+        return sha256_of_json(
             [
                 [split, self.size, self.frames, self.stride, self.test_fraction],
                 *([scene.camera.tolist(), scene.k.tolist(), scene.units] for scene in scenes),
-                *([path.name, file_size(path), sha256_of_file(path) if path in some else None] for path in files),
+                [files, digests(root, files)],
             ]
         )
 
@@ -418,7 +414,7 @@ class PointMaps(Data):
         """What the clips of a split are: the bytes of the file."""
         check_split(split)
         path = existing(self.path)
-        return digest([[file_digest(path, path.stat().st_mtime_ns), split, self.test_fraction]])
+        return sha256_of_json([digests(path.parent, [path.name]), split, self.test_fraction])
 
 
 @lru_cache(maxsize=4)

@@ -102,18 +102,20 @@ class Calibrate:
                 )
             for row in good:
                 ours, text = (parts(normalise(row["wanted"]), normalise(row[key])) for key in ("read", "drawn"))
-                row |= {"parts": ours._asdict(), "score": typescore(ours), "text_score": typescore(text)}
+                row |= {**ours._asdict(), "score": typescore(ours), "text_score": typescore(text)}
             levels = [
-                level_figures(some)
+                _level(some)
                 for at in itertools.product(_STYLES, self.levels)
                 if (some := [row for row in good if (row["style"], row["level"]) == at])
             ]
+            apart = [one["difference"] for one in levels]
+            words = ["repairs"] * (max(apart) > _APART) + ["misreads"] * (min(apart) < -_APART)
             figures = {
                 "metric": "typescore calibration",
                 **about,
-                "verdict": verdict(levels),
-                "largest_difference": max((one["difference"] for one in levels), key=abs),
-                "spearman": {style: _spearman([row for row in good if row["style"] == style]) for style in _STYLES},
+                "verdict": " and ".join(words) or "faithful",
+                "largest_difference": max(apart, key=abs),
+                "spearman": {kind: _spearman([row for row in good if row["style"] == kind]) for kind in _STYLES},
                 "levels": levels,
                 "read": len(good),
                 "failed": len(rows) - len(good),
@@ -131,32 +133,27 @@ class Calibrate:
         return plain(drawn, seed=self.seed + i, size=self.size, **_STYLES[style])
 
 
-def level_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _level(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The means of one style and level. `difference` is of the score less that of the drawn text, in points of 100."""
-    score, text = (float(np.mean([row[key] for row in rows])) for key in ("score", "text_score"))
+    means = {name: float(np.mean([row[name] for row in rows])) for name in (*Parts._fields, "score", "text_score")}
+    means["difference"] = means["score"] - means["text_score"]
     return {
-        "style": rows[0]["style"],
-        "level": rows[0]["level"],
+        **{name: rows[0][name] for name in ("style", "level")},
         "read": len(rows),
-        **{name: round(float(np.mean([row["parts"][name] for row in rows])), 6) for name in Parts._fields},
-        **{"score": round(score, 4), "text_score": round(text, 4), "difference": round(score - text, 4)},
+        **{k: round(v, 6) for k, v in means.items()},
     }
-
-
-def verdict(levels: Sequence[Mapping[str, Any]]) -> str:
-    """What the differences of all levels say of the extractor."""
-    apart = [one["difference"] for one in levels]
-    words = ["repairs"] * (max(apart) > _APART) + ["misreads"] * (min(apart) < -_APART)
-    return " and ".join(words) or "faithful"
 
 
 def _spearman(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Of the level and the score, by picture: -1 where each further fault lowers the score."""
     from scipy import stats
 
-    if len({row["level"] for row in rows}) < 2 or len({row["score"] for row in rows}) < 2:
-        return None
-    return round(float(stats.spearmanr([row["level"] for row in rows], [row["score"] for row in rows]).statistic), 4)
+    levels, scores = ([row[name] for row in rows] for name in ("level", "score"))
+    return (
+        round(float(stats.spearmanr(levels, scores).statistic), 4)
+        if rows and np.ptp(levels) and np.ptp(scores)
+        else None
+    )
 
 
 def table(figures: Mapping[str, Any]) -> str:
