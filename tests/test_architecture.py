@@ -64,7 +64,7 @@ MAY = {
     "cli": {"config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop"},
     "": {"models"},
 }  # fmt: skip
-FLAX = {"nn", "encoders", "papers", "dist", "train.step"}  # train.step: flax.struct only
+FLAX = {"nn", "encoders", "flows", "papers", "dist", "train.step"}  # train.step: flax.struct only
 
 
 def room(module: str) -> str:
