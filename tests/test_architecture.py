@@ -67,7 +67,7 @@ MAY = {
     },
     "": {"models"},
 }  # fmt: skip
-FLAX = {"nn", "encoders", "papers", "dist", "train.step"}  # train.step: flax.struct only
+FLAX = {"nn", "encoders", "flows", "papers", "dist", "train.step"}  # train.step: flax.struct only
 
 
 def room(module: str) -> str:

@@ -42,7 +42,7 @@ INSIDE = {
     "zoo.data.tokens": "Corpus",
     "zoo.diffusion.tokens zoo.diffusion.traces": "",
     "zoo.flows.inverse": "Chain",
-    "zoo.flows.stack": "",
+    "zoo.flows.stack zoo.flows.patches": "",
     "zoo.papers.dart.model": "Layout",
     "zoo.papers.dart.process": "Nomad",
     "zoo.papers.tarflow_lm.model": "Flow",
