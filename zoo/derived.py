@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -36,6 +37,11 @@ def _opened(name: str) -> Model:
             f"run={name}: {type(model.task).__name__} models {', '.join(model.task.spec(1))}; name a model of texts"
         )
     return model
+
+
+def _alone() -> AbstractContextManager[Any]:
+    """On one device: the same on every host, whatever its mesh."""
+    return dist.use(dist.Mesh(data=1).build(jax.local_devices()[:1]), None)
 
 
 # --- samples as data ------------------------------------------------------------------------------
@@ -110,7 +116,7 @@ def _drawn(run: str, n: int, seed: int, options: str) -> np.ndarray:
             return np.load(io.BytesIO(path.read_bytes()))
     except FileNotFoundError:
         pass
-    with dist.use(dist.Mesh(data=1).build(jax.local_devices()[:1]), None):  # the same on every host, whatever its mesh
+    with _alone():
         drawn = model.sample(n, seed, **asked)["tokens"]
     tokens = drawn[(drawn >= 0).all(1)].astype(narrowest(model.task.about.vocabulary or int(drawn.max()) + 1))
     with io.BytesIO() as file, files.writing(path, "give the folder to this user, or copy the run"):
@@ -153,7 +159,8 @@ class Classifier(Reward):
         logits = _logits(self.run)
         for first in range(0, len(tokens), self.batch):
             part = np.resize(tokens[first : first + self.batch], (self.batch, tokens.shape[1]))  # one compiled shape
-            found.append(np.asarray(logits(model.params, {"tokens": part}), np.float32))
+            with _alone():
+                found.append(np.asarray(logits(model.params, {"tokens": part}), np.float32))
         values = np.concatenate(found)[: len(tokens)]
         return values[:, 0] if values.shape[1] == 1 else np.asarray(jax.nn.log_softmax(values))[:, self.label]
 

@@ -6,7 +6,8 @@
 
 `sedd` and `uniform` are SEDD with masked and with replaced tokens. Published bounds of the perplexity on validation text are 23.21
 (MDLM) and 24.10 (SEDD), and 17.54 of a model that writes token by token (arXiv:2507.00425, table 2). The recipe is MDLM's without its
-dropout; nothing here has been run to the end. A mesh with a tensor axis must divide the 50,257 tokens (29 x 1,733): leave it at 1.
+dropout; nothing here has been run to the end. 16 chips of a v5e hold the main one, and `medium` and `ratio` with
+accumulate=2. A mesh with a tensor axis must divide the 50,257 tokens (29 x 1,733): leave it at 1.
 """
 
 from dataclasses import replace

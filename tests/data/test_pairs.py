@@ -17,7 +17,7 @@ from mistakes import told
 from texts import prose
 from unigram import Unigram
 
-from zoo import derived
+from zoo import derived, dist
 from zoo.data.documents import SPLITS
 from zoo.data.pairs import Compared, Pairs, Rewarded
 from zoo.data.tokens import Text
@@ -175,7 +175,10 @@ class Classes(Unigram):
     outputs: int = 2
 
     def logits(self, params: Any, batch: Any) -> jax.Array:
-        return jnp.stack([(batch["tokens"] == i).sum(1) for i in range(self.outputs)], 1).astype(jnp.float32)
+        return (
+            jnp.stack([(batch["tokens"] == i).sum(1) for i in range(self.outputs)], 1)
+            + params["logits"][: self.outputs]
+        )
 
 
 @pytest.fixture
@@ -191,7 +194,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         folder = tmp_path / name
         text8().save(folder)
         task = {"plain": Unigram(), "classes": Classes(), "score": Classes(outputs=1)}[name]
-        return Model(task, {"logits": jnp.zeros(27)}, "raw", 5, None, (), folder, None)
+        weights = {"logits": jax.device_put(jnp.zeros(27), jax.devices()[0])}  # as those on the host lie
+        return Model(task, weights, "raw", 5, None, (), folder, None)
 
     monkeypatch.setattr(derived.models, "open_model", opens)
     monkeypatch.chdir(tmp_path)
@@ -229,7 +233,8 @@ def test_a_classifier_is_a_reward(model: Any) -> None:
     vocabulary = derived._opened("classes").vocabulary
     found = rewarded(Classifier("classes", label=1), tokens, vocabulary)
     np.testing.assert_allclose(found, counts[:, 1] - np.log(np.exp(counts).sum(1)), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(rewarded(Classifier("score"), tokens, vocabulary), counts[:, 0])
+    with dist.use(dist.Mesh(data=2).build(jax.devices()[:2])):  # a run's
+        np.testing.assert_allclose(rewarded(Classifier("score"), tokens, vocabulary), counts[:, 0])
     with told("reward.label=2", "0 to 1"):
         rewarded(Classifier("classes", label=2), tokens, vocabulary)
     with told("reads texts of 8 tokens", "these have 7"):

@@ -22,6 +22,6 @@ def named() -> dict[str, type[Any]]:
     for module in map(importlib.import_module, names):
         for value in vars(module).values():
             own = isinstance(value, type) and issubclass(value, Metric) and value.__module__ == module.__name__
-            if own and hasattr(value, "name"):  # a base has none
+            if own and not value.__name__.startswith("_"):
                 found[value.name] = value
     return found

@@ -21,7 +21,7 @@ from zoo.data.tokens import check_vocabulary
 from zoo.diffusion.compare import image_of
 from zoo.errors import UserError
 from zoo.fields import Count
-from zoo.metrics.text import OfDrawn, check_texts, std_error, token_entropy
+from zoo.metrics.text import _OfDrawn, check_texts, std_error, token_entropy
 from zoo.rewards import LetterShare, Reward, rewarded
 from zoo.task import Options, Params, Predicts, check_needs, options_of
 
@@ -38,7 +38,7 @@ def _nats(task: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Judge(OfDrawn):
+class Judge(_OfDrawn):
     """Perplexity of drawn texts under another language model, `network`, beside the entropy of their tokens.
 
     Texts that repeat themselves are likely too: a perplexity says something at an entropy near that of the data alone. What
@@ -154,7 +154,7 @@ def _picture(rows: Sequence[dict[str, Any]], real: dict[str, float]) -> Image.Im
 
 
 @dataclass(frozen=True)
-class MeanReward(OfDrawn):
+class MeanReward(_OfDrawn):
     """The mean reward of drawn texts with its standard error, beside that of as many held-out ones."""
 
     reward: Reward = LetterShare()

@@ -121,7 +121,7 @@ def the_tokens(drawn: Mapping[str, jax.Array]) -> jax.Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfDrawn(Metric):
+class _OfDrawn(Metric):
     """Base: what is measured on drawn texts, and beside it on as many held-out ones."""
 
     samples: AtLeast2 = 256
@@ -160,7 +160,7 @@ class OfDrawn(Metric):
 
 
 @dataclass(frozen=True)
-class Generation(OfDrawn):
+class Generation(_OfDrawn):
     """Statistics of drawn texts beside those of held-out ones, which say how far chance alone takes them.
 
     `unigram_kl` is KL(samples || training texts) in nats over single tokens, `bigram_log_likelihood` the mean of
