@@ -511,6 +511,8 @@ def _steps(
             yield
         except Exception as error:
             if not checkpoints or at <= start or hosts.several():
+                if isinstance(error, OSError) and not isinstance(error, UserError):
+                    raise UserError(f"step {step} cannot be taken ({error}); mend that and start again") from error
                 raise
             save(checkpoints, at, state)
             checkpoints.wait()
