@@ -233,6 +233,21 @@ def test_parts_end_where_documents_do_unless_these_are_too_long():
     assert cuts(np.array([], np.int64), 0.1, 0.1) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", ["Train/0.txt", "training.txt", "c4-train.00000-of-00001.txt", "a_train.txt"]),
+        ("valid", ["eval.txt", "dev/0.txt", "c4-validation.00000-of-00001.txt", "Val.txt"]),
+        ("test", ["Testing.txt", "wiki.test.tokens.txt"]),
+    ],
+)
+def test_words_of_splits_in_any_spelling(tmp_path, split, names):
+    for name in (*names, "train/of.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert {*list_texts(tmp_path)[split]} >= {tmp_path / name for name in names}
+
+
 def test_files_that_name_their_split(tmp_path):
     for name in ("wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"):
         (tmp_path / name).write_text(f"{name.split('.')[1]} " * 9)

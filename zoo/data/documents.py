@@ -25,14 +25,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from zoo.data.folders import some, tell, walk
+from zoo.data.folders import KINDS, some, tell, walk
 from zoo.data.vocabulary import characters_only
 from zoo.errors import UserError
 from zoo.files import check_head, first_line
 
 SPLITS = ("train", "valid", "test")
 PIECE = 1 << 20  # characters of a document that are read at a time
-_WORDS = {"validation": "valid", "val": "valid", "dev": "valid"}  # what files may call their splits
+# what files may call their splits
+_WORDS = {word: kind if kind in ("train", "test") else "valid" for word, kind in KINDS.items()}
 _KINDS = {
     ".txt": "text",
     ".jsonl": "lines",
@@ -136,7 +137,9 @@ def _word(name: str) -> str | None:
     *folders, last = Path(name.lower()).parts
     stem, suffix = os.path.splitext(last)
     parts = re.split(r"[-_.]", os.path.splitext(stem if suffix in PACKED else last)[0])
-    words = (_WORDS.get(word, word) for word in (*folders, parts[0], parts[-1]))
+    # c4-train.00000-of-00001, wiki.test.tokens
+    named = [part for part in parts if not part.isdigit() and part not in ("of", "tokens", "raw")] or parts
+    words = (_WORDS.get(word, word) for word in (*folders, named[0], named[-1]))
     return next((word for word in words if word in SPLITS), None)
 
 
