@@ -377,7 +377,7 @@ def test_nested_torch_checkpoints_are_unwrapped(tmp_path):
 
 
 def test_weights_beside_their_average_are_told_apart(tmp_path, monkeypatch, caplog):
-    raw, average = ({"a.w": np.full(2, x, np.float32), "b": np.float32(x)} for x in (1, 2))
+    raw, average = ({"a.w": np.full(2, x, np.float32), "b": np.full((), x, np.float32)} for x in (1, 2))
     pre = {f"module._orig_mod.{k}": v for k, v in raw.items()}
     files = {
         "nested": {"model": pre, "ema": average, "optimizer": {"lr": 0.1}, "step": 3},
@@ -385,9 +385,9 @@ def test_weights_beside_their_average_are_told_apart(tmp_path, monkeypatch, capl
         "deep": {"model": {"state_dict": raw}, "model_ema": {"state_dict": average}},
         "flat": {f"online_model.{k}": v for k, v in raw.items()}
         | {f"ema_model.{k}": v for k, v in average.items()}
-        | {"step": np.int64(3)},
+        | {"step": np.array(3)},
         "only": {"ema": average, "step": 3},
-        "swa": {"n_averaged": np.int64(7), **{f"module.{k}": v for k, v in raw.items()}},
+        "swa": {"n_averaged": np.array(7), **{f"module.{k}": v for k, v in raw.items()}},
         "plain": raw,
     }  # fmt: skip
     monkeypatch.setattr("zoo.weights.official._read_torch", lambda path: files[path.stem])
