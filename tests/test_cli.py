@@ -505,7 +505,8 @@ def test_a_word_that_is_an_option_of_the_sampler_goes_to_the_sampler() -> None:
 def test_what_a_command_meets_outside_of_itself_is_a_sentence(tmp_path, monkeypatch):
     """A full stdout, an interrupted import, a locale of ASCII, none of the devices that are asked for."""
     python = [sys.executable, "-m", "zoo.cli"]
-    full = subprocess.run([*python, "list"], stdout=open("/dev/full", "w"), stderr=subprocess.PIPE, text=True)
+    with open("/dev/full", "w") as nowhere:
+        full = subprocess.run([*python, "list"], stdout=nowhere, stderr=subprocess.PIPE, text=True)
     assert (full.returncode, full.stderr.count("\n")) == (2, 1)
     assert "No space left" in full.stderr
     (tmp_path / "Ä").mkdir()

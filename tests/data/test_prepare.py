@@ -687,7 +687,6 @@ def test_many_shards_are_read_with_few_open_and_names_that_are_no_utf8_are_shown
         folder = os.fsencode(tmp_path / "in") + b"/" + name
         os.makedirs(folder)
         for k in range(20):
-            for k in range(20):
             Image.new("RGB", (2, 2), (10 * k, i, 0)).save(os.path.join(os.fsdecode(folder), f"{k}.png"))
     (tmp_path / "in/a/settings.json").write_text("{}")  # as `zoo sample` leaves them
     Image.new("RGB", (9, 9)).save(tmp_path / "in/a/sheet.png")
