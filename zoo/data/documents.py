@@ -181,12 +181,13 @@ def _opened(path: Path) -> Iterator[tuple[str, io.BufferedReader]]:
     """What a file holds ("text", "lines" or "parquet"), and its bytes, unpacked."""
     try:
         with contextlib.ExitStack() as held:
-            file, name = held.enter_context(open(path, "rb")), path.name
+            file, name, inside = held.enter_context(open(path, "rb")), path.name, False
             while True:
                 head = file.peek(_HEAD)[:_HEAD]
                 suffix = next((end for end, (magic, _) in _PACKERS.items() if head.startswith(magic)), None)
                 if suffix is None:
                     break
+                inside = True
                 stem, last = os.path.splitext(name)
                 name, packed = stem if last.lower() == suffix else name, held.enter_context(_PACKERS[suffix][1](file))
                 if suffix == ".zip":
@@ -195,7 +196,7 @@ def _opened(path: Path) -> Iterator[tuple[str, io.BufferedReader]]:
                 file = held.enter_context(io.BufferedReader(packed, max(io.DEFAULT_BUFFER_SIZE, _HEAD)))
             if name.lower().endswith(PACKED):
                 raise UserError(f"{path} cannot be read or unpacked (its first bytes are no packed file's); restore it")
-            yield _told(path, name, head), file
+            yield _told(path, name, head, inside), file
     except OSError as error:  # among them what gzip says of a damaged file
         raise UserError(f"{path} cannot be read ({error.strerror or first_line(error)}); restore it") from None
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
@@ -214,11 +215,11 @@ def _member(path: Path, packed: zipfile.ZipFile) -> tuple[str, Any]:
     return members[0].filename, packed.open(members[0])
 
 
-def _told(path: Path, name: str, head: bytes) -> str:
+def _told(path: Path, name: str, head: bytes, inside: bool) -> str:
     """What bytes are that begin with `head`, in a file of that name (the last of what was packed). UserError for what is no text."""
     check_head(path, head)
     if packed := next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None):
-        if packed == "parquet" and name == path.name:
+        if packed == "parquet" and not inside:
             return packed
         raise UserError(f"{path} holds a file of the kind {packed}; unpack it, or give a text")
     kind = _KINDS.get(os.path.splitext(name.lower())[1])
