@@ -186,7 +186,8 @@ def _looker(items: Items) -> Callable[[int], _Look | tuple[str, str]]:
         kinds = () if imagehash is None else (imagehash.phash, imagehash.dhash)
         hashed = tuple(int(str(kind(grey)), 16) for kind in kinds)
         small = np.asarray(grey.resize((16, 16), Image.Resampling.BOX))
-        flat = all(low == high for low, high in image.getextrema())
+        pixels = np.asarray(image)
+        flat = bool((pixels == pixels[0, 0]).all())
         digest = sha256(data if isinstance(data, bytes) else data.tobytes())
         return _Look(items.name(i), label, caption, image.size, stored, digest, flat, hashed, small)
 
