@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent / "zoo"
 # room -> rooms it may import; `errors`, `fields`, `files`, `rewards` and `task` are open to all
 MAY = {
     "errors": set(),
+    "process": set(),
     "files": set(),
     "task": set(),
     "fields": set(),
@@ -63,9 +64,10 @@ MAY = {
         "train.optim", "train.report", "train.step",
     },
     "cli": {
-        "config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "train.loop", "train.provenance",
+        "config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "process", "train.loop",
+        "train.provenance",
     },
-    "": {"models"},
+    "": {"models", "process"},
 }  # fmt: skip
 FLAX = {"nn", "encoders", "flows", "papers", "dist", "train.step"}  # train.step: flax.struct only
 

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import logging
+import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mistakes import Payload
+from mistakes import Payload, told
 from PIL import Image
 
 import zoo
-from zoo import cli, models, weights
+from zoo import cli, draws, models, process, weights
 from zoo.data.synthetic import Synthetic
 from zoo.data.vocabulary import text8
 from zoo.draws import KEYS, label_numbers
@@ -498,3 +500,23 @@ def test_show_names_both_axes_that_cut_a_parameter(capsys: pytest.CaptureFixture
 def test_a_word_that_is_an_option_of_the_sampler_goes_to_the_sampler() -> None:
     words, options = cli._options(SimpleNamespace(task=CORNERS), ["temper=2", "form=score", "n=3"], ())
     assert (words["form"], words["n"], options.form) == (None, 3, "score")
+
+
+def test_what_a_command_meets_outside_of_itself_is_a_sentence(tmp_path, monkeypatch):
+    """A full stdout, an interrupted import, a locale of ASCII, none of the devices that are asked for."""
+    python = [sys.executable, "-m", "zoo.cli"]
+    with open("/dev/full", "w") as nowhere:
+        full = subprocess.run([*python, "list"], stdout=nowhere, stderr=subprocess.PIPE, text=True)
+    assert (full.returncode, full.stderr.count("\n")) == (2, 1)
+    assert "No space left" in full.stderr
+    (tmp_path / "Ä").mkdir()
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run([*python, "check", str(tmp_path / "Ä")], env=plain, capture_output=True)
+    assert (found.returncode, "Ä holds no text" in found.stdout.decode()) == (1, True)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    error = RuntimeError("Unable to initialize backend 'tpu': INTERNAL: no libtpu.so (set JAX_PLATFORMS='' to choose)")
+    assert process.explained("sample", error) == 2
+    assert process.explained("sample", RuntimeError("a fault")) is None
+    for seed in (-1, 2**32, 2**32 + 5):
+        with told("seed", str(seed)):
+            draws.key_of(seed, draws.Use.SAMPLES)

@@ -376,6 +376,46 @@ def test_nested_torch_checkpoints_are_unwrapped(tmp_path):
             weights.read_state_dict(path)
 
 
+def test_weights_beside_their_average_are_told_apart(tmp_path, monkeypatch, caplog):
+    raw, average = ({"a.w": np.full(2, x, np.float32), "b": np.full((), x, np.float32)} for x in (1, 2))
+    pre = {f"module._orig_mod.{k}": v for k, v in raw.items()}
+    files = {
+        "nested": {"model": pre, "ema": average, "optimizer": {"lr": 0.1}, "step": 3},
+        "timm": {"state_dict": raw, "state_dict_ema": average, "epoch": 3},
+        "deep": {"model": {"state_dict": raw}, "model_ema": {"state_dict": average}},
+        "flat": {f"online_model.{k}": v for k, v in raw.items()}
+        | {f"ema_model.{k}": v for k, v in average.items()}
+        | {"step": np.array(3)},
+        "only": {"ema": average, "step": 3},
+        "swa": {"n_averaged": np.array(7), **{f"module.{k}": v for k, v in raw.items()}},
+        "plain": raw,
+    }  # fmt: skip
+    monkeypatch.setattr("zoo.weights.official._read_torch", lambda path: files[path.stem])
+    for name in files:
+        (tmp_path / f"{name}.pth").write_bytes(b"")
+
+    def read(name, which=None):
+        return {k: float(v.max()) for k, v in weights.read_state_dict(tmp_path / f"{name}.pth", which).items()}
+
+    for name in ("nested", "timm", "deep", "flat"):
+        assert read(name) == read(name, "raw") == {"a.w": 1, "b": 1}
+        assert f"{name}.pth: the weights" in caplog.text
+        assert read(name, "ema") == {"a.w": 2, "b": 2}
+    assert "--weights ema" in caplog.text
+    assert read("only", "ema") == {"a.w": 2, "b": 2}
+    assert read("swa") == read("plain") == {"a.w": 1, "b": 1}
+    for name, which, words in (
+        ("only", None, "--weights ema"),
+        ("only", "raw", "no raw"),
+        ("plain", "ema", "no average"),
+    ):
+        with told(words):
+            read(name, which)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with told("Git LFS pointer", "git lfs pull"):
+        weights.read_state_dict(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize("name", ["zip.pth", "plain.pth", "plain4.pt", "array.npz", "plain.npz", "plain.safetensors"])
 def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, name):
     mark, path = tmp_path / "ran", tmp_path / name

@@ -80,9 +80,8 @@ def end(code: int, verb: str) -> int:
 if "zoo.cli" in sys.orig_argv[1:6] or any(os.path.basename(word) == "zoo" for word in sys.orig_argv[:2]):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
-    if (
-        sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1"
-    ):  # names, arguments and files are UTF-8
+    # names, arguments and files are UTF-8
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
     while os.open(os.devnull, os.O_RDWR) < 3:  # closed ones: files would take their numbers, and get what is printed

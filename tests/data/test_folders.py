@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tarfile
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -24,7 +26,7 @@ from zoo.errors import UserError
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
 from zoo.train.loop import claim_folder
-from zoo.train.provenance import by_name
+from zoo.train.provenance import by_name, check_numbers
 
 
 def tree(root, *names):
@@ -340,3 +342,20 @@ def test_metrics_of_classes_go_by_name_and_probes_by_their_own(tmp_path):
     assert by_name(Probe(path=data), data, ("ant", "cat", "dog"))[0].path.source("train")[1]["label"] == 1
     with pytest.raises(UserError, match="does not know"):
         by_name(BayesAccuracy(), data, ("ant",))[1].source("train")
+
+
+def test_weights_that_number_classes_otherwise_are_told(tmp_path, caplog):
+    def check(key, labels, classes=3):
+        about = {"format": 1, "labels": ["ant", "cat", "dog"], "task": {"class": "Task", "classes": classes}}
+        (tmp_path / "config.json").write_text(json.dumps(about))
+        task = SimpleNamespace(about=SimpleNamespace(networks={"guide": None}))
+        check_numbers(SimpleNamespace(task=task, weights={key: str(tmp_path)}), labels)
+
+    for same in ((), ("ant", "cat"), ("ant", "cat", "dog", "emu"), ("emu", "fox")):
+        check("guide", same)
+    check("guide", ("cat", "dog"), classes=0)  # knows no classes
+    with told("weights.guide", "cat, dog", "ant, cat, dog"):
+        check("guide", ("cat", "dog"))
+    assert not caplog.messages
+    check("", ("ant", "dog"))
+    assert "other numbers for the classes dog" in caplog.text

@@ -679,3 +679,24 @@ def test_a_parquet_test_split_without_labels_is_left_out(tmp_path, caplog):
     (tmp_path / "p" / "validation-0.parquet").unlink()
     report = run(tmp_path / "p", tmp_path / "held", test_fraction=0.4)
     assert (report.ok, report.counts) == (True, {"train": 2, "test": 1})
+
+
+def test_many_shards_are_read_with_few_open_and_names_that_are_no_utf8_are_shown(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    for i, name in enumerate([b"caf\xe9", b"a"]):
+        folder = os.fsencode(tmp_path / "in") + b"/" + name
+        os.makedirs(folder)
+        for k in range(20):
+            Image.new("RGB", (2, 2), (10 * k, i, 0)).save(os.path.join(os.fsdecode(folder), f"{k}.png"))
+    (tmp_path / "in/a/settings.json").write_text("{}")  # as `zoo sample` leaves them
+    Image.new("RGB", (9, 9)).save(tmp_path / "in/a/sheet.png")
+    report = run(tmp_path / "in", tmp_path / "out", size=2, test_fraction=0, shard_examples=1)
+    assert (report.counts["train"], report.labels) == (40, ("a", "caf\ufffd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 24, hard))
+    try:
+        source = Images(str(tmp_path / "out"), size=2).source("train")
+        labels = [int(source[i]["label"]) for i in (*range(40), 0)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert labels == [0] * 20 + [1] * 20 + [0]

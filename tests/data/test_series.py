@@ -267,7 +267,7 @@ def test_a_csv_file_in_many_dialects(tmp_path, text, delimiter):
         ("1,2\n1e99,4\n", "line 2, column 1: '1e99' is no number that"),
         ("a,b\n1,2\n3,x\n", "line 3, column 2: 'x' is no number; write numbers"),
         ("a,b\n1,2\n3,\n", "line 3, column 2: '' is no number; write numbers"),
-        (",0,1\n0,1,2\n", "line 1, column 1: '' is no number; .*one header line without any number"),
+        ("0,1,2\n5,7,3\n9,2,8\n", "first row 0, 1, 2 may be the numbers of channels or a time step"),
         ("a,b\nc,d\n1,2\n", "line 2, column 1: 'c' is no number"),
         ("1,2\n1_0,2\n", "line 2, column 1: '1_0' is no number"),
         ("1,2\n3,4,5\n", "line 2 has 3 cells, but line 1 has 2"),
@@ -277,7 +277,7 @@ def test_a_csv_file_in_many_dialects(tmp_path, text, delimiter):
         ("a b\n1 2\n", r"set data\.delimiter=' '"),
         ("", "holds no row of numbers"),
         ("a,b\n", "holds no row of numbers"),
-        ("a,b\n1,2\n".encode("utf-16"), "is no number|holds no row"),
+        ("a,b\n1,2\n".encode("utf-16"), "is UTF-16; write it again as UTF-8"),
     ],
 )
 def test_bad_csv_files_are_named_with_the_line(tmp_path, text, message):
@@ -285,6 +285,27 @@ def test_bad_csv_files_are_named_with_the_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         Series(str(path), length=1).source("train")
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "index", "told"),
+    [("0,1,2", "", "numbers of channels"), ("1,3,9", "", "numbers of channels"), (",0,1,2", "n", "1 column is an index"),
+     (",a,b,c", "n", "1 column is an index"), ("", "", ""), ("0.5,0.25,1.0", "", ""), ("0,0.1,0.2", "", "")],
+)  # fmt: skip
+def test_numbers_of_channels_and_indices_are_no_time_steps(tmp_path, caplog, head, index, told):
+    values = np.random.default_rng(0).normal(size=(9, 3)).round(3)
+    body = "".join((f"{i}," if index else "") + ",".join(map(str, row)) + "\n" for i, row in enumerate(values.tolist()))
+    path = write(tmp_path / f"{len(head)}{index}.csv", f"{head}\n{body}" if head else body)
+    found = Series(str(path), length=1, standardise=False, test_fraction=0.0).part("train").series[0]
+    if "." in head:
+        values = np.vstack([[float(x) for x in head.split(",")], values])
+    np.testing.assert_array_equal(found, values)
+    assert (told in caplog.text) if told else not caplog.text
+    whole = np.arange(12).reshape(4, 3)  # integers that go on are data
+    path = write(tmp_path / "whole.csv", "".join(",".join(map(str, row)) + "\n" for row in whole.tolist()))
+    np.testing.assert_array_equal(
+        Series(str(path), length=1, standardise=False, test_fraction=0.0).part("train").series[0], whole
+    )
 
 
 def test_a_folder_of_recordings_holds_out_whole_files(tmp_path):

@@ -233,6 +233,21 @@ def test_parts_end_where_documents_do_unless_these_are_too_long():
     assert cuts(np.array([], np.int64), 0.1, 0.1) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", ["Train/0.txt", "training.txt", "c4-train.00000-of-00001.txt", "a_train.txt"]),
+        ("valid", ["eval.txt", "dev/0.txt", "c4-validation.00000-of-00001.txt", "Val.txt"]),
+        ("test", ["Testing.txt", "wiki.test.tokens.txt"]),
+    ],
+)
+def test_words_of_splits_in_any_spelling(tmp_path, split, names):
+    for name in (*names, "train/of.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert {*list_texts(tmp_path)[split]} >= {tmp_path / name for name in names}
+
+
 def test_files_that_name_their_split(tmp_path):
     for name in ("wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"):
         (tmp_path / name).write_text(f"{name.split('.')[1]} " * 9)
@@ -258,6 +273,36 @@ def test_files_that_name_their_split(tmp_path):
         Text(str(tmp_path / "train.txt"), valid_fraction=0.0).source("valid", spec())
     with told("train", "more text"):
         Text(str(tmp_path / "train.txt"), valid_fraction=0.999, test_fraction=0.0).source("train", spec())
+
+
+def test_what_is_packed_is_told_by_its_first_bytes(tmp_path):
+    """JSON under any name in any packing gives its texts, never its markup."""
+    import bz2
+    import lzma
+
+    import pyarrow
+
+    wanted = ["one \u00fc\n[x]", "{two"]
+    rows = [{"id": i, "text": text} for i, text in enumerate(wanted)]
+    lines, array = "".join(json.dumps(row) + "\n" for row in rows).encode(), json.dumps(rows, indent=1).encode()
+    packers = (
+        lambda x: x,
+        gzip.compress,
+        bz2.compress,
+        lzma.compress,
+        lambda x: pyarrow.compress(x, "zstd", asbytes=True),
+    )
+    for i, data in enumerate((lines, b"\xef\xbb\xbf" + lines, array, b"\xef\xbb\xbf" + array)):
+        for k, pack in enumerate(packers):
+            (path := tmp_path / f"dump{i}{k}").write_bytes(pack(data))
+            assert [text for text, _ in pieces(path)] == wanted, path
+        with zipfile.ZipFile(tmp_path / f"{i}.zip", "w") as file:
+            file.writestr("a/data.bin", data)
+            file.writestr("__MACOSX/a/._data.bin", b"\0\5")
+        assert [text for text, _ in pieces(tmp_path / f"{i}.zip")] == wanted
+    for plain in ("{{Infobox}} text", "[[link]] text", "{curly}", "[1] cited"):
+        (tmp_path / "plain").write_text(plain)
+        assert [text for text, _ in pieces(tmp_path / "plain")] == [plain]
 
 
 @pytest.mark.parametrize("pair", [("a.txt", "a.zip"), ("s/a.jsonl", "s/a.jsonl.gz")])
@@ -286,6 +331,13 @@ def test_a_text_that_lies_packed_beside_itself_is_refused(pair, tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{\n', "line 2 JSON"),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 200_000, "line 2 JSON deep"),
         ("a.jsonl", b'{"txt": "a"}\n', 'line 1 "text"'),
+        ("a", b'{"txt": "a"}\n', 'line 1 "text"'),
+        ("a.json", b'[{"text": "a"}, {"text": 1}]', 'element 2 "text"'),
+        ("a.json", b'{\n "text": "a"\n}', "JSON one object a line"),
+        ("a.txt", "abc".encode("utf-16"), "UTF-16 iconv utf-16"),
+        ("a.csv", b"id,text\n1,abc\n", "table"),
+        ("a", gzip.compress(b"PAR1abc", mtime=0), "parquet unpack"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "LFS pull"),
     ],
 )
 def test_texts_that_cannot_be_used(tmp_path, name, content, words):

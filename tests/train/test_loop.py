@@ -20,14 +20,16 @@ import pytest
 from mistakes import told
 
 from zoo import config, dist, models, weights
+from zoo.data import synthetic
 from zoo.data.pipeline import Data, Source
 from zoo.data.synthetic import Synthetic
 from zoo.draws import Use, key_of
-from zoo.errors import UserError
+from zoo.errors import Passing, UserError
 from zoo.metrics.likelihood import BayesAccuracy, Bits
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Checkpoint, Run, Samples
 from zoo.task import About, Batch, Metric, Network, Params
+from zoo.train import loop
 from zoo.train.loop import Diverged, train
 from zoo.train.optim import AdamW
 from zoo.train.report import Report, read_metrics
@@ -112,16 +114,17 @@ class _BadSource(Source):
 
 @dataclass(frozen=True)
 class Held(Metric):
-    """A metric that counts what it is shown; `kill` sends SIGTERM to this process at that step's look, and `full` fails."""
+    """A metric that counts what it is shown; `kill` sends a signal to this process at that step's look, and `full` fails."""
 
     every: int = 0
     kill: bool = False
+    by: int = signal.SIGTERM
     full: bool = False
     name = "held"
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         if self.kill:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.by)
         if self.full:
             raise UserError("no room for the statistics")
         drawn = float(jax.random.uniform(rng))
@@ -255,6 +258,52 @@ def test_sigterm_saves_and_the_same_run_goes_on_to_the_same_end(
     assert steps_of(folder) == ["3"]
     assert "asked to stop: step 3 is saved" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
+    chex.assert_trees_all_equal(plain(go(folder)), finished[1])
+
+
+def test_ctrl_c_saves_and_the_same_run_goes_on_to_the_same_end(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", evals=(Held(every=2, kill=True, by=signal.SIGINT),))
+    assert steps_of(tmp_path / "run") == ["3"]
+    assert signal.getsignal(signal.SIGINT) is before
+    chex.assert_trees_all_equal(plain(go(tmp_path / "run")), finished[1])
+    stop = loop._Stop()
+    stop.interrupt()
+    stop.interrupt()  # a shell and a launcher both pass it on
+    assert (stop.asked, stop.again) == (True, False)
+    stop.since, stop.saving = -2.0, True
+    stop.interrupt()  # a save that has begun is finished
+    assert stop.again
+    stop.since, stop.saving = -2.0, False
+    with pytest.raises(KeyboardInterrupt):
+        stop.interrupt()
+
+
+@pytest.mark.parametrize("error", [UserError("7.png cannot be decoded"), OSError(5, "Input/output error")])
+def test_an_error_of_the_input_costs_no_step(
+    error: Exception, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, bad = tmp_path / "run", int(np.random.default_rng((0, 0)).permutation(64)[36])  # of the fifth step
+    get = synthetic._Noise.__getitem__
+
+    def fail(self: Any, index: int) -> Any:
+        if index == bad:
+            raise error
+        return get(self, index)
+
+    with monkeypatch.context() as within:
+        within.setattr(synthetic._Noise, "__getitem__", fail)
+        with pytest.raises(Passing, match=r"(cannot be decoded|output error).*Step [234] is saved"):
+            go(folder, checkpoint=Checkpoint(every=100))
+        saved = steps_of(folder)
+        assert len(saved) == 1
+        with pytest.raises(UserError) as again:  # nothing was trained: it is to be mended first
+            go(folder, checkpoint=Checkpoint(every=100))
+        assert not isinstance(again.value, Passing)
+    assert steps_of(folder) == saved
     chex.assert_trees_all_equal(plain(go(folder)), finished[1])
 
 

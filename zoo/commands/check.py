@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import logging
@@ -172,10 +173,7 @@ class _Look:
 
 
 def _looker(items: Items) -> Callable[[int], _Look | tuple[str, str]]:
-    try:
-        import imagehash
-    except ImportError:
-        imagehash = None
+    imagehash = importlib.import_module("imagehash") if importlib.util.find_spec("imagehash") else None
 
     def look(i: int) -> _Look | tuple[str, str]:
         try:
@@ -188,7 +186,8 @@ def _looker(items: Items) -> Callable[[int], _Look | tuple[str, str]]:
         kinds = () if imagehash is None else (imagehash.phash, imagehash.dhash)
         hashed = tuple(int(str(kind(grey)), 16) for kind in kinds)
         small = np.asarray(grey.resize((16, 16), Image.Resampling.BOX))
-        flat = all(low == high for low, high in image.getextrema())
+        pixels = np.asarray(image)
+        flat = bool((pixels == pixels[0, 0]).all())
         digest = sha256(data if isinstance(data, bytes) else data.tobytes())
         return _Look(items.name(i), label, caption, image.size, stored, digest, flat, hashed, small)
 
@@ -218,7 +217,7 @@ def _images(path: Path, found: Found, vocabulary: Any, tokens: int) -> None:
     everything = [look for some_of_it in looks.values() for look in some_of_it]
     found.counts = {split: _counts([look.label for look in kept], source.labels) for split, kept in looks.items()}
     for what, values in (
-        ("sizes", [f"{w}x{h}" for w, h in (look.size for look in everything)]),
+        ("sizes", [f"{look.size[0]}x{look.size[1]}" for look in everything]),
         ("modes", [look.mode for look in everything]),
     ):
         counted = Counter(values).most_common()
@@ -374,7 +373,8 @@ def _latents(path: Path, found: Found) -> None:
             if not any(shard.count for shard in bucket.splits[split]):
                 continue
             source = Latents(str(path), aspect=aspect).source(split)
-            low, high, labels = np.inf, -np.inf, []
+            low, high = np.array(np.inf), np.array(-np.inf)
+            labels: list[int] = []
             for i in tqdm(range(len(source)), unit="latent", delay=1):
                 example = source[i]
                 if not all(np.isfinite(example[key]).all() for key in ("latent", "latent_std")):

@@ -25,14 +25,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from zoo.data.folders import some, tell, walk
+from zoo.data.folders import KINDS, some, tell, walk
 from zoo.data.vocabulary import characters_only
 from zoo.errors import UserError
 from zoo.files import check_head, first_line
 
 SPLITS = ("train", "valid", "test")
 PIECE = 1 << 20  # characters of a document that are read at a time
-_WORDS = {"validation": "valid", "val": "valid", "dev": "valid"}  # what files may call their splits
+# what files may call their splits
+_WORDS = {word: kind if kind in ("train", "test") else "valid" for word, kind in KINDS.items()}
 _KINDS = {
     ".txt": "text",
     ".jsonl": "lines",
@@ -136,7 +137,9 @@ def _word(name: str) -> str | None:
     *folders, last = Path(name.lower()).parts
     stem, suffix = os.path.splitext(last)
     parts = re.split(r"[-_.]", os.path.splitext(stem if suffix in PACKED else last)[0])
-    words = (_WORDS.get(word, word) for word in (*folders, parts[0], parts[-1]))
+    # c4-train.00000-of-00001, wiki.test.tokens
+    named = [part for part in parts if not part.isdigit() and part not in ("of", "tokens", "raw")] or parts
+    words = (_WORDS.get(word, word) for word in (*folders, named[0], named[-1]))
     return next((word for word in words if word in SPLITS), None)
 
 
@@ -178,12 +181,13 @@ def _opened(path: Path) -> Iterator[tuple[str, io.BufferedReader]]:
     """What a file holds ("text", "lines" or "parquet"), and its bytes, unpacked."""
     try:
         with contextlib.ExitStack() as held:
-            file, name = held.enter_context(open(path, "rb")), path.name
+            file, name, inside = held.enter_context(open(path, "rb")), path.name, False
             while True:
                 head = file.peek(_HEAD)[:_HEAD]
                 suffix = next((end for end, (magic, _) in _PACKERS.items() if head.startswith(magic)), None)
                 if suffix is None:
                     break
+                inside = True
                 stem, last = os.path.splitext(name)
                 name, packed = stem if last.lower() == suffix else name, held.enter_context(_PACKERS[suffix][1](file))
                 if suffix == ".zip":
@@ -192,7 +196,7 @@ def _opened(path: Path) -> Iterator[tuple[str, io.BufferedReader]]:
                 file = held.enter_context(io.BufferedReader(packed, max(io.DEFAULT_BUFFER_SIZE, _HEAD)))
             if name.lower().endswith(PACKED):
                 raise UserError(f"{path} cannot be read or unpacked (its first bytes are no packed file's); restore it")
-            yield _told(path, name, head), file
+            yield _told(path, name, head, inside), file
     except OSError as error:  # among them what gzip says of a damaged file
         raise UserError(f"{path} cannot be read ({error.strerror or first_line(error)}); restore it") from None
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
@@ -211,11 +215,11 @@ def _member(path: Path, packed: zipfile.ZipFile) -> tuple[str, Any]:
     return members[0].filename, packed.open(members[0])
 
 
-def _told(path: Path, name: str, head: bytes) -> str:
+def _told(path: Path, name: str, head: bytes, inside: bool) -> str:
     """What bytes are that begin with `head`, in a file of that name (the last of what was packed). UserError for what is no text."""
     check_head(path, head)
     if packed := next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None):
-        if packed == "parquet" and name == path.name:
+        if packed == "parquet" and not inside:
             return packed
         raise UserError(f"{path} holds a file of the kind {packed}; unpack it, or give a text")
     kind = _KINDS.get(os.path.splitext(name.lower())[1])

@@ -27,7 +27,8 @@ _WORDS = {
     "dev": ("dev", "devel", "development"),
     "eval": ("eval", "evaluation", "holdout", "heldout"),
 }
-_KINDS = {word + end: kind for kind, words in _WORDS.items() for word in words for end in ("", "set")}
+# of words, kinds of splits
+KINDS = {word + end: kind for kind, words in _WORDS.items() for word in words for end in ("", "set")}
 _FILLERS = {"set", "sets", "split", "data", "dataset", "image", "images", "img", "imgs", "photos", "pictures"}
 _JUNK = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db"}
 _log = logging.getLogger("zoo")
@@ -58,7 +59,7 @@ def _tokens(name: str) -> list[str]:
 
 def word_of(name: str) -> str | None:
     """The kind of split that the name of a folder is a word for ("train", or of `TESTS`): `Train`, `test_images`, `val2017`, `trainA`."""
-    kinds = [_KINDS.get(word) or ("" if word in _FILLERS or len(word) == 1 else None) for word in _tokens(name)]
+    kinds = [KINDS.get(word) or ("" if word in _FILLERS or len(word) == 1 else None) for word in _tokens(name)]
     said = [kind for kind in kinds if kind]
     return said[0] if len(said) == 1 and None not in kinds else None
 
@@ -66,7 +67,7 @@ def word_of(name: str) -> str | None:
 def word_in(path: str) -> str | None:
     """The kind of split that the path of a file of many examples names: `test/0.tar`, `data/Train-00000-of-00001.parquet`."""
     *folders, last = path.split(os.sep)
-    words = [*map(word_of, folders), *map(_KINDS.get, _tokens(last.partition(".")[0]))]
+    words = [*map(word_of, folders), *map(KINDS.get, _tokens(last.partition(".")[0]))]
     return next(filter(None, words), None)
 
 

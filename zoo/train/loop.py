@@ -36,6 +36,7 @@ from zoo.train.provenance import (
     check_classes,
     check_data,
     check_encoders,
+    check_numbers,
     check_vocabularies,
     vocabulary_of,
 )
@@ -428,6 +429,7 @@ def train(
                 models.check_filled(run, filled, needed)
             check_encoders(run, given)
             check_vocabularies(run)
+            check_numbers(run, labels)
         del filled
         checkpoints = snapshots = state = about = None
         if folder is not None:
@@ -511,6 +513,8 @@ def _steps(
             yield
         except Exception as error:
             if not checkpoints or at <= start or hosts.several():
+                if isinstance(error, OSError) and not isinstance(error, UserError):
+                    raise UserError(f"step {step} cannot be taken ({error}); mend that and start again") from error
                 raise
             save(checkpoints, at, state)
             checkpoints.wait()

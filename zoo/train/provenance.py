@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from zoo import config, models, paths, weights
-from zoo.data.folders import SPLITS, some
+from zoo.data.folders import SPLITS, some, tell
 from zoo.data.pipeline import Data, named
 from zoo.data.vocabulary import Vocabulary, open_vocabulary
 from zoo.encoders import tokenizer
@@ -159,6 +159,20 @@ def by_name(metric: Any, data: Any, labels: tuple[str, ...]) -> tuple[Any, Any]:
     if isinstance(metric.path, Data):
         metric = dataclasses.replace(metric, path=named(metric.path, labels))
     return metric, data if data is None else named(data, labels)
+
+
+def check_numbers(run: Run, labels: Sequence[str]) -> None:
+    """UserError when a held network of `Run.weights` numbers the run's classes otherwise; a warning for weights to begin with."""
+    for key, where in (run.weights or {}).items() if labels else ():
+        about = models.read_config(models.locate(weights.parts_of(where)[0]))
+        theirs = about.get("labels", []) if about.get("run", about).get("task", {}).get("classes") else []
+        if moved := [name for k, name in enumerate(labels) if name in theirs[:k] + theirs[k + 1 :]]:
+            said = f"weights.{key}={where} learned other numbers for the classes {some(moved)} than the data have"
+            if key in run.task.about.networks:
+                raise UserError(
+                    f"{said}; give data of the same classes in the same order ({some(theirs)}), or another model"
+                )
+            tell(f"{said}: what it knows of a class goes to another one")
 
 
 def check_vocabularies(run: Run) -> None:
