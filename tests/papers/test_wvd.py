@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zoo import weights
+from zoo.commands.flops import count
 from zoo.data.scenes import Scenes
 from zoo.diffusion.solvers import Euler, Heun, run
 from zoo.dist import unbox
@@ -288,6 +290,13 @@ def test_latents_that_are_known_stay_and_pixels_with_them(clips):
         np.testing.assert_array_equal(drawn[key][mask], given[i][mask])
         assert np.isfinite(drawn[key]).all()
     assert not np.asarray(given[1][:, 1:] == 0).all(-1).any()  # holes are filled before they are encoded
+
+
+@pytest.mark.parametrize("pattern", ["joint", "factorised"])
+def test_model_flops_are_three_times_those_of_the_loss(pattern):
+    task = Wvd(frames=4, image=32, width=192, pattern=pattern)
+    loss = jax.make_jaxpr(task.loss)(weights.abstract(task), task.spec(1), jax.eval_shape(lambda: jax.random.key(0)))
+    assert task.flops() == pytest.approx(3 * count(loss), rel=0.01)
 
 
 def test_shift_of_noise():

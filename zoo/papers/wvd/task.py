@@ -208,6 +208,14 @@ class Wvd:
         shift = self.shift or min(max(math.sqrt(self.about.tokens / 256), 1.0), 4.0)
         return LogNormal(mean=math.log(shift), std=1.0)
 
+    def flops(self) -> float:
+        """Floating-point operations of one training clip: 6 per weight and token, and attention. The frozen encoder is left out."""
+        places, width = self.side**2, self.width
+        seen = self.about.tokens if self.pattern == "joint" else (places + self.frames) / 2
+        ends = len(self.names) * (2 * self.channels + 1) * self.patch**2 * width
+        token = self.depth * (12 * width**2 + 2 * seen * width) + ends
+        return 6.0 * (self.about.tokens * token + self.frames * (8 + 2 * len(self.names)) * width**2)
+
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`frames` [B, F, S, S, 3] in [-1, 1]; `points` of that shape; `seen` bool [B, F, S, S], where these are known; `camera`
         [B, F, 4, 4] and `focal` [B] as in `zoo/cameras.py`. Images alone where there are no points."""
