@@ -30,9 +30,7 @@ config = Run(
 )
 rgb = replace(  # in half of the steps sees the task image as often
     config,
-    task=replace(
-        config.task, modalities="rgb", tasks=wvd.Mixture(joint=0.4, image=0.6, stereo=0, camera=0, render=0)
-    ),
+    task=replace(config.task, modalities="rgb", tasks=wvd.Mixture(joint=0.4, image=0.6, stereo=0, camera=0, render=0)),
     steps=10_000,
     samples=Samples(every=5_000, n=8, options={"task": "image"}),
 )
