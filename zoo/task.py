@@ -362,8 +362,7 @@ class Locates(Protocol):
     """Reads cameras off the points of its clips: what `zoo sample` writes beside them, and from where a path begins."""
 
     def cameras(self, points: Any, seen: Any) -> tuple[Any, Any, Any]:
-        """Cameras [F, 4, 4], NaN where a frame has none, their focal length [], and why there is none [F] ("": there is one); of
-        points [F, H, W, 3], `seen` bool [F, H, W]."""
+        """Cameras [F, 4, 4], NaN for none, focal length [], why there is none [F]; of points [F, H, W, 3], `seen` bool [F, H, W]."""
         ...
 
 
@@ -446,9 +445,7 @@ class Metric(ABC):
 
     name: ClassVar[str]  # as `zoo eval` takes it
     needs: ClassVar[tuple[type, ...]] = ()  # abilities that it asks of a task
-    captions: ClassVar[bool] = (
-        False  # asks for `encode`, (texts, S) -> ids [N, S] of the model's captions; `tokenizer` may name its file
-    )
+    captions: ClassVar[bool] = False  # asks for `encode`: (texts, S) -> ids [N, S]; `tokenizer` may name its file
     by_class: ClassVar[bool] = True  # labels of its data are classes of the model; False: classes of these data alone
     uses_data: ClassVar[bool] = True  # False: measures models whose data are not known as well
     saves: ClassVar[str] = ""  # the file beside a model in which `zoo eval` keeps what it found
