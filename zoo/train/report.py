@@ -357,11 +357,8 @@ class Report:
         if self.quiet:
             return
         try:
-            if self._bar is not None:
-                self._bar.write(text, file=sys.stdout)
-                sys.stdout.flush()
-            else:
-                print(text, flush=True)
+            (print if self._bar is None else self._bar.write)(text, file=sys.stdout)
+            sys.stdout.flush()
         except OSError as error:
             self.quiet = True
             _log.warning("stdout cannot be written to (%s): the run goes on without", error.strerror)
