@@ -385,6 +385,10 @@ def test_labels_are_named_and_in_turn(root: Path, tmp_path: Path, capsys: pytest
 def test_label_numbers(text: str | None, expected: list[int]):
     assert label_numbers(text, 2, ("cat", "dog"), 3).tolist() == expected
     assert label_numbers(None, 0, (), 3) is None
+    names = ("cat, black", "none", "2", "cat", "dog, cat")
+    for i, name in enumerate(names):
+        assert label_numbers(name, 5, names, 1) == [i]
+    assert label_numbers("cat, black,cat,dog, cat,0,none", 5, names, 5).tolist() == [0, 3, 4, 0, 1]
 
 
 def test_eval_prints_one_line_that_says_what_was_measured(root: Path, capsys: pytest.CaptureFixture[str]):
