@@ -33,11 +33,11 @@ from zoo.rewards import LetterShare
 # What is no config: results, parts of programs, and what the house makes for itself.
 INSIDE = {
     "zoo.commands": "",
-    "zoo.data.documents zoo.data.prepare zoo.data.prepare_text zoo.data.records zoo.data.sources zoo.data.vocabulary": "",
+    "zoo.data.documents zoo.data.folders zoo.data.prepare zoo.data.prepare_text zoo.data.records zoo.data.sources": "",
+    "zoo.data.vocabulary": "",
     "zoo.models zoo.task zoo.train.step zoo.weights zoo.nn": "",
     "zoo.cameras": "",
     "zoo.data.images": "Encoded",
-    "zoo.data.folders": "Files",
     "zoo.data.latents": "_Bucket _Example",
     "zoo.data.series": "Part",
     "zoo.data.tokens": "Corpus",
