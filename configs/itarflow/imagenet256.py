@@ -11,44 +11,16 @@ labels here (`drop_label 0.0`), which leaves the mean class untrained that guida
 
 from dataclasses import replace
 
+from zoo.config import load
 from zoo.data.images import Images
-from zoo.data.synthetic import Synthetic
-from zoo.dist import Mesh
-from zoo.metrics.denoising import EnergyByLevel
-from zoo.papers import itarflow
-from zoo.run import Checkpoint, Run, Samples
-from zoo.train.optim import AdamW
 
-config = Run(
-    task=itarflow.ITarFlow(
-        image=256,
-        patch=8,
-        width=2176,
-        classes=1000,
-        high=0.7,
-        chunk=16,
-        dtype="bfloat16",
-        remat="dots",
-        attention="auto",
-    ),
+_base = load("itarflow/imagenet64")
+config = replace(
+    _base,
+    task=replace(_base.task, image=256, patch=8, width=2176, high=0.7),
     data=Images("data/imagenet256", size=256, flip=True),
-    optim=AdamW(lr=1e-4, final_lr=1e-5, warmup=2_502, b2=0.95, weight_decay=1e-4, decay_all=True),
     steps=1_501_200,
-    batch=512,
-    mesh=Mesh(data=1, fsdp=-1),
-    checkpoint=Checkpoint(every=2_000, keep=3),
-    samples=Samples(every=10_000, n=64, options={"guidance": 3.2}),
-    evals=(EnergyByLevel(every=10_000, limit=5_000),),
-    log_every=100,
+    samples=replace(_base.samples, options={"guidance": 3.2}),
+    workdir=None,
 )
-
-smoke = replace(
-    config,
-    task=itarflow.ITarFlow(image=4, patch=2, width=8, depth=(1, 2), head_dim=8, classes=2, dtype="bfloat16", chunk=2),
-    data=Synthetic(),
-    steps=4,
-    batch=8,
-    mesh=Mesh(),
-    evals=(),
-    samples=Samples(n=4, options={"nfe": 2}),
-)
+smoke = replace(load("itarflow/imagenet64:smoke"), workdir=None)
