@@ -179,7 +179,7 @@ def test_a_model_is_told_in_five_lines(small: Path):
     assert repr(zoo.load(str(small))).splitlines() == [
         "TarFlow, of TarFlow: Normalizing Flows are Capable Generative Models (arXiv:2412.06329)",
         f"size: {sum(x.size for x in jax.tree.leaves(weights.abstract(TASK))):,} parameters; images as image [4, 4, 1], label []",
-        "can: sample, nll, denoise, chain, features, after_step, import_names",
+        "can: sample, nll, denoise, chain, features, after_step, import_names, import_state",
         "weights: of the last step, step 1,234",
         f"from: {small}",
     ]

@@ -124,7 +124,7 @@ def check_kept(
         with paths.sentence(folder):
             known = json.loads(record.read_text())
         before = {split: str(known[split]) for split in SPLITS if split == "train" or split in known}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # it may be an export or a config
         return False
     except UserError:
         raise

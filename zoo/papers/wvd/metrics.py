@@ -262,6 +262,7 @@ class Geometry(Metric):
 
     def check_data(self, task: Any, data: Any) -> None:
         """UserError where a clip has no other one to be told from; asked before a run's first step."""
+        self.check(task)
         if len(data.source(self.split, task.spec(1))) < 2:
             raise UserError(
                 f"the metric {self.name} tells a clip from another one, and the {self.split} split has one; give it more"
