@@ -51,7 +51,7 @@ last = replace(first, data=Digits((2, 3, 4, 5)))
 smoke = replace(
     config,
     task=itarflow.ITarFlow(
-        image=4, channels=1, patch=2, width=8, depth=(1, 2), head_dim=8, classes=2, low=0.02, high=0.7, chunk=2
+        image=4, channels=1, patch=2, width=8, depth=(1, 2), head_dim=8, classes=2, low=0.02, high=0.7
     ),
     data=Synthetic(),
     steps=4,

@@ -43,7 +43,9 @@ config = Run(
 
 smoke = replace(
     config,
-    task=itarflow.ITarFlow(image=4, patch=2, width=8, depth=(1, 2), head_dim=8, classes=2, dtype="bfloat16", chunk=2),
+    task=itarflow.ITarFlow(
+        image=4, patch=2, width=8, depth=(1, 2), head_dim=8, classes=2, dtype="bfloat16", remat="dots"
+    ),
     data=Synthetic(),
     steps=4,
     batch=8,
