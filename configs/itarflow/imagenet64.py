@@ -43,9 +43,7 @@ config = Run(
 
 smoke = replace(
     config,
-    task=itarflow.ITarFlow(
-        image=4, patch=2, width=8, depth=(1, 2), head_dim=8, classes=2, dtype="bfloat16", remat="dots"
-    ),
+    task=itarflow.ITarFlow(image=4, patch=2, width=8, depth=(1, 2), head_dim=8, classes=2, dtype="bfloat16"),
     data=Synthetic(),
     steps=4,
     batch=8,
