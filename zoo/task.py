@@ -109,9 +109,7 @@ class About:
     grid: Grid | None = None  # where samples may have other shapes than examples
     tokens: int = 0  # of an example in the network, by which `zoo compile` estimates what must be sent
     licence: str = ""  # terms of its published weights
-    lacks: Mapping[str, str] = field(
-        default_factory=dict
-    )  # abilities of its class that its fields forbid, each with why
+    lacks: Mapping[str, str] = field(default_factory=dict)  # abilities of its class that its fields forbid, and why
 
     @property
     def held(self) -> tuple[str, ...]:
