@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -26,10 +24,8 @@ from PIL import Image
 from zoo.data.images import Images
 from zoo.data.pipeline import epoch
 from zoo.data.prepare import prepare
-from zoo.data.prepare_text import prepare_text
 from zoo.data.records import Info, Record, Shard, open_shards, read_info, write_shard
 from zoo.data.sources import _index, _Pairs
-from zoo.errors import UserError
 
 
 def photo(seed, size=8):
@@ -163,83 +159,6 @@ def test_killed_run_continues_and_ends_with_the_same_bytes(photos, tmp_path, sha
     run(photos, tmp_path / "out", size=8)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert kept in (None, (tmp_path / "out" / "train-00000.array_record").stat().st_ino)  # not made again
-
-
-def started(call):
-    """`call` in a process of its own, and the pipe on which it says how it ended; None: it was killed."""
-    context = multiprocessing.get_context("fork")
-    there, here = context.Pipe(duplex=False)
-
-    def work():
-        try:
-            call()
-            here.send("done")
-        except UserError as error:
-            here.send(str(error))
-
-    process = context.Process(target=work)
-    process.start()
-    here.close()
-    return process, there
-
-
-def ended(process, there):
-    process.join(120)
-    try:
-        return there.recv()
-    except EOFError:
-        return None
-
-
-@pytest.fixture(params=["images", "text"])
-def long_command(request, tmp_path):
-    """Writes a set to a folder, for half a second."""
-    origin = tmp_path / "origin"
-    if request.param == "images":
-        for i in range(300):
-            (origin / str(i % 3)).mkdir(parents=True, exist_ok=True)
-            photo(i, 64).save(origin / str(i % 3) / f"{i}.png")
-        return lambda dest: run(origin, dest, size=32, shard_examples=40)
-    origin.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        (origin / f"{i}.txt").write_text(" ".join(map(str, rng.integers(0, 10**6, 200_000))))
-    return lambda dest: prepare_text(str(origin), str(dest), "bytes", keep=100_000, progress=False)
-
-
-@pytest.mark.slow
-def test_two_writers_of_one_destination_leave_what_one_does(long_command, tmp_path):
-    began = time.perf_counter()
-    long_command(tmp_path / "calm")
-    span, whole, rng = time.perf_counter() - began, files(tmp_path / "calm"), np.random.default_rng(0)
-    refused = 0
-    for i in range(20):
-        dest = tmp_path / f"set{i}"
-        first = started(lambda dest=dest: long_command(dest))
-        time.sleep(span * rng.random())
-        second = started(lambda dest=dest: long_command(dest))
-        said = [ended(*first), ended(*second)]
-        assert "done" in said
-        assert all(one == "done" or "in use by another process" in one for one in said)
-        assert files(dest) == whole
-        refused += said != ["done", "done"]
-    assert refused > 5
-
-
-@pytest.mark.slow
-def test_a_set_killed_at_any_moment_ends_as_if_it_had_not_been(long_command, tmp_path):
-    began = time.perf_counter()
-    long_command(tmp_path / "calm")
-    span, whole, rng = time.perf_counter() - began, files(tmp_path / "calm"), np.random.default_rng(0)
-    killed = 0
-    for i in range(20):
-        process, there = started(lambda i=i: long_command(tmp_path / f"set{i}"))
-        time.sleep(span * rng.random())
-        process.kill()
-        killed += ended(process, there) is None
-        long_command(tmp_path / f"set{i}")
-        assert files(tmp_path / f"set{i}") == whole
-    assert killed > 5
 
 
 def test_damaged_sets_are_noticed_and_mended(photos, tmp_path):

@@ -351,6 +351,7 @@ def pictures(results: Sequence[Result]) -> dict[str, tuple[str, Record]]:
 
 
 def found(known: Mapping[str, tuple[str, Record]], name: str, at: str) -> tuple[str, Record]:
+    """The label and record of a picture. UserError, with the place `at` that names it, for one that no result has."""
     if name not in known:
         raise UserError(f"{at}: the results have no picture {name!r:.120}; {suggest(name, known)}")
     return known[name]
