@@ -21,7 +21,7 @@ from PIL import Image
 import zoo
 from zoo import cli, draws, models, process, weights
 from zoo.data.synthetic import Synthetic
-from zoo.data.vocabulary import text8
+from zoo.data.text.vocabulary import text8
 from zoo.draws import KEYS, label_numbers
 from zoo.encoders.text import T5
 from zoo.papers.energy.mixtures import CORNERS
@@ -103,7 +103,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (root / "story.txt").write_text("Once upon a time, there were 3 bears. " * 20)
     (root / "words.py").write_text(
-        "from zoo.data.tokens import Text\nfrom zoo.papers.tarflow_lm import DiscreteLM\nfrom zoo.run import Run\n"
+        "from zoo.data.text.tokens import Text\nfrom zoo.papers.tarflow_lm import DiscreteLM\nfrom zoo.run import Run\n"
         "task = DiscreteLM(length=8, width=8, depth=1, head_dim=8)\n"
         "config = Run(task, Text('story.txt'), steps=1, batch=8)\n"
     )

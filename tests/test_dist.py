@@ -282,14 +282,14 @@ def test_a_whole_tree_is_gathered_over_what_shares_the_batch():
         a, c = nn.LogicallyPartitioned(tree["a"], names["a"]), nn.LogicallyPartitioned(tree["b"]["c"], names["b"]["c"])
         return {"a": a, "b": {"c": c}, "plain": tree["plain"]}
 
-    assert dist.whole(tree, boxed) is tree
+    assert dist.gather_before_loop(tree, boxed) is tree
     mesh = GATHERED.build()
     with dist.use(mesh):
         cut = {"c": sharded(mesh, tree["b"]["c"], None, "tensor")}
         placed = {**tree, "a": sharded(mesh, tree["a"], "fsdp"), "b": cut}
-        whole = jax.jit(lambda t: dist.whole(t, boxed))(placed)
+        whole = jax.jit(lambda t: dist.gather_before_loop(t, boxed))(placed)
         # what keeps the compiler from gathering it inside a loop that uses it
-        assert "optimization_barrier" in str(jax.make_jaxpr(lambda t: dist.whole(t, boxed))(placed))
+        assert "optimization_barrier" in str(jax.make_jaxpr(lambda t: dist.gather_before_loop(t, boxed))(placed))
     jax.tree.map(np.testing.assert_array_equal, whole, tree)
     assert whole["a"].sharding.is_fully_replicated
     assert whole["plain"].sharding.is_fully_replicated

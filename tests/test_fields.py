@@ -33,14 +33,14 @@ from zoo.rewards import LetterShare
 # What is no config: results, parts of programs, and what the house makes for itself.
 INSIDE = {
     "zoo.commands": "",
-    "zoo.data.documents zoo.data.folders zoo.data.prepare zoo.data.prepare_text zoo.data.records zoo.data.sources": "",
-    "zoo.data.vocabulary": "",
+    "zoo.data.folders zoo.data.records zoo.data.images.prepare zoo.data.images.sources": "",
+    "zoo.data.text.documents zoo.data.text.prepare zoo.data.text.vocabulary": "",
     "zoo.models zoo.task zoo.train.step zoo.weights zoo.nn": "",
     "zoo.cameras": "",
     "zoo.data.images": "Encoded",
-    "zoo.data.latents": "_Bucket _Example",
+    "zoo.data.images.latents": "_Bucket _Example",
     "zoo.data.series": "Part",
-    "zoo.data.tokens": "Corpus",
+    "zoo.data.text.tokens": "Corpus",
     "zoo.diffusion.tokens zoo.diffusion.traces": "",
     "zoo.flows.inverse": "Chain",
     "zoo.flows.stack zoo.flows.patches": "",

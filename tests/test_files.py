@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from zoo import files
-from zoo.data.prepare import prepare
-from zoo.data.prepare_text import prepare_text
+from zoo.data.images.prepare import prepare
+from zoo.data.text.prepare import prepare_text
 from zoo.errors import UserError
 from zoo.papers.typescore.evaluate import claim
 

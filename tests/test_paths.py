@@ -94,7 +94,7 @@ def put(name: str, data: bytes = b"x") -> None:
 
 def there() -> dict[str, bytes]:
     """Every file of the run folder."""
-    root = paths.where(HOME)
+    root = paths.parse_path(HOME)
     files = Bucket()
     return {f.removeprefix("/bucket/runs/one/"): files.cat_file(f) for f in files.find(str(root))}
 
@@ -107,13 +107,13 @@ def scratches() -> set[Path]:
 
 
 def test_a_name_means_a_folder_here_or_in_a_bucket(tmp_path: Path) -> None:
-    assert type(paths.where("runs/x")) is type(Path("runs/x"))
-    assert paths.where(tmp_path) == tmp_path
-    remote = paths.where(f"{HOME}/")
+    assert type(paths.parse_path("runs/x")) is type(Path("runs/x"))
+    assert paths.parse_path(tmp_path) == tmp_path
+    remote = paths.parse_path(f"{HOME}/")
     assert paths.in_bucket(remote)
     assert str(remote / "a") == f"{HOME}/a"
-    assert paths.where(remote) == remote
-    assert not paths.in_bucket(paths.where("gs/bucket"))
+    assert paths.parse_path(remote) == remote
+    assert not paths.in_bucket(paths.parse_path("gs/bucket"))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_name_means_a_folder_here_or_in_a_bucket(tmp_path: Path) -> None:
 )
 def test_other_places_are_refused(name: str, words: str) -> None:
     with pytest.raises(UserError) as error:
-        paths.reach(name, "workdir=")
+        paths.require_bucket(name, "workdir=")
     assert words in str(error.value)
 
 
@@ -176,7 +176,7 @@ def test_a_bucket_that_cannot_be_used_is_a_sentence(
     monkeypatch.setattr(paths, "_get_bucket", refuse)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError) as told:
-        paths.reach("gs://b1/run", "workdir=")
+        paths.require_bucket("gs://b1/run", "workdir=")
     assert str(told.value).startswith("workdir=gs://b1/run: ")
     assert all(word in str(told.value) for word in words)
 
@@ -189,7 +189,7 @@ def test_a_bucket_that_never_answers_is_waited_for_in_bounds(monkeypatch: pytest
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     began = time.monotonic()
     with pytest.raises(UserError, match=r"has not answered for 0\.2 seconds"):
-        paths.reach("gs://b2/run")
+        paths.require_bucket("gs://b2/run")
     assert time.monotonic() - began < 5
     done.set()
 
@@ -213,7 +213,7 @@ def test_a_bucket_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paths, "_get_bucket", asked.append)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     for name in ("gs://b4/one", "gs://b4/two", "gs://b5/one"):
-        paths.reach(name)
+        paths.require_bucket(name)
     assert asked == ["b4", "b5"]
 
 
@@ -348,7 +348,7 @@ def test_a_folder_in_a_bucket_is_claimed_by_its_run_alone() -> None:
     for _ in range(2):
         assert claim_folder(run, ("a",), ExitStack())()["labels"] == ["a"]
     assert json.loads(there()["config.json"])["labels"] == ["a"]
-    assert models.read_config(paths.where(HOME))["run"]["batch"] == 8
+    assert models.read_config(paths.parse_path(HOME))["run"]["batch"] == 8
     other = Run(task=TASK, data=Synthetic(), steps=4, batch=16, workdir=HOME)
     with pytest.raises(
         UserError, match=r"workdir=gs://bucket/runs/one belongs to a run with another config: batch: 8 -> 16"
@@ -363,7 +363,7 @@ def test_a_folder_in_a_bucket_is_claimed_by_its_run_alone() -> None:
 
 
 def test_only_finished_checkpoints_of_a_bucket_count() -> None:
-    checkpoints = Checkpoints(paths.where(HOME), create=False)
+    checkpoints = Checkpoints(paths.parse_path(HOME), create=False)
     assert checkpoints.steps() == []
     for step in (3, 6, 9):
         put(f"{HOME}/checkpoints/{step}/state/d/0")
@@ -376,7 +376,7 @@ def test_only_finished_checkpoints_of_a_bucket_count() -> None:
 def test_a_checkpoint_is_moved_aside_by_copying_all_before_anything_goes() -> None:
     for name in ("state/d/0", "state/d/1", "commit_success.txt", "config/metadata"):
         put(f"{HOME}/checkpoints/6/{name}", name.encode())
-    root = paths.where(HOME) / "checkpoints"
+    root = paths.parse_path(HOME) / "checkpoints"
     Bucket.log.clear()
     paths.move(root / "6", root / "6.broken", last="commit_success.txt")
     changes = [line for line in Bucket.log if line[:2] in ("cp", "rm")]
@@ -396,7 +396,7 @@ def test_an_export_in_a_bucket_is_opened_and_sampled_there(tmp_path: Path) -> No
         put(f"{HOME}/{file.name}", file.read_bytes())
     model = models.open_model(HOME)
     assert str(model.folder) == HOME
-    out = paths.where("gs://bucket/drawn")
+    out = paths.parse_path("gs://bucket/drawn")
     kept: dict[str, bytes] = {}
     for n in (2, 3):
         sample.draw(model, out, n=n, seed=0, conditions=None, captions=None, asked={}, batch=2, options=TASK.Sampling())

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.data.pipeline import Data, Source
-from zoo.data.vocabulary import Vocabulary, text8
+from zoo.data.text.vocabulary import Vocabulary, text8
 from zoo.task import About, Batch, Likelihood, Params, sample_keys
 
 

@@ -449,7 +449,7 @@ def _sample(args: argparse.Namespace) -> int:
         form = Images(captions)
         if not about.conditions:
             asked = {"label": None if labels is None else label or "balanced"}
-    out = paths.reach(args.out, "--out ") if args.out else model.samples_folder
+    out = paths.require_bucket(args.out, "--out ") if args.out else model.samples_folder
     batch = min(args.batch, n)
     resolved = strategy.resolve(model, options, batch, measure="method=auto" in args.fields)
     if resolved is not options:
@@ -749,7 +749,7 @@ def _prepare(args: argparse.Namespace) -> int:
             **options,
         )
     else:
-        from zoo.data.prepare import prepare
+        from zoo.data.images.prepare import prepare
 
         for flag in ("features", "aspects", "multiple", "tokenizer"):
             if getattr(args, flag) not in (None, False):
@@ -760,7 +760,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _prepare_text(args: argparse.Namespace) -> int:
-    from zoo.data.prepare_text import prepare_text
+    from zoo.data.text.prepare import prepare_text
 
     shares = ("valid_fraction", "test_fraction")
     unset = vars(_parser().parse_args(["prepare", "SOURCE", "DEST"]))

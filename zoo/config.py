@@ -372,14 +372,22 @@ def completed(old: Any, new: Any) -> Any:
         return old
 
 
-_MOVED = {  # classes that configs written before know elsewhere
+_MOVED = {  # classes, and modules of classes, that configs written before know elsewhere
     "zoo.metrics.relations.Relations": "zoo.papers.part.metrics.Relations",
     "zoo.metrics.probe.Localise": "zoo.papers.part.metrics.Localise",
+    "zoo.data.latents": "zoo.data.images.latents",
+    "zoo.data.captions": "zoo.data.images.captions",
+    "zoo.data.tokens": "zoo.data.text.tokens",
+    "zoo.data.pairs": "zoo.data.text.pairs",
+    "zoo.data.vocabulary": "zoo.data.text.vocabulary",
 }
 
 
 def _resolve(name: Any, allow: Sequence[str], where: str) -> type:
-    name = _MOVED.get(name, name) if isinstance(name, str) else name
+    if isinstance(name, str):
+        name = _MOVED.get(name, name)
+        old, dot, attribute = name.rpartition(".")
+        name = _MOVED.get(old, old) + dot + attribute
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
         raise UserError(f"{where}: {name!r} is no class name; the file is damaged or not a zoo config")
     module, _, attribute = name.rpartition(".")

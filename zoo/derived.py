@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from zoo import config, dist, files, models, paths, weights
-from zoo.data.documents import SPLITS, cuts
 from zoo.data.pipeline import Data
-from zoo.data.tokens import TokenSource, check_split, narrowest
-from zoo.data.vocabulary import Vocabulary
+from zoo.data.text.documents import SPLITS, cuts
+from zoo.data.text.tokens import TokenSource, check_split, narrowest
+from zoo.data.text.vocabulary import Vocabulary
 from zoo.errors import UserError
 from zoo.fields import Below1, Count, NotEmpty, Seed, Whole, check_fields
 from zoo.files import sha256, sha256_of_json

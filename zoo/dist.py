@@ -308,7 +308,7 @@ def _cut(names: tuple[str | None, ...], _: None, gradient: jax.Array) -> tuple[j
 gathered.defvjp(_gathered, _cut)
 
 
-def whole(tree: Any, boxed: Callable[[], Any]) -> Any:
+def gather_before_loop(tree: Any, boxed: Callable[[], Any]) -> Any:
     """A tree of parameters gathered over the axes that share out the batch, for a loop that would gather them every time.
 
     Args:

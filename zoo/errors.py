@@ -10,7 +10,7 @@ class UserError(ValueError):
     """What was wrong with its value, what was expected, what to do. `zoo` prints it in one line and exits with code 2."""
 
 
-class Passing(UserError):
+class Retryable(UserError):
     """No mistake of the user's: the same command may well succeed later. `zoo` exits with code 3: start it again."""
 
 

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from zoo.errors import Passing, UserError
+from zoo.errors import Retryable, UserError
 from zoo.files import differences, first_line
 
 _log = logging.getLogger("zoo")
@@ -183,7 +183,7 @@ def start(environ: Mapping[str, str] | None = None) -> None:
 
     Raises:
         UserError: half an address.
-        Passing: no answer. Where some never come, JAX ends those that wait after five minutes.
+        Retryable: no answer. Where some never come, JAX ends those that wait after five minutes.
     """
     global _group
     environ = os.environ if environ is None else environ
@@ -209,7 +209,7 @@ def start(environ: Mapping[str, str] | None = None) -> None:
         if not wanted and _tpu_hosts(environ) == 1:
             _log.warning("no other hosts are known here (%s): this process trains alone", words)
             return
-        raise Passing(
+        raise Retryable(
             f"the processes of this run did not find each other ({words}); look at the address and the network between "
             "hosts, and that every host runs the command"
         ) from error
@@ -242,7 +242,7 @@ def guarded() -> Iterator[None]:
     except BaseException as error:
         if _group is not None and not _group.ours:
             if isinstance(error, UserError):
-                code = _AGAIN if isinstance(error, Passing) else _MISTAKE
+                code = _AGAIN if isinstance(error, Retryable) else _MISTAKE
                 _group.publish(code, f"process {_group.index} says: {error}")
             else:
                 if isinstance(error, (RuntimeError, ValueError)):  # what an exchange with a lost process raises
@@ -285,7 +285,7 @@ def _meet(group: _Group, what: str, seconds: float = _MEET) -> None:
     try:
         group.client.wait_at_barrier(f"zoo/meet/{group.meetings}", int(seconds * 1000))
     except Exception as error:
-        raise Passing(
+        raise Retryable(
             f"the processes of this run waited in vain for each other ({what}); look at their logs"
         ) from error
 
@@ -308,7 +308,7 @@ def same(about: Mapping[str, Any]) -> None:
     _meet(_group, "after comparing their configs")
 
 
-def first(action: Callable[[], Any]) -> Any:
+def run_on_main(action: Callable[[], Any]) -> Any:
     """The action's outcome on process 0; None on the others, which go on once it is done.
 
     It begins when all processes have come this far: none of them has found a mistake on its way.
@@ -321,7 +321,7 @@ def first(action: Callable[[], Any]) -> Any:
     return outcome
 
 
-def told(action: Callable[[], Any]) -> Any:
+def broadcast_from_main(action: Callable[[], Any]) -> Any:
     """What process 0 finds, on every process: plain values that JSON has."""
     if _group is None:
         return action()
@@ -333,7 +333,7 @@ def told(action: Callable[[], Any]) -> Any:
 
 
 def all_agree(ok: bool, what: str, seconds: float = _MEET) -> bool:
-    """Whether it went well on every process. Passing where some do not answer within so many seconds."""
+    """Whether it went well on every process. Retryable where some do not answer within so many seconds."""
     if _group is None:
         return ok
     tag = f"zoo/agree/{_group.meetings}"

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from zoo import config, dist, paths, weights
-from zoo.data.captions import as_tokens, framed, lettered
-from zoo.data.tokens import check_ids
-from zoo.data.vocabulary import Vocabulary, open_vocabulary
+from zoo.data.images.captions import as_tokens, framed, lettered
+from zoo.data.text.tokens import check_ids
+from zoo.data.text.vocabulary import Vocabulary, open_vocabulary
 from zoo.draws import Use, finite, keys, label_numbers
 from zoo.encoders import tokenizer
 from zoo.errors import UserError, suggest
@@ -115,7 +115,7 @@ class Model:
     @property
     def samples_folder(self) -> Folder:
         """Where samples go: `samples/` of a run folder, of others `samples/` here."""
-        return paths.where("samples") if self.run is None or self.untrained else self.folder / "samples"
+        return paths.parse_path("samples") if self.run is None or self.untrained else self.folder / "samples"
 
     @cached_property
     def _programs(self) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def read_config(folder: Folder) -> dict[str, Any]:
 
 def _folder(name: str | Folder) -> Folder | None:
     """The folder of a run, an export or a shipped name; None where there is none."""
-    folder = paths.reach(name)
+    folder = paths.require_bucket(name)
     return folder if paths.in_bucket(folder) or folder.is_dir() else shipped().get(str(name))
 
 
@@ -427,7 +427,7 @@ def open_model(
             raise UserError(f"ema={ema:g} is for runs, and {folder} is an export of one kind of weights; leave it out")
         task = config.undump(about["task"], allow, "task")
         data = config.undump(about.get("data"), allow, "data")
-        with paths.here(folder, ("config.json", "model.safetensors")) as near:
+        with paths.local_copy(folder, ("config.json", "model.safetensors")) as near:
             flat, _ = weights.load(near)
         params = weights.matching(flat, weights.abstract(task))
         params = params if on_host else jax.tree.map(jax.numpy.asarray, params)
@@ -580,7 +580,7 @@ def homes(folder: Folder | None, given: Mapping[str, str] | None) -> list[Folder
             try:
                 found.append(locate(name))
             except UserError:
-                found.append(paths.where(name))
+                found.append(paths.parse_path(name))
     return found
 
 

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 
 from etils import epath
 
-from zoo.errors import Passing, UserError
+from zoo.errors import Retryable, UserError
 from zoo.files import first_line, is_part
 from zoo.files import write as write_here
 
@@ -49,7 +49,7 @@ def shipped() -> dict[str, Path]:
     return {p.name: p for p in here if (p / "config.json").is_file()}
 
 
-def where(name: str | os.PathLike[str]) -> Folder:
+def parse_path(name: str | os.PathLike[str]) -> Folder:
     """The path that a name means; UserError for a scheme other than gs://, and for a bucket without a folder."""
     text = os.fspath(name)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
@@ -65,12 +65,12 @@ def where(name: str | os.PathLike[str]) -> Folder:
 
 
 def in_bucket(path: Folder) -> bool:
-    """Whether a path of `where` lies in a bucket."""
+    """Whether a path of `parse_path` lies in a bucket."""
     return not isinstance(path, Path)
 
 
-def reach(name: str | os.PathLike[str], field: str = "") -> Folder:
-    """`where(name)`, and its bucket has answered that it can be used: nothing fails later that can be known now.
+def require_bucket(name: str | os.PathLike[str], field: str = "") -> Folder:
+    """`parse_path(name)`, and its bucket has answered that it can be used: nothing fails later that can be known now.
 
     `field` stands before the name in the sentence, such as `workdir=`.
 
@@ -79,7 +79,7 @@ def reach(name: str | os.PathLike[str], field: str = "") -> Folder:
             within a minute.
     """
     try:
-        path = where(name)
+        path = parse_path(name)
     except UserError as error:
         raise UserError(f"{field}{error}") from None
     if in_bucket(path):
@@ -183,7 +183,7 @@ def sentence(path: Folder, doing: str = "read") -> Iterator[None]:
             raise
         words = first_line(error)
         hint = _ROLES if "Forbidden" in words else "look at the network, then start the same command again"
-        kind = UserError if hint == _ROLES else Passing
+        kind = UserError if hint == _ROLES else Retryable
         raise kind(f"cannot {doing} {path} ({type(error).__name__}: {words}); {hint}") from error
 
 
@@ -225,7 +225,7 @@ def move(source: Folder, target: Folder, last: str) -> None:
 
 
 @contextlib.contextmanager
-def here(folder: Folder, files: Sequence[str]) -> Iterator[Path]:
+def local_copy(folder: Folder, files: Sequence[str]) -> Iterator[Path]:
     """The folder itself, or for one in a bucket a folder with copies of those of the files that it has."""
     if isinstance(folder, Path):
         yield folder

@@ -45,7 +45,7 @@ def begin() -> None:
 
 def explained(verb: str, error: Exception) -> int | None:
     """Says in a sentence what went wrong that is no fault of the program; the exit code, None where it may be one."""
-    from zoo.errors import Passing, UserError
+    from zoo.errors import Retryable, UserError
 
     if isinstance(error, UserError):
         said = " ".join(str(error).split())
@@ -63,7 +63,7 @@ def explained(verb: str, error: Exception) -> int | None:
     else:
         return None
     print(f"zoo {verb}: {said}", file=sys.stderr)
-    return 3 if isinstance(error, Passing) else 2
+    return 3 if isinstance(error, Retryable) else 2
 
 
 def end(code: int, verb: str) -> int:

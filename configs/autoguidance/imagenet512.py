@@ -9,7 +9,7 @@ The published weight (a scale of 1.4, so 0.4 here) and widths of averages stand 
 
 from dataclasses import replace
 
-from zoo.data.latents import Latents
+from zoo.data.images.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.diffusion.levels import LogNormal
 from zoo.papers import edm2

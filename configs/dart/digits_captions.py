@@ -10,8 +10,8 @@ alone, the controls: always in front, and hardly ever.
 
 from dataclasses import replace
 
-from zoo.data.captions import Captioned
 from zoo.data.images import Digits
+from zoo.data.images.captions import Captioned
 from zoo.data.synthetic import Synthetic
 from zoo.papers import dart
 from zoo.run import Checkpoint, Run, Samples

@@ -10,7 +10,7 @@ paper; its number of steps is not known, nor are these runs' results. v with the
 
 from dataclasses import replace
 
-from zoo.data.latents import Latents
+from zoo.data.images.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.encoders.vae import AutoEncoder, sd

@@ -10,7 +10,7 @@ How the paper brings captions in is not known here; a prefix of 128 tokens of Fl
 
 from dataclasses import replace
 
-from zoo.data.latents import Latents
+from zoo.data.images.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.encoders.text import T5, xl

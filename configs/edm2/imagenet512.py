@@ -10,7 +10,7 @@ What is the paper's: as in `edm2/imagenet64`. The latents are those of the paper
 
 from dataclasses import replace
 
-from zoo.data.latents import Latents
+from zoo.data.images.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.diffusion.levels import LogNormal
 from zoo.dist import Mesh

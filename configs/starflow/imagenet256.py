@@ -10,7 +10,7 @@ dropped classes are not stated: one "epoch" of 50,000 examples and 0.1, as the o
 
 from dataclasses import replace
 
-from zoo.data.latents import Latents
+from zoo.data.images.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.encoders.vae import AutoEncoder, sd

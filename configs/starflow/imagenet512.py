@@ -9,7 +9,7 @@ which batch the paper tuned it is not known: steps, batch and learning rate are 
 
 from dataclasses import replace
 
-from zoo.data.latents import Latents
+from zoo.data.images.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.encoders.vae import AutoEncoder, sd

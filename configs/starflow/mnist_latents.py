@@ -13,7 +13,7 @@ with real digits, in pixels.
 from dataclasses import replace
 
 from zoo.data.images import Images
-from zoo.data.latents import Latents
+from zoo.data.images.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.encoders.vae import AutoEncoder
 from zoo.metrics.agreement import Agreement

@@ -10,7 +10,7 @@ steps, batch and learning rate are guesses.
 
 from dataclasses import replace
 
-from zoo.data.latents import Latents
+from zoo.data.images.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.encoders.text import T5, xl

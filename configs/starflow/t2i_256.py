@@ -13,7 +13,7 @@ images the paper's. `attention` needs bfloat16 on GPUs; for a single GPU set `me
 
 from dataclasses import replace
 
-from zoo.data.latents import Latents
+from zoo.data.images.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.encoders.text import T5, xl

@@ -12,7 +12,7 @@ symbols at a time; `long_*` train eight times as long.
 from dataclasses import replace
 
 from zoo.data.synthetic import Synthetic
-from zoo.data.tokens import Text
+from zoo.data.text.tokens import Text
 from zoo.metrics.text import TextBound
 from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
 from zoo.run import Checkpoint, Run, Samples

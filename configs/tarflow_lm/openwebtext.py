@@ -12,7 +12,7 @@ A mesh with a tensor axis must divide the 50,257 tokens (29 x 1,733): leave it a
 from dataclasses import replace
 
 from zoo.data.synthetic import Synthetic
-from zoo.data.tokens import Text
+from zoo.data.text.tokens import Text
 from zoo.dist import Mesh
 from zoo.metrics.text import TextBound
 from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM

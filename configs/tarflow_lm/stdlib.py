@@ -10,7 +10,7 @@
 from dataclasses import replace
 
 from zoo.data.synthetic import Synthetic
-from zoo.data.tokens import Docstrings
+from zoo.data.text.tokens import Docstrings
 from zoo.metrics.text import TextBound
 from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
 from zoo.run import Checkpoint, Run, Samples

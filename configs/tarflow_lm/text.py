@@ -8,7 +8,7 @@ zoo train tarflow_lm/text:discrete data.path=FILE.txt                     # the 
 from dataclasses import replace
 
 from zoo.data.synthetic import Synthetic
-from zoo.data.tokens import Text
+from zoo.data.text.tokens import Text
 from zoo.metrics.text import TextBound
 from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
 from zoo.run import Checkpoint, Run, Samples

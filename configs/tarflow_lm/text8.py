@@ -11,7 +11,7 @@ models it compares with, and have not been run to the end.
 from dataclasses import replace
 
 from zoo.data.synthetic import Synthetic
-from zoo.data.tokens import Text
+from zoo.data.text.tokens import Text
 from zoo.dist import Mesh
 from zoo.metrics.text import TextBound
 from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM

@@ -20,9 +20,9 @@ need not sum to one. `score` is the score form (generalised KL), whose times all
 
 from dataclasses import replace
 
-from zoo.data.pairs import Compared, Rewarded
 from zoo.data.synthetic import Synthetic
-from zoo.data.tokens import Docstrings
+from zoo.data.text.pairs import Compared, Rewarded
+from zoo.data.text.tokens import Docstrings
 from zoo.derived import Classifier
 from zoo.metrics.judge import MeanReward
 from zoo.metrics.text import Generation, TextBound

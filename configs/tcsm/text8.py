@@ -11,7 +11,7 @@ on test text are 1.25 (TCSM), 1.39 (SEDD), 1.37 (MD4), 1.24 (EDLM), and 1.23 of 
 from dataclasses import replace
 
 from zoo.data.synthetic import Synthetic
-from zoo.data.tokens import Text
+from zoo.data.text.tokens import Text
 from zoo.dist import Mesh
 from zoo.metrics.text import TextBound
 from zoo.papers.tcsm import Tcsm, TcsmRatio

@@ -16,7 +16,7 @@ from PIL import Image
 from zoo import cli, models, weights
 from zoo.commands.encode import _sizes, batch_for
 from zoo.data.images import Images
-from zoo.data.latents import Latents
+from zoo.data.images.latents import Latents
 from zoo.data.synthetic import Synthetic
 from zoo.encoders import text as encoders_text
 from zoo.encoders import tokenizer

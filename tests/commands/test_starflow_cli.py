@@ -14,9 +14,9 @@ from PIL import Image
 from zoo import cli, config, models, weights
 from zoo.commands import bench
 from zoo.commands.weights import _licence, export
-from zoo.data.captions import template
+from zoo.data.images.captions import template
 from zoo.data.synthetic import Synthetic
-from zoo.data.vocabulary import text8
+from zoo.data.text.vocabulary import text8
 from zoo.draws import keys
 from zoo.encoders import tokenizer
 from zoo.encoders.text import T5

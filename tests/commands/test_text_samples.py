@@ -19,7 +19,7 @@ from zoo.commands import conditions, text
 from zoo.commands import weights as exports
 from zoo.commands.sample import draw, keys
 from zoo.data.synthetic import Synthetic
-from zoo.data.vocabulary import characters, open_vocabulary, raw_bytes, text8
+from zoo.data.text.vocabulary import characters, open_vocabulary, raw_bytes, text8
 from zoo.errors import UserError
 from zoo.paths import Folder
 from zoo.run import Run

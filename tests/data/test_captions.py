@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from mistakes import told
 
-from zoo.data.captions import ASPECTS, Captioned, bucket, chat, nearest, ratio, template
 from zoo.data.images import Digits
+from zoo.data.images.captions import ASPECTS, Captioned, bucket, chat, nearest, ratio, template
 from zoo.data.pipeline import Data, Source
-from zoo.data.vocabulary import WORDS, text8
+from zoo.data.text.vocabulary import WORDS, text8
 from zoo.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "starflow" / "helpers.json").read_text())

@@ -18,9 +18,9 @@ from texts import prose
 from unigram import Unigram
 
 from zoo import derived, dist
-from zoo.data.documents import SPLITS
-from zoo.data.pairs import Compared, Pairs, Rewarded
-from zoo.data.tokens import Text
+from zoo.data.text.documents import SPLITS
+from zoo.data.text.pairs import Compared, Pairs, Rewarded
+from zoo.data.text.tokens import Text
 from zoo.derived import Classifier, Sampled
 from zoo.rewards import LetterShare, Reward, rewarded
 
@@ -184,7 +184,7 @@ class Classes(Unigram):
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Opens in the place of a run: a task by its name."""
-    from zoo.data.vocabulary import text8
+    from zoo.data.text.vocabulary import text8
     from zoo.models import Model
 
     opened = []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_prepare import files, photo, run
 
-from zoo.data.prepare_text import prepare_text
+from zoo.data.text.prepare import prepare_text
 from zoo.errors import UserError
 
 

@@ -14,14 +14,14 @@ from mistakes import told
 from PIL import Image
 from texts import files, prose, spec
 
-from zoo.data import documents
-from zoo.data import vocabulary as vocabularies
-from zoo.data.documents import pieces
 from zoo.data.images import Images
-from zoo.data.latents import Latents
-from zoo.data.prepare import prepare
-from zoo.data.prepare_text import prepare_text
-from zoo.data.tokens import Text
+from zoo.data.images.latents import Latents
+from zoo.data.images.prepare import prepare
+from zoo.data.text import documents
+from zoo.data.text import vocabulary as vocabularies
+from zoo.data.text.documents import pieces
+from zoo.data.text.prepare import prepare_text
+from zoo.data.text.tokens import Text
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_texts_that_name_their_split_are_prepared_as_they_say(tmp_path):
 
 KILL = """
 import os, signal, sys
-from zoo.data import prepare_text as module
+from zoo.data.text import prepare as module
 
 note, left = module._note, [int(sys.argv[3])]
 def counted(*args):
@@ -92,7 +92,7 @@ def test_a_killed_run_looks_unfinished_and_ends_with_the_same_bytes(library, tmp
     prepare_text(str(library), str(whole_set), str(hf), keep=500, progress=False)
     code = KILL.replace(
         "note, left",
-        "module.documents_of.__globals__; from zoo.data import documents; documents.PIECE = 200\nnote, left",
+        "module.documents_of.__globals__; from zoo.data.text import documents; documents.PIECE = 200\nnote, left",
     )
     found = subprocess.run([sys.executable, "-c", code, str(library), str(killed), "4", str(hf)], check=False)
     assert found.returncode == -signal.SIGKILL
@@ -116,7 +116,7 @@ def test_a_killed_run_looks_unfinished_and_ends_with_the_same_bytes(library, tmp
 
 @pytest.mark.parametrize("at", range(3))
 def test_a_run_stopped_while_it_finishes_is_made_whole(library, tmp_path, monkeypatch, at):
-    from zoo.data import prepare_text as module
+    from zoo.data.text import prepare as module
 
     prepare_text(str(library), str(tmp_path / "whole"), "text8", keep=500, progress=False)
     calls = {0: (module, "_copy"), 1: (vocabularies.Vocabulary, "save"), 2: (module.os, "replace")}
@@ -139,7 +139,7 @@ def test_a_run_stopped_while_it_finishes_is_made_whole(library, tmp_path, monkey
 
 
 def test_an_edit_that_keeps_the_size_makes_another_source(book, tmp_path):
-    from zoo.data import prepare_text as module
+    from zoo.data.text import prepare as module
 
     text, times = book.read_bytes(), book.stat()
     prepare_text(str(book), str(tmp_path / "set"), "text8", progress=False)

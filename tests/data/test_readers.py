@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zoo.data.documents import pieces
 from zoo.data.images import BadImage
+from zoo.data.images.sources import open_source
 from zoo.data.series import Series
-from zoo.data.sources import open_source
+from zoo.data.text.documents import pieces
 from zoo.errors import UserError
 
 hypothesis = pytest.importorskip("hypothesis")

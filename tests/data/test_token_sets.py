@@ -17,14 +17,14 @@ import pytest
 from mistakes import told
 from texts import files, prose, spec, whole
 
-from zoo.data import documents, tokens
-from zoo.data import vocabulary as vocabularies
-from zoo.data.documents import cuts, list_texts, pieces
 from zoo.data.images import Digits
 from zoo.data.pipeline import batches, epoch
-from zoo.data.prepare_text import prepare_text
-from zoo.data.tokens import Docstrings, Text, check_vocabulary
-from zoo.data.vocabulary import normalise, open_vocabulary
+from zoo.data.text import documents, tokens
+from zoo.data.text import vocabulary as vocabularies
+from zoo.data.text.documents import cuts, list_texts, pieces
+from zoo.data.text.prepare import prepare_text
+from zoo.data.text.tokens import Docstrings, Text, check_vocabulary
+from zoo.data.text.vocabulary import normalise, open_vocabulary
 from zoo.errors import UserError
 from zoo.task import About, Captions
 from zoo.train.provenance import check_data

@@ -17,7 +17,7 @@ from PIL import Image
 from unigram import Lossy, Unigram, Windows
 
 from zoo import config, metrics, models
-from zoo.data.vocabulary import characters, text8
+from zoo.data.text.vocabulary import characters, text8
 from zoo.metrics.judge import Judge, MeanReward
 from zoo.rewards import LetterShare
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from zoo import models
-from zoo.data.captions import Captioned
 from zoo.data.images import Digits
-from zoo.data.vocabulary import characters
+from zoo.data.images.captions import Captioned
+from zoo.data.text.vocabulary import characters
 from zoo.errors import UserError
 from zoo.metrics.prompted import Prompted
 from zoo.task import About, Captions, Grid

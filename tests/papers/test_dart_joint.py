@@ -20,7 +20,7 @@ import zoo
 from zoo import config
 from zoo.cli import main
 from zoo.commands.conditions import check_form, pictures
-from zoo.data.vocabulary import text8
+from zoo.data.text.vocabulary import text8
 from zoo.task import is_text
 from zoo.train.loop import train
 

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from zoo import config
-from zoo.data.tokens import Docstrings, Text
+from zoo.data.text.tokens import Docstrings, Text
 from zoo.metrics.text import Generation, TextBound
 from zoo.train.loop import train
 

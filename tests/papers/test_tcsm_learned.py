@@ -19,8 +19,8 @@ import optax
 import pytest
 
 from zoo import config, dist
-from zoo.data.pairs import Rewarded
-from zoo.data.tokens import Docstrings, Text
+from zoo.data.text.pairs import Rewarded
+from zoo.data.text.tokens import Docstrings, Text
 from zoo.draws import keys
 from zoo.metrics.text import TextBound
 from zoo.papers.tcsm import Tcsm, TcsmReward, targets

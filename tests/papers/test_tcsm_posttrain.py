@@ -19,8 +19,8 @@ from mistakes import told
 from tabular import CLEAN, NOISY, L, Tabular, V, kl, law
 
 from zoo import config, dist, weights
-from zoo.data.pairs import Compared, Rewarded
-from zoo.data.tokens import Docstrings
+from zoo.data.text.pairs import Compared, Rewarded
+from zoo.data.text.tokens import Docstrings
 from zoo.papers.tarflow_lm import DiscreteLM
 from zoo.papers.tcsm import Tcsm, TcsmDistill, TcsmPreference, TcsmReward, TcsmRewardModel
 from zoo.rewards import LetterShare, rewarded

@@ -43,7 +43,7 @@ from typescore_stub import (
     trickle_headers,
 )
 
-from zoo.errors import Passing, UserError
+from zoo.errors import Retryable, UserError
 from zoo.papers.typescore.extractors import PROMPT, Http, describe
 from zoo.papers.typescore.extractors.base import Key, Readings
 
@@ -200,7 +200,7 @@ def test_an_endpoint_out_of_order_stops_the_run_and_what_was_read_is_kept(act: A
     keys = [Key(str(i), "x") for i in range(30)]
     stub.script = [oracle] * 5 + [act]
     made = client(stub, threads=1, retries=0, timeout_s=0.05)
-    with pytest.raises(Passing, match="the endpoint failed 8 images in a row, the last by: "):
+    with pytest.raises(Retryable, match="the endpoint failed 8 images in a row, the last by: "):
         readings.through(made.extract, keys, images)
     assert 13 <= len(stub.seen) <= 14
     assert [readings.good(key) for key in keys[:6]] == [True] * 5 + [False]

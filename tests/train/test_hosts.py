@@ -404,7 +404,7 @@ def test_alone_everything_is_agreed() -> None:
     assert not hosts.several()
     assert hosts.all_agree(True, "x")
     assert not hosts.all_agree(False, "x")
-    assert hosts.first(lambda: 3) == 3
+    assert hosts.run_on_main(lambda: 3) == 3
     assert not hosts.asked_to_stop(1)
     hosts.same({"a": 1})
     hosts.stop(1)

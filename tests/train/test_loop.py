@@ -24,7 +24,7 @@ from zoo.data import synthetic
 from zoo.data.pipeline import Data, Source
 from zoo.data.synthetic import Synthetic
 from zoo.draws import Use, key_of
-from zoo.errors import Passing, UserError
+from zoo.errors import Retryable, UserError
 from zoo.metrics.likelihood import BayesAccuracy, Bits
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Checkpoint, Run, Samples
@@ -296,13 +296,13 @@ def test_an_error_of_the_input_costs_no_step(
 
     with monkeypatch.context() as within:
         within.setattr(synthetic._Noise, "__getitem__", fail)
-        with pytest.raises(Passing, match=r"(cannot be decoded|output error).*Step [234] is saved"):
+        with pytest.raises(Retryable, match=r"(cannot be decoded|output error).*Step [234] is saved"):
             go(folder, checkpoint=Checkpoint(every=100))
         saved = steps_of(folder)
         assert len(saved) == 1
         with pytest.raises(UserError) as again:  # nothing was trained: it is to be mended first
             go(folder, checkpoint=Checkpoint(every=100))
-        assert not isinstance(again.value, Passing)
+        assert not isinstance(again.value, Retryable)
     assert steps_of(folder) == saved
     chex.assert_trees_all_equal(plain(go(folder)), finished[1])
 

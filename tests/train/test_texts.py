@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from unigram import Unigram, Windows
 
-from zoo.data.vocabulary import characters, open_vocabulary, text8
+from zoo.data.text.vocabulary import characters, open_vocabulary, text8
 from zoo.errors import UserError
 from zoo.metrics.text import Generation, LatentPasses, TextBound
 from zoo.run import Run, Samples

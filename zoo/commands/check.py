@@ -20,18 +20,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from zoo.data import vocabulary as vocabularies
 from zoo.data.arrays import open_npz
-from zoo.data.documents import is_plain, list_texts, pieces
 from zoo.data.folders import existing, some, walk
 from zoo.data.images import SUFFIXES, BadImage
-from zoo.data.latents import LatentInfo, Latents
-from zoo.data.prepare import picture
+from zoo.data.images.latents import LatentInfo, Latents
+from zoo.data.images.prepare import picture
+from zoo.data.images.sources import Items, open_source
 from zoo.data.records import format_of, read_info
 from zoo.data.series import SUFFIXES as RECORDINGS
 from zoo.data.series import Series
-from zoo.data.sources import Items, open_source
-from zoo.data.tokens import TokenInfo
+from zoo.data.text import vocabulary as vocabularies
+from zoo.data.text.documents import is_plain, list_texts, pieces
+from zoo.data.text.tokens import TokenInfo
 from zoo.errors import UserError
 from zoo.files import sha256, sha256_of_file
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.captions import bucket
+from zoo.data.images.captions import bucket
 from zoo.errors import UserError
 from zoo.files import reading, sha256, text_of
 from zoo.models import ENCODER

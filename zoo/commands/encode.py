@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo import config, dist, models, weights
-from zoo.data.latents import encode_set
-from zoo.data.prepare import Report
+from zoo.data.images.latents import encode_set
+from zoo.data.images.prepare import Report
 from zoo.encoders import text as text_encoder
 from zoo.encoders import vae as autoencoder
 from zoo.encoders.tokenizer import NAME, digest, held
@@ -111,7 +111,7 @@ def encode(
 
 
 class Networks:
-    """The encoders as `zoo.data.latents` wants them."""
+    """The encoders as `zoo.data.images.latents` wants them."""
 
     def __init__(self, vae: _Vae, text: _Text | None) -> None:
         self.vae, self._text = vae, text

@@ -191,7 +191,7 @@ def save_pictures(model: Model, pictures: Mapping[str, Image.Image]) -> dict[str
         UserError: neither can be written.
     """
     about = {"model": str(model.folder), "step": str(model.step), "weights": model.kind}
-    here = paths.where("samples")
+    here = paths.parse_path("samples")
     out, saved = model.samples_folder, {}
     for name, picture in pictures.items():
         file = f"{name}.png" if model.step is None else f"{name}-{model.step:07d}.png"

@@ -13,8 +13,8 @@ from zoo import dist, models
 from zoo.data.arrays import open_npz
 from zoo.data.folders import SPLITS, existing, list_folder
 from zoo.data.images import SUFFIXES, Images, check_channels
+from zoo.data.images.sources import kind_of
 from zoo.data.records import is_prepared
-from zoo.data.sources import kind_of
 from zoo.errors import UserError
 from zoo.metrics.frechet import Frechet
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from zoo import paths
-from zoo.data.vocabulary import UNKNOWN, Vocabulary
+from zoo.data.text.vocabulary import UNKNOWN, Vocabulary
 from zoo.errors import UserError
 from zoo.models import Model
 from zoo.paths import Folder

@@ -149,7 +149,7 @@ def find(
                 f"captions need the tokeniser {NAME}, and {where}; copy it there from where the text encoder is published, or "
                 f"give it {way}"
             )
-        with paths.here(folder, (NAME,)) as near:
+        with paths.local_copy(folder, (NAME,)) as near:
             found, which = Tokenizer(near), digest(near)
     captions = task.about.captions
     if captions is not None and captions.vocabulary is not None:

@@ -176,14 +176,14 @@ class Stepper(NamedTuple):
     solve: Callable[..., jax.Array] = affine_inverse
 
 
-class Before(NamedTuple):
+class PreviousBlock(NamedTuple):
     """The block that was inverted just before: what it gave, and its caches, whose memory the next one may take over."""
 
     u: jax.Array
     cache: Any
 
     @staticmethod
-    def memory(before: Before | None, fresh: Callable[[], Any]) -> Any:
+    def memory(before: PreviousBlock | None, fresh: Callable[[], Any]) -> Any:
         """Caches to begin with: those of the block before where they fit, else fresh ones.
 
         What they hold is overwritten before it is looked at. Made fresh for every block, all of them may be there at once.
@@ -195,7 +195,7 @@ class Before(NamedTuple):
         return fresh()
 
     @staticmethod
-    def then(before: Before | None, tree: Any) -> Any:
+    def then(before: PreviousBlock | None, tree: Any) -> Any:
         """Parameters, for use after the block before: else the compiler may cast and gather those of all blocks at once."""
         return tree if before is None else jax.lax.optimization_barrier((tree, before.u))[0]
 
@@ -235,7 +235,7 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
     by_sweeps = [swept(plan, x.shape[1]) for plan in plans]
     sweeps = jnp.zeros((len(x), chain.blocks), jnp.int32)
     failed = jnp.zeros((len(x), chain.blocks), bool)
-    before: Before | None = None
+    before: PreviousBlock | None = None
     for i in reversed(range(chain.blocks)):
         v, stepper, plan = chain.order(x, i), chain.stepper(i, before), plans[i]
         tol = _scalars(plan)[2]
@@ -250,7 +250,7 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
             sweeps, failed = sweeps.at[:, i].set(count), failed.at[:, i].set(bad)
         else:
             u, cache = _sequential(stepper, v)
-        before = Before(u, reaching(cache, None))
+        before = PreviousBlock(u, reaching(cache, None))
         x = (chain.back or chain.order)(u, i)
         states.append(x)
     return Inverted(states, {"sweeps": sweeps, "unconverged": failed} if any(by_sweeps) else {})

@@ -14,9 +14,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from zoo.dist import constrain, whole
+from zoo.dist import constrain, gather_before_loop
 from zoo.errors import UserError
-from zoo.flows.inverse import Before, Chain, Guidance, Inverted, Jacobi, Rule, Stepper, invert
+from zoo.flows.inverse import Chain, Guidance, Inverted, Jacobi, PreviousBlock, Rule, Stepper, invert
 from zoo.flows.transforms import LOG_2PI, affine
 from zoo.nn.transformer import cast_trunk
 from zoo.task import Params
@@ -131,7 +131,7 @@ class Stack:
                 f"guidance={guidance.weight}: this model has no condition to be guided to; leave guidance out"
             )
 
-        def stepper(i: int, before: Before | None = None) -> Stepper:
+        def stepper(i: int, before: PreviousBlock | None = None) -> Stepper:
             """Guided, both passes run as one batch of 2 B and see the same tokens (STARFlow section 3.3)."""
             net, rows, seen, divide = self.nets[i], batch, condition, None
             guided = guidance.active and net.guided and (guidance.blocks == "all" or i == len(self.nets) - 1)
@@ -142,9 +142,9 @@ class Stack:
             if tempered or (guided and guidance.tempered):
                 divide = jnp.full((rows,), attention_temperature, jnp.float32)
                 divide = divide.at[batch:].multiply(guidance.attention_temperature)
-            cache = Before.memory(before, lambda: net.memory(rows))
-            mine = Before.then(before, params[f"block{i}"])
-            block = whole(cast_trunk(mine, net.dtype), lambda: net.fresh(jax.random.key(0)))
+            cache = PreviousBlock.memory(before, lambda: net.memory(rows))
+            mine = PreviousBlock.then(before, params[f"block{i}"])
+            block = gather_before_loop(cast_trunk(mine, net.dtype), lambda: net.fresh(jax.random.key(0)))
             if net.prefix:
                 chex.assert_shape(seen, (rows, net.prefix, None))
                 _, _, cache, *_ = apply(net, block, None, seen, cache, 0, divide)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from zoo import hosts
-from zoo.data.tokens import check_vocabulary
+from zoo.data.text.tokens import check_vocabulary
 from zoo.diffusion.compare import image_of
 from zoo.errors import UserError
 from zoo.fields import Count

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from zoo import hosts
-from zoo.data.captions import as_tokens, framed
+from zoo.data.images.captions import as_tokens, framed
 from zoo.errors import UserError
 from zoo.fields import Count, Whole, check_fields
 from zoo.metrics.drawing import rgb
@@ -129,7 +129,7 @@ class Prompted(Metric):
             pictures.update(found.pop("pictures", {}))
             return found
 
-        scored = hosts.first(score)
-        figures: dict[str, Any] = hosts.told(lambda: scored)
+        scored = hosts.run_on_main(score)
+        figures: dict[str, Any] = hosts.broadcast_from_main(lambda: scored)
         figures |= {"prompted_images": len(pixels), "prompted_left_out": int((~good).sum())}
         return {**figures, "pictures": pictures} if pictures else figures

@@ -16,7 +16,7 @@ import numpy as np
 
 from zoo import hosts
 from zoo.data.pipeline import epoch
-from zoo.data.tokens import check_vocabulary
+from zoo.data.text.tokens import check_vocabulary
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, Count, Whole, check_fields
 from zoo.metrics.likelihood import per_example

@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from zoo import hosts, paths, weights
-from zoo.errors import Passing, UserError
+from zoo.errors import Retryable, UserError
 from zoo.paths import Folder
 from zoo.task import Params
 from zoo.train.step import State
@@ -133,7 +133,7 @@ class Checkpoints:
             if self._remote
             else "make room or choose another workdir="
         )
-        kind = Passing if paths.in_bucket(self.folder) else UserError  # a network mends itself, a full disk does not
+        kind = Retryable if paths.in_bucket(self.folder) else UserError  # a network mends itself, a full disk does not
         return kind(
             f"could not save the checkpoint of step {self._saving} in {self.folder} ({_sentence(error)}); {left}: "
             f"{mend}, then start the same command again"
@@ -180,7 +180,7 @@ class Checkpoints:
 
     def _newest(self, like: dict[str, Any]) -> dict[str, Any] | None:
         failed: list[tuple[int, Exception]] = []
-        steps = hosts.told(self.steps)  # a shared disk may show them to some later than to others
+        steps = hosts.broadcast_from_main(self.steps)  # a shared disk may show them to some later than to others
         for step in reversed(steps):
             tree, error = None, None
             try:
@@ -195,7 +195,7 @@ class Checkpoints:
                 continue
             for broken, why in failed:
                 self.close()
-                hosts.first(functools.partial(self._set_aside, broken, why, step))
+                hosts.run_on_main(functools.partial(self._set_aside, broken, why, step))
             return tree
         if failed:
             newest, why = failed[0]
@@ -214,14 +214,14 @@ class Checkpoints:
         """
         try:
             return hosts.all_agree(error is None, "to read a checkpoint", 300 if error is None else 20)
-        except Passing:
+        except Retryable:
             if error is None:
                 raise
             older = [s for s in steps if s < step]
             if older and self._create:
                 with contextlib.suppress(OSError):  # another did it
                     self._set_aside(step, error, older[-1])
-            raise Passing(
+            raise Retryable(
                 f"the checkpoint of step {step} in {self.folder} could be read by others, but not here ({_sentence(error)}); "
                 "start the same command again"
             ) from error

@@ -21,9 +21,9 @@ import numpy as np
 
 from zoo import config, dist, files, hosts, models, paths, weights
 from zoo.data.pipeline import epoch, label_names
-from zoo.data.tokens import check_vocabulary
+from zoo.data.text.tokens import check_vocabulary
 from zoo.draws import Use, key_of
-from zoo.errors import Passing, UserError
+from zoo.errors import Retryable, UserError
 from zoo.files import differences
 from zoo.paths import Folder
 from zoo.run import MAY_DIFFER, Run
@@ -102,7 +102,7 @@ def claim_folder(run: Run, labels: tuple[str, ...], held: ExitStack) -> Callable
         UserError: in use, not writable, not empty and no run, or a run whose numbers would differ.
     """
     assert run.workdir is not None
-    folder = paths.where(run.workdir)
+    folder = paths.parse_path(run.workdir)
     about = {"format": 1, "run": config.dump(run), "labels": list(labels)}
     with files.writing(f"the run folder {folder}", "choose another workdir="):
         if isinstance(folder, Path):  # a bucket has no folders
@@ -300,7 +300,7 @@ def _told_apart(metrics: Sequence[Any]) -> list[str]:
 
 def _keep(keep: Callable[[], dict[str, Any]] | None, folder: Folder) -> dict[str, Any]:
     """Process 0 writes what the run folder keeps; then the others must see it."""
-    about = hosts.first(keep or dict)
+    about = hosts.run_on_main(keep or dict)
     if about is None:
         try:
             about = models.read_config(folder)
@@ -385,7 +385,7 @@ def train(
     Raises:
         UserError: anything that can be known before the first step, a folder that cannot be written, or a run whose
             loss has not been finite for 20 steps.
-        Passing: data or a metric that fail later; what was trained is saved.
+        Retryable: data or a metric that fail later; what was trained is saved.
     """
     with hosts.guarded(), ExitStack() as held:
         _check_profile(profile, run)
@@ -397,7 +397,7 @@ def train(
             if run.workdir is None or not wandb.rpartition("/")[2]:
                 raise UserError(f"--wandb {wandb} needs the name of a project, and a run folder (workdir=FOLDER)")
             tracking.library()
-        folder = None if run.workdir is None else paths.reach(run.workdir, "workdir=")
+        folder = None if run.workdir is None else paths.require_bucket(run.workdir, "workdir=")
         mesh = run.mesh.build()
         held.enter_context(dist.use(mesh, run.rules))
         asked = _Stop()
@@ -405,7 +405,7 @@ def train(
         hosts.same({"run": config.dump(run), **_versions()})
         dist.check_batch(run.batch, run.accumulate, mesh)
         labels = label_names(run.data, run.spec())
-        keep = None if folder is None else hosts.first(lambda: claim_folder(run, labels, held))
+        keep = None if folder is None else hosts.run_on_main(lambda: claim_folder(run, labels, held))
         run = dataclasses.replace(run, evals=tuple(by_name(metric, None, labels)[0] for metric in run.evals))
         _check_labels(run, labels)
         if run.task.about.vocabulary and not run.data.made_up:
@@ -419,7 +419,9 @@ def train(
         if hosts.several():  # with other data on one of them, they would shuffle differently
             length = len(run.source("train"))
             hosts.same({"data": {"examples": length, "labels": list(labels)}})
-        begun = folder is not None and hosts.told(lambda: bool(Checkpoints(folder, create=False).steps()))
+        begun = folder is not None and hosts.broadcast_from_main(
+            lambda: bool(Checkpoints(folder, create=False).steps())
+        )
         given = {} if begun else models.given_weights(run.weights or {}, run.task)
         # before the folder is claimed: it would belong to the wrong weights
         filled, _ = weights.fill(abstract.params, given, run.weights, run.task)
@@ -498,7 +500,9 @@ def _steps(
     asked: _Stop,
 ) -> tuple[State, list[dict[str, float]]]:
     history: list[dict[str, float]] = []
-    taken = [0, *hosts.told(snapshots.steps)] if snapshots else []  # also after a step that is taken again
+    taken = (
+        [0, *hosts.broadcast_from_main(snapshots.steps)] if snapshots else []
+    )  # also after a step that is taken again
     feed = run.batches(start, dist.batch_sharding(mesh))
 
     def save(to: Checkpoints, at: int, what: State | Mapping[str, Any]) -> None:
@@ -522,7 +526,7 @@ def _steps(
                 report.note(f"step {at} is saved")
                 raise
             look = f"; `zoo check {run.data.place}` looks through all of it" if run.data.place and at < step else ""
-            raise Passing(
+            raise Retryable(
                 f"{' '.join(str(error).split()).rstrip('.')}. Step {at} is saved: the same command goes on from there{look}"
             ) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 from zoo import config, models, paths, weights
 from zoo.data.folders import SPLITS, some, tell
 from zoo.data.pipeline import Data, named
-from zoo.data.vocabulary import Vocabulary, open_vocabulary
+from zoo.data.text.vocabulary import Vocabulary, open_vocabulary
 from zoo.encoders import tokenizer
 from zoo.errors import UserError
 from zoo.paths import Folder

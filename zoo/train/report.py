@@ -143,7 +143,7 @@ def save_png(path: Folder | str, image: Any, metadata: Mapping[str, str] | None 
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(_pixels(np.asarray(image)[None])[0])
-    _write(paths.where(path), _png(image, metadata))
+    _write(paths.parse_path(path), _png(image, metadata))
 
 
 # ------------------------------------------------------------------------------------------------------------- texts
@@ -166,7 +166,7 @@ def printable(text: str) -> str:
 
 def save_text(path: Folder | str, text: str) -> None:
     """Writes a text and a line end in UTF-8, whole or not at all; UserError when it cannot be written."""
-    _write(paths.where(path), f"{text}\n".encode("utf-8", "replace"))
+    _write(paths.parse_path(path), f"{text}\n".encode("utf-8", "replace"))
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -178,7 +178,7 @@ def read_metrics(path: Folder | str) -> list[Record]:
     The line torn by a killed run, and any other that is no JSON object with a whole-number `step`, is passed over.
     """
     try:
-        file = paths.where(path)
+        file = paths.parse_path(path)
         with paths.sentence(file):
             lines = file.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -259,7 +259,7 @@ class Report:
         main: bool = True,
         unit: str = "images",
     ) -> None:
-        home = paths.where(folder)
+        home = paths.parse_path(folder)
         self._name = home.name if paths.in_bucket(home) else home.resolve().name
         self.folder, self._mirror = paths.scratch(home, ("metrics.jsonl", "wandb.json")) if main else (Path(home), None)
         self.main, self.quiet, self.unit = main, quiet or not main, unit

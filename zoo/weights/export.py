@@ -30,7 +30,7 @@ _EXPORT = (
     "config.json",
     "README.md",
     "spiece.model",  # zoo.encoders.tokenizer.NAME, which may not be imported here
-    *("vocabulary.json", "tokenizer.json", "tokenizer.model"),  # what zoo.data.vocabulary writes
+    *("vocabulary.json", "tokenizer.json", "tokenizer.model"),  # what zoo.data.text.vocabulary writes
     "stablehlo",
     *(f"stablehlo/{name}" for name in _STABLEHLO),
 )

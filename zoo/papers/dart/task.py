@@ -18,7 +18,7 @@ import optax
 from msgspec import Meta
 
 from zoo.diffusion.sampling import noises
-from zoo.dist import whole
+from zoo.dist import gather_before_loop
 from zoo.encoders.inputs import Inputs
 from zoo.errors import UserError
 from zoo.fields import Count, Dtype, Layers, NonNegative, Offset, Positive, Side, Size, check_fields
@@ -480,7 +480,7 @@ class Dart(Inputs):
     def _written(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """Captions [n, S] of images, letter by letter after the images' copies."""
         n, at, net = len(keys), self.layout, self._net
-        own = whole(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
+        own = gather_before_loop(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
         clean, slot = self.clean(params, batch, _apart(keys, self.text_tokens)), at.prefix
         none = jax.nn.one_hot(jnp.full((n, at.prefix), self.text_width - 1), self.text_width)
 
@@ -510,7 +510,7 @@ class Dart(Inputs):
     def _reader(self, params: Params, batch: Batch, n: int, o: DartSampling) -> Reader:
         """Guided, both passes run as one batch of 2 n."""
         net, seen = self._net, self.conditions(params, batch)
-        own = whole(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
+        own = gather_before_loop(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
         rows, prefix = (2 * n if o.guidance else n), self.layout.prefix
         if o.guidance:
             both: Any = seen, self.conditions(params, batch, jnp.ones(n, bool))

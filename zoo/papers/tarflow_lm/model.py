@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from zoo.dist import constrain, whole
+from zoo.dist import constrain, gather_before_loop
 from zoo.fields import Layers, Size, check_fields
-from zoo.flows.inverse import Before, Chain, Inverted, Jacobi, Stepper, invert
+from zoo.flows.inverse import Chain, Inverted, Jacobi, PreviousBlock, Stepper, invert
 from zoo.flows.transforms import (
     affine,
     affine_inverse,
@@ -100,7 +100,7 @@ class Context(nn.Module):
         return init_trunk_cache(self.depth, self.scan, rows, self.steps, heads, self.head_dim, self.dtype)
 
 
-class Flat(nn.Module):
+class IndependentHead(nn.Module):
     """Features of a step -> `outputs` numbers for each of its `rows`, at once."""
 
     rows: int
@@ -125,7 +125,7 @@ class Flat(nn.Module):
 
 
 def cast_flat(params: Params, dtype: str) -> Params:
-    """Parameters of a `Flat` with its kernel in `dtype`, once, before a loop that uses it many times."""
+    """Parameters of a `IndependentHead` with its kernel in `dtype`, once, before a loop that uses it many times."""
     return {"out": {**params["out"], "kernel": params["out"]["kernel"].astype(dtype)}}
 
 
@@ -245,17 +245,17 @@ def _component_bias(components: int, identity: bool) -> Callable[..., jax.Array]
     return init
 
 
-def _head(flow: Flow, l: int) -> Flat | ChannelHead:
+def _head(flow: Flow, l: int) -> IndependentHead | ChannelHead:
     """The head of layer l. All layers but the first start as the identity."""
     layer, identity = flow.layers[l], l > 0
     kernel = zeros if identity else normal(0.02)
     if layer.coupling == "mixd":
-        return Flat(flow.patch, layer.components, flow.contexts[l].dtype, kernel, zeros, "vocab")
+        return IndependentHead(flow.patch, layer.components, flow.contexts[l].dtype, kernel, zeros, "vocab")
     outputs = 2 if layer.coupling == "affine" else 3 * layer.components
     bias = zeros if layer.coupling == "affine" else _component_bias(layer.components, identity)
     if layer.maf:
         return ChannelHead(flow.channels, outputs, kernel, bias)
-    return Flat(flow.channels, outputs, "float32", kernel, bias)
+    return IndependentHead(flow.channels, outputs, "float32", kernel, bias)
 
 
 def apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
@@ -518,13 +518,13 @@ def chain(
 ) -> Chain:
     """The layers as their inverse sees them, for `batch` texts; `fresh`: the noise that goes in has 2 C numbers a step."""
 
-    def stepper(l: int, before: Before | None = None) -> Stepper:
+    def stepper(l: int, before: PreviousBlock | None = None) -> Stepper:
         net, key = flow.contexts[l], f"layer{l}"
-        cache = Before.memory(before, lambda: net.memory(batch))
-        mine = Before.then(before, {**params[key], "context": cast_trunk(params[key]["context"], net.dtype)})
+        cache = PreviousBlock.memory(before, lambda: net.memory(batch))
+        mine = PreviousBlock.then(before, {**params[key], "context": cast_trunk(params[key]["context"], net.dtype)})
         if flow.layers[l].coupling == "mixd":
             mine = {**mine, "head": cast_flat(mine["head"], net.dtype)}
-        mine = whole(mine, lambda: init_layer(flow, l, jax.random.key(0)))
+        mine = gather_before_loop(mine, lambda: init_layer(flow, l, jax.random.key(0)))
 
         def step(h: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, Any]:
             return apply(net, mine["context"], h, cache, index)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zoo.dist import constrain, whole
+from zoo.dist import constrain, gather_before_loop
 from zoo.errors import UserError, check_divisor
 from zoo.fields import Count, Dtype, Layers, Positive, Share, Size, Some, Vocabulary, Whole, check_fields
 from zoo.flows.inverse import Jacobi, Method, Stepper, invert, sequential, swept
@@ -21,8 +21,8 @@ from zoo.nn.transformer import Remat, cast_trunk, check_rotary
 from zoo.papers.tarflow_lm.model import (
     HIDDEN,
     Context,
-    Flat,
     Flow,
+    IndependentHead,
     Layer,
     apply,
     cast_flat,
@@ -349,8 +349,8 @@ class DiscreteLM:
     def _context(self) -> Context:
         return _context(self, self.length, self.depth, project=False)
 
-    def _head(self) -> Flat:
-        return Flat(1, self.vocab, self.dtype, normal(0.02), zeros, "vocab")
+    def _head(self) -> IndependentHead:
+        return IndependentHead(1, self.vocab, self.dtype, normal(0.02), zeros, "vocab")
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`tokens` [B, T]."""
@@ -407,7 +407,7 @@ class DiscreteLM:
         cache = self._context().memory(n)
         context, head = cast_trunk(params["context"], self.dtype), cast_flat(params["head"], self.dtype)
         mine = {**params, "context": context, "head": head}
-        mine = whole(mine, lambda: self.init(jax.random.key(0)))
+        mine = gather_before_loop(mine, lambda: self.init(jax.random.key(0)))
 
         def step(x: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, Any]:
             embedded = mine["embedding"]["table"][x[..., 0].astype(jnp.int32)]

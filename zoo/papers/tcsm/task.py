@@ -18,7 +18,7 @@ from flax import linen as nn
 from msgspec import Meta
 
 from zoo.diffusion.tokens import Kernel, Masked, Schedule, Times, Uniform, antithetic, inside, reveal, sharpened
-from zoo.dist import constrain, whole
+from zoo.dist import constrain, gather_before_loop
 from zoo.errors import UserError
 from zoo.fields import Dtype, Layers, Positive, Share, Size, Vocabulary, check_fields
 from zoo.nn.attention import Backend, check_backend
@@ -217,7 +217,7 @@ class Denoiser(Reader):
     def _whole(self, net: Params) -> Params:
         """Parameters as a loop needs them."""
         net = {**net, "body": cast_trunk(net["body"], self.dtype)}
-        found: Params = whole(net, lambda: self.init_net(jax.random.key(0)))
+        found: Params = gather_before_loop(net, lambda: self.init_net(jax.random.key(0)))
         return found
 
     def proposed(self, params: Params, options: Any) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 from PIL import Image
 
 from zoo import files
-from zoo.errors import Passing, UserError
+from zoo.errors import Retryable, UserError
 from zoo.fields import Count, NonNegative, NotEmpty, Seed, Whole, check_fields
 from zoo.papers.typescore import metric, report
 from zoo.papers.typescore import style as styles
@@ -163,7 +163,7 @@ class TypeScore:
         ]
         try:
             records = self._judged(some, Readings())
-        except Passing as error:  # a run that trains goes on without the figures
+        except Retryable as error:  # a run that trains goes on without the figures
             records = self._judged([one._replace(picture=failed(str(error))) for one in some], Readings())
         found = self.summarise(records, instructions)
         figures = {"typescore" + end: found[key] for end, key in (("", "score"), ("_low", "low"), ("_high", "high"))}

@@ -77,7 +77,7 @@ class TextExtractor(Protocol):
     def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
         """One extraction per image, in order; one with an error where it cannot be read.
 
-        `keep` is called with each as it is done, in any order, so that a call that is stopped loses none. Raises Passing
+        `keep` is called with each as it is done, in any order, so that a call that is stopped loses none. Raises Retryable
         where a service is out of order.
         """
 

@@ -31,7 +31,7 @@ import msgspec
 from msgspec import Meta
 from PIL import Image
 
-from zoo.errors import Passing, UserError
+from zoo.errors import Retryable, UserError
 from zoo.fields import Count, NonNegative, check_fields
 from zoo.papers.typescore.extractors import base
 from zoo.papers.typescore.extractors.base import REVISION, Extraction, Keep, aside, failed, shorten
@@ -78,7 +78,7 @@ class Http:
 
     Tried again after HTTP 408, 425, 429 and 5xx, time limits and broken connections; waits grow twofold, and a Retry-After of the
     server's is kept to as far as `total_s` allows. Redirects are not followed: they would carry the key elsewhere. Where eight
-    images in a row fail so, or by HTTP 401 and 403, the call ends with Passing: what has been read is kept by then.
+    images in a row fail so, or by HTTP 401 and 403, the call ends with Retryable: what has been read is kept by then.
 
     An answer that repeats the key is an error, and never altered: what a picture says decides its score. Keys under 16
     characters, or of letters only, may be a picture's own words ("EMPTY", "password") and are let stand in readings.
@@ -201,7 +201,7 @@ class Http:
                     elif theirs:  # failures of other kinds, such as a broken image, tell nothing of the endpoint
                         self._lost.append(str(found[i].error))
                     if len(self._lost) >= _GIVE_UP:
-                        raise Passing(
+                        raise Retryable(
                             f"the endpoint failed {_GIVE_UP} images in a row, the last by: {self._lost.pop()}; what was read is kept: "
                             "see to the endpoint, and the same command goes on"
                         )

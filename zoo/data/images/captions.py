@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from zoo.data.pipeline import Data, Example, Source
-from zoo.data.vocabulary import WORDS, Vocabulary, normalise, text8
+from zoo.data.text.vocabulary import WORDS, Vocabulary, normalise, text8
 from zoo.errors import UserError, suggest
 from zoo.fields import check_fields
 

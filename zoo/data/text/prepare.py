@@ -20,12 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from zoo import files
-from zoo.data import vocabulary as vocabularies
-from zoo.data.documents import PACKED, SPLITS, check_fractions, cuts, list_texts
 from zoo.data.folders import file_size, hashed
-from zoo.data.prepare import places
+from zoo.data.images.prepare import places
 from zoo.data.records import AGAIN, INFO, PROGRESS, entering, is_prepared, mending, read_info, same
-from zoo.data.tokens import (
+from zoo.data.text import vocabulary as vocabularies
+from zoo.data.text.documents import PACKED, SPLITS, check_fractions, cuts, list_texts
+from zoo.data.text.tokens import (
     TokenFile,
     TokenInfo,
     TokenSettings,
@@ -37,7 +37,7 @@ from zoo.data.tokens import (
     symbols_of,
     texts,
 )
-from zoo.data.vocabulary import Vocabulary
+from zoo.data.text.vocabulary import Vocabulary
 from zoo.errors import UserError
 
 _ENDS = "documents.tmp"  # where the documents end, in tokens

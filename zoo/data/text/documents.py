@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from zoo.data.folders import KINDS, some, tell, walk
-from zoo.data.vocabulary import characters_only
+from zoo.data.text.vocabulary import characters_only
 from zoo.errors import UserError
 from zoo.files import check_head, first_line
 

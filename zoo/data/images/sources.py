@@ -22,8 +22,8 @@ import numpy as np
 from zoo.data.arrays import checked_arrays, class_names, open_npz, tell_classes
 from zoo.data.folders import SPLITS, TESTS, divide, hashed, list_folder, shown, some, tell, walk, word_in, word_of
 from zoo.data.images import SUFFIXES, BadImage
+from zoo.data.images.tables import Groups, class_names_of, columns_of, numbers
 from zoo.data.records import Info, Record, format_of, open_shards, read_info
-from zoo.data.tables import Groups, class_names_of, columns_of, numbers
 from zoo.errors import UserError
 from zoo.files import UTF16, sha256, text_of, tidied
 

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from zoo.data import vocabulary as vocabularies
-from zoo.data.documents import SPLITS, check_fractions, cuts, is_plain, list_texts, rows
 from zoo.data.folders import existing
 from zoo.data.pipeline import Data, Example, Source
-from zoo.data.tokens import check_split
-from zoo.data.vocabulary import Vocabulary
+from zoo.data.text import vocabulary as vocabularies
+from zoo.data.text.documents import SPLITS, check_fractions, cuts, is_plain, list_texts, rows
+from zoo.data.text.tokens import check_split
+from zoo.data.text.vocabulary import Vocabulary
 from zoo.errors import UserError
 from zoo.fields import Below1, NotEmpty, Positive, Seed, check_fields
 from zoo.files import sha256

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from zoo.data.folders import SPLITS, existing
 from zoo.data.images import BadImage, check_channels, check_kind, from_array, open_image, square
+from zoo.data.images.sources import Items, open_source
 from zoo.data.records import UNREADABLE, Info, Lost, Record, Settings, Shard, entering, writing
-from zoo.data.sources import Items, open_source
 from zoo.errors import UserError
 
 
