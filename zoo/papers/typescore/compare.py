@@ -7,13 +7,11 @@ where the true order of the models is known, of pairs told apart in the right di
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,14 +39,13 @@ class Compare:
     out: NotEmpty = "typescore-comparison"  # a folder for the comparison
     truth: tuple[str, ...] = ()  # the models, best first, where that is known: which pairs are told apart rightly
     other: str = ""  # a CSV file of another metric's scores, whose resolution is given beside
-    human: str = ""  # a CSV file of ratings or preferences
+    human: str = ""  # a CSV file of people's ratings
     resamples: Count = 1000  # of the bootstrap
     seed: Seed = 0  # of the bootstrap
 
     replaced: ClassVar[dict[str, str]] = {
         "surrogate": "give any other metric's scores as other=FILE, a CSV file of image,score",
         "clip": "give CLIPScores as other=FILE, a CSV file of image,score",
-        "wanted": "the pictures are not looked at; leave it out",
         "extractors": "give the results of one extractor, and the other's scores as human=FILE, a CSV file of image,rating",
     }
 
@@ -88,10 +85,9 @@ class Compare:
         for label, one in every.items():
             if lost := len(one) - len(common):
                 _log.warning("typescore: %d instructions of %s are not in all results and left out", lost, label)
-        sign = results[0].sign
         scores = {label: np.array([one[name] for name in common]) for label, one in every.items()}
-        order = sorted(scores, key=lambda label: (-sign * scores[label].mean(), label))
-        found = self._pairs(scores, order, sign, self.resamples)
+        order = sorted(scores, key=lambda label: (-scores[label].mean(), label))
+        found = self._pairs(scores, order, self.resamples)
         ranking = [
             {
                 "place": place,
@@ -103,35 +99,30 @@ class Compare:
             }
             for place, label in enumerate(order, 1)
         ]
-        resolutions = {"TypeScore": resolution(found, self.truth, sign)} if found else {}
+        resolutions = {"TypeScore": resolution(found, self.truth)} if found else {}
         if self.other:
-            theirs = self._pairs(self._other(results, common), order, 1, 1)
+            theirs = self._pairs(self._other(results, common), order, 1)
             resolutions[Path(self.other).stem] = resolution(theirs, self.truth)
         figures = {"instructions": len(common), "ranking": ranking, "pairs": found, "resolution": resolutions}
         if self.human:
             figures["human"] = agreement(self.human, results, self.resamples, self.seed)
         return figures
 
-    def _pairs(
-        self, scores: Mapping[str, np.ndarray], order: Sequence[str], sign: int, resamples: int
-    ) -> list[dict[str, Any]]:
+    def _pairs(self, scores: Mapping[str, np.ndarray], order: Sequence[str], resamples: int) -> list[dict[str, Any]]:
         both = itertools.combinations(order, 2)
-        return [{"a": a, "b": b, **pair(scores[a], scores[b], resamples, self.seed, sign)} for a, b in both]
+        return [{"a": a, "b": b, **pair(scores[a], scores[b], resamples, self.seed)} for a, b in both]
 
     def _other(self, results: Sequence[Result], common: Sequence[str]) -> dict[str, np.ndarray]:
         """Another metric's means by instruction, of every model."""
-        known, rows = pictures(results), []
-        for at, row in lines("other", self.other, "image,score"):
-            label, record = found(known, row["image"], at)
-            rows.append({"label": label, "id": record["id"], "score": number(row["score"], at)})
+        rows = [
+            {"label": label, "id": record["id"], "score": score}
+            for label, record, score in judged("other", self.other, "score", results)
+        ]
         means = {one.label: by_instruction(row for row in rows if row["label"] == one.label) for one in results}
         for label, name in itertools.product(means, common):
             if name not in means[label]:
                 raise UserError(f"other={self.other} has no score of instruction {name!r} by {label}; add it")
         return {label: np.array([one[name] for name in common]) for label, one in means.items()}
-
-
-# --- results ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -147,11 +138,6 @@ class Result:
     def read(self) -> list[Record]:
         return [record for record in self.records if record["error"] is None]
 
-    @property
-    def sign(self) -> int:
-        """-1 where less is better."""
-        return -1 if self.setting["kind"] == "dissimilarity" else 1
-
 
 def load(name: str) -> Result:
     """The results in a folder that `TypeScore` wrote. UserError where there are none."""
@@ -163,9 +149,7 @@ def load(name: str) -> Result:
     try:
         records = [json.loads(row) for row in rows if row]
         found = Result(folder.resolve().name.removesuffix("-typescore"), folder, json.loads(setting), records)
-        whole = (
-            bool(by_instruction(found.read)) and found.sign and all(one["wanted"] and one["image"] for one in records)
-        )
+        whole = bool(by_instruction(found.read)) and all(one["wanted"] and one["image"] for one in records)
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -198,14 +182,11 @@ def load_all(names: Sequence[str]) -> list[Result]:
     return found
 
 
-# --- pairs ------------------------------------------------------------------------------------------
-
-
-def pair(one: np.ndarray, other: np.ndarray, resamples: int = 1000, seed: int = 0, sign: int = 1) -> dict[str, Any]:
+def pair(one: np.ndarray, other: np.ndarray, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Two models compared by instruction [N]: the first's mean less the other's with a paired interval, wins, and z.
 
     z is 0 where all differences are 0, and where all are one number infinite: "inf" or "-inf", which float() reads. A tie is
-    half a win. `sign`: -1 where less is better.
+    half a win.
     """
     apart = np.round(one - other, _DIGITS)
     mean, spread = float(apart.mean()), float(apart.std(ddof=1))
@@ -214,7 +195,7 @@ def pair(one: np.ndarray, other: np.ndarray, resamples: int = 1000, seed: int = 
     else:
         z = math.copysign(math.inf, mean) if mean else 0.0
     low, high = interval(lambda pick: float(apart[pick].mean()), len(apart), resamples, seed)
-    figures = {"difference": mean, "low": low, "high": high, "win_rate": float((np.sign(sign * apart) + 1).mean() / 2)}
+    figures = {"difference": mean, "low": low, "high": high, "win_rate": float((np.sign(apart) + 1).mean() / 2)}
     return {
         "instructions": len(apart),
         **{name: round(value, 6) for name, value in figures.items()},
@@ -224,9 +205,9 @@ def pair(one: np.ndarray, other: np.ndarray, resamples: int = 1000, seed: int = 
     }
 
 
-def resolution(found: Sequence[Mapping[str, Any]], truth: Sequence[str] = (), sign: int = 1) -> dict[str, Any]:
+def resolution(found: Sequence[Mapping[str, Any]], truth: Sequence[str] = ()) -> dict[str, Any]:
     """How finely a metric tells pairs of models apart; `truth` names the models from best to worst, where that is known."""
-    z = np.array([sign * float(one["z"]) for one in found])
+    z = np.array([float(one["z"]) for one in found])
     middle, rightly = float(np.median(np.abs(z))), None
     if truth:
         first = [1 if truth.index(one["a"]) < truth.index(one["b"]) else -1 for one in found]
@@ -236,80 +217,39 @@ def resolution(found: Sequence[Mapping[str, Any]], truth: Sequence[str] = (), si
     return {"pairs": len(found), "told_apart": share, "median_z": middle_z, "right": rightly}
 
 
-# --- people -----------------------------------------------------------------------------------------
-
-
 def agreement(path: str, results: Sequence[Result], resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """How far scores agree with what people said, by picture and, under "models", by model; figures are [value, low, high].
+    """How far scores agree with people's ratings by picture: Spearman's rho, Kendall's tau-b and the accuracy on pairs.
 
-    The file is CSV with the columns image and rating (a number, more is better), or image_a, image_b and preferred (a, b or
-    tie); several lines of one picture are of several people. Ratings give Spearman's rho, Kendall's tau-b and the accuracy on
-    pairs that people rate differently, preferences the accuracy. A tied score is half right, a tie of people's is left out.
-    Models are compared by their mean score and rating, or by the shares of comparisons that they win by score and by people.
-
-    Intervals are of a bootstrap over instructions, each drawn with all its pictures, which are not independent. Lines of
+    The file is CSV with the columns image and rating (a number, more is better); several lines of one picture are of several
+    people, whose mean counts. Accuracy is over pairs that people rate differently, and a tied score is half right. Figures are
+    [value, low, high], by a bootstrap over instructions, each drawn with all its pictures, which are not independent. Lines of
     pictures that were not read are counted as `left_out`. UserError names the line and what is wrong with it.
     """
-    known, sign = pictures(results), results[0].sign
-    rows = lines("human", path, "image,rating", "image_a,image_b,preferred")
-    rated, left_out = "rating" in rows[0][1], 0
-    said: dict[str, list[float]] = {}
-    points: list[tuple[str, str, float, float]] = []  # model, instruction, by score, by people
-    for at, row in rows:
-        some = [found(known, row[name], at) for name in (("image",) if rated else ("image_a", "image_b"))]
-        rating = (
-            number(row["rating"], at)
-            if rated
-            else {"a": 1.0, "b": 0.0, "tie": 0.5}.get(row["preferred"].strip().lower())
-        )
-        if rating is None or (not rated and some[0] == some[1]):
-            raise UserError(f"{at}: preferred is {row['preferred']!r:.120}; write a, b or tie of two pictures")
-        if any(record["error"] is not None for _, record in some):
-            left_out += 1
-        elif rated:
-            said.setdefault(row["image"], []).append(rating)
-        else:
-            (a, first), (b, second) = some
-            ours = (np.sign(round(sign * (first["score"] - second["score"]), _DIGITS)) + 1) / 2
-            points += [(a, first["id"], ours, rating), (b, second["id"], 1 - ours, 1 - rating)]
-    for name, ratings in said.items():
-        label, record = known[name]
-        points.append((label, record["id"], sign * record["score"], float(np.mean(ratings))))
-    if len(points) < 3:
+    rows = judged("human", path, "rating", results)
+    said: dict[tuple[str, str], list[float]] = {}
+    records = {}
+    for label, record, rating in rows:
+        if record["error"] is None:
+            said.setdefault((label, record["image"]), []).append(rating)
+            records[label, record["image"]] = record
+    count = sum(map(len, said.values()))
+    if len(said) < 3:
         raise UserError(
-            f"human={path} judges {len(points)} pictures that were read, {left_out} lines are of others; give three"
+            f"human={path} judges {len(said)} pictures that were read, {len(rows) - count} lines are of others; give three"
         )
-    x, y = (np.round([point[k] for point in points], _DIGITS) for k in (2, 3))
-    ids, of = np.unique([point[1] for point in points], return_inverse=True)
-    labels, model = np.unique([point[0] for point in points], return_inverse=True)
+    x = np.round([record["score"] for record in records.values()], _DIGITS)
+    y = np.round([np.mean(ratings) for ratings in said.values()], _DIGITS)
+    ids, of = np.unique([record["id"] for record in records.values()], return_inverse=True)
     places = [np.flatnonzero(of == i) for i in range(len(ids))]
+    out: dict[str, Any] = {"judgements": count, "left_out": len(rows) - count, "instructions": len(ids)}
+    for kind, value in _KINDS.items():
 
-    def figures(by: Callable[[np.ndarray], Any], kinds: Mapping[str, Any]) -> dict[str, list[float | None]]:
-        """Each kind of agreement between the two columns that `by` makes of the points drawn, with its interval."""
-        out = {}
-        for kind, value in kinds.items():
+        def drawn(pick: np.ndarray, value: Any = value) -> float:
+            some = np.concatenate([places[i] for i in pick])
+            return float(value(x[some], y[some]))
 
-            def drawn(pick: np.ndarray, value: Any = value) -> float:
-                return float(value(*by(np.concatenate([places[i] for i in pick]))))
-
-            low_high = interval(drawn, len(ids), resamples, seed)
-            out[kind] = [round(v, 6) if math.isfinite(v) else None for v in (drawn(np.arange(len(ids))), *low_high)]
-        return out
-
-    def means(pick: np.ndarray) -> list[np.ndarray]:
-        count = np.bincount(model[pick], minlength=len(labels))
-        return [
-            np.round(np.bincount(model[pick], v[pick], len(labels))[count > 0] / count[count > 0], _DIGITS)
-            for v in (x, y)
-        ]
-
-    kinds = _KINDS if rated else {"pair_accuracy": _preferred}
-    out: dict[str, Any] = {"judgements": len(rows) - left_out, "left_out": left_out, "instructions": len(ids)}
-    out |= figures(lambda pick: (x[pick], y[pick]), kinds)
-    if len(labels) > 1:
-        both = zip(labels, *means(np.arange(len(x))))
-        of_models = [{"label": str(label), "by_score": float(a), "by_people": float(b)} for label, a, b in both]
-        out["models"] = {"of": of_models, **figures(means, _KINDS)}
+        figures = (drawn(np.arange(len(ids))), *interval(drawn, len(ids), resamples, seed))
+        out[kind] = [round(v, 6) if math.isfinite(v) else None for v in figures]
     return out
 
 
@@ -333,74 +273,46 @@ def _accuracy(x: np.ndarray, y: np.ndarray) -> float:
     return (1 + _kendall(x, y) * math.sqrt(squares[0] / squares[1])) / 2
 
 
-def _preferred(ours: np.ndarray, people: np.ndarray) -> float:
-    decided = people != 0.5
-    return float(np.mean(1 - np.abs(ours - people)[decided])) if decided.any() else math.nan
-
-
 _KINDS = {"spearman": _spearman, "kendall_tau_b": _kendall, "pair_accuracy": _accuracy}
 
 
-def pictures(results: Sequence[Result]) -> dict[str, tuple[str, Record]]:
-    """The label and record of every picture by its name: as its file, of several results LABEL/FILE."""
-    every = [(one.label, record) for one in results for record in one.records]
-    return {
-        record["image"] if len(results) == 1 else f"{label}/{record['image']}": (label, record)
-        for label, record in every
-    }
+def judged(field: str, path: str, column: str, results: Sequence[Result]) -> list[tuple[str, Record, float]]:
+    """The lines of a CSV file with the columns `image` and `column`: the picture's model, its record, and a finite number.
 
+    Pictures are named as their files, of several results LABEL/FILE. UserError names the line and what is wrong with it.
+    """
+    import pyarrow
+    from pyarrow import csv
 
-def found(known: Mapping[str, tuple[str, Record]], name: str, at: str) -> tuple[str, Record]:
-    """The label and record of a picture. UserError, with the place `at` that names it, for one that no result has."""
-    if name not in known:
-        raise UserError(f"{at}: the results have no picture {name!r:.120}; {suggest(name, known)}")
-    return known[name]
-
-
-def lines(field: str, path: str, *columns: str) -> list[tuple[str, dict[str, str]]]:
-    """The lines of a CSV file that has one of these sets of columns, each with what to call it in an error."""
-    with files.reading(f"{field}={path}", "name a CSV file"):
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    reader = csv.DictReader(io.StringIO(text, newline=None), restkey="", restval="", strict=True)  # lines may end in CR
-    try:
-        rows = [(f"{field}={path}, line {reader.line_num}", row) for row in reader]
-    except csv.Error as error:
-        raise UserError(f"{field}={path} is not CSV ({error}); write fields between commas, and close quotes") from None
-    if not rows or not any(set(some.split(",")) <= set(rows[0][1]) for some in columns):
-        raise UserError(f"{field}={path} needs lines with the columns {' or '.join(columns)}")
-    for at, row in rows:
-        if "" in row:  # a rating of 3,5 would be taken for 3
-            raise UserError(f"{at}: more fields than the header has; quote those with a comma in them")
+    many, known = len(results) > 1, {}
+    for one in results:
+        known |= {f"{one.label}/" * many + record["image"]: (one.label, record) for record in one.records}
+    kinds = {"image": pyarrow.string(), column: pyarrow.float64()}
+    options = csv.ConvertOptions(column_types=kinds, include_columns=list(kinds))
+    way = f"name a CSV file with the columns image and {column}"
+    with files.reading(f"{field}={path}", way):
+        try:
+            table = csv.read_csv(path, convert_options=options)
+        except (pyarrow.ArrowException, KeyError) as error:
+            raise UserError(f"{field}={path}: {files.first_line(error)}; {way}") from None
+    rows = []
+    for line, (name, number) in enumerate(zip(*(table[kind].to_pylist() for kind in kinds)), 2):
+        if name not in known:
+            raise UserError(
+                f"{field}={path}, line {line}: the results have no picture {name!r:.120}; {suggest(name, known)}"
+            )
+        if number is None or not math.isfinite(number):
+            raise UserError(f"{field}={path}, line {line}: {column} of {name!r} is no number; write one")
+        rows.append((*known[name], number))
     return rows
-
-
-def number(text: str, at: str) -> float:
-    """A finite number. UserError where the text is none."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"{at}: {text!r:.120} is no number; write one")
-    return value
-
-
-# --- tables -----------------------------------------------------------------------------------------
 
 
 def table(figures: Mapping[str, Any]) -> str:
     """The comparison as Markdown, with its setting, without which a score says nothing."""
-    names = ("extractor", "normalisation", "piece_mode", "kind", "weights", "spec_version")
-    setting = json.dumps({name: figures[name] for name in names})
+    setting = json.dumps({name: figures[name] for name in ("extractor", "normalisation", "weights", "spec_version")})
     text = f"TypeScore on {figures['instructions']} instructions. Setting: {setting}. Scores are {figures['note']}.\n\n"
     text += markdown(figures["ranking"]) + markdown(figures["pairs"])
     text += markdown([{"metric": name, **one} for name, one in figures["resolution"].items()])
     people = figures.get("human", {})
-    for by, some in (("picture", people), ("model", people.get("models", {}))):
-        told = [
-            {"agreement by": by, "as": kind, **dict(zip(("value", "low", "high"), some[kind]))}
-            for kind in _KINDS
-            if kind in some
-        ]
-        text += markdown(told)
-    return text
+    told = [{"agreement": kind, **dict(zip(("value", "low", "high"), people[kind]))} for kind in _KINDS if people]
+    return text + markdown(told)

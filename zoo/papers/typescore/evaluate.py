@@ -12,12 +12,11 @@ import json
 import logging
 import os
 import re
-import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image
 
@@ -26,12 +25,11 @@ from zoo.errors import Retryable, UserError
 from zoo.fields import Count, NonNegative, NotEmpty, Seed, Whole, check_fields
 from zoo.papers.typescore import metric, report
 from zoo.papers.typescore import style as styles
-from zoo.papers.typescore.extractors import Extraction, RapidOcr, TextExtractor, base, clean, describe
+from zoo.papers.typescore.extractors import Extraction, RapidOcr, TextExtractor, base, describe
 from zoo.papers.typescore.extractors.base import Key, Readings, failed
-from zoo.papers.typescore.instructions import SHIPPED, Instruction, content, listed
+from zoo.papers.typescore.instructions import SHIPPED, Instruction, content, length_bin, listed
 
 Record: TypeAlias = dict[str, Any]
-Ask: TypeAlias = Callable[[Sequence[str]], list[Extraction]]
 
 SETTING = "setting.json"  # of a folder of results: what they were made with
 RECORDS, SUMMARY, REPORT, READINGS = "records.jsonl", "summary.json", "report.html", "readings.jsonl"
@@ -39,8 +37,7 @@ NOTE = (
     "not comparable with the scores of arXiv:2411.02437, nor with those of another extractor, normalisation, list of "
     "instructions or spec_version"
 )
-NAMED = 5  # of a long list, how many are named
-_WAY = "free some space, or name another folder with out=FOLDER"
+ONE_WAY = {"piece_mode": "join", "kind": "similarity"}  # earlier results may have been made otherwise
 _log = logging.getLogger("zoo")
 
 
@@ -53,57 +50,43 @@ class TypeScore:
     extractor: TextExtractor = RapidOcr()
     case_sensitive: bool = False  # whether "Open" for "open" is an error
     ignore_punct: bool = False  # whether punctuation is left out of the comparison
-    piece_mode: Literal["join", "set"] = "join"  # set: several quoted texts may stand in any order
     weights: tuple[NonNegative, NonNegative, NonNegative] = (1.0, 1.0, 1.0)  # of NED, NLCS and SW
-    kind: metric.Kind = "similarity"
-    style: bool = True  # whether style following is evaluated; models that see are asked once per attribute
     resamples: Count = 1000  # of the bootstrap over instructions
     seed: Seed = 0  # of the bootstrap
     limit: Whole = 0  # the first so many instructions of the list; 0 for all
     out: str = ""  # a folder for the results; empty for IMAGES-typescore (IMAGES-typescore-first10 with limit=10)
 
-    replaced: ClassVar[dict[str, str]] = {"cache": f"readings are kept in {READINGS} of the results; leave it out"}
-
     def __post_init__(self) -> None:
         check_fields(self)
-        metric.typescore(metric.Parts(1, 1, 1), self.weights, self.kind)
+        metric.typescore(metric.Parts(1, 1, 1), self.weights)
 
     @property
     def normalisation(self) -> metric.Normalisation:
         return metric.Normalisation(self.case_sensitive, self.ignore_punct)
 
-    # --- one picture ------------------------------------------------------------------------------
+    def instructions(self) -> list[Instruction]:
+        """The first `limit` of the list, in its order. UserError for a text that is nothing without its punctuation."""
+        found = listed(self.wanted, self.limit)
+        for one in found:
+            if not self.normalisation(one.text):
+                raise UserError(
+                    f"instruction {one.id!r} wants {one.text!r}, which is nothing without its punctuation; leave out ignore_punct"
+                )
+        return found
 
-    def compared(self, instruction: Instruction, extraction: Extraction) -> tuple[str, str]:
-        """What was wanted and what was read, as they are compared.
-
-        In mode "set" each line that was read goes to the quoted text that it fits best.
-        """
-        normalise = self.normalisation
-        if self.piece_mode == "join":
-            return normalise(instruction.text), normalise(extraction.text)
-        pieces = [piece for piece in map(normalise, instruction.pieces) if piece]
-        reads = metric.assign(pieces, [line for line in map(normalise, _lines(extraction)) if line])
-        return " ".join(pieces), " ".join(read for read in reads if read)
-
-    def judge(self, instruction: Instruction, picture: Any, extraction: Any, ask: Ask | None = None) -> Record:
-        """What a record tells of one picture, as JSON values; of a failed extraction one without a score.
-
-        `ask` puts questions of style to a model that sees the picture.
-        """
-        boxes = [dataclasses.asdict(line) for line in extraction.lines]
-        record: Record = {"boxes": boxes, "seconds": extraction.seconds, "error": extraction.error, "style": {}}
+    def judge(self, instruction: Instruction, picture: Any, extraction: Extraction) -> Record:
+        """What a record tells of one picture, as JSON values; of a failed extraction one without a score."""
+        record: Record = {"error": extraction.error, "style": {}}
         if extraction.error is not None:
             return record | dict.fromkeys(("read", "compared", "parts", "score", "error_type"))
-        reference, read = self.compared(instruction, extraction)
-        found = metric.parts(reference, read)
-        asked = instruction.style if self.style else {}
-        verdicts = styles.evaluate(asked, picture, extraction, ask)
+        reference, read = self.normalisation(instruction.text), self.normalisation(extraction.text)
+        found, asked = metric.parts(reference, read), instruction.style
+        verdicts = styles.measured(asked, picture, extraction.lines)
         return record | {
             "read": extraction.text,
             "compared": [reference, read],
             "parts": {name: round(value, 6) for name, value in found._asdict().items()},
-            "score": round(metric.typescore(found, self.weights, self.kind), 4),
+            "score": round(metric.typescore(found, self.weights), 4),
             "error_type": metric.error_type(reference, read),
             "style": {name: {"wanted": asked[name], **verdict._asdict()} for name, verdict in verdicts.items()},
         }
@@ -112,52 +95,43 @@ class TypeScore:
         """The records of some pictures; what is not in `readings` is read."""
         opened = {one.key: _open(one.picture) for one in some}
         good = {key: picture for key, picture in opened.items() if isinstance(picture, Image.Image)}
-        read = dict(zip(good, readings.through(self.extractor.extract, list(good), list(good.values()))))
-        ask: Any = getattr(self.extractor, "ask", None)
-
-        def record(one: File) -> Record:
-            def asking(questions: Sequence[str]) -> list[Extraction]:
-                keys = [one.key._replace(question=question) for question in questions]
-                return readings.through(ask, keys, [good[one.key]] * len(keys), questions)
-
-            picture, wanted = good.get(one.key), one.instruction
-            extraction = opened[one.key] if picture is None else read[one.key]
-            return {
+        read: dict[Key, Any] = opened | dict(
+            zip(good, readings.through(self.extractor, list(good), list(good.values())))
+        )
+        return [
+            {
                 "image": one.key.image,
                 "sha256": one.key.sha256,
-                "k": one.k,
-                "size": None if picture is None else picture.size,
-                "id": wanted.id,
-                "wanted": wanted.text,
-                "length_bin": wanted.length_bin,
-                "domain": wanted.domain,
-                "content": content(wanted.text),
-                **self.judge(wanted, picture, extraction, None if ask is None else asking),
+                "id": one.instruction.id,
+                "wanted": one.instruction.text,
+                "length_bin": length_bin(one.instruction.text),
+                "domain": one.instruction.domain,
+                "content": content(one.instruction.text),
+                **self.judge(one.instruction, opened[one.key], read[one.key]),
             }
+            for one in some
+        ]
 
-        return [record(one) for one in some]
-
-    # --- as the scorer of the metric `prompted` -----------------------------------------------------
+    # as the scorer of the metric `prompted`
 
     def check(self) -> None:
         """UserError for a list with mistakes, fields that are for folders, or where the extractor lacks something."""
-        for name in ("images", "out"):
-            if getattr(self, name):
-                raise UserError(
-                    f"{name}={getattr(self, name)} is for a folder of pictures, and a model draws its own; leave it out"
-                )
+        if folder := self.images or self.out:
+            raise UserError(
+                f"images and out ({folder}) are for a folder of pictures, and a model draws its own; leave them out"
+            )
         self.instructions()
-        self._ready()
+        _check(self.extractor)
 
     def prompts(self) -> dict[str, str]:
         """The instructions by their ids."""
         return {one.id: one.instruction for one in self.instructions()}
 
     def score(self, images: Mapping[str, Sequence[Image.Image]]) -> dict[str, Any]:
-        """Figures of pictures by the ids of their instructions, NaN where nothing could be read; some are drawn with what was read."""
+        """Figures of pictures by the ids of their instructions, NaN where nothing could be read."""
         instructions = self.instructions()
         some = [
-            File(picture, one, k, Key(f"{one.id}_{k}", ""))
+            File(picture, one, Key(f"{one.id}_{k}", ""))
             for one in instructions
             for k, picture in enumerate(images.get(one.id, ()))
         ]
@@ -166,35 +140,17 @@ class TypeScore:
         except Retryable as error:  # a run that trains goes on without the figures
             records = self._judged([one._replace(picture=failed(str(error))) for one in some], Readings())
         found = self.summarise(records, instructions)
-        figures = {"typescore" + end: found[key] for end, key in (("", "score"), ("_low", "low"), ("_high", "high"))}
-        figures |= {f"typescore_{name}": value for name, value in (found["parts"] | {"exact": found["exact"]}).items()}
-        if found["style"] is not None:
-            figures["typescore_style"] = found["style"]["score"]
+        figures = {"": found["score"], "_low": found["low"], "_high": found["high"], "_style": found["style"]["score"]}
+        figures |= {f"_{name}": value for name, value in (*found["parts"].items(), ("exact", found["exact"]))}
         return {
-            **{name: float("nan") if value is None else value for name, value in figures.items()},
+            **{f"typescore{name}": float("nan") if value is None else value for name, value in figures.items()},
             "typescore_read": found["read"],
             "typescore_failure": found["failures"][0]["error"] if found["failures"] else "",
             "typescore_extractor": f"{found['extractor']['name']} {found['extractor']['version']}",
             "failed": found["failed"],
-            "pictures": {"typescore": report.sheet(records, [one.picture for one in some])},
         }
 
-    def instructions(self) -> list[Instruction]:
-        """The first `limit` of the list, in its order. UserError for a text that is nothing without its punctuation."""
-        found = listed(self.wanted, self.limit)
-        for one in found:
-            if not self.normalisation(one.text):
-                raise UserError(
-                    f"instruction {one.id!r} wants {one.text!r}, which is nothing without its punctuation; leave ignore_punct "
-                    "out, or take the instruction off the list"
-                )
-        return found
-
-    def _ready(self) -> None:
-        base.need_packages("typescore", "rapidfuzz", "jinja2")
-        self.extractor.check()
-
-    # --- all of them ------------------------------------------------------------------------------
+    # of a folder
 
     def run(self) -> dict[str, Any]:
         """Reads the pictures that have not been read yet, writes records, summary and report, returns the summary.
@@ -202,8 +158,9 @@ class TypeScore:
         The readings of a stopped run are kept, and failed ones are tried again. UserError, before any picture is read:
         no folder, no picture of any instruction, one of two instructions, a list with mistakes, an `out` of another setting.
         """
-        instructions = self.instructions()
-        folder = Path(self.images)
+        from tqdm import tqdm
+
+        instructions, folder = self.instructions(), Path(self.images)
         way = "name the folder that holds {id}_{k}.png, images=DIR"
         with files.reading(f"images={self.images}", way):
             if not self.images or not folder.is_dir():
@@ -217,33 +174,37 @@ class TypeScore:
                 f"{instructions[0].id}_0.png or {instructions[0].id}.png (also .jpg, .webp)"
             )
         if lacking:
-            named = f"{', '.join(lacking[:NAMED])}{', ...' * (len(lacking) > NAMED)}"
+            named = ", ".join(lacking[:5])
             _log.warning("typescore: %d instructions have no picture and are in no mean: %s", len(lacking), named)
-        self._ready()
-        out = Path(self.out) if self.out else self._beside(folder)
-        told = [[one.id, one.text, one.pieces, one.style, one.length_bin, one.domain] for one in instructions]
-        own = {"wanted_sha256": files.sha256_of_json(told), "images": relative(folder, out), "style": self.style}
+        _check(self.extractor)
+        first = f"-first{self.limit}" if self.limit else ""  # a trial with few must not stand in the way of all
+        beside = folder.resolve().with_name(f"{folder.resolve().name}-typescore{first}")  # "." has no name
+        out = Path(self.out or os.path.relpath(beside))
+        told = [[one.id, one.text, one.style, one.domain] for one in instructions]
+        own = {"wanted_sha256": files.sha256_of_json(told), "images": relative(folder, out)}
         with claim(out, {**self.about(), **own}, "results"):
             (out / SUMMARY).unlink(missing_ok=True)  # a run that is stopped must not pass for a finished one
-            records = self._records(found, Readings(out / READINGS))
+            readings, size = Readings(out / READINGS), self.extractor.batch
+            todo = sorted(found, key=lambda one: one.key in readings)  # what failed before comes last
+            made: dict[str, Record] = {}
+            for start in tqdm(range(0, len(todo), size), unit_scale=size, disable=None):
+                made |= {record["image"]: record for record in self._judged(todo[start : start + size], readings)}
+            records = [made[one.key.image] for one in found]
             summary = self.summarise(records, instructions) | {
                 "wanted": self.wanted,
                 "images": self.images,
                 "missing": {"count": len(lacking), "ids": lacking[:10]},
                 "out": str(out),
             }
-            with files.writing(out, _WAY):
+            with files.writing(out, base.WAY):
                 files.write(out / RECORDS, b"".join(map(as_json, records)))
                 report.write(out / REPORT, summary, records, folder)
                 files.write(out / SUMMARY, as_json(summary, indent=1))
         for one in summary["failures"]:
             _log.warning("typescore: %s was not read: %s", one["image"], one["error"])
-        for key, what in (("failed", "pictures were not read"), ("unanswered", "questions of style were not answered")):
-            if summary[key]:
-                _log.warning("typescore: %d %s and are in no mean; the same command tries again", summary[key], what)
-        if summary["score"] is not None:
-            told = [summary[key] for key in ("score", "low", "high", "read")]
-            _log.info("typescore: %.1f (%.1f to %.1f) of %d pictures; see %s", *told, out / REPORT)
+        if lost := summary["failed"]:
+            _log.warning("typescore: %d pictures were not read and are in no mean; the same command tries again", lost)
+        _log.info("typescore: %s of %d pictures; see %s", summary["score"], summary["read"], out / REPORT)
         return summary
 
     def about(self) -> dict[str, Any]:
@@ -252,9 +213,8 @@ class TypeScore:
             "spec_version": metric.SPEC_VERSION,
             "extractor": describe(self.extractor),
             "normalisation": dataclasses.asdict(self.normalisation),
-            "piece_mode": self.piece_mode,
             "weights": list(self.weights),
-            "kind": self.kind,
+            **ONE_WAY,
         }
 
     def summarise(self, records: Sequence[Record], instructions: Sequence[Instruction]) -> dict[str, Any]:
@@ -263,25 +223,22 @@ class TypeScore:
         lost = [record for record in records if record["error"] is not None]
         counts = Counter(record["error_type"] for record in read)
         flat = [{"id": r["id"], **r["parts"], "exact": r["error_type"] == "none"} for r in read]
-        means = {name: list(metric.by_instruction(flat, name).values()) for name in (*metric.Parts._fields, "exact")}
-        parts_of = {name: round(statistics.fmean(values), 6) if values else None for name, values in means.items()}
+        parts = {name: metric.mean(metric.by_instruction(flat, name)) for name in (*metric.Parts._fields, "exact")}
         return {
             "metric": "typescore",
             "note": NOTE,
             **self.about(),
             **self._mean(read),
-            "exact": parts_of.pop("exact"),
-            "parts": parts_of,
+            "exact": parts.pop("exact"),
+            "parts": parts,
             "instructions": len({record["id"] for record in read}),
             "of": len(instructions),
             "read": len(read),
             "failed": len(lost),
-            "unanswered": sum(v["failed"] for record in read for v in record["style"].values()),
-            "failures": [{"image": record["image"], "error": record["error"]} for record in lost[:NAMED]],
+            "failures": [{"image": record["image"], "error": record["error"]} for record in lost[:5]],
             "error_types": {name: counts[name] for name in ("none", "spelling", "missing", "surplus")},
             "by": {name: self._by(read, name) for name in ("length_bin", "domain", "content")},
-            "style": self._style(read) if self.style else None,
-            "seconds": round(sum(record["seconds"] for record in records), 2),
+            "style": self._style(read),
             "resamples": self.resamples,
             "seed": self.seed,
         }
@@ -290,62 +247,34 @@ class TypeScore:
         return metric.mean_of(metric.by_instruction(records, key), self.resamples, self.seed)
 
     def _by(self, records: Sequence[Record], key: str) -> dict[str, Any]:
-        groups: dict[str, list[Record]] = {}
-        for record in records:
-            groups.setdefault(record[key], []).append(record)
-        return {
-            name: {**self._mean(groups[name]), "instructions": len({r["id"] for r in groups[name]})}
-            for name in sorted(groups, key=lambda name: ([int(n) for n in re.findall(r"\d+", name)] + [10**9], name))
-            if name
-        }
+        """The means of the records alike in `key`; bins of lengths in their order."""
+        found = {}
+        names = {record[key] for record in records} - {""}
+        for name in sorted(names, key=lambda name: (int("0" + re.split(r"\D", name)[0]), name)):
+            some = [record for record in records if record[key] == name]
+            found[name] = {**self._mean(some), "instructions": len({record["id"] for record in some})}
+        return found
 
     def _style(self, records: Sequence[Record]) -> dict[str, Any]:
         """Share of attributes followed in 0..100, over those evaluated."""
-        shares = [{"id": r["id"], "share": styles.share(v["followed"] for v in r["style"].values())} for r in records]
         by: dict[str, list[bool | None]] = {}
-        for attribute, verdict in (pair for record in records for pair in record["style"].items()):
-            by.setdefault(attribute, []).append(verdict["followed"])
+        for name, verdict in (pair for record in records for pair in record["style"].items()):
+            by.setdefault(name, []).append(verdict["followed"])
+        shares = [{"id": r["id"], "share": styles.share(v["followed"] for v in r["style"].values())} for r in records]
         return {
             **self._mean([one for one in shares if one["share"] is not None], "share"),
             "by": {
-                attribute: {
-                    "followed": None if (share := styles.share(followed)) is None else round(share, 4),
-                    "evaluated": len(followed) - followed.count(None),
-                    "not_evaluated": followed.count(None),
-                }
-                for attribute, followed in sorted(by.items())
+                name: {"followed": styles.share(by[name]), "evaluated": len(by[name]) - by[name].count(None)}
+                for name in sorted(by)
             },
         }
 
-    def _beside(self, folder: Path) -> Path:
-        folder = folder.resolve()  # "." has no name
-        first = f"-first{self.limit}" if self.limit else ""  # a trial with few must not stand in the way of all
-        return Path(os.path.relpath(folder.with_name(f"{folder.name}-typescore{first}")))
-
-    def _records(self, found: Sequence[File], readings: Readings) -> list[Record]:
-        """The records of all pictures in the order of `found`; what failed before is read last."""
-        from tqdm import tqdm
-
-        before = sum(readings.good(one.key) for one in found)
-        if 0 < before < len(found):
-            _log.info("typescore: %d pictures have been read before, %d are left", before, len(found) - before)
-        todo = sorted(found, key=lambda one: readings.failed(one.key))
-        size = max(int(self.extractor.batch), 1)
-        records: dict[str, Record] = {}
-        for start in tqdm(range(0, len(todo), size), unit_scale=size, disable=None):
-            records |= {record["image"]: record for record in self._judged(todo[start : start + size], readings)}
-        return [records[one.key.image] for one in found]
-
-
-# --- the parts of a run -----------------------------------------------------------------------------
-
 
 class File(NamedTuple):
-    """A picture of an instruction, here or on disk: its `k`-th, or None where its name has no number."""
+    """A picture of an instruction, here or on disk."""
 
     picture: Path | Image.Image | Extraction  # the last: why there is none
     instruction: Instruction
-    k: int | None
     key: Key
 
 
@@ -354,26 +283,24 @@ def find(folder: Path, instructions: Sequence[Instruction]) -> list[File]:
 
     UserError where a name is that of two instructions, or two files are one picture. Other files are passed over.
     """
-    known = {one.id: one for one in instructions}
-    found: dict[tuple[str, int], File] = {}
+    order = {one.id: i for i, one in enumerate(instructions)}
+    found: dict[tuple[int, int], File] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not path.is_file():
             continue
         number = re.fullmatch(r"(.+)_(\d{1,9})", path.stem, re.ASCII | re.DOTALL)
-        meant = [(path.stem, -1)] if path.stem in known else []
-        if number is not None and number[1] in known:
-            meant.append((number[1], int(number[2])))
+        meant = [(order[path.stem], -1)] if path.stem in order else []
+        if number is not None and number[1] in order:
+            meant.append((order[number[1]], int(number[2])))
         twice = [found[one].key.image for one in meant if one in found]
         if len(meant) > 1 or twice:
             raise UserError(
                 f"images: {path.name} is a picture of two instructions, or {', '.join(twice) or 'another'} is the same picture of one; "
                 "give ids of which none is another's with _ and a number behind, and number pictures {id}_{k}"
             )
-        for name, k in meant:
-            key = Key(path.name, files.sha256_of_file(path) or "")
-            found[name, k] = File(path, known[name], None if k < 0 else k, key)
-    order = {one.id: i for i, one in enumerate(instructions)}
-    return [found[one] for one in sorted(found, key=lambda one: (order[one[0]], one[1]))]
+        for one in meant:
+            found[one] = File(path, instructions[one[0]], Key(path.name, files.sha256_of_file(path) or ""))
+    return [found[one] for one in sorted(found)]
 
 
 def _open(picture: Path | Image.Image | Extraction) -> Image.Image | Extraction:
@@ -388,13 +315,9 @@ def _open(picture: Path | Image.Image | Extraction) -> Image.Image | Extraction:
         return failed(f"{picture.name} cannot be opened ({type(error).__name__}: {error})")
 
 
-def _lines(extraction: Extraction) -> list[str]:
-    """What was read, line by line: boxes in the order of reading, or the rows of an answer."""
-    if extraction.lines:
-        return [line.text for row in base.reading_order(extraction.lines) for line in row]
-    if not extraction.text or not extraction.raw:
-        return [extraction.text]
-    return [clean(row) for row in extraction.raw.splitlines() if not row.lstrip().startswith("```")]
+def _check(extractor: TextExtractor) -> None:
+    base.need_packages("typescore", "rapidfuzz", "jinja2")
+    extractor.check()
 
 
 def relative(folder: Path, out: Path) -> str:
@@ -414,20 +337,14 @@ def claim(out: Path, setting: Mapping[str, Any], what: str) -> Iterator[None]:
     UserError where it is another's or in use.
     """
     setting = json.loads(json.dumps(setting))
-    file = out / SETTING
     with contextlib.ExitStack() as held:
-        with files.writing(out, _WAY):
-            out.mkdir(parents=True, exist_ok=True)
-            held.enter_context(files.locked(out, f"out={out}", "name another folder with out=FOLDER"))
-            if not file.exists():
+        with files.writing(out, base.WAY):
+            held.enter_context(files.held(out, f"out={out}", "name another folder with out=FOLDER"))
+            if not (out / SETTING).exists():
                 if files.names(out):
                     raise UserError(f"out={out} is no folder of {what}; name a new or an empty one with out=FOLDER")
-                files.write(file, json.dumps(setting, indent=1) + "\n")
-            data = file.read_bytes()
-        try:
-            apart = files.differences(json.loads(data), setting)
-        except ValueError:
-            raise UserError(f"{file} is damaged; name another folder with out=FOLDER, or remove this one") from None
+                files.write(out / SETTING, json.dumps(setting, indent=1) + "\n")
+            apart = files.differences(json.loads((out / SETTING).read_bytes()), setting)
         if apart:
             raise UserError(
                 f"out={out} holds {what} of another setting ({'; '.join(map(base.shorten, apart[:3]))}); name another folder with "

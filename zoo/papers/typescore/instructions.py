@@ -18,13 +18,20 @@ from zoo.files import reading
 SHIPPED = "typeinst_synth"  # the name of the list that comes with this package
 BINS = ((1, 3), (4, 8), (9, 16), (17, 30))  # words of the text; what is longer is "31+"
 
-# Quoted text
-
-_CLOSING = {'"': '"', "“": "”", "„": "“”", "«": "»", "'": "'", "‘": "’", "‚": "‘’", "‹": "›"}
-_NESTING = "“„«"
-_BY = re.compile(r"\s*[xX×]\s*\d")  # between the two sides of a size: 24"x36"
 # within a word; the '90s, give 'em; rock 'n' roll
 _APOSTROPHES = re.compile(r"(?<=\w)['’‘](?=\w)|(?<!\w)['’‘](?=\d0s\b|em\b)|(?<!\w)['’‘]n['’](?!\w)", re.IGNORECASE)
+_QUOTED = re.compile(
+    r"""(?<=\d)"(?:(?![^\W_])|(?=\s*[xX×]\s*\d))  # inches, which quote nothing: 12", 24"x36"
+    | "([^"]*)"
+    | “((?:[^“”]|“[^“”]*”)*)”
+    | „((?:[^„“”]|„[^„“”]*[“”])*)[“”]
+    | «((?:[^«»]|«[^«»]*»)*)»
+    | ‹([^›]*)›
+    | ‚(.*?)[‘’](?![^\W_])
+    | (?<![^\W_])‘(?=\S)(.*?)’(?![^\W_])
+    | (?<![^\W_])'(?=\S)(.*?)'(?![^\W_])""",
+    re.VERBOSE | re.DOTALL,
+)
 
 
 def quoted(text: str) -> list[str]:
@@ -35,58 +42,21 @@ def quoted(text: str) -> list[str]:
     partner is missing is no quote, nor is an inch sign (12", 24"x36").
     """
     marks = _APOSTROPHES.sub(lambda found: "_" * len(found[0]), text)  # places in it are places in the text
-    pieces = []
-    at = 0
-    while at < len(marks):
-        end = _end(marks, at)
-        if end is None:
-            at += 1
-            continue
-        pieces.append(text[at + 1 : end].strip())
-        at = end + 1
-    return [piece for piece in pieces if piece]
+    found = [text[slice(*one.span(one.lastindex))].strip() for one in _QUOTED.finditer(marks) if one.lastindex]
+    return [piece for piece in found if piece]
 
 
-def _end(marks: str, start: int) -> int | None:
-    """Where the quote ends that begins at `start`; None where none begins there or it never ends."""
-    mark = marks[start]
-    before, after = marks[start - 1 : start], marks[start + 1 : start + 2]
-    if mark not in _CLOSING:
-        return None
-    if mark == '"' and before.isdigit() and (not after.isalnum() or _BY.match(marks, start + 1)):
-        return None  # inches
-    if mark in "'‘" and (before.isalnum() or not after.strip()):
-        return None
-    depth = 1
-    for at in range(start + 1, len(marks)):
-        if marks[at] in _CLOSING[mark]:
-            if marks[at] in "'’‘" and marks[at + 1 : at + 2].isalnum():
-                continue  # this one opens
-            depth -= 1
-            if not depth:
-                return at
-        elif marks[at] == mark and mark in _NESTING:
-            depth += 1
-    return None
-
-
-# Records
-
-_NAME = re.compile(
-    r"[^\s./\\:*?\"<>|\x00-\x1f]([^/\\:*?\"<>|\x00-\x1f]*[^\s/\\:*?\"<>|\x00-\x1f])?"
-)  # of an image file
+_NAME = re.compile(r"[\w-][^/\\\x00-\x1f]*")  # of an image file
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One image's task: `text` is what it must show, `pieces` its quoted parts, `length_bin` its number of words."""
+    """One image's task: `text` is what it must show."""
 
     id: str
     instruction: str
     text: str
-    pieces: tuple[str, ...] = ()
     style: dict[str, str] = field(default_factory=dict)
-    length_bin: str = ""
     domain: str = ""
 
 
@@ -96,9 +66,7 @@ class _Given(msgspec.Struct):
     id: str | int
     instruction: str | None = None
     text: str | None = None
-    pieces: tuple[str, ...] | None = None
     style: dict[str, str] | None = None
-    length_bin: str | None = None
     domain: str | None = None
 
 
@@ -120,9 +88,8 @@ def content(text: str) -> str:
 def listed(wanted: str, limit: int = 0) -> list[Instruction]:
     """The instructions of a file of JSON lines, or of `SHIPPED`; the first `limit` of them, or all for 0.
 
-    An object has "id" and "instruction", and may have "text", "pieces" (of the text, in any order), "style", "length_bin"
-    and "domain". A given "text" wins over what is quoted in the instruction, and needs no instruction. UserError names
-    the file, the line and what is wrong with it.
+    An object has "id" and "instruction", and may have "text", "style" and "domain". A given "text" wins over what is quoted
+    in the instruction, and needs no instruction. UserError names the file, the line and what is wrong with it.
     """
     path = Path(wanted)
     if wanted == SHIPPED and not path.is_file():
@@ -149,17 +116,7 @@ def _instruction(line: str, where: str) -> Instruction:
     name, instruction = str(given.id), given.instruction or ""
     if not _NAME.fullmatch(name):
         raise UserError(f"{where}: id {name!r:.80} cannot begin a file's name; use letters, digits, - and _")
-    quotes = tuple(quoted(instruction))
-    text = given.text or " ".join(quotes)
+    text = given.text or " ".join(quoted(instruction))
     if not text.strip():
         raise UserError(f'{where}: the instruction of {name!r} quotes no text; quote it as "...", or give it as text')
-    # the quoted texts, if it is they that make up the text; else the text as one piece
-    pieces = quotes if " ".join(quotes).split() == text.split() else (text,)
-    if given.pieces is not None:
-        pieces = given.pieces
-        if sorted(" ".join(pieces).split()) != sorted(text.split()):
-            raise UserError(
-                f"{where}: pieces {list(pieces)!r:.80} do not hold the words of the text {text!r:.80}; leave them out, or cut it"
-            )
-    binned = given.length_bin or length_bin(text)
-    return Instruction(name, instruction, text, pieces, given.style or {}, binned, given.domain or "")
+    return Instruction(name, instruction, text, given.style or {}, given.domain or "")

@@ -18,10 +18,7 @@ import numpy as np
 from zoo.errors import UserError
 
 SPEC_VERSION = "1"  # of everything that changes a score: compare no two that differ in it
-Kind: TypeAlias = Literal["similarity", "dissimilarity"]
 ErrorType: TypeAlias = Literal["none", "spelling", "missing", "surplus"]
-
-# Normalisation
 
 _SINGLE = "`´‘’‚‛′‵‹›ʼ"
 _DOUBLE = "“”„‟«»″‶〝〞〟"
@@ -52,9 +49,6 @@ class Normalisation:
         if self.ignore_punct:
             text = _plain("".join(c for c in text if not unicodedata.category(c).startswith("P")))
         return " ".join(text.split())
-
-
-# The three parts
 
 
 class Parts(NamedTuple):
@@ -96,33 +90,25 @@ def local(a: str, b: str) -> int:
     return best
 
 
-def typescore(parts: Parts, weights: Sequence[float] = (1, 1, 1), kind: Kind = "similarity") -> float:
-    """The weighted mean of NED, NLCS and SW in 0..100; "dissimilarity" is 100 less that. UserError for weights that make none."""
+def typescore(parts: Parts, weights: Sequence[float] = (1, 1, 1)) -> float:
+    """The weighted mean of NED, NLCS and SW in 0..100. UserError for weights that make none."""
     if not math.isfinite(sum(weights)) or sum(weights) <= 0:
         raise UserError(
             f"weights={tuple(weights)} must not all be 0; give numbers for NED, NLCS and SW, such as (1, 1, 1)"
         )
     score = 100 * float(np.dot(parts, weights)) / sum(weights)
-    return min(max(score if kind == "similarity" else 100 - score, 0.0), 100.0)  # rounding may leave the range
+    return min(max(score, 0.0), 100.0)  # rounding may leave the range
 
 
-# Telling errors apart
+def align(reference: str, read: str) -> list[tuple[str, str, str]]:
+    """The stretches that make `read` of `reference` by the fewest edits, in order: what is done, and both sides' text.
 
-
-class Segment(NamedTuple):
-    """A stretch of an alignment: "equal", "replace", "insert" (`reference` is "") or "delete" (`read` is "")."""
-
-    op: str
-    reference: str
-    read: str
-
-
-def align(reference: str, read: str) -> list[Segment]:
-    """The segments that make `read` of `reference` by the fewest edits; joined, each side gives its text."""
+    It is "equal", "replace", "insert" (the reference has "") or "delete" (what was read has "").
+    """
     from rapidfuzz.distance import Levenshtein
 
     return [
-        Segment(op.tag, reference[op.src_start : op.src_end], read[op.dest_start : op.dest_end])
+        (op.tag, reference[op.src_start : op.src_end], read[op.dest_start : op.dest_end])
         for op in Levenshtein.opcodes(reference, read)
     ]
 
@@ -141,44 +127,10 @@ def error_type(reference: str, read: str) -> ErrorType:
     if sw - ned > 0.2 + 1e-9:  # 0.9 - 0.7 is above 0.2 in floating point
         return "surplus"
     if 10 * len(read) < 7 * len(reference):
-        right = sum(len(segment.read) for segment in align(reference, read) if segment.op == "equal")
+        right = sum(len(same) for op, same, _ in align(reference, read) if op == "equal")
         if 20 * right >= 19 * len(read):
             return "missing"
     return "spelling"
-
-
-def assign(pieces: Sequence[str], reads: Sequence[str]) -> list[str]:
-    """Lines that were read in the order of the pieces that were asked for, whatever their order in the image.
-
-    The result has one text for each of `pieces` ("" where nothing fits), then the lines that fit none: joined by spaces
-    without the empty ones, it is what to compare with the joined pieces. First each piece gets at most one line, such
-    that the local scores (see `Parts`) have the greatest sum. Then, line by line, a piece takes a further one where
-    that raises its score: pieces may be wrapped.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    lines = [line for line in reads if line]
-    if not pieces or not lines:
-        return ["" for _ in pieces] + lines
-    fit = np.array([[local(piece, line) for line in lines] for piece in pieces])
-    taken: list[list[int]] = [[] for _ in pieces]
-    for piece, line in zip(*linear_sum_assignment(fit, maximize=True)):
-        if fit[piece, line]:
-            taken[piece].append(line)
-    best = np.array([fit[i, group[0]] if group else 0 for i, group in enumerate(taken)])
-    surplus = []
-    for line in sorted(set(range(len(lines))) - {line for group in taken for line in group}):
-        tried = [sorted([*group, line]) for group in taken]
-        fits = np.array([local(piece, " ".join(lines[i] for i in group)) for piece, group in zip(pieces, tried)])
-        piece = int((fits - best).argmax())
-        if fits[piece] > best[piece]:
-            taken[piece], best[piece] = tried[piece], fits[piece]
-        else:
-            surplus.append(lines[line])
-    return [" ".join(lines[i] for i in group) for group in taken] + surplus
-
-
-# Over an instruction set
 
 
 def by_instruction(records: Iterable[Mapping[str, Any]], key: str = "score") -> dict[str, float]:
@@ -187,6 +139,11 @@ def by_instruction(records: Iterable[Mapping[str, Any]], key: str = "score") -> 
     for record in records:
         found.setdefault(record["id"], []).append(float(record[key]))
     return {name: float(np.mean(found[name])) for name in sorted(found)}
+
+
+def mean(scores: Mapping[str, float]) -> float | None:
+    """The mean over instructions; None where there are none."""
+    return round(float(np.mean(list(scores.values()))), 6) if scores else None
 
 
 def mean_of(scores: Mapping[str, float], resamples: int = 1000, seed: int = 0) -> dict[str, float | None]:

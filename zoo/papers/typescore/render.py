@@ -214,9 +214,6 @@ class Render:
         return {"pictures": len(instructions) * self.each, "instructions": len(instructions), "out": str(out)}
 
 
-# --- faults ---------------------------------------------------------------------------------------
-
-
 def _share(n: int, share: float, rng: np.random.Generator) -> list[int]:
     """`share` of the places 0..n-1, rounded up or down by chance; a larger share with the same generator holds a smaller one's."""
     rounding = rng.random()
@@ -246,9 +243,6 @@ def drawn_style(asked: Mapping[str, str], skill: float, rng: np.random.Generator
         else:
             found[attribute] = others[int(which * len(others))]
     return found
-
-
-# --- layout ---------------------------------------------------------------------------------------
 
 
 def _draw(
@@ -357,9 +351,6 @@ def _block(
     return image
 
 
-# --- fonts ----------------------------------------------------------------------------------------
-
-
 def _face(style: Mapping[str, str], text: str, choice: float) -> Callable[[int], Font]:
     """The face of a style as a function of the size in pixels; another of our own where it lacks a character of the text."""
     names = _FACES[style["font"], style["weight"]]
@@ -392,9 +383,6 @@ def _shows(name: str, character: str) -> bool:
     """Whether a face has a character: one it lacks is drawn as one that no face has."""
     font = _font(name, 24)
     return bytes(font.getmask(character)) != bytes(font.getmask("\U0010fffe"))
-
-
-# --- materials ------------------------------------------------------------------------------------
 
 
 def _surface(material: str, ink: np.ndarray, texture: bool, size: int, rng: np.random.Generator) -> np.ndarray:

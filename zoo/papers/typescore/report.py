@@ -1,4 +1,4 @@
-"""What people look at: one HTML page with every picture, what was wanted and what was read; a sheet; tables as Markdown.
+"""What people look at: one HTML page with every picture, what was wanted and what was read; tables as Markdown.
 
 The page needs nothing but itself, loads nothing, and reads without JavaScript, which only sorts and filters. All that comes from
 outside (texts, names, what an extractor said) is escaped by the template, and the page's policy lets no script run but its own.
@@ -15,12 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from zoo import files
 from zoo.papers.typescore.extractors.base import flat
 from zoo.papers.typescore.metric import align
-from zoo.papers.typescore.render import wrap
 from zoo.papers.typescore.style import share
 
 _THUMB, _QUALITY = 288, 72  # pixels of the longer side; of a JPEG
@@ -72,27 +71,6 @@ def thumbnail(path: Path) -> str:
     except Exception:  # its record says what is wrong with it
         return ""
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-def sheet(records: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> Image.Image:
-    """The first 16 images, each with its score, what was wanted and what was read below it."""
-    font: Any = ImageFont.load_default(13)
-    side, line, lines = 224, 16, 6
-    some = list(zip(records, images))[:16]
-    columns = min(len(some), 4) or 1
-    high = side + line * (lines + 1)
-    page = Image.new("RGB", ((side + 12) * columns + 12, high * (-(-len(some) // columns)) + 12), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (record, image) in enumerate(some):
-        x, y = 12 + (side + 12) * (i % columns), 12 + high * (i // columns)
-        small = image.convert("RGB").resize((side, side * image.height // image.width), Image.Resampling.LANCZOS)
-        page.paste(small.crop((0, 0, side, side)), (x, y))
-        read = f"not read: {record['error']}" if record["error"] is not None else f"read: {record['read']}"
-        score = "–" if record["score"] is None else f"{record['score']:.1f}"
-        for half, text in enumerate((f"{score}, wanted: {record['wanted']}", read)):
-            rows = wrap("".join(c if c.isprintable() else " " for c in text), font, side)[: lines // 2]
-            draw.text((x, y + side + line * half * lines // 2), "\n".join(rows), "#2d3036" if half else "#606670", font)
-    return page
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,7 +1,6 @@
 """Whether a text is drawn in the style that was asked for, told apart from what it says.
 
-With boxes of the text that was found, colour, case and placement are measured. A model that sees is asked about the other
-attributes, a question each, without a word of what the text should be. What neither can tell counts in no mean.
+With boxes of the text that was found, colour, case and placement are measured. What boxes do not tell counts in no mean.
 """
 
 from __future__ import annotations
@@ -9,53 +8,25 @@ from __future__ import annotations
 import contextlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor
 
-from zoo.papers.typescore.extractors.base import Extraction, Line, flat
+from zoo.papers.typescore.extractors.base import Line, flat
 from zoo.papers.typescore.render import COLOURS
 
 NEAR = 25.0  # Delta E (CIE 1976) up to which an ink is of a named colour
 _SAME = "covwxszukpCOVWXSZUKPIl"  # letters that look like one of the other case: readers mix these up
 _SHORTEST, _LONGEST = 3, 640  # pixels of a box's sides that are looked at
-_UNKNOWN = "not evaluated: neither boxes nor a model tell"
-_QUESTIONS = {
-    "font": "Is the text in this image drawn in a {value} typeface?",
-    "colour": "Are the letters of the text in this image {value}?",
-    "weight": "Is the text in this image drawn in {value} letters?",
-    "case": "Is all of the text in this image written in {value}?",
-    "placement": "Is the text placed in the {value} of this image?",
-    "material": "Is the text in this image drawn on {value}?",
-}
-_OTHER = "Is this true of the text in this image: its {attribute} is {value}?"
 
 
 class Verdict(NamedTuple):
-    """Whether one attribute was followed, None where that was not evaluated; and what was seen, or why not."""
+    """Whether one attribute was followed, None where that was not evaluated; and what was seen."""
 
     followed: bool | None
     found: str
-    failed: bool = False  # whether a question was asked and the call failed: asking again may tell
-
-
-def questions(style: Mapping[str, str]) -> dict[str, str]:
-    """Attribute -> the question that a model which sees is asked. The wanted text is never told."""
-    return {
-        attribute: _QUESTIONS.get(attribute, _OTHER).format(attribute=attribute, value=value) + " Answer yes or no."
-        for attribute, value in style.items()
-    }
-
-
-def answered(answer: Extraction) -> Verdict:
-    """The verdict in an answer: it begins with yes or no. A failed call evaluates nothing."""
-    said = " ".join(answer.text.split())[:60]
-    found = re.match(r"\W*(yes|no)\b", said, re.IGNORECASE)
-    if found is None:
-        return Verdict(None, f"not evaluated: {answer.error or said}", failed=answer.error is not None)
-    return Verdict(found[1].lower() == "yes", said)
 
 
 def measured(style: Mapping[str, str], picture: Image.Image, lines: Sequence[Line]) -> dict[str, Verdict]:
@@ -74,25 +45,7 @@ def measured(style: Mapping[str, str], picture: Image.Image, lines: Sequence[Lin
     found = {}
     for attribute, value in style.items():
         verdict = tell[attribute](value.strip().lower()) if lines and attribute in tell else None
-        found[attribute] = verdict or Verdict(None, _UNKNOWN)
-    return found
-
-
-def evaluate(
-    style: Mapping[str, str],
-    picture: Image.Image,
-    extraction: Extraction,
-    ask: Callable[[Sequence[str]], Sequence[Extraction]] | None = None,
-) -> dict[str, Verdict]:
-    """A verdict for each attribute: measured where boxes tell, otherwise by asking a model about the picture, if `ask` does.
-
-    Where no text was read, nothing is asked. Errors of single questions are verdicts that evaluate nothing.
-    """
-    found = measured(style, picture, extraction.lines)
-    asked = questions({name: style[name] for name, verdict in found.items() if verdict.followed is None})
-    if asked and ask is not None and extraction.text.strip():
-        answers = ask(list(asked.values()))
-        found |= {attribute: answered(answer) for attribute, answer in zip(asked, answers, strict=True)}
+        found[attribute] = verdict or Verdict(None, "not evaluated: boxes do not tell")
     return found
 
 
@@ -100,9 +53,6 @@ def share(followed: Iterable[bool | None]) -> float | None:
     """Of the attributes that were evaluated, how many were followed, in 0..100; None where none was."""
     known = [one for one in followed if one is not None]
     return 100 * sum(known) / len(known) if known else None
-
-
-# --- measures -------------------------------------------------------------------------------------
 
 
 def lab(colours: Any) -> np.ndarray:

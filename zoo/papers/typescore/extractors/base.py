@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +34,7 @@ class Line:
     """A piece of text found in an image."""
 
     text: str
-    box: (
-        Box  # corners top left, top right, bottom right, bottom left as the text is read: (x, y) in pixels, y downwards
-    )
+    box: Box  # corners top left, top right, bottom right, bottom left as the text is read: (x, y) in pixels, y down
     score: float  # the reader's confidence, 0 to 1
 
 
@@ -47,8 +44,6 @@ class Extraction:
 
     text: str
     lines: tuple[Line, ...] = ()  # in the reader's own order; empty where it gives no boxes
-    raw: str | None = None  # an answer as it came
-    seconds: float = 0.0
     error: str | None = None
 
 
@@ -57,10 +52,7 @@ Keep: TypeAlias = Callable[[int, Extraction], object]  # is told of the i-th ima
 
 @runtime_checkable
 class TextExtractor(Protocol):
-    """Reads the text in images. Implementations are frozen dataclasses of plain values, so that configs may name them.
-
-    One that answers questions as well has `ask(images, questions, keep)`, the answers as they come.
-    """
+    """Reads the text in images. Implementations are frozen dataclasses of plain values, so that configs may name them."""
 
     name: ClassVar[str]
 
@@ -101,21 +93,15 @@ def need_packages(what: str, *packages: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError:
-            raise UserError(
-                f"{what} needs the package {package}, which is not installed; install the extra `typescore` "
-                '(pip install -e ".[typescore]")'
-            ) from None
-
-
-# --- readings on disk -----------------------------------------------------------------------------
+            way = 'install the extra `typescore` (pip install -e ".[typescore]")'
+            raise UserError(f"{what} needs the package {package}, which is not installed; {way}") from None
 
 
 class Key(NamedTuple):
-    """What was read: a picture's name, the digest of its content, and what was asked about it ("" for its text)."""
+    """What was read: a picture's name and the digest of its content."""
 
     image: str
     sha256: str
-    question: str = ""
 
 
 class _Entry(msgspec.Struct):
@@ -138,11 +124,11 @@ class Readings:
                 entry = msgspec.json.decode(line, type=_Entry)
                 self._found[entry.key] = entry.extraction
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._found
+
     def good(self, key: Key) -> bool:
         return key in self._found and self._found[key].error is None
-
-    def failed(self, key: Key) -> bool:
-        return key in self._found and not self.good(key)
 
     def put(self, key: Key, one: Extraction) -> None:
         self._found[key] = one
@@ -151,20 +137,13 @@ class Readings:
             with writing(self.path, WAY), open(self.path, "ab", buffering=0) as file:
                 file.write(entry)
 
-    def through(
-        self, read: Callable[..., list[Extraction]], keys: Sequence[Key], *columns: Sequence[Any]
-    ) -> list[Extraction]:
-        """What `read`, an extractor's `extract` or `ask`, gives of these columns; it is called for what is not there."""
+    def through(self, extractor: TextExtractor, keys: Sequence[Key], images: Sequence[Image.Image]) -> list[Extraction]:
+        """What the extractor gives of these images; it reads those that are not there."""
         todo = [i for i, key in enumerate(keys) if not self.good(key)]
         if todo:
-            found = read(
-                *([column[i] for i in todo] for column in columns), keep=lambda j, one: self.put(keys[todo[j]], one)
-            )
-            self._found |= {keys[i]: one for i, one in zip(todo, found, strict=True)}
+            read = extractor.extract([images[i] for i in todo], lambda j, one: self.put(keys[todo[j]], one))
+            self._found |= {keys[i]: one for i, one in zip(todo, read, strict=True)}
         return [self._found[key] for key in keys]
-
-
-# --- pictures and errors --------------------------------------------------------------------------
 
 
 def flat(image: Image.Image) -> Image.Image:
@@ -174,9 +153,7 @@ def flat(image: Image.Image) -> Image.Image:
     """
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # Pillow would make white of all shades above 255
-        raise ValueError(
-            f"the image has mode {image.mode}, whose black and white are not known; save it as RGB or as 8-bit grey"
-        )
+        raise ValueError(f"black and white of mode {image.mode} are not known; save it as RGB or as 8-bit grey")
     if not image.has_transparency_data:
         return image.convert("RGB")
     over = image.convert("RGBA")
@@ -187,8 +164,7 @@ def flat(image: Image.Image) -> Image.Image:
 
 def shorten(text: str) -> str:
     """One line of at most `LONGEST` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+    return " ".join(text.split())[:LONGEST]
 
 
 def failed(error: BaseException | str) -> Extraction:
@@ -199,21 +175,16 @@ def failed(error: BaseException | str) -> Extraction:
 def each(
     images: Sequence[Image.Image], read: Callable[[Image.Image], Extraction], keep: Keep | None
 ) -> list[Extraction]:
-    """`read` on one image after another, timed; what it raises becomes that image's error."""
+    """`read` on one image after another; what it raises becomes that image's error."""
     found = []
     for i, image in enumerate(images):
-        start = time.perf_counter()
         try:
-            one = read(flat(image))
+            found.append(read(flat(image)))
         except Exception as error:
-            one = failed(error)
-        found.append(dataclasses.replace(one, seconds=round(time.perf_counter() - start, 4)))
+            found.append(failed(error))
         if keep is not None:
             keep(i, found[-1])
     return found
-
-
-# --- order of reading -----------------------------------------------------------------------------
 
 
 def reading_order(lines: Sequence[Line]) -> list[list[Line]]:
@@ -229,7 +200,9 @@ def reading_order(lines: Sequence[Line]) -> list[list[Line]]:
     boxes = np.array([line.box for line in lines], dtype=float)  # [N, 4, 2]
     across = (boxes[:, 1] - boxes[:, 0] + boxes[:, 2] - boxes[:, 3]) / 2
     down = (boxes[:, 3] - boxes[:, 0] + boxes[:, 2] - boxes[:, 1]) / 2
-    theta = _median_angle(np.arctan2(across[:, 1], across[:, 0]), np.hypot(*across.T))
+    angles, widths = np.arctan2(across[:, 1], across[:, 0]), np.hypot(*across.T) + 1e-9
+    order = np.argsort(angles)
+    theta = float(angles[order][np.searchsorted(np.cumsum(widths[order]), widths.sum() / 2)])
     x, y = boxes.mean(axis=1).T
     cos, sin = math.cos(theta), math.sin(theta)
     x, y = cos * x + sin * y, cos * y - sin * x
@@ -242,16 +215,6 @@ def reading_order(lines: Sequence[Line]) -> list[list[Line]]:
         else:
             rows.append([i])
     return [[lines[i] for i in sorted(row, key=lambda i: x[i])] for row in rows]
-
-
-def _median_angle(angles: np.ndarray, weights: np.ndarray) -> float:
-    """Weighted median of angles in radians, unwrapped around their mean: of texts upside down some have π, some -π."""
-    weights = weights + 1e-9
-    mean = np.angle(np.sum(weights * np.exp(1j * angles)))
-    apart = np.angle(np.exp(1j * (angles - mean)))
-    order = np.argsort(apart, kind="stable")
-    middle = int(np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2))
-    return float(mean + apart[order[min(middle, len(order) - 1)]])
 
 
 _HYPHENS = ("-", "\u2010", "\u00ad")

@@ -14,7 +14,6 @@ import email.utils
 import functools
 import html
 import io
-import itertools
 import json
 import logging
 import os
@@ -22,8 +21,8 @@ import random
 import re
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -39,11 +38,8 @@ from zoo.papers.typescore.extractors.base import REVISION, Extraction, Keep, asi
 _log = logging.getLogger("zoo")
 _GIVE_UP = 8  # images in a row by whose failure the endpoint counts as out of order
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds before another try that the server has not asked for
-_LARGEST, _ERROR_LARGEST, _ERROR_S = (
-    4_000_000,
-    1 << 16,
-    5.0,
-)  # bytes of an answer; of one that tells of an error, and its time
+_LARGEST = 4_000_000  # bytes of an answer
+_ERROR_LARGEST, _ERROR_S = 1 << 16, 5.0  # bytes and seconds of one that tells of an error
 _ADDRESS = re.compile(r"https?://(\[[\da-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[^\s?#@]*)?", re.ASCII | re.IGNORECASE)
 _AGAIN = {408, 425, 429}  # and 5xx
 _SHUT = {401, 403}  # no other image will be let in either
@@ -86,9 +82,7 @@ class Http:
 
     base_url: str = ""  # up to /chat/completions, such as http://127.0.0.1:8000/v1
     model: str = ""  # as the endpoint calls it
-    api_key_env: str = aside(
-        ""
-    )  # the NAME of the environment variable that holds the key; empty where none is asked for
+    api_key_env: str = aside("")  # the NAME of the environment variable that holds the key; empty where none is needed
     max_tokens: Count = 512  # of an answer
     temperature: NonNegative | None = 0.0  # None where the endpoint refuses to be told
     token_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # what the endpoint calls that limit
@@ -99,12 +93,6 @@ class Http:
 
     name: ClassVar[str] = "http"
     prompt: ClassVar[str] = PROMPT
-    replaced: ClassVar[dict[str, str]] = {
-        "backoff_s": "waits grow from a second, or are what the server asks for; set retries and total_s",
-        "longest_wait_s": "waits grow to half a minute, or are what the server asks for; set retries and total_s",
-        "give_up": "after eight failures in a row the run stops with exit code 3, and the same command goes on",
-        "max_bytes": "answers may have 4 MB; set max_tokens",
-    }
 
     def __post_init__(self) -> None:
         check_fields(self, f"extractor {self.name}: ")
@@ -132,24 +120,13 @@ class Http:
         base.need_packages("extractor http", "aiohttp")
         if not self.base_url or not self.model:
             raise UserError(
-                "extractor http: base_url and model must be given: where the endpoint is, and its name of the model"
+                "extractor http: base_url and model must be given: where the endpoint is, and its model's name"
             )
         _key(self.api_key_env)
 
     def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
-        return self._all(images, [PROMPT] * len(images), clean, keep)
-
-    def ask(
-        self, images: Sequence[Image.Image], questions: Sequence[str], keep: Keep | None = None
-    ) -> list[Extraction]:
-        """A question on each image; the answers as they come."""
-        return self._all(images, questions, str.strip, keep)
-
-    def _all(
-        self, images: Any, questions: Sequence[str], cleaned: Callable[[str], str], keep: Keep | None
-    ) -> list[Extraction]:
         self.check()
-        work = self._together(images, questions, cleaned, keep, _key(self.api_key_env))
+        work = self._together(images, keep, _key(self.api_key_env))
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -162,62 +139,51 @@ class Http:
         """How images failed by the endpoint since the last that was read, over all calls."""
         return []
 
-    async def _together(
-        self, images: Any, questions: Sequence[str], cleaned: Callable[[str], str], keep: Keep | None, key: str
-    ) -> list[Extraction]:
+    async def _together(self, images: Sequence[Image.Image], keep: Keep | None, key: str) -> list[Extraction]:
         import aiohttp
 
         gate = asyncio.Semaphore(self.threads)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": "zoo-typescore"}
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
-        limit = aiohttp.ClientTimeout(
-            total=None, sock_connect=None
-        )  # one clock for the whole of a try: `asyncio.timeout`
+        limit = aiohttp.ClientTimeout(total=None, sock_connect=None)  # `asyncio.timeout` is the clock of a try
         session = aiohttp.ClientSession(headers=headers, timeout=limit, trust_env=True, auto_decompress=False)
 
-        async def one(i: int) -> tuple[int, Extraction, bool]:
-            """The reading, and whether that it failed is about the endpoint."""
+        async def one(i: int) -> Extraction:
             async with gate:
-                start, theirs, answer = time.monotonic(), False, ""
+                theirs = False
                 try:
-                    answer = await self._tries(session, self._body(images[i], questions[i]), key)
-                    found = Extraction(cleaned(answer), raw=answer)
+                    found = Extraction(clean(await self._tries(session, self._body(images[i]), key)))
                 except _Fault as fault:
-                    found, theirs = failed(str(fault)), fault.theirs
+                    found, theirs = failed(fault.head), fault.theirs
                 except Exception as error:  # a broken image, or a fault nobody thought of: no image may stop the others
                     found = failed(_without(f"{type(error).__name__}: {error}", key))
-                return i, replace(found, seconds=round(time.monotonic() - start, 4)), theirs
+                if keep is not None:
+                    keep(i, found)
+                if found.error is None:
+                    self._lost.clear()
+                elif theirs:  # failures of other kinds, such as a broken image, tell nothing of the endpoint
+                    self._lost.append(found.error)
+                if len(self._lost) >= _GIVE_UP:
+                    raise Retryable(
+                        f"the endpoint failed {_GIVE_UP} images in a row, the last by: {self._lost.pop()}; what was read is kept: "
+                        "see to the endpoint, and the same command goes on"
+                    )
+                return found
 
-        found: dict[int, Extraction] = {}
         async with session:
             tasks = [asyncio.create_task(one(i)) for i in range(len(images))]
             try:
-                for done in asyncio.as_completed(tasks):
-                    i, found[i], theirs = await done
-                    if keep is not None:
-                        keep(i, found[i])
-                    if found[i].error is None:
-                        self._lost.clear()
-                    elif theirs:  # failures of other kinds, such as a broken image, tell nothing of the endpoint
-                        self._lost.append(str(found[i].error))
-                    if len(self._lost) >= _GIVE_UP:
-                        raise Retryable(
-                            f"the endpoint failed {_GIVE_UP} images in a row, the last by: {self._lost.pop()}; what was read is kept: "
-                            "see to the endpoint, and the same command goes on"
-                        )
+                return await asyncio.gather(*tasks)
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-        return [found[i] for i in range(len(images))]
 
-    def _body(self, image: Image.Image, question: str) -> bytes:
+    def _body(self, image: Image.Image) -> bytes:
         png = io.BytesIO()
-        base.flat(image).save(
-            png, "png"
-        )  # Pillow does not hand on the text chunks, so what is wanted does not go along
+        base.flat(image).save(png, "png")  # Pillow leaves the text chunks out, so what is wanted does not go along
         url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-        content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
+        content = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": url}}]
         asked: dict[str, Any] = {"model": self.model, self.token_field: self.max_tokens}
         if self.temperature is not None:
             asked["temperature"] = self.temperature
@@ -229,7 +195,9 @@ class Http:
 
         now = asyncio.get_running_loop().time
         end = now() + self.total_s
-        for tries in itertools.count(1):
+        tries = 0
+        while True:
+            tries += 1
             allowed = min(self.timeout_s, end - now())
             try:
                 async with asyncio.timeout(allowed):
@@ -240,9 +208,8 @@ class Http:
                 fault = _Fault("the answer is no HTTP", error.message)
             except (aiohttp.ClientError, OSError) as error:
                 lasting = isinstance(error, aiohttp.ClientSSLError | aiohttp.ClientConnectorDNSError)
-                fault = _Fault(
-                    "the connection broke", str(error) or type(error).__name__, again=not lasting, theirs=True
-                )
+                said = str(error) or type(error).__name__
+                fault = _Fault("the connection broke", said, again=not lasting, theirs=True)
             except _Fault as found:
                 fault = found
             said = fault.head + (f": {shorten(_without(fault.words, key))}" if fault.words else "")
@@ -252,10 +219,9 @@ class Http:
             if not fault.again or tries > self.retries or late:
                 said += f" ({tries} tries)" * (tries > 1)
                 said += f"; a wait of {wait:.0f} s is more than is left of total_s={self.total_s:g}" * late
-                raise _Fault(said, theirs=fault.theirs)
+                raise _Fault(said, theirs=fault.theirs or fault.again)
             _log.info("http: %s; try %d of %d in %.1f s", said, tries + 1, self.retries + 1, wait)
             await asyncio.sleep(wait)
-        raise AssertionError
 
     async def _post(self, session: Any, body: bytes, key: str) -> str:
         url = f"{self.base_url.rstrip('/')}/chat/completions"
@@ -268,17 +234,18 @@ class Http:
             return _content(await _read(answer, _LARGEST), key)
 
 
+@dataclass(eq=False)
 class _Fault(Exception):
     """Why there is no reading, what the server says of it, whether another try may help, and after how many seconds.
 
-    `theirs`: whether it is about the endpoint, so that other images will fare no better. What may help later is.
+    `theirs`: whether it is about the endpoint, so that other images will fare no better.
     """
 
-    def __init__(
-        self, head: str, words: str = "", again: bool = False, after: float = 0.0, theirs: bool = False
-    ) -> None:
-        super().__init__(head)
-        self.head, self.words, self.again, self.after, self.theirs = head, words, again, after, theirs or again
+    head: str
+    words: str = ""
+    again: bool = False
+    after: float = 0.0
+    theirs: bool = False
 
 
 async def _read(answer: Any, largest: int) -> bytes:
@@ -297,17 +264,10 @@ async def _refusal(answer: Any) -> _Fault:
 
     status, said = answer.status, ""
     if 300 <= status < 400:
-        return _Fault(
-            f"HTTP {status}: the endpoint lies elsewhere, and a key is not carried along; give its new address"
-        )
+        return _Fault(f"HTTP {status}: the endpoint lies elsewhere, and no key is carried along; give its new address")
     with contextlib.suppress(TimeoutError, OSError, aiohttp.ClientError, _Fault):  # the status says enough
         async with asyncio.timeout(_ERROR_S):
             said = (await _read(answer, _ERROR_LARGEST)).decode("utf-8", "replace")
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(said)
-        for name in ("error", "message", "detail"):  # a text as it is meant, and not as JSON writes it
-            found = found.get(name, found) if isinstance(found, dict) else found
-        said = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
     after = answer.headers.get("Retry-After", "").strip()
     seconds = 0.0
     with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):  # what is neither a number nor a date
