@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +23,8 @@ from zoo.files import sha256, write, writing
 from zoo.papers.typescore.evaluate import READINGS, as_json, claim
 from zoo.papers.typescore.extractors.base import TEXT_CHUNK, WAY, Key, Readings, TextExtractor, describe, need_packages
 from zoo.papers.typescore.extractors.ocr import RapidOcr
-from zoo.papers.typescore.metric import SPEC_VERSION, Normalisation, Parts, parts, typescore
+from zoo.papers.typescore.metric import SPEC_VERSION, Normalisation, Parts, parts, rank_agreement, typescore
 from zoo.papers.typescore.render import Corruption, Pixels, corrupt, plain
-from zoo.papers.typescore.report import markdown
 
 TEXTS = (
     "Fresh bread every morning at 7",
@@ -58,7 +58,7 @@ class Calibrate:
         check_fields(self)
 
     def run(self) -> dict[str, Any]:
-        """Writes calibration.json and calibration.md into `out`, in place of older ones of the same setting; returns the first.
+        """Writes calibration.json into `out`, in place of an older one of the same setting; returns it without the pictures.
 
         "verdict" is "faithful", "repairs" where a level scores more than 3 points above its text, "misreads" where one scores
         more than 3 below, "repairs and misreads" for both. Failed readings are counted and left out of both sides.
@@ -103,25 +103,20 @@ class Calibrate:
             }
             with writing(out, WAY):
                 write(out / "calibration.json", as_json({**figures, "setting": setting, "pictures": rows}, indent=1))
-                write(out / "calibration.md", table(figures))
-        _log.info("typescore: %s %s; see %s", self.extractor.name, figures["verdict"], out / "calibration.md")
+        _log.info("typescore: %s %s; see %s", self.extractor.name, figures["verdict"], out / "calibration.json")
         return {**figures, "out": str(out)}
 
     def _rows(self, readings: Readings) -> list[dict[str, Any]]:
         """What was drawn and read of every style, level and text; what is not in `readings` is read."""
-        from tqdm import tqdm
-
         jobs = list(itertools.product(_STYLES, self.levels, range(len(self.texts))))
-        rows, size = [], self.extractor.batch
-        for start in tqdm(range(0, len(jobs), size), disable=None):
-            some = jobs[start : start + size]
-            pictures = [self.picture(*job) for job in some]
-            keys = [Key("{}-{:g}-{}".format(*job), sha256(one.tobytes())) for job, one in zip(some, pictures)]
-            read = readings.through(self.extractor, keys, pictures)
-            for (style, level, i), picture, one in zip(some, pictures, read):
-                row = {"style": style, "level": level, "wanted": self.texts[i], "drawn": picture.info[TEXT_CHUNK]}
-                rows.append(row | {"read": one.text, "error": one.error})
-        return rows
+        pictures = [self.picture(*job) for job in jobs]
+        keys = [Key("{}-{:g}-{}".format(*job), sha256(one.tobytes())) for job, one in zip(jobs, pictures)]
+        found = {}
+        for i, picture, one in readings.through(self.extractor, keys, pictures.__getitem__):
+            style, level, text = jobs[i]
+            found[i] = {"style": style, "level": level, "wanted": self.texts[text], "drawn": picture.info[TEXT_CHUNK]}
+            found[i] |= {"read": one.text, "error": one.error}
+        return [found[i] for i in range(len(jobs))]
 
     def picture(self, style: str, level: float, i: int) -> Image.Image:
         """The i-th text in one of the two styles, with a share of its letters replaced; higher levels hold lower ones' faults."""
@@ -139,16 +134,9 @@ def _level(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _spearman(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Of the level and the score, by picture: -1 where each further fault lowers the score."""
-    from scipy import stats
-
-    levels, scores = ([row[name] for row in rows] for name in ("level", "score"))
-    if not rows or not np.ptp(levels) or not np.ptp(scores):
-        return None
-    return round(float(stats.spearmanr(levels, scores).statistic), 4)
-
-
-def table(figures: Mapping[str, Any]) -> str:
-    """The calibration as Markdown."""
-    extractor = figures["extractor"]
-    text = f"{extractor['name']} {extractor['version']}: {figures['verdict']}. TypeScore of pictures with a share of their letters "
-    return text + "replaced (level), and of the drawn text itself.\n\n" + markdown(figures["levels"])
+    found = (
+        rank_agreement("spearmanr", [row["level"] for row in rows], [row["score"] for row in rows])
+        if rows
+        else math.nan
+    )
+    return None if math.isnan(found) else round(found, 4)

@@ -7,6 +7,7 @@ where the true order of the models is known, of pairs told apart in the right di
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -22,7 +23,7 @@ from zoo import files
 from zoo.errors import UserError, suggest
 from zoo.fields import Count, NotEmpty, Seed, check_fields
 from zoo.papers.typescore.evaluate import NOTE, RECORDS, SETTING, SUMMARY, Record, as_json, claim, relative
-from zoo.papers.typescore.metric import by_instruction, interval, mean_of
+from zoo.papers.typescore.metric import by_instruction, interval, mean_of, rank_agreement
 from zoo.papers.typescore.report import markdown
 
 _OWN = ("images", "wanted_sha256", "style")  # of a setting: a result's own; texts are compared one by one
@@ -59,14 +60,12 @@ class Compare:
         """
         if len(self.results) < 2 and not (self.results and self.human):
             raise UserError(
-                f"results={','.join(self.results)} is no two results; name them as results=a-typescore,b-typescore (one is enough "
-                "with human=FILE, to be compared with people)"
+                f"results={','.join(self.results)} is no two results; give results=a-typescore,b-typescore (or one and human=FILE)"
             )
         results, out = load_all(self.results), Path(self.out)
         folders = [{"label": one.label, "folder": relative(one.folder, out)} for one in results]
-        setting = {k: v for k, v in results[0].setting.items() if k not in _OWN}
         head = {"metric": "typescore comparison", "note": NOTE, "results": folders}
-        figures = {**head, **setting, **self._figures(results)}
+        figures = {**head, **results[0].setting, **self._figures(results)}
         with claim(out, {"results": sorted(one["folder"] for one in folders)}, "a comparison"):
             files.write(out / "comparison.json", as_json(figures, indent=1))
             files.write(out / "comparison.md", table(figures))
@@ -79,12 +78,7 @@ class Compare:
             raise UserError(f"truth={','.join(self.truth)} must be every result once, best first: {', '.join(every)}")
         common = sorted(set.intersection(*map(set, every.values())))
         if len(common) < 2:
-            raise UserError(
-                f"results have {len(common)} instructions in common, and need two; evaluate all with one list"
-            )
-        for label, one in every.items():
-            if lost := len(one) - len(common):
-                _log.warning("typescore: %d instructions of %s are not in all results and left out", lost, label)
+            raise UserError(f"results share {len(common)} instructions, and need two; evaluate all with one list")
         scores = {label: np.array([one[name] for name in common]) for label, one in every.items()}
         order = sorted(scores, key=lambda label: (-scores[label].mean(), label))
         found = self._pairs(scores, order, self.resamples)
@@ -114,15 +108,14 @@ class Compare:
 
     def _other(self, results: Sequence[Result], common: Sequence[str]) -> dict[str, np.ndarray]:
         """Another metric's means by instruction, of every model."""
-        rows = [
-            {"label": label, "id": record["id"], "score": score}
-            for label, record, score in judged("other", self.other, "score", results)
-        ]
-        means = {one.label: by_instruction(row for row in rows if row["label"] == one.label) for one in results}
-        for label, name in itertools.product(means, common):
-            if name not in means[label]:
-                raise UserError(f"other={self.other} has no score of instruction {name!r} by {label}; add it")
-        return {label: np.array([one[name] for name in common]) for label, one in means.items()}
+        rows = judged("other", self.other, "score", results)
+        found = {}
+        for label in [one.label for one in results]:
+            means = by_instruction({"id": record["id"], "score": score} for of, record, score in rows if of == label)
+            if lost := sorted(set(common) - set(means)):
+                raise UserError(f"other={self.other} has no score of instruction {lost[0]!r} by {label}; add it")
+            found[label] = np.array([means[name] for name in common])
+        return found
 
 
 @dataclass(frozen=True)
@@ -131,7 +124,7 @@ class Result:
 
     label: str
     folder: Path
-    setting: dict[str, Any]
+    setting: dict[str, Any]  # what decides a score
     records: list[Record]
 
     @property
@@ -146,15 +139,9 @@ def load(name: str) -> Result:
         setting, rows = (folder / SETTING).read_text("utf-8"), (folder / RECORDS).read_text("utf-8").split("\n")
     if not (folder / SUMMARY).exists():
         raise UserError(f"results: the evaluation of {folder} has not come to its end; start it again, it goes on")
-    try:
-        records = [json.loads(row) for row in rows if row]
-        found = Result(folder.resolve().name.removesuffix("-typescore"), folder, json.loads(setting), records)
-        whole = bool(by_instruction(found.read)) and all(one["wanted"] and one["image"] for one in records)
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"results: {folder} holds nothing that was read, or is damaged; evaluate these pictures again")
-    return found
+    decides = {key: value for key, value in json.loads(setting).items() if key not in _OWN}
+    label = folder.resolve().name.removesuffix("-typescore")
+    return Result(label, folder, decides, [json.loads(row) for row in rows if row])
 
 
 def load_all(names: Sequence[str]) -> list[Result]:
@@ -167,17 +154,15 @@ def load_all(names: Sequence[str]) -> list[Result]:
         raise UserError(f"results={','.join(names)} names one folder twice; name each result once")
     if len({one.label for one in found}) < len(found):
         found = [replace(one, label=one.folder.as_posix()) for one in found]
-    first, *others = found
+    first = found[0]
     wanted = {record["id"]: record["wanted"] for record in first.records}
-    for other in others:
-        mine, theirs = ({k: v for k, v in one.setting.items() if k not in _OWN} for one in (first, other))
-        unlike = files.differences(mine, theirs)
+    for other in found[1:]:
         texts = {record["id"]: record["wanted"] for record in other.records if record["id"] in wanted}
+        unlike = files.differences(first.setting, other.setting)
         unlike += files.differences({name: wanted[name] for name in texts}, texts, "text")
         if unlike:
             raise UserError(
-                f"results of {first.label} and {other.label} do not compare, since they differ in {'; '.join(unlike[:3])}; "
-                "evaluate both in one way"
+                f"results of {first.label} and {other.label} differ in {'; '.join(unlike[:3])}; evaluate both in one way"
             )
     return found
 
@@ -253,27 +238,19 @@ def agreement(path: str, results: Sequence[Result], resamples: int = 1000, seed:
     return out
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    from scipy import stats
-
-    return float(stats.spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else math.nan
-
-
-def _kendall(x: np.ndarray, y: np.ndarray) -> float:
-    from scipy import stats
-
-    return float(stats.kendalltau(x, y).statistic) if np.ptp(x) and np.ptp(y) else math.nan
-
-
 def _accuracy(x: np.ndarray, y: np.ndarray) -> float:
     """Of the pairs with different y, the share that x has in the same order, a tie being half: what tau-b says, scaled."""
     squares = [len(v) ** 2 - float((np.unique(v, return_counts=True)[1] ** 2).sum()) for v in (x, y)]  # twice the pairs
     if not all(squares):
         return 0.5 if squares[1] else math.nan
-    return (1 + _kendall(x, y) * math.sqrt(squares[0] / squares[1])) / 2
+    return (1 + rank_agreement("kendalltau", x, y) * math.sqrt(squares[0] / squares[1])) / 2
 
 
-_KINDS = {"spearman": _spearman, "kendall_tau_b": _kendall, "pair_accuracy": _accuracy}
+_KINDS = {
+    "spearman": functools.partial(rank_agreement, "spearmanr"),
+    "kendall_tau_b": functools.partial(rank_agreement, "kendalltau"),
+    "pair_accuracy": _accuracy,
+}
 
 
 def judged(field: str, path: str, column: str, results: Sequence[Result]) -> list[tuple[str, Record, float]]:
@@ -298,9 +275,7 @@ def judged(field: str, path: str, column: str, results: Sequence[Result]) -> lis
     rows = []
     for line, (name, number) in enumerate(zip(*(table[kind].to_pylist() for kind in kinds)), 2):
         if name not in known:
-            raise UserError(
-                f"{field}={path}, line {line}: the results have no picture {name!r:.120}; {suggest(name, known)}"
-            )
+            raise UserError(f"{field}={path}, line {line}: no result has {name!r:.120}; {suggest(name, known)}")
         if number is None or not math.isfinite(number):
             raise UserError(f"{field}={path}, line {line}: {column} of {name!r} is no number; write one")
         rows.append((*known[name], number))

@@ -64,16 +64,6 @@ class TypeScore:
     def normalisation(self) -> metric.Normalisation:
         return metric.Normalisation(self.case_sensitive, self.ignore_punct)
 
-    def instructions(self) -> list[Instruction]:
-        """The first `limit` of the list, in its order. UserError for a text that is nothing without its punctuation."""
-        found = listed(self.wanted, self.limit)
-        for one in found:
-            if not self.normalisation(one.text):
-                raise UserError(
-                    f"instruction {one.id!r} wants {one.text!r}, which is nothing without its punctuation; leave out ignore_punct"
-                )
-        return found
-
     def judge(self, instruction: Instruction, picture: Any, extraction: Extraction) -> Record:
         """What a record tells of one picture, as JSON values; of a failed extraction one without a score."""
         record: Record = {"error": extraction.error, "style": {}}
@@ -91,26 +81,22 @@ class TypeScore:
             "style": {name: {"wanted": asked[name], **verdict._asdict()} for name, verdict in verdicts.items()},
         }
 
-    def _judged(self, some: Sequence[File], readings: Readings) -> list[Record]:
-        """The records of some pictures; what is not in `readings` is read."""
-        opened = {one.key: _open(one.picture) for one in some}
-        good = {key: picture for key, picture in opened.items() if isinstance(picture, Image.Image)}
-        read: dict[Key, Any] = opened | dict(
-            zip(good, readings.through(self.extractor, list(good), list(good.values())))
-        )
-        return [
-            {
-                "image": one.key.image,
-                "sha256": one.key.sha256,
-                "id": one.instruction.id,
-                "wanted": one.instruction.text,
-                "length_bin": length_bin(one.instruction.text),
-                "domain": one.instruction.domain,
-                "content": content(one.instruction.text),
-                **self.judge(one.instruction, opened[one.key], read[one.key]),
+    def _records(self, some: Sequence[File], readings: Readings) -> list[Record]:
+        """The records of pictures in their order; what is not in `readings` is read."""
+        found = {}
+        keys = [one.key for one in some]
+        for i, picture, read in readings.through(self.extractor, keys, lambda i: _open(some[i].picture)):
+            wanted = some[i].instruction
+            found[i] = {
+                **keys[i]._asdict(),
+                "id": wanted.id,
+                "wanted": wanted.text,
+                "length_bin": length_bin(wanted.text),
+                "domain": wanted.domain,
+                "content": content(wanted.text),
+                **self.judge(wanted, picture, read),
             }
-            for one in some
-        ]
+        return [found[i] for i in range(len(some))]
 
     # as the scorer of the metric `prompted`
 
@@ -120,25 +106,25 @@ class TypeScore:
             raise UserError(
                 f"images and out ({folder}) are for a folder of pictures, and a model draws its own; leave them out"
             )
-        self.instructions()
+        listed(self.wanted)
         _check(self.extractor)
 
     def prompts(self) -> dict[str, str]:
         """The instructions by their ids."""
-        return {one.id: one.instruction for one in self.instructions()}
+        return {one.id: one.instruction for one in listed(self.wanted, self.limit)}
 
     def score(self, images: Mapping[str, Sequence[Image.Image]]) -> dict[str, Any]:
         """Figures of pictures by the ids of their instructions, NaN where nothing could be read."""
-        instructions = self.instructions()
+        instructions = listed(self.wanted, self.limit)
         some = [
             File(picture, one, Key(f"{one.id}_{k}", ""))
             for one in instructions
             for k, picture in enumerate(images.get(one.id, ()))
         ]
         try:
-            records = self._judged(some, Readings())
+            records = self._records(some, Readings())
         except Retryable as error:  # a run that trains goes on without the figures
-            records = self._judged([one._replace(picture=failed(str(error))) for one in some], Readings())
+            records = self._records([one._replace(picture=failed(str(error))) for one in some], Readings())
         found = self.summarise(records, instructions)
         figures = {"": found["score"], "_low": found["low"], "_high": found["high"], "_style": found["style"]["score"]}
         figures |= {f"_{name}": value for name, value in (*found["parts"].items(), ("exact", found["exact"]))}
@@ -158,9 +144,7 @@ class TypeScore:
         The readings of a stopped run are kept, and failed ones are tried again. UserError, before any picture is read:
         no folder, no picture of any instruction, one of two instructions, a list with mistakes, an `out` of another setting.
         """
-        from tqdm import tqdm
-
-        instructions, folder = self.instructions(), Path(self.images)
+        instructions, folder = listed(self.wanted, self.limit), Path(self.images)
         way = "name the folder that holds {id}_{k}.png, images=DIR"
         with files.reading(f"images={self.images}", way):
             if not self.images or not folder.is_dir():
@@ -184,12 +168,7 @@ class TypeScore:
         own = {"wanted_sha256": files.sha256_of_json(told), "images": relative(folder, out)}
         with claim(out, {**self.about(), **own}, "results"):
             (out / SUMMARY).unlink(missing_ok=True)  # a run that is stopped must not pass for a finished one
-            readings, size = Readings(out / READINGS), self.extractor.batch
-            todo = sorted(found, key=lambda one: one.key in readings)  # what failed before comes last
-            made: dict[str, Record] = {}
-            for start in tqdm(range(0, len(todo), size), unit_scale=size, disable=None):
-                made |= {record["image"]: record for record in self._judged(todo[start : start + size], readings)}
-            records = [made[one.key.image] for one in found]
+            records = self._records(found, Readings(out / READINGS))
             summary = self.summarise(records, instructions) | {
                 "wanted": self.wanted,
                 "images": self.images,
@@ -281,26 +260,23 @@ class File(NamedTuple):
 def find(folder: Path, instructions: Sequence[Instruction]) -> list[File]:
     """The pictures {id}_{k} and {id} of a folder, in the order of the instructions, then of k.
 
-    UserError where a name is that of two instructions, or two files are one picture. Other files are passed over.
+    UserError where a name is that of two instructions. Other files are passed over.
     """
     order = {one.id: i for i, one in enumerate(instructions)}
-    found: dict[tuple[int, int], File] = {}
+    found = []
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not path.is_file():
             continue
         number = re.fullmatch(r"(.+)_(\d{1,9})", path.stem, re.ASCII | re.DOTALL)
-        meant = [(order[path.stem], -1)] if path.stem in order else []
-        if number is not None and number[1] in order:
-            meant.append((order[number[1]], int(number[2])))
-        twice = [found[one].key.image for one in meant if one in found]
-        if len(meant) > 1 or twice:
+        meant = [(path.stem, -1)] + ([(number[1], int(number[2]))] if number else [])
+        meant = [(order[name], k) for name, k in meant if name in order]
+        if len(meant) > 1:
             raise UserError(
-                f"images: {path.name} is a picture of two instructions, or {', '.join(twice) or 'another'} is the same picture of one; "
-                "give ids of which none is another's with _ and a number behind, and number pictures {id}_{k}"
+                f"images: {path.name} is a picture of two instructions; end no id by that of another, _ and a number"
             )
-        for one in meant:
-            found[one] = File(path, instructions[one[0]], Key(path.name, files.sha256_of_file(path) or ""))
-    return [found[one] for one in sorted(found)]
+        for i, k in meant:
+            found.append((i, k, File(path, instructions[i], Key(path.name, files.sha256_of_file(path) or ""))))
+    return [one for _, _, one in sorted(found, key=lambda one: one[:2])]
 
 
 def _open(picture: Path | Image.Image | Extraction) -> Image.Image | Extraction:

@@ -172,3 +172,10 @@ def interval(value: Callable[[np.ndarray], float], n: int, resamples: int, seed:
     drawn = made.bootstrap_distribution[np.isfinite(made.bootstrap_distribution)]
     low, high = np.quantile(drawn, [0.025, 0.975]) if drawn.size else (math.nan, math.nan)
     return float(low), float(high)
+
+
+def rank_agreement(kind: Literal["spearmanr", "kendalltau"], x: Any, y: Any) -> float:
+    """scipy's rank correlation of two columns [N]; NaN where one is constant."""
+    from scipy import stats
+
+    return float(getattr(stats, kind)(x, y).statistic) if np.ptp(x) and np.ptp(y) else math.nan

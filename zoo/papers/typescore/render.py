@@ -110,10 +110,10 @@ def corrupt(text: str, corruption: Corruption, rng: np.random.Generator) -> str:
     """
     drop, char, surplus = rng.spawn(3)  # so that one kind of fault does not move the others
     wanted = text.split()
-    gone = set(_share(len(wanted), corruption.p_drop, drop))
+    gone = _share(len(wanted), corruption.p_drop, drop)
     letters = list(" ".join(word for i, word in enumerate(wanted) if i not in gone))
     places = [i for i, letter in enumerate(letters) if letter.isalnum()]
-    chosen = set(_share(len(places), corruption.p_char, char))
+    chosen = _share(len(places), corruption.p_char, char)
     for k, i in enumerate(places):
         other = _other(letters[i], char.random())  # drawn for all, so that their number does not decide which
         if k in chosen:
@@ -214,10 +214,10 @@ class Render:
         return {"pictures": len(instructions) * self.each, "instructions": len(instructions), "out": str(out)}
 
 
-def _share(n: int, share: float, rng: np.random.Generator) -> list[int]:
+def _share(n: int, share: float, rng: np.random.Generator) -> set[int]:
     """`share` of the places 0..n-1, rounded up or down by chance; a larger share with the same generator holds a smaller one's."""
     rounding = rng.random()
-    return [int(i) for i in rng.permutation(n)[: math.floor(n * share + rounding)]]
+    return set(rng.permutation(n)[: math.floor(n * share + rounding)].tolist())
 
 
 def _other(letter: str, chance: float) -> str:
@@ -234,14 +234,12 @@ def drawn_style(asked: Mapping[str, str], skill: float, rng: np.random.Generator
     found = {}
     for attribute, values in STYLES.items():
         luck, which = rng.random(2)
-        wanted = asked.get(attribute)
+        wanted = asked.get(attribute, "")
         others = [value for value in values if value != wanted]
-        if wanted in values and luck < skill:
-            found[attribute] = str(wanted)
-        elif wanted not in values and attribute in unasked:
-            found[attribute] = unasked[attribute]
+        if wanted in values:
+            found[attribute] = wanted if luck < skill else others[int(which * len(others))]
         else:
-            found[attribute] = others[int(which * len(others))]
+            found[attribute] = unasked.get(attribute, others[int(which * len(others))])
     return found
 
 
@@ -262,7 +260,10 @@ def _draw(
     pixels = _surface(style["material"], ink, texture, size, ground)
     if text:
         mask = _mask(text, style, layout, largest, size, rotation)
-        x, y = _corner(style["placement"], size, *mask.size)
+        x, y = (
+            _start(style["placement"], ends, size, n)
+            for ends, n in zip((("left", "right"), ("top", "bottom")), mask.size)
+        )
         cover = np.zeros((size, size, 1), np.float32)
         cover[y : y + mask.height, x : x + mask.width, 0] = np.asarray(mask, np.float32) / 255
         pixels = pixels * (1 - cover) + ink * cover
@@ -272,18 +273,14 @@ def _draw(
     return picture
 
 
-def _corner(placement: str, size: int, width: int, height: int) -> tuple[int, int]:
-    """Where the box of a text has its upper left corner."""
-
-    def along(extent: int, low: str, high: str) -> int:
-        margin = int(size * _MARGIN)
-        if placement == low:
-            return max(margin, round(size / 6 - extent / 2))
-        if placement == high:
-            return min(size - margin - extent, round(size * 5 / 6 - extent / 2))
-        return (size - extent) // 2
-
-    return along(width, "left", "right"), along(height, "top", "bottom")
+def _start(placement: str, ends: tuple[str, str], size: int, extent: int) -> int:
+    """Where a text's box of so many pixels begins along one side, which has these two ends."""
+    margin = int(size * _MARGIN)
+    if placement == ends[0]:
+        return max(margin, round(size / 6 - extent / 2))
+    if placement == ends[1]:
+        return min(size - margin - extent, round(size * 5 / 6 - extent / 2))
+    return (size - extent) // 2
 
 
 def _mask(
@@ -314,7 +311,7 @@ def _mask(
                 if box[2] - box[0] <= room[0] and box[3] - box[1] <= room[1]:
                     return block.crop(box)
         points *= 0.94
-    raise UserError(f"a text of {len(text)} characters finds no room in a picture of {size} pixels; give a larger size")
+    raise UserError(f"a text of {len(text)} characters finds no room in {size} pixels; give a larger size")
 
 
 def wrap(text: str, font: Font, width: float) -> list[str]:
@@ -356,13 +353,10 @@ def _face(style: Mapping[str, str], text: str, choice: float) -> Callable[[int],
     names = _FACES[style["font"], style["weight"]]
     first = int(choice * len(names))
     bold = "-Bold" if style["weight"] == "bold" else ""
-    names = (*names[first:], *names[:first], f"DejaVuSans{bold}.ttf")  # the last has the most characters
-    lacking = ""
-    for name in names:
-        lacking = next((c for c in sorted(set(text)) if not c.isspace() and not _shows(name, c)), "")
-        if not lacking:
+    for name in (*names[first:], *names[:first], f"DejaVuSans{bold}.ttf"):  # the last has the most characters
+        if all(c.isspace() or _shows(name, c) for c in set(text)):
             return functools.partial(_font, name)
-    raise UserError(f"no font at hand shows {lacking!r} (U+{ord(lacking):04X}); take the text off the list")
+    raise UserError(f"no font at hand shows {text!r:.120}; take the text off the list")
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -25,7 +26,6 @@ LONGEST = 300  # characters of an error
 WAY = "free some space, or name another folder with out=FOLDER"
 
 Box: TypeAlias = tuple[tuple[float, float], ...]
-Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86400)]  # at most a day
 Threads: TypeAlias = Annotated[int, Meta(ge=1, le=2**10)]
 
 
@@ -35,7 +35,6 @@ class Line:
 
     text: str
     box: Box  # corners top left, top right, bottom right, bottom left as the text is read: (x, y) in pixels, y down
-    score: float  # the reader's confidence, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ class _Entry(msgspec.Struct):
 class Readings:
     """What was read, a line each in a file as soon as it has come: a run that is stopped pays for nothing twice.
 
-    Failures are there too, so that those who read on can leave them to the end, and are tried again. Damaged lines are
-    passed over. UserError where the file cannot be written.
+    Failures are there too, and are tried again, after all others. Damaged lines are passed over. UserError where the file
+    cannot be written.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -124,26 +123,35 @@ class Readings:
                 entry = msgspec.json.decode(line, type=_Entry)
                 self._found[entry.key] = entry.extraction
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self._found
-
     def good(self, key: Key) -> bool:
         return key in self._found and self._found[key].error is None
 
-    def put(self, key: Key, one: Extraction) -> None:
+    def _put(self, key: Key, one: Extraction) -> None:
         self._found[key] = one
         if self.path is not None:
             entry = b"\n" + msgspec.json.encode(_Entry(key, one))  # in one piece, behind what may be half a line
             with writing(self.path, WAY), open(self.path, "ab", buffering=0) as file:
                 file.write(entry)
 
-    def through(self, extractor: TextExtractor, keys: Sequence[Key], images: Sequence[Image.Image]) -> list[Extraction]:
-        """What the extractor gives of these images; it reads those that are not there."""
-        todo = [i for i, key in enumerate(keys) if not self.good(key)]
-        if todo:
-            read = extractor.extract([images[i] for i in todo], lambda j, one: self.put(keys[todo[j]], one))
-            self._found |= {keys[i]: one for i, one in zip(todo, read, strict=True)}
-        return [self._found[key] for key in keys]
+    def through(
+        self, extractor: TextExtractor, keys: Sequence[Key], opened: Callable[[int], Image.Image | Extraction]
+    ) -> Iterator[tuple[int, Any, Extraction]]:
+        """The index, picture and reading of every key; the extractor reads what is not there.
+
+        Args:
+            opened: the i-th picture, or the failed extraction that says why there is none.
+        """
+        from tqdm import tqdm
+
+        order = sorted(range(len(keys)), key=lambda i: keys[i] in self._found)
+        for start in tqdm(range(0, len(order), extractor.batch), unit_scale=extractor.batch, disable=None):
+            some = {i: opened(i) for i in order[start : start + extractor.batch]}
+            todo = {i: one for i, one in some.items() if isinstance(one, Image.Image) and not self.good(keys[i])}
+            asked = [keys[i] for i in todo]
+            read = extractor.extract(list(todo.values()), lambda j, one, asked=asked: self._put(asked[j], one))
+            self._found |= dict(zip(asked, read, strict=True))
+            for i, one in some.items():
+                yield i, one, one if isinstance(one, Extraction) else self._found[keys[i]]
 
 
 def flat(image: Image.Image) -> Image.Image:
@@ -217,27 +225,21 @@ def reading_order(lines: Sequence[Line]) -> list[list[Line]]:
     return [[lines[i] for i in sorted(row, key=lambda i: x[i])] for row in rows]
 
 
-_HYPHENS = ("-", "\u2010", "\u00ad")
-
-
 def join(rows: Sequence[str]) -> str:
     """Rows of text as one text. Rows are joined by a space, and words that were broken at a row's end put together.
 
     After "exam-" comes "ple": example; after "EXAM-" comes "PLE": EXAMPLE. Before anything but small letters (or capitals
     after capitals) the hyphen may belong to the word and stays: Coca-Cola, 24-hour. A dash apart from a word joins nothing.
     """
-    text = ""
-    for row in (" ".join(row.split()) for row in rows):
-        if not row:
-            continue
-        if len(text) > 1 and text.endswith(_HYPHENS) and text[-2].isalnum() and row[0].isalnum():
-            first, second = text[:-1].rsplit(" ", 1)[-1], row.split(" ", 1)[0]
-            capitals = len(first) > 1 and first.isalpha() and first.isupper() and second.isupper()
-            broken = text[-1] == "\u00ad" or (text[-2].isalpha() and (row[0].islower() or capitals))
-            text = (text[:-1] if broken else text) + row
-        else:
-            text = f"{text} {row}" if text else row
-    return text
+
+    def mended(found: re.Match[str]) -> str:
+        first, hyphen, second = found.groups()
+        capitals = len(first) > 1 and first.isalpha() and first.isupper() and second.isupper()
+        broken = hyphen == "\u00ad" or (first[-1].isalpha() and (second[0].islower() or capitals))
+        return first + hyphen * (not broken)
+
+    text = "\n".join(" ".join(row.split()) for row in rows if row.strip())
+    return re.sub(r"(\w+)([-\u2010\u00ad])\n(?=(\w+))", mended, text).replace("\n", " ")
 
 
 def text_of(lines: Sequence[Line]) -> str:

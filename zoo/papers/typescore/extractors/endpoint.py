@@ -23,8 +23,7 @@ import time
 import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -41,6 +40,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds before another try that the se
 _LARGEST = 4_000_000  # bytes of an answer
 _ERROR_LARGEST, _ERROR_S = 1 << 16, 5.0  # bytes and seconds of one that tells of an error
 _ADDRESS = re.compile(r"https?://(\[[\da-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[^\s?#@]*)?", re.ASCII | re.IGNORECASE)
+_Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86400)]  # at most a day
 _AGAIN = {408, 425, 429}  # and 5xx
 _SHUT = {401, 403}  # no other image will be let in either
 
@@ -86,8 +86,8 @@ class Http:
     max_tokens: Count = 512  # of an answer
     temperature: NonNegative | None = 0.0  # None where the endpoint refuses to be told
     token_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # what the endpoint calls that limit
-    timeout_s: base.Seconds = aside(60.0)  # for one try, from connecting to the last byte
-    total_s: base.Seconds = aside(300.0)  # for one image: all tries and waits
+    timeout_s: _Seconds = aside(60.0)  # for one try, from connecting to the last byte
+    total_s: _Seconds = aside(300.0)  # for one image: all tries and waits
     retries: Annotated[int, Meta(ge=0, le=1000)] = aside(4)  # tries after the first
     threads: base.Threads = aside(4)  # images under way at once
 
@@ -99,8 +99,8 @@ class Http:
         # nothing is shown that may hold a secret: a key in place of its name, a password in an address
         if not re.fullmatch(r"([A-Z_][A-Z0-9_]{0,63})?", self.api_key_env):
             raise UserError(
-                "extractor http: api_key_env is no name of an environment variable in capitals; put the key into a variable, "
-                "and give the variable's name, such as api_key_env=VISION_API_KEY"
+                "extractor http: api_key_env is no name of an environment variable in capitals; export the key in one, "
+                "and give its name, such as api_key_env=VISION_API_KEY"
             )
         if self.base_url and (not _ADDRESS.fullmatch(self.base_url) or "/chat/completions" in self.base_url):
             raise UserError(
@@ -119,9 +119,7 @@ class Http:
         """UserError without the package, an address, a model or the key. Sends nothing."""
         base.need_packages("extractor http", "aiohttp")
         if not self.base_url or not self.model:
-            raise UserError(
-                "extractor http: base_url and model must be given: where the endpoint is, and its model's name"
-            )
+            raise UserError("extractor http: base_url and model must be given: where the endpoint is, and its model")
         _key(self.api_key_env)
 
     def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
@@ -228,24 +226,18 @@ class Http:
         async with session.post(url, data=body, allow_redirects=False) as answer:
             if answer.status != 200:
                 raise await _refusal(answer)
-            kind = answer.content_type if "Content-Type" in answer.headers else "application/json"
-            if kind != "application/json" and not kind.endswith("+json"):
-                raise _Fault("the answer is not application/json; is base_url the address of an API? It is", kind)
             return _content(await _read(answer, _LARGEST), key)
 
 
 @dataclass(eq=False)
 class _Fault(Exception):
-    """Why there is no reading, what the server says of it, whether another try may help, and after how many seconds.
-
-    `theirs`: whether it is about the endpoint, so that other images will fare no better.
-    """
+    """Why there is no reading."""
 
     head: str
-    words: str = ""
-    again: bool = False
-    after: float = 0.0
-    theirs: bool = False
+    words: str = ""  # of the server
+    again: bool = False  # whether another try may help
+    after: float = 0.0  # seconds to wait before it
+    theirs: bool = False  # whether it is about the endpoint, so that other images will fare no better
 
 
 async def _read(answer: Any, largest: int) -> bytes:
@@ -263,8 +255,6 @@ async def _refusal(answer: Any) -> _Fault:
     import aiohttp
 
     status, said = answer.status, ""
-    if 300 <= status < 400:
-        return _Fault(f"HTTP {status}: the endpoint lies elsewhere, and no key is carried along; give its new address")
     with contextlib.suppress(TimeoutError, OSError, aiohttp.ClientError, _Fault):  # the status says enough
         async with asyncio.timeout(_ERROR_S):
             said = (await _read(answer, _ERROR_LARGEST)).decode("utf-8", "replace")
@@ -273,17 +263,12 @@ async def _refusal(answer: Any) -> _Fault:
     with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):  # what is neither a number nor a date
         number = re.fullmatch(r"\d{1,9}(\.\d{1,9})?", after)
         seconds = float(after) if number else email.utils.parsedate_to_datetime(after).timestamp() - time.time()
-    phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
     again = status in _AGAIN or status >= 500
-    return _Fault(f"HTTP {status} {phrase}".strip(), said, again, max(seconds, 0.0), theirs=status in _SHUT)
-
-
-class _Part(msgspec.Struct):
-    text: str
+    return _Fault(f"HTTP {status}", said, again, max(seconds, 0.0), theirs=status in _SHUT)
 
 
 class _Message(msgspec.Struct):
-    content: str | list[_Part]  # some answer in parts
+    content: str
     refusal: str | None = None
 
 
@@ -293,32 +278,22 @@ class _Choice(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    choices: list[_Choice] = []
-    error: Any = None
+    choices: Annotated[list[_Choice], Meta(min_length=1)]
 
 
 def _content(data: bytes, key: str) -> str:
     """choices[0].message.content. Raises _Fault."""
     try:
-        answer = msgspec.json.decode(data, type=_Answer)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: no UTF-8
-        raise _Fault("the answer has no choices[0].message.content", str(error)) from None
-    if answer.error:
-        problem = answer.error.get("message") if isinstance(answer.error, dict) else answer.error
-        raise _Fault("the endpoint reports an error", str(problem))
-    if not answer.choices:
-        raise _Fault("the answer has no choices[0].message.content")
-    message, ended = answer.choices[0].message, answer.choices[0].finish_reason
-    content = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
-    if message.refusal or ended == "content_filter":
-        raise _Fault("the model refuses", message.refusal or "a content filter held the answer back")
-    if not content.strip() and ended == "length":
+        choice = msgspec.json.decode(data, type=_Answer).choices[0]
+    except (ValueError, RecursionError):  # of msgspec, or no UTF-8
+        raise _Fault("the answer has no choices[0].message.content, it is", data.decode("utf-8", "replace")) from None
+    content, refusal = choice.message.content, choice.message.refusal
+    if refusal or choice.finish_reason == "content_filter":
+        raise _Fault("the model refuses", refusal or "a content filter held the answer back")
+    if not content.strip() and choice.finish_reason == "length":
         raise _Fault("the answer ended before its first word; raise max_tokens")
     if len(key) >= 16 and not key.isalpha() and key in content:  # not cut out: another text would be scored
-        raise _Fault(
-            "the answer repeats the key of api_key_env, and no answer is kept that holds the key; ask an endpoint that does not "
-            "repeat it, or take another key where the picture itself shows this one"
-        )
+        raise _Fault("the answer repeats the key of api_key_env, and no answer is kept that holds it; take another key")
     return content
 
 
@@ -337,16 +312,9 @@ def _without(said: str, key: str) -> str:
 
 
 def _key(name: str) -> str:
-    """The key in the environment variable `name`; "" where no name is given. Errors never show it.
-
-    Nor do they show a name that may be the key: some keys are capitals and digits only.
-    """
+    """The key in the environment variable `name`; "" where no name is given. Errors show neither: the name may be the key."""
     key = os.environ.get(name, "").strip() if name else ""
     if name and not re.fullmatch(r"[\x21-\x7e]+", key):
-        shown = repr(name) if re.fullmatch(r"[A-Z0-9_]*_[A-Z0-9_]*(KEY|TOKEN)", name) else "a name not shown here"
-        what = "which has spaces or characters outside ASCII" if key else "and no such environment variable is set"
-        raise UserError(
-            f"extractor http: api_key_env is {shown}, {what}; give the NAME of a variable, export it with the key, or give "
-            'api_key_env="" where the endpoint asks for none'
-        )
+        what = "has spaces or characters outside ASCII" if key else "is not set"
+        raise UserError(f"extractor http: the variable that api_key_env names {what}; export it with the key")
     return key
