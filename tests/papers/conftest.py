@@ -41,31 +41,16 @@ def rapid(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A package in place of rapidocr that finds what `found` says and notes what it is given."""
     from zoo.papers.typescore.extractors import ocr
 
-    # of lines: what the classifier says, and how surely they are read as they stand and turned by 180 degrees
-    seen: dict[str, Any] = {"found": None, "labels": [], "sure": {}}
+    seen: dict[str, Any] = {"found": (None, None)}
 
     class RapidOCR:
         def __init__(self, params: dict[str, Any]) -> None:
             seen["params"] = params
 
-        def cls_and_rotate(self, crops: list[np.ndarray]) -> tuple[list[np.ndarray], Any]:
-            flipped = [c[::-1, ::-1] if "180" in label else c for c, (label, _) in zip(crops, seen["labels"])]
-            return flipped, types.SimpleNamespace(cls_res=seen["labels"])
-
-        def recognize_txt(self, crops: list[np.ndarray]) -> Any:
-            way = {1: "upright", 2: "turned"}[int(crops[0][0, 0])]  # the corners of a crop tell which way it stands
-            assert all(crop[0, 0] == crops[0][0, 0] for crop in crops)
-            seen["read"] = [*seen.get("read", ()), way]
-            return types.SimpleNamespace(scores=seen["sure"].get(way, (0.9,) * len(crops)), way=way)
-
         def __call__(self, image: np.ndarray) -> Any:
             seen["image"] = image
-            boxes, txts, scores = seen["found"] or (None, None, None)
-            if boxes is not None:
-                crops = [np.array([[1, 0], [0, 2]]) for _ in boxes]
-                crops, _ = self.cls_and_rotate(crops)
-                seen["way"] = self.recognize_txt(crops).way
-            return types.SimpleNamespace(boxes=boxes, txts=txts, scores=scores)
+            boxes, txts = seen["found"]
+            return types.SimpleNamespace(boxes=boxes, txts=txts)
 
     module = types.ModuleType("rapidocr")
     module.RapidOCR = RapidOCR  # type: ignore[attr-defined]

@@ -73,51 +73,21 @@ def lines(path: Path, *records: Any) -> Path:
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
+    sign = 'A sign "OPEN" above "daily, from 9 to 5"'
     path = lines(
         tmp_path / "set.jsonl",
-        {
-            "id": "a",
-            "instruction": 'A sign "OPEN" above "daily, from 9 to 5"',
-            "style": {"colour": "red"},
-            "domain": "shop",
-            "more": 1,
-        },
+        {"id": "a", "instruction": sign, "style": {"colour": "red"}, "domain": "shop", "more": 1},
         "",
-        {"id": 7, "instruction": 'A sign "x"', "text": "Given wins"},
+        {"id": 7, "instruction": 'A sign "x"', "text": "Given wins", "style": None},
         {"id": "c", "text": "No  instruction"},
-        {
-            "id": "d",
-            "instruction": '"a" "b"',
-            "text": "a b",
-            "pieces": ["b", "a"],
-            "length_bin": "short",
-            "style": None,
-        },
-        {"id": "f", "text": "a b  a", "pieces": ["", "a\na", "b"]},
-        {"id": "e", "instruction": '"a"  "b"', "text": "a  b"},
     )
     assert listed(str(path)) == [
-        Instruction(
-            "a",
-            'A sign "OPEN" above "daily, from 9 to 5"',
-            "OPEN daily, from 9 to 5",
-            ("OPEN", "daily, from 9 to 5"),
-            {"colour": "red"},
-            "4-8",
-            "shop",
-        ),
-        Instruction("7", 'A sign "x"', "Given wins", ("Given wins",), {}, "1-3", ""),
-        Instruction("c", "", "No  instruction", ("No  instruction",), {}, "1-3", ""),
-        Instruction("d", '"a" "b"', "a b", ("b", "a"), {}, "short", ""),
-        Instruction("f", "", "a b  a", ("", "a\na", "b"), {}, "1-3", ""),
-        Instruction("e", '"a"  "b"', "a  b", ("a", "b"), {}, "1-3", ""),
+        Instruction("a", sign, "OPEN daily, from 9 to 5", {"colour": "red"}, "shop"),
+        Instruction("7", 'A sign "x"', "Given wins"),
+        Instruction("c", "", "No  instruction"),
     ]
     assert [one.id for one in listed(str(path), 2)] == ["a", "7"]
-
-
-def test_files_of_other_systems(tmp_path: Path) -> None:
-    path = tmp_path / "set.jsonl"
-    path.write_bytes('\ufeff{"id": "a", "text": "x\u2028y"}\r\n{"id": "b", "text": "é"}'.encode())
+    path.write_bytes('\ufeff{"id": "a", "text": "x\u2028y"}\r\n{"id": "b", "text": "é"}'.encode())  # of other systems
     assert [(one.id, one.text) for one in listed(str(path))] == [("a", "x\u2028y"), ("b", "é")]
 
 
@@ -134,7 +104,6 @@ GOOD = {"id": "a", "text": "x"}
         ("null", "got `null`"),
         ({"text": "x"}, "field `id`"),
         ({"id": " ", "text": "x"}, "cannot begin a file's name"),
-        ({"id": True, "text": "x"}, "id"),
         ({"id": "a", "text": "y"}, "id 'a' is that of an earlier line too"),
         ({"id": "../b", "text": "x"}, "id '../b' cannot begin a file's name"),
         ({"id": "b\u0000", "text": "x"}, "cannot begin a file's name"),
@@ -143,9 +112,6 @@ GOOD = {"id": "a", "text": "x"}
         ({"id": "b", "text": " \n"}, "quotes no text"),
         ({"id": "b", "instruction": 5}, "instruction"),
         ({"id": "b", "text": ["x"]}, "text"),
-        ({"id": "b", "text": "x", "pieces": [1]}, "pieces"),
-        ({"id": "b", "text": "x", "pieces": []}, r"pieces \[\] do not hold the words of the text 'x'"),
-        ({"id": "b", "text": "x y", "pieces": ["y", "x x"]}, "do not hold the words"),
         ({"id": "b", "text": "x", "style": {"bold": True}}, "style"),
         ({"id": "b", "text": "x\ud800"}, ""),  # half a character
     ],
@@ -172,12 +138,11 @@ def test_the_shipped_list_has_the_published_statistics(tmp_path: Path, monkeypat
     assert (len(made), min(words), max(words)) == (118, 1, 30)
     assert abs(sum(len(one.instruction.split()) for one in made) / 118 - 34) <= 3
     assert abs(sum(words) / 118 - 12) <= 1.5
-    assert Counter(one.length_bin for one in made) == {"1-3": 20, "4-8": 32, "9-16": 36, "17-30": 30}
-    assert all(length_bin(one.text) == one.length_bin for one in made)
+    assert Counter(length_bin(one.text) for one in made) == {"1-3": 20, "4-8": 32, "9-16": 36, "17-30": 30}
     assert len({(one.domain, content(one.text)) for one in made}) == 24  # every domain meets every content
     assert len({one.text for one in made}) == len({one.instruction for one in made}) == 118
     for one in made:
-        assert " ".join(quoted(one.instruction)) == " ".join(one.pieces) == one.text, one
+        assert " ".join(quoted(one.instruction)) == one.text, one
         assert all(value in STYLES[attribute] for attribute, value in one.style.items()), one
         if "case" in one.style:  # whether it was followed can be told
             assert one.text != (one.text.upper() if one.style["case"] == "capitals" else one.text.lower()), one

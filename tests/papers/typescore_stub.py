@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 from zoo.papers.typescore.evaluate import TypeScore
 from zoo.papers.typescore.extractors import Extraction, Http, Line, Oracle
 from zoo.papers.typescore.extractors.base import TEXT_CHUNK, aside
-from zoo.papers.typescore.instructions import Instruction, length_bin
+from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import plain, save
 
 KEY = "sk-Very+Secret/Key=0123456789"
@@ -85,10 +85,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             act = oracle if not script else script.pop(0) if len(script) > 1 else script[0]
         act(self)
 
-    def send(self, status: int, body: bytes, kind: str | None = "application/json", **headers: str) -> None:
+    def send(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
-        if kind is not None:
-            self.send_header("Content-Type", kind)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
@@ -113,8 +111,8 @@ def status(code: int, body: bytes = b'{"error": {"message": "not now"}}', **head
     return lambda handler: handler.send(code, body, **headers)
 
 
-def body(data: bytes, kind: str | None = "application/json") -> Callable[[Handler], None]:
-    return lambda handler: handler.send(200, data, kind)
+def body(data: bytes) -> Callable[[Handler], None]:
+    return lambda handler: handler.send(200, data)
 
 
 def says(content: Any, **more: Any) -> Callable[[Handler], None]:
@@ -125,38 +123,29 @@ def hang(handler: Handler) -> None:
     handler.server.over.wait(20)
 
 
-def trickle_headers(handler: Handler) -> None:
-    _drip(handler, b"HTTP/1.1 200 OK\r\nX-Padding: " + b"a" * 5000)
+def trickle(head: bytes, at_once: int) -> Callable[[Handler], None]:
+    """A head, so many bytes of it at once, then spaces without end, a byte every 20 ms."""
+
+    def act(handler: Handler) -> None:
+        handler.wfile.write(head[:at_once])
+        for byte in head[at_once:] + b" " * 5000:
+            if handler.server.over.wait(0.02):
+                return
+            handler.wfile.write(bytes([byte]))
+            handler.wfile.flush()
+
+    return act
 
 
-def trickle_body(handler: Handler) -> None:
-    _drip(handler, b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + b" " * 5000, 55)
-
-
-def trickle_error(handler: Handler) -> None:
-    _drip(handler, b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n\r\n" + b" " * 5000, 62)
-
-
-def _drip(handler: Handler, data: bytes, at_once: int = 1) -> None:
-    handler.wfile.write(data[:at_once])
-    for byte in data[at_once:]:
-        if handler.server.over.wait(0.02):
-            return
-        handler.wfile.write(bytes([byte]))
-        handler.wfile.flush()
-
-
-def huge(handler: Handler) -> None:
+def huge(head: bytes) -> Callable[[Handler], None]:
     """50 MB, without saying so before."""
-    handler.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{"choices": "')
-    for _ in range(50):
-        handler.wfile.write(b"a" * 1_000_000)
 
+    def act(handler: Handler) -> None:
+        handler.wfile.write(head)
+        for _ in range(50):
+            handler.wfile.write(b"a" * 1_000_000)
 
-def huge_error(handler: Handler) -> None:
-    handler.wfile.write(b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n\r\n")
-    for _ in range(50):
-        handler.wfile.write(b"a" * 1_000_000)
+    return act
 
 
 def raw(data: bytes) -> Callable[[Handler], None]:
@@ -182,9 +171,7 @@ TEXTS = (
     "Lost? Ask us",
 )
 LIST = [
-    Instruction(
-        f"t-{i}", f'A sign says "{text}".', text, (text,), {"colour": "red", "font": "serif"}, length_bin(text), "shop"
-    )
+    Instruction(f"t-{i}", f'A sign says "{text}".', text, {"colour": "red", "font": "serif"}, "shop")
     for i, text in enumerate(TEXTS)
 ]
 
@@ -212,18 +199,16 @@ def score(folder: Path, images: str = "a", **fields: Any) -> TypeScore:
 
 def line(text: str, box: Sequence[float]) -> Line:
     left, top, right, bottom = map(float, box)
-    return Line(text, ((left, top), (right, top), (right, bottom), (left, bottom)), 1.0)
+    return Line(text, ((left, top), (right, top), (right, bottom), (left, bottom)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Fake:
-    """Reads what the renderer drew, with a box around the ink, and answers every question alike; may be stopped after some calls."""
+    """Reads what the renderer drew, with a box around the ink; may be stopped after some pictures."""
 
     fails: tuple[str, ...] = aside(())
     stops_after: int = aside(10**9)
-    answer: str = aside("")  # empty: none
     read: list[str] = dataclasses.field(default_factory=list, compare=False, metadata={"aside": True})
-    asked: list[str] = dataclasses.field(default_factory=list, compare=False, metadata={"aside": True})
 
     name: ClassVar[str] = "fake"
     batch: ClassVar[int] = 2
@@ -236,14 +221,11 @@ class Fake:
 
     def check(self) -> None: ...
 
-    def _stop(self) -> None:
-        if len(self.read) + len(self.asked) >= self.stops_after:
-            raise KeyboardInterrupt
-
     def extract(self, images: Sequence[Image.Image], keep: Any = None) -> list[Extraction]:
         found = []
         for i, image in enumerate(images):
-            self._stop()
+            if len(self.read) >= self.stops_after:
+                raise KeyboardInterrupt
             text = str(image.info[TEXT_CHUNK])
             self.read.append(text)
             pixels = np.asarray(image.convert("RGB"), float)
@@ -252,21 +234,6 @@ class Fake:
             box = (x.min() - 3, y.min() - 3, x.max() + 4, y.max() + 4)
             failed = any(word in text for word in self.fails)
             found.append(Extraction("", error="no answer") if failed else Extraction(text, (line(text, box),)))
-            if keep:
-                keep(i, found[-1])
-        return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked(Fake):
-    """One that answers questions as well, all alike."""
-
-    def ask(self, images: Sequence[Image.Image], questions: Sequence[str], keep: Any = None) -> list[Extraction]:
-        found = []
-        for i, question in enumerate(questions):
-            self._stop()
-            self.asked.append(question)
-            found.append(Extraction(self.answer, error=None if self.answer else "HTTP 500"))
             if keep:
                 keep(i, found[-1])
         return found
