@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from typescore_stub import (
     KEY,
+    RENDERS,
     TEXT_CHUNK,
     Handler,
     Stub,
@@ -30,7 +31,6 @@ from typescore_stub import (
     completion,
     hang,
     huge,
-    huge_error,
     oracle,
     picture,
     raw,
@@ -38,9 +38,7 @@ from typescore_stub import (
     says,
     sent_image,
     status,
-    trickle_body,
-    trickle_error,
-    trickle_headers,
+    trickle,
 )
 
 from zoo.errors import Retryable, UserError
@@ -64,7 +62,6 @@ def test_oracle_through_the_wire(stub: Stub) -> None:
     assert asked["messages"][0]["role"] == "user"
     assert asked["messages"][0]["content"][0] == {"type": "text", "text": PROMPT}
     assert set(asked) == {"model", "temperature", "max_tokens", "messages", "path"}
-    assert found[0].raw == texts[0]
     assert "Authorization" not in stub.headers[0]
     assert TEXT_CHUNK not in sent_image(asked).info  # what is wanted does not go along
     assert "number" not in json.dumps(asked)
@@ -75,7 +72,7 @@ def test_oracle_through_the_wire(stub: Stub) -> None:
     assert "Do not correct" in PROMPT
 
 
-def test_images_go_out_side_by_side_and_questions_are_asked_as_they_are(stub: Stub) -> None:
+def test_images_go_out_side_by_side(stub: Stub) -> None:
     together = threading.Barrier(4, timeout=5)  # broken unless four requests are under way at once
 
     def act(handler: Handler) -> None:
@@ -85,28 +82,28 @@ def test_images_go_out_side_by_side_and_questions_are_asked_as_they_are(stub: St
     stub.script = [act]
     found = client(stub, threads=4).extract([picture(str(i)) for i in range(8)])
     assert [one.text for one in found] == list("01234567")
-    stub.script = [says(' "Yes." ')]
-    found = client(stub).ask([picture("x")] * 2, ["Is it red?", "Is it blue?"])
-    assert [one.text for one in found] == ['"Yes."', '"Yes."']
-    asked = [one["messages"][0]["content"][0]["text"] for one in stub.seen[-2:]]
-    assert sorted(asked) == ["Is it blue?", "Is it red?"]
 
 
 @pytest.mark.parametrize(
-    "act, text",
+    "answer, text",
     [
-        (says(""), ""),
-        (says("NO TEXT"), ""),
-        (says('"open daily"'), "open daily"),
-        (says("```\nopen daily\n```"), "open daily"),
-        (says([{"type": "text", "text": "open "}, {"type": "text", "text": "daily"}]), "open daily"),
-        (says("open daily", finish_reason="length"), "open daily"),
-        (body(completion("open"), None), "open"),
-        (body(completion("open"), "application/problem+json; charset=utf-8"), "open"),
+        ("open daily", "open daily"),
+        ('"open daily"', "open daily"),
+        ("“open daily”", "open daily"),
+        ("'it's open'", "it's open"),
+        ('"open" and "closed"', '"open" and "closed"'),
+        ('""open""', '""open""'),
+        ("```\nopen\ndaily\n```", "open daily"),
+        ("```text\n'open daily'\n```", "open daily"),
+        ("```open```", "open"),
+        ("NO TEXT", ""),
+        ("```\nNO TEXT\n```", ""),
+        ("NO TEXT HERE", "NO TEXT HERE"),
+        ("", ""),
     ],
 )
-def test_good_answers(act: Act, text: str, stub: Stub) -> None:
-    stub.script = [act]
+def test_answers_are_cleaned_of_their_wrapping(answer: str, text: str, stub: Stub) -> None:
+    stub.script = [says(answer, finish_reason="length" if answer else "stop")]
     found = client(stub).extract([picture("x")])[0]
     assert (found.text, found.error) == (text, None)
 
@@ -119,30 +116,32 @@ def test_a_notebook_whose_loop_runs_may_read_too(stub: Stub) -> None:
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+BAD = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n\r\n"
 
 
 @pytest.mark.parametrize(
     "act, said, tries",
     [
-        (status(500), "HTTP 500 Internal Server Error: not now (5 tries)", 5),
-        (status(429), "HTTP 429 Too Many Requests: not now (5 tries)", 5),
-        (status(400), "HTTP 400 Bad Request: not now", 1),
-        (status(401, b'{"error": "no such key"}'), "HTTP 401 Unauthorized: no such key", 1),
-        (status(422, b'{"detail": "\\u00fcber"}'), ": \u00fcber", 1),
-        (status(302, b"", Location="/v1/elsewhere"), "the endpoint lies elsewhere", 1),
-        (body(b'{"choices": [{"message": '), "no choices[0].message.content", 1),
+        (status(500), 'HTTP 500: {"error": {"message": "not now"}} (5 tries)', 5),
+        (status(429), "HTTP 429: ", 5),
+        (status(400), "HTTP 400: ", 1),
+        (status(401), "HTTP 401: ", 1),
+        (status(302, b"", Location="/v1/elsewhere"), "HTTP 302", 1),
+        (body(b'{"choices": [{"message": '), 'no choices[0].message.content, it is: {"choices": [{"message":', 1),
         (body(b"\xff\xfe\x00"), "no choices", 1),
         (body(b"[" * 100_000), "no choices", 1),
         (body(b'{"choices": [{"message": "hi"}]}'), "no choices", 1),
+        (body(b'{"choices": []}'), "no choices", 1),
         (says(None), "no choices", 1),
+        (says([{"text": "open"}]), "no choices", 1),
         (says("half \ud800 a character"), "no choices", 1),
-        (body(b"<html>hello</html>", "text/html"), "not application/json", 1),
-        (body(b'{"error": {"message": "model not loaded"}}'), "reports an error: model not loaded", 1),
+        (body(b"<html>hello</html>"), "it is: <html>hello", 1),
+        (body(b'{"error": {"message": "model not loaded"}}'), "model not loaded", 1),
         (says("", finish_reason="length"), "raise max_tokens", 1),
         (says("a", finish_reason="content_filter"), "content filter", 1),
-        (body(completion("")[:-4] + b', "refusal": "I must not"}}]}'), "refuses", 1),
-        (huge, "more than 4000000 bytes", 1),
-        (huge_error, "HTTP 400 Bad Request", 1),
+        (body(completion("")[:-4] + b', "refusal": "I must not"}}]}'), "refuses: I must not", 1),
+        (huge(HEAD + b'\r\n{"choices": "'), "more than 4000000 bytes", 1),
+        (huge(BAD), "HTTP 400", 1),
         (reset, "the connection broke", 5),
         (raw(b"SSH-2.0-server\r\n"), "is no HTTP", 1),
         (raw(b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000 + b"\r\n\r\n"), "is no HTTP", 1),
@@ -161,7 +160,7 @@ def test_every_fault_ends_as_an_error_record_in_time(act: Act, said: str, tries:
     assert len(stub.seen) == tries
 
 
-@pytest.mark.parametrize("act", [hang, trickle_headers, trickle_body])
+@pytest.mark.parametrize("act", [hang, trickle(HEAD, 1), trickle(HEAD + b"\r\n", 100)])
 def test_an_endpoint_that_hangs_or_trickles_is_left_in_time(act: Act, stub: Stub) -> None:
     stub.script = [act]
     start = time.monotonic()
@@ -172,8 +171,8 @@ def test_an_endpoint_that_hangs_or_trickles_is_left_in_time(act: Act, stub: Stub
 
 def test_an_error_whose_words_trickle_keeps_its_status(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zoo.papers.typescore.extractors.endpoint._ERROR_S", 0.1)
-    stub.script = [trickle_error]
-    assert client(stub).extract([picture("x")])[0].error == "HTTP 400 Bad Request"
+    stub.script = [trickle(BAD, 100)]
+    assert client(stub).extract([picture("x")])[0].error == "HTTP 400"
 
 
 def test_after_a_passing_fault_the_reading_comes_and_retry_after_is_kept_to(stub: Stub) -> None:
@@ -195,19 +194,23 @@ def test_after_a_passing_fault_the_reading_comes_and_retry_after_is_kept_to(stub
 @pytest.mark.parametrize("act", [hang, status(500), status(401)])
 def test_an_endpoint_out_of_order_stops_the_run_and_what_was_read_is_kept(act: Act, stub: Stub, tmp_path: Path) -> None:
     """After eight failures in a row; the next run goes on, and what failed comes last."""
-    readings = Readings(tmp_path / "readings.jsonl")
     images = [picture(str(i)) for i in range(30)]
     keys = [Key(str(i), "x") for i in range(30)]
-    stub.script = [oracle] * 5 + [act]
     made = client(stub, threads=1, retries=0, timeout_s=0.05)
+
+    def through() -> list[str]:
+        some = Readings(tmp_path / "readings.jsonl").through(made, keys, images.__getitem__)
+        return [one.text for _, _, one in sorted(some, key=lambda one: one[0])]
+
+    stub.script = [oracle] * 5 + [act]
     with pytest.raises(Retryable, match="the endpoint failed 8 images in a row, the last by: "):
-        readings.through(made.extract, keys, images)
+        through()
     assert 13 <= len(stub.seen) <= 14
-    assert [readings.good(key) for key in keys[:6]] == [True] * 5 + [False]
-    assert [readings.failed(key) for key in keys] == [False] * 5 + [True] * 8 + [False] * 17
     stub.script = [oracle]
-    again = Readings(tmp_path / "readings.jsonl")
-    assert [one.text for one in again.through(made.extract, keys, images)] == [str(i) for i in range(30)]
+    assert through() == [str(i) for i in range(30)]
+    asked = [RENDERS[sent_image(one).tobytes()] for one in stub.seen[-25:]]
+    failed = [RENDERS[image.tobytes()] for image in images[5:13]]
+    assert asked[-8:] == failed  # what failed comes last
     assert len(stub.seen) <= 14 + 25
 
 
@@ -239,34 +242,26 @@ def test_stopping_ends_waits_and_requests(stub: Stub) -> None:
     assert time.monotonic() - start < 18  # most of it the start of Python; the answer would take 20 s
 
 
-# --- the key ----------------------------------------------------------------------------------------
-
-
-def echo(form: Callable[[str], str] = str, code: int = 401, kind: str = "text/html") -> Act:
+def echo(form: Callable[[str], str] = str, code: int = 401) -> Act:
     """Repeats the key in the body, as servers write it."""
 
     def act(handler: Handler) -> None:
         key = handler.headers["Authorization"].removeprefix("Bearer ")
-        handler.send(code, f'{{"error": "wrong key {form(key)} given"}}'.encode(), kind)
+        handler.send(code, f'{{"error": "wrong key {form(key)} given"}}'.encode())
 
     return act
 
 
-def echo_elsewhere(handler: Handler) -> None:
-    handler.send(200, b"", f"text/{handler.headers['Authorization'].removeprefix('Bearer ')}")
-
-
 def echo_reading(handler: Handler) -> None:
-    key = handler.headers["Authorization"]
-    handler.send(200, json.dumps({"model": key, "choices": [{"message": {"content": f"open {key}"}}]}).encode())
+    handler.send(200, completion(f"open {handler.headers['Authorization']}"))
 
 
 def echo_status_line(handler: Handler) -> None:
     handler.wfile.write(f"{handler.headers['Authorization']} is no status\r\n\r\n".encode())
 
 
-def echo_plain(handler: Handler) -> None:
-    handler.send(403, ("x" * 262 + handler.headers["Authorization"] * 3000).encode(), "text/plain")
+def echo_long(handler: Handler) -> None:
+    handler.send(403, ("x" * 262 + handler.headers["Authorization"] * 3000).encode())
 
 
 def entities(key: str) -> str:
@@ -277,18 +272,17 @@ def entities(key: str) -> str:
     "act",
     [
         echo(),
-        echo(code=200, kind="application/json"),
+        echo(code=200),
         echo(lambda key: base64.b64encode(key.encode()).decode()),
         echo(lambda key: urllib.parse.quote(urllib.parse.quote(key, safe=""), safe="")),
-        echo(lambda key: key.replace("/", "\\/"), kind="application/json"),
+        echo(lambda key: key.replace("/", "\\/")),
         echo(lambda key: json.dumps(key.replace("/", "\\/"))[1:-1]),
         echo(lambda key: html.escape(entities(key))),
         echo(lambda key: "".join(f"&#{ord(c)};" for c in key)),
         echo(lambda key: "".join(f"\\u{ord(c):04X}" for c in key)),
-        echo_elsewhere,
         echo_reading,
         echo_status_line,
-        echo_plain,
+        echo_long,
     ],
 )
 def test_the_key_is_nowhere_but_in_its_header(
@@ -303,7 +297,7 @@ def test_the_key_is_nowhere_but_in_its_header(
     stub.script = [act]
     extractor = client(stub, api_key_env="SEER_KEY", retries=1)
     with caplog.at_level(logging.DEBUG):
-        (found,) = Readings(tmp_path / "r").through(extractor.extract, [Key("a", "b")], [picture("x")])
+        ((_, _, found),) = Readings(tmp_path / "r").through(extractor, [Key("a", "b")], lambda i: picture("x"))
     assert stub.headers[0]["Authorization"] == f"Bearer {KEY}"
     assert found.error
     everything = str(found) + repr(extractor) + str(describe(extractor)) + caplog.text
@@ -341,9 +335,8 @@ def test_mistakes_are_told_before_anything_is_sent_and_without_a_secret(
 ) -> None:
     monkeypatch.setenv("BAD_KEY", "secret\nX-Evil: yes")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"api_key_env": "BAD_KEY"}, "api_key_env is 'BAD_KEY', which has spaces"),
-        ({"api_key_env": "NO_KEY"}, "api_key_env is 'NO_KEY', and no such environment variable is set"),
-        ({"api_key_env": "AKIASECRET"}, "api_key_env is a name not shown here"),
+        ({"api_key_env": "BAD_KEY"}, "api_key_env names has spaces"),
+        ({"api_key_env": "AKIASECRET"}, "api_key_env names is not set"),
         ({"api_key_env": "sk-secret-itself"}, "api_key_env is no name"),
         ({"base_url": "https://me:secret@host/v1"}, "base_url is no plain address"),
         ({"base_url": "https://host/v1?key=secret"}, "base_url is no plain address"),
