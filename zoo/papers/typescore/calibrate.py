@@ -21,7 +21,7 @@ from zoo.errors import UserError
 from zoo.fields import NotEmpty, Seed, Share, Some, check_fields
 from zoo.files import sha256, write, writing
 from zoo.papers.typescore.evaluate import READINGS, as_json, claim
-from zoo.papers.typescore.extractors.base import TEXT_CHUNK, WAY, Key, Readings, TextExtractor, describe, need_packages
+from zoo.papers.typescore.extractors.base import TEXT_CHUNK, WAY, Key, Readings, TextExtractor, describe
 from zoo.papers.typescore.extractors.ocr import RapidOcr
 from zoo.papers.typescore.metric import SPEC_VERSION, Normalisation, Parts, parts, rank_agreement, typescore
 from zoo.papers.typescore.render import Corruption, Pixels, corrupt, plain
@@ -64,31 +64,23 @@ class Calibrate:
         more than 3 below, "repairs and misreads" for both. Failed readings are counted and left out of both sides.
         UserError where nothing was read, and before anything is for an `out` of another setting.
         """
-        need_packages("typescore", "rapidfuzz")
         self.extractor.check()
         normalise, out = Normalisation(), Path(self.out)
-        about = {
-            "spec_version": SPEC_VERSION,
-            "extractor": describe(self.extractor),
-            "normalisation": asdict(normalise),
-        }
+        about: dict[str, Any] = {"spec_version": SPEC_VERSION, "extractor": describe(self.extractor)}
+        about["normalisation"] = asdict(normalise)
         own = {name: getattr(self, name) for name in ("texts", "levels", "seed", "size")}
         setting = {**about, **own, "styles": _STYLES}
         with claim(out, setting, "a calibration"):
             rows = self._rows(Readings(out / READINGS))
             good = [row for row in rows if row["error"] is None]
             if not good:
-                raise UserError(
-                    f"{self.extractor.name} read none of {len(rows)} pictures; the first: {rows[0]['error']}"
-                )
+                raise UserError(f"{self.extractor.name} read none of {len(rows)} pictures: {rows[0]['error']}")
+            at: dict[Any, list[Any]] = {}
             for row in good:
                 ours, text = (parts(normalise(row["wanted"]), normalise(row[key])) for key in ("read", "drawn"))
                 row |= {**ours._asdict(), "score": typescore(ours), "text_score": typescore(text)}
-            by = [
-                [row for row in good if (row["style"], row["level"]) == at]
-                for at in itertools.product(_STYLES, self.levels)
-            ]
-            levels = [_level(some) for some in by if some]
+                at.setdefault((row["style"], row["level"]), []).append(row)
+            levels = [_level(some) for some in at.values()]
             apart = [one["difference"] for one in levels]
             words = ["repairs"] * (max(apart) > _APART) + ["misreads"] * (min(apart) < -_APART)
             figures = {
@@ -134,9 +126,6 @@ def _level(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _spearman(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Of the level and the score, by picture: -1 where each further fault lowers the score."""
-    found = (
-        rank_agreement("spearmanr", [row["level"] for row in rows], [row["score"] for row in rows])
-        if rows
-        else math.nan
-    )
+    levels, scores = ([row[name] for row in rows] for name in ("level", "score"))
+    found = rank_agreement("spearmanr", levels, scores)
     return None if math.isnan(found) else round(found, 4)

@@ -107,7 +107,7 @@ class TypeScore:
                 f"images and out ({folder}) are for a folder of pictures, and a model draws its own; leave them out"
             )
         listed(self.wanted)
-        _check(self.extractor)
+        self.extractor.check()
 
     def prompts(self) -> dict[str, str]:
         """The instructions by their ids."""
@@ -160,7 +160,7 @@ class TypeScore:
         if lacking:
             named = ", ".join(lacking[:5])
             _log.warning("typescore: %d instructions have no picture and are in no mean: %s", len(lacking), named)
-        _check(self.extractor)
+        self.extractor.check()
         first = f"-first{self.limit}" if self.limit else ""  # a trial with few must not stand in the way of all
         beside = folder.resolve().with_name(f"{folder.resolve().name}-typescore{first}")  # "." has no name
         out = Path(self.out or os.path.relpath(beside))
@@ -289,11 +289,6 @@ def _open(picture: Path | Image.Image | Extraction) -> Image.Image | Extraction:
             return found
     except Exception as error:  # decoders raise all sorts of things
         return failed(f"{picture.name} cannot be opened ({type(error).__name__}: {error})")
-
-
-def _check(extractor: TextExtractor) -> None:
-    base.need_packages("typescore", "rapidfuzz", "jinja2")
-    extractor.check()
 
 
 def relative(folder: Path, out: Path) -> str:

@@ -178,4 +178,4 @@ def rank_agreement(kind: Literal["spearmanr", "kendalltau"], x: Any, y: Any) -> 
     """scipy's rank correlation of two columns [N]; NaN where one is constant."""
     from scipy import stats
 
-    return float(getattr(stats, kind)(x, y).statistic) if np.ptp(x) and np.ptp(y) else math.nan
+    return float(getattr(stats, kind)(x, y).statistic) if len(set(x)) > 1 < len(set(y)) else math.nan

@@ -260,10 +260,8 @@ def _draw(
     pixels = _surface(style["material"], ink, texture, size, ground)
     if text:
         mask = _mask(text, style, layout, largest, size, rotation)
-        x, y = (
-            _start(style["placement"], ends, size, n)
-            for ends, n in zip((("left", "right"), ("top", "bottom")), mask.size)
-        )
+        x = _start(style["placement"], ("left", "right"), size, mask.width)
+        y = _start(style["placement"], ("top", "bottom"), size, mask.height)
         cover = np.zeros((size, size, 1), np.float32)
         cover[y : y + mask.height, x : x + mask.width, 0] = np.asarray(mask, np.float32) / 255
         pixels = pixels * (1 - cover) + ink * cover
@@ -363,9 +361,7 @@ def _face(style: Mapping[str, str], text: str, choice: float) -> Callable[[int],
 def _font(name: str, points: int) -> Font:
     # letters as they are, without ligatures, so that it does not matter what Pillow was built with
     if not name:
-        font = ImageFont.load_default(points)
-        assert isinstance(font, Font), "Pillow without FreeType"
-        return font
+        return ImageFont.load_default(points)  # type: ignore[return-value]  # Pillow's wheels have FreeType
     import matplotlib  # late: most who import this draw nothing
 
     file = Path(matplotlib.get_data_path(), "fonts", "ttf", name)

@@ -23,7 +23,7 @@ from zoo.files import writing
 REVISION = 1  # of what is done here with a reading: order, joining, prompt, cleaning. Scores of two do not compare
 TEXT_CHUNK = "typescore_text"  # the PNG text chunk in which the renderer leaves what it drew
 LONGEST = 300  # characters of an error
-WAY = "free some space, or name another folder with out=FOLDER"
+WAY = "free some space, or name another folder with out=FOLDER"  # where a folder cannot be written
 
 Box: TypeAlias = tuple[tuple[float, float], ...]
 Threads: TypeAlias = Annotated[int, Meta(ge=1, le=2**10)]
@@ -86,14 +86,14 @@ def describe(extractor: Any) -> dict[str, Any]:
     return found | ({"prompt": extractor.prompt} if hasattr(extractor, "prompt") else {})
 
 
-def need_packages(what: str, *packages: str) -> None:
-    """UserError naming the extra where one of these is not installed."""
-    for package in packages:
+def need_packages(*packages: str) -> None:
+    """UserError naming the extra where one of these, or of what every evaluation needs, is not installed."""
+    for package in (*packages, "rapidfuzz", "scipy", "jinja2"):
         try:
             importlib.import_module(package)
         except ImportError:
             way = 'install the extra `typescore` (pip install -e ".[typescore]")'
-            raise UserError(f"{what} needs the package {package}, which is not installed; {way}") from None
+            raise UserError(f"typescore needs the package {package}, which is not installed; {way}") from None
 
 
 class Key(NamedTuple):

@@ -37,8 +37,7 @@ from zoo.papers.typescore.extractors.base import REVISION, Extraction, Keep, asi
 _log = logging.getLogger("zoo")
 _GIVE_UP = 8  # images in a row by whose failure the endpoint counts as out of order
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds before another try that the server has not asked for
-_LARGEST = 4_000_000  # bytes of an answer
-_ERROR_LARGEST, _ERROR_S = 1 << 16, 5.0  # bytes and seconds of one that tells of an error
+_LARGEST, _ERROR_S = 4_000_000, 5.0  # bytes of an answer; seconds of one that tells of an error
 _ADDRESS = re.compile(r"https?://(\[[\da-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[^\s?#@]*)?", re.ASCII | re.IGNORECASE)
 _Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86400)]  # at most a day
 _AGAIN = {408, 425, 429}  # and 5xx
@@ -117,7 +116,7 @@ class Http:
 
     def check(self) -> None:
         """UserError without the package, an address, a model or the key. Sends nothing."""
-        base.need_packages("extractor http", "aiohttp")
+        base.need_packages("aiohttp")
         if not self.base_url or not self.model:
             raise UserError("extractor http: base_url and model must be given: where the endpoint is, and its model")
         _key(self.api_key_env)
@@ -224,9 +223,15 @@ class Http:
     async def _post(self, session: Any, body: bytes, key: str) -> str:
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         async with session.post(url, data=body, allow_redirects=False) as answer:
-            if answer.status != 200:
-                raise await _refusal(answer)
-            return _content(await _read(answer, _LARGEST), key)
+            if answer.status == 200:
+                return _content(await _read(answer), key)
+            said = ""
+            with contextlib.suppress(TimeoutError, _Fault):  # the status says enough
+                async with asyncio.timeout(_ERROR_S):
+                    said = (await _read(answer)).decode("utf-8", "replace")
+            again = answer.status in _AGAIN or answer.status >= 500
+            after = _seconds(answer.headers.get("Retry-After", "").strip())
+            raise _Fault(f"HTTP {answer.status}", said, again, after, theirs=answer.status in _SHUT)
 
 
 @dataclass(eq=False)
@@ -240,31 +245,22 @@ class _Fault(Exception):
     theirs: bool = False  # whether it is about the endpoint, so that other images will fare no better
 
 
-async def _read(answer: Any, largest: int) -> bytes:
-    """The body of an answer. _Fault where it has more bytes."""
+async def _read(answer: Any) -> bytes:
+    """The body of an answer. _Fault where it has more bytes than any transcription."""
     pieces = bytearray()
     async for piece in answer.content.iter_any():
         pieces += piece
-        if len(pieces) > largest:
-            raise _Fault(f"the answer has more than {largest} bytes, which no transcription has")
+        if len(pieces) > _LARGEST:
+            raise _Fault(f"the answer has more than {_LARGEST} bytes")
     return bytes(pieces)
 
 
-async def _refusal(answer: Any) -> _Fault:
-    """What an answer other than 200 says."""
-    import aiohttp
-
-    status, said = answer.status, ""
-    with contextlib.suppress(TimeoutError, OSError, aiohttp.ClientError, _Fault):  # the status says enough
-        async with asyncio.timeout(_ERROR_S):
-            said = (await _read(answer, _ERROR_LARGEST)).decode("utf-8", "replace")
-    after = answer.headers.get("Retry-After", "").strip()
-    seconds = 0.0
-    with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):  # what is neither a number nor a date
+def _seconds(after: str) -> float:
+    """The wait that a Retry-After asks for: a number or a date; 0 for anything else."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
         number = re.fullmatch(r"\d{1,9}(\.\d{1,9})?", after)
-        seconds = float(after) if number else email.utils.parsedate_to_datetime(after).timestamp() - time.time()
-    again = status in _AGAIN or status >= 500
-    return _Fault(f"HTTP {status}", said, again, max(seconds, 0.0), theirs=status in _SHUT)
+        return float(after) if number else max(email.utils.parsedate_to_datetime(after).timestamp() - time.time(), 0.0)
+    return 0.0
 
 
 class _Message(msgspec.Struct):

@@ -28,7 +28,7 @@ class Oracle:
         return str(REVISION)
 
     def check(self) -> None:
-        """Needs nothing."""
+        base.need_packages()
 
     def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
         """An image without the renderer's record is one with an error."""
@@ -62,7 +62,7 @@ class RapidOcr:
 
     def check(self) -> None:
         # onnxruntime is no dependency of rapidocr's, which asks for it only when it reads
-        base.need_packages(f"extractor {self.name}", "onnxruntime", "rapidocr")
+        base.need_packages("onnxruntime", "rapidocr")
 
     def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
         self.check()
