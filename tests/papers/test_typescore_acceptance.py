@@ -4,7 +4,6 @@ Minutes on two cores. `pytest -m slow -s tests/papers/test_typescore_acceptance.
 """
 
 import csv
-import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from PIL import Image
 from scipy import stats
 from typescore_stub import listed as write_list
 
-from zoo import config
 from zoo.papers.typescore import style
 from zoo.papers.typescore.calibrate import Calibrate
 from zoo.papers.typescore.compare import Compare, load_all
@@ -176,11 +174,3 @@ def test_a6_rapidocr_and_the_oracle_rank_alike(models: Any) -> None:
     for one in values.values():  # all models have the same instructions, a picture each
         assert np.argsort(-np.mean(one, axis=1)).tolist() == list(range(len(FAULTS)))
     assert pearson >= 0.95
-
-
-def test_the_shipped_config_reads_a_folder(root: Path) -> None:
-    Render(str(root / "few"), limit=3).run()
-    found = dataclasses.replace(config.load("typescore/rapidocr"), images=str(root / "few"), limit=3).run()
-    assert found["failed"] == 0
-    assert found["score"] > 95
-    assert found["style"]["score"] > 80

