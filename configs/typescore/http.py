@@ -4,9 +4,8 @@
       extractor.base_url=http://127.0.0.1:8000/v1 extractor.model=NAME extractor.api_key_env=VARIABLE
 
 `api_key_env` is the name of the environment variable that holds the key, never the key. Readings are kept as they come: a run that is
-stopped pays twice for requests then under way, at most `extractor.threads`, and for no reading that had come. Each attribute of style
-is one more question a picture; `style=false` saves them. Where eight pictures in a row fail by the endpoint, the run stops with exit
-code 3, and the same command goes on.
+stopped pays twice for requests then under way, at most `extractor.threads`, and for no reading that had come. Where eight pictures in a
+row fail by the endpoint, the run stops with exit code 3, and the same command goes on.
 """
 
 from zoo.papers.typescore.evaluate import TypeScore

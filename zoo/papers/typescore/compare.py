@@ -255,9 +255,10 @@ def judged(field: str, path: str, column: str, results: Sequence[Result]) -> lis
     import pyarrow
     from pyarrow import csv
 
-    many, known = len(results) > 1, {}
+    known: dict[str, tuple[str, Record]] = {}
     for one in results:
-        known |= {f"{one.label}/" * many + record["image"]: (one.label, record) for record in one.records}
+        within = f"{one.label}/" if len(results) > 1 else ""
+        known |= {within + record["image"]: (one.label, record) for record in one.records}
     kinds = {"image": pyarrow.string(), column: pyarrow.float64()}
     options = csv.ConvertOptions(column_types=kinds, include_columns=list(kinds))
     way = f"name a CSV file with the columns image and {column}"

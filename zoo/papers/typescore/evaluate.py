@@ -268,8 +268,8 @@ def find(folder: Path, instructions: Sequence[Instruction]) -> list[File]:
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not path.is_file():
             continue
         number = re.fullmatch(r"(.+)_(\d{1,9})", path.stem, re.ASCII | re.DOTALL)
-        meant = [(path.stem, -1)] + ([(number[1], int(number[2]))] if number else [])
-        meant = [(order[name], k) for name, k in meant if name in order]
+        names = [(path.stem, -1)] + ([(number[1], int(number[2]))] if number else [])
+        meant = [(order[name], k) for name, k in names if name in order]
         if len(meant) > 1:
             raise UserError(
                 f"images: {path.name} is a picture of two instructions; end no id by that of another, _ and a number"

@@ -133,6 +133,10 @@ class Readings:
             with writing(self.path, WAY), open(self.path, "ab", buffering=0) as file:
                 file.write(entry)
 
+    def _read(self, extractor: TextExtractor, keys: Sequence[Key], images: Sequence[Image.Image]) -> None:
+        read = extractor.extract(images, lambda i, one: self._put(keys[i], one))
+        self._found |= dict(zip(keys, read, strict=True))
+
     def through(
         self, extractor: TextExtractor, keys: Sequence[Key], opened: Callable[[int], Image.Image | Extraction]
     ) -> Iterator[tuple[int, Any, Extraction]]:
@@ -147,9 +151,8 @@ class Readings:
         for start in tqdm(range(0, len(order), extractor.batch), unit_scale=extractor.batch, disable=None):
             some = {i: opened(i) for i in order[start : start + extractor.batch]}
             todo = {i: one for i, one in some.items() if isinstance(one, Image.Image) and not self.good(keys[i])}
-            asked = [keys[i] for i in todo]
-            read = extractor.extract(list(todo.values()), lambda j, one, asked=asked: self._put(asked[j], one))
-            self._found |= dict(zip(asked, read, strict=True))
+            if todo:
+                self._read(extractor, [keys[i] for i in todo], list(todo.values()))
             for i, one in some.items():
                 yield i, one, one if isinstance(one, Extraction) else self._found[keys[i]]
 
