@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from zoo.errors import UserError
 from zoo.fields import NotEmpty, Seed, Share, Some, check_fields
@@ -99,9 +98,12 @@ class Calibrate:
         return {**figures, "out": str(out)}
 
     def _rows(self, readings: Readings) -> list[dict[str, Any]]:
-        """What was drawn and read of every style, level and text; what is not in `readings` is read."""
+        """What was drawn and read of every style, level and text; higher levels hold the faults of lower ones."""
         jobs = list(itertools.product(_STYLES, self.levels, range(len(self.texts))))
-        pictures = [self.picture(*job) for job in jobs]
+        pictures = []
+        for style, level, i in jobs:
+            drawn = corrupt(self.texts[i], Corruption(p_char=level), np.random.default_rng([self.seed, i]))
+            pictures.append(plain(drawn, seed=self.seed + i, size=self.size, **_STYLES[style]))
         keys = [Key("{}-{:g}-{}".format(*job), sha256(one.tobytes())) for job, one in zip(jobs, pictures)]
         found = {}
         for i, picture, one in readings.through(self.extractor, keys, pictures.__getitem__):
@@ -109,11 +111,6 @@ class Calibrate:
             found[i] = {"style": style, "level": level, "wanted": self.texts[text], "drawn": picture.info[TEXT_CHUNK]}
             found[i] |= {"read": one.text, "error": one.error}
         return [found[i] for i in range(len(jobs))]
-
-    def picture(self, style: str, level: float, i: int) -> Image.Image:
-        """The i-th text in one of the two styles, with a share of its letters replaced; higher levels hold lower ones' faults."""
-        drawn = corrupt(self.texts[i], Corruption(p_char=level), np.random.default_rng([self.seed, i]))
-        return plain(drawn, seed=self.seed + i, size=self.size, **_STYLES[style])
 
 
 def _level(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,7 +203,8 @@ class TypeScore:
         lost = [record for record in records if record["error"] is not None]
         counts = Counter(record["error_type"] for record in read)
         flat = [{"id": r["id"], **r["parts"], "exact": r["error_type"] == "none"} for r in read]
-        parts = {name: metric.mean(metric.by_instruction(flat, name)) for name in (*metric.Parts._fields, "exact")}
+        means = {name: list(metric.by_instruction(flat, name).values()) for name in (*metric.Parts._fields, "exact")}
+        parts = {name: round(statistics.fmean(some), 6) if some else None for name, some in means.items()}
         return {
             "metric": "typescore",
             "note": NOTE,

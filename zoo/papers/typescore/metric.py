@@ -141,11 +141,6 @@ def by_instruction(records: Iterable[Mapping[str, Any]], key: str = "score") -> 
     return {name: float(np.mean(found[name])) for name in sorted(found)}
 
 
-def mean(scores: Mapping[str, float]) -> float | None:
-    """The mean over instructions; None where there are none."""
-    return round(float(np.mean(list(scores.values()))), 6) if scores else None
-
-
 def mean_of(scores: Mapping[str, float], resamples: int = 1000, seed: int = 0) -> dict[str, float | None]:
     """The mean over instructions with its interval, in points; None where there are no scores."""
     if not scores:

@@ -242,7 +242,7 @@ def join(rows: Sequence[str]) -> str:
         return first + hyphen * (not broken)
 
     text = "\n".join(" ".join(row.split()) for row in rows if row.strip())
-    return re.sub(r"(\w+)([-\u2010\u00ad])\n(?=(\w+))", mended, text).replace("\n", " ")
+    return re.sub(r"(\S*[^\W_])([-\u2010\u00ad])\n(?=([^\W_]\S*))", mended, text).replace("\n", " ")
 
 
 def text_of(lines: Sequence[Line]) -> str:
