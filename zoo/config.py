@@ -334,7 +334,8 @@ def undump(data: Any, allow: Sequence[str] = (), where: str = "config") -> Any:
     if _CLASS not in data:
         return {k: undump(v, allow, f"{where}.{k}") for k, v in data.items()}
     cls = _resolve(data[_CLASS], allow, where)
-    values = {k: v for k, v in data.items() if k != _CLASS}
+    gone = getattr(cls, "replaced", {})  # an earlier version had these fields
+    values = {k: v for k, v in data.items() if k != _CLASS and k not in gone}
     names = [f.name for f in dataclasses.fields(cls)]
     unknown = [k for k in values if k not in names]
     if unknown:

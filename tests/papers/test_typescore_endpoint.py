@@ -260,14 +260,7 @@ def echo(body: Callable[[str], Any], code: int = 401) -> Act:
         lambda handler: handler.wfile.write(f"{handler.headers['Authorization']} is no status\r\n\r\n".encode()),
     ],
 )
-def test_the_key_is_nowhere_but_in_its_header(
-    act: Act,
-    stub: Stub,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
+def test_the_key_is_nowhere_but_in_its_header(act, stub, monkeypatch, caplog, capfd, tmp_path):
     monkeypatch.setenv("SEER_KEY", KEY + "\n")
     stub.script = [act]
     extractor = client(stub, api_key_env="SEER_KEY", retries=1)
@@ -295,9 +288,7 @@ def test_the_key_is_nowhere_but_in_its_header(
         ("0123456789abcdef", "open 0123456789abcdef", False),
     ],
 )
-def test_a_reading_that_holds_the_key_is_an_error_and_never_another_text(
-    key: str, text: str, kept: bool, stub: Stub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reading_that_holds_the_key_is_an_error_and_never_another_text(key, text, kept, stub, monkeypatch):
     monkeypatch.setenv("SEER_KEY", key)
     stub.script = [says(text)]
     found = client(stub, api_key_env="SEER_KEY").extract([picture("x")])[0]
@@ -305,9 +296,7 @@ def test_a_reading_that_holds_the_key_is_an_error_and_never_another_text(
     assert kept or (found.error or "").startswith("the answer repeats the key of api_key_env, ")
 
 
-def test_mistakes_are_told_before_anything_is_sent_and_without_a_secret(
-    stub: Stub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_told_before_anything_is_sent_and_without_a_secret(stub, monkeypatch):
     monkeypatch.setenv("BAD_KEY", "secret\nX-Evil: yes")
     cases: list[tuple[dict[str, Any], str]] = [
         ({"api_key_env": "BAD_KEY"}, "api_key_env names has spaces"),

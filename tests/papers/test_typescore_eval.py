@@ -19,7 +19,7 @@ from mistakes import told
 from PIL import Image
 from typescore_stub import LIST, TEXT_CHUNK, TEXTS, Fake, client, listed, score, status
 
-from zoo import cli
+from zoo import cli, config
 from zoo.errors import UserError
 from zoo.papers.typescore.calibrate import Calibrate
 from zoo.papers.typescore.evaluate import TypeScore, find
@@ -29,9 +29,7 @@ from zoo.papers.typescore.metric import parts, typescore
 from zoo.papers.typescore.render import plain, save
 
 
-def test_the_mean_is_over_pictures_then_instructions_of_what_was_read(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_mean_is_over_pictures_then_instructions_of_what_was_read(folder, caplog):
     (folder / "a" / "t-0_1.png").unlink()  # so that the two kinds of mean differ
     (folder / "a" / "t-2_0.png").write_bytes(b"no picture")
     Image.new("RGB", (8, 8)).save(folder / "a" / "t-3_0.png")  # without the renderer's note
@@ -88,9 +86,7 @@ def test_failed_and_changed_pictures_are_read_again_and_a_stopped_rerun_looks_un
     assert again.read == ["Something else", TEXTS[4]]  # what failed comes last
 
 
-def test_an_endpoint_that_is_down_ends_with_3_and_the_same_command_goes_on(
-    folder: Path, stub: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_endpoint_that_is_down_ends_with_3_and_the_same_command_goes_on(folder, stub, capsys):
     stub.script = [status(500)]
     argv = ["eval", "typescore/http", f"images={folder / 'a'}", f"wanted={folder / 'wanted.jsonl'}"]
     argv += [f"extractor.base_url={stub.url}", "extractor.model=seer", "extractor.retries=0", "resamples=5"]
@@ -138,9 +134,7 @@ def test_results_of_another_setting_are_never_overwritten(folder: Path) -> None:
         ({"weights": (0.0, 0.0, 0.0)}, "weights"),
     ],
 )
-def test_a_mistake_is_named_before_anything_is_read(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], named: str
-) -> None:
+def test_a_mistake_is_named_before_anything_is_read(folder, monkeypatch, fields, named):
     monkeypatch.chdir(folder)
     with told(*named.split()):
         dataclasses.replace(score(folder, extractor=Fake(stops_after=0)), **fields).run()
@@ -273,6 +267,16 @@ def test_an_extractor_that_repairs_is_told_from_one_that_reads(tmp_path: Path) -
         dataclasses.replace(few, extractor=Fake(fails=("",)), out=str(tmp_path / "none")).run()
     with told("calibration", "levels.1: 0.2 -> 0.25", "out=FOLDER"):
         dataclasses.replace(few, levels=(0.0, 0.25, 0.5)).run()
+
+
+def test_configs_of_earlier_versions_open_and_fields_that_are_gone_say_what_came_in_their_place() -> None:
+    made = TypeScore(limit=3)
+    old = config.dump(made) | {"piece_mode": "join", "kind": "similarity", "style": True, "cache": ""}
+    old["extractor"] |= {"upside_down": True, "least_score": 0.5}
+    assert config.undump(old) == made
+    for field in ("piece_mode=set", "extractor.upside_down=false"):
+        with told(field.partition("=")[0], "is gone", "leave it out"):
+            config.override(made, [field])
 
 
 def test_eval_runs_a_config_without_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

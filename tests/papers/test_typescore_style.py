@@ -1,6 +1,6 @@
 """Style of drawn text: what is measured in a picture with boxes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,7 @@ def test_the_colour_of_the_ink_is_seen_in_the_box(colour: str) -> None:
         ("case", "capitals", " ", (10, 10, 90, 30), None),
     ],
 )
-def test_place_is_seen_and_what_boxes_do_not_tell_is_not_evaluated(
-    attribute: str, value: str, text: str, box: Sequence[float], followed: Any
-) -> None:
+def test_place_is_seen_and_what_boxes_do_not_tell_is_not_evaluated(attribute, value, text, box, followed):
     found = style.measured({attribute: value}, Image.new("RGB", (300, 300), "white"), [line(text, box)])
     assert found[attribute].followed is followed
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from PIL import Image
 
@@ -56,6 +56,13 @@ class TypeScore:
     seed: Seed = 0  # of the bootstrap
     limit: Whole = 0  # the first so many instructions of the list; 0 for all
     out: str = ""  # a folder for the results; empty for IMAGES-typescore (IMAGES-typescore-first10 with limit=10)
+
+    replaced: ClassVar[dict[str, str]] = {
+        "cache": f"readings are kept in {READINGS} of the results; leave it out",
+        "piece_mode": "quoted texts are compared in their order; leave it out",
+        "kind": "a dissimilarity is 100 less the score; leave it out",
+        "style": "what boxes tell of the style is always measured; leave it out",
+    }
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -92,6 +92,12 @@ class Http:
 
     name: ClassVar[str] = "http"
     prompt: ClassVar[str] = PROMPT
+    replaced: ClassVar[dict[str, str]] = {
+        "backoff_s": "waits grow from a second, or are what the server asks for; set retries and total_s",
+        "longest_wait_s": "waits grow to half a minute, or are what the server asks for; set retries and total_s",
+        "give_up": "after eight failures in a row the run stops with exit code 3, and the same command goes on",
+        "max_bytes": "answers may have 4 MB; set max_tokens",
+    }
 
     def __post_init__(self) -> None:
         check_fields(self, f"extractor {self.name}: ")

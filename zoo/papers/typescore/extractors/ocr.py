@@ -51,6 +51,10 @@ class RapidOcr:
 
     name: ClassVar[str] = "rapidocr"
     batch: ClassVar[int] = 1
+    replaced: ClassVar[dict[str, str]] = {
+        "upside_down": "pictures are read as they stand; leave it out",
+        "least_score": "lines with a confidence of less than a half are left out",
+    }
 
     def __post_init__(self) -> None:
         check_fields(self, f"extractor {self.name}: ")
