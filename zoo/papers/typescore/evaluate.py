@@ -252,7 +252,10 @@ class TypeScore:
         return {
             **self._mean([one for one in shares if one["share"] is not None], "share"),
             "by": {
-                name: {"followed": styles.share(by[name]), "evaluated": len(by[name]) - by[name].count(None)}
+                name: {
+                    "followed": None if (share := styles.share(by[name])) is None else round(share, 4),
+                    "evaluated": len(by[name]) - by[name].count(None),
+                }
                 for name in sorted(by)
             },
         }
