@@ -53,9 +53,7 @@ class Compare:
         UserError for results that do not compare or are too few, and where `out` holds a comparison of other results.
         """
         if len(self.results) < 2 and not (self.results and self.human):
-            raise UserError(
-                f"results={','.join(self.results)} is no two results; give results=a-typescore,b-typescore (or one and human=FILE)"
-            )
+            raise UserError(f"results={','.join(self.results)} is no two results; name two, or one and human=FILE")
         results, out = load_all(self.results), Path(self.out)
         folders = [{"label": one.label, "folder": relative(one.folder, out)} for one in results]
         head = {"metric": "typescore comparison", "note": NOTE, "results": folders}
@@ -156,7 +154,7 @@ def load_all(names: Sequence[str]) -> list[Result]:
         unlike += files.differences({name: wanted[name] for name in texts}, texts, "text")
         if unlike:
             raise UserError(
-                f"results of {first.label} and {other.label} differ in {'; '.join(unlike[:3])}; evaluate both in one way"
+                f"{first.label} and {other.label} differ in {'; '.join(unlike[:3])}; evaluate both in one way"
             )
     return found
 
@@ -213,9 +211,7 @@ def agreement(path: str, results: Sequence[Result], resamples: int = 1000, seed:
             records[label, record["image"]] = record
     count = sum(map(len, said.values()))
     if len(said) < 3:
-        raise UserError(
-            f"human={path} judges {len(said)} pictures that were read, {len(rows) - count} lines are of others; give three"
-        )
+        raise UserError(f"human={path} judges {len(said)} pictures that were read; give three")
     x = np.round([record["score"] for record in records.values()], _DIGITS)
     y = np.round([np.mean(ratings) for ratings in said.values()], _DIGITS)
     ids, of = np.unique([record["id"] for record in records.values()], return_inverse=True)

@@ -112,7 +112,7 @@ class TypeScore:
         """UserError for a list with mistakes, fields that are for folders, or where the extractor lacks something."""
         if folder := self.images or self.out:
             raise UserError(
-                f"images and out ({folder}) are for a folder of pictures, and a model draws its own; leave them out"
+                f"{folder}: images and out are for a folder, and a model draws its own pictures; leave them out"
             )
         listed(self.wanted)
         self.extractor.check()
@@ -162,8 +162,7 @@ class TypeScore:
         lacking = [one.id for one in instructions if one.id not in there]
         if not there:
             raise UserError(
-                f"images={folder} holds no picture of the {len(instructions)} instructions; name the pictures by their ids, "
-                f"{instructions[0].id}_0.png or {instructions[0].id}.png (also .jpg, .webp)"
+                f"images={folder} holds no picture of {len(instructions)} instructions; name them by id, {instructions[0].id}_0.png"
             )
         if lacking:
             named = ", ".join(lacking[:5])
@@ -283,9 +282,7 @@ def find(folder: Path, instructions: Sequence[Instruction]) -> list[File]:
         names = [(path.stem, -1)] + ([(number[1], int(number[2]))] if number else [])
         meant = [(order[name], k) for name, k in names if name in order]
         if len(meant) > 1:
-            raise UserError(
-                f"images: {path.name} is a picture of two instructions; end no id by that of another, _ and a number"
-            )
+            raise UserError(f"images: {path.name} is of two instructions; end no id by another, _ and a number")
         for i, k in meant:
             found.append((i, k, File(path, instructions[i], Key(path.name, files.sha256_of_file(path) or ""))))
     return [one for _, _, one in sorted(found, key=lambda one: one[:2])]

@@ -93,9 +93,7 @@ def local(a: str, b: str) -> int:
 def typescore(parts: Parts, weights: Sequence[float] = (1, 1, 1)) -> float:
     """The weighted mean of NED, NLCS and SW in 0..100. UserError for weights that make none."""
     if not math.isfinite(sum(weights)) or sum(weights) <= 0:
-        raise UserError(
-            f"weights={tuple(weights)} must not all be 0; give numbers for NED, NLCS and SW, such as (1, 1, 1)"
-        )
+        raise UserError(f"weights={tuple(weights)} must not all be 0; give numbers such as (1, 1, 1)")
     score = 100 * float(np.dot(parts, weights)) / sum(weights)
     return min(max(score, 0.0), 100.0)  # rounding may leave the range
 

@@ -35,9 +35,7 @@ class Oracle:
 
         def read(image: Image.Image) -> Extraction:
             if TEXT_CHUNK not in image.info:
-                raise ValueError(
-                    f"the image has no text chunk {TEXT_CHUNK!r}: the oracle reads only what zoo has rendered"
-                )
+                raise ValueError(f"no text chunk {TEXT_CHUNK!r}: the oracle reads only what zoo has rendered")
             return Extraction(str(image.info[TEXT_CHUNK]))
 
         return base.each(images, read, keep)
