@@ -5,7 +5,7 @@ default). `endpoint.py`: any model that sees, behind HTTP.
 """
 
 from zoo.papers.typescore.extractors.base import Extraction, Line, TextExtractor, describe
-from zoo.papers.typescore.extractors.endpoint import PROMPT, Http, clean
+from zoo.papers.typescore.extractors.endpoint import PROMPT, Http
 from zoo.papers.typescore.extractors.ocr import Oracle, RapidOcr
 
-__all__ = ["PROMPT", "Extraction", "Http", "Line", "Oracle", "RapidOcr", "TextExtractor", "clean", "describe"]
+__all__ = ["PROMPT", "Extraction", "Http", "Line", "Oracle", "RapidOcr", "TextExtractor", "describe"]
