@@ -91,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--format", choices=("zoo", "official", "stablehlo"), default="zoo")
     sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the numbers in --format zoo; bfloat16: half the size",
+    )
+    sub.add_argument(
         "--samples",
         type=int,
         default=16,
@@ -612,7 +618,7 @@ def _export(args: argparse.Namespace) -> int:
         )
     ema, fields = _width(args.fields)
     model = models.open_model(args.model, raw=args.raw, ema=ema, allow=args.allow)
-    print(export(model, Path(args.out), args.format, args.samples, fields, args.allow))
+    print(export(model, Path(args.out), args.format, args.samples, fields, args.allow, args.dtype))
     return 0
 
 

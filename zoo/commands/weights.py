@@ -59,13 +59,20 @@ def _write(model: Model, out: Path, metrics: dict[str, Any], files: Mapping[str,
         metrics=metrics,
         kind=model.kind,
         parameters=count,
+        precision=", ".join(sorted({x.dtype.name for x in jax.tree.leaves(model.params)})),
         licence=_licence(model),
     )
     weights.save(out, model.params, models.export_config(model, metrics), card, files)
 
 
 def export(
-    model: Model, out: Path, form: str, samples: int, fields: Sequence[str] = (), allow: Sequence[str] = ()
+    model: Model,
+    out: Path,
+    form: str,
+    samples: int,
+    fields: Sequence[str] = (),
+    allow: Sequence[str] = (),
+    dtype: str = "float32",
 ) -> str:
     """Write an export in one of the forms; returns what to tell the user.
 
@@ -76,7 +83,13 @@ def export(
     Args:
         fields: options of the sampler of a stablehlo program, `field=value`.
         allow: packages besides zoo whose classes they may name.
+        dtype: of float32 parameters in a zoo export; a task computes in its own dtype whichever it is.
     """
+    if dtype != "float32":
+        if form != "zoo":
+            raise UserError(f"--dtype {dtype} is of --format zoo, not of {form}; leave it out")
+        rounded = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, model.params)
+        model = dataclasses.replace(model, params=rounded)
     if fields and form != "stablehlo":
         raise UserError(
             f"{fields[0]}: options are those of a portable sampler, which --format {form} does not write; leave them out, or "

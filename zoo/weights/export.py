@@ -110,6 +110,7 @@ def card(
     metrics: Mapping[str, float | str],
     kind: str,
     parameters: int,
+    precision: str = "float32",
     licence: str | None = None,
 ) -> str:
     """A short markdown card.
@@ -117,6 +118,7 @@ def card(
     Args:
         paper: title line of the paper's file.
         parameters: the count of numbers.
+        precision: their dtypes.
         licence: terms of published weights that these come from.
     """
     known = f"{licence[0].upper()}{licence[1:]}.\n\n" if licence else ""
@@ -127,6 +129,7 @@ def card(
         ("Steps", "unknown" if steps is None else f"{steps:,}"),
         ("Weights", {"ema": "moving average (EMA)", "raw": "raw, of the last step"}.get(kind, kind)),
         ("Parameters", f"{parameters:,}"),
+        ("Precision", precision),
         *((name, value if isinstance(value, str) else f"{value:.6g}") for name, value in metrics.items()),
     ]
     table = "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows)
