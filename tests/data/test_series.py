@@ -268,6 +268,8 @@ def test_a_csv_file_in_many_dialects(tmp_path, text, delimiter):
         ("a,b\n1,2\n3,x\n", "line 3, column 2: 'x' is no number; write numbers"),
         ("a,b\n1,2\n3,\n", "line 3, column 2: '' is no number; write numbers"),
         ("0,1,2\n5,7,3\n9,2,8\n", "first row 0, 1, 2 may be the numbers of channels or a time step"),
+        ("0\n0.5\n0.25\n", "first row 0 may be the numbers of channels or a time step; .* 0.0 where"),
+        ("0\n5\n7\n", "first row 0 may be the numbers of channels or a time step"),
         ("a,b\nc,d\n1,2\n", "line 2, column 1: 'c' is no number"),
         ("1,2\n1_0,2\n", "line 2, column 1: '1_0' is no number"),
         ("1,2\n3,4,5\n", "line 2 has 3 cells, but line 1 has 2"),
@@ -310,7 +312,7 @@ def test_numbers_of_channels_and_indices_are_no_time_steps(tmp_path, caplog, hea
 
 def test_a_folder_of_recordings_holds_out_whole_files(tmp_path):
     for i in range(10):
-        write(tmp_path / "eeg" / f"{i}.csv", rows(np.full((7 + i, 1), i) + np.arange(7 + i)[:, None] / 100))
+        write(tmp_path / "eeg" / f"{i}.csv", rows(np.full((7 + i, 1), i + 0.5) + np.arange(7 + i)[:, None] / 100))
     data = Series(str(tmp_path / "eeg"), length=3, hop=2, standardise=False, test_fraction=0.3)
     windows = {split: stacked(data.source(split))[..., 0] for split in ("train", "test")}
     owners = {split: set(w[:, 0].astype(int)) for split, w in windows.items()}
@@ -341,12 +343,12 @@ def test_folders_by_class_hold_out_some_of_every_class(tmp_path):
 
 
 def test_train_and_test_folders(tmp_path):
-    for split, kind, level in (("train", "a", 1), ("train", "b", 3), ("val", "b", 5)):
+    for split, kind, level in (("train", "a", 2), ("train", "b", 4), ("val", "b", 6)):
         write(tmp_path / split / kind / "x.tsv", rows(level + np.array([[-1.0], [1], [-1], [1]])))
     data = Series(str(tmp_path), length=2)
     assert [len(data.source(s)) for s in ("train", "test")] == [4, 2]
     assert labels(data.source("test")) == [1, 1]
-    np.testing.assert_allclose(data.source("test")[0]["series"][:, 0], (np.array([4, 6]) - 2) / np.sqrt(2), rtol=1e-6)
+    np.testing.assert_allclose(data.source("test")[0]["series"][:, 0], (np.array([5, 7]) - 3) / np.sqrt(2), rtol=1e-6)
     known = data.fingerprint("train"), data.fingerprint("test")
     assert known == (data.fingerprint("train"), data.fingerprint("test"))
     assert known[0] != known[1]
