@@ -139,13 +139,13 @@ def held(folder: Path, name: str, way: str) -> Iterator[None]:
     """Makes a folder where there is none and holds it (`locked`); one that is made and stays empty is taken away again."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder, name, way):
+    with locked(folder, name, way):
+        try:
             yield
-    finally:
-        with contextlib.suppress(OSError):
-            for path in made:
-                path.rmdir()
+        finally:  # while it is held: it may be another process's by then
+            with contextlib.suppress(OSError):
+                for path in made:
+                    path.rmdir()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from zoo.data.folders import divide, find_files, word_in, word_of
 from zoo.data.images import SUFFIXES, Arrays, Images
 from zoo.data.images.prepare import prepare
 from zoo.data.pipeline import named
-from zoo.data.records import Info, entering
 from zoo.errors import UserError
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
@@ -268,16 +267,6 @@ def test_pictures_of_the_same_size_in_bytes_are_others(tmp_path, kind):
     with told("prepared differently", "other files"):
         made()
     assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == whole
-
-
-def test_a_destination_has_one_writer(tmp_path):
-    origin = str(pictures(tmp_path / "a", "0.png", "1.png"))
-    with entering(tmp_path / "set", Info):
-        with told("in use by another process", "set"):
-            prepare(origin, str(tmp_path / "set"), progress=False)
-        assert [*(tmp_path / "set").iterdir()] == []
-    assert not (tmp_path / "set").exists()  # nothing was written
-    assert prepare(origin, str(tmp_path / "set"), progress=False).counts == {"train": 1, "test": 1}
 
 
 TASK = TarFlow(image=4, channels=3, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=3)

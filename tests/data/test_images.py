@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zoo.data.folders import divide
+from zoo.data.arrays import array_name
 from zoo.data.images import LEVELS, Arrays, BadImage, Digits, Images, open_image, square, to_array, upright_size
 from zoo.data.pipeline import batches, epoch, label_names
 from zoo.errors import UserError
@@ -64,17 +64,6 @@ def test_levels_are_exact():
     assert LEVELS[255] == 1
 
 
-def test_divide_is_a_fixed_partition():
-    parts = divide(50, 0.1)
-    assert len(parts["test"]) == 5
-    assert sorted(parts["train"] + parts["test"]) == list(range(50))
-    assert parts == divide(50, 0.1)
-    assert [len(divide(2, 0.9)[s]) for s in ("train", "test")] == [1, 1]
-    assert divide(3, 0.0)["test"] == []
-    with pytest.raises(UserError, match=r"test_fraction=1\.5"):
-        divide(3, 1.5)
-
-
 # Arrays
 
 
@@ -111,16 +100,9 @@ def test_arrays_by_split(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["{splt}_images", "{}", "{split", "{{split}}", "{0}", "{split!r}", "{split:>9}"])
-@pytest.mark.parametrize("field", ["images", "labels"])
-def test_other_braces_in_the_name_of_an_array_are_refused(tmp_path, field, name):
-    path = save(tmp_path / "a.npz", train_images=np.zeros((2, 2, 2), np.uint8), train_labels=np.uint8([0, 1]))
-    data = Arrays(path, **{field: name})
-    said = re.escape(f"data.{field}={name!r}: of braces only {{split}} is known")
-    with pytest.raises(UserError, match=said):
-        data.source("train")
-    if field == "images":
-        with pytest.raises(UserError, match=said):
-            data.fingerprint("train")
+def test_other_braces_in_the_name_of_an_array_are_refused(name):
+    with pytest.raises(UserError, match=re.escape(f"data.images={name!r}: of braces only {{split}} is known")):
+        array_name(name, "train", "data.images")
 
 
 def test_arrays_that_are_rewritten_are_read_again(tmp_path):

@@ -275,8 +275,6 @@ def test_latents_far_from_unit_variance_are_refused_before_anything_is_written(p
 def test_senseless_arguments_are_refused(pairs, tmp_path):
     with pytest.raises(UserError, match=r"size=9 is no multiple of 4, .* choose size=8"):
         encode(pairs, tmp_path / "out", size=9)
-    with pytest.raises(UserError, match="batch=0 is too small"):
-        encode(pairs, tmp_path / "out", batch=0)
     with pytest.raises(UserError, match=r"not one of \d+ images tried .* can be used; the first: 00.png is in colour"):
         encode(pairs, tmp_path / "out", channels=1)
     with pytest.raises(UserError, match="split='valid' is unknown"):

@@ -82,8 +82,6 @@ def divide(
     With labels a share of every class, at least one of two; which ones follows from the name of the class and how many it has. A
     lone one is trained on, and told.
     """
-    if not 0 <= test_fraction < 1:
-        raise UserError(f"test_fraction={test_fraction} is no share of the examples; choose 0 <= test_fraction < 1")
     groups: list[tuple[str | None, np.ndarray]] = [(None, np.arange(count))]
     if labels is not None and len(labels):
         order = np.argsort(labels, kind="stable")

@@ -110,10 +110,6 @@ def batches(
     Raises:
       UserError: the data does not fit the task or the devices, or an example cannot be read.
     """
-    if batch < 1:
-        raise UserError(f"batch={batch} holds no example; choose batch=1 or more")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} is out of range; choose 0 <= seed < 2**32")
     source = data.source(split, spec)
     keys = _keys(data, source, spec)
     size = len(source)
@@ -203,8 +199,6 @@ def epoch(
     The last batch is filled up with copies of its last example, so that every batch has the one compiled shape. Of a
     source with groups of different shapes only the first group is gone through.
     """
-    if batch < 1:
-        raise UserError(f"batch={batch} holds no example; choose batch=1 or more")
     source = data.source(split, spec)
     keys = _keys(data, source, spec)
     groups = _groups(source)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +13,35 @@ import numpy as np
 
 from zoo.data.images import BadImage
 from zoo.errors import UserError, suggest
+from zoo.files import first_line
 
 _IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture", "pixels", "bytes")
 _CAPTIONS = ("caption", "text", "prompt", "txt", "captions", "description", "sentence", "alt_text")
 _LABELS = ("label", "labels", "cls", "class")
-_KEPT = 2**29  # bytes of row groups that stay in memory: examples are read in nearly ascending order
 
 
-class Groups:
-    """Row groups of parquet files, decoded once and kept while they are read."""
+def groups(files: list[Path], columns: list[str]) -> Callable[[int, int], Any]:
+    """A function that gives the table of a row group of a file; it keeps the last few, as rows are read in nearly ascending order.
 
-    def __init__(self, files: list[Path], columns: list[str]) -> None:
-        self._files, self._columns = files, columns
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
+    It raises BadImage where it cannot be read.
+    """
+    lock = threading.Lock()  # several threads want the same group at once
 
-    def rows(self, file: int, group: int) -> Any:
-        """The table of a row group. BadImage where it cannot be read."""
+    @lru_cache(maxsize=4)
+    def read(file: int, group: int) -> Any:
         import pyarrow.parquet
 
-        with self._lock:
-            if (file, group) in self._kept:
-                self._kept.move_to_end((file, group))
-                return self._kept[file, group]
-            try:
-                with pyarrow.parquet.ParquetFile(self._files[file]) as opened:
-                    table = opened.read_row_group(group, columns=self._columns)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise BadImage(
-                    f"cannot be read ({' '.join(str(error).split())})", f"restore {self._files[file]}"
-                ) from None
-            self._kept[file, group] = table
-            while len(self._kept) > 2 and sum(kept.nbytes for kept in self._kept.values()) > _KEPT:
-                self._kept.popitem(last=False)
-            return table
+        try:
+            with pyarrow.parquet.ParquetFile(files[file]) as opened:
+                return opened.read_row_group(group, columns=columns)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise BadImage(f"cannot be read ({first_line(error)})", f"restore {files[file]}") from None
+
+    def rows(file: int, group: int) -> Any:
+        with lock:
+            return read(file, group)
+
+    return rows
 
 
 def columns_of(path: Path, schema: Any, image: str | None, caption: str | None) -> tuple[str, str | None, str | None]:

@@ -346,8 +346,5 @@ def cuts(ends: np.ndarray, valid_fraction: float, test_fraction: float) -> tuple
 
 def check_fractions(valid: float, test: float) -> None:
     """UserError unless the shares leave something to train on."""
-    for name, value in (("valid_fraction", valid), ("test_fraction", test)):
-        if not 0 <= value < 1:
-            raise UserError(f"{name}={value} is no share of the text; choose 0 <= {name} < 1")
     if valid + test >= 1:
         raise UserError(f"valid_fraction={valid} and test_fraction={test} leave nothing to train on; choose less")
