@@ -275,31 +275,7 @@ def test_files_that_name_their_split(tmp_path):
         Text(str(tmp_path / "train.txt"), valid_fraction=0.999, test_fraction=0.0).source("train", spec())
 
 
-def test_what_is_packed_is_told_by_its_first_bytes(tmp_path):
-    """JSON under any name in any packing gives its texts, never its markup."""
-    import bz2
-    import lzma
-
-    import pyarrow
-
-    wanted = ["one \u00fc\n[x]", "{two"]
-    rows = [{"id": i, "text": text} for i, text in enumerate(wanted)]
-    lines, array = "".join(json.dumps(row) + "\n" for row in rows).encode(), json.dumps(rows, indent=1).encode()
-    packers = (
-        lambda x: x,
-        gzip.compress,
-        bz2.compress,
-        lzma.compress,
-        lambda x: pyarrow.compress(x, "zstd", asbytes=True),
-    )
-    for i, data in enumerate((lines, b"\xef\xbb\xbf" + lines, array, b"\xef\xbb\xbf" + array)):
-        for k, pack in enumerate(packers):
-            (path := tmp_path / f"dump{i}{k}").write_bytes(pack(data))
-            assert [text for text, _ in pieces(path)] == wanted, path
-        with zipfile.ZipFile(tmp_path / f"{i}.zip", "w") as file:
-            file.writestr("a/data.bin", data)
-            file.writestr("__MACOSX/a/._data.bin", b"\0\5")
-        assert [text for text, _ in pieces(tmp_path / f"{i}.zip")] == wanted
+def test_brackets_make_no_json(tmp_path):
     for plain in ("{{Infobox}} text", "[[link]] text", "{curly}", "[1] cited"):
         (tmp_path / "plain").write_text(plain)
         assert [text for text, _ in pieces(tmp_path / "plain")] == [plain]
