@@ -101,6 +101,8 @@ def test_captions_series_texts_and_weights(tmp_path, capsys):
     assert (code, found["counts"]) == (1, {"train": 3, "valid": 0, "test": 2})
     assert found["wrong"] == ["1 in test and in train: test.jsonl 1 = train.jsonl 3"]
     assert found["figures"]["duplicates within a split"] == 1
+    (tmp_path / "none.txt").write_text("")
+    assert checked(capsys, tmp_path / "none.txt")[1]["wrong"] == ["there is no text in it"]
 
     save_file({"w": np.array([1, np.nan], np.float32), "b": np.zeros(3, np.float32)}, tmp_path / "w.safetensors")
     code, found = checked(capsys, tmp_path / "w.safetensors")

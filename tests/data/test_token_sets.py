@@ -391,7 +391,7 @@ def test_the_vocabulary_of_a_task_must_be_that_of_the_data(book):
 
 
 def test_a_run_does_not_go_on_with_another_text(book, tmp_path):
-    task = SimpleNamespace(spec=lambda batch: spec(batch=batch), about=About())
+    task = SimpleNamespace(spec=lambda batch: spec(batch=batch), about=About(vocabulary=27))
 
     def keep(data):
         check_data(SimpleNamespace(task=task, data=data, source=lambda split: data.source(split, spec())), run)()
@@ -399,7 +399,10 @@ def test_a_run_does_not_go_on_with_another_text(book, tmp_path):
     run, data = tmp_path / "run", Text(str(book))
     run.mkdir()
     keep(data)
-    assert json.loads((run / "data.json").read_text())["train"] == data.fingerprint("train")
+    known = json.loads((run / "data.json").read_text())
+    assert {split: known[split] for split in documents.SPLITS} == {
+        split: data.fingerprint(split) for split in documents.SPLITS
+    }
     before = files(run)
     book.rename(tmp_path / "moved.txt")  # the same text may lie elsewhere, or be prepared by now
     prepare_text(str(tmp_path / "moved.txt"), str(tmp_path / "set"), "text8", progress=False)

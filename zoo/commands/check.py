@@ -334,6 +334,8 @@ def _texts(path: Path, found: Found, vocabulary: Any) -> None:
                     count += 0 if vocabulary is None else len(vocabulary.encode(vocabulary.normalise(text), name))
                 bar.update()
     found.counts = {split: len(kept) for split, kept in digests.items()}
+    if not characters:
+        found.wrong.append("there is no text in it")
     found.figures = {"characters": characters} | ({} if vocabulary is None else {"tokens": count})
     _duplicates(digests, found)
 
