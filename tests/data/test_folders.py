@@ -191,7 +191,9 @@ def test_a_lone_image_is_trained_on_and_told(tmp_path, caplog):
     source = Images(str(tmp_path), size=4).source("train")
     assert {int(source[i]["label"]) for i in range(len(source))} == {0, 1}
     divide(3, 0.5, [-1, 0, 0], ("a",))
-    assert caplog.messages == ["only one example has the class z: it is trained on, and none is held out"]  # not of none
+    assert caplog.messages == [
+        "only one example has the class z: it is trained on, and none is held out"
+    ]  # not of none
 
 
 # numbers that mean something else

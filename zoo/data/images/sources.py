@@ -338,7 +338,9 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
     classes = tuple(map(str, range(highest + 1))) if labelled else ()
     if labelled:
         tell_classes(root, pairs["label"], classes)
-    parts = _split(root, [words[file] for file in owner], test_fraction, (), pairs["label"] if labelled else None)
+    parts = _split(
+        root, [words[file] for file in owner.tolist()], test_fraction, (), pairs["label"] if labelled else None
+    )
 
     def content(i: int, kind: str, what: str) -> bytes:
         offset, size = pairs[kind][i].tolist()
