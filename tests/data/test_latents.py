@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 from PIL import Image
+from texts import files
 
 from zoo.data.images.captions import bucket, template
 from zoo.data.images.latents import Latent, LatentInfo, Latents, encode_set
@@ -62,10 +63,6 @@ def picture(seed, width=8, height=8):
 def encode(source, dest, encoder=None, **kw):
     kw = {"size": 8, "batch": 4, "multiple": 4, "shard_examples": 5, "test_fraction": 0.2, **kw}
     return encode_set(str(source), str(dest), encoder or Fake(), progress=False, **kw)
-
-
-def files(folder):
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 from test_latents import Fake, encode
-from test_prepare import files, photo, run
+from test_prepare import photo, run
+from texts import files
 
 from zoo.data.text.prepare import prepare_text
 from zoo.errors import UserError
