@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from zoo.data.images import BadImage
+from zoo.data.text.documents import is_text
 from zoo.errors import UserError, suggest
 from zoo.files import first_line
 
@@ -27,7 +28,7 @@ def groups(files: list[Path], columns: list[str]) -> Callable[[int, int], Any]:
     """
     lock = threading.Lock()  # several threads want the same group at once
 
-    @lru_cache(maxsize=4)
+    @lru_cache(maxsize=2)  # one may be a whole file
     def read(file: int, group: int) -> Any:
         import pyarrow.parquet
 
@@ -58,11 +59,6 @@ def columns_of(path: Path, schema: Any, image: str | None, caption: str | None) 
         if pyarrow.types.is_struct(kind):
             return any(kind.field(i).name == "bytes" and is_bytes(kind.field(i).type) for i in range(kind.num_fields))
         return is_bytes(kind)
-
-    def is_text(kind: Any) -> bool:
-        kind = plain(kind)
-        views = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-        return any(is_such(kind) for is_such in views)
 
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
 
@@ -96,7 +92,7 @@ def columns_of(path: Path, schema: Any, image: str | None, caption: str | None) 
         raise UserError(
             f"{path} has no column of images (bytes, or a struct with bytes), it has {listed}; give other files"
         )
-    text = choose(is_text, caption, _CAPTIONS, "captions", "--caption-column")
+    text = choose(lambda kind: is_text(plain(kind)), caption, _CAPTIONS, "captions", "--caption-column")
     whole = [field.name for field in schema if pyarrow.types.is_integer(field.type)]
     label = next((name for word in _LABELS for name in whole if name.lower() == word), None)
     for column in (found, text, label):

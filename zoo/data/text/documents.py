@@ -307,7 +307,7 @@ def _rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str | 
                     raise UserError(
                         f"{path} has no column '{key}' (it has {', '.join(kinds)}); rename the one with the text"
                     )
-                if not _is_text(kinds[key]):
+                if not is_text(kinds[key]):
                     raise UserError(f"{path}: its column '{key}' holds {kinds[key]} and no text; give other files")
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=list(keys)):
@@ -320,7 +320,8 @@ def _rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str | 
         ) from None
 
 
-def _is_text(kind: Any) -> bool:
+def is_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type holds texts."""
     import pyarrow
 
     views = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
