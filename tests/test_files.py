@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from zoo import files
+from zoo.data.images.latents import encode_set
 from zoo.data.images.prepare import prepare
 from zoo.data.text.prepare import prepare_text
 from zoo.errors import UserError
@@ -150,6 +151,7 @@ def test_a_folder_has_one_holder_and_a_dead_one_holds_nothing(tmp_path: Path) ->
         for write in (
             lambda: prepare(str(photos), str(out), progress=False),
             lambda: prepare_text(str(texts), str(out), "text8", progress=False),
+            lambda: encode_set(str(photos), str(out), None, size=8, progress=False),
             claim(out, {"seed": 1}, "results").__enter__,
         ):
             with pytest.raises(UserError, match=f"{out} is in use by another process; wait for it, or "):

@@ -139,13 +139,13 @@ def held(folder: Path, name: str, way: str) -> Iterator[None]:
     """Makes a folder where there is none and holds it (`locked`); one that is made and stays empty is taken away again."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder, name, way):
+    with locked(folder, name, way):
+        try:
             yield
-    finally:
-        with contextlib.suppress(OSError):
-            for path in made:
-                path.rmdir()
+        finally:  # while it is held: it may be another process's by then
+            with contextlib.suppress(OSError):
+                for path in made:
+                    path.rmdir()
 
 
 @contextlib.contextmanager
@@ -218,7 +218,7 @@ def sha256_of_file(path: Path) -> str | None:
 def digests(root: Path, paths: Sequence[str]) -> list[tuple[str | None, int]]:
     """`sha256_of_file` and size of each file below a folder; a file that cannot be read has none, and the size -1.
 
-    A file is read once: what it was is known by its path, size, times and inode, and kept in the cache.
+    A file is read once: what it was is known by its path, size, times and inode, and kept in the cache, also when it is interrupted.
     """
     kept = cache() / "digests" / f"{sha256(os.fsencode(root.resolve()))[:32]}.msgpack"
     known: dict[bytes, str] = {}  # stamps and digests
@@ -227,15 +227,18 @@ def digests(root: Path, paths: Sequence[str]) -> list[tuple[str | None, int]]:
     began = time.time_ns()
     there = [(path, path.encode("utf-8", "surrogateescape"), stamp(f"{root}{os.sep}{path}")) for path in paths]
     unread = [about for about in there if about[2] and not known.get(about[1], "").startswith(f"{about[2]} ")]
-    if unread:
-        sizes = [_size(now) for _, _, now in unread]
-        bar = tqdm(total=sum(sizes), desc="compared", unit="B", unit_scale=True, delay=2, leave=False)
+    total = sum(_size(now) for _, _, now in unread)
+    bar = tqdm(total=total, desc="compared", unit="B", unit_scale=True, delay=2, leave=False)
+    try:
         with bar, ThreadPoolExecutor(8) as pool:
-            read = pool.map(lambda about: sha256_of_file(root / about[0]), unread)
-            for (_, name, now), size, digest in zip(unread, sizes, read):
-                known[name] = f"{now} {digest or ''}"
-                bar.update(size)
-        if lasting := {name: about for name, about in known.items() if settled(began, [about])}:
+            for first in range(0, len(unread), 1024):  # there may be millions
+                part = unread[first : first + 1024]
+                for (_, name, now), digest in zip(part, pool.map(lambda about: sha256_of_file(root / about[0]), part)):
+                    known[name] = f"{now} {digest or ''}"
+                    bar.update(_size(now))
+    finally:
+        lasting = {name: about for name, about in known.items() if settled(began, [about])} if unread else {}
+        if lasting:
             with contextlib.suppress(OSError):
                 write(kept, msgspec.msgpack.encode(lasting), sync=False)
     found = [known[name].rpartition(" ")[2] if now else "" for _, name, now in there]

@@ -10,6 +10,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from zoo import cli
+from zoo.data.images.prepare import prepare
+from zoo.data.text.prepare import prepare_text
 
 
 def checked(capsys, *words):
@@ -99,8 +101,37 @@ def test_captions_series_texts_and_weights(tmp_path, capsys):
     assert (code, found["counts"]) == (1, {"train": 3, "valid": 0, "test": 2})
     assert found["wrong"] == ["1 in test and in train: test.jsonl 1 = train.jsonl 3"]
     assert found["figures"]["duplicates within a split"] == 1
+    (tmp_path / "none.txt").write_text("")
+    assert checked(capsys, tmp_path / "none.txt")[1]["wrong"] == ["there is no text in it"]
 
     save_file({"w": np.array([1, np.nan], np.float32), "b": np.zeros(3, np.float32)}, tmp_path / "w.safetensors")
     code, found = checked(capsys, tmp_path / "w.safetensors")
     assert (code, found["counts"]) == (1, {"tensors": 2, "parameters": 5})
     assert found["wrong"] == ["1 tensors are not finite: w"]
+
+
+def test_sets_are_compared_with_what_was_written(images, tmp_path, capsys):
+    made = {"images": tmp_path / "images", "tokens": tmp_path / "tokens"}
+    (tmp_path / "a.txt").write_text("to be or not to be " * 99)
+    prepare(str(images), str(made["images"]), progress=False)
+    prepare_text(str(tmp_path / "a.txt"), str(made["tokens"]), "chars", progress=False)
+    for kind, damaged in (("images", "train-00000.array_record"), ("tokens", "train.bin")):
+        assert checked(capsys, made[kind])[0] == 0
+        whole = (made[kind] / damaged).read_bytes()
+        (made[kind] / damaged).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        code, found = checked(capsys, made[kind])
+        assert (code, found["kind"]) == (1, kind)
+        assert damaged in found["wrong"][0]
+        (made[kind] / "info.json").rename(made[kind] / "progress.jsonl")
+        code, found = checked(capsys, made[kind])
+        assert code == 1
+        assert "is not finished; run the same `zoo prepare` again" in found["wrong"][0]
+
+
+def test_published_weights_with_a_config_of_their_library_are_weights(tmp_path, capsys):
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert checked(capsys, tmp_path)[1]["counts"] == {"tensors": 1, "parameters": 2}
+    (tmp_path / "config.json").write_text('{"format": 1')  # an export's, damaged
+    code, found = checked(capsys, tmp_path)
+    assert (code, "config.json cannot be read" in found["wrong"][0]) == (1, True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zoo.data.folders import divide
+from zoo.data.arrays import array_name
 from zoo.data.images import LEVELS, Arrays, BadImage, Digits, Images, open_image, square, to_array, upright_size
 from zoo.data.pipeline import batches, epoch, label_names
 from zoo.errors import UserError
@@ -64,17 +64,6 @@ def test_levels_are_exact():
     assert LEVELS[255] == 1
 
 
-def test_divide_is_a_fixed_partition():
-    parts = divide(50, 0.1)
-    assert len(parts["test"]) == 5
-    assert sorted(parts["train"] + parts["test"]) == list(range(50))
-    assert parts == divide(50, 0.1)
-    assert [len(divide(2, 0.9)[s]) for s in ("train", "test")] == [1, 1]
-    assert divide(3, 0.0)["test"] == []
-    with pytest.raises(UserError, match=r"test_fraction=1\.5"):
-        divide(3, 1.5)
-
-
 # Arrays
 
 
@@ -111,16 +100,9 @@ def test_arrays_by_split(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["{splt}_images", "{}", "{split", "{{split}}", "{0}", "{split!r}", "{split:>9}"])
-@pytest.mark.parametrize("field", ["images", "labels"])
-def test_other_braces_in_the_name_of_an_array_are_refused(tmp_path, field, name):
-    path = save(tmp_path / "a.npz", train_images=np.zeros((2, 2, 2), np.uint8), train_labels=np.uint8([0, 1]))
-    data = Arrays(path, **{field: name})
-    said = re.escape(f"data.{field}={name!r}: of braces only {{split}} is known")
-    with pytest.raises(UserError, match=said):
-        data.source("train")
-    if field == "images":
-        with pytest.raises(UserError, match=said):
-            data.fingerprint("train")
+def test_other_braces_in_the_name_of_an_array_are_refused(name):
+    with pytest.raises(UserError, match=re.escape(f"data.images={name!r}: of braces only {{split}} is known")):
+        array_name(name, "train", "data.images")
 
 
 def test_arrays_that_are_rewritten_are_read_again(tmp_path):
@@ -279,28 +261,8 @@ def test_folder_of_classes_is_split_once_and_for_all(folder):
     assert b["image"].shape == (4, 4, 4, 3)
 
 
-def test_folder_with_splits_and_one_without_classes(folder, tmp_path, caplog):
-    root = tmp_path / "split"
-    root.mkdir()
-    folder.rename(root / "train")
-    (root / "val" / "dog").mkdir(parents=True)
-    colour(99).save(root / "val" / "dog" / "x.PNG")
-    data = Images(str(root), size=6)
-    assert [len(data.source(s)) for s in ("train", "test")] == [20, 1]
-    assert data.source("test")[0]["label"] == 1
-    assert not caplog.records
-    (root / "valid" / "dog").mkdir(parents=True)
-    colour(97).save(root / "valid" / "dog" / "y.png")
-    (root / "docs").mkdir()
-    assert [len(data.source(s)) for s in ("train", "test")] == [20, 1]
-    said = [f"{root}: val is the test split, and the images of valid are left out"]
-    said.append(f"{root}: passed over: folders without images (docs)")
-    assert [record.getMessage() for record in caplog.records] == said  # once
-    (root / "val" / "emu").mkdir()
-    colour(98).save(root / "val" / "emu" / "x.png")
-    with pytest.raises(UserError, match="emu is a class without a folder"):
-        data.source("test")
-    flat = Images(str(root / "train" / "cat"), size=6, test_fraction=0.2)
+def test_a_folder_without_classes_has_no_labels(folder):
+    flat = Images(str(folder / "cat"), size=6, test_fraction=0.2)
     assert [len(flat.source(s)) for s in ("train", "test")] == [8, 2]
     assert set(flat.source("train")[0]) == {"image"}
     spec = {"label": jax.ShapeDtypeStruct((2,), np.int32)}
@@ -354,17 +316,6 @@ def test_a_folder_that_is_resized_says_so_once(folder, caplog):
     assert record.getMessage().startswith(
         f"{folder}: images of different sizes (e.g. 6x6, 5x9): each is resized to 8 on"
     )
-
-
-def test_few_files_are_looked_at_for_their_size(folder, monkeypatch):
-    from zoo.data import images
-
-    looked = []
-    monkeypatch.setattr(images, "LOOKED_AT", 7)
-    monkeypatch.setattr(images, "upright_size", lambda path: looked.append(path) or (6, 6))
-    Images(str(folder), size=6).source("train")
-    assert 5 <= len(set(looked)) == len(looked) <= 7
-    assert {path.parent.name for path in looked} == {"cat", "dog"}
 
 
 # TFDS

@@ -7,7 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from test_prepare import files, photo, run
+from test_latents import Fake, encode
+from test_prepare import photo, run
+from texts import files
 
 from zoo.data.text.prepare import prepare_text
 from zoo.errors import UserError
@@ -39,15 +41,17 @@ def ended(process, there):
         return None
 
 
-@pytest.fixture(params=["images", "text"])
+@pytest.fixture(params=["images", "text", "latents"])
 def long_command(request, tmp_path):
     """Writes a set to a folder, for half a second."""
     origin = tmp_path / "origin"
-    if request.param == "images":
+    if request.param != "text":
         for i in range(300):
             (origin / str(i % 3)).mkdir(parents=True, exist_ok=True)
             photo(i, 64).save(origin / str(i % 3) / f"{i}.png")
-        return lambda dest: run(origin, dest, size=32, shard_examples=40)
+        if request.param == "images":
+            return lambda dest: run(origin, dest, size=32, shard_examples=40)
+        return lambda dest: encode(origin, dest, Fake(text=False), size=32, shard_examples=40)
     origin.mkdir()
     rng = np.random.default_rng(0)
     for i in range(4):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -67,13 +72,20 @@ def tar(draw, folder: Path) -> None:
 
 
 def parquet(draw, folder: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     wanted = draw(some_texts)
     columns = {"image": [{"bytes": PNG, "path": None}] * len(wanted), "text": wanted}  # as datasets does
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "a.parquet", row_group_size=2)
     assert captions_of(folder / "a.parquet") == [tidy(text).strip() for text in wanted]
+
+
+PACKERS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda raw: pyarrow.compress(raw, "zstd", asbytes=True),
+    ".zip": None,
+}
 
 
 def documents(draw, folder: Path) -> None:
@@ -83,7 +95,7 @@ def documents(draw, folder: Path) -> None:
     form = draw(st.sampled_from(["lines", "array"]))
     data = json.dumps(rows) if form == "array" else "".join(json.dumps(row, ensure_ascii=plain) + "\n" for row in rows)
     name = draw(st.sampled_from(["a.jsonl", "a.json", "data", "a.txt"]))
-    packed = draw(st.sampled_from(["", ".gz", ".zip"]))
+    packed = draw(st.sampled_from([*PACKERS]))
     raw = spelled(draw, data) if form == "lines" and "\r" not in data else data.encode()
     if b"\r" in raw and b"\n" not in raw:  # JSON lines end with a newline
         raw = data.encode()
@@ -91,8 +103,9 @@ def documents(draw, folder: Path) -> None:
     if packed == ".zip":
         with zipfile.ZipFile(path, "w") as file:
             file.writestr(f"x/{name}", raw)
+            file.writestr(f"__MACOSX/x/._{name}", b"\0\5")
     else:
-        path.write_bytes(gzip.compress(raw) if packed else raw)
+        path.write_bytes(PACKERS[packed](raw))
     found = ["".join(part for part, _ in group) for group in grouped(pieces(path))]
     assert found == [text.replace("\r\n", "\n").replace("\r", "\n") for text in wanted if text]
 
@@ -107,9 +120,6 @@ def grouped(found):
 
 
 def csv(draw, folder: Path) -> None:
-    import pyarrow
-    import pyarrow.csv
-
     rows, columns = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     number = st.floats(-1e6, 1e6, width=32) if draw(st.booleans()) else st.integers(-1000, 1000)
     values = np.array(draw(st.lists(number, min_size=rows * columns, max_size=rows * columns)), np.float64).reshape(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import time
 
 import jax
 import numpy as np
@@ -53,15 +51,6 @@ def test_a_chirp_is_a_tone_that_rises_at_the_rate_of_its_class():
         amplitude = 2 * max(best) / 512
         assert 0.6 < amplitude < 1.4
         assert abs((s**2).mean() - amplitude**2 / 2 - 0.09) < 0.06  # what is left is the noise
-
-
-def test_chirps_are_cheap():
-    start = time.process_time()
-    source = Chirps(seed=12345).source("train")
-    assert time.process_time() - start < 3  # a quarter of a second where nothing else runs
-    assert source[0]["series"].std() > 0.3
-    with pytest.raises(UserError, match="'train' or 'test'"):
-        Chirps().source("val")
 
 
 # .npz
@@ -185,26 +174,15 @@ def test_a_file_that_is_rewritten_is_read_again(tmp_path):
         ({"series": np.zeros(9)}, r"'series' is float64\[9\]; expected numbers \[N, T\]"),
         ({"series": np.zeros((4, 9), complex)}, "'series' is complex128"),
         ({"series": np.zeros((4, 9, 0))}, r"'series' is float64\[4, 9, 0\]"),
-        ({"series": np.array([{}])}, "'series' cannot be read"),
         ({"other": np.zeros((4, 9))}, r"has no array 'series', it has other; set data\.series"),
         ({"series": np.zeros((0, 9))}, "no window of .* in its train split"),
         ({"series": np.zeros((4, 9)), "labels": np.zeros((4, 9), int)}, r"int64\[4, 9\]; expected one integer per series: \[4\]"),
-        ({"series": np.zeros((4, 9)), "labels": np.zeros(4)}, r"labels are float64\[4\]"),
-        ({"series": np.zeros((4, 9)), "labels": np.full(4, -1)}, "number classes from 0"),
     ],
 )  # fmt: skip
 def test_bad_arrays_are_named(tmp_path, arrays, text):
     path = save(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=text):
         Series(path, length=4, series="series", labels="labels" if "labels" in arrays else "").source("train")
-
-
-@pytest.mark.parametrize("name", ["{splt}_series", "{}", "{split", "{split}_{n}"])
-@pytest.mark.parametrize("field", ["series", "labels"])
-def test_other_braces_in_the_name_of_an_array_are_refused(tmp_path, field, name):
-    path = save(tmp_path / "a.npz", train_series=np.zeros((4, 9)), train_labels=np.zeros(4, int))
-    with pytest.raises(UserError, match=re.escape(f"data.{field}={name!r}: of braces only {{split}} is known")):
-        Series(path, length=4, **{field: name}).source("train")
 
 
 def test_missing_labels_say_how_to_do_without(tmp_path):
@@ -268,6 +246,8 @@ def test_a_csv_file_in_many_dialects(tmp_path, text, delimiter):
         ("a,b\n1,2\n3,x\n", "line 3, column 2: 'x' is no number; write numbers"),
         ("a,b\n1,2\n3,\n", "line 3, column 2: '' is no number; write numbers"),
         ("0,1,2\n5,7,3\n9,2,8\n", "first row 0, 1, 2 may be the numbers of channels or a time step"),
+        ("0\n0.5\n0.25\n", "first row 0 may be the numbers of channels or a time step; .* 0.0 where"),
+        ("0\n5\n7\n", "first row 0 may be the numbers of channels or a time step"),
         ("a,b\nc,d\n1,2\n", "line 2, column 1: 'c' is no number"),
         ("1,2\n1_0,2\n", "line 2, column 1: '1_0' is no number"),
         ("1,2\n3,4,5\n", "line 2 has 3 cells, but line 1 has 2"),
@@ -310,7 +290,7 @@ def test_numbers_of_channels_and_indices_are_no_time_steps(tmp_path, caplog, hea
 
 def test_a_folder_of_recordings_holds_out_whole_files(tmp_path):
     for i in range(10):
-        write(tmp_path / "eeg" / f"{i}.csv", rows(np.full((7 + i, 1), i) + np.arange(7 + i)[:, None] / 100))
+        write(tmp_path / "eeg" / f"{i}.csv", rows(np.full((7 + i, 1), i + 0.5) + np.arange(7 + i)[:, None] / 100))
     data = Series(str(tmp_path / "eeg"), length=3, hop=2, standardise=False, test_fraction=0.3)
     windows = {split: stacked(data.source(split))[..., 0] for split in ("train", "test")}
     owners = {split: set(w[:, 0].astype(int)) for split, w in windows.items()}
@@ -341,12 +321,12 @@ def test_folders_by_class_hold_out_some_of_every_class(tmp_path):
 
 
 def test_train_and_test_folders(tmp_path):
-    for split, kind, level in (("train", "a", 1), ("train", "b", 3), ("val", "b", 5)):
+    for split, kind, level in (("train", "a", 2), ("train", "b", 4), ("val", "b", 6)):
         write(tmp_path / split / kind / "x.tsv", rows(level + np.array([[-1.0], [1], [-1], [1]])))
     data = Series(str(tmp_path), length=2)
     assert [len(data.source(s)) for s in ("train", "test")] == [4, 2]
     assert labels(data.source("test")) == [1, 1]
-    np.testing.assert_allclose(data.source("test")[0]["series"][:, 0], (np.array([4, 6]) - 2) / np.sqrt(2), rtol=1e-6)
+    np.testing.assert_allclose(data.source("test")[0]["series"][:, 0], (np.array([5, 7]) - 3) / np.sqrt(2), rtol=1e-6)
     known = data.fingerprint("train"), data.fingerprint("test")
     assert known == (data.fingerprint("train"), data.fingerprint("test"))
     assert known[0] != known[1]

@@ -26,12 +26,12 @@ from zoo.data.images import SUFFIXES, BadImage
 from zoo.data.images.latents import LatentInfo, Latents
 from zoo.data.images.prepare import picture
 from zoo.data.images.sources import Items, open_source
-from zoo.data.records import format_of, read_info
+from zoo.data.records import Info, format_of, is_prepared, read_info
 from zoo.data.series import SUFFIXES as RECORDINGS
 from zoo.data.series import Series
 from zoo.data.text import vocabulary as vocabularies
 from zoo.data.text.documents import is_plain, list_texts, pieces
-from zoo.data.text.tokens import TokenInfo
+from zoo.data.text.tokens import Text, TokenInfo
 from zoo.errors import UserError
 from zoo.files import sha256, sha256_of_file
 
@@ -103,19 +103,17 @@ def check(path: Path, tokenizer: str | None = None, tokens: int = 128, delimiter
     kind = _kind(path)
     found = Found(kind)
     vocabulary = None if tokenizer is None else vocabularies.named(tokenizer, field="--tokenizer ")
+    look: dict[str, Callable[[], object]] = {
+        "images": lambda: _images(path, found, vocabulary, tokens),
+        "series": lambda: _series(path, found, delimiter),
+        "texts": lambda: _texts(path, found, vocabulary),
+        "tokens": lambda: _tokens(path, found),
+        "latents": lambda: _latents(path, found),
+        "weights": lambda: _weights(path, found),
+        "set": lambda: read_info(path, Info),  # which says what is wrong with it
+    }
     try:
-        if kind == "images":
-            _images(path, found, vocabulary, tokens)
-        elif kind == "series":
-            _series(path, found, delimiter)
-        elif kind == "texts":
-            _texts(path, found, vocabulary)
-        elif kind == "tokens":
-            _tokens(path, found)
-        elif kind == "latents":
-            _latents(path, found)
-        else:
-            _weights(path, found)
+        look[kind]()
     except UserError as error:
         found.wrong.append(" ".join(str(error).split()))
     return found
@@ -142,11 +140,13 @@ def _kind(path: Path) -> str:
     made = format_of(path)
     if made is not None:
         return made.removeprefix("zoo-")
-    if (path / "config.json").is_file():
+    if _of_zoo(path):
         return "weights"
     names = [name.lower() for name in walk(path)]
     if any(name.endswith((*SUFFIXES, ".tar")) for name in names):
         return "images"
+    if is_prepared(path):
+        return "set"
     if any(name.endswith(_WEIGHTS) for name in names):
         return "weights"
     if any(name.endswith(RECORDINGS) for name in names):
@@ -154,6 +154,20 @@ def _kind(path: Path) -> str:
     if first := next((name for name in walk(path) if name.endswith(".parquet")), None):
         return _kind(path / first)
     return "texts"
+
+
+def _of_zoo(folder: Path) -> bool:
+    """Whether a folder is a run or an export, as its config.json says; a damaged one counts, that of other libraries does not."""
+    try:
+        return "format" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        return isinstance(error, ValueError)
+
+
+def _shards(path: Path, info: Info | LatentInfo, found: Found) -> None:
+    """Damaged files of a set."""
+    damaged = [shard.file for shard in info.shards() if sha256_of_file(path / shard.file) != shard.sha256]
+    found.blame(damaged, "files are missing or damaged (the same `zoo prepare` makes them again)")
 
 
 # Images
@@ -202,6 +216,8 @@ def _mode(data: bytes | np.ndarray) -> str:
 
 
 def _images(path: Path, found: Found, vocabulary: Any, tokens: int) -> None:
+    if format_of(path):
+        _shards(path, read_info(path, Info), found)
     source = open_source(path, 0.1, prepared=True)
     looks: dict[str, list[_Look]] = {}
     lost: list[tuple[str, str]] = []
@@ -311,13 +327,15 @@ def _texts(path: Path, found: Found, vocabulary: Any) -> None:
         for split, files in listed.items():
             kept = digests[split or "train"] = []
             for file in files:
+                name, plain = os.path.relpath(file, path) if file != path else path.name, is_plain(file)
                 for number, text in enumerate(_documents(file), 1):
-                    name = os.path.relpath(file, path) if file != path else path.name
-                    kept.append((name if is_plain(file) else f"{name} {number}", sha256(text)))
+                    kept.append((name if plain else f"{name} {number}", sha256(text)))
                     characters += len(text)
                     count += 0 if vocabulary is None else len(vocabulary.encode(vocabulary.normalise(text), name))
                 bar.update()
     found.counts = {split: len(kept) for split, kept in digests.items()}
+    if not characters:
+        found.wrong.append("there is no text in it")
     found.figures = {"characters": characters} | ({} if vocabulary is None else {"tokens": count})
     _duplicates(digests, found)
 
@@ -367,7 +385,9 @@ def _series(path: Path, found: Found, delimiter: str) -> None:
 
 def _latents(path: Path, found: Found) -> None:
     info = read_info(path, LatentInfo)
+    _shards(path, info, found)
     bad: list[str] = []
+    digests: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     for split in ("train", "test"):
         for aspect, bucket in info.buckets.items():
             if not any(shard.count for shard in bucket.splits[split]):
@@ -384,6 +404,7 @@ def _latents(path: Path, found: Found) -> None:
                     np.maximum(high, example["latent"].max((0, 1))),
                 )
                 labels.append(int(example.get("label", -1)))
+                digests[split].append((f"{split} {aspect} {i}", sha256(example["latent"].tobytes())))
             found.counts[f"{split} {aspect}"] = _counts(labels, info.labels)
             found.figures[f"{split} {aspect}"] = {
                 "channels": len(high),
@@ -394,11 +415,13 @@ def _latents(path: Path, found: Found) -> None:
                 [f"channel {c}" for c in np.flatnonzero(low == high)], f"channels are constant in {split} {aspect}"
             )
     found.blame(bad, "latents are not finite")
+    _duplicates(digests, found)
 
 
 def _tokens(path: Path, found: Found) -> None:
     info = read_info(path, TokenInfo)
     found.figures = {"vocabulary": info.size, "documents": info.documents}
+    Text(str(path)).vocabulary()  # which looks at the files' sizes and at what the tokens mean
     for split, about in info.splits.items():
         found.counts[split] = about.count
         if sha256_of_file(path / about.file) != about.sha256:
@@ -410,8 +433,12 @@ def _tokens(path: Path, found: Found) -> None:
 def _weights(path: Path, found: Found) -> None:
     from zoo import models, weights
 
-    if (path / "config.json").is_file():
-        state = weights.flatten(models.open_model(str(path)).params)
+    if _of_zoo(path):
+        model = models.open_model(str(path))
+        state = weights.flatten(model.params)
+        if model.run is not None and model.kind != "raw":
+            last = weights.flatten(models.open_model(str(path), raw=True).params)
+            state |= {f"{name} (without average)": x for name, x in last.items()}
     else:
         state = weights.read_state_dict(path)
     arrays = {name: np.asarray(x) for name, x in state.items()}

@@ -82,8 +82,6 @@ def divide(
     With labels a share of every class, at least one of two; which ones follows from the name of the class and how many it has. A
     lone one is trained on, and told.
     """
-    if not 0 <= test_fraction < 1:
-        raise UserError(f"test_fraction={test_fraction} is no share of the examples; choose 0 <= test_fraction < 1")
     groups: list[tuple[str | None, np.ndarray]] = [(None, np.arange(count))]
     if labels is not None and len(labels):
         order = np.argsort(labels, kind="stable")
@@ -99,7 +97,8 @@ def divide(
     for (name, group), some_of_it in zip(groups, most):
         seed = 0 if name is None else int(sha256(os.fsencode(name))[:16], 16)
         held += group[np.random.default_rng(seed).permutation(len(group))[:some_of_it]].tolist()
-    lone = [name for name, group in groups if name is not None and len(group) == 1]
+    # labels below 0: there are none
+    lone = [name for name, group in groups if name and len(group) == 1 and np.asarray(labels)[group[0]] >= 0]
     if test_fraction and lone:
         tell(f"only one example has the class {some(lone)}: it is trained on, and none is held out")
     kept = np.ones(count, bool)

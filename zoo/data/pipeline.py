@@ -57,6 +57,18 @@ class Source(ABC):
         ...
 
 
+class Around(Source):
+    """Base of sources around another one, which says what they do not say themselves."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self.labels, self.augment = source, source.labels, source.augment
+        self.groups, self.aspects = source.groups, source.aspects
+        self.vocabulary, self.characters_per_token = source.vocabulary, source.characters_per_token
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
 class Data(ABC):
     """Base of data descriptions: frozen dataclasses of plain values that know how to open their source."""
 
@@ -110,16 +122,12 @@ def batches(
     Raises:
       UserError: the data does not fit the task or the devices, or an example cannot be read.
     """
-    if batch < 1:
-        raise UserError(f"batch={batch} holds no example; choose batch=1 or more")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} is out of range; choose 0 <= seed < 2**32")
     source = data.source(split, spec)
     keys = _keys(data, source, spec)
     size = len(source)
     augment = source.augment if split == "train" else None
 
-    groups = _groups(source)
+    groups = source.groups or None
     at = _ungrouped(size, seed) if groups is None else _grouped(data, groups, batch, seed)
 
     def fetch(position: int) -> Example:
@@ -130,10 +138,6 @@ def batches(
     rows = _local_rows(sharding, batch) if sharding is not None else np.arange(batch)
     host = _read(fetch, keys, batch, rows, start, sys.maxsize // batch - start, threads)
     return host if sharding is None else _to_devices(host, sharding, batch, rows)
-
-
-def _groups(source: Source) -> tuple[np.ndarray, ...] | None:
-    return source.groups or None
 
 
 def _ungrouped(size: int, seed: int) -> Callable[[int], int]:
@@ -203,11 +207,9 @@ def epoch(
     The last batch is filled up with copies of its last example, so that every batch has the one compiled shape. Of a
     source with groups of different shapes only the first group is gone through.
     """
-    if batch < 1:
-        raise UserError(f"batch={batch} holds no example; choose batch=1 or more")
     source = data.source(split, spec)
     keys = _keys(data, source, spec)
-    groups = _groups(source)
+    groups = source.groups or None
     part: Sequence[int] | np.ndarray = range(len(source)) if groups is None else groups[0]
     if seed is not None:
         part = np.random.default_rng(seed).permutation(part)
@@ -243,14 +245,10 @@ def named(data: Data, names: tuple[str, ...]) -> Data:
     return twin
 
 
-class _Named(Source):
+class _Named(Around):
     def __init__(self, source: Source, names: tuple[str, ...]) -> None:
-        self._source, self._numbers = source, np.array([names.index(name) for name in source.labels], np.int32)
-        self.labels, self.augment, self.groups, self.aspects = names, source.augment, source.groups, source.aspects
-        self.vocabulary, self.characters_per_token = source.vocabulary, source.characters_per_token
-
-    def __len__(self) -> int:
-        return len(self._source)
+        super().__init__(source)
+        self.labels, self._numbers = names, np.array([names.index(name) for name in source.labels], np.int32)
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]
@@ -267,7 +265,7 @@ def _keys(data: Data, source: Source, spec: Spec | None) -> tuple[str, ...]:
 
     Where groups differ in the shape of something, only its number of axes and the last of them are compared.
     """
-    groups = _groups(source)
+    groups = source.groups or None
     firsts = [source[0]] if groups is None else [source[int(group[0])] for group in groups]
     example = firsts[0]
     if spec is None:

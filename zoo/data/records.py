@@ -267,18 +267,24 @@ def _open(target: Path, settings: Settings, kind: type[Any]) -> dict[str, Shard]
         info = read_info(target, kind)
         same(target, msgspec.to_builtins(info.settings), settings)
         done = info.shards()
-    elif (target / PROGRESS).is_file():
-        lines = (target / PROGRESS).read_bytes().split(b"\n")[:-1]  # what follows the last line end was torn off
-        if lines:
-            try:
-                same(target, msgspec.json.decode(lines[0], type=dict[str, Any]), settings)
-                done = [msgspec.json.decode(line, type=Shard) for line in lines[1:]]
-            except msgspec.MsgspecError as error:
-                raise UserError(f"{target / PROGRESS} is damaged ({error}); remove DEST {target}") from None
+    else:
+        done = noted(target, settings, Shard)
     whole = {shard.file: shard for shard in done if sha256_of_file(target / shard.file) == shard.sha256}
     # started anew: without the torn line, and with the shards of a finished set whose damaged ones are made again
     files.write(target / PROGRESS, b"".join(msgspec.json.encode(x) + b"\n" for x in (settings, *whole.values())))
     return whole
+
+
+def noted(target: Path, settings: msgspec.Struct, kind: type[K]) -> list[K]:
+    """The lines about what is whole of a set that was begun in this way. UserError where it was begun differently."""
+    path = target / PROGRESS
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # what follows the last line end was torn off
+    try:
+        if lines:
+            same(target, msgspec.json.decode(lines[0], type=dict[str, Any]), settings)
+        return [msgspec.json.decode(line, type=kind) for line in lines[1:]]
+    except msgspec.MsgspecError as error:
+        raise UserError(f"{path} is damaged ({error}); remove DEST {target}") from None
 
 
 def same(target: Path, there: dict[str, Any], settings: msgspec.Struct) -> None:

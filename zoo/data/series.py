@@ -465,16 +465,16 @@ def _whole(cells: Sequence[str]) -> bool:
 def _numbered(path: Path, rows: Sequence[list[str]]) -> bool:
     """Whether the first row of a recording is a header of the numbers of channels: ascending integers above other values.
 
-    UserError where it may be one above other integers.
+    UserError where it may be either. A lone column is 0 to pandas.
     """
     first, *others = rows or [[]]
 
     numbers = [int(cell) for cell in first] if first and _whole(first) else []
     if not others or not numbers or any(a >= b for a, b in pairwise(numbers)):
         return False
-    if not any(map(_whole, others)):  # writers of floats give 0 a point
-        return len(numbers) > 1
-    counts = numbers == [*range(numbers[0], numbers[0] + len(numbers))] and numbers[0] in (0, 1) and len(numbers) > 1
+    if not any(map(_whole, others)) and len(numbers) > 1:  # writers of floats give 0 a point
+        return True
+    counts = numbers == [*range(numbers[0], numbers[0] + len(numbers))] and numbers[0] in (0, 1)[: len(numbers)]
     time = _whole(others[0][:1]) and int(others[0][0]) == numbers[0] + 1
     if counts and not time and not (_whole(others[0]) and int(others[0][0]) == numbers[-1] + 1):
         raise UserError(

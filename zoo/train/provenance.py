@@ -12,6 +12,7 @@ from typing import Any
 from zoo import config, models, paths, weights
 from zoo.data.folders import SPLITS, some, tell
 from zoo.data.pipeline import Data, named
+from zoo.data.text.documents import SPLITS as TEXT_SPLITS
 from zoo.data.text.vocabulary import Vocabulary, open_vocabulary
 from zoo.encoders import tokenizer
 from zoo.errors import UserError
@@ -90,7 +91,7 @@ def check_data(run: Run, folder: Folder) -> Callable[[], None]:
                 f"workdir={folder} belongs to a run of other tokens ({before}; the data now have {vocabulary}): the text or its "
                 "tokenizer has changed. Choose another workdir=, or the old data"
             )
-    now = _fingerprints(run.data, SPLITS)
+    now = _fingerprints(run.data, TEXT_SPLITS if is_text(run.task) else SPLITS)
     count = len(run.source("train"))
     known = check_kept(folder, run.data, now, count)
 
@@ -110,7 +111,7 @@ def check_kept(
     data: Any,
     now: Mapping[str, str] | None = None,
     count: int | None = None,
-    splits: Sequence[str] = SPLITS,
+    splits: Sequence[str] = TEXT_SPLITS,
 ) -> bool:
     """Whether a run folder says on which data it was begun. UserError where these have changed since.
 
@@ -123,7 +124,7 @@ def check_kept(
     try:
         with paths.sentence(folder):
             known = json.loads(record.read_text())
-        before = {split: str(known[split]) for split in SPLITS if split == "train" or split in known}
+        before = {split: str(known[split]) for split in TEXT_SPLITS if split == "train" or split in known}
     except (FileNotFoundError, NotADirectoryError):  # it may be an export or a config
         return False
     except UserError:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from zoo.data.pipeline import Data, Example, Source
+from zoo.data.pipeline import Around, Data, Example, Source
 from zoo.data.text.vocabulary import WORDS, Vocabulary, normalise, text8
 from zoo.errors import UserError, suggest
 from zoo.fields import check_fields
@@ -187,13 +187,10 @@ class Captioned(Data):
         return _Captioned(source, ids)
 
 
-class _Captioned(Source):
+class _Captioned(Around):
     def __init__(self, source: Source, ids: np.ndarray) -> None:
-        self._source, self._ids, self.labels, self.augment = source, ids, source.labels, source.augment
-        self.groups, self.aspects, self.vocabulary = source.groups, source.aspects, text8()
-
-    def __len__(self) -> int:
-        return len(self._source)
+        super().__init__(source)
+        self._ids, self.vocabulary = ids, text8()
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]

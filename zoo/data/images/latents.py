@@ -27,7 +27,7 @@ from tqdm import tqdm
 from zoo import files
 from zoo.data import pipeline
 from zoo.data.folders import SPLITS, existing
-from zoo.data.images import BadImage, check_channels, check_split, fit, to_array, upright_size
+from zoo.data.images import BadImage, check_split, fit, to_array, upright_size
 from zoo.data.images.captions import ASPECTS, bucket, nearest, template
 from zoo.data.images.prepare import Report, picture, places
 from zoo.data.images.sources import Items, Source, open_source
@@ -273,10 +273,6 @@ def encode_set(
     Raises:
       UserError: as `prepare`; also captions that are not there, or latents far from unit variance.
     """
-    check_channels(channels)
-    for name, value in (("size", size), ("batch", batch), ("multiple", multiple), ("shard_examples", shard_examples)):
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} is too small; choose 1 or more")
     if size % multiple and not aspects:
         best = max(1, round(size / multiple)) * multiple
         raise UserError(

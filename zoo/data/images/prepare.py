@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from zoo.data.folders import SPLITS, existing
-from zoo.data.images import BadImage, check_channels, check_kind, from_array, open_image, square
+from zoo.data.images import BadImage, check_kind, from_array, open_image, square
 from zoo.data.images.sources import Items, open_source
 from zoo.data.records import UNREADABLE, Info, Lost, Record, Settings, Shard, entering, writing
 from zoo.errors import UserError
@@ -87,10 +87,6 @@ def prepare(
     Raises:
       UserError: the source is missing or has no usable image, or `dest` holds something else.
     """
-    check_channels(channels)
-    for name, value in (("size", size), ("shard_examples", shard_examples)):
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} is too small; choose 1 or more")
     origin, target = places(source, dest)
     with entering(target, Info):
         found = open_source(origin, test_fraction, image_column=image_column, caption_column=caption_column)

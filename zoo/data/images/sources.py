@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import tarfile
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from zoo.data.arrays import checked_arrays, class_names, open_npz, tell_classes
 from zoo.data.folders import SPLITS, TESTS, divide, hashed, list_folder, shown, some, tell, walk, word_in, word_of
 from zoo.data.images import SUFFIXES, BadImage
-from zoo.data.images.tables import Groups, class_names_of, columns_of, numbers
+from zoo.data.images.tables import class_names_of, columns_of, groups, numbers
 from zoo.data.records import Info, Record, format_of, open_shards, read_info
 from zoo.errors import UserError
 from zoo.files import UTF16, sha256, text_of, tidied
@@ -265,41 +264,22 @@ _MOST_CLASSES = 100_000
 _READ = {*SUFFIXES, ".txt", ".json", ".cls"}
 
 
-class _Pairs:
-    """Images in tar files and what belongs to them, without a Python object for each: there may be millions."""
-
-    def __init__(self) -> None:
-        self.file, self.label = array("q"), array("q")
-        self.image, self.caption = array("q"), array("q")  # offset and size of each, in turn
-        self.others = 0  # files that are none of these
-        self._names, self._ends = bytearray(), array("q", [0])  # of the image and of its caption, in turn
-
-    def __len__(self) -> int:
-        return len(self.file)
-
-    def append(self, file: int, image: tuple[str, int, int], caption: tuple[str, int, int] | None, label: int) -> None:
-        """An image and its caption by name, offset and size."""
-        self.file.append(file)
-        self.label.append(label)
-        for kept, (name, *place) in ((self.image, image), (self.caption, caption or ("", _NONE, 0))):
-            kept.extend(place)
-            self._names += os.fsencode(name)
-            self._ends.append(len(self._names))
-
-    def name(self, i: int, caption: bool = False) -> str:
-        """The name in its tar file, of an image or of its caption."""
-        at = 2 * i + caption
-        return os.fsdecode(bytes(self._names[self._ends[at] : self._ends[at + 1]]))
+# an image in a tar file and its caption: where they lie (offset and size) and its label; there may be millions
+_PAIR = np.dtype([("image", np.int64, 2), ("caption", np.int64, 2), ("label", np.int64)])
 
 
-def _index(pairs: _Pairs, path: Path, number: int) -> None:
-    """Appends the images of a tar file, each with the caption and the label that share the most of its name.
+def _index(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
+    """The images of a tar file, each with the caption and the label that share the most of its name.
 
     Beside `7.left.png` lies `7.left.txt` or, for all images of the key `7`, `7.txt`. Of members of one name the last is
     meant, as where they are unpacked.
+
+    Returns:
+      `_PAIR` [N], the names of images and captions as bytes [N, 2], and how many files are none of these.
     """
     members: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
+    others = 0
     try:
         with tarfile.open(path, "r:") as file:
             while (member := file.next()) is not None:
@@ -307,7 +287,7 @@ def _index(pairs: _Pairs, path: Path, number: int) -> None:
                 base = member.name.rpartition("/")[2]
                 suffix = os.path.splitext(base)[1].lower()
                 if base.startswith(".") or suffix not in _READ:
-                    pairs.others += member.isreg() and not base.startswith(".")
+                    others += member.isreg() and not base.startswith(".")
                     continue
                 whole = member.isreg() and not member.issparse()
                 if not whole and not (member.islnk() or member.issym() or member.isreg()):
@@ -323,12 +303,16 @@ def _index(pairs: _Pairs, path: Path, number: int) -> None:
         raise UserError(
             f"{path} is no tar file that can be read at random ({error}); give plain .tar files, uncompressed and whole"
         ) from None
-    for key, image in members.items():
+    pairs, names = [], []
+    for key, (name, *image) in members.items():
         if key.lower().endswith(SUFFIXES):
             stems = list(_stems(key))
             told = (members.get(stem + suffix) for stem in stems for suffix in (".txt", ".json"))
+            called, *caption = next(filter(None, told), ("", _NONE, 0))
             label = next((labels[f"{stem}.cls"] for stem in stems if f"{stem}.cls" in labels), _UNLABELLED)
-            pairs.append(number, image, next(filter(None, told), None), label)
+            pairs.append((image, caption, label))
+            names.append((os.fsencode(name), os.fsencode(called)))
+    return np.array(pairs, _PAIR), np.array(names, np.bytes_).reshape(-1, 2), others
 
 
 def _stems(name: str) -> Iterator[str]:
@@ -340,28 +324,30 @@ def _stems(name: str) -> Iterator[str]:
 
 def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
     files = [root / name if name else root for name in names]
-    pairs = _Pairs()
-    for number, path in enumerate(files):
-        _index(pairs, path, number)
-    if pairs.others:
-        tell(f"{root}: passed over: {pairs.others:,} files that are no images, captions or labels")
-    told, highest = sum(offset != _NONE for offset in pairs.caption[::2]), max(pairs.label, default=-1)
-    captioned, labelled = told > 0, any(label != _UNLABELLED for label in pairs.label)
+    tables, called, others = zip(*map(_index, files))
+    pairs, inside = np.concatenate(tables), np.concatenate(called)
+    owner = np.repeat(np.arange(len(files)), [len(table) for table in tables])
+    if any(others):
+        tell(f"{root}: passed over: {sum(others):,} files that are no images, captions or labels")
+    captioned, labelled = bool((pairs["caption"][:, 0] != _NONE).any()), bool((pairs["label"] != _UNLABELLED).any())
+    highest = int(pairs["label"].max(initial=-1))
     if highest >= _MOST_CLASSES:
         _log.warning("%s: labels go up to %d, which are no classes; they are left out", root, highest)
         labelled = False
     words = [word_in(name) for name in names]
     classes = tuple(map(str, range(highest + 1))) if labelled else ()
     if labelled:
-        tell_classes(root, pairs.label, classes)
-    parts = _split(root, [words[file] for file in pairs.file], test_fraction, (), pairs.label if labelled else None)
+        tell_classes(root, pairs["label"], classes)
+    parts = _split(
+        root, [words[file] for file in owner.tolist()], test_fraction, (), pairs["label"] if labelled else None
+    )
 
-    def content(i: int, places: array[int], what: str) -> bytes:
-        offset, size = places[2 * i : 2 * i + 2]
+    def content(i: int, kind: str, what: str) -> bytes:
+        offset, size = pairs[kind][i].tolist()
         if offset == _LINK:
             raise BadImage(f"{what} a link or sparse in its tar file", "store the file itself in it")
         try:
-            with open(files[pairs.file[i]], "rb") as opened:
+            with open(files[owner[i]], "rb") as opened:
                 opened.seek(offset)
                 data = opened.read(size)
         except OSError as error:
@@ -375,10 +361,10 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
             i = part[n]
             if not captioned:
                 return ""
-            if pairs.caption[2 * i] == _NONE:
+            if pairs["caption"][i, 0] == _NONE:
                 raise BadImage("has no caption", "add a .txt file, or a .json file with one, of the same name")
-            data = content(i, pairs.caption, "has a caption that is")
-            where = pairs.name(i, caption=True)
+            data = content(i, "caption", "has a caption that is")
+            where = os.fsdecode(inside[i, 1])
             if not where.lower().endswith(".json"):
                 return _text(data, where)
             try:
@@ -394,16 +380,16 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
             return tidied(said).strip()
 
         def label(n: int) -> int:
-            found = pairs.label[part[n]] if labelled else _UNLABELLED
+            found = int(pairs["label"][part[n]]) if labelled else _UNLABELLED
             if labelled and found < 0:
                 no = "has no label" if found == _UNLABELLED else "has a label that is no class number"
                 raise BadImage(no, "add a .cls file with a number from 0 on, of the same name")
             return found
 
         def name(n: int) -> str:
-            return shown(f"{names[pairs.file[part[n]]] or root.name}:{pairs.name(part[n])}")
+            return shown(f"{names[owner[part[n]]] or root.name}:{os.fsdecode(inside[part[n], 0])}")
 
-        return Items(len(part), lambda n: content(part[n], pairs.image, "is"), label, name, caption)
+        return Items(len(part), lambda n: content(part[n], "image", "is"), label, name, caption)
 
     digest = hashed(root, names) if root.is_dir() else hashed(root.parent, [root.name])
     return Source({split: items(parts[split]) for split in SPLITS}, classes, digest, captioned)
@@ -419,7 +405,7 @@ def _parquet(
     import pyarrow.parquet
 
     files = [root / name if name else root for name in names]
-    groups: list[tuple[int, int, int]] = []  # file, row group in it, rows
+    spans: list[tuple[int, int, int]] = []  # file, row group in it, rows
     columns: tuple[str, str | None, str | None] = ("", None, None)
     classes: tuple[str, ...] = ()
     numbered = [np.zeros(0, np.int64)]  # the labels of each file
@@ -427,9 +413,7 @@ def _parquet(
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 schema = file.schema_arrow
-                groups += [
-                    (number, g, file.metadata.row_group(g).num_rows) for g in range(file.metadata.num_row_groups)
-                ]
+                spans += [(number, g, file.metadata.row_group(g).num_rows) for g in range(file.metadata.num_row_groups)]
         except (pyarrow.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} is no parquet file that can be read ({reason}); restore or remove it") from None
@@ -441,11 +425,11 @@ def _parquet(
             what = f"other columns {found} than {files[0]} {columns}" if found != columns else "other class names"
             raise UserError(f"{path} has its images, captions and labels in {what}; prepare them apart")
         columns, classes = found, named
-    starts = np.cumsum([0, *(rows for _, _, rows in groups)])
+    starts = np.cumsum([0, *(rows for _, _, rows in spans)])
     words = [word_in(name) for name in names]
-    begins = {file: int(start) for (file, _, _), start in reversed([*zip(groups, starts)])}  # first row of each file
+    begins = {file: int(start) for (file, _, _), start in reversed([*zip(spans, starts)])}  # first row of each file
     image, text, column = columns
-    table = Groups(files, [c for c in (image, text) if c is not None])
+    table = groups(files, [c for c in (image, text) if c is not None])
     labels = np.concatenate(numbered)
     highest = int(labels.max(initial=-1))
     if highest >= _MOST_CLASSES:
@@ -460,16 +444,16 @@ def _parquet(
     if column is not None:
         none = [word for word, found in zip(words, numbered[1:]) if (found < 0).all()]
         blind = [test for test in TESTS if test in words and none.count(test) == words.count(test)]
-    members = [words[file] for file, _, rows in groups for _ in range(rows)]
+    members = [words[file] for file, _, rows in spans for _ in range(rows)]
     if column is not None:
         tell_classes(root, labels, classes)
     parts = _split(root, members, test_fraction, blind, labels if column is not None else None, classes)
 
     def cell(row: int, column: str) -> Any:
         group = int(np.searchsorted(starts, row, "right")) - 1
-        file, inside, _ = groups[group]
+        file, inside, _ = spans[group]
         try:
-            return table.rows(file, inside)[column][row - int(starts[group])].as_py()
+            return table(file, inside)[column][row - int(starts[group])].as_py()
         except UnicodeDecodeError:
             raise BadImage(f"has text that is no UTF-8 in the column {column!r}", "write it again as UTF-8") from None
 
@@ -497,7 +481,7 @@ def _parquet(
             return int(labels[part[i]])
 
         def name(i: int) -> str:
-            file = groups[int(np.searchsorted(starts, part[i], "right")) - 1][0]
+            file = spans[int(np.searchsorted(starts, part[i], "right")) - 1][0]
             return f"{shown(names[file] or root.name)} row {part[i] - begins[file]}"
 
         return Items(len(part), read, label, name, caption)

@@ -4,49 +4,45 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zoo.data.images import BadImage
+from zoo.data.text.documents import is_text
 from zoo.errors import UserError, suggest
+from zoo.files import first_line
 
 _IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture", "pixels", "bytes")
 _CAPTIONS = ("caption", "text", "prompt", "txt", "captions", "description", "sentence", "alt_text")
 _LABELS = ("label", "labels", "cls", "class")
-_KEPT = 2**29  # bytes of row groups that stay in memory: examples are read in nearly ascending order
 
 
-class Groups:
-    """Row groups of parquet files, decoded once and kept while they are read."""
+def groups(files: list[Path], columns: list[str]) -> Callable[[int, int], Any]:
+    """A function that gives the table of a row group of a file; it keeps the last few, as rows are read in nearly ascending order.
 
-    def __init__(self, files: list[Path], columns: list[str]) -> None:
-        self._files, self._columns = files, columns
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
+    It raises BadImage where it cannot be read.
+    """
+    lock = threading.Lock()  # several threads want the same group at once
 
-    def rows(self, file: int, group: int) -> Any:
-        """The table of a row group. BadImage where it cannot be read."""
+    @lru_cache(maxsize=2)  # one may be a whole file
+    def read(file: int, group: int) -> Any:
         import pyarrow.parquet
 
-        with self._lock:
-            if (file, group) in self._kept:
-                self._kept.move_to_end((file, group))
-                return self._kept[file, group]
-            try:
-                with pyarrow.parquet.ParquetFile(self._files[file]) as opened:
-                    table = opened.read_row_group(group, columns=self._columns)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise BadImage(
-                    f"cannot be read ({' '.join(str(error).split())})", f"restore {self._files[file]}"
-                ) from None
-            self._kept[file, group] = table
-            while len(self._kept) > 2 and sum(kept.nbytes for kept in self._kept.values()) > _KEPT:
-                self._kept.popitem(last=False)
-            return table
+        try:
+            with pyarrow.parquet.ParquetFile(files[file]) as opened:
+                return opened.read_row_group(group, columns=columns)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise BadImage(f"cannot be read ({first_line(error)})", f"restore {files[file]}") from None
+
+    def rows(file: int, group: int) -> Any:
+        with lock:
+            return read(file, group)
+
+    return rows
 
 
 def columns_of(path: Path, schema: Any, image: str | None, caption: str | None) -> tuple[str, str | None, str | None]:
@@ -63,11 +59,6 @@ def columns_of(path: Path, schema: Any, image: str | None, caption: str | None) 
         if pyarrow.types.is_struct(kind):
             return any(kind.field(i).name == "bytes" and is_bytes(kind.field(i).type) for i in range(kind.num_fields))
         return is_bytes(kind)
-
-    def is_text(kind: Any) -> bool:
-        kind = plain(kind)
-        views = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-        return any(is_such(kind) for is_such in views)
 
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
 
@@ -101,7 +92,7 @@ def columns_of(path: Path, schema: Any, image: str | None, caption: str | None) 
         raise UserError(
             f"{path} has no column of images (bytes, or a struct with bytes), it has {listed}; give other files"
         )
-    text = choose(is_text, caption, _CAPTIONS, "captions", "--caption-column")
+    text = choose(lambda kind: is_text(plain(kind)), caption, _CAPTIONS, "captions", "--caption-column")
     whole = [field.name for field in schema if pyarrow.types.is_integer(field.type)]
     label = next((name for word in _LABELS for name in whole if name.lower() == word), None)
     for column in (found, text, label):

@@ -307,7 +307,7 @@ def _rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str | 
                     raise UserError(
                         f"{path} has no column '{key}' (it has {', '.join(kinds)}); rename the one with the text"
                     )
-                if not _is_text(kinds[key]):
+                if not is_text(kinds[key]):
                     raise UserError(f"{path}: its column '{key}' holds {kinds[key]} and no text; give other files")
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=list(keys)):
@@ -320,7 +320,8 @@ def _rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, tuple[str | 
         ) from None
 
 
-def _is_text(kind: Any) -> bool:
+def is_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type holds texts."""
     import pyarrow
 
     views = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
@@ -346,8 +347,5 @@ def cuts(ends: np.ndarray, valid_fraction: float, test_fraction: float) -> tuple
 
 def check_fractions(valid: float, test: float) -> None:
     """UserError unless the shares leave something to train on."""
-    for name, value in (("valid_fraction", valid), ("test_fraction", test)):
-        if not 0 <= value < 1:
-            raise UserError(f"{name}={value} is no share of the text; choose 0 <= {name} < 1")
     if valid + test >= 1:
         raise UserError(f"valid_fraction={valid} and test_fraction={test} leave nothing to train on; choose less")

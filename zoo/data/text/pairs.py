@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from zoo.data.folders import existing
-from zoo.data.pipeline import Data, Example, Source
+from zoo.data.pipeline import Around, Data, Example, Source
 from zoo.data.text import vocabulary as vocabularies
 from zoo.data.text.documents import SPLITS, check_fractions, cuts, is_plain, list_texts, rows
 from zoo.data.text.tokens import check_split
@@ -221,16 +221,13 @@ class Rewarded(_Scored):
         return _Beside(*self._scored(split, spec))
 
 
-class _Beside(Source):
+class _Beside(Around):
     def __init__(self, texts: Source, rewards: np.ndarray) -> None:
-        self._texts, self._rewards = texts, rewards
-        self.vocabulary, self.characters_per_token = texts.vocabulary, texts.characters_per_token
-
-    def __len__(self) -> int:
-        return len(self._texts)
+        super().__init__(texts)
+        self._rewards = rewards
 
     def __getitem__(self, index: int) -> Example:
-        return {**self._texts[index], "reward": self._rewards[index]}
+        return {**self._source[index], "reward": self._rewards[index]}
 
 
 @dataclass(frozen=True)
@@ -266,15 +263,14 @@ class Compared(_Scored):
         return _Compared(texts, np.where(wins[:, None], pairs, pairs[:, ::-1]))
 
 
-class _Compared(Source):
+class _Compared(Around):
     def __init__(self, texts: Source, pairs: np.ndarray) -> None:
+        super().__init__(texts)
         self.pairs = pairs  # int [N, 2], the winner and the loser among the texts
-        self._texts = texts
-        self.vocabulary, self.characters_per_token = texts.vocabulary, texts.characters_per_token
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Example:
-        winner, loser = (self._texts[int(i)]["tokens"] for i in self.pairs[index])
+        winner, loser = (self._source[int(i)]["tokens"] for i in self.pairs[index])
         return {"tokens": winner, "rejected": loser}

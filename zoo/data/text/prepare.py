@@ -22,7 +22,7 @@ from tqdm import tqdm
 from zoo import files
 from zoo.data.folders import file_size, hashed
 from zoo.data.images.prepare import places
-from zoo.data.records import AGAIN, INFO, PROGRESS, entering, is_prepared, mending, read_info, same
+from zoo.data.records import AGAIN, INFO, PROGRESS, entering, is_prepared, mending, noted, read_info, same
 from zoo.data.text import vocabulary as vocabularies
 from zoo.data.text.documents import PACKED, SPLITS, check_fractions, cuts, list_texts
 from zoo.data.text.tokens import (
@@ -170,16 +170,9 @@ def _enter(target: Path, settings: TokenSettings, vocabulary: Vocabulary, stream
     if (target / INFO).is_file():  # damaged, and made in the same way
         (target / PROGRESS).unlink(missing_ok=True)
         (target / INFO).unlink()
-    elif (target / PROGRESS).is_file():
-        lines = (target / PROGRESS).read_bytes().split(b"\n")[:-1]  # what follows the last line end was torn off
-        try:
-            if lines:
-                same(target, msgspec.json.decode(lines[0], type=dict[str, Any]), settings)
-            for mark in (msgspec.json.decode(line, type=_Mark) for line in reversed(lines[1:])):  # the last one first
-                if not marks.get(mark.stream, mark).tokens and _reaches(target, mark, vocabulary):
-                    marks[mark.stream] = mark
-        except msgspec.MsgspecError as error:
-            raise UserError(f"{target / PROGRESS} is damaged ({error}); remove DEST {target}") from None
+    for mark in reversed(noted(target, settings, _Mark)):  # the last one first
+        if not marks.get(mark.stream, mark).tokens and _reaches(target, mark, vocabulary):
+            marks[mark.stream] = mark
     files.write(target / PROGRESS, b"".join(msgspec.json.encode(x) + b"\n" for x in (settings, *marks.values())))
     for path, size in _sizes(target, marks.values(), vocabulary):
         with open(path, "ab") as file:
