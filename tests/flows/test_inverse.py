@@ -16,11 +16,20 @@ from fresh import randomised
 
 from zoo import dist
 from zoo.errors import UserError
-from zoo.flows.inverse import Chain, Guidance, Jacobi, Stepper, invert, jacobi, once, sequential, swept
+from zoo.flows import inverse
+from zoo.flows.inverse import Chain, Guidance, Jacobi, Stepper, invert, once, swept
 from zoo.nn.attention import init_cache, write_cache
 from zoo.papers import starflow, tarflow
 
 D = 2
+
+
+def sequential(stepper, v):
+    return inverse.sequential(stepper, v)[0]
+
+
+def jacobi(stepper, v, plan):
+    return inverse.jacobi(stepper, v, plan)[:3]
 
 
 def bent(h):
@@ -33,23 +42,23 @@ def toy(tokens, batch, *, start=True, strength=1.0, rule=bent, prefix=None, seed
 
     `prefix` [B, S, D] stands in the cache before the first token; the tokens fed at `unseen` have weight zero.
     """
-    fed, held = tokens if start else tokens - 1, 0 if prefix is None else prefix.shape[1]
-    table = np.random.default_rng(seed).normal(size=(fed, held + fed)) * (2 / fed) ** 0.5
+    fed, slots = tokens if start else tokens - 1, 0 if prefix is None else prefix.shape[1]
+    table = np.random.default_rng(seed).normal(size=(fed, slots + fed)) * (2 / fed) ** 0.5
     table[:, list(unseen)] = 0
     table = jnp.asarray(table, jnp.float32)
     strength = jnp.broadcast_to(jnp.asarray(strength, jnp.float32), (batch,))[:, None, None]
     put = lambda cache, u, index: write_cache(cache, u[:, :, None], u[:, :, None], index, None)  # noqa: E731
-    cache = init_cache(None, batch, held + fed, 1, D, jnp.float32)
-    cache = put(cache, prefix, 0) if held else cache
+    cache = init_cache(None, batch, slots + fed, 1, D, jnp.float32)
+    cache = put(cache, prefix, 0) if slots else cache
 
     def step(u, cache, index):
-        cache = put(cache, u, held + index)
+        cache = put(cache, u, slots + index)
         rows = jax.lax.dynamic_slice_in_dim(table, index, u.shape[1])
-        seen = jnp.arange(held + fed) <= held + index + jnp.arange(u.shape[1])[:, None]
+        seen = jnp.arange(slots + fed) <= slots + index + jnp.arange(u.shape[1])[:, None]
         tokens = jax.tree.leaves(cache)[0][:, 0]
         return *rule(strength * jnp.einsum("qn,bdn->bqd", rows * seen, tokens)), cache
 
-    return Stepper(step, cache, jnp.array([0.3, -0.5]) if start else None, held)
+    return Stepper(step, cache, jnp.array([0.3, -0.5]) if start else None, slots)
 
 
 def noise(tokens, batch, seed=1):
@@ -82,8 +91,8 @@ def error(found, want):
 def test_full_sweeps_are_the_sequential_inverse(tokens, start):
     """12 and 11, 2 and 1 tokens to find: modules that divide them and that do not, one, all and more than all."""
     v, count = noise(tokens, 3), tokens if start else tokens - 1
-    plans = [Jacobi(n, tol=0.0, unconverged="keep") for n in (1, 3, tokens - 1, tokens + 4)]
-    plans += [Jacobi(n, tol=0.0, unconverged="keep", start="zeros") for n in (1, 5, tokens)]
+    plans = [Jacobi(n, tol=0.0, unconverged="keep") for n in (1, 3, tokens + 4)]
+    plans += [Jacobi(n, tol=0.0, unconverged="keep", start="zeros") for n in (1, 5)]
 
     @jax.jit
     def run(v):
@@ -131,16 +140,16 @@ def test_a_single_token_without_a_start_passes_unchanged():
 
 def test_tokens_of_a_prefix_are_seen_and_kept():
     """By the sweeps, and by the sequential inverse that follows them in the same cache."""
-    v, held = noise(6, 2), noise(3, 2, seed=5)
+    v, prefix = noise(6, 2), noise(3, 2, seed=5)
 
     @jax.jit
-    def run(v, held):
-        stepper = toy(6, 2, prefix=held)
+    def run(v, prefix):
+        stepper = toy(6, 2, prefix=prefix)
         plans = Jacobi(2, tol=0.0), Jacobi(sweeps=1)
         return sequential(stepper, v), [jacobi(stepper, v, plan) for plan in plans]
 
-    want, found = run(v, held)
-    assert error(run(v, 0 * held)[0], want).min() > 0.1
+    want, found = run(v, prefix)
+    assert error(run(v, 0 * prefix)[0], want).min() > 0.1
     for (u, _, bad), failed in zip(found, (False, True), strict=True):
         near(u, want)
         assert bad.tolist() == [failed, failed]
@@ -154,23 +163,20 @@ def test_blocks_have_plans_and_reports_of_their_own():
     plans = {
         "sequential": "sequential",
         "mixed": Jacobi((0, 1, 3), tol=0.0),
-        "many": Jacobi(tokens - 1, tol=0.0),
         "short": Jacobi(sweeps=(1, 9, 9), tol=(1e-5, 0.0, 0.1), start=("v", "zeros", "v"), unconverged="keep"),
         "first": Jacobi(sweeps=(9, 9, 1), unconverged="keep"),
-        "jacobi": "jacobi",
         "gs": "gs_jacobi",
     }
     found = jax.jit(lambda v: {k: invert(chained(tokens, 4), v, plan) for k, plan in plans.items()})(v)
     want = found["sequential"]
     assert want.report == {}
-    assert found["many"].report == {}
     assert found["gs"].report == {}  # eight modules of nine tokens are the loop
     assert len(want.states) == 4
     np.testing.assert_array_equal(want.states[0], v)
-    for name in ("mixed", "many", "jacobi", "gs"):
+    for name in ("mixed", "gs"):
         for ours, theirs in zip(found[name].states, want.states, strict=True):
-            near(ours, theirs, 1e-4 if name == "jacobi" else 2e-5, err_msg=name)
-    for name in ("mixed", "short", "first", "jacobi"):
+            near(ours, theirs, err_msg=name)
+    for name in ("mixed", "short", "first"):
         assert found[name].report["sweeps"].shape == found[name].report["unconverged"].shape == (4, 3)
     sweeps = found["mixed"].report["sweeps"]
     assert (sweeps[:, 0] == 0).all()
@@ -192,17 +198,13 @@ def test_blocks_that_sweeps_cannot_help_go_token_by_token():
 
 
 def test_a_tolerance_that_floats_cannot_reach_is_said():
-    v = noise(6, 2)
-    for tol, named in ((1e-9, ["0", "1"]), ((1e-5, 1e-9), ["1"])):
-        with pytest.warns(UserWarning, match="below what float32 resolves") as said:
-            found = jax.jit(lambda v, t=tol: invert(chained(6, 2, 2), v, Jacobi(tol=t)))(v)
-        texts = sorted(str(w.message) for w in said if "float32" in str(w.message))
-        assert len(texts) == len(named)
-        for text, i in zip(texts, named, strict=True):
-            assert f"block {i} goes token by token" in text
-            assert "method.tol=1e-09" in text
-        near(found.states[-1], jax.jit(lambda v: invert(chained(6, 2, 2), v).states[-1])(v), 1e-4)
-        assert ("sweeps" in found.report) == (len(named) == 1)
+    v, plan = noise(6, 2), Jacobi(tol=(1e-5, 1e-9))
+    with pytest.warns(
+        UserWarning, match="method.tol=1e-09 is below what float32 resolves: block 1 goes token by token"
+    ):
+        found = jax.jit(lambda v: invert(chained(6, 2, 2), v, plan))(v)
+    assert (found.report["sweeps"][:, 1] == 0).all()
+    assert (found.report["sweeps"][:, 0] > 0).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for plan in (Jacobi(tol=1e-6), Jacobi(tol=0.0), Jacobi(0, tol=1e-9)):
@@ -474,38 +476,16 @@ def test_a_clamp_changes_no_result():
 # --- mistakes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{"modules": (1, 2)}, {"sweeps": (1,)}, {"tol": (0.1,) * 4}, {"start": ("v", "v")}])
-def test_values_must_be_one_for_each_block(fields):
-    (name, value), blocks = *fields.items(), chained(5, 2)
-    with pytest.raises(UserError) as said:
-        invert(blocks, noise(5, 2), Jacobi(**fields))
-    asked = f"method.{name}={','.join(map(str, value))}: {len(value)} values for the 3 blocks"
-    assert asked in str(said.value)
-    assert "give one, or one for each block" in str(said.value)
-
-
-def test_an_unknown_method_is_named():
+def test_mistakes_are_told():
+    for fields in ({"modules": (1, 2)}, {"sweeps": (1,)}, {"tol": (0.1,) * 4}, {"start": ("v", "v")}):
+        ((name, value),) = fields.items()
+        with pytest.raises(
+            UserError, match=rf"method.{name}=.*: {len(value)} values for the 3 blocks .*give one, or one"
+        ):
+            invert(chained(5, 2), noise(5, 2), Jacobi(**fields))
     with pytest.raises(UserError, match=r"method='newton'.*choose one of auto, sequential, jacobi, gs_jacobi"):
         invert(chained(5, 2), noise(5, 2), "newton")
     assert [Jacobi.of(n).modules for n in ("auto", "sequential", "jacobi", "gs_jacobi")] == [0, 0, 1, 8]
-
-
-def test_equal_plans_are_one_program():
-    """A plan is a static argument: equal ones, on other numbers, are not traced again."""
-    traced = []
-
-    def run(v, strength, plan):
-        traced.append(plan)
-        return jacobi(toy(6, 2, strength=strength), v, plan)[0]
-
-    program = jax.jit(run, static_argnums=2)
-    for seed, strength in ((1, 0.5), (2, 1.5)):
-        program(noise(6, 2, seed), jnp.float32(strength), Jacobi((2,)[0], tol=1e-3, sweeps=4))
-    assert len(traced) == 1
-    assert Jacobi((1, 2), tol=(0.1, 0.2)) == Jacobi((1, 2), tol=(0.1, 0.2))
-    assert hash(Jacobi((1, 2))) == hash(Jacobi((1, 2)))
-    program(noise(6, 2), jnp.float32(0.5), Jacobi(2, tol=1e-2, sweeps=4))
-    assert len(traced) == 2
 
 
 # --- networks ---------------------------------------------------------------------------------------
@@ -523,20 +503,16 @@ def weights(task):
 
 def runs(task, plans, guidance=0.0):
     """{name: inverse by a plan} as one program: "" for the sequential inverse, "unguided" where there is guidance."""
-    if isinstance(task, tarflow.TarFlow):
-        z = jax.random.normal(jax.random.key(1), (3, task.tokens, task.dims))
-        blocks = lambda p, w: (z, task.stack.chain(p, 3, LABEL, jnp.full(3, -1), w))  # noqa: E731
-    else:
-        z = jax.random.normal(jax.random.key(1), (3, 3, 3, task.channels))
+    v, y, null = jax.random.normal(jax.random.key(1), (3, task.tokens, task.dims)), LABEL, jnp.full(3, -1)
+    if task is STAR:
         y, null = (jax.random.normal(jax.random.key(k), (3, task.prefix, task.condition_width)) for k in (2, 3))
-        tokens, stack = task.in_tokens(z)
-        blocks = lambda p, w: (tokens, stack.chain(p, 3, y, null, w))  # noqa: E731
 
     @jax.jit
     def run(params):
-        v, chain = blocks(params, guidance)
+        chain = task.stack.chain(params, 3, y, null, guidance)
         found = {name: invert(chain, v, plan) for name, plan in {"": "sequential", **plans}.items()}
-        return {**found, "unguided": invert(blocks(params, 0.0)[1], v)} if guidance.active else found
+        plain = task.stack.chain(params, 3, y, null, 0.0)
+        return {**found, "unguided": invert(plain, v)} if guidance.active else found
 
     guidance = Guidance(guidance)
     found = run(weights(task))
@@ -557,9 +533,8 @@ def test_guided_sweeps_and_fallbacks_are_the_sequential_inverse(task):
     assert (found["full"].report["sweeps"] > 2).all()
 
 
-@pytest.mark.parametrize("task", [TAR, STAR], ids=["tarflow", "starflow"])
-def test_bfloat16_converges_or_falls_back(task):
-    half = dataclasses.replace(task, dtype="bfloat16")
+def test_bfloat16_converges_or_falls_back():
+    half = dataclasses.replace(TAR, dtype="bfloat16")
     loose = Jacobi(2, tol=1e-3, unconverged="keep")
     found = runs(half, {"loose": loose, "few": Jacobi(sweeps=3, tol=1e-4)})
     want = found.pop("").states[-1]

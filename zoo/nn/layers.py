@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from zoo.dist import batch_ways, gathered
+from zoo.task import Name
 
 Axes = tuple[str | None, ...]
 Init = Callable[..., jax.Array]
@@ -227,3 +228,21 @@ def over_tokens(call: Callable[..., Any], tokens: int, size: int, *arrays: jax.A
     cut = [jnp.moveaxis(x.reshape(len(x), parts, steps // parts, *x.shape[2:]), 1, 0) for x in arrays]
     done = jax.lax.map(lambda part: jax.checkpoint(call)(*part), tuple(cut))
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(len(arrays[0]), steps, *y.shape[3:]), done)
+
+
+def linear_names(
+    theirs: str, ours: str, layout: str = "o i -> i o", sizes: dict[str, int] | None = None, layer: int | None = None
+) -> list[Name]:
+    """PyTorch's `weight` and `bias` of a linear map as kernel and bias of a `Dense`; `layout` is that of the kernel."""
+    return [
+        Name(f"{theirs}.weight", f"{ours}/kernel", layout, sizes or {}, layer),
+        Name(f"{theirs}.bias", f"{ours}/bias", layer=layer),
+    ]
+
+
+def norm_names(theirs: str, ours: str, layer: int | None = None) -> list[Name]:
+    """PyTorch's `weight` and `bias` of a norm as scale and bias of a `LayerNorm`."""
+    return [
+        Name(f"{theirs}.weight", f"{ours}/scale", layer=layer),
+        Name(f"{theirs}.bias", f"{ours}/bias", layer=layer),
+    ]

@@ -13,7 +13,8 @@ from zoo.dist import check_divides, constrain
 from zoo.errors import UserError
 from zoo.nn.attention import Stages, attend, attend_cached, init_cache, write_cache
 from zoo.nn.embed import rotate
-from zoo.nn.layers import Dense, LayerNorm, RMSNorm, gelu
+from zoo.nn.layers import Dense, LayerNorm, RMSNorm, gelu, linear_names, norm_names
+from zoo.task import Name, Params
 
 Remat: TypeAlias = Literal["none", "dots", "full"]  # what the backward pass recomputes
 REMAT: dict[str, Any] = {
@@ -246,3 +247,42 @@ def cast_trunk(params: Any, dtype: str) -> Any:
         return x.astype(dtype) if path[-1].key == "kernel" else x
 
     return {**params, "trunk": jax.tree_util.tree_map_with_path(cast, params["trunk"])}
+
+
+def split_trunk(params: Params, n: int) -> tuple[Params, Params]:
+    """The first n layers of a trunk, and the others, each as a trunk."""
+    if "block" in params:
+        return jax.tree.map(lambda x: x[:n], params), jax.tree.map(lambda x: x[n:], params)
+    layers = [params[f"layer{i}"] for i in range(len(params))]
+    first, rest = ({f"layer{i}": p for i, p in enumerate(part)} for part in (layers[:n], layers[n:]))
+    return first, rest
+
+
+def join_trunks(first: Params, rest: Params) -> Params:
+    """The inverse of `split_trunk`."""
+    if "block" in first:
+        joined: Params = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
+        return joined
+    return {**first, **{f"layer{len(first) + i}": rest[f"layer{i}"] for i in range(len(rest))}}
+
+
+def layer_names(theirs: str, ours: str, layer: int, heads: int = 0) -> list[Name]:
+    """A layer of a flow's published PyTorch checkpoint, as a slice of the scanned `Block` ours.
+
+    Args:
+        heads: of rotary positions, which turn adjacent pairs of numbers there and halves of a head here; 0: of learned ones.
+    """
+    pair, sizes = ("h k two", {"h": heads, "two": 2}) if heads else ("h", {})
+    half = "(h two k)" if heads else "h"
+    qkv = f"{ours}/attention/qkv"
+    return [
+        *norm_names(f"{theirs}.attention.norm", f"{ours}/attention_norm", layer),
+        Name(
+            f"{theirs}.attention.qkv.weight", f"{qkv}/kernel", f"(s {pair}) w -> w s {half}", {"s": 3, **sizes}, layer
+        ),
+        Name(f"{theirs}.attention.qkv.bias", f"{qkv}/bias", f"(s {pair}) -> s {half}", {"s": 3, **sizes}, layer),
+        *linear_names(f"{theirs}.attention.proj", f"{ours}/attention/out", f"o ({pair}) -> {half} o", sizes, layer),
+        *norm_names(f"{theirs}.mlp.norm", f"{ours}/mlp_norm", layer),
+        *linear_names(f"{theirs}.mlp.main.0", f"{ours}/mlp/up", layer=layer),
+        *linear_names(f"{theirs}.mlp.main.2", f"{ours}/mlp/down", layer=layer),
+    ]

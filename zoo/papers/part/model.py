@@ -21,7 +21,7 @@ from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Dtype, Layers, Size, SizeOr0, check_fields
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import grid_positions, sincos
-from zoo.nn.layers import Dense, LayerNorm, Table, lecun_normal, truncated_normal
+from zoo.nn.layers import Dense, LayerNorm, Table, lecun_normal, linear_names, norm_names, truncated_normal
 from zoo.nn.transformer import MLP, Attention, Remat, Trunk
 from zoo.papers.part.sampling import crop, grid_patches, pad_crop, random_resized_crop, sample_boxes
 from zoo.task import About, Batch, Name, Params
@@ -334,31 +334,24 @@ class Vit:
                 f"task.length={self.length}: the plain vision transformer's layout is for images; use `zoo export` without "
                 "--format official"
             )
-        ours, p = "encoder", {"p": self.patch, "q": self.patch}
+        ours, sizes = "encoder", {"p": self.patch, "q": self.patch}
         names = [
             Name("cls_token", f"{ours}/class/table", "1 1 d -> 1 d"),
             Name("pos_embed", None, value=self._published_positions),
-            Name("patch_embed.proj.weight", f"{ours}/patch/kernel", "d c p q -> (p q c) d", p),
-            Name("patch_embed.proj.bias", f"{ours}/patch/bias"),
-            Name("norm.weight", f"{ours}/norm/scale"),
-            Name("norm.bias", f"{ours}/norm/bias"),
+            *linear_names("patch_embed.proj", f"{ours}/patch", "d c p q -> (p q c) d", sizes),
+            *norm_names("norm", f"{ours}/norm"),
         ]
         for l in range(self.depth):
             layer, block = f"blocks.{l}", f"{ours}/trunk/block"
-            for theirs, mine in (("norm1", "attention_norm"), ("norm2", "mlp_norm")):
-                names += [
-                    Name(f"{layer}.{theirs}.weight", f"{block}/{mine}/scale", layer=l),
-                    Name(f"{layer}.{theirs}.bias", f"{block}/{mine}/bias", layer=l),
-                ]
             names += [
+                *norm_names(f"{layer}.norm1", f"{block}/attention_norm", l),
+                *norm_names(f"{layer}.norm2", f"{block}/mlp_norm", l),
                 Name(f"{layer}.attn.qkv.weight", f"{block}/attention/qkv/kernel", "(s h) w -> w s h", {"s": 3}, l),
                 Name(f"{layer}.attn.qkv.bias", f"{block}/attention/qkv/bias", "(s h) -> s h", {"s": 3}, l),
+                *linear_names(f"{layer}.attn.proj", f"{block}/attention/out", layer=l),
+                *linear_names(f"{layer}.mlp.fc1", f"{block}/mlp/up", layer=l),
+                *linear_names(f"{layer}.mlp.fc2", f"{block}/mlp/down", layer=l),
             ]
-            for theirs, mine in (("attn.proj", "attention/out"), ("mlp.fc1", "mlp/up"), ("mlp.fc2", "mlp/down")):
-                names += [
-                    Name(f"{layer}.{theirs}.weight", f"{block}/{mine}/kernel", "o i -> i o", layer=l),
-                    Name(f"{layer}.{theirs}.bias", f"{block}/{mine}/bias", layer=l),
-                ]
         return names
 
     def import_note(self) -> str:

@@ -103,7 +103,7 @@ class FlowNet(nn.Module):
     start: bool  # a learned token in front of the first; else the first passes unchanged
     learned: bool  # a table of positions; else rotary ones
     reach: float  # of rotary positions
-    flip: bool
+    reverse: bool  # runs through the grid backwards
     softplus: bool
     clip: float
     norm: bool
@@ -146,7 +146,7 @@ class FlowNet(nn.Module):
             h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(x)
             if self.learned:
                 table = Table(self.tokens, self.width, name="positions")()
-                table = table[::-1] if self.flip else table  # a row belongs to a place, whatever the direction
+                table = table[::-1] if self.reverse else table  # a row belongs to a place, whatever the direction
                 if cache is not None:
                     table = jax.lax.dynamic_slice_in_dim(table, index - self.prefix, x.shape[1])
                 h = h + table.astype(self.dtype)
@@ -204,8 +204,8 @@ class FlowNet(nn.Module):
     @nn.nowrap
     def fresh(self, rng: jax.Array) -> Params:
         """Fresh parameters."""
-        seen = jnp.zeros((1, self.prefix, self.condition_width)) if self.prefix else None
-        made: Any = self.init(rng, jnp.zeros((1, self.tokens, self.dims)), seen)
+        condition = jnp.zeros((1, self.prefix, self.condition_width)) if self.prefix else None
+        made: Any = self.init(rng, jnp.zeros((1, self.tokens, self.dims)), condition)
         return made["params"]
 
     @nn.nowrap

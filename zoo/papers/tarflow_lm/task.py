@@ -417,5 +417,5 @@ class DiscreteLM:
             logits = apply(self._head(), mine["head"], features)[..., 0, :] / temperature
             return pick(jax.nn.log_softmax(logits), v[..., 0])[..., None].astype(jnp.float32)
 
-        ids = sequential(Stepper(step, cache, jnp.zeros(1), solve=solve), constrain(picks, "batch"))
+        ids, _ = sequential(Stepper(step, cache, jnp.zeros(1), solve=solve), constrain(picks, "batch"))
         return {"tokens": ids[..., 0].astype(jnp.int32)}
