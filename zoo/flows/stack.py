@@ -50,8 +50,8 @@ class Net(Protocol):
         """Empty caches for so many examples."""
 
 
-def apply(net: Net, params: Params, *inputs: Any) -> Any:
-    """What a network gives for these parameters."""
+def apply(net: Any, params: Params, *inputs: Any) -> Any:
+    """What a Flax module gives for these parameters."""
     return net.apply({"params": params}, *inputs)
 
 
