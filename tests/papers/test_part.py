@@ -369,7 +369,7 @@ def test_series_train_and_have_maps(task: Any, monkeypatch: pytest.MonkeyPatch) 
         (Part, {"head_dim": 3}, "task.head_dim=3 does not divide task.width=8; .* task.head_dim=2"),
         (Part, {**SERIES, "augment": "pad"}, "task.augment='pad' is for images; set task.augment=none"),
         (Part, {"largest": 13}, "task.largest=13 is larger than task.image=12: .* set task.largest=12 or less"),
-        (Part, {"patch": 12}, "two patches, 24, is larger than task.image=12: .* set task.largest=12 or less"),
+        (Part, {"patch": 12, "patches": 4}, "two patches, 24, is larger than task.image=12: .* set task.largest=12 or less"),
         (Part, {"smallest": 5, "largest": 3}, "task.smallest=5 and task.largest=3 leave no size; choose 0 < "),
         (Part, {"sampling": "pixels", "smallest": 2.5}, "task.smallest=2.5 and .* must be whole .*; round them"),
         (Part, {"patches": 1}, "task.patches=1"),

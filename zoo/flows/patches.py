@@ -21,7 +21,7 @@ from zoo.flows.transforms import shift_right
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import patchify, unpatchify, waves
 from zoo.nn.layers import Dense, Table, gelu, linear_names, zeros
-from zoo.nn.transformer import Block, Remat, Trunk, init_trunk_cache, join_trunks, layer_names
+from zoo.nn.transformer import Block, Remat, Transformer, join_trunks, layer_names
 from zoo.task import Batch, Name, Params, image_spec
 
 
@@ -37,22 +37,15 @@ class Level(nn.Module):
         return Dense(self.width, ("mlp", "embed"), name="down")(h)
 
 
-class FlowNet(nn.Module):
+class FlowNet(Transformer):
     """The network of one flow block: tokens up to t -> log-scale and shift of token t + 1."""
 
     tokens: int
     dims: int
-    width: int
-    depth: int
-    head_dim: int
     classes: int
     reverse: bool  # runs through the image backwards
     scale: bool
-    dtype: str
-    scan: bool
-    remat: str
-    attention: str
-    level: bool = False  # whether it is told of the noise
+    level: bool  # whether it is told of the noise
 
     prefix = 0
     guided = True
@@ -92,9 +85,7 @@ class FlowNet(nn.Module):
         if level is not None:
             h = h + level[:, None].astype(self.dtype)
         block = Block(self.head_dim, causal=True, dtype=self.dtype, backend=self.attention, parent=None)
-        h, cache = Trunk(self.depth, block, self.scan, self.remat, name="trunk")(
-            h, cache, index, temperature=temperature
-        )
+        h, cache = self.trunk(block)(h, cache, index, temperature=temperature)
         outputs = self.dims * (2 if self.scale else 1)
         out = Dense(outputs, ("embed", None), kernel_init=zeros, name="out")(h)  # float32: exp() of it compounds
         out = shift_right(out) if cache is None else out
@@ -113,8 +104,7 @@ class FlowNet(nn.Module):
     @nn.nowrap
     def memory(self, rows: int) -> Any:
         """Empty caches for so many images."""
-        heads = self.width // self.head_dim
-        return init_trunk_cache(self.depth, self.scan, rows, self.tokens, heads, self.head_dim, self.dtype)
+        return self.caches(rows, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -207,19 +197,15 @@ class PatchFlow:
     def stacked(self, rule: Rule, *, scale: bool = True, level: bool = False) -> PatchStack:
         """A stack of blocks of these sizes: even ones run through the image in raster order, odd ones backwards."""
         nets = tuple(
-            FlowNet(
-                tokens=(self.image // patch) ** 2,
-                dims=self.channels * patch**2,
+            FlowNet.of(
+                self,
                 width=width,
                 depth=depth,
-                head_dim=self.head_dim,
+                tokens=(self.image // patch) ** 2,
+                dims=self.channels * patch**2,
                 classes=self.classes,
                 reverse=i % 2 == 1,
                 scale=scale,
-                dtype=self.dtype,
-                scan=self.scan,
-                remat=self.remat,
-                attention=self.attention,
                 level=level,
             )
             for i, (patch, width, depth) in enumerate(self.sizes)

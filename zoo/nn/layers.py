@@ -20,23 +20,13 @@ Axes = tuple[str | None, ...]
 Init = Callable[..., jax.Array]
 
 zeros: Init = nn.initializers.zeros
+normal = nn.initializers.normal  # of a standard deviation
+truncated_normal = nn.initializers.truncated_normal  # cut at two of its deviations, as vision transformers start
+lecun_normal = (
+    nn.initializers.lecun_normal
+)  # variance 1 / fan-in of a kernel [inputs, features]: a unit signal stays one
 
 ROOM = 1 << 28  # numbers in arrays of [rows, K] that a device works on at a time
-
-
-def normal(std: float) -> Init:
-    """Gaussian of standard deviation `std`."""
-    return nn.initializers.normal(std)
-
-
-def truncated_normal(std: float) -> Init:
-    """Gaussian of standard deviation `std` before it is cut at two of them, as vision transformers start."""
-    return nn.initializers.truncated_normal(std)
-
-
-def lecun_normal() -> Init:
-    """Gaussian of variance 1 / fan-in of a kernel [inputs, features]: a unit signal stays one."""
-    return nn.initializers.lecun_normal()
 
 
 def xavier_uniform(gain: float = 1.0) -> Init:

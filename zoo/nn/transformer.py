@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -100,20 +100,8 @@ class Attention(nn.Module):
         q, k, v = (qkv[..., i, :].reshape(*qkv.shape[:-2], heads, self.head_dim) for i in range(3))
         if self.qk_norm:
             q, k = (RMSNorm(axis=None, name=f"{name}_norm")(x) for x, name in ((q, "query"), (k, "key")))
-        y, cache = attend_layer(
-            q,
-            k,
-            v,
-            cache,
-            index,
-            layer,
-            temperature,
-            rope,
-            causal=self.causal,
-            backend=self.backend,
-            seen=seen,
-            stages=self.stages,
-        )
+        how: Any = {"causal": self.causal, "backend": self.backend, "seen": seen, "stages": self.stages}
+        y, cache = attend_layer(q, k, v, cache, index, layer, temperature, rope, **how)
         y = y.reshape(*y.shape[:-2], width)
         return Dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y), cache
 
@@ -228,6 +216,35 @@ class Trunk(nn.Module):
             own = (None, {key: array[i] for key, array in (each or {}).items()})
             (h, caches[name]), _ = body(self.block.copy(name=name), (h, cache[name] if cache else None), own)
         return h, caches if cache else None
+
+
+class Transformer(nn.Module):
+    """Base of networks with a trunk: the sizes that their tasks have by the same names, and how they compute."""
+
+    width: int
+    depth: int
+    head_dim: int
+    dtype: str
+    scan: bool
+    remat: str
+    attention: str
+
+    @classmethod
+    def of(cls, task: Any, **fields: Any) -> Self:
+        """A network with the fields of a task, and others of its own or in their place."""
+        names = ("width", "depth", "head_dim", "dtype", "scan", "remat", "attention")
+        return cls(**fields, **{name: getattr(task, name) for name in names if name not in fields})
+
+    @nn.nowrap
+    def trunk(self, block: nn.Module) -> Trunk:
+        """Its layers; to be called in a compact method."""
+        return Trunk(self.depth, block, self.scan, self.remat, name="trunk")
+
+    @nn.nowrap
+    def caches(self, rows: int, slots: int) -> Any:
+        """Empty caches for so many examples of so many tokens."""
+        heads = self.width // self.head_dim
+        return init_trunk_cache(self.depth, self.scan, rows, slots, heads, self.head_dim, self.dtype)
 
 
 def init_trunk_cache(depth: int, scan: bool, batch: int, tokens: int, heads: int, head_dim: int, dtype: Any) -> Any:

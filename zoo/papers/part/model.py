@@ -22,7 +22,7 @@ from zoo.fields import Below1, Dtype, Layers, Size, SizeOr0, check_fields
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import grid_positions, sincos
 from zoo.nn.layers import Dense, LayerNorm, Table, lecun_normal, linear_names, norm_names, truncated_normal
-from zoo.nn.transformer import MLP, Attention, Remat, Trunk
+from zoo.nn.transformer import MLP, Attention, Remat, Transformer
 from zoo.papers.part.sampling import crop, grid_patches, pad_crop, random_resized_crop, sample_boxes
 from zoo.task import About, Batch, Name, Params
 
@@ -60,16 +60,8 @@ class Layer(nn.Module):
         return h + kept(MLP(dtype=self.dtype, name="mlp")(LayerNorm(EPSILON, name="mlp_norm")(h)), 1), None
 
 
-class Encoder(nn.Module):
+class Encoder(Transformer):
     """A plain vision transformer. It knows of positions only what it is given."""
-
-    width: int
-    depth: int
-    head_dim: int
-    dtype: str
-    scan: bool
-    remat: str
-    attention: str
 
     @nn.compact
     def __call__(
@@ -96,8 +88,7 @@ class Encoder(nn.Module):
         if seen is not None:
             seen = jnp.concatenate([seen, jnp.ones((len(h), 1), bool)], 1)
         block = Layer(self.head_dim, self.dtype, self.attention, parent=None)
-        trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
-        h, _ = trunk(h, each=None if keep is None else {"keep": keep}, seen=seen)
+        h, _ = self.trunk(block)(h, each=None if keep is None else {"keep": keep}, seen=seen)
         h = LayerNorm(EPSILON, name="norm")(h).astype(jnp.float32)
         return h[:, :-1], h[:, -1]
 
@@ -253,7 +244,7 @@ class Vit:
 
     def encoder(self) -> Encoder:
         """The network under the key `encoder` of the parameters."""
-        return Encoder(self.width, self.depth, self.head_dim, self.dtype, self.scan, self.remat, self.attention)
+        return Encoder.of(self)
 
     def init_encoder(self, rng: jax.Array) -> Params:
         """Fresh parameters of the encoder."""

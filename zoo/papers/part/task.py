@@ -19,7 +19,7 @@ from msgspec import Meta
 from zoo.errors import UserError, check_divisor
 from zoo.fields import AtLeast2, Below1, Count, Layers, NonNegative, Positive, Share, Size
 from zoo.nn.layers import Dense, LayerNorm, Table, linear_names, truncated_normal
-from zoo.nn.transformer import Trunk
+from zoo.nn.transformer import Transformer
 from zoo.papers.part.model import EPSILON, CrossAttentionHead, Layer, PairwiseHead, Vit
 from zoo.papers.part.sampling import crop, grid_boxes, grid_patches, rebuild, relation, sample_boxes
 from zoo.task import About, Batch, Name, Network, Params
@@ -332,17 +332,10 @@ class AbsolutePosition(Vit):
         return (nll * asked).sum() / count, {"accuracy": right.sum() / count}
 
 
-class Decoder(nn.Module):
+class Decoder(Transformer):
     """The small transformer that fills in masked patches."""
 
-    width: int
-    depth: int
-    head_dim: int
     outputs: int
-    dtype: str
-    scan: bool
-    remat: str
-    attention: str
 
     @nn.compact
     def __call__(self, z: jax.Array, order: jax.Array, codes: jax.Array) -> jax.Array:
@@ -356,7 +349,7 @@ class Decoder(nn.Module):
         h = jnp.concatenate([h, missing], 1)
         h = jnp.take_along_axis(h, jnp.argsort(order, -1)[..., None], 1) + codes.astype(h.dtype)
         block = Layer(self.head_dim, self.dtype, self.attention, parent=None)
-        h, _ = Trunk(self.depth, block, self.scan, self.remat, name="trunk")(h)
+        h, _ = self.trunk(block)(h)
         return Dense(self.outputs, ("embed", None), name="out")(LayerNorm(EPSILON, name="norm")(h).astype(jnp.float32))
 
 
@@ -395,9 +388,8 @@ class MaskedAutoencoder(Vit):
         return self.fixed_positions("decoder_width")[1:]
 
     def _decoder(self) -> Decoder:
-        return Decoder(
-            self.decoder_width, self.decoder_depth, self.decoder_head_dim, self.dims, self.dtype, self.scan, self.remat, self.attention
-        )  # fmt: skip
+        sizes = {"width": self.decoder_width, "depth": self.decoder_depth, "head_dim": self.decoder_head_dim}
+        return Decoder.of(self, **sizes, outputs=self.dims)
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: `encoder`, `decoder`."""

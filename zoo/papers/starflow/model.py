@@ -19,7 +19,7 @@ from zoo.fields import Positive, Size, check_fields
 from zoo.flows.transforms import shift_right
 from zoo.nn.embed import grid_positions, rope_angles
 from zoo.nn.layers import Dense, RMSNorm, Table, normal, zeros
-from zoo.nn.transformer import Block, GatedMLP, Trunk, attend_layer, init_trunk_cache
+from zoo.nn.transformer import Block, GatedMLP, Transformer, attend_layer, init_trunk_cache
 from zoo.task import Params
 
 UNIT = math.log(math.e - 1)  # softplus of it is 1: a network that says nothing leaves the scale at 1
@@ -90,14 +90,11 @@ class LanguageModelBlock(nn.Module):
         return h + (norm(y, "mlp_post_norm") if m.post_norm else y), cache
 
 
-class FlowNet(nn.Module):
+class FlowNet(Transformer):
     """The network of one flow block: the condition and the tokens before t -> log-scale and shift of token t."""
 
     grid: Grid
     dims: int
-    width: int
-    depth: int
-    head_dim: int
     prefix: int  # S, condition tokens in front; 0: this block sees no condition
     condition_width: int  # E; 0: no block does
     start: bool  # a learned token in front of the first; else the first passes unchanged
@@ -108,10 +105,6 @@ class FlowNet(nn.Module):
     clip: float
     norm: bool
     lm: LanguageModel | None
-    dtype: str
-    scan: bool
-    remat: str
-    attention: str
 
     @nn.compact
     def __call__(
@@ -159,8 +152,7 @@ class FlowNet(nn.Module):
             block: nn.Module = LanguageModelBlock(self.lm, self.dtype, self.attention, parent=None)
         else:
             block = Block(self.head_dim, causal=True, dtype=self.dtype, backend=self.attention, parent=None)
-        trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
-        h, cache = trunk(h, cache, index, rope=rope, temperature=temperature)
+        h, cache = self.trunk(block)(h, cache, index, rope=rope, temperature=temperature)
         if x is None:
             return None, None, cache
         h = h[:, -x.shape[1] :]
@@ -211,10 +203,10 @@ class FlowNet(nn.Module):
     @nn.nowrap
     def memory(self, rows: int) -> Any:
         """Empty caches for so many examples."""
-        heads, head_dim = self.width // self.head_dim, self.head_dim
-        if self.lm:
-            heads, head_dim = self.lm.kv_heads, self.lm.head_dim
-        return init_trunk_cache(self.depth, self.scan, rows, self.prefix + self.tokens, heads, head_dim, self.dtype)
+        slots = self.prefix + self.tokens
+        if not self.lm:
+            return self.caches(rows, slots)
+        return init_trunk_cache(self.depth, self.scan, rows, slots, self.lm.kv_heads, self.lm.head_dim, self.dtype)
 
 
 def positions(grid: Grid, prefix: int, reach: float) -> np.ndarray:

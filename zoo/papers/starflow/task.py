@@ -171,26 +171,22 @@ class StarFlow(Inputs):
 
         def net(i: int) -> FlowNet:
             lm = self.lm if i == self.blocks - 1 else None
-            return FlowNet(
+            return FlowNet.of(
+                self,
                 grid=grid,
-                dims=self.dims,
                 width=lm.width if lm else self.width,
                 depth=self.depths[i],
-                head_dim=self.head_dim,
                 prefix=self.prefix if self.sees(i) else 0,
                 condition_width=self.condition_width if self.prefix else 0,
-                start=self.start,
                 learned=self.positions == "learned",
-                reach=self.reach,
                 reverse=i % 2 == (0 if self.order == "L2R" else 1),  # the order of a task is that of its odd blocks
                 softplus=self.scale == "softplus",
-                clip=self.clip,
                 norm=self.final_norm,
                 lm=lm,
-                dtype=self.dtype,
-                scan=self.scan,
-                remat=self.remat,
-                attention=self.attention,
+                dims=self.dims,
+                start=self.start,
+                reach=self.reach,
+                clip=self.clip,
             )
 
         nets = tuple(net(i) for i in range(self.blocks))

@@ -35,7 +35,7 @@ from zoo.flows.transforms import (
 )
 from zoo.nn.embed import rope_angles
 from zoo.nn.layers import Dense, LayerNorm, gelu, normal, over_tokens, zeros
-from zoo.nn.transformer import Block, Trunk, cast_trunk, init_trunk_cache
+from zoo.nn.transformer import Block, Transformer, cast_trunk
 from zoo.task import Params
 
 _LOG_SIGMA = (-5.0, 3.0)  # limits of the log-scales of tokens
@@ -61,18 +61,11 @@ class Layer:
 # --- networks and heads ---------------------------------------------------------------------------
 
 
-class Context(nn.Module):
+class Context(Transformer):
     """The steps before s -> features of step s."""
 
     steps: int
-    width: int
-    depth: int
-    head_dim: int
-    dtype: str
-    scan: bool
-    remat: str
-    attention: str
-    project: bool = True
+    project: bool
 
     @nn.compact
     def __call__(self, before: jax.Array, cache: Any = None, index: Any = None) -> tuple[jax.Array, Any]:
@@ -90,15 +83,13 @@ class Context(nn.Module):
         rope = jnp.asarray(rope_angles(np.arange(self.steps)[:, None], (pairs,)))
         rope = rope if index is None else jax.lax.dynamic_slice_in_dim(rope, index, h.shape[1])
         block = Block(self.head_dim, causal=True, dtype=self.dtype, backend=self.attention, parent=None)
-        trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
-        h, cache = trunk(h, cache, index, rope=rope)
+        h, cache = self.trunk(block)(h, cache, index, rope=rope)
         return LayerNorm(name="norm")(h), cache
 
     @nn.nowrap
     def memory(self, rows: int) -> Any:
         """Empty caches for so many texts."""
-        heads = self.width // self.head_dim
-        return init_trunk_cache(self.depth, self.scan, rows, self.steps, heads, self.head_dim, self.dtype)
+        return self.caches(rows, self.steps)
 
 
 class IndependentHead(nn.Module):

@@ -29,21 +29,6 @@ def _check_common(task: Any) -> None:
     check_backend(task.attention, task.dtype)
 
 
-def _context(task: Any, steps: int, depth: int, project: bool = True) -> Context:
-    """The transformer over so many steps that the fields of a task describe."""
-    return Context(
-        steps=steps,
-        width=task.width,
-        depth=depth,
-        head_dim=task.head_dim,
-        dtype=task.dtype,
-        scan=task.scan,
-        remat=task.remat,
-        attention=task.attention,
-        project=project,
-    )
-
-
 @dataclass(frozen=True)
 class TarFlowLMSampling:
     """How texts are drawn."""
@@ -185,7 +170,7 @@ class TarFlowLM:
             dataclasses.replace(layer, components=self.components(l), tied=self.is_tied(l), reverse=self.is_reverse(l))
             for l, layer in enumerate(self.layers[: self.flow_layers])
         ]
-        contexts = [_context(self, self.steps, layer.depth) for layer in layers]
+        contexts = [Context.of(self, depth=layer.depth, steps=self.steps, project=True) for layer in layers]
         return Flow(tuple(layers), tuple(contexts), self.dims, self.patch, self.mix, self.sigma)
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -331,7 +316,7 @@ class DiscreteLM:
         return 6.0 * (self.length * weights + self.depth * self.length**2 * self.width)
 
     def _context(self) -> Context:
-        return _context(self, self.length, self.depth, project=False)
+        return Context.of(self, steps=self.length, project=False)
 
     def _head(self) -> IndependentHead:
         return IndependentHead(1, self.vocab, self.dtype, normal(0.02), zeros, "vocab")
