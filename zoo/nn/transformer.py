@@ -41,18 +41,26 @@ def attend_layer(
     cache: Any,
     index: Any,
     layer: Any,
-    temperature: jax.Array | None,
-    rope: jax.Array | None,
     *,
     causal: bool,
     backend: str,
+    temperature: jax.Array | None = None,
+    rope: jax.Array | None = None,
     seen: jax.Array | None = None,
     stages: Stages | None = None,
 ) -> tuple[jax.Array, Any]:
     """What a layer does with its queries [B, T, H, K], keys and values: turn, temper, and attend with a cache or without.
 
-    Without `causal` the tokens that come to a cache together see each other. Returns [B, T, H, K] and the cache; arguments as of
-    `Attention`.
+    Without `causal` the tokens that come to a cache together see each other.
+
+    Args:
+        temperature: [B], divides the attention logits of each example.
+        rope: [T, K/2], the angles by which queries and keys are turned (`zoo.nn.embed.rotate`).
+        seen: bool [B, T], the keys that count where there is no cache.
+        stages: in place of `causal`, where there is no cache.
+
+    Returns:
+        [B, T, H, K], and the cache.
     """
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
@@ -81,14 +89,9 @@ class Attention(nn.Module):
         cache: Any = None,
         index: jax.Array | None = None,
         layer: jax.Array | None = None,
-        temperature: jax.Array | None = None,
-        rope: jax.Array | None = None,
-        seen: jax.Array | None = None,
+        **how: Any,
     ) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> [B, T, D].
-
-        `temperature` [B] divides the attention logits of each example; `rope` [T, K/2] are the angles by which queries
-        and keys are turned (`zoo.nn.embed.rotate`); `seen` bool [B, T], the keys that count where there is no cache.
+        """[B, T, D] -> [B, T, D], and the cache; `how` as of `attend_layer`.
 
         Kernels keep all numbers of all heads in one axis: TPUs store the last axis in rows of 128, so that an axis of 64
         (one head) would take twice its memory.
@@ -100,8 +103,8 @@ class Attention(nn.Module):
         q, k, v = (qkv[..., i, :].reshape(*qkv.shape[:-2], heads, self.head_dim) for i in range(3))
         if self.qk_norm:
             q, k = (RMSNorm(axis=None, name=f"{name}_norm")(x) for x, name in ((q, "query"), (k, "key")))
-        how: Any = {"causal": self.causal, "backend": self.backend, "seen": seen, "stages": self.stages}
-        y, cache = attend_layer(q, k, v, cache, index, layer, temperature, rope, **how)
+        own: Any = {"causal": self.causal, "backend": self.backend, "stages": self.stages}
+        y, cache = attend_layer(q, k, v, cache, index, layer, **own, **how)
         y = y.reshape(*y.shape[:-2], width)
         return Dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y), cache
 
@@ -145,6 +148,7 @@ class Block(nn.Module):
     expand: int = 4
     dtype: str = "float32"
     backend: str = "xla"
+    epsilon: float = 1e-5  # of the norms
 
     @nn.compact
     def __call__(
@@ -153,15 +157,19 @@ class Block(nn.Module):
         cache: Any = None,
         index: Any = None,
         layer: Any = None,
-        temperature: Any = None,
-        rope: Any = None,
-    ) -> Any:
-        """h [B, T, D] -> h, cache."""
+        keep: jax.Array | None = None,
+        **how: Any,
+    ) -> tuple[jax.Array, Any]:
+        """h [B, T, D] -> h, cache; `keep` [2, B] are factors on the two branches of each example, `how` as of `attend_layer`."""
+
+        def kept(y: jax.Array, branch: int) -> jax.Array:
+            return y if keep is None else y * keep[branch][:, None, None].astype(y.dtype)
+
         attention = Attention(self.head_dim, self.causal, self.dtype, self.backend, name="attention")
-        y, cache = attention(LayerNorm(name="attention_norm")(h), cache, index, layer, temperature, rope)
-        h = h + y
-        h = h + MLP(self.expand, self.dtype, name="mlp")(LayerNorm(name="mlp_norm")(h))
-        return h, cache
+        y, cache = attention(LayerNorm(self.epsilon, name="attention_norm")(h), cache, index, layer, **how)
+        h = h + kept(y, 0)
+        y = MLP(self.expand, self.dtype, name="mlp")(LayerNorm(self.epsilon, name="mlp_norm")(h))
+        return h + kept(y, 1), cache
 
 
 class Trunk(nn.Module):

@@ -22,42 +22,11 @@ from zoo.fields import Below1, Dtype, Layers, Size, SizeOr0, check_fields
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import grid_positions, sincos
 from zoo.nn.layers import Dense, LayerNorm, Table, lecun_normal, linear_names, norm_names, truncated_normal
-from zoo.nn.transformer import MLP, Attention, Remat, Transformer
+from zoo.nn.transformer import Block, Remat, Transformer
 from zoo.papers.part.sampling import crop, grid_patches, pad_crop, random_resized_crop, sample_boxes
 from zoo.task import About, Batch, Name, Params
 
 EPSILON = 1e-6  # of every LayerNorm
-
-
-class Layer(nn.Module):
-    """Pre-norm attention and MLP of a vision transformer; whole branches may be dropped, and keys left out."""
-
-    head_dim: int
-    dtype: str = "float32"
-    backend: str = "xla"
-
-    @nn.compact
-    def __call__(
-        self,
-        h: jax.Array,
-        cache: None = None,
-        index: None = None,
-        layer: Any = None,
-        seen: jax.Array | None = None,
-        keep: jax.Array | None = None,
-    ) -> tuple[jax.Array, None]:
-        """[B, T, D] -> [B, T, D].
-
-        `seen` bool [B, T]: the keys that count. `keep` [2, B]: factors on the two branches of each example.
-        """
-
-        def kept(y: jax.Array, branch: int) -> jax.Array:
-            return y if keep is None else y * keep[branch][:, None, None].astype(y.dtype)
-
-        attention = Attention(self.head_dim, False, self.dtype, self.backend, name="attention")
-        y, _ = attention(LayerNorm(EPSILON, name="attention_norm")(h), seen=seen)
-        h = h + kept(y, 0)
-        return h + kept(MLP(dtype=self.dtype, name="mlp")(LayerNorm(EPSILON, name="mlp_norm")(h)), 1), None
 
 
 class Encoder(Transformer):
@@ -87,7 +56,7 @@ class Encoder(Transformer):
         h = constrain(jnp.concatenate([h, first], 1), "batch")
         if seen is not None:
             seen = jnp.concatenate([seen, jnp.ones((len(h), 1), bool)], 1)
-        block = Layer(self.head_dim, self.dtype, self.attention, parent=None)
+        block = Block(self.head_dim, dtype=self.dtype, backend=self.attention, epsilon=EPSILON, parent=None)
         h, _ = self.trunk(block)(h, each=None if keep is None else {"keep": keep}, seen=seen)
         h = LayerNorm(EPSILON, name="norm")(h).astype(jnp.float32)
         return h[:, :-1], h[:, -1]

@@ -19,8 +19,8 @@ from msgspec import Meta
 from zoo.errors import UserError, check_divisor
 from zoo.fields import AtLeast2, Below1, Count, Layers, NonNegative, Positive, Share, Size
 from zoo.nn.layers import Dense, LayerNorm, Table, linear_names, truncated_normal
-from zoo.nn.transformer import Transformer
-from zoo.papers.part.model import EPSILON, CrossAttentionHead, Layer, PairwiseHead, Vit
+from zoo.nn.transformer import Block, Transformer
+from zoo.papers.part.model import EPSILON, CrossAttentionHead, PairwiseHead, Vit
 from zoo.papers.part.sampling import crop, grid_boxes, grid_patches, rebuild, relation, sample_boxes
 from zoo.task import About, Batch, Name, Network, Params
 
@@ -348,7 +348,7 @@ class Decoder(Transformer):
         missing = jnp.broadcast_to(hidden, (len(h), order.shape[1] - h.shape[1], self.width))
         h = jnp.concatenate([h, missing], 1)
         h = jnp.take_along_axis(h, jnp.argsort(order, -1)[..., None], 1) + codes.astype(h.dtype)
-        block = Layer(self.head_dim, self.dtype, self.attention, parent=None)
+        block = Block(self.head_dim, dtype=self.dtype, backend=self.attention, epsilon=EPSILON, parent=None)
         h, _ = self.trunk(block)(h)
         return Dense(self.outputs, ("embed", None), name="out")(LayerNorm(EPSILON, name="norm")(h).astype(jnp.float32))
 

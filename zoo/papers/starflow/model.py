@@ -58,15 +58,9 @@ class LanguageModelBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        h: jax.Array,
-        cache: Any = None,
-        index: Any = None,
-        layer: Any = None,
-        temperature: Any = None,
-        rope: Any = None,
-    ) -> Any:
-        """h [B, T, W] -> h, cache."""
+        self, h: jax.Array, cache: Any = None, index: Any = None, layer: Any = None, **how: Any
+    ) -> tuple[jax.Array, Any]:
+        """h [B, T, W] -> h, cache; `how` as of `attend_layer`."""
         m, width = self.sizes, h.shape[-1]
 
         def norm(x: jax.Array, name: str, axis: str | None = "embed") -> jax.Array:
@@ -81,7 +75,7 @@ class LanguageModelBlock(nn.Module):
         q, k, v = jnp.split(qkv, [m.heads, m.heads + m.kv_heads], axis=2)
         if m.qk_norm:
             q, k = norm(q, "query_norm", None), norm(k, "key_norm", None)
-        y, cache = attend_layer(q, k, v, cache, index, layer, temperature, rope, causal=True, backend=self.backend)
+        y, cache = attend_layer(q, k, v, cache, index, layer, causal=True, backend=self.backend, **how)
         y = dense(y.reshape(*h.shape[:2], -1), width, ("heads", "embed"), "out")
         h = h + (norm(y, "attention_post_norm") if m.post_norm else y)
         mlp = GatedMLP(m.mlp, jax.nn.gelu, self.dtype)  # by tanh
