@@ -110,26 +110,6 @@ def test_full_sweeps_are_the_sequential_inverse(tokens, start):
         assert (sweeps <= needed * size).all(), plan
 
 
-@pytest.mark.parametrize("start", [True, False], ids=["start", "no-start"])
-def test_all_at_once_gives_back_what_went_in(start):
-    v = noise(6, 2)
-
-    @jax.jit
-    def run(v):
-        stepper = toy(6, 2, start=start)
-        u = sequential(stepper, v)
-        return u, *once(stepper, u)
-
-    u, scale, shift = jax.device_get(run(v))
-    near((u - shift) / scale, v)
-    if start:
-        assert np.abs(scale[:, 0] - 1).min() > 1e-3
-    else:
-        np.testing.assert_array_equal(scale[:, 0], 1)
-        np.testing.assert_array_equal(shift[:, 0], 0)
-        np.testing.assert_array_equal(u[:, 0], v[:, 0])
-
-
 def test_a_single_token_without_a_start_passes_unchanged():
     one = noise(1, 2)
     np.testing.assert_array_equal(sequential(toy(2, 2, start=False), one), one)
@@ -214,12 +194,11 @@ def test_a_tolerance_that_floats_cannot_reach_is_said():
 # --- tolerance --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("modules", [1, 3])
-def test_a_sample_does_not_depend_on_its_batch(modules):
+def test_a_sample_does_not_depend_on_its_batch():
     """Easy and hard ones: each has the numbers and the sweeps that it has among its own copies."""
     tokens, v = 16, noise(16, 4)
     strength = np.array([0.0, 0.15, 1.5, 0.02], np.float32)
-    plan = Jacobi(modules, tol=2e-2, sweeps=5)
+    plan = Jacobi(3, tol=2e-2, sweeps=5)
     run = jax.jit(lambda v, s: jacobi(toy(tokens, len(v), strength=s), v, plan))
     u, sweeps, bad = run(v, strength)
     assert bad.tolist() == [False, False, True, False]
@@ -230,64 +209,28 @@ def test_a_sample_does_not_depend_on_its_batch(modules):
         assert (alone[1][0], alone[2][0]) == (sweeps[i], bad[i])
 
 
-def test_the_error_falls_with_the_tolerance():
-    tokens, v, tols = 24, noise(24, 3), (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+@pytest.mark.parametrize("criterion", ["max", "relative"])
+def test_the_error_falls_with_the_tolerance(criterion):
+    """Each sample stops by itself; the relative criterion looks at the mean of the batch."""
+    tokens, v, tols = 24, noise(24, 3), (1e-1, 1e-3, 1e-5)
 
     @jax.jit
     def run(v):
-        stepper = toy(tokens, 3, strength=0.4)
-        return sequential(stepper, v), [jacobi(stepper, v, Jacobi(tol=t, unconverged="keep")) for t in tols]
-
-    want, found = run(v)
-    errors = np.array([error(u, want) for u, *_ in found])
-    counts = np.array([sweeps for _, sweeps, _ in found])
-    assert not np.array([bad for *_, bad in found]).any()
-    assert (errors <= np.array(tols)[:, None] + 1e-6).all()
-    assert (np.diff(errors, axis=0) <= 0).all()
-    assert (errors[0] > 10 * errors[-1]).all()
-    assert (np.diff(counts, axis=0) >= 0).all()
-    assert (counts[0] + 2 < counts[-1]).all()
-    assert (counts[-1] < tokens).all()  # stopped by the tolerance, not because it was exact
-
-
-def test_the_relative_criterion_stops_on_the_mean_of_the_batch():
-    tokens, v, strength = 24, noise(24, 3), jnp.array([0.1, 0.4, 0.6])
-
-    @jax.jit
-    def run(v):
-        stepper = toy(tokens, 3, strength=strength)
-        plans = [Jacobi(tol=t, criterion="relative", unconverged="keep") for t in (1e-2, 1e-6, 0.0)]
+        stepper = toy(tokens, 3, strength=jnp.array([0.1, 0.4, 0.6]))
+        plans = [Jacobi(tol=t, criterion=criterion, unconverged="keep") for t in tols]
         return sequential(stepper, v), [jacobi(stepper, v, plan) for plan in plans]
 
     want, found = run(v)
-    for _, sweeps, bad in found:
-        assert len(set(sweeps.tolist())) == 1
-        assert not bad.any()
-    coarse, fine, exact = ((error(u, want).max(), int(sweeps[0])) for u, sweeps, _ in found)
-    assert coarse[0] > 10 * fine[0]
-    assert coarse[1] < fine[1] < exact[1] <= tokens
-    assert fine[0] < 1e-2
-    assert exact[0] < 2e-5
-
-
-def test_blocks_that_do_not_see_their_input_take_two_sweeps():
-    v = noise(16, 2)
-    constant = lambda h: (jnp.full_like(h, 1.7), jnp.full_like(h, -0.4))  # noqa: E731
-    nothing = lambda h: (jnp.ones_like(h), jnp.zeros_like(h))  # noqa: E731
-
-    @jax.jit
-    def run(v):
-        found = []
-        for start in ("v", "zeros"):
-            found += [jacobi(toy(16, 2, rule=rule), v, Jacobi(start=start)) for rule in (constant, nothing)]
-        return found
-
-    for (u, sweeps, bad), (want, count) in zip(
-        run(v), [(1.7 * v - 0.4, 2), (v, 1), (1.7 * v - 0.4, 2), (v, 2)], strict=True
-    ):
-        near(u, want, 1e-6)
-        assert sweeps.tolist() == [count, count]
-        assert not bad.any()
+    errors, counts = np.array([error(u, want) for u, *_ in found]), np.array([n for _, n, _ in found])
+    assert not np.array([bad for *_, bad in found]).any()
+    assert (np.diff(errors.max(1)) < 0).all()
+    assert (np.diff(counts, axis=0) >= 0).all()
+    assert (counts[0] + 2 < counts[-1]).all()
+    assert (counts[-1] < tokens).all()  # stopped by the tolerance, not because it was exact
+    if criterion == "max":
+        assert (errors <= np.array(tols)[:, None] + 1e-6).all()
+    else:
+        assert (counts == counts[:, :1]).all()
 
 
 def test_modules_that_follow_see_the_last_tokens():
@@ -378,29 +321,6 @@ def test_overflow_on_the_way_is_no_overflow_in_the_end(start):
         assert bad.all() == (i == 3), i
 
 
-def test_a_first_guess_that_overflows_costs_no_token():
-    """A large number in, a small one out, and squares between: the guess must not reach the tokens before it."""
-    tokens, squares = 8, lambda h: (jnp.exp(0.6 * jnp.tanh(h)), jnp.sin(h))
-
-    @jax.jit
-    def run(v, large):
-        base = toy(tokens, 2, rule=squares, strength=8.0)
-
-        def step(u, cache, index):
-            scale, shift, cache = base.step(jnp.square(u), cache, index)
-            place = index + jnp.arange(u.shape[1])[:, None]
-            return jnp.where(place == 4, scale / large, scale), shift, cache
-
-        stepper, v = base._replace(step=step), v.at[0, 4].mul(large)
-        return sequential(stepper, v), [jacobi(stepper, v, Jacobi(n, tol=0.0))[0] for n in (1, 3)]
-
-    for large in (1e20, 3e38):
-        want, found = run(noise(tokens, 2), large)
-        assert np.isfinite(want[0]).all()
-        for u in found:
-            near(u, want, 2e-3)
-
-
 def test_what_sweeps_leave_in_the_cache_does_not_reach_the_sequential_inverse():
     tokens = 8
     base = toy(tokens, 2)
@@ -453,24 +373,19 @@ def test_the_relative_criterion_does_not_measure_by_what_overflowed():
 
 
 def test_a_clamp_changes_no_result():
-    tokens, v = 12, noise(12, 3).at[0].mul(4.0)
+    v = noise(12, 3).at[0].mul(4.0)
 
     @jax.jit
     def run(v):
-        stepper = toy(tokens, 3)
-        plans = [Jacobi(2, tol=0.0, clamp=c) for c in (None, 100.0, 5.0)]
-        kept = Jacobi(2, tol=0.0, clamp=5.0, unconverged="keep")
-        return sequential(stepper, v), [jacobi(stepper, v, plan) for plan in (*plans, kept)]
+        stepper = toy(12, 3)
+        plans = [Jacobi(2, tol=0.0, clamp=5.0, unconverged=u) for u in ("sequential", "keep")]
+        return sequential(stepper, v), [jacobi(stepper, v, plan) for plan in plans]
 
-    want, found = run(v)
-    outside = np.abs(want).max((1, 2)) > 5.0
-    assert outside.tolist() == [True, False, False]
-    for (u, _, bad), expected in zip(found, (False, False, outside, outside), strict=True):
-        np.testing.assert_array_equal(bad, np.broadcast_to(expected, 3))
-        near(u[1:], want[1:])
-    for u, *_ in found[:3]:
-        near(u, want)
-    assert np.abs(found[3][0][0]).max() <= 5.0
+    want, ((u, _, bad), (kept, *_)) = run(v)
+    assert bad.tolist() == (np.abs(want).max((1, 2)) > 5.0).tolist() == [True, False, False]
+    near(u, want)
+    near(kept[1:], want[1:])
+    assert np.abs(kept).max() <= 5.0
 
 
 # --- mistakes ---------------------------------------------------------------------------------------
@@ -531,16 +446,6 @@ def test_guided_sweeps_and_fallbacks_are_the_sequential_inverse(task):
         near(out.states[-1], want, 1e-5 if name == "failed" else 2e-5, err_msg=name)
         assert out.report["unconverged"].all() == (name == "failed")
     assert (found["full"].report["sweeps"] > 2).all()
-
-
-def test_bfloat16_converges_or_falls_back():
-    half = dataclasses.replace(TAR, dtype="bfloat16")
-    loose = Jacobi(2, tol=1e-3, unconverged="keep")
-    found = runs(half, {"loose": loose, "few": Jacobi(sweeps=3, tol=1e-4)})
-    want = found.pop("").states[-1]
-    for name, out in found.items():
-        near(out.states[-1], want, 2e-2, err_msg=name)
-        assert name == "few" or not out.report["unconverged"].any()
 
 
 @pytest.mark.devices8

@@ -25,7 +25,6 @@ from zoo.nn.attention import (
     Stages,
     attend,
     attend_cached,
-    clear_cache,
     init_cache,
     reaches,
     reaching,
@@ -89,18 +88,6 @@ def test_keys_that_are_not_seen_get_no_gradient_and_no_nan() -> None:
     for gradient in (dk, dv):
         assert not gradient[~SEEN].any()
     assert np.abs(dv[SEEN]).max(-1).min() > 0
-
-
-@pytest.mark.parametrize("backend", ["cudnn", "splash"])
-def test_a_kernel_that_takes_no_seen_says_so_on_every_device(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, _ = inputs(5)
-    for device in ("cpu", "tpu", "gpu"):
-        monkeypatch.setattr(dist, "platform", lambda device=device: device)
-        with pytest.raises(
-            UserError, match=rf"task\.attention='{backend}' cannot leave out keys .*; set task\.attention=auto"
-        ):
-            attend(q, k, v, causal=False, backend=backend, seen=jnp.asarray(SEEN))
-        attend(q, k, v, causal=False, backend="auto", seen=jnp.asarray(SEEN))  # the plain products everywhere
 
 
 # stages
@@ -180,14 +167,6 @@ def test_tokens_of_one_step_see_each_other_where_they_are_whole() -> None:
     assert np.abs(attend_cached(q[:, step], cache, index, None) - wanted[:, step]).max() > 1e-2
 
 
-def test_cudnn_knows_no_stages_and_auto_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, _ = (x.astype(jnp.bfloat16) for x in inputs(9))
-    monkeypatch.setattr(attention, "_has_cudnn", lambda device: True)
-    with pytest.raises(UserError, match=r"task\.attention='cudnn' knows no stages of tokens; set task\.attention=auto"):
-        attend(q, k, v, causal=False, backend="cudnn", stages=Stages(BLOCKS))
-    attend(q, k, v, causal=False, backend="auto", stages=Stages(BLOCKS))
-
-
 # the TPU kernel, step by step on a CPU
 
 
@@ -228,24 +207,27 @@ def test_the_tpu_kernel_shares_out_examples_heads_and_queries() -> None:
 # which backend
 
 
-@pytest.mark.parametrize(
-    ("backend", "message"),
-    [
-        ("splash", "task.attention='splash' is a TPU kernel and this is a cpu; set task.attention=auto"),
-        ("cudnn", "task.attention='cudnn' needs an NVIDIA GPU and there is none here; set task.attention=xla"),
-    ],
-)
-def test_a_kernel_of_another_device_is_a_sentence(backend: str, message: str) -> None:
-    q, k, v, _ = inputs(6)
-    with pytest.raises(UserError) as told:
-        attend(q, k, v, causal=True, backend=backend)
-    assert str(told.value) == message
+def test_a_kernel_that_cannot_serve_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where it is the device's own, "auto" does without it."""
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in inputs(9))
+    seen, stages = jnp.ones((4, 9), bool), Stages(BLOCKS)
 
+    def told(backend: str, message: str, **how: Any) -> None:
+        with pytest.raises(UserError, match=rf"task\.attention='{backend}' {message}; set task\.attention="):
+            attend(q, k, v, causal=True, backend=backend, **how)
 
-def test_a_backend_of_another_dtype_is_refused_by_name() -> None:
+    told("splash", "is a TPU kernel and this is a cpu")
+    told("cudnn", "needs an NVIDIA GPU and there is none here")
+    monkeypatch.setattr(attention, "_has_cudnn", lambda device: True)
+    told("cudnn", "knows no stages of tokens", stages=stages)
+    attend(q, k, v, causal=False, backend="auto", stages=stages)
+    for device in ("cpu", "tpu", "gpu"):
+        monkeypatch.setattr(dist, "platform", lambda device=device: device)
+        for backend in ("cudnn", "splash"):
+            told(backend, "cannot leave out keys .*", seen=seen)
+        attend(q, k, v, causal=False, backend="auto", seen=seen)  # the plain products everywhere
     with pytest.raises(UserError, match=r"'cudnn' computes in bfloat16, but task\.dtype='float32'"):
         TarFlow(attention="cudnn")
-    TarFlow(attention="cudnn", dtype="bfloat16")
 
 
 def test_heads_that_the_mesh_does_not_divide_are_a_sentence() -> None:
@@ -359,19 +341,6 @@ def test_a_loop_cut_in_parts_is_the_whole_one(monkeypatch: pytest.MonkeyPatch, t
     assert np.abs(whole - v).max() > 0.1
     for parts in found:
         np.testing.assert_allclose(parts, whole, atol=1e-5)
-
-
-def test_a_cleared_cache_keeps_its_prefix() -> None:
-    caches = [reaching(filled(None), 5), filled(2)]
-    found = clear_cache(caches, 4)
-    for cleared, cache in zip(found, caches, strict=True):
-        assert cleared.reach == cache.reach
-        for one, other in ((cleared.k, cache.k), (cleared.v, cache.v)):
-            np.testing.assert_array_equal(one[..., :4], other[..., :4])
-            assert np.abs(other[..., 4:]).min() > 0
-            assert not one[..., 4:].any()
-    for x in jax.tree.leaves(clear_cache(caches, 0)):
-        assert not x.any()
 
 
 def test_the_layout_of_a_tpu_is_pinned_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:

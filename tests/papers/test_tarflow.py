@@ -315,24 +315,22 @@ def test_blocks_are_causal_in_their_own_order_and_cached_equals_uncached():
 
 
 def test_guidance_of_nothing_is_nothing():
-    params = weights_of(TINY)
+    params, z = weights_of(TINY), TINY.latent(jax.random.split(jax.random.key(5), 2))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(options, params):
-        return TINY.sample(params, jax.random.key(5), 2, None, options)["image"]
+    @jax.jit
+    def draw(params):
+        options = (0.0, 2.0, Guidance(attention_temperature=0.3), Guidance(2.0, attention_temperature=0.3))
+        return [inverse(TINY, params, z, guidance=guidance)[-1] for guidance in options]
 
-    def draw(**options):
-        return run(TINY.Sampling(denoise=0, **options), params)
-
-    plain = draw()
-    np.testing.assert_array_equal(draw(guidance=0.0), plain)
-    with pytest.warns(UserWarning, match="changes nothing"):
-        same = draw(guidance=2.0)
+    plain, same, unweighted, other = draw(params)
     np.testing.assert_allclose(same, plain, atol=1e-5)
-    with pytest.warns(UserWarning, match="do nothing"):
-        np.testing.assert_array_equal(draw(guidance=Guidance(attention_temperature=0.3)), plain)
-    other = draw(guidance=Guidance(2.0, attention_temperature=0.3))
+    np.testing.assert_array_equal(unweighted, plain)
     assert np.abs(other - plain).max() > 1e-3
+    for guidance, told in ((2.0, "changes nothing"), (Guidance(attention_temperature=0.3), "do nothing")):
+        with pytest.warns(UserWarning, match=told):
+            jax.eval_shape(
+                lambda p, o=TINY.Sampling(guidance=guidance): TINY.sample(p, jax.random.key(0), 2, None, o), params
+            )
 
 
 def test_sample_i_depends_on_its_key_alone():

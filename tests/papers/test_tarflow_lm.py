@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from functools import lru_cache
 
 import jax
@@ -344,21 +345,21 @@ def test_flops_are_those_of_the_traced_loss():
 
 # --- mistakes -------------------------------------------------------------------------------------
 
-MISTAKES = [
-    ({"patch": 4}, "task.patch=4 does not divide task.length=6"),
-    ({"layers": (Layer("mixd", components=4),)}, "task.layers.0.components=4"),
-    ({"stage": 4}, "task.stage=4 is no stage"),
-    ({"groups": (2,)}, "task.groups=(2,)"),
-    ({"patch": 3, "dims": 1}, "task.mix"),
-    ({"head_dim": 3, "width": 6}, "task.head_dim=3"),
-]
 
-
-@pytest.mark.parametrize("fields, sentence", MISTAKES, ids=lambda x: x if isinstance(x, str) else "")
-def test_mistakes_name_the_field_and_the_way_out(fields, sentence):
-    with pytest.raises(UserError) as error:
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"patch": 4}, "task.patch=4 does not divide task.length=6"),
+        ({"layers": (Layer("mixd", components=4),)}, "task.layers.0.components=4"),
+        ({"stage": 4}, "task.stage=4 is no stage"),
+        ({"groups": (2,)}, "task.groups=(2,)"),
+        ({"patch": 3, "dims": 1}, "task.mix"),
+        ({"head_dim": 3, "width": 6}, "task.head_dim=3"),
+    ],
+)
+def test_mistakes_name_the_field(fields, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         dataclasses.replace(STACK, **fields)
-    assert sentence in str(error.value)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.5}, {"top": 2}])
