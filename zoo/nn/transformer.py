@@ -238,10 +238,10 @@ class Transformer(nn.Module):
     attention: str
 
     @classmethod
-    def of(cls, task: Any, **fields: Any) -> Self:
-        """A network with the fields of a task, and others of its own or in their place."""
+    def of(cls, like: Any, **fields: Any) -> Self:
+        """A network with the sizes that a frozen value has by these names, and fields of its own or in their place."""
         names = ("width", "depth", "head_dim", "dtype", "scan", "remat", "attention")
-        return cls(**fields, **{name: getattr(task, name) for name in names if name not in fields})
+        return cls(**fields, **{name: getattr(like, name) for name in names if name not in fields})
 
     @nn.nowrap
     def trunk(self, block: nn.Module) -> Trunk:
