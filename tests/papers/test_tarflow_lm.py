@@ -116,7 +116,7 @@ def test_a_step_depends_on_those_before_it_alone():
             """What the head of every step gets from the transformer, in the order of the text."""
             inside = lm.order(task.flow, 0, h)
             features, _ = lm.apply(task.flow.contexts[0], params["layer0"]["context"], lm.shift_right(inside))
-            return features[:, ::-1] if task.is_reverse(0) else features
+            return features[:, ::-1] if task.flow.layers[0].reverse else features
 
         before = numbers(z)
         for step in range(task.length):

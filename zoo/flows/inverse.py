@@ -153,13 +153,11 @@ class Jacobi:
     @classmethod
     def of(cls, method: str | Jacobi) -> Jacobi:
         """What a name stands for: "sequential", "jacobi", "gs_jacobi"; "auto" is sequential where nobody has chosen."""
-        named = {"sequential": 0, "auto": 0, "jacobi": 1, "gs_jacobi": _MODULES}
+        named = {"auto": 0, "sequential": 0, "jacobi": 1, "gs_jacobi": _MODULES}
         if isinstance(method, Jacobi):
             return method
-        if not isinstance(method, str) or method not in named:
-            raise UserError(
-                f"method={method!r} is unknown; choose one of auto, {', '.join(n for n in named if n != 'auto')}"
-            )
+        if method not in named:
+            raise UserError(f"method={method!r} is unknown; choose one of {', '.join(named)}")
         return cls(modules=named[method])
 
     def block(self, i: int, blocks: int) -> Jacobi:

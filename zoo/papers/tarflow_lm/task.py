@@ -136,11 +136,11 @@ class TarFlowLM:
         """
         width, held = self.width, self._done
         total = 0.0 if self.is_tied(0) else self.length * self.vocab * self.dims * (2.0 if held else 6.0)
-        for l in range(self.flow_layers):
-            layer, c = self.layers[l], self.channels
+        c = self.channels
+        for l, layer in enumerate(self.flow.layers):
             outputs = 2 if layer.coupling == "affine" else 3 * layer.components
             if layer.coupling == "mixd":
-                head = self.patch * self.components(l) * (width + self.dims)
+                head = self.patch * layer.components * (width + self.dims)
             elif layer.maf:
                 half, e = model.HIDDEN // 2, model.told_by(c)
                 head = c * half * (width + outputs) + (c - 1) * e * (3 + c * half // 2)
@@ -150,24 +150,20 @@ class TarFlowLM:
             total += (weights + layer.depth * self.steps**2 * width) * (2.0 if f"layer{l}" in held else 6.0)
         return total
 
-    def is_reverse(self, l: int) -> bool:
-        """Whether layer l reads right to left."""
-        reverse = self.layers[l].reverse
-        return l % 2 == 1 if reverse is None else reverse
-
     def is_tied(self, l: int) -> bool:
         """Whether the components of layer l are the tokens' Gaussians."""
         return l == 0 and self.layers[0].coupling == "mixd" and self.layers[0].tied
-
-    def components(self, l: int) -> int:
-        """K of layer l."""
-        return self.vocab if self.is_tied(l) else self.layers[l].components
 
     @property
     def flow(self) -> Flow:
         """The layers of this stage."""
         layers = [
-            dataclasses.replace(layer, components=self.components(l), tied=self.is_tied(l), reverse=self.is_reverse(l))
+            dataclasses.replace(
+                layer,
+                components=self.vocab if self.is_tied(l) else layer.components,
+                tied=self.is_tied(l),
+                reverse=l % 2 == 1 if layer.reverse is None else layer.reverse,
+            )
             for l, layer in enumerate(self.layers[: self.flow_layers])
         ]
         contexts = [Context.of(self, depth=layer.depth, steps=self.steps, project=True) for layer in layers]
