@@ -1,5 +1,6 @@
 """What tests of several flows call: STARFlow on whole grids, and guidance of many kinds in one program."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,38 @@ class Rows(Guidance):
         cut = [[jnp.split(x, len(self.parts)) for x in passes] for passes in (strong, weak)]
         each = zip(self.parts, *(zip(*passes) for passes in cut), strict=True)
         return tuple(map(jnp.concatenate, zip(*(part.apply(s, w, ramp) for part, s, w in each))))
+
+
+class PatchGolden:
+    """A golden file of a flow over patches, our task and parameters for it, and everything computed in a few programs.
+
+    What differs in labels or guidance alone is rows of one batch.
+    """
+
+    def __init__(self, file, task_of, **fields):
+        self.f = np.load(file)
+        c = self.c = json.loads(str(self.f["config"]))
+        same = {
+            "image": c["img_size"],
+            "channels": c["in_channels"],
+            "head_dim": c["head_dim"],
+            "classes": c["num_classes"],
+        }
+        self.task = task_of(**same, **fields, **self.fields(c))
+        self.state = {k.removeprefix("state/"): v for k, v in self.f.items() if k.startswith("state/")}
+        self.params = weights.from_official(self.task, self.state)
+        self.x, self.z0 = nhwc(self.f["in/x"]), jnp.asarray(self.f["in/z0"])
+        classes = self.task.classes
+        self.label, self.drop = (
+            jnp.asarray(self.f[f"in/{k}"], jnp.int32) if classes else None for k in ("y", "y_drop")
+        )
+        self.none = jnp.full_like(self.label, -1) if classes else None
+        self.found = {}
+        for made in self.programs():
+            self.found |= jax.device_get(jax.jit(made)(self.params))
+
+    def labels(self, *rows):
+        return jnp.concatenate(rows) if self.task.classes else None
 
 
 def four_steps(task, params, loss):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_by_hand import Rows, four_steps, nhwc
+from flow_by_hand import PatchGolden, Rows, four_steps, nhwc
 from fresh import fresh, randomised
 
 from zoo import config, weights
@@ -31,43 +31,25 @@ TINY = ITarFlow(
 )
 
 
-class Case:
-    """A golden file, our task and parameters for it, and everything computed in a few programs."""
+class Case(PatchGolden):
+    def fields(self, c):
+        patch, width = (x[0] if len(x) == 1 else tuple(x) for x in (c["patch_sizes"], c["channels"]))
+        return {
+            "patch": patch,
+            "width": width,
+            "depth": tuple(c["layers_per_block"]),
+            "low": c["t0"],
+            "high": c["t1"],
+            "input_scale": c["input_scale"],
+            "shared": c["shared_backbone_layers"],
+        }
 
-    def __init__(self, name, scan):
-        self.f = np.load(GOLDEN / f"{name}.npz")
-        c = self.c = json.loads(str(self.f["config"]))
+    def programs(self):
+        return self._forward, self._inverse, self._denoised
 
-        def one(values):
-            return values[0] if len(values) == 1 else tuple(values)
-
-        self.task = task = ITarFlow(
-            image=c["img_size"],
-            channels=c["in_channels"],
-            patch=one(c["patch_sizes"]),
-            width=one(c["channels"]),
-            depth=tuple(c["layers_per_block"]),
-            head_dim=c["head_dim"],
-            classes=c["num_classes"],
-            low=c["t0"],
-            high=c["t1"],
-            input_scale=c["input_scale"],
-            shared=c["shared_backbone_layers"],
-            scan=scan,
-        )
-        self.state = {k.removeprefix("state/"): v for k, v in self.f.items() if k.startswith("state/")}
-        self.params = weights.from_official(task, self.state)
-        self.x, self.t = nhwc(self.f["in/x"]), jnp.asarray(self.f["in/t"])[:, 0]
-        z0 = jnp.asarray(self.f["in/z0"])  # in the last block's patches
-        self.z0 = task.stack.cut(z0, task.stack.patches[-1], task.stack.patches[0])
-        self.label = jnp.asarray(self.f["in/y"], jnp.int32) if task.classes else None
-        self.drop = jnp.asarray(self.f["in/y_drop"], jnp.int32) if task.classes else None
-        self.found = {}
-        for made in (self._forward, self._inverse, self._denoised):
-            self.found |= jax.device_get(jax.jit(made)(self.params))
-
-    def labels(self, *rows):
-        return jnp.concatenate(rows) if self.task.classes else None
+    @property
+    def t(self):
+        return jnp.asarray(self.f["in/t"])[:, 0]
 
     def expected(self, name):
         found = self.f[f"out/{name}"]
@@ -82,9 +64,8 @@ class Case:
     def _forward(self, params):
         task, stack, n = self.task, self.task.stack, len(self.x)
         kinds = ("", "_nolabel", "_droplabel") if task.classes else ("",)
-        none = None if self.label is None else jnp.full(n, -1)
         x, t = jnp.concatenate([self.x] * len(kinds)), jnp.concatenate([self.t] * len(kinds))
-        found = task.forward(params, x, t, self.labels(self.label, none, self.drop))
+        found = task.forward(params, x, t, self.labels(self.label, self.none, self.drop))
         out = {}
         for suffix, z, logdet, nll in zip(kinds, *(jnp.split(a, len(kinds)) for a in found)):
             out[f"z{suffix}"] = stack.cut(z, stack.patches[0], stack.patches[-1])
@@ -103,16 +84,18 @@ class Case:
         return out
 
     def _inverse(self, params):
-        task, stack, n = self.task, self.task.stack, len(self.z0)
+        task, stack = self.task, self.task.stack
+        z0 = stack.cut(self.z0, stack.patches[-1], stack.patches[0])  # given in the last block's patches
+        n = len(z0)
 
         def drawn(z, t, label, guidance=0.0):
             strong, weak = (task.condition(len(z), t, y) for y in (label, None))
             return stack.inverse(params, z, strong, weak, guidance).states
 
         z, _, _ = task.forward(params, self.x, self.t, self.label)
-        high, none = jnp.full(n, task.high), None if self.label is None else jnp.full(n, -1)
-        rows = jnp.concatenate([self.z0, z, self.z0])
-        states = drawn(rows, jnp.concatenate([high, self.t, high]), self.labels(self.label, self.label, none))
+        high = jnp.full(n, task.high)
+        rows = jnp.concatenate([z0, z, z0])
+        states = drawn(rows, jnp.concatenate([high, self.t, high]), self.labels(self.label, self.label, self.none))
         _, back, unlabelled = jnp.split(task.to_image(states[-1]), 3)
         out = {"x_rec": back, **({"sample_nolabel_plain": unlabelled} if task.classes else {})}
         out |= {
@@ -130,9 +113,7 @@ class Case:
         }
         for parts, blocks in ((kinds, "all"), (first_only, "first")):
             by = Rows.by(stack, parts.values(), blocks=blocks, **own)
-            many = drawn(
-                jnp.concatenate([self.z0] * len(parts)), task.high, self.labels(*[self.label] * len(parts)), by
-            )
+            many = drawn(jnp.concatenate([z0] * len(parts)), task.high, self.labels(*[self.label] * len(parts)), by)
             out |= dict(zip(parts, jnp.split(task.to_image(many[-1]), len(parts))))
         return out
 
@@ -159,7 +140,8 @@ class Case:
 
 @pytest.fixture(scope="module", params=CASES, ids=[name for name, _ in CASES])
 def case(request):
-    return Case(*request.param)
+    name, scan = request.param
+    return Case(GOLDEN / f"{name}.npz", ITarFlow, scan=scan)
 
 
 def test_every_number_equals_the_official_one(case):

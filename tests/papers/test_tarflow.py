@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_by_hand import Rows, four_steps, nhwc
+from flow_by_hand import PatchGolden, Rows, four_steps, nhwc
 from fresh import randomised
 
 from zoo import weights
@@ -44,40 +43,19 @@ def block(task, params, i, *inputs):
     return apply(task.stack.nets[i], params[f"block{i}"], *inputs)
 
 
-class Case:
-    """A golden file, our task and parameters for it, and everything computed in a few programs.
+class Case(PatchGolden):
+    def fields(self, c):
+        return {
+            "patch": c["patch_size"],
+            "width": c["channels"],
+            "depth": c["layers_per_block"],
+            "blocks": c["num_blocks"],
+            "scale": c["nvp"],
+            "noise": c["noise_std"],
+        }
 
-    What differs in labels or guidance alone is rows of one batch.
-    """
-
-    def __init__(self, name, scan):
-        self.f = np.load(GOLDEN / f"{name}.npz")
-        c = self.c = json.loads(str(self.f["config"]))
-        self.task = task = tarflow.TarFlow(
-            image=c["img_size"],
-            channels=c["in_channels"],
-            patch=c["patch_size"],
-            width=c["channels"],
-            depth=c["layers_per_block"],
-            blocks=c["num_blocks"],
-            head_dim=c["head_dim"],
-            classes=c["num_classes"],
-            scale=c["nvp"],
-            noise=c["noise_std"],
-            scan=scan,
-        )
-        state = {k.removeprefix("state/"): v for k, v in self.f.items() if k.startswith("state/")}
-        self.params = weights.from_official(task, state)
-        self.x, self.z0 = nhwc(self.f["in/x"]), jnp.asarray(self.f["in/z0"])
-        self.label = jnp.asarray(self.f["in/y"], jnp.int32) if task.classes else None
-        self.drop = jnp.asarray(self.f["in/y_drop"], jnp.int32) if task.classes else None
-        self.none = jnp.full_like(self.label, -1) if task.classes else None
-        self.found = {}
-        for made in (self._forward, self._inverse, self._guided):
-            self.found |= jax.device_get(jax.jit(made)(self.params))
-
-    def labels(self, *rows):
-        return jnp.concatenate(rows) if self.task.classes else None
+    def programs(self):
+        return self._forward, self._inverse, self._guided
 
     def loss(self, params, label):
         z, logdet = forward(self.task, params, self.x, label)
@@ -172,7 +150,8 @@ class Case:
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"{name}-{'scan' if s else 'unrolled'}" for name, s in CASES])
 def case(request):
-    return Case(*request.param)
+    name, scan = request.param
+    return Case(GOLDEN / f"{name}.npz", tarflow.TarFlow, scan=scan)
 
 
 def test_every_number_equals_the_official_one(case):
@@ -224,8 +203,8 @@ def test_full_sweeps_equal_the_official_samples(case):
 
 def test_the_official_layout_comes_back_to_the_bit(case):
     back = weights.to_official(case.task, case.params)
-    for name in (k.removeprefix("state/") for k in case.f if k.startswith("state/")):
-        np.testing.assert_array_equal(back[name], case.f[f"state/{name}"], err_msg=name)
+    for name, array in case.state.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
     assert back[f"blocks.{case.task.blocks - 1}.attn_mask"].shape == (case.task.tokens,) * 2
 
 
