@@ -334,7 +334,7 @@ def test_position_tables_of_the_published_model():
     ("task", "total", "entries"),
     [
         (starflow.text_to_image(captions="features"), 3_858_281_544, 455),
-        (starflow.class_conditional(), 1_412_255_816, 353),
+        (starflow.class_conditional(), 1_412_255_816, 383),
     ],
     ids=["text", "classes"],
 )
