@@ -75,7 +75,7 @@ def test_tokens_may_differ_and_a_cache_gives_the_same() -> None:
     np.testing.assert_allclose(shared, wanted, atol=1e-6)
     own = same + jax.random.normal(jax.random.key(2), same.shape)
     wanted = made.apply(params, H, modulation=own)[0]
-    cache: Any = init_cache(None, 2, 6, 2, 4, "float32")
+    cache, step = init_cache(None, 2, 6, 2, 4, "float32"), jax.jit(made.apply)
     for i in range(6):
-        h, cache = made.apply(params, H[:, i : i + 1], cache, i, modulation=own[:, i : i + 1])
+        h, cache = step(params, H[:, i : i + 1], cache, i, modulation=own[:, i : i + 1])
         np.testing.assert_allclose(h[:, 0], wanted[:, i], atol=1e-4, rtol=1e-4)
