@@ -9,46 +9,22 @@ or what `zoo prepare` makes of it.
 
 from dataclasses import replace
 
+from zoo.config import load
 from zoo.data.images import Images
-from zoo.data.synthetic import Synthetic
-from zoo.dist import Mesh
 from zoo.metrics.likelihood import Bits
-from zoo.papers import tarflow
-from zoo.run import Checkpoint, Run, Samples
-from zoo.train.optim import AdamW
+from zoo.run import Checkpoint
 
-config = Run(
-    task=tarflow.TarFlow(
-        image=1024,
-        patch=8,
-        width=1280,
-        depth=8,
-        blocks=8,
-        head_dim=64,
-        noise=0.15,
-        dtype="bfloat16",
-        remat="full",
-        attention="auto",
-    ),
+_base = load("tarflow/imagenet64")
+config = replace(
+    _base,
+    task=replace(_base.task, image=1024, patch=8, width=1280, noise=0.15, remat="full"),
     data=Images("data/images1024", size=1024, flip=True),
-    optim=AdamW(lr=1e-4, final_lr=1e-6, warmup=5_000, b2=0.95, weight_decay=1e-4, decay_all=True, clip=1.0),
+    optim=replace(_base.optim, warmup=5_000, clip=1.0),
     ema=0.9999,
     steps=500_000,
-    batch=256,
-    mesh=Mesh(data=1, fsdp=-1),
     checkpoint=Checkpoint(every=1_000, keep=3),
-    samples=Samples(every=10_000, n=64),
     evals=(Bits(every=10_000, batch=64, limit=1_024),),
     log_every=50,
+    workdir=None,
 )
-
-smoke = replace(
-    config,
-    task=tarflow.TarFlow(image=4, patch=2, width=8, depth=1, blocks=2, head_dim=8, noise=0.15, dtype="bfloat16"),
-    data=Synthetic(),
-    steps=4,
-    batch=8,
-    mesh=Mesh(),
-    evals=(),
-    samples=Samples(n=4),
-)
+smoke = replace(load("tarflow/imagenet64:smoke"), workdir=None)

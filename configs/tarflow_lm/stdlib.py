@@ -16,7 +16,7 @@ from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
 from zoo.run import Checkpoint, Run, Samples
 from zoo.train.optim import AdamW
 
-stage1 = Run(
+config = Run(
     task=TarFlowLM(
         vocab=27,
         length=64,
@@ -36,35 +36,29 @@ stage1 = Run(
     ema=0.999,
     steps=800,
     batch=32,
-    workdir="runs/tarflow_lm-stdlib",
     checkpoint=Checkpoint(every=250, keep=2),
     samples=Samples(n=8),
     evals=(TextBound(limit=1_000),),
     log_every=50,
 )
-config = stage1
 stage2 = replace(
-    stage1,
-    task=replace(stage1.task, stage=2),
+    config,
+    task=replace(config.task, stage=2),
     weights={"": "runs/tarflow_lm-stdlib"},
     steps=400,
-    workdir="runs/tarflow_lm-stdlib-stage2",
 )
 stage3 = replace(
     stage2,
-    task=replace(stage1.task, stage=3),
+    task=replace(config.task, stage=3),
     weights={"": "runs/tarflow_lm-stdlib-stage2"},
-    workdir="runs/tarflow_lm-stdlib-stage3",
 )
 patch2 = replace(
-    stage1,
-    task=replace(stage1.task, layers=stage1.task.layers[:1], patch=2),
-    workdir="runs/tarflow_lm-stdlib-patch2",
+    config,
+    task=replace(config.task, layers=config.task.layers[:1], patch=2),
 )
 discrete = replace(
-    stage1,
+    config,
     task=DiscreteLM(vocab=27, length=64, width=96, depth=3, head_dim=32, scan=False),
-    workdir="runs/tarflow_lm-stdlib-discrete",
 )
 
 smoke = replace(
@@ -74,7 +68,6 @@ smoke = replace(
     steps=4,
     batch=8,
     ema=0.9,
-    workdir=None,
     evals=(),
     samples=Samples(n=4),
 )

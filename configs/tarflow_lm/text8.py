@@ -18,7 +18,7 @@ from zoo.papers.tarflow_lm import DiscreteLM, Layer, TarFlowLM
 from zoo.run import Checkpoint, Run, Samples
 from zoo.train.optim import AdamW
 
-stage1 = Run(
+config = Run(
     task=TarFlowLM(
         vocab=27,
         length=256,
@@ -41,40 +41,33 @@ stage1 = Run(
     steps=500_000,
     batch=512,
     mesh=Mesh(data=1, fsdp=-1),
-    workdir="runs/tarflow_lm-text8",
     checkpoint=Checkpoint(every=2_000, keep=3),
     samples=Samples(every=10_000, n=16),
     evals=(TextBound(split="valid", every=10_000, limit=2_000), TextBound(draws=16)),
     log_every=100,
 )
-config = stage1
 stage2 = replace(
-    stage1,
-    task=replace(stage1.task, stage=2),
+    config,
+    task=replace(config.task, stage=2),
     weights={"": "runs/tarflow_lm-text8"},
     steps=250_000,
-    workdir="runs/tarflow_lm-text8-stage2",
 )
 stage3 = replace(
     stage2,
-    task=replace(stage1.task, stage=3),
+    task=replace(config.task, stage=3),
     weights={"": "runs/tarflow_lm-text8-stage2"},
-    workdir="runs/tarflow_lm-text8-stage3",
 )
 mix1 = replace(
-    stage1,
-    task=replace(stage1.task, layers=tuple(Layer("mix1", depth=n, components=27) for n in (2, 2, 8)), stage=0),
-    workdir="runs/tarflow_lm-text8-mix1",
+    config,
+    task=replace(config.task, layers=tuple(Layer("mix1", depth=n, components=27) for n in (2, 2, 8)), stage=0),
 )
 affine = replace(
     mix1,
     task=replace(mix1.task, layers=tuple(Layer("affine", depth=2) for _ in range(6))),
-    workdir="runs/tarflow_lm-text8-affine",
 )
 discrete = replace(
-    stage1,
+    config,
     task=DiscreteLM(vocab=27, length=256, width=768, depth=12, dtype="bfloat16", remat="dots", attention="auto"),
-    workdir="runs/tarflow_lm-text8-discrete",
 )
 
 smoke = replace(
@@ -94,7 +87,6 @@ smoke = replace(
     batch=8,
     ema=0.9,
     mesh=Mesh(),
-    workdir=None,
     evals=(),
     samples=Samples(n=4),
 )

@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import scipy.special
 
@@ -93,32 +92,22 @@ def test_tails_and_probit_keep_their_digits(dtype):
     np.testing.assert_allclose(slope, mills, rtol=1e-5 if dtype == "float32" else 1e-11)
 
 
-def test_numbers_come_back(dtype):
-    z, *parameters = numbers(dtype)
-    u, log_p = FORWARD(z, *parameters)
-    back = INVERSE(u, *parameters)
-    assert u.dtype == log_p.dtype == back.dtype == dtype
-    assert u.shape == log_p.shape == back.shape == z.shape
-    z_bar, u_bar = (1e-4, 1e-5) if dtype == "float32" else (1e-10, 1e-10)
-    assert worst(back, z) < z_bar
-    assert worst(FORWARD(back, *parameters)[0], u) < u_bar
-    noise = np.random.default_rng(1).normal(size=z.shape).astype(dtype)
-    assert worst(FORWARD(INVERSE(noise, *parameters), *parameters)[0], noise) < u_bar
-    np.testing.assert_allclose(log_p, LOG_PROB(z, *parameters), rtol=0, atol=u_bar)
-
-
-def test_vectors_come_back(dtype):
-    z, *parameters = vectors(dtype)
-    u, log_p = TOKENS(z, *parameters)
-    back = TOKENS_INVERSE(u, *parameters)
+@pytest.mark.parametrize("law", ["number", "vector"])
+def test_what_went_in_comes_back(dtype, law):
+    forward, inverse = (FORWARD, INVERSE) if law == "number" else (TOKENS, TOKENS_INVERSE)
+    z, *parameters = numbers(dtype) if law == "number" else vectors(dtype)
+    u, log_p = forward(z, *parameters)
+    back = inverse(u, *parameters)
     assert u.dtype == log_p.dtype == back.dtype == dtype
     assert u.shape == back.shape == z.shape
     assert log_p.shape == (N,)
     z_bar, u_bar = (5e-4, 1e-5) if dtype == "float32" else (1e-10, 1e-10)
     assert np.quantile(np.abs(back - z), 0.999) < z_bar
-    assert worst(TOKENS(back, *parameters)[0], u) < u_bar
+    assert worst(forward(back, *parameters)[0], u) < u_bar
     noise = np.random.default_rng(1).normal(size=z.shape).astype(dtype)
-    assert worst(TOKENS(TOKENS_INVERSE(noise, *parameters), *parameters)[0], noise) < u_bar
+    assert worst(forward(inverse(noise, *parameters), *parameters)[0], noise) < u_bar
+    if law == "number":
+        np.testing.assert_allclose(log_p, LOG_PROB(z, *parameters), rtol=0, atol=u_bar)
 
 
 def test_several_points_at_a_time_find_the_same_roots(monkeypatch):
@@ -232,26 +221,8 @@ def test_gradients_are_those_of_differences(double, law, way):
         np.testing.assert_allclose((slope * direction).sum(), true, rtol=1e-5, atol=1e-7)
 
 
-def test_a_stack_in_a_loop_differentiates():
-    """Under vmap, jit, scan and a gradient at once: there and back has the derivatives of what went in."""
-    z, *parameters = (x[:8] for x in numbers("float32"))
-
-    def there_and_back(z, *parameters):
-        def layer(h, _):
-            return mixture_inverse(mixture(h, *parameters)[0], *parameters), None
-
-        return jax.lax.scan(layer, z, length=2)[0]
-
-    value, slopes = jax.jit(jax.vmap(jax.value_and_grad(there_and_back, (0, 1, 2, 3))))(z, *parameters)
-    np.testing.assert_allclose(value, z, atol=1e-4)
-    np.testing.assert_allclose(slopes[0], 1, atol=1e-3)
-    for slope in slopes[1:]:
-        np.testing.assert_allclose(slope, 0, atol=1e-3)
-
-
-@pytest.mark.parametrize("law", ["number", "vector"])
-def test_samples_become_noise(law):
-    """Numbers of one token depend on each other, and only the map of whole tokens removes that."""
+def test_samples_become_noise():
+    """Numbers of one token depend on each other, which the map of whole tokens removes."""
     codebook, parts = vectors("float32", seed=3)[2:], 16
     uniform = np.full((N, K), -math.log(K), "float32")
     u = []
@@ -259,16 +230,11 @@ def test_samples_become_noise(law):
         rng = np.random.default_rng(part)
         k = rng.integers(0, K, N)
         z = codebook[0][k] + np.exp(codebook[1][k])[:, None] * rng.normal(size=(N, D)).astype("float32")
-        if law == "vector":
-            u.append(TOKENS(z, uniform, *codebook)[0])
-        else:
-            means, log_scales = (np.broadcast_to(x, (D, N, K)) for x in (codebook[0].T[:, None], codebook[1]))
-            u.append(np.stack([FORWARD(z[:, i], uniform, means[i], log_scales[i])[0] for i in range(D)], -1))
+        u.append(TOKENS(z, uniform, *codebook)[0])
     u, n = np.concatenate(u), parts * N
     assert np.abs(u.mean(0)).max() < 3 / n**0.5
     assert np.abs(u.std(0) - 1).max() < 0.05
-    correlation = np.abs(np.corrcoef(u.T) - np.eye(D)).max()
-    assert correlation < 4 / n**0.5 if law == "vector" else correlation > 0.1
+    assert np.abs(np.corrcoef(u.T) - np.eye(D)).max() < 4 / n**0.5
 
 
 @pytest.mark.parametrize("k", [1, K])
@@ -287,35 +253,19 @@ def test_one_component_is_the_affine_coupling(k):
     np.testing.assert_allclose(INVERSE(v[0, :, 0], *parameters), back, rtol=1e-6, atol=1e-6)
 
 
-def test_identical_standard_components_leave_z_alone():
-    """How a layer that is appended starts: whatever the weights, u = z."""
-    z, standard = np.linspace(-5, 5, N, dtype="float32"), np.zeros((N, K), "float32")
-    u, log_p = FORWARD(z, numbers("float32")[1], standard, standard)
-    np.testing.assert_allclose(u, z, atol=2e-6)
-    np.testing.assert_allclose(log_p, normal_log_prob(z), atol=4e-6)
-
-
 def test_shapes_broadcast_and_low_precision_is_left_behind():
     z, log_weights, means, log_scales = vectors("float32", 6)
-    z, log_weights = z.reshape(2, 3, D), log_weights[:3]
-    spread = np.broadcast_to(log_weights, (2, 3, K)).reshape(6, K)
-    flat = [np.concatenate([x] * N)[:N] for x in (z.reshape(6, D), spread)]  # the shape that is compiled already
-    for mine, true in zip(jax.jit(rosenblatt)(z, log_weights, means, log_scales), TOKENS(*flat, means, log_scales)):
-        np.testing.assert_allclose(mine.reshape(true[:6].shape), true[:6], rtol=1e-5, atol=1e-5)
-    vector = z, log_weights, means, log_scales
-    number = z[..., 0], log_weights, means[:, 0], log_scales
+    vector = z.reshape(2, 3, D), log_weights[:3], means, log_scales
+    number = vector[0][..., 0], log_weights[:3], means[:, 0], log_scales
     for function, arguments, shapes in (
         (mixture, number, [(2, 3), (2, 3)]),
         (mixture_inverse, number, [(2, 3)]),
-        (mixture_log_prob, number, [(2, 3)]),
         (rosenblatt, vector, [(2, 3, D), (2, 3)]),
         (rosenblatt_inverse, vector, [(2, 3, D)]),
-        (codebook_log_prob, (z, means, log_scales), [(2, 3, K)]),
-        (normal_log_prob, (z,), [(2, 3, D)]),
+        (codebook_log_prob, (vector[0], means, log_scales), [(2, 3, K)]),
     ):
-        outputs = jax.tree.leaves(
-            jax.eval_shape(function, *(jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arguments))
-        )
+        half = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arguments]
+        outputs = jax.tree.leaves(jax.eval_shape(function, *half))
         assert [(x.shape, x.dtype) for x in outputs] == [(shape, jnp.float32) for shape in shapes]
 
 
@@ -333,68 +283,6 @@ def test_no_array_has_numbers_and_components():
     text = str(jax.make_jaxpr(rosenblatt)(z, log_weights, means, log_scales))
     assert f"f32[7,{K}]" in text
     assert not any(shape in text for shape in (f"[7,{D},{K}]", f"[{D},7,{K}]", f"[7,{K},{D}]"))
-
-
-def separate_codebook(least):
-    """The first random codebook whose nearest entries are at least so far apart."""
-    for seed in range(1000):
-        means = np.random.default_rng(seed).normal(size=(K, D))
-        distance = ((means[:, None] - means) ** 2).sum(-1) ** 0.5 + 1e9 * np.eye(K)
-        if distance.min() >= least:
-            return means
-    raise AssertionError("no such codebook")
-
-
-def test_a_tied_codebook_bounds_the_discrete_model():
-    """Proposition 4: the bound is log sum_k pi_k p(k | z) for every scale, and log pi_x as the scale goes to zero."""
-    means, rng = np.float64(separate_codebook(0.65).astype("float32")), np.random.default_rng(0)
-    log_weights, noise = normalised(rng.normal(size=(8192, K))), rng.normal(size=(8192, D))
-    x = (log_weights + rng.gumbel(size=log_weights.shape)).argmax(-1)
-    gaps = []
-    for scale in (1.0, 0.5, 0.3, 0.2, 0.1):
-        z = np.float64((means[x] + scale * noise).astype("float32"))
-        log_q = np.asarray(-0.5 * ((z[:, None] - means) ** 2).sum(-1) / scale**2)
-        posterior = normalised(log_q)
-        true = scipy.special.logsumexp(log_weights + posterior, -1)
-        density = CODEBOOK(z.astype("float32"), means.astype("float32"), np.full(K, math.log(scale), "float32"))
-        elbo = scipy.special.logsumexp(log_weights + density, -1) - scipy.special.logsumexp(density, -1)
-        assert worst(elbo, true) < 1e-5
-        gaps.append(float((true - np.take_along_axis(log_weights, x[:, None], -1)[:, 0]).mean()))
-    assert gaps[0] < gaps[1] < gaps[2] < gaps[3] < gaps[4] < 0
-    assert abs(gaps[4]) < 1e-3
-
-
-def test_mixtures_learn_what_an_affine_coupling_cannot():
-    """Eight equally likely points of scale 0.05, one apart: 0.503 nats, and 2.248 for the best single Gaussian."""
-    scale, rng = 0.05, np.random.default_rng(0)
-
-    def draw(*shape):
-        return np.float32(rng.integers(0, 8, shape) - 3.5 + scale * rng.normal(size=shape))
-
-    def nll(parameters, z):
-        logits, *rest = parameters
-        return -mixture_log_prob(z, jax.nn.log_softmax(logits), *rest).mean()
-
-    @jax.jit
-    def fit(parameters, batches, unseen):
-        optimiser = optax.adam(optax.cosine_decay_schedule(0.05, len(batches)))
-
-        def step(state, z):
-            parameters, memory = state
-            updates, memory = optimiser.update(jax.grad(nll)(parameters, z), memory)
-            return (optax.apply_updates(parameters, updates), memory), None
-
-        (parameters, _), _ = jax.lax.scan(step, (parameters, optimiser.init(parameters)), batches)
-        return nll(parameters, unseen)
-
-    data = draw(400, 128), draw(1 << 15)
-    spread = np.linspace(-1.5, 1.5, 8) * 8 / 12**0.5  # one and a half standard deviations of the data to either side
-    several = tuple(np.float32(x) for x in (np.zeros(8), spread, np.full(8, -1)))
-    one = tuple(np.float32(x) for x in (np.where(spread == spread[0], 0, -math.inf), np.zeros(8), np.zeros(8)))
-    exact = 0.5 * math.log(2 * math.pi * math.e * scale**2) + math.log(8)
-    assert abs(exact - 0.503) < 1e-3
-    assert abs(fit(several, *data) - exact) < 0.05
-    assert 2.24 < fit(one, *data) < 2.30
 
 
 def test_inverses_take_a_fixed_number_of_steps():

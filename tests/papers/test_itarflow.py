@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_by_hand import Rows, nhwc
+from flow_by_hand import PatchGolden, Rows, four_steps, nhwc
 from fresh import fresh, randomised
 
 from zoo import config, weights
@@ -22,7 +22,6 @@ from zoo.flows.patches import Level
 from zoo.nn.embed import patchify, unpatchify
 from zoo.papers.itarflow import ITarFlow, ITarFlowSampling
 from zoo.papers.tarflow import TarFlow
-from zoo.train.optim import AdamW
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "itarflow"
 CASES = [("cond", True), ("uncond_mixed", False), ("shared", True)]
@@ -32,43 +31,25 @@ TINY = ITarFlow(
 )
 
 
-class Case:
-    """A golden file, our task and parameters for it, and everything computed in a few programs."""
+class Case(PatchGolden):
+    def fields(self, c):
+        patch, width = (x[0] if len(x) == 1 else tuple(x) for x in (c["patch_sizes"], c["channels"]))
+        return {
+            "patch": patch,
+            "width": width,
+            "depth": tuple(c["layers_per_block"]),
+            "low": c["t0"],
+            "high": c["t1"],
+            "input_scale": c["input_scale"],
+            "shared": c["shared_backbone_layers"],
+        }
 
-    def __init__(self, name, scan):
-        self.f = np.load(GOLDEN / f"{name}.npz")
-        c = self.c = json.loads(str(self.f["config"]))
+    def programs(self):
+        return self._forward, self._inverse, self._denoised
 
-        def one(values):
-            return values[0] if len(values) == 1 else tuple(values)
-
-        self.task = task = ITarFlow(
-            image=c["img_size"],
-            channels=c["in_channels"],
-            patch=one(c["patch_sizes"]),
-            width=one(c["channels"]),
-            depth=tuple(c["layers_per_block"]),
-            head_dim=c["head_dim"],
-            classes=c["num_classes"],
-            low=c["t0"],
-            high=c["t1"],
-            input_scale=c["input_scale"],
-            shared=c["shared_backbone_layers"],
-            scan=scan,
-        )
-        self.state = {k.removeprefix("state/"): v for k, v in self.f.items() if k.startswith("state/")}
-        self.params = weights.from_official(task, self.state)
-        self.x, self.t = nhwc(self.f["in/x"]), jnp.asarray(self.f["in/t"])[:, 0]
-        z0 = jnp.asarray(self.f["in/z0"])  # in the last block's patches
-        self.z0 = task.stack._cut(z0, task._each("patch")[-1], task._each("patch")[0])
-        self.label = jnp.asarray(self.f["in/y"], jnp.int32) if task.classes else None
-        self.drop = jnp.asarray(self.f["in/y_drop"], jnp.int32) if task.classes else None
-        self.found = jax.device_get(jax.jit(self._forward)(self.params))
-        self.found |= jax.device_get(jax.jit(self._inverse)(self.params))
-        self.found |= jax.device_get(jax.jit(self._denoised)(self.params))
-
-    def labels(self, *rows):
-        return jnp.concatenate(rows) if self.task.classes else None
+    @property
+    def t(self):
+        return jnp.asarray(self.f["in/t"])[:, 0]
 
     def expected(self, name):
         found = self.f[f"out/{name}"]
@@ -82,45 +63,44 @@ class Case:
 
     def _forward(self, params):
         task, stack, n = self.task, self.task.stack, len(self.x)
-        kinds = {"": self.label, **({"_nolabel": None, "_droplabel": self.drop} if task.classes else {})}
+        kinds = ("", "_nolabel", "_droplabel") if task.classes else ("",)
+        x, t = jnp.concatenate([self.x] * len(kinds)), jnp.concatenate([self.t] * len(kinds))
+        found = task.forward(params, x, t, self.labels(self.label, self.none, self.drop))
         out = {}
-        for suffix, label in kinds.items():
-            z, logdet, nll = task.forward(params, self.x, self.t, label)
-            out |= {f"z{suffix}": z, f"logdets{suffix}": logdet, f"nll_per_dim{suffix}": nll}
+        for suffix, z, logdet, nll in zip(kinds, *(jnp.split(a, len(kinds)) for a in found)):
+            out[f"z{suffix}"] = stack.cut(z, stack.patches[0], stack.patches[-1])
+            out |= {f"logdets{suffix}": logdet, f"nll_per_dim{suffix}": nll}
             for weight in WEIGHTS if not suffix else ("ones", "t"):
                 w = dataclasses.replace(task, weight=weight).weigh(self.t)
                 out[f"loss_reweight_{weight}{suffix}"] = (w * nll).mean()
-        last, first = task._each("patch")[-1], task._each("patch")[0]
-        for key in [key for key in out if key.startswith("z")]:
-            out[key] = stack._cut(out[key], first, last)
-        patches = patchify(self.x, first)
-        states, logdets = stack.flow(
-            task._joined(params), task.input_scale * patches, task.condition(n, self.t, self.label)
-        )
-        out["patches"] = patches
+        out["patches"] = patchify(self.x, stack.patches[0])
+        states, logdets = stack.flow(params, task.to_tokens(self.x), task.condition(n, self.t, self.label))
         for i, (state, logdet) in enumerate(zip(states[1:], logdets)):
-            out |= {f"block_output{i}": stack._cut(state, first, task._each("patch")[i]), f"block_logdet{i}": logdet}
+            block = stack.cut(state, stack.patches[0], stack.patches[i])
+            out |= {f"block_output{i}": block, f"block_logdet{i}": logdet}
         out["norms"] = jnp.stack([jnp.square(s).mean((1, 2)) for s in states[1:]], 1)
         out["residuals"] = jnp.stack([jnp.square(b - a).mean((1, 2)) for a, b in itertools.pairwise(states)], 1)
         out["time_embed0"] = Level(stack.nets[0].width).apply({"params": params["block0"]["level"]}, jnp.log(self.t))
         return out
 
     def _inverse(self, params):
-        task, stack, n = self.task, self.task.stack, len(self.z0)
-        joined = task._joined(params)
+        task, stack = self.task, self.task.stack
+        z0 = stack.cut(self.z0, stack.patches[-1], stack.patches[0])  # given in the last block's patches
+        n = len(z0)
 
         def drawn(z, t, label, guidance=0.0):
             strong, weak = (task.condition(len(z), t, y) for y in (label, None))
-            return stack.inverse(joined, z, strong, weak, guidance).states
+            return stack.inverse(params, z, strong, weak, guidance).states
 
         z, _, _ = task.forward(params, self.x, self.t, self.label)
-        high, none = jnp.full(n, task.high), None if self.label is None else jnp.full(n, -1)
-        rows = jnp.concatenate([self.z0, z, self.z0])
-        states = drawn(rows, jnp.concatenate([high, self.t, high]), self.labels(self.label, self.label, none))
-        first = task._each("patch")[0]
+        high = jnp.full(n, task.high)
+        rows = jnp.concatenate([z0, z, z0])
+        states = drawn(rows, jnp.concatenate([high, self.t, high]), self.labels(self.label, self.label, self.none))
         _, back, unlabelled = jnp.split(task.to_image(states[-1]), 3)
         out = {"x_rec": back, **({"sample_nolabel_plain": unlabelled} if task.classes else {})}
-        out |= {f"sample_plain_seq{i}": unpatchify(s[:n], first, task.channels) for i, s in enumerate(states)}
+        out |= {
+            f"sample_plain_seq{i}": unpatchify(s[:n], stack.patches[0], task.channels) for i, s in enumerate(states)
+        }
         w, own = self.c["guidance"], {"attention_temperature": self.c["attn_temp"]}
         kinds = {
             "sample_tarflow_annealed_all": Guidance(w, **own),
@@ -133,9 +113,7 @@ class Case:
         }
         for parts, blocks in ((kinds, "all"), (first_only, "first")):
             by = Rows.by(stack, parts.values(), blocks=blocks, **own)
-            many = drawn(
-                jnp.concatenate([self.z0] * len(parts)), task.high, self.labels(*[self.label] * len(parts)), by
-            )
+            many = drawn(jnp.concatenate([z0] * len(parts)), task.high, self.labels(*[self.label] * len(parts)), by)
             out |= dict(zip(parts, jnp.split(task.to_image(many[-1]), len(parts))))
         return out
 
@@ -162,7 +140,8 @@ class Case:
 
 @pytest.fixture(scope="module", params=CASES, ids=[name for name, _ in CASES])
 def case(request):
-    return Case(*request.param)
+    name, scan = request.param
+    return Case(GOLDEN / f"{name}.npz", ITarFlow, scan=scan)
 
 
 def test_every_number_equals_the_official_one(case):
@@ -195,21 +174,7 @@ def test_solvers_take_the_official_steps(case):
 
 
 def test_gradients_and_four_steps_equal_the_official_ones(case):
-    optimizer = AdamW(lr=1e-3, schedule="constant", b2=0.95, weight_decay=1e-4, decay_all=True).build(4)
-
-    @jax.jit
-    def step(params, opt):
-        loss, grads = jax.value_and_grad(case.loss)(params, case.drop)
-        updates, opt = optimizer.update(grads, opt, params)
-        return jax.tree.map(jnp.add, params, updates), opt, loss, grads
-
-    params, opt, losses = case.params, optimizer.init(case.params), []
-    for i in range(4):
-        params, opt, loss, grads = step(params, opt)
-        losses.append(float(loss))
-        if not i:
-            first = weights.to_official(case.task, grads)
-            norm = math.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grads)))
+    losses, first, norm = four_steps(case.task, case.params, lambda p: case.loss(p, case.drop))
     np.testing.assert_allclose(losses, case.f["out/adamw_losses"], rtol=0, atol=1e-5)
     assert losses[0] == pytest.approx(float(case.f["out/grad_loss"]), abs=1e-5)
     assert norm == pytest.approx(float(case.f["out/grad_global_norm"]), abs=1e-4)
@@ -260,11 +225,11 @@ def tiny():
     return randomised(TINY, out=0.1)
 
 
-def test_the_denoiser_is_the_slope_of_the_density_and_its_energy_is_whole(tiny):
+def test_the_denoiser_is_the_slope_of_the_density(tiny):
     """Against finite differences at three levels, one by one and together; and in pieces."""
     rng = np.random.default_rng(0)
     x, t, label = rng.normal(size=(3, 4, 4, 1)), np.array([0.05, 0.2, 0.7]), np.array([0, -1, 2])
-    log_prob, slope, h = jax.jit(lambda x: TINY.log_prob(tiny, x, t, label)), np.zeros_like(x), 2e-2
+    log_prob, slope, h = jax.jit(lambda x: -TINY.energy(tiny, x, t, {"label": label})), np.zeros_like(x), 2e-2
     for i in np.ndindex(4, 4):
         step = np.zeros_like(x)
         step[(slice(None), *i)] = h
@@ -272,11 +237,10 @@ def test_the_denoiser_is_the_slope_of_the_density_and_its_energy_is_whole(tiny):
         slope[(slice(None), *i, 0)] = (8 * near - far) / (12 * h)  # of fourth order: numbers are float32
     given = {"label": jnp.asarray(label)}
     narrow, levels = jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32)
-    found = jax.jit(lambda p: TINY.denoise(p, narrow, levels, given))(tiny)
+    tasks = (TINY, dataclasses.replace(TINY, chunk=2))
+    found, in_pieces = jax.jit(lambda p: [task.denoise(p, narrow, levels, given) for task in tasks])(tiny)
     np.testing.assert_allclose(found, x + t.reshape(-1, 1, 1, 1) ** 2 * slope, atol=1e-3)
-    in_pieces = jax.jit(lambda p: dataclasses.replace(TINY, chunk=2).denoise(p, narrow, levels, given))(tiny)
     np.testing.assert_allclose(in_pieces, found, atol=1e-5)
-    np.testing.assert_allclose(TINY.energy(tiny, narrow, levels, given), -np.asarray(log_prob(x)), rtol=1e-5)
 
 
 def test_its_log_det_is_that_of_the_jacobian_and_its_inverse_the_way_back(tiny):
@@ -294,32 +258,16 @@ def test_its_log_det_is_that_of_the_jacobian_and_its_inverse_the_way_back(tiny):
 
 
 def test_samples_are_the_inverse_and_then_the_solver(tiny):
-    """By hand, from the same noise."""
-    keys, label = jax.random.split(jax.random.key(3), 2), jnp.asarray([1, -1])
-    given = {"label": label}
-
-    @jax.jit
-    def ours(params):
-        def drawn(rows=slice(None), **options):
-            return TINY.sample(
-                params, keys[rows], len(keys[rows]), {"label": label[rows]}, ITarFlowSampling(**options)
-            )["image"]
-
-        return drawn(nfe=1), drawn(nfe=4), drawn(slice(1, 2), nfe=1)
-
-    @jax.jit
-    def by_hand(params):
-        x, states = TINY.inverse(params, TINY.latent(keys), label), []
-        for at, to in itertools.pairwise(np.append(np.linspace(0.7, 0.05, 4), 0.0)):
-            x0 = TINY.denoise(params, x, jnp.float32(at), given)
-            states.append(x0)
-            x = x0 + to / at * (x - x0)
-        return jnp.clip(states[0], -1, 1), jnp.clip(x, -1, 1)
-
-    one, four, alone = ours(tiny)
-    for found, wanted in zip((one, four), by_hand(tiny)):
-        np.testing.assert_allclose(found, wanted, atol=1e-4)
-    np.testing.assert_allclose(alone[0], one[1], atol=1e-5)  # of its key alone
+    """By hand, from the same noise; of one call TarFlow's step."""
+    keys, given = jax.random.split(jax.random.key(3), 2), {"label": jnp.asarray([1, -1])}
+    draw = jax.jit(lambda p: [TINY.sample(p, keys, 2, given, ITarFlowSampling(nfe=n))["image"] for n in (1, 4)])
+    denoise, states = jax.jit(lambda p, x, at: TINY.denoise(p, x, at, given)), []
+    x = jax.jit(TINY.inverse)(tiny, TINY.latent(keys), given["label"])
+    for at, to in itertools.pairwise(np.append(np.linspace(0.7, 0.05, 4), 0.0)):
+        states.append(denoise(tiny, x, jnp.float32(at)))
+        x = states[-1] + to / at * (x - states[-1])
+    for found, wanted in zip(draw(tiny), (states[0], x)):
+        np.testing.assert_allclose(found, jnp.clip(wanted, -1, 1), atol=1e-4)
     with pytest.warns(UserWarning, match="outside of what the model was trained on"):
         jax.eval_shape(lambda p: TINY.sample(p, keys, 2, given, ITarFlowSampling(level=0.9)), tiny)
 

@@ -96,11 +96,6 @@ def test_whole_boxes_have_every_size_and_start_alike() -> None:
     assert set(np.unique(size)) == {2, 3, 4}
 
 
-def test_boxes_as_large_as_the_signal_begin_at_its_edge() -> None:
-    found = BOXES(jax.random.key(2), (50,), (5,), 5, 5, whole=True)
-    np.testing.assert_array_equal(found, np.broadcast_to([[0.0], [5.0]], (50, 2, 1)))
-
-
 # what boxes show
 
 
@@ -115,18 +110,6 @@ def test_the_grid_is_in_raster_order_and_its_boxes_show_its_patches() -> None:
         np.testing.assert_allclose(grid_patches(signal, 4), cut, atol=1e-6)
     np.testing.assert_array_equal(grid_patches(image, 4)[1, 4], image[1, 4:8, 4:8])
     np.testing.assert_array_equal(grid_patches(series, 4)[1, 2], series[1, 8:])
-
-
-def test_a_box_of_the_patch_size_at_a_whole_pixel_is_a_slice() -> None:
-    image = numbers(0, 3, 16, 16, 2)
-    start = np.random.default_rng(0).integers(0, 13, (3, 10, 2))
-    start[0, :4] = [[0, 0], [12, 12], [0, 12], [12, 0]]  # the corners
-    boxes = np.stack([start, np.full_like(start, 4)], 2).astype(np.float32)
-    found = np.asarray(CROP(image, boxes, 4))
-    assert found.shape == (3, 10, 4, 4, 2)
-    for b, n in np.ndindex(3, 10):
-        x, y = start[b, n]
-        np.testing.assert_allclose(found[b, n], image[b, y : y + 4, x : x + 4], atol=1e-6)
 
 
 def dense_resampling(side: int, start: float, size: float, patch: int) -> Array:
@@ -166,40 +149,6 @@ def test_crops_of_series_are_those_of_a_dense_matrix() -> None:
         np.testing.assert_allclose(found[b, n], dense_resampling(40, start, size, 6) @ series[b], atol=2e-5)
 
 
-def test_crops_of_constants_and_ramps() -> None:
-    """A constant stays one at every border; pixel centres of a ramp are where they are, away from borders."""
-    side, patch = 32, 6
-    y, x = np.mgrid[:side, :side] + 0.5
-    image = np.stack([np.full_like(x, 3.5), x, y], -1)[None].astype(np.float32)
-    boxes = some_boxes(0, (1, 200), side, 2, (3, 12))
-    found = np.asarray(CROP(jnp.asarray(image), jnp.asarray(boxes), patch))[0]
-    np.testing.assert_allclose(found[..., 0], 3.5, atol=1e-5)
-    start, size = boxes[0].swapaxes(0, 1)
-    centre = start[:, None] + (np.arange(patch)[:, None] + 0.5) * size[:, None] / patch  # [N, P, 2]
-    inside = ((start > 2) & (start + size < side - 2)).all(1)
-    assert inside.sum() > 50
-    for axis, got in ((0, found[:, 0, :, 1]), (1, found[:, :, 0, 2])):
-        small = inside & (size[:, axis] <= patch)
-        np.testing.assert_allclose(got[small], centre[small, :, axis], atol=1e-4)
-        np.testing.assert_allclose(got[inside], centre[inside, :, axis], atol=0.1)  # triangles of pixels: nearly
-
-
-def test_crops_move_with_the_image() -> None:
-    whole = numbers(0, 1, 40, 40, 1)
-    boxes = some_boxes(1, (1, 40), 20, 2, (3, 12)) + np.array([[6, 6], [0, 0]], np.float32)
-    here = CROP(jnp.asarray(whole[:, :34, :34]), jnp.asarray(boxes), 6)
-    moved = boxes - np.array([[5, 3], [0, 0]], np.float32)
-    there = CROP(jnp.asarray(whole[:, 3:37, 5:39]), jnp.asarray(moved), 6)
-    np.testing.assert_allclose(there, here, atol=2e-5)
-
-
-def test_larger_boxes_do_not_alias() -> None:
-    """Stripes of one pixel, cut at half the resolution, are grey; without a wider triangle they would be stripes."""
-    stripes = np.broadcast_to(np.where(np.arange(32) % 2, 1.0, -1.0)[:, None], (1, 32, 32, 1)).astype(np.float32)
-    found = CROP(jnp.asarray(stripes), jnp.array([[[[5.0, 7.0], [12.0, 12.0]], [[5.3, 7.2], [11.0, 11.0]]]]), 6)
-    assert np.abs(found).max() < 0.15
-
-
 def test_resized_crops_keep_a_share_of_the_area() -> None:
     side, n = 16, 512
     found = np.asarray(jax.jit(random_resized_crop)(jax.random.key(0), coordinates(side, n), 0.3), np.float64)
@@ -215,8 +164,6 @@ def test_resized_crops_keep_a_share_of_the_area() -> None:
     assert 0.75 - 1e-3 < form.min() < 0.8
     assert 1.25 < form.max() < 4 / 3 + 1e-3
     free = area < 0.7  # larger ones may be cut to fit
-    assert np.abs(np.log(form[free]).mean()) < 0.03
-    assert np.histogram(area, 4, (0.3, 0.7))[0].min() > 0.7 * n * 0.1 / 0.7
     share = start / np.maximum(side - size, 1e-9)
     assert share[free].mean(0) == pytest.approx([0.5, 0.5], abs=0.05)
     assert len(np.unique(np.round(area, 4))) > n / 2  # each image for itself

@@ -2,17 +2,16 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_by_hand import Rows, nhwc
+from flow_by_hand import PatchGolden, Rows, four_steps, nhwc
 from fresh import randomised
 
-from zoo import dist, weights
+from zoo import weights
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Jacobi, jacobi, once
 from zoo.flows.stack import apply
@@ -21,7 +20,6 @@ from zoo.nn.embed import patchify, unpatchify
 from zoo.papers import tarflow
 from zoo.task import Denoises, abilities, sample_keys
 from zoo.train.optim import AdamW
-from zoo.train.step import split
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "tarflow"
 CASES = [("cond_nvp", True), ("uncond_nvp", False), ("uncond_vp", True)]
@@ -40,46 +38,24 @@ def inverse(task, params, z, label=None, guidance=0.0, method="sequential"):
     return [unpatchify(s, task.patch, task.channels) for s in states]
 
 
-def block(task, params, t, *inputs):
-    """Log-scale and shift, and what else the network of block t gives."""
-    return apply(task.stack.nets[t], params[f"block{t}"], *inputs)
+def block(task, params, i, *inputs):
+    """Log-scale and shift, and what else the network of block i gives."""
+    return apply(task.stack.nets[i], params[f"block{i}"], *inputs)
 
 
-class Case:
-    """A golden file, our task and parameters for it, and everything computed in a few programs.
+class Case(PatchGolden):
+    def fields(self, c):
+        return {
+            "patch": c["patch_size"],
+            "width": c["channels"],
+            "depth": c["layers_per_block"],
+            "blocks": c["num_blocks"],
+            "scale": c["nvp"],
+            "noise": c["noise_std"],
+        }
 
-    What differs in labels or guidance alone is rows of one batch.
-    """
-
-    def __init__(self, name, scan):
-        self.f = np.load(GOLDEN / f"{name}.npz")
-        c = self.c = json.loads(str(self.f["config"]))
-        self.task = task = tarflow.TarFlow(
-            image=c["img_size"],
-            channels=c["in_channels"],
-            patch=c["patch_size"],
-            width=c["channels"],
-            depth=c["layers_per_block"],
-            blocks=c["num_blocks"],
-            head_dim=c["head_dim"],
-            classes=c["num_classes"],
-            scale=c["nvp"],
-            noise=c["noise_std"],
-            scan=scan,
-        )
-        state = {k.removeprefix("state/"): v for k, v in self.f.items() if k.startswith("state/")}
-        self.params = weights.from_official(task, state)
-        self.x, self.z0 = nhwc(self.f["in/x"]), jnp.asarray(self.f["in/z0"])
-        self.label = jnp.asarray(self.f["in/y"], jnp.int32) if task.classes else None
-        self.drop = jnp.asarray(self.f["in/y_drop"], jnp.int32) if task.classes else None
-        self.none = jnp.full_like(self.label, -1) if task.classes else None
-        self.forward = jax.device_get(jax.jit(self._forward)(self.params))
-        self.inverse = jax.device_get(jax.jit(self._inverse)(self.params))
-        self.inverse |= jax.device_get(jax.jit(self._guided)(self.params))
-        self.losses, self.grads = self._trained()
-
-    def labels(self, *rows):
-        return jnp.concatenate(rows) if self.task.classes else None
+    def programs(self):
+        return self._forward, self._inverse, self._guided
 
     def loss(self, params, label):
         z, logdet = forward(self.task, params, self.x, label)
@@ -102,7 +78,9 @@ class Case:
         nll = 0.5 * jnp.square(out["z"]).mean((1, 2)) - out["logdets"]
         bits = self.task.about.likelihood.bits(nll + 0.5 * LOG_2PI)
         out |= {"nll_per_dim_per_sample": nll, "bpd_per_sample": bits}
-        out["variance"] = self.task.after_step(params, {"variance": jnp.square(out["z"]).mean(0)})["prior"]["var"]
+        if not self.task.scale:
+            variance = jnp.square(out["z"]).mean(0)
+            out["var_after_update"] = self.task.after_step(params, {"variance": variance})["prior"]["var"]
         return out
 
     def _inverse(self, params):
@@ -113,6 +91,7 @@ class Case:
         last, order = task.blocks - 1, task.stack.order
         out = {
             "x_rec": states[-1][n : 2 * n],
+            "sample_plain": states[-1][:n],
             "sample_plain_sequence": jnp.stack(
                 [unpatchify(self.z0, task.patch, task.channels), *(state[:n] for state in states[1:])]
             ),
@@ -162,23 +141,6 @@ class Case:
         drawn = inverse(task, params, jnp.concatenate([self.z0] * len(kinds)), self.labels(*labels), guidance)[-1]
         return dict(zip(kinds, jnp.split(drawn, len(kinds))))
 
-    def _trained(self):
-        """Losses of four steps of AdamW, and the gradient of the first."""
-        optimizer = AdamW(lr=1e-3, schedule="constant", b2=0.95, weight_decay=1e-4, decay_all=True).build(4)
-        trained, held = split(self.task, self.params)
-
-        @jax.jit
-        def step(trained, opt):
-            loss, grads = jax.value_and_grad(lambda p: self.loss({**held, **p}, self.drop))(trained)
-            updates, opt = optimizer.update(grads, opt, trained)
-            return jax.tree.map(jnp.add, trained, updates), opt, loss, grads
-
-        opt, found = optimizer.init(trained), []
-        for _ in range(4):
-            trained, opt, *outputs = step(trained, opt)
-            found.append(jax.device_get(outputs))
-        return np.array([loss for loss, _ in found]), found[0][1]
-
     def last_block(self, params):
         """What inverts the last block, and what goes into it in its own order."""
         z = self.z0 * jnp.sqrt(params["prior"]["var"])
@@ -188,67 +150,36 @@ class Case:
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"{name}-{'scan' if s else 'unrolled'}" for name, s in CASES])
 def case(request):
-    return Case(*request.param)
+    name, scan = request.param
+    return Case(GOLDEN / f"{name}.npz", tarflow.TarFlow, scan=scan)
 
 
-def test_forward_equals_the_official_numbers(case):
-    np.testing.assert_array_equal(case.forward["patches"], case.f["out/patches"])
-    names = [n for n in case.forward if n not in ("patches", "variance")]
-    assert {"z", "logdets", "loss", "bpd_per_sample"} <= set(names)
-    for name in names:
-        np.testing.assert_allclose(case.forward[name], case.f[f"out/{name}"], rtol=0, atol=1e-5, err_msg=name)
+def test_every_number_equals_the_official_one(case):
+    """All arrays of the file but gradients."""
+    for name, ours in case.found.items():
+        golden = case.f[f"out/{name}"]
+        image = name.startswith(("x_rec", "sample", "denoised"))
+        atol = 1e-4 if "score" in name else 2e-5 if image or name.startswith("jacobi") else 1e-5
+        golden = np.moveaxis(golden, -3, -1) if image else golden
+        np.testing.assert_allclose(ours, golden, rtol=0, atol=atol, err_msg=name)
+    rest = {k.removeprefix("out/") for k in case.f if k.startswith("out/") and "/grad/" not in k} - set(case.found)
+    assert rest <= {"adamw_losses", "grad_global_norm", *(["var_after_update"] if case.task.scale else [])}
 
 
-def test_no_golden_array_is_left_out(case):
-    compared = {*case.forward, *case.inverse, "adamw_losses", "grad_global_norm", "sample_plain", "var_after_update"}
-    assert {k.removeprefix("out/") for k in case.f if k.startswith("out/") and "/grad/" not in k} <= compared
-
-
-def test_gradients_equal_the_official_numbers(case):
-    norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(case.grads)))
+def test_gradients_and_four_steps_equal_the_official_ones(case):
+    losses, first, norm = four_steps(case.task, case.params, lambda p: case.loss(p, case.drop))
+    np.testing.assert_allclose(losses, case.f["out/adamw_losses"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(norm, case.f["out/grad_global_norm"], rtol=0, atol=1e-5)
-    _, held = split(case.task, jax.tree.map(np.zeros_like, case.params))
-    theirs = weights.to_official(case.task, {**held, **case.grads})
     names = [k.removeprefix("out/grad/") for k in case.f if k.startswith("out/grad/")]
     assert names
     for name in names:
-        np.testing.assert_allclose(theirs[name], case.f[f"out/grad/{name}"], rtol=0, atol=1e-5, err_msg=name)
-
-
-def test_adamw_equals_the_official_losses(case):
-    np.testing.assert_allclose(case.losses, case.f["out/adamw_losses"], rtol=0, atol=1e-5)
-
-
-def test_inverse_and_denoising_equal_the_official_numbers(case):
-    assert len(case.inverse) >= 10
-    for name, ours in case.inverse.items():
-        golden = case.f[f"out/{name}"]
-        golden = golden if name.startswith("jacobi") else np.moveaxis(golden, -3, -1)
-        np.testing.assert_allclose(ours, golden, rtol=0, atol=1e-4 if "score" in name else 2e-5, err_msg=name)
-    plain = np.moveaxis(case.f["out/sample_plain"], -3, -1)
-    np.testing.assert_allclose(case.inverse["sample_plain_sequence"][-1], plain, rtol=0, atol=2e-5)
-
-
-def test_sweeps_equal_the_official_iterates(case):
-    """A block stopped after 1, 4, 8 and as many sweeps as it has tokens to find."""
-
-    @jax.jit
-    def run(params):
-        stepper, v = case.last_block(params)
-        plans = [Jacobi(sweeps=n, tol=0.0, unconverged="keep") for n in (1, 4, 8, case.task.tokens)]
-        return [jacobi(stepper, v, plan) for plan in plans]
-
-    found, exact = run(case.params), case.task.tokens - 1
-    for (u, sweeps, bad), theirs, count in zip(found, (0, 3, 4, 6), (1, 4, 8, exact), strict=True):
-        ours = case.task.stack.order(u, case.task.blocks - 1)
-        np.testing.assert_allclose(ours, case.f["out/jacobi_iterates"][theirs], rtol=0, atol=2e-5)
-        assert (sweeps <= count).all()
-        assert sweeps.max() == count
-        assert bad.all() == (count < exact)
+        np.testing.assert_allclose(first[name], case.f[f"out/grad/{name}"], rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_full_sweeps_equal_the_official_samples(case):
     """Without a tolerance every number of modules gives the sequential samples, guided ones too."""
+    if not case.task.classes:
+        pytest.skip("those with classes are enough")
     w, tau, n = case.c["guidance"], case.c["attn_temp"], len(case.z0)
     method = Jacobi(modules=(8, 1, 3), tol=0.0, unconverged="keep")
 
@@ -256,22 +187,24 @@ def test_full_sweeps_equal_the_official_samples(case):
     def run(params):
         guidance = Rows.by(case.task.stack, [Guidance(0.0), Guidance(w)], attention_temperature=tau)
         label = case.labels(case.label, case.label)
-        return inverse(case.task, params, jnp.concatenate([case.z0] * 2), label, guidance, method)[-1]
+        drawn = inverse(case.task, params, jnp.concatenate([case.z0] * 2), label, guidance, method)[-1]
+        stepper, v = case.last_block(params)
+        return drawn, [jacobi(stepper, v, Jacobi(sweeps=n, tol=0.0, unconverged="keep")) for n in (1, 4)]
 
-    drawn = run(case.params)
+    drawn, iterates = run(case.params)
     for ours, name in zip((drawn[:n], drawn[n:]), ("sample_plain", "sample_guided_annealed"), strict=True):
         np.testing.assert_allclose(ours, nhwc(case.f[f"out/{name}"]), rtol=0, atol=2e-5, err_msg=name)
-
-
-def test_prior_variances_follow_the_batch(case):
-    want = case.f["out/var_after_update"] if not case.task.scale else case.f["state/var"]
-    np.testing.assert_allclose(case.forward["variance"], want, rtol=0, atol=1e-5)
+    for (u, sweeps, bad, _), theirs, count in zip(iterates, (0, 3), (1, 4), strict=True):
+        ours = case.task.stack.order(u, case.task.blocks - 1)
+        np.testing.assert_allclose(ours, case.f["out/jacobi_iterates"][theirs], rtol=0, atol=2e-5)
+        assert (sweeps == count).all()
+        assert bad.all()
 
 
 def test_the_official_layout_comes_back_to_the_bit(case):
     back = weights.to_official(case.task, case.params)
-    for name in (k.removeprefix("state/") for k in case.f if k.startswith("state/")):
-        np.testing.assert_array_equal(back[name], case.f[f"state/{name}"], err_msg=name)
+    for name, array in case.state.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
     assert back[f"blocks.{case.task.blocks - 1}.attn_mask"].shape == (case.task.tokens,) * 2
 
 
@@ -319,15 +252,10 @@ def whole(scale):
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_round_trip(scale):
-    x, z, _, back, *_ = whole(scale)
+def test_the_inverse_is_the_way_back_and_the_logdet_that_of_the_jacobian(scale):
+    x, z, logdet, back, *_, jacobian = whole(scale)
     np.testing.assert_allclose(back, x, atol=1e-4)
     assert np.abs(z - patchify(x, TINY.patch)).max() > 0.1
-
-
-@pytest.mark.parametrize("scale", [True, False])
-def test_logdet_is_the_jacobians(scale):
-    _, _, logdet, *_, jacobian = whole(scale)
     np.testing.assert_allclose(np.linalg.slogdet(jacobian)[1] / len(jacobian), logdet[0], atol=1e-5)
     assert (abs(float(logdet[0])) > 1e-3) == scale
 
@@ -339,65 +267,49 @@ def test_a_negative_label_is_no_label_in_both_directions():
         assert np.abs(ours - theirs)[[0, 2]].max((1, 2)).min() > 1e-3
 
 
-@functools.cache
-def blocks(scan):
-    """Log-scales and shifts of two blocks [T + 1, T, 2 D], and of the second token by token with a cache.
-
-    Row 0 is of some tokens, row t + 1 of others at t.
-    """
-    task = dataclasses.replace(TINY, scan=scan)
-    u = jax.random.normal(jax.random.key(3), (1, task.tokens, task.dims))
-    u = jnp.concatenate([u, u + jnp.eye(task.tokens)[..., None]])
+def test_blocks_are_causal_in_their_own_order_and_cached_equals_uncached():
+    """Of two blocks: row 0 is of some tokens, row t + 1 of others at t. The second again token by token with a cache."""
+    u = jax.random.normal(jax.random.key(3), (1, TINY.tokens, TINY.dims))
+    u = jnp.concatenate([u, u + jnp.eye(TINY.tokens)[..., None]])
 
     @jax.jit
     def run(params):
-        one = lambda t: lambda row: jnp.concatenate(block(task, params, t, row[None])[:2], -1)[0]  # noqa: E731
+        one = lambda i: lambda row: jnp.concatenate(block(TINY, params, i, row[None])[:2], -1)[0]  # noqa: E731
 
         def step(cache, inputs):
-            i, token = inputs
-            *outputs, cache, _ = block(task, params, 1, token[:, None], None, cache, i)
+            index, token = inputs
+            *outputs, cache, _ = block(TINY, params, 1, token[:, None], None, cache, index)
             return cache, jnp.concatenate(outputs, -1)[:, 0]
 
-        inputs = jnp.arange(task.tokens - 1), u[:, :-1].swapaxes(0, 1)
-        _, cached = jax.lax.scan(step, task.stack.nets[1].memory(len(u)), inputs)
-        return [jax.lax.map(one(t), u) for t in (0, 1)], cached.swapaxes(0, 1)
+        inputs = jnp.arange(TINY.tokens - 1), u[:, :-1].swapaxes(0, 1)
+        _, cached = jax.lax.scan(step, TINY.stack.nets[1].memory(len(u)), inputs)
+        return [jax.lax.map(one(i), u) for i in (0, 1)], cached.swapaxes(0, 1)
 
-    return jax.device_get(run(weights_of(task)))
-
-
-@pytest.mark.parametrize("t", [0, 1])
-def test_a_block_is_causal_in_its_own_order(t):
-    base, *changed = blocks(True)[0][t]
-    for token, found in enumerate(changed):
-        np.testing.assert_array_equal(found[: token + 1], base[: token + 1])
-        assert token == TINY.tokens - 1 or np.abs(found - base)[token + 1].max() > 0
-
-
-@pytest.mark.parametrize("scan", [True, False])
-def test_cached_equals_uncached(scan):
-    (_, want), found = blocks(scan)
-    np.testing.assert_allclose(found, want[:, 1:], atol=1e-5)
+    found, cached = jax.device_get(run(weights_of(TINY)))
+    np.testing.assert_allclose(cached, found[1][:, 1:], atol=1e-5)
+    for base, *changed in found:
+        for token, other in enumerate(changed):
+            np.testing.assert_array_equal(other[: token + 1], base[: token + 1])
+            assert token == TINY.tokens - 1 or np.abs(other - base)[token + 1].max() > 0
 
 
 def test_guidance_of_nothing_is_nothing():
-    params = weights_of(TINY)
+    params, z = weights_of(TINY), TINY.latent(jax.random.split(jax.random.key(5), 2))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(options, params):
-        return TINY.sample(params, jax.random.key(5), 2, None, options)["image"]
+    @jax.jit
+    def draw(params):
+        options = (0.0, 2.0, Guidance(attention_temperature=0.3), Guidance(2.0, attention_temperature=0.3))
+        return [inverse(TINY, params, z, guidance=guidance)[-1] for guidance in options]
 
-    def draw(**options):
-        return run(TINY.Sampling(denoise=0, **options), params)
-
-    plain = draw()
-    np.testing.assert_array_equal(draw(guidance=0.0), plain)
-    with pytest.warns(UserWarning, match="changes nothing"):
-        same = draw(guidance=2.0)
+    plain, same, unweighted, other = draw(params)
     np.testing.assert_allclose(same, plain, atol=1e-5)
-    with pytest.warns(UserWarning, match="do nothing"):
-        np.testing.assert_array_equal(draw(guidance=Guidance(attention_temperature=0.3)), plain)
-    other = draw(guidance=Guidance(2.0, attention_temperature=0.3))
+    np.testing.assert_array_equal(unweighted, plain)
     assert np.abs(other - plain).max() > 1e-3
+    for guidance, told in ((2.0, "changes nothing"), (Guidance(attention_temperature=0.3), "do nothing")):
+        with pytest.warns(UserWarning, match=told):
+            jax.eval_shape(
+                lambda p, o=TINY.Sampling(guidance=guidance): TINY.sample(p, jax.random.key(0), 2, None, o), params
+            )
 
 
 def test_sample_i_depends_on_its_key_alone():
@@ -408,38 +320,6 @@ def test_sample_i_depends_on_its_key_alone():
     np.testing.assert_allclose(first[2], then[0], atol=1e-5)
     assert np.abs(first[1] - first[2]).max() > 1e-3
     np.testing.assert_array_equal(*(jax.random.key_data(k) for k in (keys[:3], sample_keys(key, 3))))
-
-
-def test_scanned_and_unrolled_agree_whatever_is_recomputed():
-    short = dataclasses.replace(TINY, blocks=1)
-    params, x = weights_of(short), picture(TINY, 2)
-
-    def value(task):
-        like = weights.matching(params, weights.abstract(task))
-        loss = lambda p: task.stack.log_prob(p, patchify(x, 2)).mean()  # noqa: E731
-        total, grads = jax.jit(jax.value_and_grad(loss))(like)
-        return total, weights.flatten(weights.stacked(jax.device_get(grads)))
-
-    want, grads = value(short)
-    for other in (dataclasses.replace(short, scan=False), dataclasses.replace(short, remat="full")):
-        total, found = value(other)
-        np.testing.assert_allclose(total, want, rtol=1e-5)
-        for name, g in grads.items():
-            np.testing.assert_allclose(found[name], g, atol=1e-4, err_msg=name)
-
-
-@pytest.mark.devices8
-def test_eight_devices_agree_with_one():
-    params, x = weights_of(TINY), picture(TINY, 8)
-    loss = lambda p, b: TINY.loss(p, b, jax.random.key(0))[0]  # noqa: E731
-    want = jax.jit(loss)(params, {"image": x})
-    boxed = jax.eval_shape(TINY.init, jax.random.key(0))
-    for mesh in (dist.Mesh(data=8), dist.Mesh(data=2, fsdp=2, tensor=2)):
-        built = mesh.build()
-        with dist.use(built):
-            placed = jax.device_put(params, dist.shardings(boxed, built))
-            got = jax.jit(lambda p, b: loss(p, b))(placed, {"image": jax.device_put(x, dist.batch_sharding(built))})
-        assert abs(float(got) - float(want)) < 1e-6, mesh
 
 
 def test_uniform_noise_fills_the_bins():
@@ -460,11 +340,6 @@ def test_bfloat16_stays_close_and_keeps_float32_where_it_matters():
     assert z.dtype == logdet.dtype == jnp.float32
     np.testing.assert_allclose(z, want, atol=0.1)
     assert np.abs(z - want).max() > 0
-
-
-def test_patches_come_back():
-    x = picture(tarflow.TarFlow(image=8, patch=2, width=64), 2)
-    np.testing.assert_array_equal(unpatchify(patchify(x, 2), 2, 3), x)
 
 
 @pytest.mark.parametrize("field, value", [("head_dim", 24), ("patch", 3), ("patch", 4)])
@@ -493,9 +368,8 @@ def test_denoising_is_a_step_along_the_gradient_of_the_likelihood():
     assert moved[:2].min() > 1e-4
     assert moved[2] < 1e-5  # a label of -1 is none
     assert np.abs(found - x).max() > 0.1
-    half = jax.jit(dataclasses.replace(task, dtype="bfloat16").denoise)(params, x.astype(jnp.bfloat16), 0.5, rows)
+    half = jax.eval_shape(task.denoise, params, x.astype(jnp.bfloat16), 0.5, rows)
     assert half.dtype == jnp.float32
-    np.testing.assert_allclose(half, found, atol=0.05)
 
 
 def test_denoising_refuses_uniform_noise():

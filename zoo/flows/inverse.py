@@ -12,7 +12,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +61,23 @@ class Guidance:
     @classmethod
     def of(cls, value: float | Guidance, rule: Rule, annealed: bool) -> Guidance:
         """A weight or a guidance, with what it leaves open filled in."""
-        given = value if isinstance(value, Guidance) else cls(value)
+        asked = value if isinstance(value, Guidance) else cls(value)
         return dataclasses.replace(
-            given,
-            rule=given.rule or rule,
-            annealed=annealed if given.annealed is None else given.annealed,
+            asked, rule=asked.rule or rule, annealed=annealed if asked.annealed is None else asked.annealed
         )
+
+    def warn(self, conditioned: bool) -> None:
+        """Say where guidance changes nothing; `conditioned`: whether samples have a class or a caption."""
+        if not self.active and self.tempered:
+            warnings.warn(
+                "guidance.weight is 0: the other fields of guidance do nothing; set a weight such as 2", stacklevel=3
+            )
+        if self.active and not conditioned and not self.tempered:
+            warnings.warn(
+                "guidance without a label or caption and with attention_temperature=1 compares a pass with itself: it changes "
+                "nothing and costs twice; give one of them, or an attention temperature such as 0.5",
+                stacklevel=3,
+            )
 
     @property
     def active(self) -> bool:
@@ -142,13 +153,11 @@ class Jacobi:
     @classmethod
     def of(cls, method: str | Jacobi) -> Jacobi:
         """What a name stands for: "sequential", "jacobi", "gs_jacobi"; "auto" is sequential where nobody has chosen."""
-        named = {"sequential": 0, "auto": 0, "jacobi": 1, "gs_jacobi": _MODULES}
+        named = {"auto": 0, "sequential": 0, "jacobi": 1, "gs_jacobi": _MODULES}
         if isinstance(method, Jacobi):
             return method
-        if not isinstance(method, str) or method not in named:
-            raise UserError(
-                f"method={method!r} is unknown; choose one of auto, {', '.join(n for n in named if n != 'auto')}"
-            )
+        if method not in named:
+            raise UserError(f"method={method!r} is unknown; choose one of {', '.join(named)}")
         return cls(modules=named[method])
 
     def block(self, i: int, blocks: int) -> Jacobi:
@@ -238,7 +247,7 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
     before: PreviousBlock | None = None
     for i in reversed(range(chain.blocks)):
         v, stepper, plan = chain.order(x, i), chain.stepper(i, before), plans[i]
-        tol = _scalars(plan)[2]
+        tol = cast("float", plan.tol)
         if plan.modules and 0 < tol < FINEST:
             warnings.warn(
                 f"method.tol={tol:g} is below what float32 resolves: block {i} goes token by token; set method.tol to "
@@ -246,10 +255,10 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
                 stacklevel=2,
             )
         if by_sweeps[i]:
-            u, count, bad, cache = _jacobi(stepper, v, plan)
+            u, count, bad, cache = jacobi(stepper, v, plan)
             sweeps, failed = sweeps.at[:, i].set(count), failed.at[:, i].set(bad)
         else:
-            u, cache = _sequential(stepper, v)
+            u, cache = sequential(stepper, v)
         before = PreviousBlock(u, reaching(cache, None))
         x = (chain.back or chain.order)(u, i)
         states.append(x)
@@ -258,17 +267,8 @@ def invert(chain: Chain, x: jax.Array, method: str | Jacobi = "sequential") -> I
 
 def swept(plan: Jacobi, tokens: int) -> bool:
     """Whether a block of so many tokens is inverted by sweeps; else it goes token by token."""
-    modules, _, tol = _scalars(plan)
+    modules, tol = cast("int", plan.modules), cast("float", plan.tol)
     return 0 < modules < tokens - 1 and not 0 < tol < FINEST
-
-
-def _scalars(plan: Jacobi) -> tuple[int, int | None, float]:
-    """Modules, sweeps and tolerance of a plan for one block."""
-    modules, sweeps, tol = plan.modules, plan.sweeps, plan.tol
-    assert isinstance(modules, int)
-    assert not isinstance(sweeps, tuple)
-    assert not isinstance(tol, tuple)
-    return modules, sweeps, tol
 
 
 def feed(stepper: Stepper, u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -288,7 +288,7 @@ def once(stepper: Stepper, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     return scale, shift
 
 
-def sequential(stepper: Stepper, v: jax.Array) -> jax.Array:
+def sequential(stepper: Stepper, v: jax.Array) -> tuple[jax.Array, Any]:
     """Token by token: u_t = solve(v_t, step(u_{t-1})), of an affine block v_t s_t + b_t, in one `lax.scan`.
 
     Tokens leave the scan as outputs, so nothing of the size of the sequence is carried but the cache. On a TPU there are up
@@ -298,13 +298,8 @@ def sequential(stepper: Stepper, v: jax.Array) -> jax.Array:
         v: [B, T, D] in the order of the flow, float32.
 
     Returns:
-        u [B, T, D].
+        u [B, T, D], and the caches as they are left.
     """
-    return _sequential(stepper, v)[0]
-
-
-def _sequential(stepper: Stepper, v: jax.Array) -> tuple[jax.Array, Any]:
-    """`sequential`, and the caches as it leaves them."""
 
     def body(
         carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, jax.Array]
@@ -329,7 +324,7 @@ def _sequential(stepper: Stepper, v: jax.Array) -> tuple[jax.Array, Any]:
     return u if stepper.start is not None else jnp.concatenate([v[:, :1], u], axis=1), cache
 
 
-def jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax.Array, jax.Array]:
+def jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
     """One block by sweeps: a `lax.while_loop` over sweeps in a `lax.scan` over modules, all shapes static.
 
     Args:
@@ -337,21 +332,15 @@ def jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax
         plan: with the values of this block.
 
     Returns:
-        u [B, T, D]; the sweeps that each sample took, [B]; and which samples did not converge, [B], for which u is the
-        sequential result unless `plan.unconverged` keeps it as it is.
+        u [B, T, D]; the sweeps that each sample took, [B]; which samples did not converge, [B], for which u is the
+        sequential result unless `plan.unconverged` keeps it as it is; and the caches as they are left.
     """
-    return _jacobi(stepper, v, plan)[:3]
-
-
-def _jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-    """`jacobi`, and the caches as it leaves them."""
     first, target = feed(stepper, v)
     batch, count, _ = target.shape
-    modules, sweeps_most, tol = _scalars(plan)
-    modules = min(modules, count)
-    size = -(-count // modules)
+    size = -(-count // min(cast("int", plan.modules), count))
     modules = -(-count // size)  # of 12 tokens, five modules of three would be one too many
-    limit = size if sweeps_most is None else min(sweeps_most, size)
+    limit = size if plan.sweeps is None else min(cast("int", plan.sweeps), size)
+    tol = cast("float", plan.tol)
     bound = _BOUND if plan.clamp is None else plan.clamp
     lost = ~jnp.isfinite(v).all((1, 2))  # samples that have overflowed before: there is nothing to find for them
     guess = jnp.clip(target, -bound, bound) if plan.start == "v" else jnp.zeros_like(target)
@@ -415,7 +404,7 @@ def _jacobi(stepper: Stepper, v: jax.Array, plan: Jacobi) -> tuple[jax.Array, ja
         return u, sweeps, ~good, cache
 
     def again(u: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        slow, cache = _sequential(stepper._replace(cache=clear_cache(cache, stepper.prefix)), v)
+        slow, cache = sequential(stepper._replace(cache=clear_cache(cache, stepper.prefix)), v)
         return jnp.where(good[:, None, None], u, slow), reaching(cache, None)
 
     u, cache = jax.lax.cond(good.all(), lambda u, cache: (u, cache), again, u, cache)

@@ -1,11 +1,10 @@
-"""Flows over patches of images: the network of a block, its stack, and its published layout.
+"""Flows over patches of images: the network of a block, their stack, the base of tasks, and the published layout.
 
 What TarFlow (arXiv:2412.06329) and iTARFlow (arXiv:2604.20041) have in common. B images, T tokens, D numbers per token.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from zoo.errors import UserError
-from zoo.flows.inverse import Guidance
+from zoo.errors import UserError, check_divisor
+from zoo.fields import Below1, Dtype, Side, Size, SizeOr0, check_fields
+from zoo.flows.inverse import Rule
 from zoo.flows.stack import Stack
 from zoo.flows.transforms import shift_right
+from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import patchify, unpatchify, waves
-from zoo.nn.layers import Dense, Table, gelu, zeros
-from zoo.nn.transformer import Block, Trunk, init_trunk_cache
-from zoo.task import Name, Params
+from zoo.nn.layers import Dense, Table, gelu, linear_names, zeros
+from zoo.nn.transformer import Block, Remat, Transformer, join_trunks, layer_names
+from zoo.task import Batch, Name, Params, image_spec
 
 
 class Level(nn.Module):
@@ -36,22 +37,15 @@ class Level(nn.Module):
         return Dense(self.width, ("mlp", "embed"), name="down")(h)
 
 
-class FlowNet(nn.Module):
+class FlowNet(Transformer):
     """The network of one flow block: tokens up to t -> log-scale and shift of token t + 1."""
 
     tokens: int
     dims: int
-    width: int
-    depth: int
-    head_dim: int
     classes: int
-    flip: bool
+    reverse: bool  # runs through the image backwards
     scale: bool
-    dtype: str
-    scan: bool
-    remat: str
-    attention: str
-    level: bool = False  # whether it is told of the noise
+    level: bool  # whether it is told of the noise
 
     prefix = 0
     guided = True
@@ -75,7 +69,7 @@ class FlowNet(nn.Module):
         """
         label, level = condition if self.level and condition is not None else (condition, None)
         positions = Table(self.tokens, self.width, name="positions")()
-        if self.flip:  # a row of the table belongs to a place in the image, whatever the direction
+        if self.reverse:  # a row of the table belongs to a place in the image, whatever the direction
             positions = positions[::-1]
         if cache is not None:
             positions = jax.lax.dynamic_slice_in_dim(positions, index, x.shape[1])
@@ -91,9 +85,7 @@ class FlowNet(nn.Module):
         if level is not None:
             h = h + level[:, None].astype(self.dtype)
         block = Block(self.head_dim, causal=True, dtype=self.dtype, backend=self.attention, parent=None)
-        h, cache = Trunk(self.depth, block, self.scan, self.remat, name="trunk")(
-            h, cache, index, temperature=temperature
-        )
+        h, cache = self.trunk(block)(h, cache, index, temperature=temperature)
         outputs = self.dims * (2 if self.scale else 1)
         out = Dense(outputs, ("embed", None), kernel_init=zeros, name="out")(h)  # float32: exp() of it compounds
         out = shift_right(out) if cache is None else out
@@ -112,68 +104,164 @@ class FlowNet(nn.Module):
     @nn.nowrap
     def memory(self, rows: int) -> Any:
         """Empty caches for so many images."""
-        heads = self.width // self.head_dim
-        return init_trunk_cache(self.depth, self.scan, rows, self.tokens, heads, self.head_dim, self.dtype)
+        return self.caches(rows, self.tokens)
 
 
 @dataclass(frozen=True)
 class PatchStack(Stack):
-    """A stack of `FlowNet`s that are told of the noise, each with patches of its own size; states have those of block 0.
+    """A stack of `FlowNet`s, each with patches of its own size; states have those of block 0.
 
-    Its condition is a pair: labels [B], and log sigma [B].
+    Its condition is labels [B]; where nets are told of the noise a pair of these and log sigma [B]. A parameter `shared` has the
+    first transformer layers of all blocks.
     """
 
+    nets: tuple[FlowNet, ...]
     patches: tuple[int, ...]  # a side of each block's, in pixels
     channels: int
 
     def order(self, x: jax.Array, i: int) -> jax.Array:
         """[B, T, D] in raster order, to the patches and the order of block i."""
-        return super().order(self._cut(x, self.patches[0], self.patches[i]), i)
+        return super().order(self.cut(x, self.patches[0], self.patches[i]), i)
 
     def back(self, x: jax.Array, i: int) -> jax.Array:
         """The inverse of `order`."""
-        return self._cut(super().back(x, i), self.patches[i], self.patches[0])
+        return self.cut(super().back(x, i), self.patches[i], self.patches[0])
 
-    def _cut(self, x: jax.Array, old: int, new: int) -> jax.Array:
+    def cut(self, x: jax.Array, old: int, new: int) -> jax.Array:
+        """Tokens [B, T, D] of patches of `old` pixels a side, as those of `new`."""
         return x if old == new else patchify(unpatchify(x, old, self.channels), new)
 
     def length(self, i: int) -> int:
         """Tokens of block i."""
-        return self.tokens * self.patches[0] ** 2 // self.patches[i] ** 2
+        return self.nets[i].tokens
+
+    def block(self, params: Params, i: int) -> Params:
+        """The parameters of block i, with the layers that it shares."""
+        block = super().block(params, i)
+        return {**block, "trunk": join_trunks(params["shared"], block["trunk"])} if "shared" in params else block
 
     def told(self, i: int, block: Params, condition: Any) -> Any:
-        """Labels and the vector of the noise [B, width]."""
+        """Labels, and of the noise the vector [B, width]."""
+        if not self.nets[i].level:
+            return condition
         label, log_sigma = condition
-        width = block["in"]["bias"].shape[0]
-        vector: Any = Level(width, parent=None).apply({"params": block["level"]}, log_sigma)
+        vector: Any = Level(self.nets[i].width, parent=None).apply({"params": block["level"]}, log_sigma)
         return label, vector
 
+    def fresh(self, rng: jax.Array) -> Params:
+        """Fresh parameters of each block: those that are alike at once, which makes one graph to compile of many."""
+        keys = jax.random.split(rng, len(self.nets))
+        alike: dict[FlowNet, list[int]] = {}
+        for i, net in enumerate(self.nets):
+            alike.setdefault(net.clone(reverse=False), []).append(i)
+        params: Params = {}
+        for net, own in alike.items():
+            many = jax.vmap(net.fresh)(keys[jnp.asarray(own)] if len(alike) > 1 else keys)
+            params |= {f"block{i}": jax.tree.map(lambda p, row=row: p[row], many) for row, i in enumerate(own)}
+        return {f"block{i}": params[f"block{i}"] for i in range(len(self.nets))}
 
-def init_blocks(nets: tuple[FlowNet, ...], rng: jax.Array) -> Params:
-    """Fresh parameters of each block: those that are alike at once, which makes one graph to compile of many."""
-    keys = jax.random.split(rng, len(nets))
-    alike: dict[FlowNet, list[int]] = {}
-    for i, net in enumerate(nets):
-        alike.setdefault(net.clone(flip=False), []).append(i)
-    params: Params = {}
-    for net, own in alike.items():
-        many = jax.vmap(net.fresh)(keys[jnp.asarray(own)] if len(alike) > 1 else keys)
-        params |= {f"block{i}": jax.tree.map(lambda p, row=row: p[row], many) for row, i in enumerate(own)}
-    return {f"block{i}": params[f"block{i}"] for i in range(len(nets))}
 
+@dataclass(frozen=True)
+class PatchFlow:
+    """Base of tasks whose flow has a `PatchStack`: their images, classes, and how their networks compute."""
 
-def flops(nets: tuple[FlowNet, ...]) -> float:
-    """Floating-point operations of one training example: 6 per weight and token, and attention's 6 T^2 width a layer.
+    image: Side = 64  # pixels a side
+    channels: Size = 3
+    head_dim: Size = 64
+    classes: SizeOr0 = 0  # 0: unconditional
+    drop: Below1 = 0.1  # probability that a label is dropped in training
+    dtype: Dtype = "float32"  # of activations; levels, log-scales, log-dets and losses stay float32
+    scan: bool = (
+        True  # scan over the layers of a block (compiles fast); False unrolls (small models on CPU step faster)
+    )
+    remat: Remat = "none"  # none, dots or full: what the backward pass recomputes
+    attention: Backend = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
-    The causal half of the attention counts once (what is masked is no model FLOP); sampling needs a third of it.
-    """
-    total = 0.0
-    for net in nets:
-        outputs = net.dims * (2 if net.scale else 1)
-        weights = net.dims * net.width + net.depth * 12 * net.width**2 + net.width * outputs
-        attention = net.depth * net.tokens * net.width  # 2 products x T/2 keys x width multiply-adds per token
-        total += 6.0 * net.tokens * (weights + attention)
-    return total
+    def __post_init__(self) -> None:
+        check_fields(self, "task.")
+        for patch, width, _ in self.sizes:
+            check_patch(self.image, patch)
+            check_divisor("head_dim", self.head_dim, "width", width)
+        check_backend(self.attention, self.dtype)
+
+    @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Patch, width and transformer layers of each block, the one nearest the data first."""
+        raise NotImplementedError
+
+    @property
+    def stack(self) -> PatchStack:
+        """The flow over patches."""
+        raise NotImplementedError
+
+    def stacked(self, rule: Rule, *, scale: bool = True, level: bool = False) -> PatchStack:
+        """A stack of blocks of these sizes: even ones run through the image in raster order, odd ones backwards."""
+        nets = tuple(
+            FlowNet.of(
+                self,
+                width=width,
+                depth=depth,
+                tokens=(self.image // patch) ** 2,
+                dims=self.channels * patch**2,
+                classes=self.classes,
+                reverse=i % 2 == 1,
+                scale=scale,
+                level=level,
+            )
+            for i, (patch, width, depth) in enumerate(self.sizes)
+        )
+        patches = tuple(patch for patch, *_ in self.sizes)
+        return PatchStack(nets, nets[0].tokens, nets[0].dims, rule, True, 0, patches, self.channels)
+
+    @property
+    def tokens(self) -> int:
+        """T, patches of an image in block 0."""
+        return (self.image // self.sizes[0][0]) ** 2
+
+    @property
+    def dims(self) -> int:
+        """D, numbers per token in block 0."""
+        return int(self.channels * self.sizes[0][0] ** 2)
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """`image` [B, S, S, C] in [-1, 1], and `label` [B] for a class-conditional model."""
+        return image_spec(batch, self.image, self.channels, self.classes)
+
+    def flops(self) -> float:
+        """Floating-point operations of one training example: 6 per weight and token, and attention's 6 T^2 width a layer.
+
+        The causal half of the attention counts once (what is masked is no model FLOP); sampling needs a third of it.
+        """
+        total = 0.0
+        for net in self.stack.nets:
+            outputs = net.dims * (2 if net.scale else 1)
+            weights = net.dims * net.width + net.depth * 12 * net.width**2 + net.width * outputs
+            attention = net.depth * net.tokens * net.width  # 2 products x T/2 keys x width multiply-adds per token
+            total += 6.0 * net.tokens * (weights + attention)
+        return total
+
+    def label(self, batch: Batch | None) -> jax.Array | None:
+        """Labels [B] that a batch, or conditions, have for this model."""
+        return (batch or {}).get("label") if self.classes else None
+
+    def dropped(self, rng: jax.Array, batch: Batch) -> jax.Array | None:
+        """Labels [B] in training, -1 where they are dropped."""
+        label = self.label(batch)
+        if label is None or not self.drop:
+            return label
+        return jnp.where(jax.random.bernoulli(rng, self.drop, label.shape), -1, label)
+
+    def latent(self, keys: jax.Array) -> jax.Array:
+        """z [n, T, D] from N(0, I), from a key for each."""
+        return jax.vmap(lambda key: jax.random.normal(key, (self.tokens, self.dims)))(keys)
+
+    def to_tokens(self, image: jax.Array) -> jax.Array:
+        """Images [B, S, S, C] as the flow takes them, [B, T, D]."""
+        return patchify(image, self.sizes[0][0])
+
+    def to_image(self, tokens: jax.Array) -> jax.Array:
+        """The inverse of `to_tokens`."""
+        return unpatchify(tokens, self.sizes[0][0], self.channels)
 
 
 def check_patch(image: int, patch: int) -> None:
@@ -190,22 +278,8 @@ def check_patch(image: int, patch: int) -> None:
         )
 
 
-def warn_guidance(guidance: Guidance, label: jax.Array | None) -> None:
-    """Say where guidance changes nothing."""
-    if not guidance.active and guidance.tempered:
-        warnings.warn(
-            "guidance.weight is 0: the other fields of guidance do nothing; set a weight such as 2", stacklevel=4
-        )
-    if guidance.active and label is None and not guidance.tempered:
-        warnings.warn(
-            "guidance without labels and with attention_temperature=1 compares a pass with itself: it changes nothing "
-            "and costs twice; give labels, or an attention temperature such as 0.5",
-            stacklevel=4,
-        )
-
-
 def block_names(i: int, net: FlowNet, layers: range, theirs: str = "attn_blocks") -> list[Name]:
-    """The official PyTorch layout of block i (linear weights stored [out, in]).
+    """The official PyTorch layout of block i.
 
     Args:
         layers: those of its own, by their number in its trunk; `theirs` is what they are called.
@@ -213,38 +287,14 @@ def block_names(i: int, net: FlowNet, layers: range, theirs: str = "attn_blocks"
     old, new = f"blocks.{i}", f"block{i}"
     mask = np.tril(np.ones((net.tokens, net.tokens), np.float32))
     names = [
-        Name(f"{old}.proj_in.weight", f"{new}/in/kernel", "o i -> i o"),
-        Name(f"{old}.proj_in.bias", f"{new}/in/bias"),
+        *linear_names(f"{old}.proj_in", f"{new}/in"),
+        *linear_names(f"{old}.proj_out", f"{new}/out"),
         Name(f"{old}.pos_embed", f"{new}/positions/table"),
-        Name(f"{old}.proj_out.weight", f"{new}/out/kernel", "o i -> i o"),
-        Name(f"{old}.proj_out.bias", f"{new}/out/bias"),
         Name(f"{old}.attn_mask", None, value=lambda: mask),
     ]
     if net.classes:
         names.append(Name(f"{old}.class_embed", f"{new}/labels/table", "c 1 w -> c w"))
     if net.level:
-        for layer, part in (("0", "up"), ("2", "down")):
-            names += [
-                Name(f"{old}.time_embed.mlp.{layer}.weight", f"{new}/level/{part}/kernel", "o i -> i o"),
-                Name(f"{old}.time_embed.mlp.{layer}.bias", f"{new}/level/{part}/bias"),
-            ]
-    return names + [n for l in layers for n in layer_names(f"{old}.{theirs}.{l}", f"{new}/trunk", l)]
-
-
-def layer_names(old: str, new: str, layer: int) -> list[Name]:
-    """The official layout of one transformer layer, a slice of the trunk `new`."""
-    block, split = f"{new}/block", {"s": 3}
-    return [
-        Name(f"{old}.attention.norm.weight", f"{block}/attention_norm/scale", layer=layer),
-        Name(f"{old}.attention.norm.bias", f"{block}/attention_norm/bias", layer=layer),
-        Name(f"{old}.attention.qkv.weight", f"{block}/attention/qkv/kernel", "(s h) w -> w s h", split, layer),
-        Name(f"{old}.attention.qkv.bias", f"{block}/attention/qkv/bias", "(s h) -> s h", split, layer),
-        Name(f"{old}.attention.proj.weight", f"{block}/attention/out/kernel", "o i -> i o", layer=layer),
-        Name(f"{old}.attention.proj.bias", f"{block}/attention/out/bias", layer=layer),
-        Name(f"{old}.mlp.norm.weight", f"{block}/mlp_norm/scale", layer=layer),
-        Name(f"{old}.mlp.norm.bias", f"{block}/mlp_norm/bias", layer=layer),
-        Name(f"{old}.mlp.main.0.weight", f"{block}/mlp/up/kernel", "o i -> i o", layer=layer),
-        Name(f"{old}.mlp.main.0.bias", f"{block}/mlp/up/bias", layer=layer),
-        Name(f"{old}.mlp.main.2.weight", f"{block}/mlp/down/kernel", "o i -> i o", layer=layer),
-        Name(f"{old}.mlp.main.2.bias", f"{block}/mlp/down/bias", layer=layer),
-    ]
+        names += linear_names(f"{old}.time_embed.mlp.0", f"{new}/level/up")
+        names += linear_names(f"{old}.time_embed.mlp.2", f"{new}/level/down")
+    return names + [n for l in layers for n in layer_names(f"{old}.{theirs}.{l}", f"{new}/trunk/block", l)]

@@ -32,7 +32,7 @@ class Net(Protocol):
     without one that token passes unchanged.
     """
 
-    flip: bool  # runs through the tokens backwards
+    reverse: bool  # runs through the tokens backwards
     dtype: str
     prefix: int  # S, slots that the condition fills, with x None; 0: a condition is given at every call
 
@@ -50,8 +50,8 @@ class Net(Protocol):
         """Empty caches for so many examples."""
 
 
-def apply(net: Net, params: Params, *inputs: Any) -> Any:
-    """What a network gives for these parameters."""
+def apply(net: Any, params: Params, *inputs: Any) -> Any:
+    """What a Flax module gives for these parameters."""
     return net.apply({"params": params}, *inputs)
 
 
@@ -75,15 +75,20 @@ class Stack:
 
     def order(self, x: jax.Array, i: int) -> jax.Array:
         """[B, T, D] from raster order to that of block i."""
-        return x[:, ::-1] if self.nets[i].flip else x
+        return x[:, ::-1] if self.nets[i].reverse else x
 
     def back(self, x: jax.Array, i: int) -> jax.Array:
         """The inverse of `order`."""
-        return x[:, ::-1] if self.nets[i].flip else x
+        return x[:, ::-1] if self.nets[i].reverse else x
 
     def length(self, i: int) -> int:
         """Tokens of block i."""
         return self.tokens
+
+    def block(self, params: Params, i: int) -> Params:
+        """The parameters of block i."""
+        block: Params = params[f"block{i}"]
+        return block
 
     def told(self, i: int, block: Params, condition: Any) -> Any:
         """What the network of block i is given of a condition, by the block's parameters: once, not at every token."""
@@ -94,7 +99,7 @@ class Stack:
         chex.assert_shape(x, (None, self.tokens, self.dims))
         states, logdets = [x], []
         for i, net in enumerate(self.nets):
-            u, block = self.order(states[-1], i), params[f"block{i}"]
+            u, block = self.order(states[-1], i), self.block(params, i)
             a, b, *_ = apply(net, block, u, self.told(i, block, condition))
             v, logdet = affine(u, a, b)
             states.append(constrain(self.back(v, i), "batch", "tokens", None))
@@ -133,27 +138,27 @@ class Stack:
 
         def stepper(i: int, before: PreviousBlock | None = None) -> Stepper:
             """Guided, both passes run as one batch of 2 B and see the same tokens (STARFlow section 3.3)."""
-            net, rows, seen, divide = self.nets[i], batch, condition, None
+            net, rows, conditions, divide = self.nets[i], batch, condition, None
             guided = guidance.active and net.guided and (guidance.blocks == "all" or i == len(self.nets) - 1)
             if guided:
                 rows, strong = 2 * batch, weak if condition is None else condition
-                seen = jax.tree.map(lambda *passes: jnp.concatenate(passes), strong, weak)
+                conditions = jax.tree.map(lambda *passes: jnp.concatenate(passes), strong, weak)
             tempered = not isinstance(attention_temperature, (int, float)) or attention_temperature != 1
             if tempered or (guided and guidance.tempered):
                 divide = jnp.full((rows,), attention_temperature, jnp.float32)
                 divide = divide.at[batch:].multiply(guidance.attention_temperature)
             cache = PreviousBlock.memory(before, lambda: net.memory(rows))
-            mine = PreviousBlock.then(before, params[f"block{i}"])
+            mine = PreviousBlock.then(before, self.block(params, i))
             block = gather_before_loop(cast_trunk(mine, net.dtype), lambda: net.fresh(jax.random.key(0)))
             if net.prefix:
-                chex.assert_shape(seen, (rows, net.prefix, None))
-                _, _, cache, *_ = apply(net, block, None, seen, cache, 0, divide)
-                seen = None
-            start, seen = block.get("start"), self.told(i, block, seen)
+                chex.assert_shape(conditions, (rows, net.prefix, None))
+                _, _, cache, *_ = apply(net, block, None, conditions, cache, 0, divide)
+                conditions = None
+            start, told = block.get("start"), self.told(i, block, conditions)
 
             def step(u: jax.Array, cache: Any, index: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
                 u = jnp.concatenate([u, u]) if guided else u
-                a, b, cache, *_ = apply(net, block, u, seen, cache, net.prefix + index, divide)
+                a, b, cache, *_ = apply(net, block, u, told, cache, net.prefix + index, divide)
                 if not guided:
                     return jnp.exp(a), b, cache
                 place = self.first + index + jnp.arange(u.shape[1]) + (1 if start is None else 0)
@@ -196,7 +201,7 @@ class Stack:
         """Mean over tokens of the middle block's last hidden layer, float32 [B, width], where its network gives that last."""
         middle = len(self.nets) // 2
         before = dataclasses.replace(self, nets=self.nets[:middle])
-        x, block = self.order(before.flow(params, x, condition)[0][-1], middle), params[f"block{middle}"]
+        x, block = self.order(before.flow(params, x, condition)[0][-1], middle), self.block(params, middle)
         *_, hidden = apply(self.nets[middle], block, x, self.told(middle, block, condition))
         return hidden.astype(jnp.float32).mean(1)
 

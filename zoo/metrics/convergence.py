@@ -163,8 +163,8 @@ class Convergence(Metric):
             def run(plan: Jacobi | None, i: int, params: Any, v: jax.Array) -> tuple[jax.Array, jax.Array]:
                 stepper = chain(params)[1].stepper(i)
                 if plan is None:
-                    return sequential(stepper, v), jnp.zeros(1, jnp.int32)
-                u, sweeps, bad = jacobi(stepper, v, plan)
+                    return sequential(stepper, v)[0], jnp.zeros(1, jnp.int32)
+                u, sweeps, bad, _ = jacobi(stepper, v, plan)
                 return u, jnp.where(bad, -1, sweeps)
 
             jitted = [jax.jit(partial(run, plan, i)) for plan in (None, *plans)]

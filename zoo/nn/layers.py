@@ -14,28 +14,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from zoo.dist import batch_ways, gathered
+from zoo.task import Name
 
 Axes = tuple[str | None, ...]
 Init = Callable[..., jax.Array]
 
 zeros: Init = nn.initializers.zeros
+normal = nn.initializers.normal  # of a standard deviation
+truncated_normal = nn.initializers.truncated_normal  # cut at two of its deviations, as vision transformers start
+lecun_normal = (
+    nn.initializers.lecun_normal
+)  # variance 1 / fan-in of a kernel [inputs, features]: a unit signal stays one
 
 ROOM = 1 << 28  # numbers in arrays of [rows, K] that a device works on at a time
-
-
-def normal(std: float) -> Init:
-    """Gaussian of standard deviation `std`."""
-    return nn.initializers.normal(std)
-
-
-def truncated_normal(std: float) -> Init:
-    """Gaussian of standard deviation `std` before it is cut at two of them, as vision transformers start."""
-    return nn.initializers.truncated_normal(std)
-
-
-def lecun_normal() -> Init:
-    """Gaussian of variance 1 / fan-in of a kernel [inputs, features]: a unit signal stays one."""
-    return nn.initializers.lecun_normal()
 
 
 def xavier_uniform(gain: float = 1.0) -> Init:
@@ -227,3 +218,21 @@ def over_tokens(call: Callable[..., Any], tokens: int, size: int, *arrays: jax.A
     cut = [jnp.moveaxis(x.reshape(len(x), parts, steps // parts, *x.shape[2:]), 1, 0) for x in arrays]
     done = jax.lax.map(lambda part: jax.checkpoint(call)(*part), tuple(cut))
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(len(arrays[0]), steps, *y.shape[3:]), done)
+
+
+def linear_names(
+    theirs: str, ours: str, layout: str = "o i -> i o", sizes: dict[str, int] | None = None, layer: int | None = None
+) -> list[Name]:
+    """PyTorch's `weight` and `bias` of a linear map as kernel and bias of a `Dense`; `layout` is that of the kernel."""
+    return [
+        Name(f"{theirs}.weight", f"{ours}/kernel", layout, sizes or {}, layer),
+        Name(f"{theirs}.bias", f"{ours}/bias", layer=layer),
+    ]
+
+
+def norm_names(theirs: str, ours: str, layer: int | None = None) -> list[Name]:
+    """PyTorch's `weight` and `bias` of a norm as scale and bias of a `LayerNorm`."""
+    return [
+        Name(f"{theirs}.weight", f"{ours}/scale", layer=layer),
+        Name(f"{theirs}.bias", f"{ours}/bias", layer=layer),
+    ]

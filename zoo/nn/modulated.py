@@ -71,12 +71,11 @@ class ModulatedBlock(nn.Module):
         cache: Any = None,
         index: Any = None,
         layer: Any = None,
-        temperature: Any = None,
-        rope: Any = None,
         *,
         modulation: jax.Array,
-    ) -> Any:
-        """h [B, T, W] -> h, cache.
+        **how: Any,
+    ) -> tuple[jax.Array, Any]:
+        """h [B, T, W] -> h, cache; `how` as of `zoo.nn.transformer.attend_layer`.
 
         Args:
             modulation: [B, 6 W], or [B, T, 6 W] where tokens differ (a row for each of `spans`, where there are any): shift,
@@ -92,7 +91,7 @@ class ModulatedBlock(nn.Module):
             self.head_dim, self.causal, self.dtype, self.backend, self.qk_norm, self.stages, name="attention"
         )
         x = modulated(h, shift0, scale0, self.norm)
-        y, cache = attention(x, cache, index, layer, temperature, rope)
+        y, cache = attention(x, cache, index, layer, **how)
         h = h + gate0.astype(h.dtype) * y
         hidden = 8 * -(-self.expand * width // 12)  # three kernels of two thirds, in eights
         mlp: nn.Module = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from zoo.dist import check_divides, constrain
 from zoo.errors import UserError
 from zoo.nn.attention import Stages, attend, attend_cached, init_cache, write_cache
 from zoo.nn.embed import rotate
-from zoo.nn.layers import Dense, LayerNorm, RMSNorm, gelu
+from zoo.nn.layers import Dense, LayerNorm, RMSNorm, gelu, linear_names, norm_names
+from zoo.task import Name, Params
 
 Remat: TypeAlias = Literal["none", "dots", "full"]  # what the backward pass recomputes
 REMAT: dict[str, Any] = {
@@ -40,18 +41,26 @@ def attend_layer(
     cache: Any,
     index: Any,
     layer: Any,
-    temperature: jax.Array | None,
-    rope: jax.Array | None,
     *,
     causal: bool,
     backend: str,
+    temperature: jax.Array | None = None,
+    rope: jax.Array | None = None,
     seen: jax.Array | None = None,
     stages: Stages | None = None,
 ) -> tuple[jax.Array, Any]:
     """What a layer does with its queries [B, T, H, K], keys and values: turn, temper, and attend with a cache or without.
 
-    Without `causal` the tokens that come to a cache together see each other. Returns [B, T, H, K] and the cache; arguments as of
-    `Attention`.
+    Without `causal` the tokens that come to a cache together see each other.
+
+    Args:
+        temperature: [B], divides the attention logits of each example.
+        rope: [T, K/2], the angles by which queries and keys are turned (`zoo.nn.embed.rotate`).
+        seen: bool [B, T], the keys that count where there is no cache.
+        stages: in place of `causal`, where there is no cache.
+
+    Returns:
+        [B, T, H, K], and the cache.
     """
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
@@ -80,14 +89,9 @@ class Attention(nn.Module):
         cache: Any = None,
         index: jax.Array | None = None,
         layer: jax.Array | None = None,
-        temperature: jax.Array | None = None,
-        rope: jax.Array | None = None,
-        seen: jax.Array | None = None,
+        **how: Any,
     ) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> [B, T, D].
-
-        `temperature` [B] divides the attention logits of each example; `rope` [T, K/2] are the angles by which queries
-        and keys are turned (`zoo.nn.embed.rotate`); `seen` bool [B, T], the keys that count where there is no cache.
+        """[B, T, D] -> [B, T, D], and the cache; `how` as of `attend_layer`.
 
         Kernels keep all numbers of all heads in one axis: TPUs store the last axis in rows of 128, so that an axis of 64
         (one head) would take twice its memory.
@@ -99,20 +103,8 @@ class Attention(nn.Module):
         q, k, v = (qkv[..., i, :].reshape(*qkv.shape[:-2], heads, self.head_dim) for i in range(3))
         if self.qk_norm:
             q, k = (RMSNorm(axis=None, name=f"{name}_norm")(x) for x, name in ((q, "query"), (k, "key")))
-        y, cache = attend_layer(
-            q,
-            k,
-            v,
-            cache,
-            index,
-            layer,
-            temperature,
-            rope,
-            causal=self.causal,
-            backend=self.backend,
-            seen=seen,
-            stages=self.stages,
-        )
+        own: Any = {"causal": self.causal, "backend": self.backend, "stages": self.stages}
+        y, cache = attend_layer(q, k, v, cache, index, layer, **own, **how)
         y = y.reshape(*y.shape[:-2], width)
         return Dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y), cache
 
@@ -156,6 +148,7 @@ class Block(nn.Module):
     expand: int = 4
     dtype: str = "float32"
     backend: str = "xla"
+    epsilon: float = 1e-5  # of the norms
 
     @nn.compact
     def __call__(
@@ -164,15 +157,19 @@ class Block(nn.Module):
         cache: Any = None,
         index: Any = None,
         layer: Any = None,
-        temperature: Any = None,
-        rope: Any = None,
-    ) -> Any:
-        """h [B, T, D] -> h, cache."""
+        keep: jax.Array | None = None,
+        **how: Any,
+    ) -> tuple[jax.Array, Any]:
+        """h [B, T, D] -> h, cache; `keep` [2, B] are factors on the two branches of each example, `how` as of `attend_layer`."""
+
+        def kept(y: jax.Array, branch: int) -> jax.Array:
+            return y if keep is None else y * keep[branch][:, None, None].astype(y.dtype)
+
         attention = Attention(self.head_dim, self.causal, self.dtype, self.backend, name="attention")
-        y, cache = attention(LayerNorm(name="attention_norm")(h), cache, index, layer, temperature, rope)
-        h = h + y
-        h = h + MLP(self.expand, self.dtype, name="mlp")(LayerNorm(name="mlp_norm")(h))
-        return h, cache
+        y, cache = attention(LayerNorm(self.epsilon, name="attention_norm")(h), cache, index, layer, **how)
+        h = h + kept(y, 0)
+        y = MLP(self.expand, self.dtype, name="mlp")(LayerNorm(self.epsilon, name="mlp_norm")(h))
+        return h + kept(y, 1), cache
 
 
 class Trunk(nn.Module):
@@ -229,6 +226,35 @@ class Trunk(nn.Module):
         return h, caches if cache else None
 
 
+class Transformer(nn.Module):
+    """Base of networks with a trunk: the sizes that their tasks have by the same names, and how they compute."""
+
+    width: int
+    depth: int
+    head_dim: int
+    dtype: str
+    scan: bool
+    remat: str
+    attention: str
+
+    @classmethod
+    def of(cls, like: Any, **fields: Any) -> Self:
+        """A network with the sizes that a frozen value has by these names, and fields of its own or in their place."""
+        names = ("width", "depth", "head_dim", "dtype", "scan", "remat", "attention")
+        return cls(**fields, **{name: getattr(like, name) for name in names if name not in fields})
+
+    @nn.nowrap
+    def trunk(self, block: nn.Module) -> Trunk:
+        """Its layers; to be called in a compact method."""
+        return Trunk(self.depth, block, self.scan, self.remat, name="trunk")
+
+    @nn.nowrap
+    def caches(self, rows: int, slots: int) -> Any:
+        """Empty caches for so many examples of so many tokens."""
+        heads = self.width // self.head_dim
+        return init_trunk_cache(self.depth, self.scan, rows, slots, heads, self.head_dim, self.dtype)
+
+
 def init_trunk_cache(depth: int, scan: bool, batch: int, tokens: int, heads: int, head_dim: int, dtype: Any) -> Any:
     """Empty caches in the layout that `Trunk` uses: one stacked pair when scanned, else one pair per layer.
 
@@ -246,3 +272,42 @@ def cast_trunk(params: Any, dtype: str) -> Any:
         return x.astype(dtype) if path[-1].key == "kernel" else x
 
     return {**params, "trunk": jax.tree_util.tree_map_with_path(cast, params["trunk"])}
+
+
+def split_trunk(params: Params, n: int) -> tuple[Params, Params]:
+    """The first n layers of a trunk, and the others, each as a trunk."""
+    if "block" in params:
+        return jax.tree.map(lambda x: x[:n], params), jax.tree.map(lambda x: x[n:], params)
+    layers = [params[f"layer{i}"] for i in range(len(params))]
+    first, rest = ({f"layer{i}": p for i, p in enumerate(part)} for part in (layers[:n], layers[n:]))
+    return first, rest
+
+
+def join_trunks(first: Params, rest: Params) -> Params:
+    """The inverse of `split_trunk`."""
+    if "block" in first:
+        joined: Params = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
+        return joined
+    return {**first, **{f"layer{len(first) + i}": rest[f"layer{i}"] for i in range(len(rest))}}
+
+
+def layer_names(theirs: str, ours: str, layer: int, heads: int = 0) -> list[Name]:
+    """A layer of a flow's published PyTorch checkpoint, as a slice of the scanned `Block` ours.
+
+    Args:
+        heads: of rotary positions, which turn adjacent pairs of numbers there and halves of a head here; 0: of learned ones.
+    """
+    pair, sizes = ("h k two", {"h": heads, "two": 2}) if heads else ("h", {})
+    half = "(h two k)" if heads else "h"
+    qkv = f"{ours}/attention/qkv"
+    return [
+        *norm_names(f"{theirs}.attention.norm", f"{ours}/attention_norm", layer),
+        Name(
+            f"{theirs}.attention.qkv.weight", f"{qkv}/kernel", f"(s {pair}) w -> w s {half}", {"s": 3, **sizes}, layer
+        ),
+        Name(f"{theirs}.attention.qkv.bias", f"{qkv}/bias", f"(s {pair}) -> s {half}", {"s": 3, **sizes}, layer),
+        *linear_names(f"{theirs}.attention.proj", f"{ours}/attention/out", f"o ({pair}) -> {half} o", sizes, layer),
+        *norm_names(f"{theirs}.mlp.norm", f"{ours}/mlp_norm", layer),
+        *linear_names(f"{theirs}.mlp.main.0", f"{ours}/mlp/up", layer=layer),
+        *linear_names(f"{theirs}.mlp.main.2", f"{ours}/mlp/down", layer=layer),
+    ]

@@ -22,27 +22,16 @@ import numpy as np
 from zoo.diffusion.energies import denoised, scored
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.potentials import Potential
-from zoo.diffusion.sampling import DenoiserSampling, clipped, onward
+from zoo.diffusion.sampling import Conditions, DenoiserSampling, clipped, onward
 from zoo.diffusion.smc import EnergySampling, Particles
 from zoo.diffusion.solvers import Euler, Solver
 from zoo.dist import constrain
-from zoo.errors import UserError, check_divisor
-from zoo.fields import Below1, Dtype, Layers, NonNegative, Positive, Side, Size, SizeOr0, Some, Whole, check_fields
-from zoo.flows.inverse import ByBlock, Chain, Guidance, Jacobi, Method
-from zoo.flows.patches import (
-    FlowNet,
-    PatchStack,
-    block_names,
-    check_patch,
-    flops,
-    init_blocks,
-    layer_names,
-    warn_guidance,
-)
-from zoo.nn.attention import Backend, check_backend
-from zoo.nn.embed import patchify, unpatchify
-from zoo.nn.transformer import Remat
-from zoo.task import About, Batch, Name, Params, image_spec, sample_keys
+from zoo.errors import UserError
+from zoo.fields import Layers, NonNegative, Positive, Side, Size, SizeOr0, Some, Whole, check_fields
+from zoo.flows.inverse import ByBlock, Chain, Guidance, Inverted, Jacobi, Method
+from zoo.flows.patches import PatchFlow, PatchStack, block_names
+from zoo.nn.transformer import layer_names, split_trunk
+from zoo.task import About, Batch, Name, Params, sample_keys
 
 
 @dataclass(frozen=True)
@@ -92,59 +81,49 @@ class ITarFlowSampling:
 
     @property
     def _by_weights(self) -> EnergySampling:
-        same: dict[str, Any] = {"temper": self.temper, "potentials": self.potentials, "particles": self.particles}
-        return EnergySampling(nfe=self.calls, levels=self.levels, form=self.form, **same)
+        return EnergySampling(
+            nfe=self.calls,
+            levels=self.levels,
+            form=self.form,
+            temper=self.temper,
+            potentials=self.potentials,
+            particles=self.particles,
+        )
 
 
 @dataclass(frozen=True)
-class ITarFlow:
+class ITarFlow(PatchFlow):
     """Causal transformers over image patches that know the level of noise; trained by exact likelihood at all levels."""
 
-    image: Side = 64  # pixels a side
-    channels: Size = 3
     patch: ByBlock[Side] = 2  # one for all blocks, or one for each
     width: ByBlock[Size] = 1280  # likewise
     depth: Some[Layers] = (4, 4, 4, 24)  # transformer layers of each block, the one nearest the data first
-    head_dim: Size = 64
-    classes: SizeOr0 = 0  # 0: unconditional
     low: Positive = 0.01  # t0, the lowest level
     high: Positive = 0.3  # t1, the highest
     law: Literal["uni", "linear", "edm"] = "uni"  # of t in training: even in t, even in t^2, EDM's, which has no bounds
     weight: Literal["t", "ones", "t_norm", "sqr_t", "sqr_t_norm"] = "t"  # of the nll at t
     input_scale: Positive = 1.0  # what tokens are multiplied by in front of the flow
     shared: SizeOr0 = 0  # of the layers of each block the first so many are the same ones; no recipe uses it
-    drop: Below1 = 0.1  # probability that a label is dropped in training
     chunk: SizeOr0 = 0  # images whose score is computed at a time; 0: all at once
-    dtype: Dtype = "float32"  # of activations; levels, log-scales, log-dets and losses stay float32
-    scan: bool = True  # scan over the layers of a block (compiles fast); False unrolls
-    remat: Remat = "none"  # none, dots or full: what the backward pass recomputes
-    attention: Backend = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
     Sampling = ITarFlowSampling
 
     def __post_init__(self) -> None:
-        check_fields(self, "task.")
         for name in ("patch", "width"):
-            if len(self._each(name)) != self.blocks:
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != len(self.depth):
                 raise UserError(
-                    f"task.{name}={getattr(self, name)} for the {self.blocks} blocks of task.depth={self.depth}; give one for all, "
-                    "or one for each"
+                    f"task.{name}={value} for the {len(self.depth)} blocks of task.depth={self.depth}; give one for all, or one "
+                    "for each"
                 )
-        for patch, width in zip(self._each("patch"), self._each("width")):
-            check_patch(self.image, patch)
-            check_divisor("head_dim", self.head_dim, "width", width)
+        super().__post_init__()
         if self.low >= self.high:
             raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
-        if self.shared and (self.shared >= min(self.depth) or len({*self._each("width")}) > 1):
+        if self.shared and (self.shared >= min(self.depth) or len({width for _, width, _ in self.sizes}) > 1):
             raise UserError(
                 f"task.shared={self.shared}: every block needs a layer of its own besides (task.depth={self.depth}), and all one "
                 f"width (task.width={self.width})"
             )
-        check_backend(self.attention, self.dtype)
-
-    def _each(self, name: str) -> tuple[int, ...]:
-        value = getattr(self, name)
-        return value if isinstance(value, tuple) else (value,) * self.blocks
 
     @property
     def about(self) -> About:
@@ -152,14 +131,10 @@ class ITarFlow:
         return About(classes=self.classes, tokens=self.tokens)
 
     @property
-    def blocks(self) -> int:
-        """How many there are."""
-        return len(self.depth)
-
-    @property
-    def tokens(self) -> int:
-        """T, patches of an image in block 0."""
-        return (self.image // self._each("patch")[0]) ** 2
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Patch, width and transformer layers of each block."""
+        each = (x if isinstance(x, tuple) else (x,) * len(self.depth) for x in (self.patch, self.width))
+        return list(zip(*each, self.depth))
 
     @property
     def sigmas(self) -> tuple[float, float]:
@@ -167,76 +142,30 @@ class ITarFlow:
         return self.low, self.high
 
     @property
-    def _nets(self) -> tuple[FlowNet, ...]:
-        return tuple(
-            FlowNet(
-                tokens=(self.image // patch) ** 2,
-                dims=self.channels * patch**2,
-                width=width,
-                depth=depth,
-                head_dim=self.head_dim,
-                classes=self.classes,
-                flip=i % 2 == 1,
-                scale=True,
-                dtype=self.dtype,
-                scan=self.scan,
-                remat=self.remat,
-                attention=self.attention,
-                level=True,
-            )
-            for i, (patch, width, depth) in enumerate(zip(self._each("patch"), self._each("width"), self.depth))
-        )
-
-    @property
     def stack(self) -> PatchStack:
-        """The flow over patches: even blocks run through the image in raster order, odd ones backwards."""
-        nets, patches = self._nets, self._each("patch")
-        same: dict[str, Any] = {"rule": "linear_scale", "annealed": True, "first": 0}
-        return PatchStack(nets, nets[0].tokens, nets[0].dims, **same, patches=patches, channels=self.channels)
-
-    def flops(self) -> float:
-        """Floating-point operations of one training example (`zoo.flows.patches.flops`); of a denoising step as many."""
-        return flops(self._nets)
-
-    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """`image` [B, S, S, C] in [-1, 1], and `label` [B] for a class-conditional model."""
-        return image_spec(batch, self.image, self.channels, self.classes)
+        """The flow over patches."""
+        return self.stacked("linear_scale", level=True)
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output kernels are zero, their biases are not. `shared`: layers of all blocks."""
-        params = init_blocks(self._nets, rng)
+        params = self.stack.fresh(rng)
         if not self.shared:
             return params
-        parts = [self._cut(params[f"block{i}"]["trunk"]) for i in range(self.blocks)]
-        own = {f"block{i}": {**params[f"block{i}"], "trunk": mine} for i, (_, mine) in enumerate(parts)}
-        return {**own, "shared": parts[0][0]}
+        parts = {key: split_trunk(block["trunk"], self.shared) for key, block in params.items()}
+        own = {key: {**params[key], "trunk": rest} for key, (_, rest) in parts.items()}
+        return {**own, "shared": parts["block0"][0]}
 
-    def _cut(self, trunk: Params) -> tuple[Params, Params]:
-        """The layers of a trunk that all blocks share, and the others."""
-        n = self.shared
-        if self.scan:
-            return jax.tree.map(lambda x: x[:n], trunk), jax.tree.map(lambda x: x[n:], trunk)
-        layers = [trunk[f"layer{i}"] for i in range(len(trunk))]
-        return {f"layer{i}": p for i, p in enumerate(layers[:n])}, {f"layer{i}": p for i, p in enumerate(layers[n:])}
+    def to_tokens(self, image: jax.Array) -> jax.Array:
+        """Images [B, S, S, C] as the flow takes them, [B, T, D]."""
+        return self.input_scale * super().to_tokens(image)
 
-    def _joined(self, params: Params) -> Params:
-        """Parameters as the stack takes them, each block with all its layers."""
-        if not self.shared:
-            return params
-
-        def trunk(mine: Params) -> Params:
-            if self.scan:
-                joined: Params = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), params["shared"], mine)
-                return joined
-            layers = [part[f"layer{i}"] for part in (params["shared"], mine) for i in range(len(part))]
-            return {f"layer{i}": p for i, p in enumerate(layers)}
-
-        blocks = {key: block for key, block in params.items() if key != "shared"}
-        return {key: {**block, "trunk": trunk(block["trunk"])} for key, block in blocks.items()}
+    def to_image(self, tokens: jax.Array) -> jax.Array:
+        """The inverse of `to_tokens`."""
+        return super().to_image(tokens) / self.input_scale
 
     def condition(self, n: int, t: float | jax.Array, label: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """What the stack is told of n images: labels, -1 for none, and log t."""
-        known = jnp.full(n, -1) if label is None or not self.classes else label
+        known = jnp.full(n, -1) if label is None else label
         return known, jnp.log(jnp.broadcast_to(jnp.asarray(t, jnp.float32), (n,)))
 
     def forward(
@@ -246,8 +175,7 @@ class ITarFlow:
 
         The nll is that of N(0, I) without its constant: 0.5 mean z^2 - logdet.
         """
-        x = self.input_scale * patchify(image, self._each("patch")[0])
-        z, logdet, _ = self.stack.forward(self._joined(params), x, self.condition(len(image), t, label))
+        z, logdet, _ = self.stack.forward(params, self.to_tokens(image), self.condition(len(image), t, label))
         logdet = logdet + math.log(self.input_scale)
         return z, logdet, 0.5 * jnp.square(z).mean((1, 2)) - logdet
 
@@ -272,44 +200,39 @@ class ITarFlow:
         compared between laws.
         """
         level_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
-        image, label = batch["image"], batch.get("label") if self.classes else None
-        if label is not None and self.drop:
-            label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
+        image = batch["image"]
         t = self.levels(jax.random.uniform(level_rng, (len(image),)))
         x = image + t[:, None, None, None] * jax.random.normal(noise_rng, image.shape)
-        _, _, nll = self.forward(params, x, t, label)
+        _, _, nll = self.forward(params, x, t, self.dropped(drop_rng, batch))
         return (self.weigh(t) * nll).mean(), {"nll": nll.mean(), "nll_over_t": (nll - jnp.log(t) - 0.5).mean()}
-
-    def log_prob(self, params: Params, x: jax.Array, t: float | jax.Array, label: jax.Array | None = None) -> jax.Array:
-        """log p_t(x) in nats [B] of noisy images x at levels t [] or [B]."""
-        nll = self.forward(params, x, t, label)[2]
-        return -math.prod(x.shape[1:]) * (nll + 0.5 * math.log(2 * math.pi))
 
     def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """-log p_t in nats [B] of the image with one draw of noise of the lowest level; uses `label` where the batch has it."""
         noise = jax.vmap(lambda key: jax.random.normal(key, batch["image"].shape[1:]))(keys)
-        return -self.log_prob(params, batch["image"] + self.low * noise, self.low, batch.get("label"))
+        return self.energy(params, batch["image"] + self.low * noise, self.low, batch)
 
-    def energy(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
+    def energy(
+        self, params: Params, x: jax.Array, sigma: float | jax.Array, conditions: Batch | None = None
+    ) -> jax.Array:
         """-log p_t(x) in nats [B], exact: nothing is left out."""
-        return -self.log_prob(params, x.astype(jnp.float32), sigma, (conditions or {}).get("label"))
+        nll = self.forward(params, x.astype(jnp.float32), sigma, self.label(conditions))[2]
+        return math.prod(x.shape[1:]) * (nll + 0.5 * math.log(2 * math.pi))
 
     def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """E[x0 | x] = x + t^2 grad log p_t, [B, S, S, C] in float32, in pieces of `chunk`; a label below 0, or none, is no class."""
-        given = self.condition(len(x), sigma, (conditions or {}).get("label"))
 
         def some(x: jax.Array, label: jax.Array, log_t: jax.Array) -> jax.Array:
-            return denoised(lambda x, sigma: self.energy(params, x, sigma, {"label": label}), x, jnp.exp(log_t))
+            return denoised(lambda x, t: self.energy(params, x, t, {"label": label}), x, jnp.exp(log_t))
 
+        rows = (x, *self.condition(len(x), sigma, self.label(conditions)))
         if not self.chunk or len(x) <= self.chunk:
-            return some(x, *given)
-        rows = jax.lax.map(lambda row: some(*(a[None] for a in row))[0], (x, *given), batch_size=self.chunk)
-        return rows
+            return some(*rows)
+        return jax.lax.map(lambda row: some(*(a[None] for a in row))[0], rows, batch_size=self.chunk)
 
     def features(self, params: Params, batch: Batch) -> jax.Array:
         """Mean over tokens of the middle block's last hidden layer, [B, width]; image without noise at the lowest level, no label."""
-        x = self.input_scale * patchify(batch["image"], self._each("patch")[0])
-        return self.stack.hidden(self._joined(params), x, self.condition(len(x), self.low, None))
+        x = self.to_tokens(batch["image"])
+        return self.stack.hidden(params, x, self.condition(len(x), self.low, None))
 
     def sample(
         self,
@@ -330,7 +253,7 @@ class ITarFlow:
             `image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), `label` [n] where given, where blocks were swept over
             `sweeps` and `unconverged` [n, blocks], and of particles a `trace`.
         """
-        o, shape = options or ITarFlowSampling(), (self.image, self.image, self.channels)
+        o = options or ITarFlowSampling()
         level = self.high if o.level is None else o.level
         if not self.low <= level <= self.high:
             warnings.warn(
@@ -338,74 +261,63 @@ class ITarFlow:
                 "there means little",
                 stacklevel=2,
             )
-        keys, label = sample_keys(rng, n), (conditions or {}).get("label") if self.classes else None
-        told: Any = {} if label is None else {"label": label}
-        bounds = (min(self.low, level), level)
+        keys, label, bounds = sample_keys(rng, n), self.label(conditions), (min(self.low, level), level)
+        known = {} if label is None else {"label": label}
         if o.weighted:
 
-            def target(given: Any) -> tuple[list[Any], list[Potential]]:
-                return [scored(lambda x, sigma: self.energy(params, x, sigma, given))], []
+            def target(each: Conditions) -> tuple[list[Any], list[Potential]]:
+                return [scored(lambda x, sigma: self.energy(params, x, sigma, each))], []
 
-            def start(keys: jax.Array, given: Any) -> jax.Array:
-                return self.begin(params, keys, level, given)
+            def start(keys: jax.Array, each: Conditions) -> jax.Array:
+                return self.begin(params, keys, level, each)
 
-            image, trace = o._by_weights.draw(keys, n, bounds, target, shape, told or None, start=start)
-            return {"image": clipped(image), **told, "trace": trace}
-        warn_guidance(self.stack.guidance(o.guidance), label)
+            shape = (self.image, self.image, self.channels)
+            image, trace = o._by_weights.draw(keys, n, bounds, target, shape, known or None, start=start)
+            return {"image": clipped(image), **known, "trace": trace}
+
+        def denoise(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            x0 = self.denoise(params, x, sigma, known)
+            return jnp.clip(x0, -1, 1) if o.clip else x0
+
+        self.stack.guidance(o.guidance).warn(label is not None)
         z = constrain(o.temperature * self.latent(keys), "batch")
-        x, report = self._inverse(params, z, label, level, o.guidance, o.method)
+        found = self._inverse(params, z, label, level, o.guidance, o.method)
+        x = self.to_image(found.states[-1])
         if o.calls:
+            x = denoise(x, jnp.float32(level)) if o.calls == 1 else onward(o._by_solver.plan(bounds), denoise, x, keys)
+        return {"image": clipped(x), **found.report, **known}
 
-            def denoise(x: jax.Array, sigma: jax.Array) -> jax.Array:
-                x0 = self.denoise(params, x, sigma, told)
-                return jnp.clip(x0, -1, 1) if o.clip else x0
-
-            one = o.calls == 1
-            x = denoise(x, jnp.float32(level)) if one else onward(o._by_solver.plan(bounds), denoise, x, keys)
-        return {"image": clipped(x), **report, **told}
-
-    def begin(self, params: Params, keys: jax.Array, level: float, conditions: Batch | None = None) -> jax.Array:
+    def begin(self, params: Params, keys: jax.Array, level: float, conditions: Conditions = None) -> jax.Array:
         """Noisy images [N, S, S, C] of a level, exact samples of the flow, one for each key."""
-        return self.inverse(params, self.latent(keys), (conditions or {}).get("label"), level)
-
-    def latent(self, keys: jax.Array) -> jax.Array:
-        """z [n, T, D] from N(0, I), from a key for each."""
-        shape = (self.stack.tokens, self.stack.dims)
-        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        return self.inverse(params, self.latent(keys), self.label(conditions), level)
 
     def inverse(
         self, params: Params, z: jax.Array, label: jax.Array | None = None, t: float | None = None
     ) -> jax.Array:
         """Noisy images [B, S, S, C] of level t (None: the highest), of z [B, T, D] from N(0, I) and label [B] or None."""
-        return self._inverse(params, z, label, self.high if t is None else t, 0.0, "sequential")[0]
+        return self.to_image(self._inverse(params, z, label, self.high if t is None else t).states[-1])
 
     def _inverse(
-        self, params: Params, z: jax.Array, label: Any, t: Any, guidance: Any, method: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, params: Params, z: jax.Array, label: Any, t: Any, guidance: Any = 0.0, method: Any = "sequential"
+    ) -> Inverted:
         strong, weak = (self.condition(len(z), t, y) for y in (label, None))
-        found = self.stack.inverse(self._joined(params), z, strong, weak, guidance, method=method)
-        return self.to_image(found.states[-1]), found.report
-
-    def to_image(self, tokens: jax.Array) -> jax.Array:
-        """Images [B, S, S, C] of the flow's tokens [B, T, D]."""
-        return unpatchify(tokens, self._each("patch")[0], self.channels) / self.input_scale
+        return self.stack.inverse(params, z, strong, weak, guidance, method=method)
 
     def chain(
         self, params: Params, batch: Batch, rng: jax.Array, *, guidance: float | Guidance = 0.0
     ) -> tuple[jax.Array, Chain]:
         """Examples as tokens [B, T, D] with the noise of the highest level, and the blocks that map them to noise there."""
         image = batch["image"] + self.high * jax.random.normal(rng, batch["image"].shape)
-        strong, weak = (self.condition(len(image), self.high, y) for y in (batch.get("label"), None))
-        x = self.input_scale * patchify(image, self._each("patch")[0])
-        return x, self.stack.chain(self._joined(params), len(x), strong, weak, guidance)
+        strong, weak = (self.condition(len(image), self.high, y) for y in (self.label(batch), None))
+        return self.to_tokens(image), self.stack.chain(params, len(image), strong, weak, guidance)
 
     def import_names(self) -> list[Name]:
         """The layout of the official PyTorch implementation (linear weights stored [out, in])."""
-        nets, last = self._nets, self._nets[-1]
+        nets, last = self.stack.nets, self.stack.nets[-1]
         names = [Name("var", None, value=lambda: np.ones((last.tokens, last.dims), np.float32))]
         for i, net in enumerate(nets):
             names += block_names(i, net, range(net.depth - self.shared), "head_blocks")
-        return names + [n for j in range(self.shared) for n in layer_names(f"shared_backbone.{j}", "shared", j)]
+        return names + [n for j in range(self.shared) for n in layer_names(f"shared_backbone.{j}", "shared/block", j)]
 
     def import_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """With the names of the newest code, and shared layers once. UserError for TarFlow's, whose blocks know no levels."""

@@ -2,8 +2,7 @@
 
 A stack of causal transformers over image patches, alternating direction, trained by exact likelihood.
 B images, S pixels a side, C channels, P patch, T = (S/P)^2 tokens per image, D = C P P numbers per token.
-Order of this file: network, task, published weights. Flow, inverse and guidance, score-based denoising are those of
-`zoo/flows/stack.py`, with these networks.
+The networks of its blocks are in `zoo/flows/patches.py`; flow, inverse and guidance, score-based denoising in `zoo/flows/stack.py`.
 """
 
 from __future__ import annotations
@@ -16,17 +15,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from zoo.diffusion.sampling import clipped
 from zoo.dist import constrain
-from zoo.errors import UserError, check_divisor
-from zoo.fields import Below1, Count, Dtype, Layers, NonNegative, Side, Size, SizeOr0, check_fields
+from zoo.errors import UserError
+from zoo.fields import Count, Layers, NonNegative, Side, Size, check_fields
 from zoo.flows.inverse import Chain, Guidance, Jacobi, Method
-from zoo.flows.patches import FlowNet, block_names, check_patch, flops, init_blocks, warn_guidance
-from zoo.flows.stack import Stack
+from zoo.flows.patches import PatchFlow, PatchStack, block_names
 from zoo.flows.transforms import LOG_2PI
-from zoo.nn.attention import Backend, check_backend
-from zoo.nn.embed import patchify, unpatchify
-from zoo.nn.transformer import Remat
-from zoo.task import About, Batch, Denoises, Likelihood, Name, Params, check_needs, image_spec, sample_keys
+from zoo.task import About, Batch, Denoises, Likelihood, Name, Params, check_needs, sample_keys
 
 
 @dataclass(frozen=True)
@@ -43,36 +39,19 @@ class TarFlowSampling:
 
 
 @dataclass(frozen=True)
-class TarFlow:
+class TarFlow(PatchFlow):
     """Causal transformers over image patches, alternating direction; trained by exact likelihood."""
 
-    image: Side = 64  # pixels a side
-    channels: Size = 3
     patch: Side = 2
     width: Size = 768
     depth: Layers = 8  # transformer layers per flow block
     blocks: Layers = 8  # flow blocks
-    head_dim: Size = 64
-    classes: SizeOr0 = 0  # 0: unconditional
     scale: bool = True  # False: shifts only, a flow that preserves volume
     noise: NonNegative = 0.05  # standard deviation of the Gaussian noise on pixels in [-1, 1]
     noise_type: Literal["gaussian", "uniform"] = "gaussian"  # uniform: dequantisation over `levels` grey levels
     levels: Count = 256  # grey levels of the data, for uniform noise and for bits per dimension
-    drop: Below1 = 0.1  # probability that a label is dropped in training
-    dtype: Dtype = "float32"  # of activations; log-scales, log-dets and losses stay float32
-    scan: bool = (
-        True  # scan over the layers of a block (compiles fast); False unrolls (small models on CPU step faster)
-    )
-    remat: Remat = "none"  # none, dots or full: what the backward pass recomputes
-    attention: Backend = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
     Sampling = TarFlowSampling
-
-    def __post_init__(self) -> None:
-        check_fields(self, "task.")
-        check_patch(self.image, self.patch)
-        check_divisor("head_dim", self.head_dim, "width", self.width)
-        check_backend(self.attention, self.dtype)
 
     @property
     def about(self) -> About:
@@ -80,15 +59,18 @@ class TarFlow:
 
         `bpd` is a bound on the data's own bits; with Gaussian noise only those of noisy data can be told.
         """
-        noisy = self.noise_type == "gaussian" and self.noise > 0
         why = f"task.noise_type={self.noise_type!r}, task.noise={self.noise:g}; what is trained with Gaussian noise has it"
         return About(
             classes=self.classes,
             buffers=("prior",),
             likelihood=self._likelihood,
             tokens=self.tokens,
-            lacks={} if noisy else {"denoise": why},
+            lacks={} if self._noisy else {"denoise": why},
         )
+
+    @property
+    def _noisy(self) -> bool:
+        return self.noise_type == "gaussian" and self.noise > 0
 
     @property
     def _likelihood(self) -> Likelihood:
@@ -99,52 +81,18 @@ class TarFlow:
         return Likelihood(event, "bound", bins=bins)
 
     @property
-    def tokens(self) -> int:
-        """T, patches of an image."""
-        return (self.image // self.patch) ** 2
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Patch, width and transformer layers of each block."""
+        return [(self.patch, self.width, self.depth)] * self.blocks
 
     @property
-    def dims(self) -> int:
-        """D, numbers per token."""
-        return self.channels * self.patch**2
-
-    @property
-    def _nets(self) -> tuple[FlowNet, ...]:
-        """Even blocks run through the image in raster order, odd ones backwards."""
-        return tuple(
-            FlowNet(
-                tokens=self.tokens,
-                dims=self.dims,
-                width=self.width,
-                depth=self.depth,
-                head_dim=self.head_dim,
-                classes=self.classes,
-                flip=t % 2 == 1,
-                scale=self.scale,
-                dtype=self.dtype,
-                scan=self.scan,
-                remat=self.remat,
-                attention=self.attention,
-            )
-            for t in range(self.blocks)
-        )
-
-    @property
-    def stack(self) -> Stack:
+    def stack(self) -> PatchStack:
         """The flow over patches."""
-        return Stack(self._nets, self.tokens, self.dims, rule="linear", annealed=True, first=0)
-
-    def flops(self) -> float:
-        """Floating-point operations of one training example (`zoo.flows.patches.flops`)."""
-        return flops(self._nets)
-
-    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """`image` [B, S, S, C] in [-1, 1], and `label` [B] for a class-conditional model."""
-        return image_spec(batch, self.image, self.channels, self.classes)
+        return self.stacked("linear", scale=self.scale)
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output kernels are zero, their biases are not (a constant affine map at the start)."""
-        return {**init_blocks(self._nets, rng), "prior": {"var": jnp.ones((self.tokens, self.dims))}}
+        return {**self.stack.fresh(rng), "prior": {"var": jnp.ones((self.tokens, self.dims))}}
 
     def add_noise(self, rng: jax.Array, image: jax.Array) -> jax.Array:
         """What the flow models: image + noise eps, or (k + u) dequantised to [-1, 1) for grey level k."""
@@ -156,11 +104,8 @@ class TarFlow:
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """0.5 mean z^2 - logdet: nats per dimension without the constant 0.5 log 2 pi."""
         noise_rng, drop_rng = jax.random.split(rng)
-        label = batch.get("label") if self.classes else None
-        if label is not None and self.drop:
-            label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
-        x = patchify(self.add_noise(noise_rng, batch["image"]), self.patch)
-        z, logdet, _ = self.stack.forward(params, x, label)
+        x = self.to_tokens(self.add_noise(noise_rng, batch["image"]))
+        z, logdet, _ = self.stack.forward(params, x, self.dropped(drop_rng, batch))
         square = jnp.square(z).mean(0)
         loss = 0.5 * square.mean() - logdet.mean()
         bits = self._likelihood.bits(loss + 0.5 * LOG_2PI)
@@ -175,9 +120,8 @@ class TarFlow:
 
     def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """-log p in nats [B] of the image with one draw of noise; uses `label` where the batch has it."""
-        label = batch.get("label") if self.classes else None
         image = jax.vmap(self.add_noise)(keys, batch["image"])
-        return -self.stack.log_prob(params, patchify(image, self.patch), label)
+        return -self.stack.log_prob(params, self.to_tokens(image), self.label(batch))
 
     @property
     def sigmas(self) -> tuple[float, float]:
@@ -190,14 +134,12 @@ class TarFlow:
         UserError where the noise is uniform, whose mean it does not give.
         """
         check_needs(self, (Denoises,), "TarFlow.denoise")
-        label = (conditions or {}).get("label") if self.classes else None
-        tokens = patchify(x.astype(jnp.float32), self.patch)
-        tokens = self.stack.denoise(params, tokens, jnp.reshape(sigma, (-1, 1, 1)), label)
-        return unpatchify(tokens, self.patch, self.channels)
+        tokens, sigma = self.to_tokens(x.astype(jnp.float32)), jnp.reshape(sigma, (-1, 1, 1))
+        return self.to_image(self.stack.denoise(params, tokens, sigma, self.label(conditions)))
 
     def features(self, params: Params, batch: Batch) -> jax.Array:
         """Mean over tokens of the middle block's last hidden layer, [B, width]; image without noise, no label."""
-        return self.stack.hidden(params, patchify(batch["image"], self.patch))
+        return self.stack.hidden(params, self.to_tokens(batch["image"]))
 
     def sample(
         self,
@@ -219,38 +161,36 @@ class TarFlow:
             blocks were swept over `sweeps` and `unconverged` [n, blocks] (`zoo.flows.inverse.Inverted`).
         """
         o = options or TarFlowSampling()
-        strength = float(self.noise_type == "gaussian" and self.noise > 0) if o.denoise is None else o.denoise
+        strength = float(self._noisy) if o.denoise is None else o.denoise
         denoised = not isinstance(strength, (int, float)) or strength != 0
         if denoised and self.noise_type != "gaussian":
             raise UserError(
                 f"task.noise_type={self.noise_type!r}: denoising removes Gaussian noise only; sample with denoise=0"
             )
-        keys, stack = sample_keys(rng, n), self.stack
-        z = o.temperature * jax.vmap(lambda k: jax.random.normal(k, (self.tokens, self.dims)))(keys)
-        label = (conditions or {}).get("label") if self.classes else None
-        warn_guidance(stack.guidance(o.guidance), label)
-        found = stack.inverse(params, constrain(z, "batch"), label, jnp.full(n, -1), o.guidance, method=o.method)
+        stack, label = self.stack, self.label(conditions)
+        stack.guidance(o.guidance).warn(label is not None)
+        z = constrain(o.temperature * self.latent(sample_keys(rng, n)), "batch")
+        found = stack.inverse(params, z, label, jnp.full(n, -1), o.guidance, method=o.method)
         x = found.states[-1]
         if denoised:
             x = stack.denoise(params, x, self.noise, label, strength)
-        image = unpatchify(x, self.patch, self.channels)
-        drawn = {"image": jnp.where(jnp.isfinite(image), jnp.clip(image, -1, 1), jnp.nan), **found.report}
+        drawn = {"image": clipped(self.to_image(x)), **found.report}
         return drawn if label is None else {**drawn, "label": label}
 
     def inverse(self, params: Params, z: jax.Array, label: jax.Array | None = None) -> jax.Array:
         """Images [B, S, S, C], noisy and not clipped, of z [B, T, D] from N(0, I) and label [B] or None."""
-        return unpatchify(self.stack.inverse(params, z, label).states[-1], self.patch, self.channels)
+        return self.to_image(self.stack.inverse(params, z, label).states[-1])
 
     def chain(
         self, params: Params, batch: Batch, rng: jax.Array, *, guidance: float | Guidance = 0.0
     ) -> tuple[jax.Array, Chain]:
         """Noisy examples as tokens [B, T, D], and the blocks that map them to noise; with `label` where the batch has it."""
-        x = patchify(self.add_noise(rng, batch["image"]), self.patch)
-        return x, self.stack.chain(params, len(x), batch.get("label"), jnp.full(len(x), -1), guidance)
+        x = self.to_tokens(self.add_noise(rng, batch["image"]))
+        return x, self.stack.chain(params, len(x), self.label(batch), jnp.full(len(x), -1), guidance)
 
     def import_names(self) -> list[Name]:
         """The layout of the official PyTorch implementation (linear weights stored [out, in])."""
-        names = [n for i, net in enumerate(self._nets) for n in block_names(i, net, range(self.depth))]
+        names = [n for i, net in enumerate(self.stack.nets) for n in block_names(i, net, range(self.depth))]
         return [Name("var", "prior/var"), *names]
 
     def import_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -593,4 +593,4 @@ class Dart(Inputs):
             x0 = self._x0(out, scale * totals[:, place][:, None], abar)
             return jnp.full_like(x0, noise[i]), signal[i] * x0, (kept, totals)
 
-        return sequential(Stepper(step, (kept, totals), None, prefix + size - 1), noises)[:, -size:]
+        return sequential(Stepper(step, (kept, totals), None, prefix + size - 1), noises)[0][:, -size:]

@@ -21,55 +21,16 @@ from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Dtype, Layers, Size, SizeOr0, check_fields
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import grid_positions, sincos
-from zoo.nn.layers import Dense, LayerNorm, Table, lecun_normal, truncated_normal
-from zoo.nn.transformer import MLP, Attention, Remat, Trunk
+from zoo.nn.layers import Dense, LayerNorm, Table, lecun_normal, linear_names, norm_names, truncated_normal
+from zoo.nn.transformer import Block, Remat, Transformer
 from zoo.papers.part.sampling import crop, grid_patches, pad_crop, random_resized_crop, sample_boxes
 from zoo.task import About, Batch, Name, Params
 
 EPSILON = 1e-6  # of every LayerNorm
 
 
-class Layer(nn.Module):
-    """Pre-norm attention and MLP of a vision transformer; whole branches may be dropped, and keys left out."""
-
-    head_dim: int
-    dtype: str = "float32"
-    backend: str = "xla"
-
-    @nn.compact
-    def __call__(
-        self,
-        h: jax.Array,
-        cache: None = None,
-        index: None = None,
-        layer: Any = None,
-        seen: jax.Array | None = None,
-        keep: jax.Array | None = None,
-    ) -> tuple[jax.Array, None]:
-        """[B, T, D] -> [B, T, D].
-
-        `seen` bool [B, T]: the keys that count. `keep` [2, B]: factors on the two branches of each example.
-        """
-
-        def kept(y: jax.Array, branch: int) -> jax.Array:
-            return y if keep is None else y * keep[branch][:, None, None].astype(y.dtype)
-
-        attention = Attention(self.head_dim, False, self.dtype, self.backend, name="attention")
-        y, _ = attention(LayerNorm(EPSILON, name="attention_norm")(h), seen=seen)
-        h = h + kept(y, 0)
-        return h + kept(MLP(dtype=self.dtype, name="mlp")(LayerNorm(EPSILON, name="mlp_norm")(h)), 1), None
-
-
-class Encoder(nn.Module):
+class Encoder(Transformer):
     """A plain vision transformer. It knows of positions only what it is given."""
-
-    width: int
-    depth: int
-    head_dim: int
-    dtype: str
-    scan: bool
-    remat: str
-    attention: str
 
     @nn.compact
     def __call__(
@@ -95,9 +56,8 @@ class Encoder(nn.Module):
         h = constrain(jnp.concatenate([h, first], 1), "batch")
         if seen is not None:
             seen = jnp.concatenate([seen, jnp.ones((len(h), 1), bool)], 1)
-        block = Layer(self.head_dim, self.dtype, self.attention, parent=None)
-        trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
-        h, _ = trunk(h, each=None if keep is None else {"keep": keep}, seen=seen)
+        block = Block(self.head_dim, dtype=self.dtype, backend=self.attention, epsilon=EPSILON, parent=None)
+        h, _ = self.trunk(block)(h, each=None if keep is None else {"keep": keep}, seen=seen)
         h = LayerNorm(EPSILON, name="norm")(h).astype(jnp.float32)
         return h[:, :-1], h[:, -1]
 
@@ -253,7 +213,7 @@ class Vit:
 
     def encoder(self) -> Encoder:
         """The network under the key `encoder` of the parameters."""
-        return Encoder(self.width, self.depth, self.head_dim, self.dtype, self.scan, self.remat, self.attention)
+        return Encoder.of(self)
 
     def init_encoder(self, rng: jax.Array) -> Params:
         """Fresh parameters of the encoder."""
@@ -334,31 +294,24 @@ class Vit:
                 f"task.length={self.length}: the plain vision transformer's layout is for images; use `zoo export` without "
                 "--format official"
             )
-        ours, p = "encoder", {"p": self.patch, "q": self.patch}
+        ours, sizes = "encoder", {"p": self.patch, "q": self.patch}
         names = [
             Name("cls_token", f"{ours}/class/table", "1 1 d -> 1 d"),
             Name("pos_embed", None, value=self._published_positions),
-            Name("patch_embed.proj.weight", f"{ours}/patch/kernel", "d c p q -> (p q c) d", p),
-            Name("patch_embed.proj.bias", f"{ours}/patch/bias"),
-            Name("norm.weight", f"{ours}/norm/scale"),
-            Name("norm.bias", f"{ours}/norm/bias"),
+            *linear_names("patch_embed.proj", f"{ours}/patch", "d c p q -> (p q c) d", sizes),
+            *norm_names("norm", f"{ours}/norm"),
         ]
         for l in range(self.depth):
             layer, block = f"blocks.{l}", f"{ours}/trunk/block"
-            for theirs, mine in (("norm1", "attention_norm"), ("norm2", "mlp_norm")):
-                names += [
-                    Name(f"{layer}.{theirs}.weight", f"{block}/{mine}/scale", layer=l),
-                    Name(f"{layer}.{theirs}.bias", f"{block}/{mine}/bias", layer=l),
-                ]
             names += [
+                *norm_names(f"{layer}.norm1", f"{block}/attention_norm", l),
+                *norm_names(f"{layer}.norm2", f"{block}/mlp_norm", l),
                 Name(f"{layer}.attn.qkv.weight", f"{block}/attention/qkv/kernel", "(s h) w -> w s h", {"s": 3}, l),
                 Name(f"{layer}.attn.qkv.bias", f"{block}/attention/qkv/bias", "(s h) -> s h", {"s": 3}, l),
+                *linear_names(f"{layer}.attn.proj", f"{block}/attention/out", layer=l),
+                *linear_names(f"{layer}.mlp.fc1", f"{block}/mlp/up", layer=l),
+                *linear_names(f"{layer}.mlp.fc2", f"{block}/mlp/down", layer=l),
             ]
-            for theirs, mine in (("attn.proj", "attention/out"), ("mlp.fc1", "mlp/up"), ("mlp.fc2", "mlp/down")):
-                names += [
-                    Name(f"{layer}.{theirs}.weight", f"{block}/{mine}/kernel", "o i -> i o", layer=l),
-                    Name(f"{layer}.{theirs}.bias", f"{block}/{mine}/bias", layer=l),
-                ]
         return names
 
     def import_note(self) -> str:

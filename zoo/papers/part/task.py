@@ -6,7 +6,6 @@ B examples, N patches of P pixels or samples a side, C channels, D width, A axes
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -18,16 +17,10 @@ from flax import linen as nn
 from msgspec import Meta
 
 from zoo.errors import UserError, check_divisor
-from zoo.fields import Below1, Count, Layers, NonNegative, Positive, Share, Size
-from zoo.nn.layers import Dense, LayerNorm, Table, truncated_normal
-from zoo.nn.transformer import Trunk
-from zoo.papers.part.model import (
-    EPSILON,
-    CrossAttentionHead,
-    Layer,
-    PairwiseHead,
-    Vit,
-)
+from zoo.fields import AtLeast2, Below1, Count, Layers, NonNegative, Positive, Share, Size
+from zoo.nn.layers import Dense, LayerNorm, Table, linear_names, truncated_normal
+from zoo.nn.transformer import Block, Transformer
+from zoo.papers.part.model import EPSILON, CrossAttentionHead, PairwiseHead, Vit
 from zoo.papers.part.sampling import crop, grid_boxes, grid_patches, rebuild, relation, sample_boxes
 from zoo.task import About, Batch, Name, Network, Params
 
@@ -48,9 +41,7 @@ def _check_several(task: Vit) -> None:
 def _check_mask(task: Vit, patches: int, mask: float) -> None:
     """UserError for a mask that leaves no key, or for a kernel that takes no mask."""
     if not _left(patches, mask):
-        digits = 10 ** max(2, len(str(patches)))
-        most = math.floor((1 - 1 / patches) * digits) / digits  # rounded up it would be refused again
-        raise UserError(f"task.mask={mask} leaves none of {patches} patches; choose {most:g} or less")
+        raise UserError(f"task.mask={mask} leaves none of {patches} patches; choose a smaller share")
     if mask and task.attention in ("cudnn", "splash"):
         raise UserError(
             f"task.attention={task.attention!r} cannot leave out keys (task.mask={mask}); set task.attention=auto or xla"
@@ -86,7 +77,7 @@ def _deviations(task: Part) -> np.ndarray:
 class Part(Vit):
     """Regresses how one patch lies to another from their pixels alone: shift in units of the first one's size, and ratio of sizes."""
 
-    patches: Size | None = None  # in a set; None: as many as the regular grid has
+    patches: AtLeast2 | None = None  # in a set; None: as many as the regular grid has
     sampling: Literal["off_grid", "pixels", "grid"] = "off_grid"  # continuous, whole numbers, or the regular grid
     smallest: Positive | None = None  # pixels a side; None: half a patch, or of "pixels" a patch
     largest: Positive | None = None  # pixels a side; None: two patches, or of "pixels" a patch
@@ -122,22 +113,14 @@ class Part(Vit):
             )
 
     def _check_boxes(self) -> None:
-        if self.sampling == "grid":
-            if self.patches not in (None, self.tokens):
-                raise UserError(
-                    f"task.patches={self.patches}: the regular grid has {self.tokens}; leave task.patches out, or set "
-                    "task.sampling=off_grid"
-                )
-        else:
+        if self.patches is None:
+            _check_several(self)
+        if self.sampling != "grid":
             self._check_sizes()
-        if self.count < 2:
-            what = (
-                f"task.patches={self.patches}"
-                if self.patches is not None
-                else f"task.patch={self.patch} makes one patch"
-            )
+        elif self.patches not in (None, self.tokens):
             raise UserError(
-                f"{what}: a relation is between two; set task.patches to 2 or more, or a smaller task.patch"
+                f"task.patches={self.patches}: the regular grid has {self.tokens}; leave task.patches out, or set "
+                "task.sampling=off_grid"
             )
 
     def _check_sizes(self) -> None:
@@ -349,17 +332,10 @@ class AbsolutePosition(Vit):
         return (nll * asked).sum() / count, {"accuracy": right.sum() / count}
 
 
-class Decoder(nn.Module):
+class Decoder(Transformer):
     """The small transformer that fills in masked patches."""
 
-    width: int
-    depth: int
-    head_dim: int
     outputs: int
-    dtype: str
-    scan: bool
-    remat: str
-    attention: str
 
     @nn.compact
     def __call__(self, z: jax.Array, order: jax.Array, codes: jax.Array) -> jax.Array:
@@ -372,8 +348,8 @@ class Decoder(nn.Module):
         missing = jnp.broadcast_to(hidden, (len(h), order.shape[1] - h.shape[1], self.width))
         h = jnp.concatenate([h, missing], 1)
         h = jnp.take_along_axis(h, jnp.argsort(order, -1)[..., None], 1) + codes.astype(h.dtype)
-        block = Layer(self.head_dim, self.dtype, self.attention, parent=None)
-        h, _ = Trunk(self.depth, block, self.scan, self.remat, name="trunk")(h)
+        block = Block(self.head_dim, dtype=self.dtype, backend=self.attention, epsilon=EPSILON, parent=None)
+        h, _ = self.trunk(block)(h)
         return Dense(self.outputs, ("embed", None), name="out")(LayerNorm(EPSILON, name="norm")(h).astype(jnp.float32))
 
 
@@ -412,9 +388,8 @@ class MaskedAutoencoder(Vit):
         return self.fixed_positions("decoder_width")[1:]
 
     def _decoder(self) -> Decoder:
-        return Decoder(
-            self.decoder_width, self.decoder_depth, self.decoder_head_dim, self.dims, self.dtype, self.scan, self.remat, self.attention
-        )  # fmt: skip
+        sizes = {"width": self.decoder_width, "depth": self.decoder_depth, "head_dim": self.decoder_head_dim}
+        return Decoder.of(self, **sizes, outputs=self.dims)
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: `encoder`, `decoder`."""
@@ -528,12 +503,7 @@ class PartClassifier(Vit):
     def import_names(self) -> list[Name]:
         """As of `Vit`, with positions and the classifier as `head`; UserError for a series."""
         names = [name for name in super().import_names() if name.source != "pos_embed"]
-        return [
-            *names,
-            Name("pos_embed", "positions/table", "1 t d -> t d"),
-            Name("head.weight", "classifier/kernel", "c d -> d c"),
-            Name("head.bias", "classifier/bias"),
-        ]
+        return [*names, Name("pos_embed", "positions/table", "1 t d -> t d"), *linear_names("head", "classifier")]
 
     def import_note(self) -> str:
         """How timm reads that layout, where the class token is classified unless it is told otherwise."""

@@ -19,7 +19,7 @@ from zoo.fields import Positive, Size, check_fields
 from zoo.flows.transforms import shift_right
 from zoo.nn.embed import grid_positions, rope_angles
 from zoo.nn.layers import Dense, RMSNorm, Table, normal, zeros
-from zoo.nn.transformer import Block, GatedMLP, Trunk, attend_layer, init_trunk_cache
+from zoo.nn.transformer import Block, GatedMLP, Transformer, attend_layer, init_trunk_cache
 from zoo.task import Params
 
 UNIT = math.log(math.e - 1)  # softplus of it is 1: a network that says nothing leaves the scale at 1
@@ -58,15 +58,9 @@ class LanguageModelBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        h: jax.Array,
-        cache: Any = None,
-        index: Any = None,
-        layer: Any = None,
-        temperature: Any = None,
-        rope: Any = None,
-    ) -> Any:
-        """h [B, T, W] -> h, cache."""
+        self, h: jax.Array, cache: Any = None, index: Any = None, layer: Any = None, **how: Any
+    ) -> tuple[jax.Array, Any]:
+        """h [B, T, W] -> h, cache; `how` as of `attend_layer`."""
         m, width = self.sizes, h.shape[-1]
 
         def norm(x: jax.Array, name: str, axis: str | None = "embed") -> jax.Array:
@@ -81,7 +75,7 @@ class LanguageModelBlock(nn.Module):
         q, k, v = jnp.split(qkv, [m.heads, m.heads + m.kv_heads], axis=2)
         if m.qk_norm:
             q, k = norm(q, "query_norm", None), norm(k, "key_norm", None)
-        y, cache = attend_layer(q, k, v, cache, index, layer, temperature, rope, causal=True, backend=self.backend)
+        y, cache = attend_layer(q, k, v, cache, index, layer, causal=True, backend=self.backend, **how)
         y = dense(y.reshape(*h.shape[:2], -1), width, ("heads", "embed"), "out")
         h = h + (norm(y, "attention_post_norm") if m.post_norm else y)
         mlp = GatedMLP(m.mlp, jax.nn.gelu, self.dtype)  # by tanh
@@ -90,28 +84,21 @@ class LanguageModelBlock(nn.Module):
         return h + (norm(y, "mlp_post_norm") if m.post_norm else y), cache
 
 
-class FlowNet(nn.Module):
+class FlowNet(Transformer):
     """The network of one flow block: the condition and the tokens before t -> log-scale and shift of token t."""
 
     grid: Grid
     dims: int
-    width: int
-    depth: int
-    head_dim: int
     prefix: int  # S, condition tokens in front; 0: this block sees no condition
     condition_width: int  # E; 0: no block does
     start: bool  # a learned token in front of the first; else the first passes unchanged
     learned: bool  # a table of positions; else rotary ones
     reach: float  # of rotary positions
-    flip: bool
+    reverse: bool  # runs through the grid backwards
     softplus: bool
     clip: float
     norm: bool
     lm: LanguageModel | None
-    dtype: str
-    scan: bool
-    remat: str
-    attention: str
 
     @nn.compact
     def __call__(
@@ -146,7 +133,7 @@ class FlowNet(nn.Module):
             h = Dense(self.width, (None, "embed"), dtype=self.dtype, name="in")(x)
             if self.learned:
                 table = Table(self.tokens, self.width, name="positions")()
-                table = table[::-1] if self.flip else table  # a row belongs to a place, whatever the direction
+                table = table[::-1] if self.reverse else table  # a row belongs to a place, whatever the direction
                 if cache is not None:
                     table = jax.lax.dynamic_slice_in_dim(table, index - self.prefix, x.shape[1])
                 h = h + table.astype(self.dtype)
@@ -159,8 +146,7 @@ class FlowNet(nn.Module):
             block: nn.Module = LanguageModelBlock(self.lm, self.dtype, self.attention, parent=None)
         else:
             block = Block(self.head_dim, causal=True, dtype=self.dtype, backend=self.attention, parent=None)
-        trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
-        h, cache = trunk(h, cache, index, rope=rope, temperature=temperature)
+        h, cache = self.trunk(block)(h, cache, index, rope=rope, temperature=temperature)
         if x is None:
             return None, None, cache
         h = h[:, -x.shape[1] :]
@@ -204,17 +190,17 @@ class FlowNet(nn.Module):
     @nn.nowrap
     def fresh(self, rng: jax.Array) -> Params:
         """Fresh parameters."""
-        seen = jnp.zeros((1, self.prefix, self.condition_width)) if self.prefix else None
-        made: Any = self.init(rng, jnp.zeros((1, self.tokens, self.dims)), seen)
+        condition = jnp.zeros((1, self.prefix, self.condition_width)) if self.prefix else None
+        made: Any = self.init(rng, jnp.zeros((1, self.tokens, self.dims)), condition)
         return made["params"]
 
     @nn.nowrap
     def memory(self, rows: int) -> Any:
         """Empty caches for so many examples."""
-        heads, head_dim = self.width // self.head_dim, self.head_dim
-        if self.lm:
-            heads, head_dim = self.lm.kv_heads, self.lm.head_dim
-        return init_trunk_cache(self.depth, self.scan, rows, self.prefix + self.tokens, heads, head_dim, self.dtype)
+        slots = self.prefix + self.tokens
+        if not self.lm:
+            return self.caches(rows, slots)
+        return init_trunk_cache(self.depth, self.scan, rows, slots, self.lm.kv_heads, self.lm.head_dim, self.dtype)
 
 
 def positions(grid: Grid, prefix: int, reach: float) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +18,8 @@ from zoo.flows.stack import Stack
 from zoo.flows.transforms import LOG_2PI
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.embed import patchify, unpatchify
-from zoo.nn.transformer import Remat
+from zoo.nn.layers import linear_names
+from zoo.nn.transformer import Remat, layer_names
 from zoo.papers.starflow.model import TIME_PAIRS, FlowNet, LanguageModel
 from zoo.task import About, Batch, Likelihood, Name, Params, sample_keys
 
@@ -148,9 +148,8 @@ class StarFlow(Inputs):
         inner = self.lm.kv_heads * self.lm.head_dim if self.lm else self.width
 
         def block(i: int, inner: int) -> int:
-            seen = self.sees(i)
-            rows = 2 * n if guided and seen else n
-            return 2 * self.depths[i] * rows * (count + (self.prefix if seen else 0)) * inner * size
+            rows = 2 * n if guided and self.sees(i) else n
+            return 2 * self.depths[i] * rows * (count + (self.prefix if self.sees(i) else 0)) * inner * size
 
         return {"deep": block(deep, inner), "shallow": max((block(i, self.width) for i in range(deep)), default=0)}
 
@@ -172,26 +171,22 @@ class StarFlow(Inputs):
 
         def net(i: int) -> FlowNet:
             lm = self.lm if i == self.blocks - 1 else None
-            return FlowNet(
+            return FlowNet.of(
+                self,
                 grid=grid,
-                dims=self.dims,
                 width=lm.width if lm else self.width,
                 depth=self.depths[i],
-                head_dim=self.head_dim,
                 prefix=self.prefix if self.sees(i) else 0,
                 condition_width=self.condition_width if self.prefix else 0,
-                start=self.start,
                 learned=self.positions == "learned",
-                reach=self.reach,
-                flip=i % 2 == (0 if self.order == "L2R" else 1),  # the order of a task is that of its odd blocks
+                reverse=i % 2 == (0 if self.order == "L2R" else 1),  # the order of a task is that of its odd blocks
                 softplus=self.scale == "softplus",
-                clip=self.clip,
                 norm=self.final_norm,
                 lm=lm,
-                dtype=self.dtype,
-                scan=self.scan,
-                remat=self.remat,
-                attention=self.attention,
+                dims=self.dims,
+                start=self.start,
+                reach=self.reach,
+                clip=self.clip,
             )
 
         nets = tuple(net(i) for i in range(self.blocks))
@@ -223,8 +218,8 @@ class StarFlow(Inputs):
         """
         draw, noise, drop = jax.random.split(rng, 3)
         x, stack = self.in_tokens(self.add_noise(noise, self.clean(params, batch, draw)))
-        seen = self.conditions(params, batch, jax.random.bernoulli(drop, self.drop, x.shape[:1]))
-        z, logdet, squares = stack.forward(params, x, seen)
+        condition = self.conditions(params, batch, jax.random.bernoulli(drop, self.drop, x.shape[:1]))
+        z, logdet, squares = stack.forward(params, x, condition)
         square = jnp.square(z).mean()
         nll = 0.5 * square - logdet.mean()
         metrics = {
@@ -258,8 +253,8 @@ class StarFlow(Inputs):
             conditions: as of `sample`.
         """
         tokens, stack = self.in_tokens(x.astype(jnp.float32))
-        seen = self.conditions(params, {**(conditions or {}), "x": x})
-        tokens = stack.denoise(params, tokens, jnp.reshape(sigma, (-1, 1, 1)), seen)
+        condition = self.conditions(params, {**(conditions or {}), "x": x})
+        tokens = stack.denoise(params, tokens, jnp.reshape(sigma, (-1, 1, 1)), condition)
         return unpatchify(tokens, self.patch, self.channels, rows=x.shape[1] // self.patch, channel_first=False)
 
     def sample(
@@ -290,24 +285,18 @@ class StarFlow(Inputs):
                 f"{self.latent[1]}"
             )
         keys = sample_keys(rng, n)
-        if self.stack.guidance(o.guidance).active and not self.asked(conditions):
-            warnings.warn(
-                "guidance without a class or caption compares a pass with itself: it changes nothing and costs twice; give "
-                "conditions, or leave guidance out",
-                stacklevel=2,
-            )
+        self.stack.guidance(o.guidance).warn(self.asked(conditions))
         z = o.temperature * jax.vmap(lambda k: jax.random.normal(k, (rows, columns, self.channels)))(keys)
         batch = {**(conditions or {}), "z": z}
-        seen = self.conditions(params, batch)
-        null = self.conditions(params, batch, jnp.ones(n, bool)) if self.prefix else None
+        condition, null = self._with_null(params, batch, n)
         x, stack = self.in_tokens(constrain(z, "batch"))
         found = stack.inverse(
-            params, x, seen, null, o.guidance, attention_temperature=o.attention_temperature, method=o.method
+            params, x, condition, null, o.guidance, attention_temperature=o.attention_temperature, method=o.method
         )
         x = found.states[-1]
         strength = float(self.denoiser == "score" and self.noise > 0) if o.denoise is None else o.denoise
         if not isinstance(strength, (int, float)) or strength:
-            x = stack.denoise(params, x, self.noise, seen, strength)
+            x = stack.denoise(params, x, self.noise, condition, strength)
         x = unpatchify(x, self.patch, self.channels, rows=rows // self.patch, channel_first=False)
         return {**self.drawn(params, x, conditions), **found.report}
 
@@ -317,9 +306,12 @@ class StarFlow(Inputs):
         """Noisy examples as tokens [B, T, D], and the blocks that map them to noise, with class or caption where given."""
         draw, noise = jax.random.split(rng)
         x, stack = self.in_tokens(self.add_noise(noise, self.clean(params, batch, draw)))
-        seen = self.conditions(params, batch)
-        null = self.conditions(params, batch, jnp.ones(len(x), bool)) if self.prefix else None
-        return x, stack.chain(params, len(x), seen, null, guidance)
+        return x, stack.chain(params, len(x), *self._with_null(params, batch, len(x)), guidance)
+
+    def _with_null(self, params: Params, batch: Batch, n: int) -> tuple[jax.Array | None, jax.Array | None]:
+        """The condition of n examples, and what stands for its absence; None for an unconditional model."""
+        null = self.conditions(params, batch, jnp.ones(n, bool)) if self.prefix else None
+        return self.conditions(params, batch), null
 
     # --- published weights --------------------------------------------------------------------------
 
@@ -330,78 +322,46 @@ class StarFlow(Inputs):
         dropped, and made again on the way back.
         """
         slots = self.tokens + self.prefix
-        names = [_constant("var", np.ones((self.tokens, self.dims), np.float32))]
+        names = [Name("var", None, value=lambda: np.ones((self.tokens, self.dims), np.float32))]
         if self.positions == "rope":
             table = np.zeros((slots, self.head_dim), np.float32)
-            names += [_constant(f"feat_rope.freqs_{f}", table) for f in ("cos", "sin")]
+            names += [Name(f"feat_rope.freqs_{f}", None, value=lambda: table) for f in ("cos", "sin")]
         for i in range(self.blocks):
             theirs, ours = f"blocks.{i}", f"block{i}"
             lm = self.lm if i == self.blocks - 1 else None
             names.append(Name(f"{theirs}.attn_mask", None, value=lambda: np.tril(np.ones((slots, slots), np.float32))))
-            names += _linear(f"{theirs}.proj_in", f"{ours}/in") + _linear(f"{theirs}.proj_out", f"{ours}/out")
+            names += linear_names(f"{theirs}.proj_in", f"{ours}/in") + linear_names(f"{theirs}.proj_out", f"{ours}/out")
             if self.start:
                 names.append(Name(f"{theirs}.sos_embed", f"{ours}/start", "1 1 d -> d"))
             if self.positions == "learned":
                 names.append(Name(f"{theirs}.pos_embed", f"{ours}/positions/table"))
             if self.sees(i) and not lm:
-                names += _linear(f"{theirs}.proj_txt", f"{ours}/condition")
+                names += linear_names(f"{theirs}.proj_txt", f"{ours}/condition")
             if self.final_norm:
                 names.append(Name(f"{theirs}.final_norm.weight", f"{ours}/norm/scale"))
             for l in range(self.depths[i]):
-                layer = _lm_layer(lm) if lm else _layer(self.width // self.head_dim)
-                for source, target, layout, sizes in layer:
-                    names.append(
-                        Name(f"{theirs}.attn_blocks.{l}.{source}", f"{ours}/trunk/block/{target}", layout, sizes, l)
-                    )
+                old, new = f"{theirs}.attn_blocks.{l}", f"{ours}/trunk/block"
+                names += _lm_layer(lm, old, new, l) if lm else layer_names(old, new, l, self.width // self.head_dim)
         return names
 
 
-def _constant(name: str, value: np.ndarray) -> Name:
-    return Name(name, None, value=lambda: value)
-
-
-def _linear(source: str, target: str) -> list[Name]:
-    return [Name(f"{source}.weight", f"{target}/kernel", "o i -> i o"), Name(f"{source}.bias", f"{target}/bias")]
-
-
-_Row = tuple[str, str, str | None, dict[str, int]]
-
-
-def _layer(heads: int) -> list[_Row]:
-    """(their name, ours, layout, sizes) of one layer; rows of a head go from adjacent pairs to halves."""
-    pairs = {"h": heads, "two": 2}
-    return [
-        ("attention.norm.weight", "attention_norm/scale", None, {}),
-        ("attention.norm.bias", "attention_norm/bias", None, {}),
-        ("attention.qkv.weight", "attention/qkv/kernel", "(s h k two) w -> w s (h two k)", {"s": 3, **pairs}),
-        ("attention.qkv.bias", "attention/qkv/bias", "(s h k two) -> s (h two k)", {"s": 3, **pairs}),
-        ("attention.proj.weight", "attention/out/kernel", "o (h k two) -> (h two k) o", pairs),
-        ("attention.proj.bias", "attention/out/bias", None, {}),
-        ("mlp.norm.weight", "mlp_norm/scale", None, {}),
-        ("mlp.norm.bias", "mlp_norm/bias", None, {}),
-        ("mlp.main.0.weight", "mlp/up/kernel", "o i -> i o", {}),
-        ("mlp.main.0.bias", "mlp/up/bias", None, {}),
-        ("mlp.main.2.weight", "mlp/down/kernel", "o i -> i o", {}),
-        ("mlp.main.2.bias", "mlp/down/bias", None, {}),
-    ]
-
-
-def _lm_layer(lm: LanguageModel) -> list[_Row]:
-    """(their name, ours, layout, sizes) of one layer of a language model, whose heads come in halves already."""
-    rows: list[_Row] = [
-        ("attention.norm.weight", "attention_norm/scale", None, {}),
-        ("attention.qkv.weight", "qkv/kernel", "o i -> i o", {}),
-        ("attention.proj.weight", "out/kernel", "o i -> i o", {}),
-        ("mlp.norm.weight", "mlp_norm/scale", None, {}),
-        ("mlp.gate_proj.weight", "gate/kernel", "o i -> i o", {}),
-        ("mlp.up_proj.weight", "up/kernel", "o i -> i o", {}),
-        ("mlp.down_proj.weight", "down/kernel", "o i -> i o", {}),
-    ]
+def _lm_layer(lm: LanguageModel, theirs: str, ours: str, layer: int) -> list[Name]:
+    """A layer of a language model, whose heads come in halves already."""
+    norms = {"attention.norm": "attention_norm", "mlp.norm": "mlp_norm"}
     if lm.qk_norm:
-        rows += [(f"attention.{long}_norm.weight", f"{long}_norm/scale", None, {}) for long in ("query", "key")]
+        norms |= {f"attention.{long}_norm": f"{long}_norm" for long in ("query", "key")}
     if lm.post_norm:
-        rows += [(f"{part}.post_norm.weight", f"{part}_post_norm/scale", None, {}) for part in ("attention", "mlp")]
-    return rows
+        norms |= {f"{part}.post_norm": f"{part}_post_norm" for part in ("attention", "mlp")}
+    maps = {"attention.qkv": "qkv", "attention.proj": "out"} | {
+        f"mlp.{part}_proj": part for part in ("gate", "up", "down")
+    }
+    return [
+        *(Name(f"{theirs}.{old}.weight", f"{ours}/{new}/scale", layer=layer) for old, new in norms.items()),
+        *(
+            Name(f"{theirs}.{old}.weight", f"{ours}/{new}/kernel", "o i -> i o", layer=layer)
+            for old, new in maps.items()
+        ),
+    ]
 
 
 def class_conditional(**fields: Any) -> StarFlow:
@@ -412,6 +372,3 @@ def class_conditional(**fields: Any) -> StarFlow:
 def text_to_image(**fields: Any) -> StarFlow:
     """The 3.8 B text-to-image model: 3,858,281,544 parameters of its own (24(6)-3072), captions of 128 tokens."""
     return StarFlow(**{"width": 3072, "depths": (2, 2, 2, 2, 2, 24), "text_tokens": 128, "text_width": 2048, **fields})
-
-
-__all__ = ["LanguageModel", "StarFlow", "class_conditional", "text_to_image"]

@@ -8,7 +8,7 @@ K components, W width. The paper leaves sizes of the optimiser, initial values a
 `model.py`: networks and heads, one flow layer, the stack, its inverse. `task.py`: what is trained and sampled, and the discrete model.
 """
 
-from zoo.papers.tarflow_lm.model import Layer, bridge, chain, couple, decode, elbo, encode, forward, inverse
+from zoo.papers.tarflow_lm.model import Layer, bridge, chain, couple, decode, elbo, encode, forward
 from zoo.papers.tarflow_lm.task import DiscreteLM, TarFlowLM
 
 __all__ = [
@@ -22,5 +22,4 @@ __all__ = [
     "elbo",
     "encode",
     "forward",
-    "inverse",
 ]

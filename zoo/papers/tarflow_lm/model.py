@@ -19,7 +19,8 @@ from flax import linen as nn
 
 from zoo.dist import constrain, gather_before_loop
 from zoo.fields import Layers, Size, check_fields
-from zoo.flows.inverse import Chain, Inverted, Jacobi, PreviousBlock, Stepper, invert
+from zoo.flows.inverse import Chain, PreviousBlock, Stepper
+from zoo.flows.stack import apply
 from zoo.flows.transforms import (
     affine,
     affine_inverse,
@@ -34,7 +35,7 @@ from zoo.flows.transforms import (
 )
 from zoo.nn.embed import rope_angles
 from zoo.nn.layers import Dense, LayerNorm, gelu, normal, over_tokens, zeros
-from zoo.nn.transformer import Block, Trunk, cast_trunk, init_trunk_cache
+from zoo.nn.transformer import Block, Transformer, cast_trunk
 from zoo.task import Params
 
 _LOG_SIGMA = (-5.0, 3.0)  # limits of the log-scales of tokens
@@ -60,18 +61,11 @@ class Layer:
 # --- networks and heads ---------------------------------------------------------------------------
 
 
-class Context(nn.Module):
+class Context(Transformer):
     """The steps before s -> features of step s."""
 
     steps: int
-    width: int
-    depth: int
-    head_dim: int
-    dtype: str
-    scan: bool
-    remat: str
-    attention: str
-    project: bool = True
+    project: bool
 
     @nn.compact
     def __call__(self, before: jax.Array, cache: Any = None, index: Any = None) -> tuple[jax.Array, Any]:
@@ -89,15 +83,13 @@ class Context(nn.Module):
         rope = jnp.asarray(rope_angles(np.arange(self.steps)[:, None], (pairs,)))
         rope = rope if index is None else jax.lax.dynamic_slice_in_dim(rope, index, h.shape[1])
         block = Block(self.head_dim, causal=True, dtype=self.dtype, backend=self.attention, parent=None)
-        trunk = Trunk(self.depth, block, self.scan, self.remat, name="trunk")
-        h, cache = trunk(h, cache, index, rope=rope)
+        h, cache = self.trunk(block)(h, cache, index, rope=rope)
         return LayerNorm(name="norm")(h), cache
 
     @nn.nowrap
     def memory(self, rows: int) -> Any:
         """Empty caches for so many texts."""
-        heads = self.width // self.head_dim
-        return init_trunk_cache(self.depth, self.scan, rows, self.steps, heads, self.head_dim, self.dtype)
+        return self.caches(rows, self.steps)
 
 
 class IndependentHead(nn.Module):
@@ -258,11 +250,6 @@ def _head(flow: Flow, l: int) -> IndependentHead | ChannelHead:
     return IndependentHead(flow.channels, outputs, "float32", kernel, bias)
 
 
-def apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
-    """What a module gives for these parameters."""
-    return module.apply({"params": params}, *inputs)
-
-
 def init_layer(flow: Flow, l: int, rng: jax.Array) -> Params:
     """Fresh parameters of a flow layer: its context, its head, and a codebook where it has one of its own."""
     context_rng, head_rng, codebook_rng = jax.random.split(rng, 3)
@@ -302,7 +289,7 @@ def codebook_of(params: Params, l: int | None = None) -> tuple[jax.Array, jax.Ar
     return found["means"], jnp.clip(found["log_scales"], *_LOG_SIGMA)
 
 
-def ordered(flow: Flow, l: int, h: jax.Array) -> jax.Array:
+def order(flow: Flow, l: int, h: jax.Array) -> jax.Array:
     """[B, S, C] from the order of the text to that of layer l: channels mixed l times, right to left where it reads so."""
     mixing = flow.mixing(l)
     if mixing is not None and h.shape[-1] == flow.channels:  # fresh noise is as good in any order
@@ -310,8 +297,8 @@ def ordered(flow: Flow, l: int, h: jax.Array) -> jax.Array:
     return h[:, ::-1] if flow.layers[l].reverse else h
 
 
-def restored(flow: Flow, l: int, h: jax.Array) -> jax.Array:
-    """The inverse of `ordered`."""
+def back(flow: Flow, l: int, h: jax.Array) -> jax.Array:
+    """The inverse of `order`."""
     h, mixing = h[:, ::-1] if flow.layers[l].reverse else h, flow.mixing(l)
     return h if mixing is None else h[..., np.argsort(mixing)]
 
@@ -398,10 +385,10 @@ def forward(
     states, total = [], bridge(params, z) if bridged and not flow.layers[0].tied else jnp.zeros(len(z))
     for l, layer in enumerate(flow.layers):
         end, shared = l == len(flow.layers) - 1, bridged and layer.tied
-        u, log_p = couple(flow, params, l, ordered(flow, l, h), output=last or not end, bridged=shared)
+        u, log_p = couple(flow, params, l, order(flow, l, h), output=last or not end, bridged=shared)
         total = total + log_p
         if u is not None:
-            h = constrain(restored(flow, l, u), "batch", "tokens", None)
+            h = constrain(back(flow, l, u), "batch", "tokens", None)
             states.append(h)
             total = total if end else total - normal_log_prob(u).sum((1, 2))
     return states, total
@@ -533,24 +520,4 @@ def chain(
         solve = _solver(flow, {**params, key: mine}, l, first, temperature, top)
         return Stepper(step, cache, jnp.zeros(flow.channels), solve=solve)
 
-    return Chain(len(flow.layers), stepper, lambda h, l: ordered(flow, l, h), back=lambda h, l: restored(flow, l, h))
-
-
-def inverse(
-    flow: Flow,
-    params: Params,
-    u: jax.Array,
-    *,
-    method: str | Jacobi = "sequential",
-    temperature: float = 1.0,
-    top: int | None = None,
-) -> Inverted:
-    """Noise to data: u [B, S, C] from N(0, I) in the order of the text; the last of its states is the vectors of the text.
-
-    Args:
-        method: how layers are inverted, see `zoo.flows.inverse.Jacobi.of`.
-        temperature: divides the logits of the weights of Mix-d layers.
-        top: Mix-d layers keep so many of their likeliest components only; None: all.
-    """
-    chex.assert_shape(u, (None, flow.steps, flow.channels))
-    return invert(chain(flow, params, len(u), temperature=temperature, top=top), u, method)
+    return Chain(len(flow.layers), stepper, lambda h, l: order(flow, l, h), back=lambda h, l: back(flow, l, h))

@@ -18,29 +18,8 @@ from zoo.flows.transforms import shift_right
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.layers import Table, normal, over_tokens, zeros
 from zoo.nn.transformer import Remat, cast_trunk, check_rotary
-from zoo.papers.tarflow_lm.model import (
-    HIDDEN,
-    Context,
-    Flow,
-    IndependentHead,
-    Layer,
-    apply,
-    cast_flat,
-    chain,
-    codebook_of,
-    couple,
-    decode,
-    elbo,
-    encode,
-    forward,
-    init_layer,
-    inverse,
-    ordered,
-    pick,
-    restored,
-    take,
-    told_by,
-)
+from zoo.papers.tarflow_lm import model
+from zoo.papers.tarflow_lm.model import Context, Flow, IndependentHead, Layer, apply, cast_flat, take
 from zoo.task import About, Batch, Likelihood, Network, Params, sample_keys
 
 
@@ -48,21 +27,6 @@ def _check_common(task: Any) -> None:
     check_fields(task, "task.")
     check_rotary(task.width, task.head_dim)
     check_backend(task.attention, task.dtype)
-
-
-def _context(task: Any, steps: int, depth: int, project: bool = True) -> Context:
-    """The transformer over so many steps that the fields of a task describe."""
-    return Context(
-        steps=steps,
-        width=task.width,
-        depth=depth,
-        head_dim=task.head_dim,
-        dtype=task.dtype,
-        scan=task.scan,
-        remat=task.remat,
-        attention=task.attention,
-        project=project,
-    )
 
 
 @dataclass(frozen=True)
@@ -132,8 +96,8 @@ class TarFlowLM:
                 )
 
     @property
-    def depth(self) -> int:
-        """Flow layers that this stage has."""
+    def flow_layers(self) -> int:
+        """How many this stage has, with those of earlier ones."""
         return sum((self.groups or (1,) * len(self.layers))[: self.stage]) if self.stage else len(self.layers)
 
     @property
@@ -172,13 +136,13 @@ class TarFlowLM:
         """
         width, held = self.width, self._done
         total = 0.0 if self.is_tied(0) else self.length * self.vocab * self.dims * (2.0 if held else 6.0)
-        for l in range(self.depth):
-            layer, c = self.layers[l], self.channels
+        c = self.channels
+        for l, layer in enumerate(self.flow.layers):
             outputs = 2 if layer.coupling == "affine" else 3 * layer.components
             if layer.coupling == "mixd":
-                head = self.patch * self.components(l) * (width + self.dims)
+                head = self.patch * layer.components * (width + self.dims)
             elif layer.maf:
-                half, e = HIDDEN // 2, told_by(c)
+                half, e = model.HIDDEN // 2, model.told_by(c)
                 head = c * half * (width + outputs) + (c - 1) * e * (3 + c * half // 2)
             else:
                 head = c * width * outputs
@@ -186,27 +150,23 @@ class TarFlowLM:
             total += (weights + layer.depth * self.steps**2 * width) * (2.0 if f"layer{l}" in held else 6.0)
         return total
 
-    def is_reverse(self, l: int) -> bool:
-        """Whether layer l reads right to left."""
-        reverse = self.layers[l].reverse
-        return l % 2 == 1 if reverse is None else reverse
-
     def is_tied(self, l: int) -> bool:
         """Whether the components of layer l are the tokens' Gaussians."""
         return l == 0 and self.layers[0].coupling == "mixd" and self.layers[0].tied
-
-    def components(self, l: int) -> int:
-        """K of layer l."""
-        return self.vocab if self.is_tied(l) else self.layers[l].components
 
     @property
     def flow(self) -> Flow:
         """The layers of this stage."""
         layers = [
-            dataclasses.replace(layer, components=self.components(l), tied=self.is_tied(l), reverse=self.is_reverse(l))
-            for l, layer in enumerate(self.layers[: self.depth])
+            dataclasses.replace(
+                layer,
+                components=self.vocab if self.is_tied(l) else layer.components,
+                tied=self.is_tied(l),
+                reverse=l % 2 == 1 if layer.reverse is None else layer.reverse,
+            )
+            for l, layer in enumerate(self.layers[: self.flow_layers])
         ]
-        contexts = [_context(self, self.steps, layer.depth) for layer in layers]
+        contexts = [Context.of(self, depth=layer.depth, steps=self.steps, project=True) for layer in layers]
         return Flow(tuple(layers), tuple(contexts), self.dims, self.patch, self.mix, self.sigma)
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -215,17 +175,23 @@ class TarFlowLM:
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters; every layer but the first starts as the identity."""
-        flow, keys = self.flow, jax.random.split(rng, self.depth + 1)
+        flow, keys = self.flow, jax.random.split(rng, self.flow_layers + 1)
         codebook = {
             "means": jax.random.normal(keys[0], (self.vocab, self.dims)),
             "log_scales": jnp.full((self.vocab,), math.log(self.sigma)),
         }
-        return {"codebook": codebook, **{f"layer{l}": init_layer(flow, l, keys[l + 1]) for l in range(self.depth)}}
+        return {
+            "codebook": codebook,
+            **{f"layer{l}": model.init_layer(flow, l, keys[l + 1]) for l in range(self.flow_layers)},
+        }
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Minus the one-draw bound, nats per token."""
-        loss = -elbo(self.flow, params, batch["tokens"], self._normal(rng, len(batch["tokens"]))).mean() / self.length
-        means, log_sigma = codebook_of(params)
+        loss = (
+            -model.elbo(self.flow, params, batch["tokens"], self._normal(rng, len(batch["tokens"]))).mean()
+            / self.length
+        )
+        means, log_sigma = model.codebook_of(params)
         # the scale of vectors is free: one that runs away breaks the limits of log-scales
         scales = {"codebook_rms": jnp.sqrt(jnp.square(means).mean()), "sigma": jnp.exp(log_sigma.mean())}
         return loss, {"bits": loss / math.log(2), **scales}
@@ -233,7 +199,7 @@ class TarFlowLM:
     def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """An upper bound of -log p [B] of the whole text in nats, from one draw of its vectors."""
         tokens = batch["tokens"]
-        return -elbo(self.flow, params, tokens, self._normal(keys, len(tokens)))
+        return -model.elbo(self.flow, params, tokens, self._normal(keys, len(tokens)))
 
     def _normal(self, rng: jax.Array, n: int) -> jax.Array:
         """Standard normal numbers [n, T, d] of one key, or of n keys."""
@@ -266,44 +232,43 @@ class TarFlowLM:
             T, d] (section 4). Where layers were swept over `sweeps` and `unconverged` (`zoo.flows.inverse.Inverted`).
         """
         o = options or TarFlowLMSampling()
-        temperature, shrink, strength, top, method = o.temperature, o.shrink, o.strength, o.top, o.method
-        mixd = any(layer.coupling == "mixd" for layer in self.layers[: self.depth])
-        for name, value, plain in (("temperature", temperature, 1), ("top", top, None)):
+        mixd = any(layer.coupling == "mixd" for layer in self.layers[: self.flow_layers])
+        for name, value, plain in (("temperature", o.temperature, 1), ("top", o.top, None)):
             if not mixd and isinstance(value, (int, float)) and value != plain:
                 raise UserError(
                     f"{name}={value} chooses among the components of Mix-d layers, and this model has none; use shrink=, which "
                     "scales the noise of all layers"
                 )
         flow, keys, text = self.flow, sample_keys(rng, n), (conditions or {}).get("tokens")
-        shape, last = (self.steps, self.channels), self.depth - 1
+        shape, last = (self.steps, self.channels), self.flow_layers - 1
         u = constrain(jax.vmap(lambda key: jax.random.normal(key, shape))(keys), "batch")
-        plan = Jacobi.of(method).block(last, self.depth)
-        fresh = text is None and isinstance(shrink, (int, float)) and shrink == 1 and not swept(plan, self.steps)
+        plan, shrinks = (
+            Jacobi.of(o.method).block(last, last + 1),
+            not isinstance(o.shrink, (int, float)) or o.shrink != 1,
+        )
+        fresh = text is None and not shrinks and not swept(plan, self.steps)
         if fresh:
             picks = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), shape))(keys)
-            found = invert(
-                chain(flow, params, n, fresh=True, temperature=temperature, top=top),
-                jnp.concatenate([u, constrain(picks, "batch")], -1),
-                method,
-            )
-        else:
-            if text is not None:
-                # vectors as in training, so that their noise is N(0, I); their means where the text is to come back
-                eps = self._normal(jax.vmap(jax.random.fold_in, (0, None))(keys, 2), n)
-                states, _ = forward(flow, params, encode(params, text, jnp.where(strength > 0, eps, 0.0)))
-                u = jnp.sqrt(1 - jnp.square(strength)) * states[-1] + strength * u
-            found = inverse(flow, params, shrink * u, method=method, temperature=temperature, top=top)
+            u = jnp.concatenate([u, constrain(picks, "batch")], -1)
+        elif text is not None:
+            # vectors as in training, so that their noise is N(0, I); their means where the text is to come back
+            eps = self._normal(jax.vmap(jax.random.fold_in, (0, None))(keys, 2), n)
+            states, _ = model.forward(flow, params, model.encode(params, text, jnp.where(o.strength > 0, eps, 0.0)))
+            u = jnp.sqrt(1 - jnp.square(o.strength)) * states[-1] + o.strength * u
+        chain = model.chain(flow, params, n, fresh=fresh, temperature=o.temperature, top=o.top)
+        found = invert(chain, u if fresh else o.shrink * u, o.method)
         z = found.states[-1].reshape(n, self.length, self.dims)
-        drawn = {"tokens": decode(params, z), **found.report}
+        drawn = {"tokens": model.decode(params, z), **found.report}
         if not o.passes:
             return drawn
         states = found.states
         if fresh:  # the noise that the layer would have been inverted from
-            noise, _ = couple(flow, params, last, ordered(flow, last, states[1]), temperature=temperature)
+            before = model.order(flow, last, states[1])
+            noise, _ = model.couple(flow, params, last, before, temperature=o.temperature)
             assert noise is not None
-            states = [restored(flow, last, noise), *states[1:]]
+            states = [model.back(flow, last, noise), *states[1:]]
         latents = jnp.stack([h.reshape(n, self.length, self.dims) for h in states], 1)
-        texts = decode(params, latents.reshape(-1, self.length, self.dims)).reshape(n, -1, self.length)
+        texts = model.decode(params, latents.reshape(-1, self.length, self.dims)).reshape(n, -1, self.length)
         return {**drawn, "passes": texts, "latents": latents}
 
 
@@ -347,7 +312,7 @@ class DiscreteLM:
         return 6.0 * (self.length * weights + self.depth * self.length**2 * self.width)
 
     def _context(self) -> Context:
-        return _context(self, self.length, self.depth, project=False)
+        return Context.of(self, steps=self.length, project=False)
 
     def _head(self) -> IndependentHead:
         return IndependentHead(1, self.vocab, self.dtype, normal(0.02), zeros, "vocab")
@@ -415,7 +380,7 @@ class DiscreteLM:
 
         def solve(v: jax.Array, features: jax.Array) -> jax.Array:
             logits = apply(self._head(), mine["head"], features)[..., 0, :] / temperature
-            return pick(jax.nn.log_softmax(logits), v[..., 0])[..., None].astype(jnp.float32)
+            return model.pick(jax.nn.log_softmax(logits), v[..., 0])[..., None].astype(jnp.float32)
 
-        ids = sequential(Stepper(step, cache, jnp.zeros(1), solve=solve), constrain(picks, "batch"))
+        ids, _ = sequential(Stepper(step, cache, jnp.zeros(1), solve=solve), constrain(picks, "batch"))
         return {"tokens": ids[..., 0].astype(jnp.int32)}
