@@ -228,7 +228,7 @@ def _images(path: Path, found: Found, vocabulary: Any, tokens: int) -> None:
     if grey and colour:
         fewer = min(grey, colour, key=len)
         found.blame(
-            fewer, f"{'grey among colour' if fewer is grey else 'in colour among grey'} ones (--convert takes both)"
+            fewer, f"{'grey among colour' if fewer is grey else 'in colour among grey'} ones (convert=true takes both)"
         )
     found.blame([look.name for look in everything if look.flat], "of one colour alone")
     labels: dict[str, set[int]] = defaultdict(set)

@@ -94,7 +94,7 @@ def _count(lines: Sequence[str]) -> str:
 def shaped(task: Any, aspect: str | None, options: Any) -> tuple[Any, dict[str, Any]]:
     """Options of the sampler for an aspect ratio such as "16:9", and what to remember of it.
 
-    The area is that of the latents the task was trained on, as in the buckets of `zoo prepare --aspects`.
+    The area is that of the latents the task was trained on, as in the buckets of `zoo prepare latents aspects=true`.
     """
     if aspect is None:
         return options, {}

@@ -1,4 +1,4 @@
-"""`zoo prepare --text`: texts become one file of tokens per split, the vocabulary, and an `info.json`.
+"""`zoo prepare text`: texts become one file of tokens per split, the vocabulary, and an `info.json`.
 
 The text is read once from its beginning to its end and never held as a whole. What a killed run leaves is kept: a line
 of `progress.jsonl` says how far the files were on disk, and the same command goes on from there, to the same bytes.
