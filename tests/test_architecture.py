@@ -61,12 +61,9 @@ MAY = {
     "commands": {
         "cameras", "config", "dist", "data", "diffusion", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights",
         "metrics",
-        "train.optim", "train.report", "train.step",
+        "train.loop", "train.optim", "train.provenance", "train.report", "train.step",
     },
-    "cli": {
-        "config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "process", "train.loop",
-        "train.provenance",
-    },
+    "cli": {"commands", "process"},
     "": {"models", "process"},
 }  # fmt: skip
 FLAX = {"nn", "encoders", "flows", "papers", "dist", "train.step"}  # train.step: flax.struct only

@@ -16,8 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zoo import cli, config, dist
-from zoo.commands import compile as aot
-from zoo.commands import hlo
+from zoo.commands import aot, hlo
 from zoo.commands.chips import Chip, chip_of_topology
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import datetime
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 import tempfile
@@ -23,8 +25,9 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 import zoo
-from zoo import dist, weights
+from zoo import config, dist, hosts, weights
 from zoo.commands import clocks, flops
+from zoo.commands.arguments import allows, as_run, check_json, takes, write_json, writes_json
 from zoo.commands.bench_sampler import asked, conditions_of, inverses, open_weights, time_energy, time_sampler
 from zoo.commands.chips import chip_of, count_chips
 from zoo.commands.clocks import Figures, compare, in_turn, program_size, seconds_of, unit_of
@@ -41,6 +44,95 @@ WHAT = {"both": ("train", "sample"), "all": ("train", "sample", "data")}  # name
 PARTS = ("train", "sample", "data")
 _STEPS = 100  # steps timed one by one at most
 _AHEAD = 6  # batches that the pipeline may hold ready when nobody has taken one for a while
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    takes(parser, "CONFIG", fields="override fields")
+    parser.add_argument(
+        "--peer", default=None, metavar="FILE", help="a Python file with build(task), timed in turn with ours"
+    )
+    parser.add_argument(
+        "--against",
+        default=None,
+        metavar="CONFIG",
+        help="another config, whose step and sampler are timed in turn with ours, with as many examples",
+    )
+    parser.add_argument(
+        "--what",
+        choices=("train", "sample", "data", "energy", "both", "all"),
+        default="both",
+        help="both: train and sample, on synthetic data; data reads the run's own; energy: that of a task that has one, with and without "
+        "its score",
+    )
+    parser.add_argument(
+        "--samples",
+        default="16",
+        metavar="N[,N...]",
+        help="batch sizes of the sampler, which is timed with 1 as well",
+    )
+    parser.add_argument(
+        "--model",
+        default=None,
+        metavar="MODEL",
+        help="a run or export of a flow: time its sampler with these weights, by each way to invert a block",
+    )
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="FIELDS",
+        help="one more way beside sequential, jacobi and gs_jacobi, e.g. 'modules=0,1,1,8 tol=1e-3'; may be repeated",
+    )
+    parser.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        dest="options",
+        metavar="FIELDS",
+        help="options of the sampler, e.g. 'solver=heun nfe=35'; repeated, each set is timed in turn with the first",
+    )
+    allows(parser)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, in turn")
+    writes_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time the parts of a config."""
+    if hosts.expected():
+        raise UserError(
+            "zoo bench measures one process, but the environment names several (JAX_NUM_PROCESSES, Slurm or a TPU pod); run "
+            "it on one host, outside of the others"
+        )
+    run = config.load(args.config, args.fields)
+    run = as_run(run, args.config)
+    against = None if args.against is None else as_run(config.load(args.against), args.against)
+    check_json(args.json)
+    if not re.fullmatch(r"-?[0-9]+(,-?[0-9]+)*", args.samples):
+        raise UserError(f"--samples {args.samples} is no batch size and no list of them; write 16, or 16,64")
+    samples = tuple(map(int, args.samples.split(",")))
+    dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
+    names = ("what", "samples", "rounds", "peer", "against", "model")
+    flags = [f"--{k} {getattr(args, k)}" for k in names if getattr(args, k) is not None]
+    flags += [f"--method {shlex.quote(text)}" for text in args.method]
+    flags += [f"--with {shlex.quote(text)}" for text in args.options]
+    about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
+    result = bench(
+        run,
+        peer=args.peer,
+        against=against,
+        what=args.what,
+        samples=samples,
+        rounds=args.rounds,
+        model=args.model,
+        methods=args.method,
+        options=args.options,
+        allow=args.allow,
+        about=about,
+    )
+    print(result.table())
+    write_json(args.json, result.figures)
+    return 0
 
 
 @dataclass(frozen=True)
