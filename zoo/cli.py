@@ -13,7 +13,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 
 from zoo import process
 
@@ -73,11 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str], verb: str) -> int:
     try:
-        module = importlib.import_module(f"zoo.commands.{VERBS[verb][0]}") if verb in VERBS else None
-        if hasattr(module, "check_words"):  # spellings of versions before, which no parser knows
-            module.check_words(words[words.index(verb) + 1 :])
-        args = _parse(words, verb, module)
-        return int(module.run(args) or 0)
+        args = _parse(words, verb)
+        return int(args.run(args))
     except Exception as error:
         if words[:1] == ["--traceback"] or (code := process.explained(verb, error)) is None:
             raise
@@ -87,7 +83,7 @@ def _run(words: list[str], verb: str) -> int:
         return 130
 
 
-def _parse(words: list[str], verb: str, module: ModuleType | None) -> argparse.Namespace:
+def _parse(words: list[str], verb: str) -> argparse.Namespace:
     """Arguments with fields and flags in any order; argparse alone takes no field behind a flag."""
     parser = argparse.ArgumentParser(
         prog="zoo", description="Train, sample, evaluate and export the models of the zoo."
@@ -96,8 +92,12 @@ def _parse(words: list[str], verb: str, module: ModuleType | None) -> argparse.N
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for name, (_, text) in VERBS.items():
         sub = verbs.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == verb and module is not None:
+        if name == verb:
+            module = importlib.import_module(f"zoo.commands.{VERBS[verb][0]}")
+            if hasattr(module, "check_words"):  # spellings of versions before, which no parser knows
+                module.check_words(words[words.index(verb) + 1 :])
             module.add(sub)
+            sub.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(words)
     takes_fields = "fields" in vars(args)
     late = [word for word in rest if takes_fields and not word.startswith("-")]

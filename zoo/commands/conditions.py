@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from zoo.captions import ENCODER
 from zoo.data.images.captions import bucket
 from zoo.errors import UserError
 from zoo.files import reading, sha256, text_of
-from zoo.models import ENCODER
 from zoo.task import is_text
 
 _log = logging.getLogger("zoo")

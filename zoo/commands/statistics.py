@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from zoo import dist, models
 from zoo.data.arrays import open_npz
 from zoo.data.folders import SPLITS, existing, list_folder
-from zoo.data.images import SUFFIXES, Images, check_channels
+from zoo.data.images import SUFFIXES, Channels, Images, check_channels
 from zoo.data.images.sources import kind_of
 from zoo.data.records import is_prepared
 from zoo.errors import UserError
@@ -25,7 +25,7 @@ def prepare(
     *,
     size: int,
     features: str,
-    channels: int = 3,
+    channels: Channels = 3,
     convert: bool = False,
     flip: bool = False,
     test_fraction: float = 0.1,
