@@ -19,8 +19,9 @@ from zoo import models, weights
 from zoo.cli import main
 from zoo.commands import bench as module
 from zoo.commands import bench_sampler, clocks
-from zoo.commands.bench import Result, bench
+from zoo.commands.bench import bench
 from zoo.commands.chips import Chip
+from zoo.commands.tables import lines
 from zoo.data.images import Images
 from zoo.data.pipeline import Data, Source
 from zoo.data.synthetic import Synthetic
@@ -88,7 +89,7 @@ def _short_rounds_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_figures_hang_together(tmp_path: Path) -> None:
     result = bench(RUN, peer=peer(tmp_path), samples=2, rounds=2, about={"command": "zoo bench x"})
-    figures = json.loads(json.dumps(result.figures))
+    figures = json.loads(json.dumps(result))
     assert figures["command"] == "zoo bench x"
     assert set(figures["largest difference to the peer"]) == {"loss", "inverse"}
     assert max(figures["largest difference to the peer"].values()) < 1e-4
@@ -114,9 +115,7 @@ def test_figures_hang_together(tmp_path: Path) -> None:
     assert program["temporaries"] < planned <= 2 * program["arguments"] + program["temporaries"]
     assert figures["peak host memory MiB, with the peer"] > 50
     assert figures["peak device memory MiB, peer"] == 1
-    lines = result.table().splitlines()
-    assert len(lines) == len(figures)
-    assert "ours / peer" in result.table()
+    assert len(lines(result).splitlines()) == len(figures)
 
 
 def test_the_place_is_described() -> None:
@@ -139,7 +138,7 @@ def test_unsteady_rounds_are_named_and_steady_ones_not() -> None:
     clocks.compare(figures, "train", {"ours": [1.0, 1.1], "peer": [0.1, 4.0]}, 8)
     assert "train unsteady, ours" not in figures
     assert "factor of 40.0" in str(figures["train unsteady, peer"])
-    assert "do not quote" in Result(figures).table()
+    assert "do not quote" in lines(figures)
 
 
 # --- utilisation and memory -----------------------------------------------------------------------
@@ -197,7 +196,7 @@ def test_one_sample_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[int] = []
     measure = module.time_sampler
     monkeypatch.setattr(module, "time_sampler", lambda *given: (timed.append(given[3]), measure(*given))[1])
-    figures = bench(RUN, what="sample", samples=1, rounds=1).figures
+    figures = bench(RUN, what="sample", samples=1, rounds=1)
     assert timed == [1]
     assert [k for k in figures if k.endswith(" ms, ours")] == ["sample 1 ms, ours"]
     assert not any(k.startswith(("train", "data")) for k in figures)
@@ -232,7 +231,7 @@ def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypat
         rounds=2,
         model=name,
         methods=["modules=0,2  tol=1e-6", short, "sequential"],  # the last is ours
-    ).figures
+    )
     json.dumps(figures)
     assert figures["sampler weights"] == f"{name}, ema, step 5"
     methods = ("jacobi", "gs_jacobi", "modules=0,2 tol=1e-6", short)
@@ -293,7 +292,7 @@ EDM = Edm(image=4, channels=1, classes=3, network=UNet(width=8, multiples=(1,), 
 
 def test_options_are_timed_in_turn_with_the_first_of_them(tmp_path: Path) -> None:
     run, first, second = replace(RUN, task=EDM), "solver=tada nfe=4", "solver=heun nfe=9 guidance=1"
-    figures = bench(run, what="sample", samples=1, rounds=2, options=["solver=tada  nfe=4", second]).figures
+    figures = bench(run, what="sample", samples=1, rounds=2, options=["solver=tada  nfe=4", second])
     json.dumps(figures)
     assert [k for k in figures if k.startswith("sample 1 ms, ")] == [f"sample 1 ms, {k}" for k in (first, second)]
     for side, calls in ((first, 4), (second, 9)):
@@ -305,7 +304,7 @@ def test_options_are_timed_in_turn_with_the_first_of_them(tmp_path: Path) -> Non
     assert f"sample 1, {first} / {second}" not in figures
     assert not any("error" in key or "ours" in key for key in figures)
     # a flow's method among its options, with fresh weights and beside another config
-    flow = bench(RUN, what="sample", samples=1, rounds=1, options=["", "method.modules=2"], against=RUN).figures
+    flow = bench(RUN, what="sample", samples=1, rounds=1, options=["", "method.modules=2"], against=RUN)
     assert {"sample 1, method.modules=2 / defaults", "sample 1, defaults / against"} <= set(flow)
     assert not any("a call" in key for key in flow)
 
@@ -412,7 +411,7 @@ def test_the_pipeline_alone_and_feeding_the_step() -> None:
 
 
 def test_data_without_a_step_has_nothing_to_keep_up_with() -> None:
-    figures = bench(replace(RUN, data=Synthetic(values=3)), what="data", rounds=1).figures
+    figures = bench(replace(RUN, data=Synthetic(values=3)), what="data", rounds=1)
     assert "data images/s, devices" in figures
     assert not any("train" in k for k in figures)
     assert "parameters" not in figures  # no model was made for it
@@ -425,7 +424,7 @@ def test_data_that_cannot_be_read_is_a_line_and_the_rest_goes_on(
     monkeypatch.setattr(module, "compile_twice", lambda *_: (stepper(RUN).program, {"train compile s": 1.0}))
     monkeypatch.setattr(module, "time_step", lambda *_: {"train ms, ours": {}})
     monkeypatch.setattr(module, "time_sampler", lambda *_: {"sample 1 ms, ours": {}})
-    figures = bench(replace(RUN, data=data), what="all", rounds=1).figures
+    figures = bench(replace(RUN, data=data), what="all", rounds=1)
     assert str(figures["data"]).startswith("not measured: ")
     assert ("nowhere does not exist" in figures["data"]) or ("example 5 cannot be read" in figures["data"])
     assert {"train ms, ours", "sample 1 ms, ours", "peak host memory MiB"} <= set(figures)
@@ -448,7 +447,7 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_command_passes_on_sizes_model_methods_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(module, "bench", lambda run, **given: asked.update(given) or Result({"x": 1}))
+    monkeypatch.setattr(module, "bench", lambda run, **given: asked.update(given) or {"x": 1})
     command = "bench tarflow/digits:smoke --what sample --samples 16,64 --model m --method jacobi"
     extra = ["--method", "modules=2 tol=1e-3", "--with", "temperature=0.5 denoise=0", "--with", "guidance=1"]
     assert main([*command.split(), *extra]) == 0
@@ -507,7 +506,7 @@ def test_a_peer_that_differs_is_no_twin(tmp_path: Path, wrong: str, by: str) -> 
 
 def test_bf16_allows_what_float32_does_not(tmp_path: Path) -> None:
     run = replace(RUN, task=replace(TASK, dtype="bfloat16"))
-    assert "sample 2 ms, ours" in bench(run, peer=peer(tmp_path, "0.01"), what="sample", samples=2, rounds=1).figures
+    assert "sample 2 ms, ours" in bench(run, peer=peer(tmp_path, "0.01"), what="sample", samples=2, rounds=1)
 
 
 @pytest.mark.parametrize(
@@ -587,7 +586,7 @@ def test_another_config_must_have_what_is_timed() -> None:
 def test_an_energy_is_timed_with_its_score_and_alone() -> None:
     network = Edm(image=4, channels=1, network=Transformer(width=8, depth=1, head_dim=4, patch=2))
     run = replace(RUN, task=EnergyDistill(network, target="data"))
-    figures = bench(run, what="energy", samples=(2, 3), rounds=1).figures
+    figures = bench(run, what="energy", samples=(2, 3), rounds=1)
     for n in (2, 3):
         ratio = figures[f"energy {n} ms, with score"]["median"] / figures[f"energy {n} ms, alone"]["median"]
         assert figures[f"energy {n}, with score / alone"]["median"] == pytest.approx(ratio)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zoo import cli, config, dist
-from zoo.commands import aot, hlo
+from zoo.commands import aot, hlo, tables
 from zoo.commands.chips import Chip, chip_of_topology
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -372,7 +372,7 @@ def test_the_bound_is_the_longest_of_the_times(trained: tuple[aot.Compiled, hlo.
 
 def test_the_table_shows_every_figure(trained: tuple[aot.Compiled, hlo.Program]) -> None:
     found, _ = trained
-    lines = found.table().splitlines()
+    lines = tables.lines(found.figures).splitlines()
     assert [line.partition("  ")[0] for line in lines] == list(found.figures)
     assert len({len(line) - len(line[len(key) :].lstrip()) for line, key in zip(lines, found.figures)}) == 1
     assert next(line for line in lines if line.startswith("times s")).endswith(" s") is False

@@ -13,7 +13,7 @@ import pytest
 from jax import export as jax_export
 
 from zoo import cli, models, weights
-from zoo.commands import bench, clocks, listing, show
+from zoo.commands import bench, clocks, listing, tables
 from zoo.data.images import Digits
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -217,7 +217,7 @@ def test_bench_times_the_crops_of_a_task_that_has_some(task: Any, monkeypatch: p
     monkeypatch.setattr(bench, "time_crops", lambda run, step, rounds: {"crops of": (run, rounds)})
     monkeypatch.setattr(bench, "compile_step", lambda *_, **__: (lambda _: SimpleNamespace(params={}), None, None))
     run = Run(task, Synthetic(), steps=2, batch=8)
-    figures = bench.bench(run, what="train", rounds=3).figures
+    figures = bench.bench(run, what="train", rounds=3)
     assert figures.get("crops of") == ((run, 3) if task is TASK else None)
 
 
@@ -247,7 +247,7 @@ def test_inherited_fields_are_shown_with_their_comments() -> None:
         )
         # fmt: on
 
-    assert show._comments(Own) == {"one": "of the base", "two": "its own", "four": "in brackets"}
-    comments = show._comments(Part)
+    assert tables.comments(Own) == {"one": "of the base", "two": "its own", "four": "in brackets"}
+    comments = tables.comments(Part)
     assert comments["patch"].startswith("pixels or samples a side")  # of what the tasks share
     assert comments["pairs"].startswith("in a step")

@@ -155,17 +155,6 @@ class Compiled:
     figures: dict[str, Any]
     fits: bool
 
-    def table(self) -> str:
-        """Aligned lines, one per figure."""
-        width = max(map(len, self.figures))
-        return "\n".join(f"{k:<{width}}  {_text(v)}" for k, v in self.figures.items())
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_text(v)}" for k, v in value.items()) or "none"
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
 
 def _gib(count: float) -> float:
     return count / 2**30

@@ -32,6 +32,7 @@ from zoo.commands.bench_sampler import asked, conditions_of, inverses, open_weig
 from zoo.commands.chips import chip_of, count_chips
 from zoo.commands.clocks import Figures, compare, in_turn, program_size, seconds_of, unit_of
 from zoo.commands.peer import load_peer, parity
+from zoo.commands.tables import lines
 from zoo.data.pipeline import batches
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     flags += [f"--method {shlex.quote(text)}" for text in args.method]
     flags += [f"--with {shlex.quote(text)}" for text in args.options]
     about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
-    result = bench(
+    figures = bench(
         run,
         peer=args.peer,
         against=against,
@@ -130,27 +131,9 @@ def run(args: argparse.Namespace) -> int:
         allow=args.allow,
         about=about,
     )
-    print(result.table())
-    write_json(args.json, result.figures)
+    print(lines(figures))
+    write_json(args.json, figures)
     return 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was measured, as a dict of plain numbers."""
-
-    figures: Figures
-
-    def table(self) -> str:
-        """Aligned lines, one per figure."""
-        width = max(map(len, self.figures))
-        return "\n".join(f"{k:<{width}}  {_text(v)}" for k, v in self.figures.items())
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return "  ".join(f"{k} {_text(v)}" for k, v in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def bench(
@@ -166,7 +149,7 @@ def bench(
     options: Sequence[str] = (),
     allow: Sequence[str] = (),
     about: Mapping[str, Any] | None = None,
-) -> Result:
+) -> Figures:
     """Time the parts of a run. The step and the sampler get synthetic data; only the part `data` opens the run's own.
 
     Args:
@@ -203,14 +186,18 @@ def bench(
             f"--against: {theirs} models {other} and {ours} {mine}, so that times of one say nothing of the other; give "
             f"another config of {mine}"
         )
-    for flag, other in (("--peer", peer), ("--against", against)):
-        if not {"train", "sample"} & set(parts) and other:
-            raise UserError(f"{flag} has no part in --what {what}; leave it out")
     if "energy" in parts:
         check_needs(run.task, (Energetic,), "--what energy")
-    for flag, given in (("--model", model), ("--method", methods), ("--with", options)):
-        if given and "sample" not in parts:
-            raise UserError(f"{flag} has no part in --what {what}, which draws no samples; leave it out")
+    draws, both = {"sample"}, {"train", "sample"}
+    flags = {
+        "--peer": (peer, both),
+        "--against": (against, both),
+        "--model": (model, draws),
+        "--method": (methods, draws),
+    }
+    for flag, (given, of) in {**flags, "--with": (options, draws)}.items():
+        if given and not of & set(parts):
+            raise UserError(f"{flag} has no part in --what {what}; leave it out")
     opened = open_weights(run.task, model) if model else None
     if options and methods:
         raise UserError("--with and --method both say how samples are drawn; write --with 'method.modules=4' instead")
@@ -271,7 +258,7 @@ def bench(
                 if parts == ("data",):
                     raise
                 figures["data"] = f"not measured: {error}"
-    return Result(figures | peak_memory(step, twin))
+    return figures | peak_memory(step, twin)
 
 
 # --- where it runs --------------------------------------------------------------------------------

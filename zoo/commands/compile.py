@@ -7,6 +7,7 @@ import os
 import sys
 
 from zoo.commands.arguments import as_run, check_json, takes, write_json, writes_json
+from zoo.commands.tables import lines
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     check_json(args.json)
     to = aot.target(args.topology, args.slices)
     found = aot.compile_run(run, to, args.what, args.samples)
-    print(found.table())
+    print(lines(found.figures))
     write_json(args.json, found.figures | {"fits": found.fits})
     if found.fits:
         return 0

@@ -1,11 +1,12 @@
-"""Tables of fields, as `zoo show` and the help of `zoo prepare` print them."""
+"""Tables of fields, as `zoo show` and the help of `zoo prepare` print them, and of figures."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import inspect
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 Rows: TypeAlias = list[tuple[str, str, str, str]]  # field, value, type, comment
 
@@ -41,3 +42,15 @@ def table(rows: Rows, widest: int = 28) -> list[str]:
         "  ".join(text.ljust(w) for text, w in zip(row[:3], widths)).rstrip() + (f"  {row[3]}" if row[3] else "")
         for row in rows
     ]
+
+
+def lines(figures: Mapping[str, Any]) -> str:
+    """Aligned lines, one per figure."""
+    width = max(map(len, figures))
+    return "\n".join(f"{name:<{width}}  {_text(value)}" for name, value in figures.items())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items()) or "none"
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
