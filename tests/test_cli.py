@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import exported
 from mistakes import Payload, told
 from PIL import Image
 
@@ -46,12 +46,7 @@ LM = TarFlowLM(length=8, dims=2, layers=(Layer("mixd", depth=1, components=27),)
 
 def export_of(folder: Path, task: Any, /, **about: Any) -> Path:
     """An export of random weights; `about` overrides what its config says."""
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), weights.abstract(task))
-    params = {**params, "prior": {"var": jnp.ones_like(params["prior"]["var"])}} if "prior" in params else params
-    model = models.Model(task, params, "raw", 5, Synthetic(), ("cat", "dog"), folder)
-    weights.save(folder, params, {**models.export_config(model), **about}, "a card")
-    return folder
+    return exported(folder, task, None, Synthetic(), ("cat", "dog"), about=about)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import exported, noise
 from mistakes import told
 from unigram import Unigram, Windows
 
@@ -65,16 +66,6 @@ def peer(folder: Path, loss: str = "0.0", inverse: str = "0.0") -> str:
     path = folder / "peer.py"
     path.write_text(PEER.replace("WRONG_LOSS", loss).replace("WRONG_INVERSE", inverse))
     return str(path)
-
-
-def export_of(folder: Path, task: Any) -> str:
-    """An export of random weights."""
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), weights.abstract(task))
-    params |= {"prior": {"var": jnp.ones_like(params["prior"]["var"])}}
-    model = models.Model(task, params, "ema", 5, None, (), folder)
-    weights.save(folder, params, models.export_config(model), "a card")
-    return str(folder)
 
 
 def on_one_device(self: Mesh, devices: Any = None, *rest: Any, build: Any = Mesh.build, **more: Any) -> Any:
@@ -215,7 +206,7 @@ def test_several_batch_sizes_are_timed_in_order(monkeypatch: pytest.MonkeyPatch)
 
 def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = replace(TASK, image=8)
-    name, twin = export_of(tmp_path / "model", flow), Path(peer(tmp_path))
+    name, twin = str(exported(tmp_path / "model", flow, noise(flow, 0.2), kind="ema")), Path(peer(tmp_path))
     twin.write_text(
         twin.read_text().replace("def inverse", "def slow_inverse")
     )  # that of the peer is not compared here
@@ -345,7 +336,7 @@ def test_a_method_that_is_none(tmp_path: Path, method: str, says: str) -> None:
 
 
 def test_a_model_that_is_none(tmp_path: Path) -> None:
-    name = export_of(tmp_path / "model", replace(TASK, dtype="bfloat16", width=16, blocks=1))
+    name = str(exported(tmp_path / "model", replace(TASK, dtype="bfloat16", width=16, blocks=1)))
     names = ("about", "spec", "init", "loss", "Sampling", "sample")
     other = replace(RUN, task=SimpleNamespace(**{name: getattr(TASK, name) for name in names}))
     for run, fields, words in (

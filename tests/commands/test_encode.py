@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import exported, noise
 from PIL import Image
 
 from zoo import cli, models, weights
@@ -50,11 +51,8 @@ class Words:
         return ids, lost
 
 
-def export_of(folder, task, seed=0):
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), weights.abstract(task))
-    model = models.Model(task, params, "raw", 5, Synthetic(), (), folder)
-    weights.save(folder, params, models.export_config(model), "a card")
+def export_of(folder, task):
+    exported(folder, task, params := noise(task, 0.3), Synthetic())
     return params
 
 

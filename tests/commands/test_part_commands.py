@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import exported, noise
 from jax import export as jax_export
 
-from zoo import cli, models, weights
+from zoo import cli, weights
 from zoo.commands import bench, clocks, listing, tables
 from zoo.data.images import Digits
 from zoo.data.synthetic import Synthetic
@@ -26,26 +27,15 @@ TASK = Part(image=8, channels=1, patch=4, width=8, depth=2, head_dim=4, pairs=4,
 CLASSIFIER = PartClassifier(image=8, channels=1, patch=4, width=8, depth=1, head_dim=4)
 
 
-def params_of(task: Any) -> Any:
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), weights.abstract(task))
-
-
-def export_of(folder: Path, task: Any, params: Any, data: Any = Digits()) -> Path:
-    model = models.Model(task, params, "raw", 5, data, (), folder)
-    weights.save(folder, params, models.export_config(model), "a card")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def params() -> Any:
-    return params_of(TASK)
+    return noise(TASK, 0.3)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, params: Any) -> str:
     """An export of random weights."""
-    return str(export_of(tmp_path_factory.mktemp("part") / "model", TASK, params))
+    return str(exported(tmp_path_factory.mktemp("part") / "model", TASK, params, Digits()))
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +90,9 @@ def test_a_program_of_features_is_the_tasks_own(
 
 @pytest.mark.parametrize("task", [TASK, CLASSIFIER], ids=lambda task: type(task).__name__)
 def test_the_published_layout_and_back(tmp_path: Path, task: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    params = params_of(task)
+    params = noise(task, 0.3)
     file = tmp_path / "vit.safetensors"
-    name = str(export_of(tmp_path / "model", task, params))
+    name = str(exported(tmp_path / "model", task, params))
     assert cli.main(["export", name, str(file), "--format", "official"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [task.import_note()]
     state = weights.read_state_dict(file)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 import pytest
+from fresh import exported, noise
 from PIL import Image
 
 from zoo import cli, models, weights
@@ -28,14 +29,6 @@ def pictures(folder, count=12, size=8, seed=0):
     return folder
 
 
-def network(folder, seed):
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), weights.abstract(TASK))
-    model = models.Model(TASK, params, "raw", 1, None, (), folder)
-    weights.save(folder, params, models.export_config(model), "a card")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder of images, a prepared set and an .npz file of others, two networks with features."""
@@ -46,8 +39,8 @@ def root(tmp_path_factory):
         assert cli.main(["prepare", "images", "folder", "set"]) == 0
     images = np.random.default_rng(1).integers(0, 256, (9, 8, 8, 3), np.uint8)
     np.savez(root / "arrays.npz", train_images=images, train_labels=np.zeros(9, int), test_images=images)
-    network(root / "net", 0)
-    network(root / "other", 1)
+    exported(root / "net", TASK)
+    exported(root / "other", TASK, noise(TASK, seed=1))
     return root
 
 
@@ -111,8 +104,7 @@ def test_a_run_on_the_same_set_takes_them(root, tmp_path, capsys):
     made(capsys, "set", tmp_path / "s.npz", "pixels", "flip=true")
     params = weights.load(root / "net")[0]
     data = Images("set", 8, flip=True)
-    model = models.Model(TASK, params, "raw", 1, data, (), tmp_path / "run")
-    weights.save(tmp_path / "run", params, models.export_config(model), "a card")
+    exported(tmp_path / "run", TASK, params, data)
     shutil.copytree(root / "set", tmp_path / "moved")
     fields = ["features=pixels", f"reference={tmp_path}/s.npz", "samples=4", "batch=4"]
     assert cli.main(["eval", str(tmp_path / "run"), "frechet", *fields, f"data.path={tmp_path}/moved"]) == 0
