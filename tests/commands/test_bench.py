@@ -1,7 +1,6 @@
 """`zoo bench`: figures that hang together, a peer that must be a twin, and sentences for mistakes."""
 
 import json
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,6 @@ from zoo.commands.chips import Chip
 from zoo.commands.tables import lines
 from zoo.data.images import Images
 from zoo.data.pipeline import Data, Source
-from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.errors import UserError
 from zoo.papers.edm import Edm, Transformer, UNet
@@ -109,21 +107,6 @@ def test_figures_hang_together(tmp_path: Path) -> None:
     assert len(lines(result).splitlines()) == len(figures)
 
 
-def test_the_place_is_described() -> None:
-    run = replace(RUN, accumulate=2, task=replace(TASK, remat="dots"))
-    mesh = run.mesh.build()
-    place = json.loads(json.dumps(module.environment(run, mesh)))
-    assert place["device"] == "cpu x 1"
-    assert "chips" not in place
-    assert place["processes"] == 1
-    assert place["date"].endswith("+00:00")
-    assert place["python"] == sys.version.split()[0]
-    assert place["jax"] == jax.__version__
-    assert (place["batch"], place["accumulate"], place["dtype"], place["remat"]) == (8, 2, "float32", "dots")
-    assert place["mesh"]["data"] == 1
-    assert all(place[k] for k in ("cpu", "cores", "zoo", "jaxlib"))
-
-
 def test_unsteady_rounds_are_named_and_steady_ones_not() -> None:
     figures: dict[str, object] = {}
     clocks.compare(figures, "train", {"ours": [1.0, 1.1], "peer": [0.1, 4.0]}, 8)
@@ -195,13 +178,6 @@ def test_one_sample_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--model" in figures["sampler weights"]
     assert not any("jacobi" in k for k in figures)
     assert min(figures["sample 1 program MiB, ours"].values()) > 0
-
-
-def test_several_batch_sizes_are_timed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[int] = []
-    monkeypatch.setattr(module, "time_sampler", lambda *given: timed.append(given[3]) or {})
-    bench(RUN, what="sample", samples=(16, 4, 16), rounds=1)
-    assert timed == [1, 4, 16]
 
 
 def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +311,7 @@ def test_a_method_that_is_none(tmp_path: Path, method: str, says: str) -> None:
         module.inverses(TASK, model, [method])
 
 
-def test_a_model_that_is_none(tmp_path: Path) -> None:
+def test_a_model_that_is_none_and_nothing_to_time(tmp_path: Path) -> None:
     name = str(exported(tmp_path / "model", replace(TASK, dtype="bfloat16", width=16, blocks=1)))
     names = ("about", "spec", "init", "loss", "Sampling", "sample")
     other = replace(RUN, task=SimpleNamespace(**{name: getattr(TASK, name) for name in names}))
@@ -346,6 +322,9 @@ def test_a_model_that_is_none(tmp_path: Path) -> None:
         (RUN, {"what": "data", "methods": ["jacobi"]}, "--method --what data"),
         (RUN, {"what": "sample", "methods": ["jacobi"]}, "--method --model"),
         (other, {"what": "sample", "model": name}, "flow SimpleNamespace"),
+        (RUN, {"rounds": 0}, "--rounds 0"),
+        (RUN, {"samples": (16, 0)}, "--samples 0"),
+        (RUN, {"peer": "peer.py", "what": "data"}, "--peer --what data"),
     ):
         with told(*words.split()):
             bench(run, **fields)
@@ -399,13 +378,6 @@ def test_the_pipeline_alone_and_feeding_the_step() -> None:
     np.testing.assert_array_equal(taken, [next(feed)["image"][:, 0, 0, 0] for _ in taken])
     feed.close()
     assert len(taken) == module._AHEAD + 2 * 2
-
-
-def test_data_without_a_step_has_nothing_to_keep_up_with() -> None:
-    figures = bench(replace(RUN, data=Synthetic(values=3)), what="data", rounds=1)
-    assert "data images/s, devices" in figures
-    assert not any("train" in k for k in figures)
-    assert "parameters" not in figures  # no model was made for it
 
 
 @pytest.mark.parametrize("data", [Images("nowhere", size=4), Counted(broken=5)], ids=["missing", "broken"])
@@ -515,18 +487,6 @@ def test_a_peer_file_that_is_none(tmp_path: Path, text: str | None, says: str) -
         path.write_text(text)
     with told("bad.py", says):
         bench(RUN, peer=str(path))
-
-
-def test_nothing_to_time(tmp_path: Path) -> None:
-    mute = replace(RUN, task=SimpleNamespace(about=TASK.about, spec=TASK.spec, init=TASK.init, loss=TASK.loss))
-    for run, fields, words in (
-        (RUN, {"rounds": 0}, "--rounds 0"),
-        (RUN, {"samples": (16, 0)}, "--samples 0"),
-        (RUN, {"peer": peer(tmp_path), "what": "data"}, "--peer --what data"),
-        (mute, {}, "--what train"),
-    ):
-        with told(*words.split()):
-            bench(run, **fields)
 
 
 # --- another config -------------------------------------------------------------------------------

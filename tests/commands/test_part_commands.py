@@ -14,7 +14,7 @@ from fresh import exported, noise
 from jax import export as jax_export
 
 from zoo import cli, weights
-from zoo.commands import bench, clocks, listing, tables
+from zoo.commands import bench, clocks, tables
 from zoo.data.images import Digits
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -100,14 +100,6 @@ def test_the_published_layout_and_back(tmp_path: Path, task: Any, capsys: pytest
     head = {"head": params["head"]} if "head" in params else {}  # no part of that layout
     back = {**weights.from_official(task, state, head), **head}
     jax.tree.map(np.testing.assert_array_equal, back, params)
-
-
-def test_the_card_names_the_paper_of_a_package(tmp_path: Path, model: str) -> None:
-    assert cli.main(["export", model, str(tmp_path / "out")]) == 0
-    card = (tmp_path / "out" / "README.md").read_text()
-    title = "PART: Self-supervised learning of the relative composition of images (arXiv:2506.03682)"
-    assert f"| Paper | {title} |" in card
-    assert title in [paper["title"] for paper in listing.papers()]
 
 
 # --- files of features ----------------------------------------------------------------------------
@@ -212,13 +204,6 @@ def test_bench_times_the_crops_of_a_task_that_has_some(task: Any, monkeypatch: p
 
 
 # --- what is listed -------------------------------------------------------------------------------
-
-
-def test_a_package_lists_its_tasks_and_not_what_they_share() -> None:
-    (paper,) = [paper for paper in listing.papers() if paper["module"] == "part"]
-    assert set(paper["tasks"]) == {"Part", "AbsolutePosition", "MaskedAutoencoder", "PartClassifier"}
-    assert {"features", "feature_map", "crops"} <= set(paper["tasks"]["Part"])
-    assert "crops" not in paper["tasks"]["PartClassifier"]
 
 
 def test_inherited_fields_are_shown_with_their_comments() -> None:
