@@ -30,7 +30,7 @@ from zoo.commands import clocks, flops
 from zoo.commands.arguments import allows, as_run, check_json, takes, write_json, writes_json
 from zoo.commands.bench_sampler import asked, conditions_of, inverses, open_weights, time_energy, time_sampler
 from zoo.commands.chips import chip_of, count_chips
-from zoo.commands.clocks import Figures, compare, in_turn, program_size, seconds_of, unit_of
+from zoo.commands.clocks import Figures, compare, in_turn, program_size, seconds_of, unit_of, waited
 from zoo.commands.peer import load_peer, parity
 from zoo.commands.tables import lines
 from zoo.data.pipeline import batches
@@ -427,13 +427,7 @@ class _Rival:
         mesh, params = dist.spread(self.state.params, n) if spread else (self.mesh, self.state.params)
         with dist.use(mesh, self.run.rules):
             program = jax.jit(make_sampler(task, n, {})).lower(params, jax.random.key(0), given).compile()
-
-        def repeat(count: int) -> None:
-            with dist.use(mesh, self.run.rules):
-                for k in range(count):
-                    jax.block_until_ready(program(params, jax.random.key(k), given))
-
-        return repeat
+        return waited(lambda k: program(params, jax.random.key(k), given))
 
 
 def _rival(against: Run, run: Run, mesh: jax.sharding.Mesh) -> _Rival:
@@ -488,14 +482,9 @@ def time_step(
 def time_crops(run: Run, step: _Stepper, rounds: int) -> Figures:
     """What a step cuts out of its batch before its network, alone (`task.crops`), and how many times faster than the step."""
     crops = jax.jit(run.task.crops).lower(step.placed, jax.random.key(0)).compile()
-
-    def cut(count: int) -> None:
-        for k in range(count):
-            jax.block_until_ready(crops(step.placed, jax.random.key(k)))
-
     figures: Figures = {}
     unit = unit_of(run.task)
-    found = in_turn({"ours": cut}, rounds)
+    found = in_turn({"ours": waited(lambda k: crops(step.placed, jax.random.key(k)))}, rounds)
     compare(figures, "sampler and crops", found, run.batch, unit)
     assert step.median is not None
     figures[f"sampler and crops / train {unit}/s"] = step.median / statistics.median(found["ours"])
