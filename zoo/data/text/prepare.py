@@ -107,7 +107,7 @@ def _prepare(
     symbols = ""
     if tokenizer == "chars" and not (symbols := symbols_of(every)):
         raise UserError(f"{origin} is empty; give a text")
-    vocabulary = vocabularies.named(tokenizer, symbols, "tokenizer=")
+    vocabulary = vocabularies.named(tokenizer, symbols)
     root = origin if origin.is_dir() else origin.parent
     names = [os.path.relpath(file, root) for file in every]
     settings = TokenSettings(
