@@ -47,7 +47,7 @@ MAY = {
     "train.tracking": set(),
     "train.checkpoint": {"hosts", "paths", "weights", "train.step"},
     "run": {"dist", "data", "train.averages", "train.optim"},
-    "captions": {"data", "encoders", "paths"},
+    "captions": {"data", "encoders", "paths", "train.report"},
     "models": {
         "captions", "config", "dist", "data", "draws", "paths", "run", "weights",
         "train.averages", "train.optim", "train.step", "train.checkpoint", "train.report",

@@ -1,4 +1,4 @@
-"""Captions as numbers: by the vocabulary or the tokeniser that lies with a model, and as its sampler takes them."""
+"""What samples are conditioned on, as numbers: classes, and captions by the vocabulary or the tokeniser that lies with a model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from zoo.data.text.vocabulary import Vocabulary, open_vocabulary
 from zoo.encoders import tokenizer
 from zoo.errors import UserError
 from zoo.paths import Folder
+from zoo.train.report import class_name
 
 _log = logging.getLogger("zoo")
 ENCODER = (
@@ -57,16 +58,30 @@ def encoder(
 
 
 def conditions(
-    task: Any,
-    places: Sequence[Folder],
-    data: Any,
+    model: Any,
+    labels: np.ndarray | None,
     texts: Sequence[str] | None,
     n: int,
     options: Any,
-    aspect: str | None,
-    file: str | None,
+    aspect: str | None = None,
+    file: str | None = None,
 ) -> tuple[dict[str, np.ndarray] | None, list[str] | None, dict[str, str]]:
-    """What `zoo.models.Model.conditions` gives where there are no classes; `places` and `data` as of `encoder`."""
+    """Arrays that lead with n for the sampler of a model's task, n words for people, and what to remember of the tokeniser.
+
+    Sample i has caption i modulo their number.
+
+    Args:
+        model: a `zoo.models.Model`.
+        labels: class numbers [n] of a task with classes.
+        texts: captions; None: drawn without any.
+        options: of the sampler, whose `grid` tells the aspect ratio where `aspect` does not.
+        file: of the tokeniser; None: the one that belongs to the model.
+    """
+    task = model.task
+    if labels is not None:
+        # where none has a class, the sampler must know: guidance would compare a pass with itself
+        given = {"label": labels} if (labels >= 0).any() else None
+        return given, [class_name(model.labels, i) for i in labels], {}
     if "text" in task.about.conditions:
         raise UserError(
             "this model was trained on stored features of captions (task.captions='features'), and what stands for no "
@@ -80,5 +95,5 @@ def conditions(
         if around is None:
             return None, None, {}
     words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
-    encode, about = encoder(task, places, data, file)
+    encode, about = encoder(task, model.homes, model.data, file)
     return as_tokens(task, encode, texts, n, around), words, about

@@ -162,7 +162,7 @@ class Model:
             words = None if label is None else np.atleast_1d(np.asarray(label, object)).tolist()
             labels = label_numbers(words, about.classes, self.labels, n)
             texts = [prompt] if isinstance(prompt, str) else prompt or None
-            conditions, _, _ = self.conditions(labels, texts, n, chosen)
+            conditions, _, _ = captions.conditions(self, labels, texts, n, chosen)
         size, parts = min(n, _BATCH), []
 
         def sampler(params: Params, rng: jax.Array, given: Any) -> Any:
@@ -229,31 +229,6 @@ class Model:
                 wide = ", ".join(map(str, ("N" if n is None else n, *wanted[1:])))
                 raise UserError(f"{what}: {key} {given}; give an array of the shape [{wide}]")
         return n or 0
-
-    def conditions(
-        self,
-        labels: np.ndarray | None,
-        texts: Sequence[str] | None,
-        n: int,
-        options: Any,
-        aspect: str | None = None,
-        file: str | None = None,
-    ) -> tuple[dict[str, np.ndarray] | None, list[str] | None, dict[str, str]]:
-        """Arrays that lead with n for the task's sampler, n words for people, and what to remember of the tokeniser.
-
-        Sample i has caption i modulo their number.
-
-        Args:
-            labels: class numbers [n] of a task with classes.
-            texts: captions; None: drawn without any.
-            options: of the sampler, whose `grid` tells the aspect ratio where `aspect` does not.
-            file: of the tokeniser; None: the one that belongs to the model.
-        """
-        if labels is not None:
-            # where none has a class, the sampler must know: guidance would compare a pass with itself
-            given = {"label": labels} if (labels >= 0).any() else None
-            return given, [class_name(self.labels, i) for i in labels], {}
-        return captions.conditions(self.task, self.homes, self.data, texts, n, options, aspect, file)
 
 
 def read_config(folder: Folder) -> dict[str, Any]:

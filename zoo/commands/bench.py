@@ -42,7 +42,6 @@ from zoo.train import optim
 from zoo.train.step import compile_step, make_sampler
 
 WHAT = {"both": ("train", "sample"), "all": ("train", "sample", "data")}  # names of several parts at once
-PARTS = ("train", "sample", "data")
 _STEPS = 100  # steps timed one by one at most
 _AHEAD = 6  # batches that the pipeline may hold ready when nobody has taken one for a while
 

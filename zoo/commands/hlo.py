@@ -41,14 +41,13 @@ class Shape:
 
     size: float  # bytes
     local: bool  # lies in on-chip memory: reading it costs no memory bandwidth
-    dims: tuple[int, ...]
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
     found = []
     for dtype, dims, layout in _SHAPE.findall(text):
-        sizes = tuple(int(re.sub(r"\D", "", d)) for d in dims.split(",") if d)
-        found.append(Shape(_item_bytes(dtype) * math.prod(sizes), bool(re.search(r"S\([1-9]", layout)), sizes))
+        count = math.prod(int(re.sub(r"\D", "", d)) for d in dims.split(",") if d)
+        found.append(Shape(_item_bytes(dtype) * count, bool(re.search(r"S\([1-9]", layout))))
     return tuple(found)
 
 

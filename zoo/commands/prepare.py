@@ -16,17 +16,23 @@ from zoo.fields import Below1, Count, NotEmpty, Side, check_fields, kinds, requi
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pictures:
-    """What is said of images wherever they are read one by one."""
+class _Kind:
+    """What is said of all that is made."""
 
-    convert: bool = False  # turn grey images to colour or colour ones to grey as needed
     test_fraction: Below1 = 0.1  # held out where the source has no test part
-    image_column: str | None = None  # of parquet files, where their names do not tell
-    caption_column: str | None = None  # of parquet files; empty: no captions
-    allow_unreadable: bool = False  # exit 0 although some files could not be read
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pictures(_Kind):
+    """What is said of images wherever they are read one by one."""
+
+    convert: bool = False  # turn grey images to colour or colour ones to grey as needed
+    image_column: str | None = None  # of parquet files, where their names do not tell
+    caption_column: str | None = None  # of parquet files; empty: no captions
+    allow_unreadable: bool = False  # exit 0 although some files could not be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +81,12 @@ class Latents(_Pictures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class Text(_Kind):
     """Texts become tokens, and their vocabulary."""
 
     tokenizer: NotEmpty  # text8, chars, bytes or the file of a tokenizer (tokenizer.json, or sentencepiece's .model)
     valid_fraction: Below1 = 0.05  # before the test part, where the source has no such parts
     test_fraction: Below1 = 0.05  # likewise, at the end
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def make(self, source: str, dest: str, args: argparse.Namespace) -> Any:
         """Write the set."""
@@ -93,7 +96,7 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistics:
+class Statistics(_Kind):
     """Frechet statistics of the training images become DEST, an .npz file."""
 
     size: Side  # pixels a side of the images that the model makes
@@ -101,11 +104,7 @@ class Statistics:
     channels: Literal[1, 3] = 3
     convert: bool = False  # turn grey images to colour or colour ones to grey as needed
     flip: bool = False  # mirror a random half of the images
-    test_fraction: Below1 = 0.1  # held out where the source has no test part
     batch: Count = 64  # images measured at a time
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def make(self, source: str, dest: str, args: argparse.Namespace) -> Any:
         """Write the file."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zoo import config, dist, models, paths
+from zoo.captions import conditions as conditions_of
 from zoo.commands import conditions, known, strategy, text
 from zoo.commands.arguments import of_config, opens, takes, width
 from zoo.commands.draw import Form, Images, draw
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             _no_strength(args.fields, "here holes say which tokens are; give all of a text")
         form = text.Texts(model.vocabulary, captions)
     else:
-        given, captions, tokeniser = model.conditions(labels, texts, n, options, aspect, args.tokenizer)
+        given, captions, tokeniser = conditions_of(model, labels, texts, n, options, aspect, args.tokenizer)
         form = Images(captions)
         if not about.conditions:
             asked = {"label": None if labels is None else label or "balanced"}
