@@ -1,6 +1,7 @@
-"""Fresh and random parameters for tests, without a program of their own to compile."""
+"""Fresh and random parameters for tests, without a program of their own to compile, and exports of such."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from zoo import dist, weights
+from zoo import dist, models, weights
 
 
 def drawn(init: Callable[[Any], Any], seed: Any) -> Any:
@@ -54,3 +55,20 @@ def randomised(task: Any, out: Any = 0.05, seed: int = 0) -> Any:
         return jnp.asarray(value, x.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, weights.abstract(task))
+
+
+def noise(task: Any, scale: float = 0.1, seed: int = 0) -> Any:
+    """Parameters whose every number matters: normal ones, and variances of one in the prior of a flow."""
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, scale, x.shape), x.dtype), weights.abstract(task))
+    return {**params, "prior": {"var": jnp.ones_like(params["prior"]["var"])}} if "prior" in params else params
+
+
+def exported(
+    folder: Path, task: Any, params: Any = None, data: Any = None, labels: Any = (), kind: str = "raw", about: Any = ()
+) -> Path:
+    """An export of step 5, of random parameters where none are given; `about` overrides what its config says."""
+    params = noise(task) if params is None else params
+    model = models.Model(task, params, kind, 5, data, labels, folder)
+    weights.save(folder, params, {**models.export_config(model), **dict(about)}, "a card")
+    return folder

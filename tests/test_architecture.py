@@ -47,8 +47,9 @@ MAY = {
     "train.tracking": set(),
     "train.checkpoint": {"hosts", "paths", "weights", "train.step"},
     "run": {"dist", "data", "train.averages", "train.optim"},
+    "captions": {"data", "encoders", "paths", "train.report"},
     "models": {
-        "config", "dist", "data", "draws", "encoders", "paths", "run", "weights",
+        "captions", "config", "dist", "data", "draws", "paths", "run", "weights",
         "train.averages", "train.optim", "train.step", "train.checkpoint", "train.report",
     },
     "derived": {"config", "data", "dist", "models", "paths", "weights"},
@@ -59,14 +60,12 @@ MAY = {
         "train.provenance",
     },
     "commands": {
-        "cameras", "config", "dist", "data", "diffusion", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights",
+        "cameras", "captions",
+        "config", "dist", "data", "diffusion", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights",
         "metrics",
-        "train.optim", "train.report", "train.step",
+        "train.loop", "train.optim", "train.provenance", "train.report", "train.step",
     },
-    "cli": {
-        "config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "process", "train.loop",
-        "train.provenance",
-    },
+    "cli": {"commands", "process"},
     "": {"models", "process"},
 }  # fmt: skip
 FLAX = {"nn", "encoders", "flows", "papers", "dist", "train.step"}  # train.step: flax.struct only
@@ -92,6 +91,7 @@ def modules() -> dict[str, ast.Module]:
     return found
 
 
+@functools.cache
 def imports(tree: ast.Module) -> set[str]:
     names = set()
     for node in ast.walk(tree):

@@ -22,6 +22,8 @@ import pytest
 import yaml
 from machines import GCLOUD, KUBECTL, NVIDIA, ROOT, SBATCH, SCANCEL, SRUN, Machine
 
+from zoo.commands import train as train_command
+
 LAUNCHERS = ("gpu.sh", "slurm.sh", "tpu_pod.sh", "gke.sh")
 TPU = ("tpu_pod.sh", "tarflow/digits", "--tpu=t", "--zone=z")
 POD = ("tpu_pod.sh", "--tpu=my-tpu", "--zone", "us-east5-b", "--bucket", "gs://bucket/")
@@ -122,10 +124,9 @@ def test_a_mistake_is_one_line_that_names_it_and_starts_nothing(words: tuple[str
 
 
 def test_the_flags_of_train_pass() -> None:
-    from zoo.cli import _parser
-
-    verbs = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
-    flags = {f for a in verbs.choices["train"]._actions for f in a.option_strings} - {"-h", "--help"}
+    parser = argparse.ArgumentParser(add_help=False)
+    train_command.add(parser)
+    flags = {f for action in parser._actions for f in action.option_strings}
     lines = re.findall(r'^train_(?:flags|valued)="(.*)"', (ROOT / "launch/lib.sh").read_text(), re.MULTILINE)
     assert {flag for line in lines for flag in line.split()} == flags
 

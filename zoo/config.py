@@ -114,6 +114,22 @@ def override(config: Any, assignments: Iterable[str], options: type | None = Non
         options: the class of what fields of the type `Options` hold, the sampler's options; None: that of `config.task`.
         allow: packages besides zoo whose classes may be named.
     """
+    tree = _tree(assignments)
+    if options is None and _is_config(config) and any(f.name == "task" for f in dataclasses.fields(config)):
+        options = sampling(config.task)
+    known = _around.set((options, allow))
+    try:
+        return _replace(config, tree, "")
+    finally:
+        _around.reset(known)
+
+
+def make(cls: type, assignments: Iterable[str]) -> Any:
+    """An object of a frozen dataclass by `field=value`, as `override` has them; UserError where one without a default is missing."""
+    return _made(cls, _tree(assignments), "", cls.__name__)
+
+
+def _tree(assignments: Iterable[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for text in assignments:
         key, equals, value = text.partition("=")
@@ -125,13 +141,7 @@ def override(config: Any, assignments: Iterable[str], options: type | None = Non
         if _WHOLE in node:
             raise UserError(f"{key} is set twice; keep one of them")
         node[_WHOLE] = value
-    if options is None and _is_config(config) and any(f.name == "task" for f in dataclasses.fields(config)):
-        options = sampling(config.task)
-    known = _around.set((options, allow))
-    try:
-        return _replace(config, tree, "")
-    finally:
-        _around.reset(known)
+    return tree
 
 
 _WHOLE = ""  # in a tree of changes, the key of what an object is set to as a whole
@@ -218,10 +228,15 @@ def _chosen(text: str, base: type[Named], name: str, parts: Mapping[str, Any]) -
     cls = known.get(text) or _resolve(text, _around.get()[1], name)
     if not issubclass(cls, base):
         raise UserError(f"{name}={text} is no {base.__name__}; name one of {', '.join(known)}, or a class below it")
+    return _made(cls, parts, f"{name}.", name)
+
+
+def _made(cls: type, parts: Mapping[str, Any], prefix: str, where: str) -> Any:
+    """An object of a class with these fields, of which those without a default make it and the others change it."""
     given = {k: v for k, v in parts.items() if k in required(cls)}
-    made = _built(cls, {k: _change(None, kinds(cls)[k], v, f"{name}.{k}") for k, v in given.items()}, name)
+    made = _built(cls, {k: _change(None, kinds(cls)[k], v, f"{prefix}{k}") for k, v in given.items()}, where)
     rest = {k: v for k, v in parts.items() if k not in given}
-    return _replace(made, rest, f"{name}.") if rest else made
+    return _replace(made, rest, prefix) if rest else made
 
 
 def _either(kind: Any) -> list[Any]:

@@ -17,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from zoo import config, dist, paths, weights
-from zoo.data.images.captions import as_tokens, framed, lettered
+from zoo import captions, config, dist, paths, weights
 from zoo.data.text.tokens import check_ids
-from zoo.data.text.vocabulary import Vocabulary, open_vocabulary
+from zoo.data.text.vocabulary import Vocabulary
 from zoo.draws import Use, finite, keys, label_numbers
-from zoo.encoders import tokenizer
 from zoo.errors import UserError, suggest
 from zoo.fields import Count, Seed, fits, sentence
 from zoo.paths import Folder, shipped
@@ -49,10 +47,6 @@ from zoo.train.step import abstract_state
 
 _log = logging.getLogger("zoo")
 _BATCH = 64  # samples drawn at a time
-ENCODER = (
-    "give it a text encoder: `zoo export MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.text=ENCODER` "
-    "with a config whose task has text and captions='tokens'"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +101,7 @@ class Model:
     @property
     def vocabulary(self) -> Vocabulary | None:
         """The one in its folder, or in that of its weights, else that of its data; None, and a note, where none is."""
-        found, why = _vocabulary(self.homes, self.data)
+        found, why = captions.vocabulary(self.homes, self.data)
         if found is None:
             _log.info("%s has no vocabulary.json%s: tokens are told by their numbers", self.folder, why)
         return found
@@ -168,7 +162,7 @@ class Model:
             words = None if label is None else np.atleast_1d(np.asarray(label, object)).tolist()
             labels = label_numbers(words, about.classes, self.labels, n)
             texts = [prompt] if isinstance(prompt, str) else prompt or None
-            conditions, _, _ = self.conditions(labels, texts, n, chosen)
+            conditions, _, _ = captions.conditions(self, labels, texts, n, chosen)
         size, parts = min(n, _BATCH), []
 
         def sampler(params: Params, rng: jax.Array, given: Any) -> Any:
@@ -235,80 +229,6 @@ class Model:
                 wide = ", ".join(map(str, ("N" if n is None else n, *wanted[1:])))
                 raise UserError(f"{what}: {key} {given}; give an array of the shape [{wide}]")
         return n or 0
-
-    def conditions(
-        self,
-        labels: np.ndarray | None,
-        texts: Sequence[str] | None,
-        n: int,
-        options: Any,
-        aspect: str | None = None,
-        file: str | None = None,
-    ) -> tuple[dict[str, np.ndarray] | None, list[str] | None, dict[str, str]]:
-        """Arrays that lead with n for the task's sampler, n words for people, and what to remember of the tokeniser.
-
-        Sample i has caption i modulo their number.
-
-        Args:
-            labels: class numbers [n] of a task with classes.
-            texts: captions; None: drawn without any.
-            options: of the sampler, whose `grid` tells the aspect ratio where `aspect` does not.
-            file: of the tokeniser; None: the one that belongs to the model.
-        """
-        task = self.task
-        if labels is not None:
-            # where none has a class, the sampler must know: guidance would compare a pass with itself
-            given = {"label": labels} if (labels >= 0).any() else None
-            return given, [class_name(self.labels, i) for i in labels], {}
-        wanted = task.about.conditions
-        if "text" in wanted:
-            raise UserError(
-                "this model was trained on stored features of captions (task.captions='features'), and what stands for no "
-                f"caption is not stored with it; {ENCODER}"
-            )
-        if "tokens" not in wanted:
-            return None, None, {}
-        around = framed(task, None if task.about.grid is None else options.grid, aspect)
-        if texts is None:
-            _log.info("no prompt=: samples are drawn without a caption")
-            if around is None:
-                return None, None, {}
-        words = None if texts is None else [texts[i % len(texts)] for i in range(n)]
-        encode, about = _encode(task, self.homes, self.data, file)
-        return as_tokens(task, encode, texts, n, around), words, about
-
-
-def _vocabulary(places: Sequence[Folder], data: Any) -> tuple[Vocabulary | None, str]:
-    """The vocabulary in the first of these folders that has one, else that of the data; and why these give none."""
-    for folder in places:
-        with paths.sentence(folder):
-            if (found := open_vocabulary(folder)) is not None:
-                return found, ""
-    try:
-        return None if data is None else data.vocabulary(), ""
-    except UserError as error:  # an export is used where its data are not
-        return None, f", and its data give none ({error})"
-
-
-def _encode(
-    task: Any, places: Sequence[Folder], data: Any, file: str | None, way: str = "with --tokenizer FILE"
-) -> tuple[Any, dict[str, str]]:
-    """What makes numbers of captions, (texts, S) -> ids [N, S] and what did not fit, and what to remember of it.
-
-    Letters by a vocabulary, tokens by a tokeniser; arguments as of `tokenizer.find`.
-    """
-    if not task.about.vocabulary:
-        encode, digest = tokenizer.find(task, places, file, way)
-        return encode, {"tokenizer": digest}
-    if file is not None:
-        raise UserError(f"a tokeniser given {way}: captions of letters need none; leave it out")
-    vocabulary, why = _vocabulary(places, data)
-    if vocabulary is None:
-        where = " or ".join(map(str, places)) or "its data"
-        raise UserError(
-            f"captions of letters need the vocabulary.json of the run, and {where} has none{why}; copy it there"
-        )
-    return partial(lettered, vocabulary), {}
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
@@ -595,7 +515,7 @@ def loaded_for(
     found: dict[str, Any] = {"network": open_model(name, allow=allow)} if name else {}
     if metric.captions:
         way = f"in the field tokenizer of the metric {metric.name}"
-        found["encode"], _ = _encode(task, places, data, metric.tokenizer or None, way)
+        found["encode"], _ = captions.encoder(task, places, data, metric.tokenizer or None, way)
         if task.about.vocabulary:  # which refuses where a tokeniser cuts
             metric.check_captions(task, found["encode"])
     return found

@@ -341,8 +341,8 @@ class Noted(Protocol):
 class Counted(Protocol):
     """Knows what a step of it costs, better than a count of its traced products."""
 
-    def flops(self) -> float:
-        """Floating-point operations of one training example."""
+    def flops(self) -> float | None:
+        """Floating-point operations of one training example; None: they are counted."""
         ...
 
 

@@ -1,6 +1,6 @@
 """DART on CIFAR-10 by class, in pixels: eight copies of 256 tokens, 33 million parameters. One GPU or more; not run here.
 
-`data.path` is a folder of class folders, or what `zoo prepare --size 32` makes of it.
+`data.path` is a folder of class folders, or what `zoo prepare images size=32` makes of it.
 
     zoo train dart/cifar10 data.path=data/cifar10
 """

@@ -1,7 +1,7 @@
 """DART on ImageNet 256 by class, over latents 32x32x4 of the published autoencoder: 16 copies of 256 tokens.
 
     zoo import starflow/sd_vae FILE exports/sd-vae
-    zoo prepare IMAGENET data/imagenet256-latents --size 256 --encode vae=exports/sd-vae
+    zoo prepare latents IMAGENET data/imagenet256-latents size=256 vae=exports/sd-vae
     zoo train dart/imagenet256:xl
 
 `:s`, `:b`, `:l` and `:xl` have the widths and depths, and all have the recipe, that a public re-implementation reports of the

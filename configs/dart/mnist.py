@@ -1,6 +1,6 @@
 """DART on MNIST by class: eight copies of 49 tokens. One GPU.
 
-`data.path` is an .npz file with train_images, train_labels, test_images and test_labels, or what `zoo prepare --channels 1`
+`data.path` is an .npz file with train_images, train_labels, test_images and test_labels, or what `zoo prepare images channels=1`
 makes of it.
 
     zoo train dart/mnist data.path=data/mnist.npz

@@ -2,7 +2,7 @@
 
     zoo import starflow/sd_vae FILE exports/sd-vae
     zoo import starflow/flan_t5_xl FOLDER exports/flan-t5-xl
-    zoo prepare PAIRS data/pairs256-latents --size 256 --encode vae=exports/sd-vae --encode text=exports/flan-t5-xl
+    zoo prepare latents PAIRS data/pairs256-latents size=256 vae=exports/sd-vae text=exports/flan-t5-xl
     zoo train dart/t2i_256
 
 How the paper brings captions in is not known here; a prefix of 128 tokens of Flan-T5-XL is our choice.

@@ -2,7 +2,7 @@
 
 Batch 512, 200 million images, learning rate 1e-3 after 10 million images, an average of half-life half a million images
 (arXiv:2206.00364's code). Ours are bfloat16 and the labels that are dropped.
-`data.path` is a folder of class folders, or what `zoo prepare --size 32` makes of it.
+`data.path` is a folder of class folders, or what `zoo prepare images size=32` makes of it.
 
     zoo train edm/cifar10 data.path=data/cifar10
     zoo compile edm/cifar10 --topology v5e:2x2

@@ -2,7 +2,7 @@
 
 Batch 256, 200 million images, learning rate 2e-4 after 10 million images, an average of half-life half a million images
 (arXiv:2206.00364's code). Ours are bfloat16 and the flips that stand for the augmentation's.
-`data.path` is a folder of images, or what `zoo prepare --size 64` makes of it.
+`data.path` is a folder of images, or what `zoo prepare images size=64` makes of it.
 
     zoo train edm/ffhq64 data.path=data/ffhq64
     zoo import edm/ffhq64:ncsnpp edm-ffhq-64x64-uncond-ve.npz ffhq64-ve

@@ -1,6 +1,6 @@
 """EDM on MNIST by class: a U-Net of width 64 with attention at 7x7.
 
-`data.path` is an .npz file with train_images, train_labels, test_images and test_labels, or what `zoo prepare --channels 1`
+`data.path` is an .npz file with train_images, train_labels, test_images and test_labels, or what `zoo prepare images channels=1`
 makes of it.
 
     zoo train edm/mnist data.path=data/mnist.npz

@@ -1,7 +1,7 @@
 """EDM2 on latents of ImageNet 512 by class, XXS to XXL (31 million to 1.5 billion parameters); XXL: FID 1.91 without guidance.
 
     zoo import edm2/sd_vae FILE exports/sd-vae-edm2
-    zoo prepare IMAGENET data/imagenet512-edm2 --size 512 --encode vae=exports/sd-vae-edm2
+    zoo prepare latents IMAGENET data/imagenet512-edm2 size=512 vae=exports/sd-vae-edm2
     zoo train edm2/imagenet512:xxl
     zoo import edm2/imagenet512:s FILE exports/edm2-img512-s
 

@@ -1,6 +1,6 @@
 """iTARFlow on MNIST by class: levels from .02 to .7.
 
-`data.path` is an .npz file with train_images, train_labels, test_images and test_labels, or what `zoo prepare --channels 1`
+`data.path` is an .npz file with train_images, train_labels, test_images and test_labels, or what `zoo prepare images channels=1`
 makes of it.
 
     zoo train itarflow/mnist data.path=mnist.npz

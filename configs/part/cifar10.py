@@ -1,6 +1,6 @@
 """PART on CIFAR-10 with ViT-S/4: 64 patches of 2 to 8 pixels a side, 100 epochs; `:small` for two CPU cores.
 
-`data.path` is a folder of class folders, or what `zoo prepare` makes of it. `:absolute` and `:mae` are the pretexts it is compared
+`data.path` is a folder of class folders, or what `zoo prepare images` makes of it. `:absolute` and `:mae` are the pretexts it is compared
 with, on the same encoder and budget, and so are `:small_absolute` and `:small_mae`. `part/finetune_cifar10` goes on from any of them.
 """
 

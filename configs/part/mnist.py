@@ -1,6 +1,6 @@
 """PART on MNIST: 16 patches of 3.5 to 14 pixels a side, cut anywhere; 64 pairs a step. Minutes on two CPU cores.
 
-`data.path` is an .npz file with train_images, train_labels, test_images and test_labels, or what `zoo prepare --channels 1` makes of
+`data.path` is an .npz file with train_images, train_labels, test_images and test_labels, or what `zoo prepare images channels=1` makes of
 it. `:pairwise` has the linear head, `:long` trains it three times as long, `:fixed` cuts patches of 7 pixels and regresses shifts alone;
 `:absolute` and `:mae` are the pretexts it is compared with, on the same encoder and budget.
 """

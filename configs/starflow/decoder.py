@@ -7,7 +7,7 @@
 200,000 updates of 64 ImageNet images with AdamW, betas 0.9 and 0.999, weight decay 1e-4 and 10,000 steps of warm-up are the paper's
 and the code's; the learning rate is not known and a guess. The feature loss is off until `task.network` names a network, with
 `weights.features` its weights: the published recipe takes LPIPS and ConvNeXt, which are not part of zoo. `data.path` is a folder of
-class folders or what `zoo prepare` makes of it.
+class folders or what `zoo prepare images` makes of it.
 """
 
 from dataclasses import replace

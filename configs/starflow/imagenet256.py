@@ -1,7 +1,7 @@
 """STARFlow on ImageNet 256 by class, 1.4 billion parameters: FID 2.40 in the paper, with a decoder tuned on noisy latents.
 
     zoo import starflow/sd_vae FILE exports/sd-vae
-    zoo prepare IMAGENET data/imagenet256-latents --size 256 --encode vae=exports/sd-vae
+    zoo prepare latents IMAGENET data/imagenet256-latents size=256 vae=exports/sd-vae
     zoo train starflow/imagenet256
 
 Batch, learning rate, AdamW's moments, weight decay and the 400 million images seen are the paper's; its warm-up and the share of

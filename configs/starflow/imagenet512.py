@@ -1,6 +1,6 @@
 """STARFlow on ImageNet 512 by class, 4,096 tokens, from the 256-pixel model: FID 3.00 in the paper.
 
-    zoo prepare IMAGENET data/imagenet512-latents --size 512 --encode vae=exports/sd-vae
+    zoo prepare latents IMAGENET data/imagenet512-latents size=512 vae=exports/sd-vae
     zoo train starflow/imagenet512
 
 Positions of the finer grid lie between those of the coarse one (`reach` stays 32), so that the weights go on. How long and with

@@ -1,7 +1,7 @@
 """STARFlow on MNIST by class, in the latents of the small autoencoder: the whole latent path, on two CPU cores.
 
     zoo train starflow/mnist_vae
-    zoo prepare data/mnist.npz data/mnist-latents --size 28 --channels 1 --encode vae=runs/starflow-mnist_vae
+    zoo prepare latents data/mnist.npz data/mnist-latents size=28 vae=runs/starflow-mnist_vae
     zoo train starflow/mnist_latents
     zoo sample runs/starflow-mnist_latents n=100 guidance=1
 

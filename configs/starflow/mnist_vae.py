@@ -1,6 +1,6 @@
 """A small autoencoder on MNIST, 28x28 -> 7x7x4: the first step of the latent path that runs with nothing downloaded.
 
-Then `zoo prepare data/mnist.npz data/mnist-latents --size 28 --channels 1 --encode vae=runs/starflow-mnist_vae` and
+Then `zoo prepare latents data/mnist.npz data/mnist-latents size=28 vae=runs/starflow-mnist_vae` and
 `zoo train starflow/mnist_latents`. `data.path` is an .npz file with train_images, train_labels, test_images, test_labels.
 """
 

@@ -1,6 +1,6 @@
 """STARFlow from captions at 512 pixels in mixed aspect ratios, tuned from t2i_256: about 4,096 tokens.
 
-    zoo prepare PAIRS data/pairs512-latents --size 512 --aspects --encode vae=exports/sd-vae --encode text=exports/flan-t5-xl
+    zoo prepare latents PAIRS data/pairs512-latents size=512 aspects=true vae=exports/sd-vae text=exports/flan-t5-xl
     zoo train starflow/t2i_512
 
 Every batch is of one of nine aspect ratios, which the captions name (`template="aspect"`); the train step is compiled once for each.

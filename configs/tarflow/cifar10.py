@@ -1,7 +1,7 @@
 """TarFlow on CIFAR-10 by class: patches of 4, width 512, 8 blocks of 4 layers, Gaussian noise 0.05.
 
 The paper has no CIFAR-10 run; this recipe follows what re-implementations report to be stable (clipping and a warmed-up
-average). `data.path` is a folder of class folders, or what `zoo prepare` makes of it.
+average). `data.path` is a folder of class folders, or what `zoo prepare images` makes of it.
 """
 
 from dataclasses import replace

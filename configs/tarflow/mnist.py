@@ -1,6 +1,6 @@
 """TarFlow on MNIST by class, the recipe of the official notebook: Gaussian noise 0.1, no label dropping, 100 epochs.
 
-`data.path` is an .npz file with train_images, train_labels, test_images and test_labels, or what `zoo prepare --channels 1`
+`data.path` is an .npz file with train_images, train_labels, test_images and test_labels, or what `zoo prepare images channels=1`
 makes of it. `bayes` classifies test digits by the likelihood of each class.
 """
 

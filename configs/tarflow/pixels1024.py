@@ -4,7 +4,7 @@ The paper stops at 256 pixels. Width and depth are those of the pixel model (1.3
 STARFlow paper re-trained; noise, batch and steps are guesses that nobody has trained. What is known is what
 `zoo compile tarflow/pixels1024 --topology v5p:4x4x4 mesh.data=4 mesh.fsdp=16` prints: it fits, and how fast it can be.
 With fewer images than chips, `mesh.sequence=4` shares out the tokens of an image. `data.path` is a folder of class folders
-or what `zoo prepare` makes of it.
+or what `zoo prepare images` makes of it.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """TarFlowLM on OpenWebText at the paper's sizes: a codebook of all 50,257 tokens of GPT-2 in 16 dimensions.
 
-    zoo prepare FOLDER data/openwebtext --text tokenizer.json       # .parquet, .jsonl or .txt files; GPT-2's tokenizer
+    zoo prepare text FOLDER data/openwebtext tokenizer=tokenizer.json       # .parquet, .jsonl or .txt files; GPT-2's tokenizer
     zoo train tarflow_lm/openwebtext; zoo train tarflow_lm/openwebtext:stage2; zoo train tarflow_lm/openwebtext:stage3
 
 The first layer trains alone, so that no gradient ever passes its Rosenblatt map; then it is held and only evaluated, a part

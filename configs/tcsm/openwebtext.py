@@ -1,6 +1,6 @@
 """TCSM on OpenWebText at MDLM's sizes: texts of 1,024 tokens of GPT-2; `tiny`, the main one (small) and `medium`.
 
-    zoo prepare FOLDER data/openwebtext --text tokenizer.json       # .parquet, .jsonl or .txt files; GPT-2's tokenizer
+    zoo prepare text FOLDER data/openwebtext tokenizer=tokenizer.json       # .parquet, .jsonl or .txt files; GPT-2's tokenizer
     zoo train tcsm/openwebtext
     zoo train tcsm/openwebtext:ratio
 

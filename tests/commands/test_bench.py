@@ -1,7 +1,6 @@
 """`zoo bench`: figures that hang together, a peer that must be a twin, and sentences for mistakes."""
 
 import json
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import exported, noise
 from mistakes import told
 from unigram import Unigram, Windows
 
@@ -19,11 +19,11 @@ from zoo import models, weights
 from zoo.cli import main
 from zoo.commands import bench as module
 from zoo.commands import bench_sampler, clocks
-from zoo.commands.bench import Result, bench
+from zoo.commands.bench import bench
 from zoo.commands.chips import Chip
+from zoo.commands.tables import lines
 from zoo.data.images import Images
 from zoo.data.pipeline import Data, Source
-from zoo.data.synthetic import Synthetic
 from zoo.dist import Mesh
 from zoo.errors import UserError
 from zoo.papers.edm import Edm, Transformer, UNet
@@ -66,16 +66,6 @@ def peer(folder: Path, loss: str = "0.0", inverse: str = "0.0") -> str:
     return str(path)
 
 
-def export_of(folder: Path, task: Any) -> str:
-    """An export of random weights."""
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), weights.abstract(task))
-    params |= {"prior": {"var": jnp.ones_like(params["prior"]["var"])}}
-    model = models.Model(task, params, "ema", 5, None, (), folder)
-    weights.save(folder, params, models.export_config(model), "a card")
-    return str(folder)
-
-
 def on_one_device(self: Mesh, devices: Any = None, *rest: Any, build: Any = Mesh.build, **more: Any) -> Any:
     return build(self, jax.devices()[:1] if devices is None else devices[:1], *rest, **more)
 
@@ -88,7 +78,7 @@ def _short_rounds_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_figures_hang_together(tmp_path: Path) -> None:
     result = bench(RUN, peer=peer(tmp_path), samples=2, rounds=2, about={"command": "zoo bench x"})
-    figures = json.loads(json.dumps(result.figures))
+    figures = json.loads(json.dumps(result))
     assert figures["command"] == "zoo bench x"
     assert set(figures["largest difference to the peer"]) == {"loss", "inverse"}
     assert max(figures["largest difference to the peer"].values()) < 1e-4
@@ -114,24 +104,7 @@ def test_figures_hang_together(tmp_path: Path) -> None:
     assert program["temporaries"] < planned <= 2 * program["arguments"] + program["temporaries"]
     assert figures["peak host memory MiB, with the peer"] > 50
     assert figures["peak device memory MiB, peer"] == 1
-    lines = result.table().splitlines()
-    assert len(lines) == len(figures)
-    assert "ours / peer" in result.table()
-
-
-def test_the_place_is_described() -> None:
-    run = replace(RUN, accumulate=2, task=replace(TASK, remat="dots"))
-    mesh = run.mesh.build()
-    place = json.loads(json.dumps(module.environment(run, mesh)))
-    assert place["device"] == "cpu x 1"
-    assert "chips" not in place
-    assert place["processes"] == 1
-    assert place["date"].endswith("+00:00")
-    assert place["python"] == sys.version.split()[0]
-    assert place["jax"] == jax.__version__
-    assert (place["batch"], place["accumulate"], place["dtype"], place["remat"]) == (8, 2, "float32", "dots")
-    assert place["mesh"]["data"] == 1
-    assert all(place[k] for k in ("cpu", "cores", "zoo", "jaxlib"))
+    assert len(lines(result).splitlines()) == len(figures)
 
 
 def test_unsteady_rounds_are_named_and_steady_ones_not() -> None:
@@ -139,7 +112,7 @@ def test_unsteady_rounds_are_named_and_steady_ones_not() -> None:
     clocks.compare(figures, "train", {"ours": [1.0, 1.1], "peer": [0.1, 4.0]}, 8)
     assert "train unsteady, ours" not in figures
     assert "factor of 40.0" in str(figures["train unsteady, peer"])
-    assert "do not quote" in Result(figures).table()
+    assert "do not quote" in lines(figures)
 
 
 # --- utilisation and memory -----------------------------------------------------------------------
@@ -197,7 +170,7 @@ def test_one_sample_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[int] = []
     measure = module.time_sampler
     monkeypatch.setattr(module, "time_sampler", lambda *given: (timed.append(given[3]), measure(*given))[1])
-    figures = bench(RUN, what="sample", samples=1, rounds=1).figures
+    figures = bench(RUN, what="sample", samples=1, rounds=1)
     assert timed == [1]
     assert [k for k in figures if k.endswith(" ms, ours")] == ["sample 1 ms, ours"]
     assert not any(k.startswith(("train", "data")) for k in figures)
@@ -207,16 +180,9 @@ def test_one_sample_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(figures["sample 1 program MiB, ours"].values()) > 0
 
 
-def test_several_batch_sizes_are_timed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[int] = []
-    monkeypatch.setattr(module, "time_sampler", lambda *given: timed.append(given[3]) or {})
-    bench(RUN, what="sample", samples=(16, 4, 16), rounds=1)
-    assert timed == [1, 4, 16]
-
-
 def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = replace(TASK, image=8)
-    name, twin = export_of(tmp_path / "model", flow), Path(peer(tmp_path))
+    name, twin = str(exported(tmp_path / "model", flow, noise(flow, 0.2), kind="ema")), Path(peer(tmp_path))
     twin.write_text(
         twin.read_text().replace("def inverse", "def slow_inverse")
     )  # that of the peer is not compared here
@@ -232,7 +198,7 @@ def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypat
         rounds=2,
         model=name,
         methods=["modules=0,2  tol=1e-6", short, "sequential"],  # the last is ours
-    ).figures
+    )
     json.dumps(figures)
     assert figures["sampler weights"] == f"{name}, ema, step 5"
     methods = ("jacobi", "gs_jacobi", "modules=0,2 tol=1e-6", short)
@@ -293,7 +259,7 @@ EDM = Edm(image=4, channels=1, classes=3, network=UNet(width=8, multiples=(1,), 
 
 def test_options_are_timed_in_turn_with_the_first_of_them(tmp_path: Path) -> None:
     run, first, second = replace(RUN, task=EDM), "solver=tada nfe=4", "solver=heun nfe=9 guidance=1"
-    figures = bench(run, what="sample", samples=1, rounds=2, options=["solver=tada  nfe=4", second]).figures
+    figures = bench(run, what="sample", samples=1, rounds=2, options=["solver=tada  nfe=4", second])
     json.dumps(figures)
     assert [k for k in figures if k.startswith("sample 1 ms, ")] == [f"sample 1 ms, {k}" for k in (first, second)]
     for side, calls in ((first, 4), (second, 9)):
@@ -305,7 +271,7 @@ def test_options_are_timed_in_turn_with_the_first_of_them(tmp_path: Path) -> Non
     assert f"sample 1, {first} / {second}" not in figures
     assert not any("error" in key or "ours" in key for key in figures)
     # a flow's method among its options, with fresh weights and beside another config
-    flow = bench(RUN, what="sample", samples=1, rounds=1, options=["", "method.modules=2"], against=RUN).figures
+    flow = bench(RUN, what="sample", samples=1, rounds=1, options=["", "method.modules=2"], against=RUN)
     assert {"sample 1, method.modules=2 / defaults", "sample 1, defaults / against"} <= set(flow)
     assert not any("a call" in key for key in flow)
 
@@ -345,8 +311,8 @@ def test_a_method_that_is_none(tmp_path: Path, method: str, says: str) -> None:
         module.inverses(TASK, model, [method])
 
 
-def test_a_model_that_is_none(tmp_path: Path) -> None:
-    name = export_of(tmp_path / "model", replace(TASK, dtype="bfloat16", width=16, blocks=1))
+def test_a_model_that_is_none_and_nothing_to_time(tmp_path: Path) -> None:
+    name = str(exported(tmp_path / "model", replace(TASK, dtype="bfloat16", width=16, blocks=1)))
     names = ("about", "spec", "init", "loss", "Sampling", "sample")
     other = replace(RUN, task=SimpleNamespace(**{name: getattr(TASK, name) for name in names}))
     for run, fields, words in (
@@ -356,6 +322,9 @@ def test_a_model_that_is_none(tmp_path: Path) -> None:
         (RUN, {"what": "data", "methods": ["jacobi"]}, "--method --what data"),
         (RUN, {"what": "sample", "methods": ["jacobi"]}, "--method --model"),
         (other, {"what": "sample", "model": name}, "flow SimpleNamespace"),
+        (RUN, {"rounds": 0}, "--rounds 0"),
+        (RUN, {"samples": (16, 0)}, "--samples 0"),
+        (RUN, {"peer": "peer.py", "what": "data"}, "--peer --what data"),
     ):
         with told(*words.split()):
             bench(run, **fields)
@@ -411,13 +380,6 @@ def test_the_pipeline_alone_and_feeding_the_step() -> None:
     assert len(taken) == module._AHEAD + 2 * 2
 
 
-def test_data_without_a_step_has_nothing_to_keep_up_with() -> None:
-    figures = bench(replace(RUN, data=Synthetic(values=3)), what="data", rounds=1).figures
-    assert "data images/s, devices" in figures
-    assert not any("train" in k for k in figures)
-    assert "parameters" not in figures  # no model was made for it
-
-
 @pytest.mark.parametrize("data", [Images("nowhere", size=4), Counted(broken=5)], ids=["missing", "broken"])
 def test_data_that_cannot_be_read_is_a_line_and_the_rest_goes_on(
     data: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -425,7 +387,7 @@ def test_data_that_cannot_be_read_is_a_line_and_the_rest_goes_on(
     monkeypatch.setattr(module, "compile_twice", lambda *_: (stepper(RUN).program, {"train compile s": 1.0}))
     monkeypatch.setattr(module, "time_step", lambda *_: {"train ms, ours": {}})
     monkeypatch.setattr(module, "time_sampler", lambda *_: {"sample 1 ms, ours": {}})
-    figures = bench(replace(RUN, data=data), what="all", rounds=1).figures
+    figures = bench(replace(RUN, data=data), what="all", rounds=1)
     assert str(figures["data"]).startswith("not measured: ")
     assert ("nowhere does not exist" in figures["data"]) or ("example 5 cannot be read" in figures["data"])
     assert {"train ms, ours", "sample 1 ms, ours", "peak host memory MiB"} <= set(figures)
@@ -448,7 +410,7 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_command_passes_on_sizes_model_methods_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(module, "bench", lambda run, **given: asked.update(given) or Result({"x": 1}))
+    monkeypatch.setattr(module, "bench", lambda run, **given: asked.update(given) or {"x": 1})
     command = "bench tarflow/digits:smoke --what sample --samples 16,64 --model m --method jacobi"
     extra = ["--method", "modules=2 tol=1e-3", "--with", "temperature=0.5 denoise=0", "--with", "guidance=1"]
     assert main([*command.split(), *extra]) == 0
@@ -507,7 +469,7 @@ def test_a_peer_that_differs_is_no_twin(tmp_path: Path, wrong: str, by: str) -> 
 
 def test_bf16_allows_what_float32_does_not(tmp_path: Path) -> None:
     run = replace(RUN, task=replace(TASK, dtype="bfloat16"))
-    assert "sample 2 ms, ours" in bench(run, peer=peer(tmp_path, "0.01"), what="sample", samples=2, rounds=1).figures
+    assert "sample 2 ms, ours" in bench(run, peer=peer(tmp_path, "0.01"), what="sample", samples=2, rounds=1)
 
 
 @pytest.mark.parametrize(
@@ -525,18 +487,6 @@ def test_a_peer_file_that_is_none(tmp_path: Path, text: str | None, says: str) -
         path.write_text(text)
     with told("bad.py", says):
         bench(RUN, peer=str(path))
-
-
-def test_nothing_to_time(tmp_path: Path) -> None:
-    mute = replace(RUN, task=SimpleNamespace(about=TASK.about, spec=TASK.spec, init=TASK.init, loss=TASK.loss))
-    for run, fields, words in (
-        (RUN, {"rounds": 0}, "--rounds 0"),
-        (RUN, {"samples": (16, 0)}, "--samples 0"),
-        (RUN, {"peer": peer(tmp_path), "what": "data"}, "--peer --what data"),
-        (mute, {}, "--what train"),
-    ):
-        with told(*words.split()):
-            bench(run, **fields)
 
 
 # --- another config -------------------------------------------------------------------------------
@@ -587,7 +537,7 @@ def test_another_config_must_have_what_is_timed() -> None:
 def test_an_energy_is_timed_with_its_score_and_alone() -> None:
     network = Edm(image=4, channels=1, network=Transformer(width=8, depth=1, head_dim=4, patch=2))
     run = replace(RUN, task=EnergyDistill(network, target="data"))
-    figures = bench(run, what="energy", samples=(2, 3), rounds=1).figures
+    figures = bench(run, what="energy", samples=(2, 3), rounds=1)
     for n in (2, 3):
         ratio = figures[f"energy {n} ms, with score"]["median"] / figures[f"energy {n} ms, alone"]["median"]
         assert figures[f"energy {n}, with score / alone"]["median"] == pytest.approx(ratio)

@@ -62,7 +62,7 @@ def test_faults_of_images_are_named(images, capsys):
     said = "\n".join(found["wrong"])
     for fault in (
         "1 cannot be used: train/cat/broken.png",
-        "1 grey among colour ones (--convert takes both): train/cat/grey.png",
+        "1 grey among colour ones (convert=true takes both): train/cat/grey.png",
         "1 of one colour alone: train/cat/flat.png",
         "1 in test and in train: test/cat/same.png = train/dog/other.png",
         "1 in test look as one in train does: test/dog/near.jpg ~ train/dog/3.png",

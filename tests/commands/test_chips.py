@@ -114,7 +114,7 @@ def test_the_compiler_for_gpus_takes_our_description() -> None:
     code = """
 import jax, jax.numpy as jnp
 from zoo import dist
-from zoo.commands import compile as aot
+from zoo.commands import aot
 to = aot.target("h100:8")
 assert len(to.devices) == 8 and to.chip.name == "H100 SXM", to
 x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(to.devices[0]))

@@ -16,8 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zoo import cli, config, dist
-from zoo.commands import compile as aot
-from zoo.commands import hlo
+from zoo.commands import aot, hlo, tables
 from zoo.commands.chips import Chip, chip_of_topology
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -50,15 +49,11 @@ def here(chip: Chip, devices: int = 8) -> aot.Target:
     ("name", "known"),
     [
         ("v9:2x2", "v4:2x2x1, v4:2x2x2"),
-        ("nonsense", "v5e:2x2, v5e:2x4"),
         ("", "v6e:2x2"),
         ("v5e", "such as v5e:2x2, v5e:2x4"),
-        ("v5e:", "such as v5e:2x2"),
         ("v5e:2x2x2", "such as v5e:2x2"),
         ("v5p:2x2", "such as v5p:2x2x1"),
         ("v5e:0x2", "such as v5e:2x2"),
-        ("v5e:-2x2", "such as v5e:2x2"),
-        ("v5e:axb", "such as v5e:2x2"),
         ("v5e:²x2", "such as v5e:2x2"),
     ],
 )
@@ -137,15 +132,6 @@ def test_what_does_not_go_onto_the_devices_is_a_sentence(fields: dict[str, Any],
 # what is read off a program, on devices that are here
 
 
-@pytest.mark.parametrize("what", ["train", "sample"])
-def test_a_chip_without_figures_gets_no_times_and_everything_fits(what: str) -> None:
-    found = aot.compile_run(SMALL, here(BLANK, 2), what, samples=6)
-    assert found.fits
-    assert {"peak GiB", "moved GiB per device", "sent GiB per device", "program TFLOP"} <= set(found.figures)
-    assert not {"memory GiB", "times s", "bound", "step s, at least"} & set(found.figures)
-    assert found.figures["program"] == {"train": "train step, batch 16", "sample": "sampler, 6 samples"}[what]
-
-
 def test_a_task_without_a_word_on_its_cost_is_compiled_too() -> None:
     figures = aot.compile_run(dataclasses.replace(SMALL, task=Mute()), here(FAST)).figures
     assert figures["parameters"] == 8
@@ -218,14 +204,6 @@ def test_recomputing_is_proposed_after_fewer_rows(monkeypatch: pytest.MonkeyPatc
     text = aot.nearest_fit(RUN, here(ROOM, 4), failed(4, 9), "train", None)
     assert text.startswith("it fits with task.remat=full (")
     assert [run for run, _ in asked] == [dataclasses.replace(RUN, accumulate=2), FULL]
-
-
-def test_two_changes_at_once_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = pretend(monkeypatch, True)
-    run = dataclasses.replace(RUN, batch=8)  # two micro-batches at most
-    text = aot.nearest_fit(run, here(ROOM, 4), failed(4, 22), "train", None)
-    assert text.startswith("it fits with accumulate=2 task.remat=full (")
-    assert asked == [(dataclasses.replace(FULL, batch=8, accumulate=2), None)]
 
 
 @pytest.mark.parametrize(("state", "data"), [(6, 2), (8, 1)])
@@ -373,7 +351,7 @@ def test_the_bound_is_the_longest_of_the_times(trained: tuple[aot.Compiled, hlo.
 
 def test_the_table_shows_every_figure(trained: tuple[aot.Compiled, hlo.Program]) -> None:
     found, _ = trained
-    lines = found.table().splitlines()
+    lines = tables.lines(found.figures).splitlines()
     assert [line.partition("  ")[0] for line in lines] == list(found.figures)
     assert len({len(line) - len(line[len(key) :].lstrip()) for line, key in zip(lines, found.figures)}) == 1
     assert next(line for line in lines if line.startswith("times s")).endswith(" s") is False
@@ -506,11 +484,3 @@ def test_what_the_compiler_found_no_room_for_is_told_too(
     out, err = capsys.readouterr()
     assert "RESOURCE_EXHAUSTED: used 20.00G of 16.00G" in out
     assert err == "does not fit: it needs 20.00 GiB of 16.00 GiB a device\n"
-
-
-def test_a_json_file_that_cannot_be_written_is_told_before_anything_is_compiled(
-    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(aot, "compile_run", lambda *_: pytest.fail("compiled"))
-    assert cli.main(["compile", tiny, "--topology", "v5e:2x2", "--json", str(tmp_path / "no" / "figures.json")]) == 2
-    assert "its folder does not exist" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`zoo prepare --encode` with a tiny autoencoder and text encoder, and what a run says of latents made by others."""
+"""`zoo prepare latents` with a tiny autoencoder and text encoder, and what a run says of latents made by others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import exported, noise
 from PIL import Image
 
 from zoo import cli, models, weights
@@ -50,11 +51,8 @@ class Words:
         return ids, lost
 
 
-def export_of(folder, task, seed=0):
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), weights.abstract(task))
-    model = models.Model(task, params, "raw", 5, Synthetic(), (), folder)
-    weights.save(folder, params, models.export_config(model), "a card")
+def export_of(folder, task):
+    exported(folder, task, params := noise(task, 0.3), Synthetic())
     return params
 
 
@@ -80,7 +78,7 @@ def here(root, monkeypatch):
 
 
 def prepare(*words):
-    return cli.main(["prepare", "pairs", *words, "--size", "8", "--batch", "8", "--test-fraction", "0"])
+    return cli.main(["prepare", "latents", "pairs", *words, "size=8", "batch=8", "test_fraction=0"])
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +87,7 @@ def fitting(root):
     from zoo.commands.encode import encode
 
     with pytest.raises(UserError, match=r"scale is likely wrong; task\.scale=") as error:
-        encode(str(root.path / "pairs"), str(root.path / "no"), {"vae": str(root.path / "vae1")}, size=8, batch=8)
+        encode(str(root.path / "pairs"), str(root.path / "no"), vae=str(root.path / "vae1"), size=8, batch=8)
     scale = float(str(error.value).split("task.scale=")[1].split()[0])
     assert not (root.path / "no").exists()
     task = AutoEncoder(**{**VAE.__dict__, "scale": scale})
@@ -98,7 +96,7 @@ def fitting(root):
 
 def test_latents_and_features_are_those_of_the_networks(root, fitting, caplog):
     task, params = fitting
-    assert prepare("out", "--encode", "vae=vae", "--encode", "text=text", "--features") == 0
+    assert prepare("out", "vae=vae", "text=text", "features=true") == 0
     assert "1 captions were longer than the 3 tokens" in caplog.text
     data = Latents("out")
     made = data.made_with()
@@ -132,35 +130,31 @@ def test_tokens_alone_need_no_weights_of_the_text_encoder(root, fitting, capsys)
     about = json.loads((root.path / "text" / "config.json").read_text())
     (root.path / "described").mkdir(exist_ok=True)
     (root.path / "described" / "config.json").write_text(json.dumps(about))
-    assert prepare("tokens", "--encode", "vae=vae", "--encode", "text=described") == 2
+    assert prepare("tokens", "vae=vae", "text=described") == 2
     assert "holds no spiece.model, which makes tokens" in capsys.readouterr().err
-    flags = ("--encode", "vae=vae", "--encode", "text=described", "--tokenizer", "text/spiece.model")
-    assert prepare("tokens", *flags) == 0
+    fields = ("vae=vae", "text=described", "tokenizer=text/spiece.model")
+    assert prepare("tokens", *fields) == 0
     assert set(Latents("tokens").source("train")[0]) == {"latent", "latent_std", "tokens", "null_tokens"}
-    assert prepare("tokens", *flags, "--channels", "1") == 2
-    assert "--channels 1, but the autoencoder takes 3" in capsys.readouterr().err
 
 
 def test_what_weights_do_not_tell_of_an_encoder_is_part_of_a_set(root, fitting, capsys):
-    flags = ("--encode", "vae=vae", "--encode", "text=text")
-    assert prepare("sized", *flags) == 0
+    fields = ("vae=vae", "text=text")
+    assert prepare("sized", *fields) == 0
     export_of(root.path / "grouped", replace(fitting[0], groups=4))  # the same weights
-    assert prepare("sized", "--encode", "vae=grouped", "--encode", "text=text") == 2
+    assert prepare("sized", "vae=grouped", "text=text") == 2
     assert "groups=4" in capsys.readouterr().err
     export_of(root.path / "short", replace(TEXT, tokens=2))
-    assert prepare("sized", *flags[:3], "text=short", "--tokenizer", "text/spiece.model") == 2
+    assert prepare("sized", fields[0], "text=short", "tokenizer=text/spiece.model") == 2
     assert "'window': '2'" in capsys.readouterr().err
 
 
 def test_buckets_may_be_multiples_of_more_than_the_factor(root, fitting, capsys):
-    assert prepare("multiples", "--encode", "vae=vae", "--aspects", "--multiple", "4") == 0
+    assert prepare("multiples", "vae=vae", "aspects=true", "multiple=4") == 0
     source = Latents("multiples", "mixed").source("train")
     assert source.aspects == ("1:1",)
     assert json.loads((root.path / "multiples" / "info.json").read_text())["settings"]["multiple"] == 4
-    assert prepare("no", "--encode", "vae=vae", "--aspects", "--multiple", "3") == 2
-    assert "--multiple 3 is no multiple of 2, by which the autoencoder shrinks" in capsys.readouterr().err
-    assert prepare("no", "--multiple", "4") == 2
-    assert "--multiple says how images" in capsys.readouterr().err
+    assert prepare("no", "vae=vae", "aspects=true", "multiple=3") == 2
+    assert "multiple=3 is no multiple of 2, by which the autoencoder shrinks" in capsys.readouterr().err
 
 
 def test_a_run_refuses_captions_of_another_tokenizer(root):
@@ -227,7 +221,7 @@ def test_a_run_refuses_captions_of_another_template():
     ):
         check("plain")
     made["template"] = "plain"
-    with pytest.raises(UserError, match=r"set task\.template=plain, or encode them again with --aspects"):
+    with pytest.raises(UserError, match=r"set task\.template=plain, or encode them again with aspects=true"):
         check("aspect")
     made.clear()
     check("aspect")
@@ -254,7 +248,7 @@ def test_latents_outlive_a_tuned_decoder(root, fitting, capsys, monkeypatch):
     assert weights.encoder_digest(tuned) == weights.encoder_digest(params)
 
     flow = StarFlow(latent=(4, 4), channels=2, width=24, depths=(1, 1), head_dim=24, reach=4.0, vae=task)
-    assert prepare("before", "--encode", "vae=vae") == 0
+    assert prepare("before", "vae=vae") == 0
     run = Run(flow, Latents("before"), steps=1, batch=8, workdir="flow")
     with pytest.raises(UserError, match=r"weights\.vae is missing: StarFlow .* or set task\.vae=none"):
         train(run, quiet=True)
@@ -268,17 +262,17 @@ def test_latents_outlive_a_tuned_decoder(root, fitting, capsys, monkeypatch):
 
     made = Latents("before").made_with()
     for name in ("tuned", "flow"):
-        assert prepare(f"by-{name}", "--encode", f"vae={name}") == 0
+        assert prepare(f"by-{name}", f"vae={name}") == 0
         assert Latents(f"by-{name}").made_with() == made
         for one, other in zip(Latents(f"by-{name}").source("train"), Latents("before").source("train")):
             np.testing.assert_array_equal(one["latent"], other["latent"])
     export_of(root.path / "bare", replace(flow, vae=None))
-    assert prepare("by-bare", "--encode", "vae=bare") == 2
-    assert "--encode vae=bare: StarFlow is no autoencoder; get the published one" in capsys.readouterr().err
+    assert prepare("by-bare", "vae=bare") == 2
+    assert "vae=bare: StarFlow is no autoencoder; get the published one" in capsys.readouterr().err
 
 
 def test_large_images_are_encoded_fewer_at_a_time():
-    assert [batch_for(size) for size in (None, 28, 256, 512, 1024, 4096)] == [64, 64, 64, 16, 4, 1]
+    assert [batch_for(size) for size in (28, 256, 512, 1024, 4096)] == [64, 64, 16, 4, 1]
 
 
 def test_digests_are_of_all_weights_in_either_layout(root):

@@ -14,7 +14,7 @@ from zoo import dist
 from zoo.commands.flops import count, training_example
 from zoo.nn.attention import splash
 from zoo.papers.tarflow import TarFlow
-from zoo.task import About
+from zoo.task import About, Network
 
 pytestmark = pytest.mark.devices8
 
@@ -187,9 +187,30 @@ class Told(Line):
         return 17
 
 
+@dataclass(frozen=True)
+class Beside(Told):
+    """The same beside a network that is held, and a product of the batch alone; it has no figure."""
+
+    about = About(networks={"held": Network()})
+
+    def flops(self) -> None:  # type: ignore[override]
+        return None
+
+    def init(self, rng: jax.Array) -> dict[str, jax.Array]:
+        return {**super().init(rng), "held": jnp.ones((self.width, 2))}
+
+    def loss(self, params: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        x = batch["x"]
+        return jnp.square(x @ params["w"] - x @ params["held"] - x @ jnp.ones((self.width, 2))).mean(), {}
+
+
 def test_a_training_example_costs_what_the_task_says_or_three_losses() -> None:
-    assert training_example(Line()) == 3 * 2 * 6 * 2
+    once = 2 * 6 * 2
+    assert training_example(Line()) == 3 * once
     assert training_example(Told()) == 17.0
+    assert (
+        training_example(Beside()) == (3 + 1 + 1) * once
+    )  # what is held is asked for no gradient, nor is what it makes
 
 
 @dataclass(frozen=True)

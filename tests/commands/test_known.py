@@ -12,7 +12,7 @@ from PIL import Image
 from zoo import models
 from zoo.cameras import read_cameras
 from zoo.commands import known
-from zoo.commands.sample import draw
+from zoo.commands.draw import draw
 from zoo.data.scenes import Scenes
 from zoo.errors import UserError
 from zoo.papers.wvd import Mixture, Wvd, WvdSampling

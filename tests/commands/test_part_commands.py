@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import exported, noise
 from jax import export as jax_export
 
-from zoo import cli, models, weights
-from zoo.commands import bench, clocks, listing, show
+from zoo import cli, weights
+from zoo.commands import bench, clocks, tables
 from zoo.data.images import Digits
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -26,26 +27,15 @@ TASK = Part(image=8, channels=1, patch=4, width=8, depth=2, head_dim=4, pairs=4,
 CLASSIFIER = PartClassifier(image=8, channels=1, patch=4, width=8, depth=1, head_dim=4)
 
 
-def params_of(task: Any) -> Any:
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), weights.abstract(task))
-
-
-def export_of(folder: Path, task: Any, params: Any, data: Any = Digits()) -> Path:
-    model = models.Model(task, params, "raw", 5, data, (), folder)
-    weights.save(folder, params, models.export_config(model), "a card")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def params() -> Any:
-    return params_of(TASK)
+    return noise(TASK, 0.3)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, params: Any) -> str:
     """An export of random weights."""
-    return str(export_of(tmp_path_factory.mktemp("part") / "model", TASK, params))
+    return str(exported(tmp_path_factory.mktemp("part") / "model", TASK, params, Digits()))
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +90,9 @@ def test_a_program_of_features_is_the_tasks_own(
 
 @pytest.mark.parametrize("task", [TASK, CLASSIFIER], ids=lambda task: type(task).__name__)
 def test_the_published_layout_and_back(tmp_path: Path, task: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    params = params_of(task)
+    params = noise(task, 0.3)
     file = tmp_path / "vit.safetensors"
-    name = str(export_of(tmp_path / "model", task, params))
+    name = str(exported(tmp_path / "model", task, params))
     assert cli.main(["export", name, str(file), "--format", "official"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [task.import_note()]
     state = weights.read_state_dict(file)
@@ -110,14 +100,6 @@ def test_the_published_layout_and_back(tmp_path: Path, task: Any, capsys: pytest
     head = {"head": params["head"]} if "head" in params else {}  # no part of that layout
     back = {**weights.from_official(task, state, head), **head}
     jax.tree.map(np.testing.assert_array_equal, back, params)
-
-
-def test_the_card_names_the_paper_of_a_package(tmp_path: Path, model: str) -> None:
-    assert cli.main(["export", model, str(tmp_path / "out")]) == 0
-    card = (tmp_path / "out" / "README.md").read_text()
-    title = "PART: Self-supervised learning of the relative composition of images (arXiv:2506.03682)"
-    assert f"| Paper | {title} |" in card
-    assert title in [paper["title"] for paper in listing.papers()]
 
 
 # --- files of features ----------------------------------------------------------------------------
@@ -217,18 +199,11 @@ def test_bench_times_the_crops_of_a_task_that_has_some(task: Any, monkeypatch: p
     monkeypatch.setattr(bench, "time_crops", lambda run, step, rounds: {"crops of": (run, rounds)})
     monkeypatch.setattr(bench, "compile_step", lambda *_, **__: (lambda _: SimpleNamespace(params={}), None, None))
     run = Run(task, Synthetic(), steps=2, batch=8)
-    figures = bench.bench(run, what="train", rounds=3).figures
+    figures = bench.bench(run, what="train", rounds=3)
     assert figures.get("crops of") == ((run, 3) if task is TASK else None)
 
 
 # --- what is listed -------------------------------------------------------------------------------
-
-
-def test_a_package_lists_its_tasks_and_not_what_they_share() -> None:
-    (paper,) = [paper for paper in listing.papers() if paper["module"] == "part"]
-    assert set(paper["tasks"]) == {"Part", "AbsolutePosition", "MaskedAutoencoder", "PartClassifier"}
-    assert {"features", "feature_map", "crops"} <= set(paper["tasks"]["Part"])
-    assert "crops" not in paper["tasks"]["PartClassifier"]
 
 
 def test_inherited_fields_are_shown_with_their_comments() -> None:
@@ -247,7 +222,7 @@ def test_inherited_fields_are_shown_with_their_comments() -> None:
         )
         # fmt: on
 
-    assert show._comments(Own) == {"one": "of the base", "two": "its own", "four": "in brackets"}
-    comments = show._comments(Part)
+    assert tables.comments(Own) == {"one": "of the base", "two": "its own", "four": "in brackets"}
+    comments = tables.comments(Part)
     assert comments["patch"].startswith("pixels or samples a side")  # of what the tasks share
     assert comments["pairs"].startswith("in a step")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from fresh import noise
 from PIL import Image
 
 from zoo import cli, config, models, weights
@@ -61,20 +62,14 @@ config = Run({TASK!r}, Synthetic(), steps=1, batch=8, weights={{"vae": "none", "
 """
 
 
-def random(task, seed):
-    """Parameters whose every number matters."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(x.dtype), weights.abstract(task))
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Published files of a model and of its encoders, and the config that describes them; nothing imported yet."""
     root = tmp_path_factory.mktemp("published")
     (root / "config.py").write_text(CONFIG)
-    weights.write_state_dict(root / "flow.safetensors", weights.to_official(TASK, random(TASK, 0)))
-    weights.write_state_dict(root / "vae.npz", weights.to_official(VAE, random(VAE, 1)))
-    state = weights.to_official(TEXT, random(TEXT, 2))
+    weights.write_state_dict(root / "flow.safetensors", weights.to_official(TASK, noise(TASK, 0.2, 0)))
+    weights.write_state_dict(root / "vae.npz", weights.to_official(VAE, noise(VAE, 0.2, 1)))
+    state = weights.to_official(TEXT, noise(TEXT, 0.2, 2))
     (root / "t5").mkdir()
     for i in range(2):  # in two parts
         part = dict(list(state.items())[i::2])
@@ -153,7 +148,7 @@ def test_encoders_that_the_checkpoint_lacks_are_asked_for(capsys, root):
 def test_an_import_is_its_parts_and_goes_back_to_the_bit(capsys, root, model, tmp_path):
     opened = models.open_model(model)
     assert (opened.task, opened.kind) == (TASK, "imported")
-    parts = {**random(TASK, 0), "vae": random(VAE, 1), "text": random(TEXT, 2)}
+    parts = {**noise(TASK, 0.2, 0), "vae": noise(VAE, 0.2, 1), "text": noise(TEXT, 0.2, 2)}
     wanted, found = weights.flatten(parts), weights.flatten(opened.params)
     assert set(wanted) == set(found)
     for name, array in wanted.items():
@@ -185,12 +180,12 @@ def test_terms_are_told_where_there_are_any(capsys, root, model, tmp_path):
 
 def test_a_part_given_must_be_whole(root, model):
     state = weights.read_state_dict(root / "flow.safetensors")
-    text = random(TEXT, 2)
-    vae = {"encoder": random(VAE, 1)["encoder"]}
+    text = noise(TEXT, 0.2, 2)
+    vae = {"encoder": noise(VAE, 0.2, 1)["encoder"]}
     with pytest.raises(ValueError, match=r"weights\.vae does not fit: missing \(\d+\): vae/decoder"):
         weights.from_official(TASK, state, {"vae": vae, "text": text})
     with pytest.raises(ValueError, match=r"parameters that no tensor fills \(\d+\): text/"):
-        weights.from_official(TASK, state, {"vae": random(VAE, 1)})
+        weights.from_official(TASK, state, {"vae": noise(VAE, 0.2, 1)})
 
 
 def test_a_folder_that_holds_a_model_twice_is_refused(root, tmp_path):
@@ -403,7 +398,7 @@ def test_a_run_is_measured_by_typescore_while_it_trains_and_after(capsys, root, 
     monkeypatch.setattr(Oracle, "extract", extract)
     run = config.load("prompted.py:run")
     loop._check_looks(run)
-    params = {**random(TASK, 0), "vae": random(VAE, 1), "text": random(TEXT, 2)}
+    params = {**noise(TASK, 0.2, 0), "vae": noise(VAE, 0.2, 1), "text": noise(TEXT, 0.2, 2)}
     with Report(root / "typed", total=1, start=0, batch=8, quiet=True) as report:
         (measured,) = loop._Watch(run, report, ()).look(1, SimpleNamespace(params=params, ema={}))
     (found,) = [json.loads(line) for line in (root / "typed" / "metrics.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 import pytest
+from fresh import exported, noise
 from PIL import Image
 
 from zoo import cli, models, weights
@@ -28,14 +29,6 @@ def pictures(folder, count=12, size=8, seed=0):
     return folder
 
 
-def network(folder, seed):
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), weights.abstract(TASK))
-    model = models.Model(TASK, params, "raw", 1, None, (), folder)
-    weights.save(folder, params, models.export_config(model), "a card")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder of images, a prepared set and an .npz file of others, two networks with features."""
@@ -43,11 +36,11 @@ def root(tmp_path_factory):
     pictures(root / "folder")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        assert cli.main(["prepare", "folder", "set"]) == 0
+        assert cli.main(["prepare", "images", "folder", "set"]) == 0
     images = np.random.default_rng(1).integers(0, 256, (9, 8, 8, 3), np.uint8)
     np.savez(root / "arrays.npz", train_images=images, train_labels=np.zeros(9, int), test_images=images)
-    network(root / "net", 0)
-    network(root / "other", 1)
+    exported(root / "net", TASK)
+    exported(root / "other", TASK, noise(TASK, seed=1))
     return root
 
 
@@ -56,9 +49,9 @@ def here(root, monkeypatch):
     monkeypatch.chdir(root)
 
 
-def made(capsys, source, file, features="pixels", *flags):
+def made(capsys, source, file, features="pixels", *fields):
     capsys.readouterr()
-    code = cli.main(["prepare", source, str(file), "--statistics", features, "--size", "8", *flags])
+    code = cli.main(["prepare", "statistics", source, str(file), f"features={features}", "size=8", *fields])
     out, err = capsys.readouterr()
     assert code == 0, err
     return out
@@ -108,11 +101,10 @@ def test_statistics_made_ahead_are_those_of_the_metric(root, tmp_path, capsys, m
 
 
 def test_a_run_on_the_same_set_takes_them(root, tmp_path, capsys):
-    made(capsys, "set", tmp_path / "s.npz", "pixels", "--flip")
+    made(capsys, "set", tmp_path / "s.npz", "pixels", "flip=true")
     params = weights.load(root / "net")[0]
     data = Images("set", 8, flip=True)
-    model = models.Model(TASK, params, "raw", 1, data, (), tmp_path / "run")
-    weights.save(tmp_path / "run", params, models.export_config(model), "a card")
+    exported(tmp_path / "run", TASK, params, data)
     shutil.copytree(root / "set", tmp_path / "moved")
     fields = ["features=pixels", f"reference={tmp_path}/s.npz", "samples=4", "batch=4"]
     assert cli.main(["eval", str(tmp_path / "run"), "frechet", *fields, f"data.path={tmp_path}/moved"]) == 0
@@ -144,7 +136,7 @@ def test_others_are_refused(root, tmp_path, capsys):
     made(capsys, "folder", tmp_path / "p.npz")
     assert refused(with_pixels, Images("folder", 4), Noise(4), net=None) == "shape"
     before = file.read_bytes()
-    assert cli.main(["prepare", "folder", str(file), "--statistics", "net", "--size", "8", "--flip"]) == 2
+    assert cli.main(["prepare", "statistics", "folder", str(file), "features=net", "size=8", "flip=true"]) == 2
     assert "was made with other settings (flip: False -> True); remove it" in capsys.readouterr().err
     assert file.read_bytes() == before
 
@@ -189,38 +181,29 @@ def test_data_that_cannot_tell_are_compared_by_their_fields(tmp_path):
         metric.statistics(shape, spec)
 
 
-def refused(capsys, source, *flags):
+def refused(capsys, source, *fields):
     capsys.readouterr()
-    assert cli.main(["prepare", str(source), "s.npz", "--statistics", "pixels", *flags]) == 2
+    assert cli.main(["prepare", "statistics", str(source), "s.npz", "size=8", *fields]) == 2
     said = capsys.readouterr().err
     assert "data." not in said
     return said
 
 
 def test_mistakes_are_told_in_the_words_of_the_command_line(tmp_path, capsys):
-    assert "--size 0 is too small; choose 1 or more" in refused(capsys, "folder", "--size", "0")
-    assert "--batch 0 is too small" in refused(capsys, "folder", "--size", "8", "--batch", "0")
-    assert "--test-fraction 1.5 is no share" in refused(capsys, "folder", "--size", "8", "--test-fraction", "1.5")
-    said = refused(capsys, "set", "--size", "8", "--channels", "1")
-    assert "but --channels 1; set --channels 3, or --convert to convert them" in said
+    assert "but channels=1; set channels=3, or convert=True to convert them" in refused(capsys, "set", "channels=1")
     (tmp_path / "a.jpg").touch()
-    assert f"SOURCE {tmp_path}/a.jpg is a file; give a folder" in refused(capsys, tmp_path / "a.jpg", "--size", "8")
+    assert f"SOURCE {tmp_path}/a.jpg is a file; give a folder" in refused(capsys, tmp_path / "a.jpg")
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
-    said = refused(capsys, tmp_path / "a.npz", "--size", "8")
-    assert (
-        f"has no array 'train_images', which --statistics needs; run `zoo prepare {tmp_path}/a.npz DIR` first" in said
-    )
+    first = f"run `zoo prepare images {tmp_path}/a.npz DIR` first, and give DIR in place of SOURCE"
+    assert f"has no array 'train_images', which statistics need; {first}" in refused(capsys, tmp_path / "a.npz")
 
 
 def test_what_has_to_be_prepared_first(tmp_path, capsys):
     (tmp_path / "tar").mkdir()
     (tmp_path / "tar" / "0.tar").touch()
-    first = f"run `zoo prepare {tmp_path}/tar DIR` first, and give DIR in place of SOURCE"
-    assert f"is of tar files, which --statistics does not read; {first}" in refused(
-        capsys, tmp_path / "tar", "--size", "8"
-    )
+    assert "is of tar files, of which" in refused(capsys, tmp_path / "tar")
     (tmp_path / "a.parquet").touch()
-    assert "is of parquet files, which" in refused(capsys, tmp_path / "a.parquet", "--size", "8")
+    assert "is of parquet files, of which" in refused(capsys, tmp_path / "a.parquet")
     flat = pictures(tmp_path / "flat")
     for path in flat.glob("*.png"):
         path.with_suffix(".txt").write_text("noise")
@@ -229,11 +212,11 @@ def test_what_has_to_be_prepared_first(tmp_path, capsys):
     shutil.copytree(flat, tmp_path / "nested" / "c")
     assert "22 images" in made(capsys, str(tmp_path / "nested"), tmp_path / "nested.npz")
     shutil.copytree(flat, tmp_path / "nested", dirs_exist_ok=True)
-    assert "images with captions in folders of their own" in refused(capsys, tmp_path / "nested", "--size", "8")
+    assert "images with captions in folders of their own" in refused(capsys, tmp_path / "nested")
 
 
 def test_a_broken_link_is_named(tmp_path, capsys):
     pictures(tmp_path / "p")
     (tmp_path / "p" / "0.png").symlink_to("nowhere.png")
-    said = refused(capsys, tmp_path / "p", "--size", "8", "--test-fraction", "0")
+    said = refused(capsys, tmp_path / "p", "test_fraction=0")
     assert f"{tmp_path}/p/0.png cannot be read (No such file or directory)" in said

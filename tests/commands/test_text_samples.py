@@ -17,7 +17,7 @@ from unigram import Editor, Filler, Lossy, Unigram, Windows
 from zoo import cli, models, weights
 from zoo.commands import conditions, text
 from zoo.commands import weights as exports
-from zoo.commands.sample import draw, keys
+from zoo.commands.draw import draw, keys
 from zoo.data.synthetic import Synthetic
 from zoo.data.text.vocabulary import characters, open_vocabulary, raw_bytes, text8
 from zoo.errors import UserError

@@ -352,10 +352,10 @@ def test_parquet_files(tmp_path):
     plain = tmp_path / "a.parquet"
     parquet(plain, thumb=[jpeg(0)], full=[jpeg(1)], short=["s"], long=["l"])
     for columns, words in (
-        ({}, "thumb full --image-column"),
-        ({"image_column": "full"}, "short long --caption-column"),
-        ({"image_column": "ful"}, "'ful' --image-column 'full'"),
-        ({"image_column": "short"}, "'short' --image-column thumb"),
+        ({}, "thumb full image_column"),
+        ({"image_column": "full"}, "short long caption_column"),
+        ({"image_column": "ful"}, "'ful' image_column 'full'"),
+        ({"image_column": "short"}, "'short' image_column thumb"),
     ):
         with told(*words.split()):
             run(plain, tmp_path / "b", **columns)
@@ -372,7 +372,7 @@ def test_parquet_files(tmp_path):
     for name, column, words in (
         ("c.parquet", None, "name (string)"),
         ("d.parquet", None, "parquet"),
-        ("c.npz", "x", "--image-column"),
+        ("c.npz", "x", "image_column"),
     ):
         with told(name, *words.split()):
             run(tmp_path / name, tmp_path / "c", image_column=column)
@@ -529,7 +529,7 @@ def test_parquet_captions_of_other_types(tmp_path):
     assert run(tmp_path / "a.parquet", tmp_path / "a", test_fraction=0).ok
     assert [caption for _, caption in captions(tmp_path / "a")["train"]] == ["zero", "one"]
     parquet(tmp_path / "b.parquet", image=images, captions=[["a", "b"], ["c"]], url=["x", "y"])
-    with told("'captions'", "list<", '--caption-column=""'):
+    with told("'captions'", "list<", 'caption_column=""'):
         run(tmp_path / "b.parquet", tmp_path / "b")
     report = run(tmp_path / "b.parquet", tmp_path / "b", caption_column="", test_fraction=0)
     assert str(report).endswith("no classes, no captions")

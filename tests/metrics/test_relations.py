@@ -13,7 +13,7 @@ from PIL import Image
 from unigram import Listed
 
 from zoo import cli, models
-from zoo.commands.sample import save_pictures
+from zoo.commands.draw import save_pictures
 from zoo.data.images import Digits
 from zoo.data.pipeline import Data
 from zoo.errors import UserError

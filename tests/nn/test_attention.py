@@ -386,7 +386,7 @@ def tpu() -> Iterator[Any]:
     """The devices of a small topology. Its programs are kept out of the cache, which cannot be read without a TPU."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs the aot extra")
-    from zoo.commands.compile import target
+    from zoo.commands.aot import target
 
     with pytest.MonkeyPatch.context() as env:
         for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import datetime
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 import tempfile
@@ -23,12 +25,14 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 import zoo
-from zoo import dist, weights
+from zoo import config, dist, hosts, weights
 from zoo.commands import clocks, flops
+from zoo.commands.arguments import allows, as_run, check_json, takes, write_json, writes_json
 from zoo.commands.bench_sampler import asked, conditions_of, inverses, open_weights, time_energy, time_sampler
 from zoo.commands.chips import chip_of, count_chips
-from zoo.commands.clocks import Figures, compare, in_turn, program_size, seconds_of, unit_of
+from zoo.commands.clocks import Figures, compare, in_turn, program_size, seconds_of, unit_of, waited
 from zoo.commands.peer import load_peer, parity
+from zoo.commands.tables import lines
 from zoo.data.pipeline import batches
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
@@ -38,27 +42,97 @@ from zoo.train import optim
 from zoo.train.step import compile_step, make_sampler
 
 WHAT = {"both": ("train", "sample"), "all": ("train", "sample", "data")}  # names of several parts at once
-PARTS = ("train", "sample", "data")
 _STEPS = 100  # steps timed one by one at most
 _AHEAD = 6  # batches that the pipeline may hold ready when nobody has taken one for a while
 
 
-@dataclass(frozen=True)
-class Result:
-    """What was measured, as a dict of plain numbers."""
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    takes(parser, "CONFIG", fields="override fields")
+    parser.add_argument(
+        "--peer", default=None, metavar="FILE", help="a Python file with build(task), timed in turn with ours"
+    )
+    parser.add_argument(
+        "--against",
+        default=None,
+        metavar="CONFIG",
+        help="another config, whose step and sampler are timed in turn with ours, with as many examples",
+    )
+    parser.add_argument(
+        "--what",
+        choices=("train", "sample", "data", "energy", "both", "all"),
+        default="both",
+        help="both: train and sample, on synthetic data; data reads the run's own; energy: that of a task that has one, with and without "
+        "its score",
+    )
+    parser.add_argument(
+        "--samples",
+        default="16",
+        metavar="N[,N...]",
+        help="batch sizes of the sampler, which is timed with 1 as well",
+    )
+    parser.add_argument(
+        "--model",
+        default=None,
+        metavar="MODEL",
+        help="a run or export of a flow: time its sampler with these weights, by each way to invert a block",
+    )
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="FIELDS",
+        help="one more way beside sequential, jacobi and gs_jacobi, e.g. 'modules=0,1,1,8 tol=1e-3'; may be repeated",
+    )
+    parser.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        dest="options",
+        metavar="FIELDS",
+        help="options of the sampler, e.g. 'solver=heun nfe=35'; repeated, each set is timed in turn with the first",
+    )
+    allows(parser)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, in turn")
+    writes_json(parser)
 
-    figures: Figures
 
-    def table(self) -> str:
-        """Aligned lines, one per figure."""
-        width = max(map(len, self.figures))
-        return "\n".join(f"{k:<{width}}  {_text(v)}" for k, v in self.figures.items())
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return "  ".join(f"{k} {_text(v)}" for k, v in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def run(args: argparse.Namespace) -> int:
+    """Time the parts of a config."""
+    if hosts.expected():
+        raise UserError(
+            "zoo bench measures one process, but the environment names several (JAX_NUM_PROCESSES, Slurm or a TPU pod); run "
+            "it on one host, outside of the others"
+        )
+    run = config.load(args.config, args.fields)
+    run = as_run(run, args.config)
+    against = None if args.against is None else as_run(config.load(args.against), args.against)
+    check_json(args.json)
+    if not re.fullmatch(r"-?[0-9]+(,-?[0-9]+)*", args.samples):
+        raise UserError(f"--samples {args.samples} is no batch size and no list of them; write 16, or 16,64")
+    samples = tuple(map(int, args.samples.split(",")))
+    dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
+    names = ("what", "samples", "rounds", "peer", "against", "model")
+    flags = [f"--{k} {getattr(args, k)}" for k in names if getattr(args, k) is not None]
+    flags += [f"--method {shlex.quote(text)}" for text in args.method]
+    flags += [f"--with {shlex.quote(text)}" for text in args.options]
+    about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
+    figures = bench(
+        run,
+        peer=args.peer,
+        against=against,
+        what=args.what,
+        samples=samples,
+        rounds=args.rounds,
+        model=args.model,
+        methods=args.method,
+        options=args.options,
+        allow=args.allow,
+        about=about,
+    )
+    print(lines(figures))
+    write_json(args.json, figures)
+    return 0
 
 
 def bench(
@@ -74,7 +148,7 @@ def bench(
     options: Sequence[str] = (),
     allow: Sequence[str] = (),
     about: Mapping[str, Any] | None = None,
-) -> Result:
+) -> Figures:
     """Time the parts of a run. The step and the sampler get synthetic data; only the part `data` opens the run's own.
 
     Args:
@@ -111,14 +185,18 @@ def bench(
             f"--against: {theirs} models {other} and {ours} {mine}, so that times of one say nothing of the other; give "
             f"another config of {mine}"
         )
-    for flag, other in (("--peer", peer), ("--against", against)):
-        if not {"train", "sample"} & set(parts) and other:
-            raise UserError(f"{flag} has no part in --what {what}; leave it out")
     if "energy" in parts:
         check_needs(run.task, (Energetic,), "--what energy")
-    for flag, given in (("--model", model), ("--method", methods), ("--with", options)):
-        if given and "sample" not in parts:
-            raise UserError(f"{flag} has no part in --what {what}, which draws no samples; leave it out")
+    draws, both = {"sample"}, {"train", "sample"}
+    flags = {
+        "--peer": (peer, both),
+        "--against": (against, both),
+        "--model": (model, draws),
+        "--method": (methods, draws),
+    }
+    for flag, (given, of) in {**flags, "--with": (options, draws)}.items():
+        if given and not of & set(parts):
+            raise UserError(f"{flag} has no part in --what {what}; leave it out")
     opened = open_weights(run.task, model) if model else None
     if options and methods:
         raise UserError("--with and --method both say how samples are drawn; write --with 'method.modules=4' instead")
@@ -179,7 +257,7 @@ def bench(
                 if parts == ("data",):
                     raise
                 figures["data"] = f"not measured: {error}"
-    return Result(figures | peak_memory(step, twin))
+    return figures | peak_memory(step, twin)
 
 
 # --- where it runs --------------------------------------------------------------------------------
@@ -348,13 +426,7 @@ class _Rival:
         mesh, params = dist.spread(self.state.params, n) if spread else (self.mesh, self.state.params)
         with dist.use(mesh, self.run.rules):
             program = jax.jit(make_sampler(task, n, {})).lower(params, jax.random.key(0), given).compile()
-
-        def repeat(count: int) -> None:
-            with dist.use(mesh, self.run.rules):
-                for k in range(count):
-                    jax.block_until_ready(program(params, jax.random.key(k), given))
-
-        return repeat
+        return waited(lambda k: program(params, jax.random.key(k), given))
 
 
 def _rival(against: Run, run: Run, mesh: jax.sharding.Mesh) -> _Rival:
@@ -409,14 +481,9 @@ def time_step(
 def time_crops(run: Run, step: _Stepper, rounds: int) -> Figures:
     """What a step cuts out of its batch before its network, alone (`task.crops`), and how many times faster than the step."""
     crops = jax.jit(run.task.crops).lower(step.placed, jax.random.key(0)).compile()
-
-    def cut(count: int) -> None:
-        for k in range(count):
-            jax.block_until_ready(crops(step.placed, jax.random.key(k)))
-
     figures: Figures = {}
     unit = unit_of(run.task)
-    found = in_turn({"ours": cut}, rounds)
+    found = in_turn({"ours": waited(lambda k: crops(step.placed, jax.random.key(k)))}, rounds)
     compare(figures, "sampler and crops", found, run.batch, unit)
     assert step.median is not None
     figures[f"sampler and crops / train {unit}/s"] = step.median / statistics.median(found["ours"])

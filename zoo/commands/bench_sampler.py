@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from zoo import config, dist, models, weights
-from zoo.commands.clocks import Figures, compare, in_turn, program_size, unit_of
+from zoo.commands.clocks import Figures, compare, in_turn, program_size, unit_of, waited
 from zoo.diffusion.energies import scored
 from zoo.errors import UserError
 from zoo.flows.inverse import Jacobi
@@ -130,13 +130,9 @@ def time_sampler(
             figures |= program_size(programs[name], f"sample {n} program MiB, {name}")
 
         def draw(program: Any, k: int) -> Any:
-            return jax.block_until_ready(program(params, jax.random.key(k), given))
+            return program(params, jax.random.key(k), given)
 
-        def repeat(program: Any, count: int) -> None:
-            for k in range(count):
-                draw(program, k)
-
-        sides: dict[str, Callable[[int], None]] = {k: functools.partial(repeat, p) for k, p in programs.items()}
+        sides = {name: waited(functools.partial(draw, program)) for name, program in programs.items()}
         if twin is not None:
 
             def theirs(count: int) -> None:
@@ -173,15 +169,14 @@ def time_energy(run: Run, params: Any, n: int, rounds: int) -> Figures:
     }
     programs = {name: jax.jit(call).lower(params, x, np.ones(n, np.float32)).compile() for name, call in ways.items()}
 
-    def repeat(program: Any, count: int) -> None:
-        for _ in range(count):
-            jax.block_until_ready(program(params, x, np.ones(n, np.float32)))
+    def call(program: Any, _: int) -> Any:
+        return program(params, x, np.ones(n, np.float32))
 
     figures: Figures = {}
     for name, program in programs.items():
         figures |= program_size(program, f"energy {n} program MiB, {name}")
     times: Figures = {}
-    found = in_turn({name: functools.partial(repeat, program) for name, program in programs.items()}, rounds)
+    found = in_turn({name: waited(functools.partial(call, program)) for name, program in programs.items()}, rounds)
     compare(times, f"energy {n}", found, n, unit_of(task), "alone")
     return times | figures
 

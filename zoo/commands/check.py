@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from zoo.commands.arguments import takes
 from zoo.data.arrays import open_npz
 from zoo.data.folders import existing, some, walk
 from zoo.data.images import SUFFIXES, BadImage
@@ -63,6 +64,20 @@ class Found:
         lines = [self.kind, *(f"  {k}: {line(v)}" for k, v in {**self.counts, **self.figures}.items())]
         lines += [f"left out: {text}" for text in self.left_out] + [f"WRONG: {text}" for text in self.wrong]
         return "\n".join([*lines, "" if self.wrong else "nothing wrong was found"]).rstrip()
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    takes(parser, "SOURCE")
+    parser.add_argument(
+        "--tokenizer",
+        default=None,
+        metavar="TOKENS",
+        help="count tokens of captions and texts: bytes, or a tokenizer's file",
+    )
+    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens that a caption may have")
+    parser.add_argument("--delimiter", default=",", help="of CSV files")
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -244,7 +259,7 @@ def _images(path: Path, found: Found, vocabulary: Any, tokens: int) -> None:
     if grey and colour:
         fewer = min(grey, colour, key=len)
         found.blame(
-            fewer, f"{'grey among colour' if fewer is grey else 'in colour among grey'} ones (--convert takes both)"
+            fewer, f"{'grey among colour' if fewer is grey else 'in colour among grey'} ones (convert=true takes both)"
         )
     found.blame([look.name for look in everything if look.flat], "of one colour alone")
     labels: dict[str, set[int]] = defaultdict(set)

@@ -34,7 +34,7 @@ Clip = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Clips:
-    """Samples that are clips, as `zoo.commands.sample.Form` has them.
+    """Samples that are clips, as `zoo.commands.draw.Form` has them.
 
     Of clip i: `000000.npz` (its arrays, as `zoo.data.posed.PointMaps` reads them), `000000.gif`, `000000.ply`, and
     `000000.cameras.json` where cameras are known; of all `viewer.html`, which asks no other file for anything, and `sheet.png`.

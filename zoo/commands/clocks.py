@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 ROUND = 0.5  # seconds that one timed round of one side takes at least
 _STEADY = 1.5  # slowest round over fastest from which a measurement counts for nothing
 _OTHERS = ("peer", "against")  # sides that are not ours
@@ -28,6 +30,16 @@ def seconds_of(call: Callable[[int], None], count: int) -> float:
     begin = time.perf_counter()
     call(count)
     return (time.perf_counter() - begin) / count
+
+
+def waited(call: Callable[[int], Any]) -> Callable[[int], None]:
+    """A call with 0, 1, ... that repeats by itself, each waited for."""
+
+    def repeat(count: int) -> None:
+        for k in range(count):
+            jax.block_until_ready(call(k))
+
+    return repeat
 
 
 def in_turn(sides: dict[str, Callable[[int], None]], rounds: int) -> dict[str, list[float]]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from zoo.captions import ENCODER
 from zoo.data.images.captions import bucket
 from zoo.errors import UserError
 from zoo.files import reading, sha256, text_of
-from zoo.models import ENCODER
 from zoo.task import is_text
 
 _log = logging.getLogger("zoo")
@@ -94,7 +94,7 @@ def _count(lines: Sequence[str]) -> str:
 def shaped(task: Any, aspect: str | None, options: Any) -> tuple[Any, dict[str, Any]]:
     """Options of the sampler for an aspect ratio such as "16:9", and what to remember of it.
 
-    The area is that of the latents the task was trained on, as in the buckets of `zoo prepare --aspects`.
+    The area is that of the latents the task was trained on, as in the buckets of `zoo prepare latents aspects=true`.
     """
     if aspect is None:
         return options, {}

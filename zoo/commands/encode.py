@@ -1,9 +1,9 @@
-"""`zoo prepare --encode`: images and captions through frozen networks, once, into a set of latents."""
+"""`zoo prepare latents`: images and captions through frozen networks, once, into a set of latents."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,95 +18,63 @@ from zoo.data.images.prepare import Report
 from zoo.encoders import text as text_encoder
 from zoo.encoders import vae as autoencoder
 from zoo.encoders.tokenizer import NAME, digest, held
-from zoo.errors import UserError, suggest
+from zoo.errors import UserError
 from zoo.task import Decodes, Params, Reads
 
 _log = logging.getLogger("zoo")
 _FREE = ("class", "scale", "kl", "scan", "remat", "attention")  # scale is told by itself, the others change no latents
-_KINDS = ("vae", "text")
 _HOW = {"vae": autoencoder.HOW, "text": text_encoder.HOW}  # to come by one
 _BATCH, _SIDE = 64, 256  # images of this side that are encoded at a time
 _SHOWN = 5  # captions that are cut off, each with a line of its own
 
 
-def chosen(words: Sequence[str]) -> dict[str, str]:
-    """Models by kind, from KIND=MODEL."""
-    found: dict[str, str] = {}
-    for word in words:
-        kind, _, name = word.partition("=")
-        if kind not in _KINDS:
-            raise UserError(
-                f"--encode {word} names no kind of encoder; {suggest(kind, _KINDS)}: write --encode vae=MODEL"
-            )
-        if not name:
-            raise UserError(f"--encode {word} names no model; {_HOW[kind]}, and write --encode {kind}=OUT")
-        if kind in found:
-            raise UserError(f"--encode {kind}= is given twice; keep one")
-        found[kind] = name
-    if found and "vae" not in found:
-        raise UserError("--encode text=... needs an autoencoder for the images as well; add --encode vae=MODEL")
-    return found
-
-
-def batch_for(size: int | None) -> int:
+def batch_for(size: int) -> int:
     """How many images are encoded at a time where nobody says: 64 of up to 256 pixels a side, as many pixels of larger ones."""
-    return _BATCH if size is None or size <= _SIDE else max(1, _BATCH * _SIDE**2 // size**2)
+    return _BATCH if size <= _SIDE else max(1, _BATCH * _SIDE**2 // size**2)
 
 
 def encode(
     source: str,
     dest: str,
-    encoders: Mapping[str, str],
     *,
-    size: int | None,
-    channels: int | None = None,
+    vae: str,
+    size: int,
+    text: str | None = None,
     features: bool = False,
     tokenizer: str | None = None,
-    batch: int | None = None,
+    batch: int,
     multiple: int | None = None,
     raw: bool = False,
     allow: Sequence[str] = (),
     **options: Any,
 ) -> Report:
-    """Opens the encoders (`chosen`) and writes the set; `options` are those of `encode_set`.
+    """Opens the encoders and writes the set; `options` are those of `encode_set`.
 
     Args:
-        channels: of the images; None: those of the autoencoder, which must agree.
+        vae: the model of the autoencoder.
+        text: that of the text encoder; None: captions are left out.
         features: keep the features of captions, not their tokens alone.
         tokenizer: file of the tokeniser; None: `spiece.model` in the folder of the text encoder.
-        batch: images at a time; None: `batch_for` their size.
+        batch: images at a time.
         multiple: what divides the sides of all images; None: the autoencoder's factor, of which it must be a multiple.
 
     Raises:
-        UserError: a model that is missing or no encoder, senseless options, and what `encode_set` refuses.
+        UserError: a model that is missing or no encoder, and what `encode_set` refuses.
     """
-    if size is None:
-        raise UserError("--encode needs the side of the images; add --size, e.g. --size 256")
-    batch = batch_for(size) if batch is None else batch
-    if batch < 1:
-        raise UserError(f"--batch {batch}; encode at least one image at a time")
-    for flag, given in (("--features", features), ("--tokenizer", tokenizer is not None)):
-        if given and "text" not in encoders:
-            raise UserError(f"{flag} needs a text encoder; add --encode text=MODEL, or leave it out")
-    text = _Text(encoders["text"], features, tokenizer, batch, raw, allow) if "text" in encoders else None
-    networks = Networks(_Vae(encoders["vae"], batch, raw, allow), text)
-    vae = networks.vae.task
-    if channels not in (None, vae.channels):
+    reader = None if text is None else _Text(text, features, tokenizer, batch, raw, allow)
+    networks = Networks(_Vae(vae, batch, raw, allow), reader)
+    task = networks.vae.task
+    multiple = task.factor if multiple is None else multiple
+    if multiple % task.factor:
         raise UserError(
-            f"--channels {channels}, but the autoencoder takes {vae.channels}; leave --channels out (--convert turns grey "
-            "images to colour and colour ones to grey)"
-        )
-    multiple = vae.factor if multiple is None else multiple
-    if multiple < 1 or multiple % vae.factor:
-        raise UserError(
-            f"--multiple {multiple} is no multiple of {vae.factor}, by which the autoencoder shrinks images; give {vae.factor} "
-            f"times the patch of the model, e.g. --multiple {2 * vae.factor}"
+            f"multiple={multiple} is no multiple of {task.factor}, by which the autoencoder shrinks images; give {task.factor} "
+            f"times the patch of the model, e.g. multiple={2 * task.factor}"
         )
     report = encode_set(
-        source, dest, networks, size=size, batch=batch, multiple=multiple, channels=vae.channels, **options
+        source, dest, networks, size=size, batch=batch, multiple=multiple, channels=task.channels, **options
     )
-    if text is not None and text.cut:
-        _log.warning("%d captions were longer than the %d tokens that are kept of each", text.cut, text.length)
+    if reader is not None and reader.cut:
+        _log.warning("%d captions were longer than the %d tokens that are kept of each", reader.cut, reader.length)
     return report
 
 
@@ -153,7 +121,7 @@ class _Vae:
             inside = [network.task for network in task.about.networks.values() if isinstance(network.task, Decodes)]
             task, params = inside[0] if inside else task, params.get("vae", params)
         if not isinstance(task, Decodes):
-            raise UserError(f"--encode vae={name}: {type(model.task).__name__} is no autoencoder; {_HOW['vae']}")
+            raise UserError(f"vae={name}: {type(model.task).__name__} is no autoencoder; {_HOW['vae']}")
         self.task = task
         scale = None if task.scale is None else float(task.scale)
         params = weights.encoding(params)  # what decodes need not lie on the devices
@@ -170,14 +138,14 @@ class _Text:
         _find("text", name)
         task, folder = models.open_task(name, allow)
         if not isinstance(task, Reads):
-            raise UserError(f"--encode text={name}: {type(task).__name__} is no text encoder; {_HOW['text']}")
+            raise UserError(f"text={name}: {type(task).__name__} is no text encoder; {_HOW['text']}")
         file = Path(tokenizer) if tokenizer is not None else None
         if file is None and isinstance(folder, Path) and held(folder):
             file = folder / NAME
         if file is None:
             raise UserError(
                 f"{folder} holds no {NAME}, which makes tokens of captions; copy it there from where the text encoder is "
-                "published, or give it with --tokenizer FILE"
+                "published, or give it with tokenizer=FILE"
             )
         from zoo.encoders.tokenizer import Tokenizer
 
@@ -232,4 +200,4 @@ def _find(kind: str, name: str) -> None:
     try:
         models.locate(name)
     except UserError as error:
-        raise UserError(f"--encode {kind}={name}: {error}; {_HOW[kind]}") from None
+        raise UserError(f"{kind}={name}: {error}; {_HOW[kind]}") from None

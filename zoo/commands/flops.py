@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 from jax.extend.core import jaxprs_in_params
+from jax.interpreters.partial_eval import partial_eval_jaxpr_nounits
 
 from zoo import weights
 from zoo.task import Counted
+from zoo.train.step import split
 
 
 def count(jaxpr: Any, causal: bool = False) -> float:
@@ -48,11 +50,18 @@ def count(jaxpr: Any, causal: bool = False) -> float:
 
 
 def training_example(task: Any) -> float:
-    """Model FLOPs of one training example: the task's own figure, else three times those of its loss.
+    """Model FLOPs of one training example: the task's own figure, else those of its loss, three times where parameters are trained.
 
-    The backward pass of a product is two products. Nothing that is computed twice to save memory counts.
+    The backward pass of a product is two products. What follows from the batch and from held networks alone has none, and
+    nothing that is computed twice to save memory counts.
     """
-    if isinstance(task, Counted):
-        return float(task.flops())
-    traced = jax.make_jaxpr(task.loss)(weights.abstract(task), task.spec(1), jax.eval_shape(lambda: jax.random.key(0)))
-    return 3.0 * count(traced)
+    if isinstance(task, Counted) and (own := task.flops()) is not None:
+        return float(own)
+    trained, held = split(task, weights.abstract(task))
+    given = (held, task.spec(1), jax.eval_shape(lambda: jax.random.key(0)))
+    traced = jax.make_jaxpr(lambda trained, held, *rest: task.loss({**trained, **held}, *rest)[0])(trained, *given)
+    moved = len(jax.tree.leaves(trained))
+    known, unknown, _, _ = partial_eval_jaxpr_nounits(
+        traced, [i < moved for i in range(len(traced.in_avals))], instantiate=False
+    )
+    return count(known) + 3.0 * count(unknown)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+
+import numpy as np
 
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "c64": 8, "c128": 16}
 BETWEEN = "between slices"  # a kind of collective of our own
@@ -39,14 +41,13 @@ class Shape:
 
     size: float  # bytes
     local: bool  # lies in on-chip memory: reading it costs no memory bandwidth
-    dims: tuple[int, ...]
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
     found = []
     for dtype, dims, layout in _SHAPE.findall(text):
-        sizes = tuple(int(re.sub(r"\D", "", d)) for d in dims.split(",") if d)
-        found.append(Shape(_item_bytes(dtype) * math.prod(sizes), bool(re.search(r"S\([1-9]", layout)), sizes))
+        count = math.prod(int(re.sub(r"\D", "", d)) for d in dims.split(",") if d)
+        found.append(Shape(_item_bytes(dtype) * count, bool(re.search(r"S\([1-9]", layout))))
     return tuple(found)
 
 
@@ -363,17 +364,15 @@ def _counted(text: str) -> list[int]:
     sizes, axes = (re.search(rf"{mark}([\d,]+)", text) for mark in (r"\[", r"T\("))
     if sizes is None:
         return [int(n) for n in re.findall(r"\d+", text)]
-    shape = tuple(map(int, sizes[1].split(",")))
-    return _transposed(shape, tuple(map(int, axes[1].split(","))) if axes else tuple(range(len(shape))))
+    order = tuple(map(int, axes[1].split(","))) if axes else None
+    counted: list[int] = _grid(map(int, sizes[1].split(","))).transpose(order).ravel().tolist()
+    return counted
 
 
-def _transposed(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
-    """The numbers 0, 1, ... of an array of these sizes, read after its axes were put in another order."""
-    strides = [math.prod(sizes[a + 1 :]) for a in range(len(sizes))]
-    flat = [0]
-    for axis in order:
-        flat = [base + k * strides[axis] for base in flat for k in range(sizes[axis])]
-    return flat
+def _grid(sizes: Iterable[int]) -> np.ndarray:
+    """The numbers 0, 1, ... of an array of these sizes."""
+    shape = tuple(sizes)
+    return np.arange(math.prod(shape)).reshape(shape)
 
 
 def _over_axes(axes: Mapping[str, int], among: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -381,6 +380,5 @@ def _over_axes(axes: Mapping[str, int], among: Sequence[str]) -> tuple[tuple[int
     names = list(axes)
     inner = [names.index(a) for a in among if a in axes]
     outer = [k for k in range(len(names)) if k not in inner]
-    flat = _transposed(list(axes.values()), [*outer, *inner])
     size = math.prod(axes[names[k]] for k in inner)
-    return tuple(tuple(flat[at : at + size]) for at in range(0, len(flat), size))
+    return tuple(map(tuple, _grid(axes.values()).transpose([*outer, *inner]).reshape(-1, size).tolist()))

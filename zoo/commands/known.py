@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from zoo.cameras import project
 from zoo.commands.clips import Clips
-from zoo.commands.sample import Form, Images
+from zoo.commands.draw import Form, Images
 from zoo.commands.trajectory import check_clear, trajectory
 from zoo.data.images import LEVELS, SPLITS
 from zoo.data.posed import PointMaps, Posed, picture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import re
@@ -91,3 +92,13 @@ def listing() -> str:
     lines += ["", "Weights (zoo sample NAME)"]
     lines += [f"  {name}" for name in paths.shipped()] or ["  none"]
     return "\n".join(lines)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """It has no arguments."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the list."""
+    print(listing())
+    return 0

@@ -1,259 +1,135 @@
-"""`zoo sample`: one file per sample, in resumable batches; PNG files and a sheet of images, or texts."""
+"""`zoo sample`: what is asked for, and from what samples begin."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
+import argparse
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
-import jax
-import numpy as np
-from PIL import Image
-
-from zoo import config, dist, paths
-from zoo.commands import strategy
-from zoo.draws import KEYS, finite, keys, rows_of
-from zoo.encoders.vae import HOW
-from zoo.errors import UserError
-from zoo.files import differences
-from zoo.models import Model
-from zoo.paths import Folder
-from zoo.task import Counting, trace_of
-from zoo.train.report import grid, save_png
+from zoo import config, dist, models, paths
+from zoo.captions import conditions as conditions_of
+from zoo.commands import conditions, known, strategy, text
+from zoo.commands.arguments import of_config, opens, takes, width
+from zoo.commands.draw import Form, Images, draw
+from zoo.draws import label_numbers
+from zoo.errors import UserError, suggest
+from zoo.fields import Count, Seed
+from zoo.task import abilities, is_text, option_names, sampling
+from zoo.train.provenance import check_kept
 
 _log = logging.getLogger("zoo")
-_SHEET = 256  # images on a sheet at most
-_TRACE = "trace.json"  # how each sample came about, where its sampler says so
 
 
-class Form(Protocol):
-    """What samples are: how one is kept, and what is shown of all."""
-
-    @property
-    def key(self) -> str:
-        """What the sampler calls them."""
-        ...
-
-    @property
-    def suffix(self) -> str:
-        """Of the file of one, `000000` and this."""
-        ...
-
-    def save(self, out: Folder, i: int, drawn: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-        """Write sample i of what the sampler gave for it, with what is known about it."""
-        ...
-
-    def show(self, out: Folder, n: int) -> str:
-        """Show n samples that are there; what the user is told of where to look."""
-        ...
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    takes(
+        parser,
+        "MODEL",
+        fields="n, seed, label, prompt or prompts=FILE, form=text from=test, of clips from and path, aspect and the sampler's "
+        "options, e.g. n=64 guidance=2.0, or passes=true",
+    )
+    parser.add_argument(
+        "--out", default=None, metavar="FOLDER", help="default: samples/ in the run folder, or samples/ here"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="samples per batch")
+    parser.add_argument("--tokenizer", default=None, metavar="FILE", help="default: spiece.model beside the model")
+    opens(parser)
 
 
-@dataclass(frozen=True)
-class Images:
-    """Samples that are images, as PNG files and a sheet."""
+def run(args: argparse.Namespace) -> int:
+    """Draw samples of a model."""
+    dist.start(batch=max(args.batch, 1))
+    ema, fields = width(args.fields)
+    own, fields = of_config(args.model, fields)
+    model = models.open_model(args.model, own, raw=args.raw, ema=ema, allow=args.allow, on_host=True)
+    words, options = _options(model, fields, args.allow)
+    n, seed, label, prompt, prompts, aspect, kind, split, path = words.values()
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch}; draw at least one sample at a time")
+    texts, asked = conditions.read(model.task, prompt, prompts)
+    clips = "frames" in model.task.spec(1)
+    writes = is_text(model.task)
+    about = model.task.about
+    if texts is None and about.completes:
+        _no_strength(args.fields, "none is given; add prompt=TEXT or prompts=FILE")
+    if path is not None and not clips:
+        raise UserError(f"path={path}: {type(model.task).__name__} draws no clips; leave it out")
+    writes = conditions.check_form(model.task, kind, None if clips else split, texts) or writes
+    n = n or (len(texts) if texts and prompts is not None else text.SHOWN if writes else 8 if clips else 64)
+    labels = label_numbers(label, about.classes, model.labels, n)
+    options, shape = conditions.shaped(model.task, aspect, options)
+    form: Form
+    given: Any
+    tokeniser: dict[str, str] = {}
+    if split is not None and model.run is not None:
+        check_kept(model.folder, model.data, splits=[split])
+    if clips:
+        given, form = known.start(model, options, split, path, n, seed, min(args.batch, n)), known.form(model.task)
+        captions, asked = None, {"from": split, "path": path}
+    elif split is not None:
+        given, captions, asked = conditions.pictures(model, split, n), None, {"from": split}
+        form = text.Texts(model.vocabulary)
+    elif writes:
+        given, captions = text.rewritten(model, model.vocabulary, texts, n)
+        if given and all((row < 0).any() for row in given["tokens"]):
+            _no_strength(args.fields, "here holes say which tokens are; give all of a text")
+        form = text.Texts(model.vocabulary, captions)
+    else:
+        given, captions, tokeniser = conditions_of(model, labels, texts, n, options, aspect, args.tokenizer)
+        form = Images(captions)
+        if not about.conditions:
+            asked = {"label": None if labels is None else label or "balanced"}
+    out = paths.require_bucket(args.out, "--out ") if args.out else model.samples_folder
+    batch = min(args.batch, n)
+    resolved = strategy.resolve(model, options, batch, measure="method=auto" in args.fields)
+    if resolved is not options:
+        _log.info("method: %s", strategy.described(resolved.method))
+    draw(
+        model,
+        out,
+        n=n,
+        seed=seed,
+        conditions=given,
+        captions=captions,
+        asked={**asked, **shape, **tokeniser},
+        batch=batch,
+        options=options,
+        resolved=resolved,
+        form=form,
+    )
+    return 0
 
-    captions: Sequence[str] | None = None
 
-    key = "image"
-    suffix = ".png"
-
-    def save(self, out: Folder, i: int, drawn: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-        """Write image i, with its settings in the file."""
-        save_png(out / f"{i:06d}.png", drawn["image"], about)
-
-    def show(self, out: Folder, n: int) -> str:
-        """Write the sheet."""
-        _sheet(out, n, self.captions)
-        return "sheet.png"
-
-
-def _plain(options: Any) -> dict[str, Any]:
-    """Options as JSON has them, without a method that is left open."""
-    found = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    return {k: config.dump(v) for k, v in found.items() if (k, v) != ("method", "auto")}
-
-
-def draw(
-    model: Model,
-    out: Folder,
-    *,
-    n: int,
-    seed: int,
-    conditions: Mapping[str, np.ndarray] | None,
-    captions: Sequence[str] | None,
-    asked: Mapping[str, Any],
-    batch: int,
-    options: Any,
-    resolved: Any = None,
-    form: Form | None = None,
-) -> None:
-    """Draw n samples into `out`: `000000.png` ..., `sheet.png`, `settings.json` and where the sampler says how they came about
-    `trace.json`. Files already there are kept.
-
-    Args:
-        conditions: arrays that lead with n, for the task's `sample`; None: none.
-        captions: n texts, for the sheet and the images' metadata; None: none.
-        asked: what the user wrote for `conditions`, kept in `settings.json`: with it, sample i has the same condition
-            whatever n.
-        options: of the task's sampler, an instance of its `Sampling`.
-        resolved: what stands in their place where they leave the choice to zoo; not part of the settings, so that a folder
-            can be filled on another device.
-        form: what samples are; None: images.
-
-    Raises:
-        UserError: a model that draws no images, or a sample that is lost for good; the folder holds samples with other
-            settings, or cannot be written.
-    """
-    form = form or Images(captions)
-    settings = {
-        "model": str(model.folder),
-        "step": model.step,
-        "weights": model.kind,
-        **({"task": config.digest(model.task)} if model.untrained else {}),  # its overrides
-        "seed": seed,
-        "keys": KEYS,
-        **asked,
-        **_plain(options),
-        **({"network calls": options.network_calls} if isinstance(options, Counting) else {}),
+def _options(model: Any, fields: Sequence[str], allow: Sequence[str]) -> tuple[dict[str, Any], Any]:
+    """What samples are asked for, and the sampler's own options, from `field=value`."""
+    kind = sampling(model.task)
+    if kind is None:
+        can = ", ".join(abilities(model.task)) or "train alone"
+        raise UserError(f"{type(model.task).__name__} has no sampler; it can: {can} (try `zoo eval`)")
+    asked: dict[str, Any] = {
+        "n": None,
+        "seed": 0,
+        **dict.fromkeys(("label", "prompt", "prompts", "aspect", "form", "from", "path")),
     }
-    taken = options if resolved is None else resolved
-    method = getattr(taken, "method", None)
-    sampler = jax.jit(lambda params, rng, given: model.task.sample(params, rng, batch, given, taken))
-    boxed = jax.eval_shape(model.task.init, jax.random.key(0))
-    mesh, params = dist.spread(model.params, batch, boxed)
-    with dist.use(mesh):
-        first = np.zeros(batch, int)
-        if form.key not in sampler.eval_shape(params, keys(seed, first), rows_of(conditions, first)):
-            raise UserError(
-                f"{model.folder}: this model draws latents and names no autoencoder: set task.vae and weights.vae ({HOW}), or "
-                "bring its weights into a config that does (`zoo export "
-                "MODEL FILE --format official`, then `zoo import CONFIG FILE OUT weights.vae=...`)"
-            )
-    _claim(out, settings, form.suffix)
-    word = "label" if "label" in asked else "prompt"
-    there = set(paths.names(out))
-    missing = [i for i in range(n) if f"{i:06d}{form.suffix}" not in there]
-    for begin in range(0, len(missing), batch):
-        rows = np.array(missing[begin : begin + batch])
-        with dist.use(mesh):
-            drawn, trace = trace_of(finite(sampler, params, seed, rows, conditions, batch, form.key))
-        strategy.tell(drawn, method)
-        if trace is not None:
-            _keep(out, rows, trace.figures())
-        for k, i in enumerate(rows):
-            about = {**{k: str(v) for k, v in settings.items()}, "index": str(i)}
-            if method is not None:
-                about["method"] = strategy.described(method)
-            if captions is not None:
-                about[word] = captions[i]
-            form.save(out, i, {key: x[k] for key, x in drawn.items()}, about)
-        _log.info("%d of %d samples", n - len(missing) + begin + len(rows), n)
-    shown = form.show(out, n)
-    print(f"{n} samples in {out} ({shown}; {'average' if model.kind == 'ema' else model.kind} weights, seed {seed})")
-    if kept := _kept(out):
-        each = {name: np.array([kept[str(i)][name] for i in range(n) if str(i) in kept]) for name in kept[min(kept)]}
-        means = ", ".join(f"{name} {x.mean():.3g} ({x.std():.2g})" for name, x in each.items())
-        print(f"on the way, mean and spread of {len(next(iter(each.values())))} samples: {means} ({_TRACE})")
-
-
-def _kept(out: Folder) -> dict[str, dict[str, float]]:
-    """How samples came about, by their numbers; {} where nobody said."""
-    path = out / _TRACE
-    if _TRACE not in paths.names(out):
-        return {}
-    with paths.sentence(path):
-        text = path.read_text()
-    try:
-        found: dict[str, dict[str, float]] = json.loads(text)
-    except json.JSONDecodeError:
-        raise UserError(f"{path} cannot be read; remove it or choose another --out") from None
-    return found
-
-
-def _keep(out: Folder, rows: np.ndarray, figures: Mapping[str, np.ndarray]) -> None:
-    """How these samples came about, beside what is known of others."""
-    new = {str(i): {name: x[k].item() for name, x in figures.items()} for k, i in enumerate(rows)}
-    paths.write(out / _TRACE, json.dumps(_kept(out) | new, indent=1) + "\n")
-
-
-def save_pictures(model: Model, pictures: Mapping[str, Image.Image]) -> dict[str, str]:
-    """Write what a metric drew as `NAME-STEP.png` into `samples/` of the run folder; returns the path of each.
-
-    Of an export, or a run folder that cannot be written, into `samples/` here. Nothing is overwritten: where that name is
-    taken, as it is by the picture of training, it is `NAME-STEP-2.png`, and so on.
-
-    Raises:
-        UserError: neither can be written.
-    """
-    about = {"model": str(model.folder), "step": str(model.step), "weights": model.kind}
-    here = paths.parse_path("samples")
-    out, saved = model.samples_folder, {}
-    for name, picture in pictures.items():
-        file = f"{name}.png" if model.step is None else f"{name}-{model.step:07d}.png"
-        try:
-            path = _free(out, file)
-            save_png(path, picture, about)
-        except UserError as error:
-            if out == here:
-                raise
-            _log.warning("%s; the pictures go to %s", error, here)
-            out = here
-            path = _free(out, file)
-            save_png(path, picture, about)
-        saved[name] = str(path)
-    return saved
-
-
-def _free(folder: Folder, file: str) -> Folder:
-    """The path of a file that is not there yet: FILE, or its name with the first free number from 2 behind."""
-    try:
-        taken = set(paths.names(folder))
-    except OSError as error:
-        raise UserError(f"cannot write pictures to {folder} ({error.strerror or error})") from None
-    stem, dot, suffix = file.rpartition(".")
-    names = itertools.chain([file], (f"{stem}-{k}{dot}{suffix}" for k in itertools.count(2)))
-    return folder / next(name for name in names if name not in taken)
-
-
-def _claim(out: Folder, settings: dict[str, Any], suffix: str) -> None:
-    """Make the folder, or make sure that what it holds was drawn the same way."""
-    path = out / "settings.json"
-    try:
-        if not paths.in_bucket(out):  # where there are no folders
-            out.mkdir(parents=True, exist_ok=True)
-        inside = paths.names(out)
-        filled = {Path(name).suffix for name in inside if name[:1].isdigit()}
-        if path.name in inside and filled & {".png", ".txt", ".npz"}:  # whichever the model draws this time
-            with paths.sentence(path):
-                text = path.read_text()
-            differ = differences(json.loads(text), json.loads(json.dumps(settings)))
-            if differ:
-                raise UserError(
-                    f"{out} holds samples drawn with other settings ({'; '.join(differ[:3])}); choose another --out"
-                )
-        elif suffix in filled:
-            kind = {".png": "images", ".txt": "texts"}.get(suffix, "clips")
-            raise UserError(f"{out} holds {kind} that zoo did not draw; choose another --out")
+    kinds: dict[str, Any] = {"n": Count, "seed": Seed}
+    options, own = option_names(model.task), []
+    for field in fields:
+        key, equals, value = field.partition("=")
+        head = key.partition(".")[0]
+        if not equals:
+            raise UserError(f"{field!r} is no option; write n=64")
+        if head not in (*asked, *options):
+            raise UserError(f"no option {head!r} of this sampler; {suggest(head, {*asked, *options})}")
+        if key in asked and key not in options:  # a sampler with weights has a `form` of its own
+            asked[key] = config.parse(value, kinds[key], key) if key in kinds else value
         else:
-            paths.write(path, json.dumps(settings, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write samples to {out}: {error.strerror}; choose another --out") from None
-    except json.JSONDecodeError:
-        raise UserError(f"{path} cannot be read; remove it or choose another --out") from None
+            own.append(field)
+    return asked, config.override(kind(), own, allow=allow)
 
 
-def _sheet(out: Folder, n: int, captions: Sequence[str] | None) -> None:
-    count = min(n, _SHEET)
-    images = []
-    for i in range(count):
-        path = out / f"{i:06d}.png"
-        with paths.sentence(path), path.open("rb") as opened, Image.open(opened) as file:
-            images.append(np.asarray(file, np.float32) / 127.5 - 1)
-    stack = np.stack(images)
-    stack = stack[..., None] if stack.ndim == 3 else stack
-    save_png(out / "sheet.png", grid(stack, None if captions is None else list(captions[:count])))
+def _no_strength(fields: Sequence[str], why: str) -> None:
+    """UserError for a strength of rewriting where there is no text to rewrite."""
+    for field in fields:
+        if field.startswith("strength="):
+            raise UserError(f"{field} says how much of a given text shall be new, and {why}, or leave strength= out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import argparse
 import dataclasses
 import inspect
 import math
@@ -17,12 +17,38 @@ from jax.extend.core import jaxprs_in_params
 
 from zoo import config, dist, models, weights
 from zoo.commands import chips
+from zoo.commands.arguments import allows, as_run, takes
+from zoo.commands.tables import Rows, comments, table
 from zoo.errors import UserError
 from zoo.fields import kinds, required, words
 from zoo.run import Run
 from zoo.task import Cached, Samples, Task, check_needs, sampling
 from zoo.train import optim
 from zoo.train.step import abstract_state
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    takes(parser, "CONFIG", fields="override fields")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--shardings", action="store_true", help="where every parameter of a run lies on its mesh")
+    what.add_argument("--sampler", action="store_true", help="what `zoo sample` and samples.options take")
+    allows(parser)
+    parser.add_argument(
+        "--devices", default=None, metavar="N", help="a mesh of so many devices, or of a topology: v5e:4x4"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a config in full, the options of its sampler, or where its parameters lie."""
+    if args.devices and not args.shardings:
+        raise UserError("--devices says nothing without --shardings; add it, or leave --devices out")
+    value = opened(args.config, args.fields, args.allow)
+    if args.shardings:
+        print(shardings(as_run(value, args.config), count_devices(args.devices)))
+    else:
+        print((sampler if args.sampler else show)(value, args.config))
+    return 0
 
 
 def opened(name: str, fields: Sequence[str] = (), allow: Sequence[str] = ()) -> Any:
@@ -37,30 +63,6 @@ def opened(name: str, fields: Sequence[str] = (), allow: Sequence[str] = ()) -> 
     return config.override(config.undump(about.get("run", about.get("task")), allow), fields)
 
 
-def _comments(cls: type) -> dict[str, str]:
-    """The comment behind each field of a dataclass, from its source and that of the classes whose fields it inherits."""
-    found: dict[str, str] = {}
-    for base in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
-        found |= _own_comments(base)
-    return found
-
-
-def _own_comments(cls: type) -> dict[str, str]:
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):
-        return {}
-    lines, found = source.splitlines(), {}
-    for node in ast.walk(ast.parse(inspect.cleandoc(source) if source.startswith(" ") else source)):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
-            for line in reversed(lines[node.lineno - 1 : node.end_lineno]):  # a long one lies inside of brackets
-                _, mark, text = line.partition("# ")
-                if mark:
-                    found[node.target.id] = text.strip()
-                    break
-    return found
-
-
 def _kind(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Union:
         return " | ".join(map(_kind, typing.get_args(annotation)))
@@ -70,17 +72,14 @@ def _kind(annotation: Any) -> str:
     return re.sub(r"\b(typing|collections\.abc|zoo\.[\w.]+)\.", "", name)
 
 
-_Rows: typing.TypeAlias = list[tuple[str, str, str, str]]
-
-
-def _rows(value: Any, prefix: str = "", ranges: bool = False) -> _Rows:
+def _rows(value: Any, prefix: str = "", ranges: bool = False) -> Rows:
     """(field, value, type, comment) of a tree of dataclasses, depth first.
 
     `ranges`: types are told in words with their ranges, and objects that may stand for a plain value are listed too.
     """
-    rows: _Rows = []
+    rows: Rows = []
     cls: Any = type(value)
-    hints, own, comments = typing.get_type_hints(cls), kinds(cls), _comments(cls)
+    hints, own, said = typing.get_type_hints(cls), kinds(cls), comments(cls)
     for f in dataclasses.fields(value):
         inner, name = getattr(value, f.name), f"{prefix}{f.name}"
         parts = (
@@ -105,19 +104,11 @@ def _rows(value: Any, prefix: str = "", ranges: bool = False) -> _Rows:
                 rows += _rows(part, f"{name}.{key}.", ranges)
         else:
             kind = own[f.name]
-            rows.append((name, repr(inner), words(kind) if ranges else _kind(hints[f.name]), comments.get(f.name, "")))
+            rows.append((name, repr(inner), words(kind) if ranges else _kind(hints[f.name]), said.get(f.name, "")))
             objects = [part for part in typing.get_args(kind) if dataclasses.is_dataclass(part)] if ranges else []
             for part in objects:
                 rows += _rows(typing.cast(Any, part)(), f"{name}.", ranges)
     return rows
-
-
-def _table(rows: _Rows, widest: int = 28) -> list[str]:
-    widths = [min(max(len(r[i]) for r in rows), limit) for i, limit in enumerate((36, 34, widest))]
-    return [
-        "  ".join(text.ljust(w) for text, w in zip(row[:3], widths)).rstrip() + (f"  {row[3]}" if row[3] else "")
-        for row in rows
-    ]
 
 
 def sampler(value: Any, name: str) -> str:
@@ -129,14 +120,14 @@ def sampler(value: Any, name: str) -> str:
     kind = sampling(task)
     rows = _rows(kind(), ranges=True) if kind is not None else []
     head = f"{name}: options of the sampler of {type(task).__name__}"
-    return "\n".join([head, "", *_table(rows, widest=54)] if rows else [f"{head}: none"])
+    return "\n".join([head, "", *table(rows, widest=54)] if rows else [f"{head}: none"])
 
 
 def show(value: Any, name: str) -> str:
     """Every field, value, type and comment of a config; for a run also its size and which precision computes what."""
     cls = type(value.task if isinstance(value, Run) else value)
     title = config.describe(name) if models.is_config(name) else (inspect.getdoc(cls) or "").partition("\n")[0]
-    lines = [f"{name}: {title}", "", *_table(_rows(value))]
+    lines = [f"{name}: {title}", "", *table(_rows(value))]
     if isinstance(value, Run):
         lines += ["", *_facts(value)]
     return "\n".join(lines)

@@ -156,6 +156,3 @@ def tell(drawn: Mapping[str, Any], method: Any) -> None:
                 if kept
                 else "went token by token",
             )
-
-
-__all__ = ["chosen", "described", "resolve", "save", "tell"]

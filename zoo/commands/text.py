@@ -104,7 +104,7 @@ def _pieces(vocabulary: Vocabulary, text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Texts:
-    """Samples that are texts, as `zoo.commands.sample.Form` has them: `000000.txt` ..., and `000000.passes.txt` on demand."""
+    """Samples that are texts, as `zoo.commands.draw.Form` has them: `000000.txt` ..., and `000000.passes.txt` on demand."""
 
     vocabulary: Vocabulary | None  # None: numbers are written
     starts: Sequence[str] | None = None  # what each is made from

@@ -121,7 +121,7 @@ def read_info(root: Path, kind: type[K]) -> K:
 
 _WHAT = {"zoo-images": "images", "zoo-latents": "latents", "zoo-tokens": "tokens of texts"}
 _USES = {
-    "zoo-images": "read it with data=Images(path, size=...), or encode it with `zoo prepare --encode`",
+    "zoo-images": "read it with data=Images(path, size=...), or encode it with `zoo prepare latents`",
     "zoo-latents": "read it with data=Latents(path)",
     "zoo-tokens": "read it with data=Text(path)",
 }

@@ -181,7 +181,7 @@ def _check_evaluated(run: Run, source: Any, field: str, metric: Any) -> None:
                 f"{field}: the metric {metric.name} goes through examples of the task's own "
                 f"shape alone, and the {metric.split} split of data.path={run.data.place} has none: its first "
                 f"{key} is {list(first[key].shape)}, the task's {list(want.shape[1:])}; prepare the data with square images for "
-                "testing (a larger --test-fraction), set data.aspect to one ratio, or leave the metric out"
+                "testing (a larger test_fraction), set data.aspect to one ratio, or leave the metric out"
             )
 
 

@@ -39,7 +39,7 @@ def check_encoders(run: Run, given: Mapping[str, Params]) -> None:
             field = f"weights.{key}={run.weights[key]}" if run.weights and key in run.weights else "the run's weights"
             raise UserError(
                 f"data.path={path} holds latents made by another {name} (digest {made[key]}) than {field} (digest {here}); "
-                f"encode the images again with `zoo prepare --encode {key}=...`, or name that {name} in weights.{key}"
+                f"encode the images again with `zoo prepare latents {key}=...`, or name that {name} in weights.{key}"
             )
     vae = about.networks.get("vae")
     for key, was in _units(made).items() if vae is not None else ():
@@ -58,7 +58,7 @@ def check_encoders(run: Run, given: Mapping[str, Params]) -> None:
         aspects = "without" if made["template"] == "aspect" else "with"
         raise UserError(
             f"task.template={template!r}, but the captions in data.path={path} were encoded with {made['template']!r}; set "
-            f"task.template={made['template']}, or encode them again {aspects} --aspects"
+            f"task.template={made['template']}, or encode them again {aspects} aspects=true"
         )
 
 
@@ -200,7 +200,7 @@ def _check_tokenizer(run: Run, made: str) -> None:
     if here not in (None, made):
         raise UserError(
             f"data.path={run.data.place} holds captions of another tokeniser (digest {made}) than {found}/{tokenizer.NAME} "
-            f"(digest {here}), beside weights.text; encode the captions again with `zoo prepare --encode text={found}`, or "
+            f"(digest {here}), beside weights.text; encode the captions again with `zoo prepare latents text={found}`, or "
             "put the file there that they were encoded with"
         )
 

@@ -1,6 +1,6 @@
 """Latents on disk: images and captions seen once through frozen networks, so that training need not run these.
 
-A set is made by `zoo prepare --encode` and resumed like any other (`records.py`). Of every image it keeps the mean and
+A set is made by `zoo prepare latents` and resumed like any other (`records.py`). Of every image it keeps the mean and
 the standard deviation of the latent's distribution, so that training may draw from it, and of every caption its tokens
 or features. Images of different shapes lie in buckets of their own, one per aspect ratio.
 h, w and c: height, width and channels of a latent; S tokens of a caption; E numbers per feature.
@@ -108,7 +108,7 @@ class LatentInfo(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Latents(pipeline.Data):
-    """A set made by `zoo prepare --encode`: one of its aspect ratios, or all of them in batches of one each.
+    """A set made by `zoo prepare latents`: one of its aspect ratios, or all of them in batches of one each.
 
     Examples: `latent` (mean) and `latent_std` float32 [h, w, c]; `label` int32 [] where there are labels; `tokens` and
     `null_tokens` (those of the empty caption) int32 [S] where captions were encoded, and `text` and `null_text` float32
@@ -276,7 +276,7 @@ def encode_set(
     if size % multiple and not aspects:
         best = max(1, round(size / multiple)) * multiple
         raise UserError(
-            f"size={size} is no multiple of {multiple}, by which the encoder shrinks images (or --multiple); choose size={best}"
+            f"size={size} is no multiple of {multiple}, by which the encoder shrinks images (or multiple=); choose size={best}"
         )
     origin, target = places(source, dest)
     with entering(target, LatentInfo), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:

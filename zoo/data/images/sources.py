@@ -87,7 +87,7 @@ def open_source(
         raise UserError(f"{origin} is already a prepared set; train on it with data=Images({str(origin)!r}, size=...)")
     kind, files = ("prepared", []) if made else kind_of(origin)
     if kind != "parquet" and (image_column is not None or caption_column is not None):
-        flag = "--image-column" if image_column is not None else "--caption-column"
+        flag = "image_column" if image_column is not None else "caption_column"
         raise UserError(f"{flag} names a column of parquet files, and {origin} is none; leave it out")
     if kind == "parquet":
         return _parquet(origin, files, test_fraction, image_column, caption_column)

@@ -80,19 +80,19 @@ def columns_of(path: Path, schema: Any, image: str | None, caption: str | None) 
             if what == "captions" and (other := [field for field in schema if field.name.lower() == word]):
                 raise UserError(
                     f"{path}: the column {other[0].name!r} holds {other[0].type} and not one text a row, so that its captions "
-                    f'cannot be read; store one text a row, or say {flag} NAME, or {flag}="" to leave captions out'
+                    f'cannot be read; store one text a row, or say {flag}=NAME, or {flag}="" to leave captions out'
                 )
         if fields and (len(fields) > 1 or what == "captions"):  # a lone text may be a file's name or a key
             none = f', or {flag}="" where none does' if what == "captions" else ""
-            raise UserError(f"{path} does not tell which column holds the {what}: {listed}; say {flag} NAME{none}")
+            raise UserError(f"{path} does not tell which column holds the {what}: {listed}; say {flag}=NAME{none}")
         return fields[0] if fields else None
 
-    found = choose(is_image, image, _IMAGES, "images", "--image-column")
+    found = choose(is_image, image, _IMAGES, "images", "image_column")
     if found is None:
         raise UserError(
             f"{path} has no column of images (bytes, or a struct with bytes), it has {listed}; give other files"
         )
-    text = choose(lambda kind: is_text(plain(kind)), caption, _CAPTIONS, "captions", "--caption-column")
+    text = choose(lambda kind: is_text(plain(kind)), caption, _CAPTIONS, "captions", "caption_column")
     whole = [field.name for field in schema if pyarrow.types.is_integer(field.type)]
     label = next((name for word in _LABELS for name in whole if name.lower() == word), None)
     for column in (found, text, label):

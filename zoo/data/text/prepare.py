@@ -1,4 +1,4 @@
-"""`zoo prepare --text`: texts become one file of tokens per split, the vocabulary, and an `info.json`.
+"""`zoo prepare text`: texts become one file of tokens per split, the vocabulary, and an `info.json`.
 
 The text is read once from its beginning to its end and never held as a whole. What a killed run leaves is kept: a line
 of `progress.jsonl` says how far the files were on disk, and the same command goes on from there, to the same bytes.
@@ -107,7 +107,7 @@ def _prepare(
     symbols = ""
     if tokenizer == "chars" and not (symbols := symbols_of(every)):
         raise UserError(f"{origin} is empty; give a text")
-    vocabulary = vocabularies.named(tokenizer, symbols, "--text ")
+    vocabulary = vocabularies.named(tokenizer, symbols)
     root = origin if origin.is_dir() else origin.parent
     names = [os.path.relpath(file, root) for file in every]
     settings = TokenSettings(

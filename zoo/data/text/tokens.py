@@ -1,4 +1,4 @@
-"""Texts as tokens: a file or a folder of texts, a set made by `zoo prepare --text`, the standard library's docstrings.
+"""Texts as tokens: a file or a folder of texts, a set made by `zoo prepare text`, the standard library's docstrings.
 
 Every source here gives `tokens` int32 [T], windows at fixed offsets of one long row: `train` is its first part, `valid`
 the next, `test` the last, unless the files' names say what they are.
@@ -73,7 +73,7 @@ class TokenInfo(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Text(Data):
-    """A text by path: a file (.txt, .gz, .zip, .jsonl, .parquet), a folder of such, or a set made by `zoo prepare --text`.
+    """A text by path: a file (.txt, .gz, .zip, .jsonl, .parquet), a folder of such, or a set made by `zoo prepare text`.
 
     `tokenizer` is "text8" (27 symbols), "chars" (the characters that the text has), "bytes", or the path of a
     tokenizer.json or of a sentencepiece model; None: what a prepared set was made with, else text8. A text that is not

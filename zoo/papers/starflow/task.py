@@ -198,7 +198,7 @@ class StarFlow(Inputs):
         if (rows * self.patch, columns * self.patch) != x.shape[1:3]:
             raise UserError(
                 f"task.patch={self.patch} does not divide latents of {x.shape[1]} x {x.shape[2]}; set task.patch=1, or encode "
-                f"the images again with `zoo prepare --multiple {self.factor * self.patch if self.vae else 'N'}`"
+                f"the images again with `zoo prepare latents multiple={self.factor * self.patch if self.vae else 'N'}`"
             )
         if self.positions == "learned" and (rows, columns) != (self.rows, self.columns):
             raise UserError(

@@ -295,8 +295,10 @@ class Tcsm(Denoiser):
             tokens=self.length,
         )
 
-    def flops(self) -> float:
-        """Floating-point operations of one training text: two per weight and token, six with the gradient."""
+    def flops(self) -> float | None:
+        """Floating-point operations of one training text: two per weight and token, six with the gradient. None beside other networks."""
+        if self.about.networks:
+            return None
         weights = self.depth * 12 * self.width**2 + self.width * self.vocab
         return 6.0 * (self.length * weights + 2 * self.depth * self.length**2 * self.width)
 
