@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import re
+import string
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -28,15 +29,15 @@ PAGES = [*sorted(ROOT.glob("configs/*/README.md")), COMPILED]
 WIDTH = 120  # columns of a page
 # what a record may show, in this order; everything else stays in the file
 HEADS = {
-    "bpd": "bits per dimension, held out",
-    "noisy_bits_per_dim": "bits of noisy images, held out",
-    "noisy_latent_bits_per_dim": "bits of noisy latents, held out",
+    "bpd": "bits per dimension",
+    "noisy_bits_per_dim": "bits of noisy images",
+    "noisy_latent_bits_per_dim": "bits of noisy latents",
     "gaussian_noisy_latent_bits_per_dim": "Gaussian on noisy latents",
-    "bits_per_token": "bits per character, held out",
+    "bits_per_token": "bits per character",
     "iwae_bits_per_token": "of the importance-weighted bound",
-    "denoising": "denoising error, held out",
-    "mse_6": "error at the sixth copy, held out",
-    "points": "error of points, held out",
+    "denoising": "denoising error",
+    "mse_6": "error at the sixth copy",
+    "points": "error of points",
     "points_shuffled": "that of points of other images",
     "accuracy": "accuracy of Bayes' rule",
     "histogram_bpd": "histogram",
@@ -139,15 +140,18 @@ def _folded(text: str) -> str:
 
 
 def _sources(records: Records) -> str:
-    """Date, hardware and command of the rows: of rows that differ in their id alone the command stands once, with RUN for it."""
+    """Date, hardware and command of the rows: where several differ in their id alone the command stands once, with RUN for it."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for name, r in records.items():
-        command = re.sub(rf"{re.escape(name)}(?![\w:])", "RUN", r["command"])
+        command = re.sub(rf"(?<=[/_.-]){re.escape(name)}(?![\w:.])", "RUN", r["command"])
         found.setdefault((r["date"], r["hardware"], command), []).append(name)
     lines = []
-    for (date, machine, command), names in found.items():
+    for (date, machine, command), names in sorted(found.items(), key=lambda item: len(item[1])):
+        shared = len(names) > 1
         whose = f"{', '.join(names)}: " if len(found) > 1 else ""
-        lines.append(_folded(f"- {whose}{date}, {machine}: `{command}`"))
+        if len(names) > 4 and whose and len(lines) == len(found) - 1:
+            whose = "the others: "
+        lines.append(_folded(f"- {whose}{date}, {machine}: `{command if shared else records[names[0]]['command']}`"))
     return "\n".join(lines)
 
 
@@ -261,28 +265,28 @@ def inverse_table(records: Records) -> str:
 
 def compile_table(records: Records) -> str:
     """What programs need on chips that are not here, and how fast they can be there; options stand once, under a letter."""
-    heads = ["config", "chips", "with", "parameters", "state a chip", "peak / memory", "bound", "step, at least"]
-    options: dict[str, str] = {}
+    heads = ["config", "chips", "with", "parameters", "state, GiB", "peak / memory, GiB", "bound", "step, at least"]
+    extras = {name: r["command"].split(maxsplit=5)[5:] for name, r in records.items()}
+    letters = {text: letter for letter, text in zip(string.ascii_lowercase, dict.fromkeys(sum(extras.values(), [])))}
     rows = []
-    for r in records.values():
-        _, _, name, _, chips, *extras = r["command"].split()
-        letter = options.setdefault(" ".join(extras), chr(ord("a") + len(options) - ("" in options))) if extras else ""
+    for key, r in records.items():
+        _, _, name, _, chips, *_ = r["command"].split()
         f = r["figures"]
         rows.append(
             [
                 name,
                 chips,
-                letter,
+                *([letters[text] for text in extras[key]] or [""]),
                 f"{f['parameters'] / 1e6:,.4g} M",
-                f"{f['arguments GiB per device']:.3f} GiB",
-                f"{f['peak GiB']:.2f} / {f['memory GiB']:.2f} GiB",
+                f"{f['arguments GiB per device']:.3f}",
+                f"{f['peak GiB']:.2f} / {f['memory GiB']:.2f}",
                 f["bound"],
                 f"{f['step s, at least']:.3g} s",
                 f"{f['utilisation, at most']:.0%}",
                 f"{f['compile s']:.0f} s",
             ]
         )
-    lines = [f"- {letter}: `{extras}`" for extras, letter in options.items()]
+    lines = [f"- {letter}: `{text}`" for text, letter in letters.items()]
     head = "Each row is `zoo compile CONFIG --topology CHIPS`, with:"
     return "\n".join([_table([*heads, "use", "compiled"], rows), "", head, *lines])
 
