@@ -1,5 +1,7 @@
 """Measured figures: kept in figures/PAPER.json, shown in configs/PAPER/README.md and, those of `zoo compile`, in launch/README.md.
 
+Beside them the table of the contract in CONTRIBUTING.md, which is made of the docstrings of `zoo/task.py`.
+
     python tests/figures.py add PAPER ID RUN_FOLDER_OR_JSON "COMMAND" ["HARDWARE"]
                 # JSON of bench, compile or eval, or {"rows": {WHAT: FIGURES}}
     python tests/figures.py encoders PAPER ID "COMMAND" RUN[+JSON...] RUN[+JSON...]
@@ -12,6 +14,7 @@ Each record carries the command, the hardware and the date. A test compares the 
 from __future__ import annotations
 
 import datetime
+import inspect
 import json
 import os
 import re
@@ -22,10 +25,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from zoo.task import ABILITIES
+
 FOLDER = Path(__file__).with_name("figures")
 ROOT = Path(__file__).parent.parent
 COMPILED = ROOT / "launch" / "README.md"
-PAGES = [*sorted(ROOT.glob("configs/*/README.md")), COMPILED]
+CONTRACT = ROOT / "CONTRIBUTING.md"
+PAGES = [*sorted(ROOT.glob("configs/*/README.md")), COMPILED, CONTRACT]
 WIDTH = 120  # columns of a page
 # what a record may show, in this order; everything else stays in the file
 HEADS = {
@@ -181,7 +187,9 @@ def bench_table(records: Records) -> str:
             rows.append(
                 [
                     name,
-                    f"train step, batch {f['batch']}" if what == "train" else f"{what} {unit}{'s'[: what != 'sample 1']}",
+                    f"train step, batch {f['batch']}"
+                    if what == "train"
+                    else f"{what} {unit}{'s'[: what != 'sample 1']}",
                     f"{f[key]['median']:.4g} ms",
                     f"{peer['median']:.4g} ms" if peer else "",
                     f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "",
@@ -192,7 +200,9 @@ def bench_table(records: Records) -> str:
 
 def texts_table(records: Records) -> str:
     """Language models: bits per character of held-out text, a column for each seed."""
-    order = sorted(records.items(), key=lambda item: (item[1]["figures"]["steps"], item[1]["figures"]["bits_per_token"]))
+    order = sorted(
+        records.items(), key=lambda item: (item[1]["figures"]["steps"], item[1]["figures"]["bits_per_token"])
+    )
     rows = [
         [name, *(f"{x:.3f}" for x in r["figures"]["bits_per_token"]), f"{r['figures']['steps']:,}"] for name, r in order
     ]
@@ -232,7 +242,13 @@ def solvers_table(records: Records) -> str:
         ]
         for r in rows
     ]
-    parts = ["Frechet distance:", _table(heads, distances), "Difference:", _table(heads, differences), _sources(records)]
+    parts = [
+        "Frechet distance:",
+        _table(heads, distances),
+        "Difference:",
+        _table(heads, differences),
+        _sources(records),
+    ]
     return "\n\n".join(parts)
 
 
@@ -267,7 +283,8 @@ def compile_table(records: Records) -> str:
     """What programs need on chips that are not here, and how fast they can be there; options stand once, under a letter."""
     heads = ["config", "chips", "with", "parameters", "state, GiB", "peak / memory, GiB", "bound", "step, at least"]
     extras = {name: r["command"].split(maxsplit=5)[5:] for name, r in records.items()}
-    letters = {text: letter for letter, text in zip(string.ascii_lowercase, dict.fromkeys(sum(extras.values(), [])))}
+    told = dict.fromkeys(text for texts in extras.values() for text in texts)
+    letters = dict(zip(told, string.ascii_lowercase))
     rows = []
     for key, r in records.items():
         _, _, name, _, chips, *_ = r["command"].split()
@@ -322,6 +339,15 @@ TABLES: dict[str, Callable[[Records], str]] = {
 }
 
 
+def contract() -> str:
+    """Abilities of tasks: method, protocol, and the first paragraph of its docstring."""
+    rows = [
+        [f"`{name}`", ability.__name__, " ".join((inspect.getdoc(ability) or "").split())]
+        for name, ability in ABILITIES.items()
+    ]
+    return _table(["method", "protocol", ""], rows)
+
+
 def shown(page: Path) -> dict[str, Records]:
     """What a page shows, by kind: all of its paper but what was compiled, which stands on one page for all papers."""
     if page != COMPILED:
@@ -333,12 +359,13 @@ def shown(page: Path) -> dict[str, Records]:
 def rendered(page: Path) -> str:
     """The text of a page with its tables made anew."""
     text = page.read_text()
-    for kind, records in shown(page).items():
-        begin, end = f"<!-- figures: {kind} -->", "<!-- end -->"
+    tables = {f"figures: {kind}": TABLES[kind](records) for kind, records in shown(page).items()}
+    for mark, table in tables.items() if page != CONTRACT else [("contract", contract())]:
+        begin, end = f"<!-- {mark} -->", "<!-- end -->"
         head, _, rest = text.partition(begin)
         _, found, tail = rest.partition(end)
         assert found, f"{page} has no {begin} ... {end}"
-        text = f"{head}{begin}\n{TABLES[kind](records)}\n{end}{tail}"
+        text = f"{head}{begin}\n{table}\n{end}{tail}"
     return text
 
 

@@ -1,6 +1,6 @@
 """Draws the samples that README.md and the papers' pages show, from the weights that come with the package.
 
-    python tests/pictures.py    # configs/samples.png, a row for each model; configs/PAPER/samples.png, a sheet of one
+python tests/pictures.py    # configs/samples.png, a row for each model; configs/PAPER/samples.png, a sheet of one
 """
 
 from pathlib import Path
