@@ -22,7 +22,8 @@ CONTRIBUTING = figures.CONTRACT.read_text()
 
 
 def blocks(text: str, language: str = "") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for kind, block in found if kind == language]
 
 
 def commands(text: str) -> list[list[str]]:
