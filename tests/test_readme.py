@@ -40,7 +40,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for i in range(48):
         image = np.uint8((source[i]["image"][..., 0] + 1) * 127.5).repeat(4, 0).repeat(4, 1)
         (tmp_path / "photos" / ("cat", "dog")[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i}.png")
+        Image.fromarray(image).convert("RGB").save(tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
