@@ -40,7 +40,6 @@ HEADS = {
     "noisy_latent_bits_per_dim": "bits of noisy latents",
     "gaussian_noisy_latent_bits_per_dim": "Gaussian on noisy latents",
     "bits_per_token": "bits per character",
-    "iwae_bits_per_token": "of the importance-weighted bound",
     "denoising": "denoising error",
     "mse_6": "error at the sixth copy",
     "points": "error of points",

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import zoo.papers
-from zoo import cli
+from zoo import cli, config
 from zoo.commands import listing
 from zoo.data.images import Digits
 
@@ -28,8 +28,8 @@ def blocks(text: str, language: str = "") -> list[str]:
 
 def commands(text: str) -> list[list[str]]:
     """What is typed, without the launcher that installs, and without lines that want a word of the user's own."""
-    lines = [line.partition(" #")[0] for block in blocks(text) for line in block.splitlines()]
-    words = [shlex.split(line.removeprefix("launch/local.sh ")) for line in lines]
+    lines = [line.partition(" #")[0] for block in blocks(text) for line in block.replace("\\\n", "").splitlines()]
+    words = [shlex.split(line.removeprefix("launch/local.sh ")) for line in lines if "zoo " in line]
     return [w[1:] for w in words if w[0] == "zoo" and not any(re.fullmatch(r"[A-Z]{3,}", part) for part in w)]
 
 
@@ -76,11 +76,11 @@ def test_all_commands_of_the_readme_before_clusters_run_as_written(home: Path) -
 
 
 def test_the_worked_example_of_a_paper_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, config = blocks(CONTRIBUTING, "python")[-2:]
+    model, recipe = blocks(CONTRIBUTING, "python")[-2:]
     assert len(model.splitlines()) <= 48
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gaussian.py").write_text(model)
-    (tmp_path / "digits.py").write_text(config)
+    (tmp_path / "digits.py").write_text(recipe)
     spec = importlib.util.spec_from_file_location("zoo.papers.gaussian", tmp_path / "gaussian.py")
     assert spec is not None
     assert spec.loader is not None
@@ -155,6 +155,17 @@ def test_the_readme_lists_the_papers_that_zoo_list_lists_and_each_link_leads_som
         for link in re.findall(r"\]\(([^)#]+)|^\[\w+\]: (\S+)", page.read_text(), re.MULTILINE):
             target = "".join(link)
             assert target.startswith("http") or (page.parent / target).exists(), (page, target)
+
+
+@pytest.mark.parametrize("page", [figures.ROOT / "README.md", *figures.PAGES], ids=lambda page: page.parent.name)
+def test_commands_on_the_pages_name_configs_and_fields_that_there_are(page: Path) -> None:
+    for verb, *words in commands(page.read_text()):
+        names = [word for word in words if re.match(r"(configs/)?\w+/\w+(\.py)?(:\w+)?$", word)]
+        names = [name for name in names if not name.startswith(("runs/", "exports/", "data/"))]
+        for name in names:
+            config.locate(name)
+        if verb in ("train", "bench", "compile") and "--allow" not in words:
+            config.load(names[0], [word for word in words if re.match(r"[a-z_.0-9]+=\S*$", word)])
 
 
 def test_every_module_stands_in_the_tree_of_contributing() -> None:
