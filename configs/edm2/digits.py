@@ -1,7 +1,7 @@
 """EDM2 on the bundled scans of digits, by class: a small U-Net that keeps magnitudes, minutes on two CPU cores.
 
-    zoo train edm2/digits
-    zoo sample runs/edm2-digits n=64 nfe=35
+zoo train edm2/digits
+zoo sample runs/edm2-digits n=64 nfe=35
 """
 
 from dataclasses import replace
