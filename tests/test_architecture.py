@@ -302,19 +302,5 @@ def test_ordinary_words_and_citations_are_no_names_of_papers() -> None:
     assert papers_named(ast.parse(fair)) == []
 
 
-def test_readme_lists_what_zoo_list_lists() -> None:
-    readme = (ROOT.parent / "README.md").read_text()
-    for paper in listing.papers():
-        assert paper["arxiv"] in readme
-        for task in paper["tasks"]:
-            assert f"`{task}`" in readme
-
-
 def test_a_user_error_is_a_value_error() -> None:
     assert issubclass(UserError, ValueError)
-
-
-def test_contributing_lists_the_abilities() -> None:
-    text = (ROOT.parent / "CONTRIBUTING.md").read_text()
-    for name, ability in ABILITIES.items():
-        assert f"| `{name}` | {ability.__name__} | {' '.join(inspect.getdoc(ability).split())} |" in text, name

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import figures as records
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -435,27 +434,6 @@ def test_a_folder_that_is_not_there_is_found_before_anything_is_measured(
     monkeypatch.setattr(module, "bench", lambda *_, **__: pytest.fail("measured"))
     assert main(["bench", "tarflow/digits:smoke", "--json", str(tmp_path / "no" / "figures.json")]) == 2
     assert "its folder does not exist" in capsys.readouterr().err
-
-
-@pytest.fixture
-def _own_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(records, "FILE", tmp_path / "records.json")
-
-
-@pytest.mark.usefixtures("_own_records")
-@pytest.mark.parametrize(
-    ("device", "says"), [("cpu x 2", "2 cores of Some CPU"), ("NVIDIA H200 x 1", "NVIDIA H200 x 1")]
-)
-def test_a_record_says_where_it_was_measured(device: str, says: str, tmp_path: Path) -> None:
-    times = {"min": 1.0, "median": 2.0, "max": 3.0}
-    place = {"device": device, "cpu": "Some CPU", "cores": 2, "date": "2024-02-29T23:00:00+00:00", "batch": 8}
-    shown = {f"{what} ms, ours": times for what in ("train", "sample 1", "sample 16")}
-    (tmp_path / "bench.json").write_text(json.dumps({**place, **shown, "train ms, fed by the data": times}))
-    records.add("tiny", tmp_path / "bench.json", "zoo bench tiny")
-    table = records.bench_table(records.read()).splitlines()[2:]
-    programs = {row.split(" | ")[1] for row in table}
-    assert programs == {"train step, batch 8", "sample 1 image", "sample 16 images"}
-    assert all(f"2024-02-29, {says}: `zoo bench tiny`" in row for row in table)
 
 
 # --- the peer -------------------------------------------------------------------------------------

@@ -175,8 +175,8 @@ def test_levels_of_a_step_are_log_normal_and_cover_it_evenly() -> None:
     assert dataclasses.asdict(LogNormal()) == {"mean": -1.2, "std": 1.2, "wide": 0.0}
 
 
-def test_a_denoiser_of_ones_own_is_drawn_from_as_the_readme_says_and_behind_a_callback() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+def test_a_denoiser_of_ones_own_is_drawn_from_as_its_page_says_and_behind_a_callback() -> None:
+    readme = (Path(__file__).parents[2] / "configs" / "edm" / "README.md").read_text()
     code = next(part for part in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "def denoise(" in part)
     made: dict[str, Any] = {}
     exec(code, made)

@@ -90,7 +90,11 @@ def listing() -> str:
     width = max(map(len, known), default=0)
     lines += [f"  {name:<{width}}  {config.describe(name)}" for name in known]
     lines += ["", "Weights (zoo sample NAME)"]
-    lines += [f"  {name}" for name in paths.shipped()] or ["  none"]
+    cards = {
+        name: (folder / "README.md").read_text().partition("\n")[0][2:] for name, folder in paths.shipped().items()
+    }
+    width = max(map(len, cards), default=0)
+    lines += [f"  {name:<{width}}  {title}" for name, title in cards.items()]
     return "\n".join(lines)
 
 
