@@ -24,8 +24,9 @@ from zoo.diffusion.precondition import Precondition, iddpm_levels, nearest
 from zoo.diffusion.solvers import Churn, Heun
 from zoo.nn.embed import fourier, waves
 from zoo.nn.layers import Conv, GroupNorm
+from zoo.nn.unet import resized
 from zoo.papers.edm import ADM, Edm, Transformer, UNet
-from zoo.papers.edm.networks import TAPS, resized
+from zoo.papers.edm.networks import TAPS
 from zoo.papers.edm.official import names
 
 FOLDER = Path(__file__).parent.parent / "golden" / "edm"

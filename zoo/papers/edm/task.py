@@ -21,6 +21,7 @@ from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Dtype, Layers, Positive, Side, Size, SizeOr0, Some, check_fields
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.transformer import Remat
+from zoo.nn.unet import check_levels
 from zoo.papers.edm.networks import Ablated, DDPMpp, DiT, Kind
 from zoo.papers.edm.official import LICENCE, names
 from zoo.task import About, Batch, Name, Params, image_spec, sample_keys
@@ -48,16 +49,7 @@ class _Pyramid:
 
     def check_image(self, side: int) -> None:
         """UserError where it takes no images of this side."""
-        levels = len(self.multiples)
-        step = 2 ** (levels - 1)
-        if side % step:
-            raise UserError(
-                f"task.image={side} is no multiple of {step}, by which {levels} levels "
-                f"(task.network.multiples) shrink it; choose one, e.g. task.image={max(1, round(side / step)) * step}"
-            )
-        sides = [side >> i for i in range(levels)]
-        if foreign := [one for one in self.attention if one not in sides]:
-            raise UserError(f"task.network.attention={foreign[0]}: no level has this side; they have {sides}")
+        check_levels(side, self.multiples, self.attention)
 
 
 @dataclass(frozen=True)

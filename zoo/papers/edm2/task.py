@@ -5,6 +5,7 @@ B images, S pixels a side, C channels; x = x0 + sigma n. Samples come from any s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from zoo.errors import UserError
 from zoo.fields import Below1, Dtype, Layers, Positive, Share, Side, Size, SizeOr0, Some, check_fields
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.transformer import Remat
+from zoo.nn.unet import check_levels
 from zoo.papers.edm2.networks import Linear, MagnitudeUNet, fourier, unit
 from zoo.task import About, Batch, Decodes, Name, Network, Params, image_spec, sample_keys
 
@@ -69,16 +71,8 @@ class UNet:
 
     def check_image(self, side: int) -> None:
         """UserError where it takes no images of this side, or its heads do not fill a level that attends."""
-        levels = len(self.multiples)
-        step = 2 ** (levels - 1)
-        if side % step:
-            raise UserError(
-                f"task.image={side} is no multiple of {step}, by which {levels} levels "
-                f"(task.network.multiples) shrink it; choose one, e.g. task.image={max(1, round(side / step)) * step}"
-            )
-        sides = [side >> i for i in range(levels)]
-        if foreign := [one for one in self.attention if one not in sides]:
-            raise UserError(f"task.network.attention={foreign[0]}: no level has this side; they have {sides}")
+        check_levels(side, self.multiples, self.attention)
+        sides = [side >> i for i in range(len(self.multiples))]
         for one, multiple in zip(sides, self.multiples):
             wide = multiple * self.width
             if (one in self.attention or one == sides[-1]) and wide % self.head_dim:
@@ -142,27 +136,10 @@ class Edm2:
 
     @property
     def _net(self) -> MagnitudeUNet:
-        n = self.network
-        return MagnitudeUNet(
-            width=n.width,
-            multiples=n.multiples,
-            blocks=n.blocks,
-            attention=n.attention,
-            classes=self.classes,
-            embedding=n.embedding,
-            head_dim=n.head_dim,
-            dropout=n.dropout,
-            residual_balance=n.residual_balance,
-            attention_balance=n.attention_balance,
-            skip_balance=n.skip_balance,
-            label_balance=n.label_balance,
-            clip=n.clip,
-            taps=n.taps,
-            dtype=self.dtype,
-            remat=self.remat,
-            backend=self.attention,
-            parent=None,
-        )
+        names = {field.name for field in dataclasses.fields(MagnitudeUNet)}
+        own = {name: value for name, value in dataclasses.asdict(self.network).items() if name in names}
+        more = {"classes": self.classes, "embedding": self.network.embedding}
+        return MagnitudeUNet(**own, **more, dtype=self.dtype, remat=self.remat, backend=self.attention, parent=None)
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1], or `latent` and `latent_std` likewise; `label` [B] where there are classes."""
