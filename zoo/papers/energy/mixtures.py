@@ -7,8 +7,6 @@ the paper's are not known here. Order of this file: tasks, truths by grid, the c
 from __future__ import annotations
 
 import functools
-import io
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from msgspec import Meta
 
-from zoo import files
-from zoo.diffusion.compare import folder, image_of
+from zoo.diffusion.compare import folder, image_of, markdown, write
 from zoo.diffusion.energies import Scored, denoised, scored
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.potentials import Coordinate, HalfSpace, Potential, Powers, Product, Temper
@@ -242,6 +239,14 @@ def distance(found: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.abs(found - weights).sum(-1) / 2
 
 
+def figures_of(mixture: Mixture, islands: Islands, weights: np.ndarray) -> dict[str, float]:
+    """How far modes are off their true weights [m], mean and spread over islands, and means of what the particles' trace says."""
+    found = share(mixture.modes, np.asarray(islands.x), np.asarray(jax.nn.softmax(islands.log_weights)))
+    off, trace = distance(found, weights), islands.trace.figures()
+    means = {name: float(trace[name].mean()) for name in ("ess", "resampled", "roots")}
+    return {"tv": float(off.mean()), "tv_std": float(off.std()), **means}
+
+
 # --- the comparison -------------------------------------------------------------------------------
 
 
@@ -276,7 +281,6 @@ def projected(edge: HalfSpace, x: np.ndarray) -> np.ndarray:
     return x - np.maximum((x @ normal - edge.offset) / (normal @ normal), 0)[..., None] * normal
 
 
-_RESULT = "mixtures.json"
 _FORMS: tuple[Form, ...] = ("ratio", "kernel", "score", "hybrid")
 
 
@@ -298,27 +302,21 @@ class Mixtures:
 
         UserError where `out` is no folder of such results.
         """
-        out = folder(self.out, _RESULT, "compared mixtures")
+        out = folder(self.out, "mixtures.json", "compared mixtures")
         rows, panels, traces = [], [], {}
         for target in TARGETS:
             found = {method: self._drawn(target, method) for method in ("naive", *_FORMS)}
             weights, log_normaliser = target.truth
             traces[target.name] = {method: islands.trace for method, (islands, _) in found.items() if method != "naive"}
             for method, (islands, x) in found.items():
-                row = self._row(target, islands, x, weights, log_normaliser, method != "naive")
+                row = self._row(target, islands, weights, log_normaliser, method != "naive")
                 rows.append({"target": target.name, "method": method, **row})
                 if method in ("naive", "ratio"):
                     panels.append((f"{target.name}, {method}", islands, x))
         figures = {"seeds": self.seeds, "count": self.count, "levels": self.levels, "stop": self.stop, "rows": rows}
-        files.write(out / _RESULT, json.dumps(figures, indent=1) + "\n")
         written = _table(rows)
-        files.write(out / "mixtures.md", written)
-        for name, picture in (("mixtures.png", _sheet(panels)), ("traces.png", chart(traces))):
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            files.write(out / name, buffer.getvalue())
         _log.info("means over %d islands of %d particles, %d levels:\n%s", self.seeds, self.count, self.levels, written)
-        return {**figures, "out": str(out)}
+        return write(out, "mixtures", figures, written, mixtures=_sheet(panels), traces=chart(traces))
 
     def _drawn(self, target: Target, method: str) -> tuple[Islands, np.ndarray]:
         """Islands, and their points without weights; the naive way is to follow the target's scores, and to project at an edge."""
@@ -339,23 +337,11 @@ class Mixtures:
         return islands, points
 
     def _row(
-        self,
-        target: Target,
-        islands: Islands,
-        x: np.ndarray,
-        weights: np.ndarray,
-        log_normaliser: float,
-        weighted: bool,
+        self, target: Target, islands: Islands, weights: np.ndarray, log_normaliser: float, weighted: bool
     ) -> dict[str, Any]:
-        modes, trace = target.parts[0].modes, islands.trace.figures()
-        found = share(modes, np.asarray(islands.x), np.asarray(jax.nn.softmax(islands.log_weights)))
-        error = trace["log_normaliser"] - log_normaliser
-        return {
-            "tv": float(distance(found, weights).mean()),
-            "tv_std": float(distance(found, weights).std()),
-            "log_normaliser": float(error.mean()) if weighted else None,
-            **{name: float(trace[name].mean()) for name in ("ess", "resampled", "roots")},
-        }
+        error = float((np.asarray(islands.trace.log_normaliser) - log_normaliser).mean())
+        found = figures_of(target.parts[0], islands, weights)
+        return {**found, "log_normaliser": error if weighted else None}
 
 
 @functools.cache
@@ -371,15 +357,12 @@ def _program(parts: tuple[Mixture, ...], potentials: tuple[Potential, ...], coun
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| target | method | TV of modes | log-normaliser | least ESS | resamplings | roots |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    cells = []
     for row in rows:
         z = "" if row["log_normaliser"] is None else f"{row['log_normaliser']:+.3f}"
-        tv, rest = f"{row['tv']:.3f} ({row['tv_std']:.3f})", f"{row['resampled']:.1f} | {row['roots']:.0f}"
-        lines.append(f"| {row['target']} | {row['method']} | {tv} | {z} | {row['ess']:.2f} | {rest} |")
-    return "\n".join(lines) + "\n"
+        tv, trace = f"{row['tv']:.3f} ({row['tv_std']:.3f})", (f"{row['resampled']:.1f}", f"{row['roots']:.0f}")
+        cells.append([row["target"], row["method"], tv, z, f"{row['ess']:.2f}", *trace])
+    return markdown(["target", "method", "TV of modes", "log-normaliser", "least ESS", "resamplings", "roots"], cells)
 
 
 def _sheet(panels: Sequence[tuple[str, Islands, np.ndarray]]) -> Any:
