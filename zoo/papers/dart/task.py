@@ -38,9 +38,7 @@ CoarseSteps = Annotated[int, Meta(ge=0, le=2**10)]
 class DartSampling:
     """How images are drawn: T calls of the network, no solver."""
 
-    guidance: NonNegative = (
-        0.0  # x0 + weight (x0 - x0 without class or caption); 0: off (the usual scale is 1 + weight)
-    )
+    guidance: NonNegative = 0.0  # x0 + weight (x0 - x0 without class or caption); 0: off (papers say 1 + weight)
     cache: bool = True  # False: all blocks anew at every call, which gives the same; to time and to check
 
     def __post_init__(self) -> None:
@@ -66,21 +64,15 @@ class Dart(Inputs):
     patch: Side = 2
     steps: Steps = 16  # T, noisy copies
     coarse: CoarseSteps = 0  # noisy copies at half the rows and columns before them: Matryoshka-DART; 0: none
-    schedule: Schedule = (
-        "copies"  # what falls as a cosine: the signal of the copies, or of the chain that they determine
-    )
+    schedule: Schedule = "copies"  # whose signal falls as a cosine: the copies', or that of the chain of all of them
     writes: bool = False  # Kaleido-DART: models captions of letters too, from the image and before it
     mask: Mask = "blocks"  # who sees whom; tokens: DART-AR, one token after the other; same: no block sees another
     fed: Literal["copies", "chain"] = "copies"  # chain: the sample of the Markov chain in the place of each copy
     target: Literal["x0", "v"] = "x0"  # what the network's output is; v: of the chain, whose samples know all copies
     cap: Positive | None = 10.0  # of the weight SNR + 1 of a block's error; None: none, which is |v|^2
-    head: Literal["gauss", "flow"] = (
-        "gauss"  # how the next copy follows; flow: DART-FM, which moves each token on from there
-    )
+    head: Literal["gauss", "flow"] = "gauss"  # how the next copy follows; flow: DART-FM moves each token on from there
     head_steps: Count = 20  # of Euler's method
-    head_noise: Positive | None = (
-        None  # of the last proposal; None: the spread of x0 where it is Gaussian, 1 / sqrt(1 + SNR)
-    )
+    head_noise: Positive | None = None  # of the last proposal; None: of x0 where it is Gaussian, 1 / sqrt(1 + SNR)
     width: Size = 384
     depth: Layers = 12
     head_dim: Size = 64
@@ -171,22 +163,10 @@ class Dart(Inputs):
 
     @property
     def _net(self) -> DartNet:
-        return DartNet(
-            self.layout,
-            self.dims,
-            self.width,
-            self.depth,
-            self.head_dim,
-            self.mask,
-            self.condition_width if self.prefix else 0,
-            self.base,
-            self.gated,
-            self.dtype,
-            self.scan,
-            self.remat,
-            self.attention,
-            parent=None,
-        )
+        condition = self.condition_width if self.prefix else 0
+        names = ("dims", "width", "depth", "head_dim", "mask", "base", "gated", "dtype", "scan", "remat")
+        own = {name: getattr(self, name) for name in names}
+        return DartNet(self.layout, condition=condition, backend=self.attention, **own, parent=None)
 
     @property
     def _head(self) -> FlowHead:
@@ -426,20 +406,13 @@ class Dart(Inputs):
     # --- samples ------------------------------------------------------------------------------------
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: DartSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, jax.Array]:
-        """n samples; sample i depends on (rng, i) alone.
+        """n samples.
 
         Args:
-            rng: one key, or n keys.
             conditions: `label` [n] (negative: none), or the keys of `given`. None: neither class nor caption. Of a model that
                 writes, `image` (or `latent`, with `latent_std` a draw around it), without a caption: what captions are written of.
-            options: None: the defaults.
 
         Returns:
             As `Inputs.drawn`, and with `coarse` the small `image` and `latent` that came first under these names with `coarse_`

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.levels import LogNormal
 from zoo.diffusion.precondition import Precondition
-from zoo.diffusion.sampling import DenoiserSampling, clipped, sampled
+from zoo.diffusion.sampling import clipped
+from zoo.diffusion.tasks import ByClass
 from zoo.encoders.vae import AutoEncoder, sd
 from zoo.errors import UserError
 from zoo.fields import Below1, Dtype, Layers, Positive, Share, Side, Size, SizeOr0, Some, check_fields
@@ -25,7 +26,7 @@ from zoo.nn.attention import Backend, check_backend
 from zoo.nn.transformer import Remat
 from zoo.nn.unet import check_levels
 from zoo.papers.edm2.networks import Linear, MagnitudeUNet, fourier, unit
-from zoo.task import About, Batch, Decodes, Name, Network, Params, image_spec, sample_keys
+from zoo.task import About, Batch, Decodes, Name, Network, Params
 
 _HOW = "import the published one with `zoo import edm2/sd_vae FILE OUT`"  # whose latents have units of their own
 _LICENCE = (
@@ -84,7 +85,7 @@ class UNet:
 
 
 @dataclass(frozen=True)
-class Edm2:
+class Edm2(ByClass):
     """A denoiser, conditioned on the class where there are classes, with a learned log-variance of its error."""
 
     image: Side = 64  # pixels a side, or numbers of a latent
@@ -101,14 +102,10 @@ class Edm2:
     remat: Remat = "none"  # none, dots or full: what the backward pass recomputes
     attention: Backend = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
-    Sampling = DenoiserSampling
-
     def __post_init__(self) -> None:
-        check_fields(self, "task.")
+        super().__post_init__()
         check_backend(self.attention, self.dtype)
         self.network.check_image(self.image)
-        if self.low >= self.high:
-            raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
         if self.vae is not None and self.inputs == "images":
             raise UserError(
                 "task.inputs='images' models the pixels themselves; leave task.vae out, or inputs='latents'"
@@ -130,11 +127,6 @@ class Edm2:
         )
 
     @property
-    def sigmas(self) -> tuple[float, float]:
-        """Lowest and highest level."""
-        return self.low, self.high
-
-    @property
     def _net(self) -> MagnitudeUNet:
         names = {field.name for field in dataclasses.fields(MagnitudeUNet)}
         own = {name: value for name, value in dataclasses.asdict(self.network).items() if name in names}
@@ -143,7 +135,7 @@ class Edm2:
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1], or `latent` and `latent_std` likewise; `label` [B] where there are classes."""
-        spec = image_spec(batch, self.image, self.channels, self.classes)
+        spec = super().spec(batch)
         if self.inputs == "images":
             return spec
         image = spec.pop("image")
@@ -202,13 +194,9 @@ class Edm2:
         found: Any = Linear(1, whole=True, parent=None).apply({"params": params["uncertainty"]}, features)
         return found[..., 0]
 
-    def _hot(self, conditions: Batch | None) -> jax.Array | None:
-        label = (conditions or {}).get("label")
-        return None if label is None or not self.classes else jax.nn.one_hot(label, self.classes)
-
     def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """E[x0 | x] [B, S, S, C] in float32. A label below 0, or none, is no class, which training has never shown."""
-        network = functools.partial(self.raw, params, hot=self._hot(conditions))
+        network = functools.partial(self.raw, params, hot=self.hot(conditions))
         return Precondition("edm", self.data).denoise(network, x, sigma)
 
     def losses(
@@ -249,45 +237,24 @@ class Edm2:
             image = image + batch["latent_std"] * jax.random.normal(draw_rng, image.shape)
         sigma = self.noise.draw(level_rng, len(image), self.sigmas)
         noise = jax.random.normal(noise_rng, image.shape)
-        loss, square = self.losses(params, image, sigma, noise, self._hot(batch), {"dropout": net_rng})
+        loss, square = self.losses(params, image, sigma, noise, self.hot(batch), {"dropout": net_rng})
         return loss.mean(), {"x0_error": jnp.sqrt(square.mean())}
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: DenoiserSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, jax.Array]:
-        """n images; image i depends on (rng, i) alone.
-
-        Args:
-            rng: one key, or n keys.
-            conditions: `label` [n]; negative numbers for "no label". None: no labels.
-            options: None: the defaults.
-
-        Returns:
-            `image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed). Of a model of latents `latent`, and where there
-            is an autoencoder its `image`. `label` [n] where given.
-
-        UserError for levels outside those of the task, and for guidance, which has nothing to compare with.
-        """
-        o, label = options or DenoiserSampling(), (conditions or {}).get("label") if self.classes else None
-        if Guidance.of(o.guidance).weight:
+        """As of every denoiser by class. UserError for guidance, which has nothing to compare with."""
+        if options and Guidance.of(options.guidance).weight:
             raise UserError(
                 "guidance compares a class with none, and this network was trained with its class always; leave it out, or "
                 "guide it by another network (autoguidance/imagenet512)"
             )
-        given = {} if label is None else {"label": label}
-        shape = (self.image, self.image, self.channels)
-        denoise = functools.partial(self.denoise, params)
-        return self.finished(params, sampled(denoise, self.sigmas, shape, sample_keys(rng, n), given, o), given)
+        return super().sample(params, rng, n, conditions, options)
 
     def finished(self, params: Params, x: jax.Array, given: Batch) -> dict[str, jax.Array]:
-        """What `sample` gives of samples x, with what they were conditioned on."""
+        """`image` [n, S, S, C] clipped to [-1, 1], of a model of latents `latent`, and where there is an autoencoder its `image`."""
         if self.inputs == "images":
-            return {"image": clipped(x), **given}
+            return super().finished(params, x, given)
         if self.vae is None:
             return {"latent": x, **given}
         return {"latent": x, "image": clipped(self.vae.decode(params["vae"], x)), **given}

@@ -23,13 +23,14 @@ from zoo.diffusion.levels import Levels
 from zoo.diffusion.potentials import Coordinate, HalfSpace, Potential, Powers, Product, Temper
 from zoo.diffusion.sampling import sampled
 from zoo.diffusion.smc import EnergySampling, Form, Islands, Particles, ParticleSampling, course, drawn, feynman_kac
+from zoo.diffusion.tasks import Assembled, Levelled
 from zoo.diffusion.traces import chart
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, NotEmpty, Positive, Side, Some, check_fields
 from zoo.task import About, Batch, Params, sample_keys
 
 _log = logging.getLogger("zoo")
-_EXACT = "mixtures are exact and have nothing to train; compare what is drawn from them with zoo eval energy/mixtures"
+_EXACT = "it is exact; compare what is drawn from them with zoo eval energy/mixtures"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def log_density(modes: Arrays, x: Any, sigma: Any, xp: Any = jnp) -> Any:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Levelled, Assembled):
     """A mixture of Gaussians in the plane, as a model with an energy: no parameters, no loss."""
 
     modes: Some[Mode] = (Mode(),)
@@ -72,22 +73,13 @@ class Mixture:
 
     about = About(unit="points")
     Sampling = EnergySampling
-
-    def __post_init__(self) -> None:
-        check_fields(self, "task.")
-        if self.low >= self.high:
-            raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
+    untrained = _EXACT
 
     @property
     def arrays(self) -> Arrays:
         """Weights, means, standard deviations and correlations of the modes."""
         weight, mean, std, correlation = zip(*((m.weight, m.mean, m.std, m.correlation) for m in self.modes))
         return weight, mean, std, correlation
-
-    @property
-    def sigmas(self) -> tuple[float, float]:
-        """Lowest and highest level."""
-        return self.low, self.high
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`point` [B, 2]."""
@@ -96,10 +88,6 @@ class Mixture:
     def init(self, rng: jax.Array) -> Params:
         """There are no parameters."""
         return {}
-
-    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UserError: there is none."""
-        raise UserError(_EXACT)
 
     def energy(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """-log p_sigma [B] of points [B, 2] in nats, float32."""
@@ -110,19 +98,9 @@ class Mixture:
         return denoised(functools.partial(self.energy, params), x, sigma)
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: EnergySampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, Any]:
-        """`point` [n, 2], and of particles their `trace`; point i depends on (rng, i) alone.
-
-        Args:
-            rng: one key, or n keys.
-            options: None: the defaults, a solver's points of the mixture as it is.
-        """
+        """`point` [n, 2], and of particles their `trace`; by default a solver's points of the mixture as it is."""
         o = options or EnergySampling()
         if o.weighted:
             point, trace = o.draw(rng, n, self.sigmas, lambda _: ([self.scored], []), (2,))
@@ -146,13 +124,14 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class MixtureProduct:
+class MixtureProduct(Assembled):
     """The product of mixtures: scores add up at the lowest level alone, so it is drawn by weighted particles."""
 
     parts: Some[Mixture] = (Mixture(), Mixture())
 
     about = About(unit="points")
     Sampling = ParticleSampling
+    untrained = _EXACT
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
@@ -174,17 +153,8 @@ class MixtureProduct:
         """There are no parameters."""
         return {}
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UserError: there is none."""
-        raise UserError(_EXACT)
-
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: ParticleSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, Any]:
         """`point` [n, 2] and its `trace`, as of a mixture."""
         o = options or ParticleSampling()

@@ -23,6 +23,7 @@ from zoo.diffusion.potentials import Classifier, Potential, Product
 from zoo.diffusion.precondition import DENOISER, Precondition
 from zoo.diffusion.sampling import Conditions, classless, clipped, guidance_of, sampled
 from zoo.diffusion.smc import EnergySampling, Form, ParticleSampling
+from zoo.diffusion.tasks import Assembled, dropped, labels
 from zoo.errors import UserError
 from zoo.fields import Below1, Some, check_fields
 from zoo.task import About, Batch, Classifies, Denoises, Energetic, Network, Params, sample_keys, speed
@@ -135,12 +136,10 @@ class EnergyDistill:
 
         Metrics: `x0_error`, the root mean square of x0 - target without the weight.
         """
-        image, label = batch["image"], batch.get("label")
+        image, given = batch["image"], labels(self.about.classes, batch)
         level_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
         sigma = self.noise.draw(level_rng, len(image), self.sigmas)
-        if label is not None and self.drop:
-            label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
-        given = None if label is None else {"label": label}
+        given = dropped(drop_rng, given, self.drop)
         x = image + sigma[:, None, None, None] * jax.random.normal(noise_rng, image.shape)
         target = image
         if self.target == "teacher":
@@ -154,32 +153,20 @@ class EnergyDistill:
         return scored(lambda x, sigma: self.energy(params, x, sigma, conditions))
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: EnergySampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, Any]:
         """n images, by a solver, or by weighted particles where they are asked for, tempered, or have potentials.
 
         Particles are guided by weights as well: towards p(x | class)^(1 + w) p(x)^-w, which guided scores alone do not draw.
-        Image i depends on (rng, i) alone.
-
-        Args:
-            rng: one key, or n keys.
-            conditions: `label` [n]; negative numbers for "no label". None: no labels.
-            options: None: the defaults.
 
         Returns:
             `image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), `label` [n] where given, and of particles a `trace`.
         """
         o, shape = options or EnergySampling(), self.spec(1)["image"].shape[1:]
-        label = (conditions or {}).get("label") if self.about.classes else None
-        told: Any = None if label is None else {"label": label}
+        told = labels(self.about.classes, conditions)
         if not o.weighted:
             image = sampled(functools.partial(self.denoise, params), self.sigmas, shape, sample_keys(rng, n), told, o)
-            return {"image": clipped(image), **(told or {})}
+            return {"image": clipped(image), **told}
 
         def target(given: Conditions) -> tuple[list[Scored], list[Potential]]:
             strong = self.scored(params, given)
@@ -188,7 +175,7 @@ class EnergyDistill:
             return [strong, self.scored(params, classless(given or {}))], [Product((1 + weight, -weight))]
 
         image, trace = o.draw(rng, n, self.sigmas, target, shape, told)
-        return {"image": clipped(image), **(told or {}), "trace": trace}
+        return {"image": clipped(image), **told, "trace": trace}
 
 
 @dataclass(frozen=True)
@@ -199,8 +186,8 @@ class ProductSampling(ParticleSampling):
 
 
 @dataclass(frozen=True)
-class EnergyProduct:
-    """What several energies allow at once: the product of their densities, without classes. There is nothing to train.
+class EnergyProduct(Assembled):
+    """What several energies allow at once: the product of their densities, without classes.
 
     Particles follow the first one. Of flows that know all levels of noise nothing is approximate in their weights.
     """
@@ -208,6 +195,7 @@ class EnergyProduct:
     parts: Some[Annotated[Any, Energetic]]
 
     Sampling = ProductSampling
+    untrained = "draw from it with `zoo sample CONFIG weights.part0=RUN ...`"
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
@@ -250,31 +238,15 @@ class EnergyProduct:
         made = [part.fresh if isinstance(part, EnergyDistill) else part.init for part in self.parts]
         return {f"part{i}": init(rng) for i, init in enumerate(made)}
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UserError: there is none."""
-        raise UserError(
-            "a product of energies has nothing to train; draw from it with `zoo sample CONFIG weights.part0=RUN ...`"
-        )
-
     def target(self, params: Params, given: Conditions = None) -> tuple[list[Scored], list[Potential]]:
         """Energy and score of each part, as particles take them, and their product."""
         parts = [functools.partial(part.energy, params[f"part{i}"]) for i, part in enumerate(self.parts)]
         return [scored(part) for part in parts], [Product()]
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: ProductSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, Any]:
-        """`image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), and its `trace`; image i depends on (rng, i) alone.
-
-        Args:
-            rng: one key, or n keys.
-            options: None: the defaults.
-        """
+        """`image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), and its `trace`."""
         o, shape = options or ProductSampling(), self.spec(1)["image"].shape[1:]
         first, start = self.parts[0], None
         if isinstance(first, Begins):
@@ -287,13 +259,14 @@ class EnergyProduct:
 
 
 @dataclass(frozen=True)
-class EnergyTilted:
-    """An energy without classes, tilted to a class by a classifier: p(x) p(class | x). There is nothing to train."""
+class EnergyTilted(Assembled):
+    """An energy without classes, tilted to a class by a classifier: p(x) p(class | x)."""
 
     energy: EnergyDistill
     classifier: Annotated[Any, Classifies]  # of images without noise; it sees what the energy takes a particle for
 
     Sampling = ParticleSampling
+    untrained = "train its energy and its classifier, and draw with `zoo sample CONFIG`"
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
@@ -336,27 +309,10 @@ class EnergyTilted:
         """Fresh parameters, which are meant to come from `Run.weights`."""
         return {"energy": self.energy.fresh(rng), "classifier": self.classifier.init(rng)}
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UserError: there is none."""
-        raise UserError(
-            "a tilted energy has nothing to train; train its energy and its classifier, and draw with `zoo sample CONFIG`"
-        )
-
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: ParticleSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, Any]:
-        """As of an energy; image i depends on (rng, i) and its label alone.
-
-        Args:
-            rng: one key, or n keys.
-            conditions: `label` [n]; negative numbers for any class. None: any.
-            options: None: the defaults.
-        """
+        """As of an energy; negative labels, and none, are any class."""
         o, shape = options or ParticleSampling(), self.spec(1)["image"].shape[1:]
         label = (conditions or {}).get("label")
         told: Any = {"label": jnp.full(n, -1) if label is None else label}

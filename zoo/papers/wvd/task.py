@@ -21,6 +21,7 @@ from zoo.diffusion.levels import Levels, LogNormal
 from zoo.diffusion.precondition import Precondition
 from zoo.diffusion.sampling import DenoiserSampling, clipped, draw, noises
 from zoo.diffusion.solvers import Euler, Project, Solver
+from zoo.diffusion.tasks import Levelled
 from zoo.encoders import vae as autoencoder
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError, check_divisor
@@ -88,16 +89,12 @@ def known_frames(frames: int) -> np.ndarray:
 class WvdSampling(DenoiserSampling):
     """What is completed, and how."""
 
-    task: Part = (
-        "joint"  # joint: out of nothing; else what `Mixture` says is known. depth: image, for the first frame's depth
-    )
+    task: Part = "joint"  # out of nothing; else what `Mixture` says is known. depth: image, for the first frame's
     solver: Solver = Euler()
     nfe: AtLeast2 = 25
     guidance: NonNegative | Guidance = 0.0  # x0 + weight (x0 - x0 with nothing known); 0: off
     levels: Levels = Levels("flow")
-    corrections: Annotated[int, Meta(ge=0, le=64)] = (
-        1  # Langevin steps before each call, of a task without weight in training
-    )
+    corrections: Annotated[int, Meta(ge=0, le=64)] = 1  # Langevin steps before each call, of a task not trained
 
     @property
     def known(self) -> str:
@@ -113,7 +110,7 @@ class Known(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wvd:
+class Wvd(Levelled):
     """A denoiser of clips of images and points, and of what of them is not known."""
 
     frames: Annotated[int, Meta(ge=1, le=2**10)] = 8
@@ -139,7 +136,7 @@ class Wvd:
     Sampling = WvdSampling
 
     def __post_init__(self) -> None:
-        check_fields(self, "task.")
+        super().__post_init__()
         check_backend(self.attention, self.dtype)
         check_divisor("head_dim", self.head_dim, "width", self.width)
         if self.head_dim % 4:
@@ -153,8 +150,6 @@ class Wvd:
             raise UserError(
                 f"task.pattern='factorised' takes blocks in pairs; set an even task.depth, not {self.depth}"
             )
-        if self.low >= self.high:
-            raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
         if self.vae is not None and self.vae.channels != 3:
             raise UserError(f"task.vae takes images of {self.vae.channels} channels, and images and points have 3")
         points = [name for name in ("stereo", "camera", "render") if self.tasks.has(name)]
@@ -196,11 +191,6 @@ class Wvd:
         """[F, h, w, M C] of what is modelled."""
         cells = self.image // self.factor
         return self.frames, cells, cells, len(self.names) * self.channels
-
-    @property
-    def sigmas(self) -> tuple[float, float]:
-        """Lowest and highest level."""
-        return self.low, self.high
 
     @property
     def noise(self) -> LogNormal:
@@ -411,23 +401,16 @@ class Wvd:
     # --- samples ------------------------------------------------------------------------------------
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: WvdSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, jax.Array]:
-        """n clips; clip i depends on (rng, i) and what is known of it.
+        """n clips.
 
         A task that training saw is completed with what is known clean and flagged; of another one what is known is noised and put in
         the place of what was drawn, with Langevin steps.
 
         Args:
-            rng: one key, or n keys.
             conditions: `spec`, of which the task takes what it says is known: of `frames` and `points` [n, F, S, S, 3] the first, or
                 all; `seen`; for the task camera the cameras to go to. None: for the task joint.
-            options: None: the defaults.
 
         Returns:
             `frames` and `points` [n, F, S, S, 3], what is known as it was given; `image` [n, 2 S, F S, 3], frames side by side above
