@@ -118,10 +118,6 @@ def run(
             x = x.at[0].set(jax.lax.cond(plain, project, lambda i, x, sigma: x, i, x[0], now.sigma).astype(dtype))
         y = mix(now.read_x, x) + mix(now.read_h, h)
         x0 = denoise(y if e is None else y + now.read_e * e, now.sigma).astype(dtype)
-        if x0.shape != y.shape:
-            raise UserError(
-                f"a denoiser gave an x0 of the shape {list(x0.shape)} for x of {list(y.shape)}; both are alike"
-            )
         h = jnp.concatenate([x0[None], h[:-1]])
         x = mix(now.move_x, x) + mix(now.move_h, h)
         if e is not None:

@@ -267,43 +267,35 @@ class Edm2(ByClass):
         shapes: Any = jax.eval_shape(lambda: self.init(jax.random.key(0)))
         names = []
         for path, leaf in jax.tree_util.tree_leaves_with_path({k: v for k, v in shapes.items() if k != "vae"}):
-            keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
-            names.append(_name(keys, leaf.ndim, self.network.head_dim))
+            target = "/".join(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
+            source, layout, sizes = target, {4: "o i h w -> h w i o", 2: "o i -> i o"}.get(leaf.ndim), {}
+            for ours, theirs in _NAMES.items():
+                source = re.sub(ours, theirs, source)
+            if target.endswith(("skip/kernel", "proj/kernel")):
+                layout = "o i 1 1 -> i o"
+            if target.endswith("qkv/kernel"):
+                layout, sizes = "(a c j) i 1 1 -> i (j a c)", {"c": self.network.head_dim, "j": 3}
+            names.append(Name(source, target, layout, sizes))
         return names
 
 
-_NAMES = {
-    "conv0": "conv_res0.weight",
-    "conv1": "conv_res1.weight",
-    "affine": "emb_linear.weight",
-    "skip": "conv_skip.weight",
-    "qkv": "attn_qkv.weight",
-    "proj": "attn_proj.weight",
-    "gain": "emb_gain",
+_NAMES = {  # of parts of our paths, one after the other
+    "fourier/noise": "unet/emb_fourier",
+    "fourier/uncertainty": "logvar_fourier",
+    "frequencies": "freqs",
+    "^uncertainty": "logvar_linear",
+    "net/gain": "unet/out_gain",
+    "net/(noise|label)/": r"unet/emb_\1/",
+    "net/out/": "unet/out_conv/",
+    r"net/(enc|dec)_(\d+)_": r"unet/\1/\2x\2_",
+    "/conv([01])/": r"/conv_res\1/",
+    "/affine/": "/emb_linear/",
+    "/skip/": "/conv_skip/",
+    "/(qkv|proj)/": r"/attn_\1/",
+    "/gain": "/emb_gain",
+    "kernel": "weight",
+    "/": ".",
 }
-
-
-def _name(keys: list[str], axes: int, head_dim: int) -> Name:
-    """The official name and layout of a parameter of ours."""
-    first, *rest = keys
-    target = "/".join(keys)
-    if first == "fourier":
-        head = {"noise": "unet.emb", "uncertainty": "logvar"}[rest[0]]
-        return Name(f"{head}_fourier.{'freqs' if rest[1] == 'frequencies' else 'phases'}", target)
-    if first == "uncertainty":
-        return Name("logvar_linear.weight", target, "o i -> i o")
-    layout = "o i h w -> h w i o" if axes == 4 else "o i -> i o" if axes == 2 else None
-    if (found := re.fullmatch(r"(enc|dec)_(\d+)_(\w+)", rest[0])) is None:
-        own = {"noise": "emb_noise.weight", "label": "emb_label.weight", "out": "out_conv.weight", "gain": "out_gain"}
-        return Name(f"unet.{own[rest[0]]}", target, layout)
-    place = f"unet.{found[1]}.{found[2]}x{found[2]}_{found[3]}"
-    part = rest[1]
-    if part == "kernel":  # the first convolution is no block
-        return Name(f"{place}.weight", target, layout)
-    if part == "qkv":
-        sizes = {"c": head_dim, "j": 3}
-        return Name(f"{place}.{_NAMES[part]}", target, "(a c j) i 1 1 -> i (j a c)", sizes)
-    return Name(f"{place}.{_NAMES[part]}", target, "o i 1 1 -> i o" if part in ("skip", "proj") else layout)
 
 
 # --- sizes ----------------------------------------------------------------------------------------
