@@ -288,9 +288,11 @@ def test_the_noise_that_is_told_is_the_share_of_the_text_that_is_hidden():
 
 
 def test_settings_that_do_not_go_together_are_sentences():
-    with pytest.raises(UserError, match="task.weight='nelbo' with task.kernel='uniform' is of task.objective='sedd'"):
+    with pytest.raises(
+        UserError, match=r"task\.weight='nelbo' with task\.kernel='uniform' is of task\.objective='sedd'"
+    ):
         dataclasses.replace(SMALL, kernel="uniform")
-    with pytest.raises(UserError, match="task.head_dim=5 must be even"):
+    with pytest.raises(UserError, match=r"task\.head_dim=5 must be even"):
         dataclasses.replace(SMALL, head_dim=5)
 
 

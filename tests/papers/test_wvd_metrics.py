@@ -7,13 +7,13 @@ import pytest
 
 from zoo.cameras import project
 from zoo.data.scenes import Scenes
+from zoo.papers.wvd.geometry import depth_of
 from zoo.papers.wvd.metrics import (
     agreement,
     aligned,
     cameras_of,
     covisible_with_first,
     depth_figures,
-    depths_of,
     frame_figures,
     point_error,
     point_figures,
@@ -23,6 +23,10 @@ from zoo.papers.wvd.metrics import (
 )
 
 RNG = np.random.default_rng(0)
+
+
+def depths_of(points, found):
+    return np.stack([depth_of(x, one.camera, one.focal) for x, one in zip(points, found)])
 
 
 @pytest.fixture(scope="module")

@@ -279,8 +279,9 @@ class Mixtures:
             weights, log_normaliser = target.truth
             traces[target.name] = {method: islands.trace for method, (islands, _) in found.items() if method != "naive"}
             for method, (islands, x) in found.items():
-                row = self._row(target, islands, weights, log_normaliser, method != "naive")
-                rows.append({"target": target.name, "method": method, **row})
+                error = float((np.asarray(islands.trace.log_normaliser) - log_normaliser).mean())
+                row = {"target": target.name, "method": method, **figures_of(target.parts[0], islands, weights)}
+                rows.append({**row, "log_normaliser": None if method == "naive" else error})
                 if method in ("naive", "ratio"):
                     panels.append((f"{target.name}, {method}", islands, x))
         figures = {"seeds": self.seeds, "count": self.count, "levels": self.levels, "stop": self.stop, "rows": rows}
@@ -305,13 +306,6 @@ class Mixtures:
             points = projected(target.edge, np.asarray(islands.x))
             islands = islands._replace(x=points)
         return islands, points
-
-    def _row(
-        self, target: Target, islands: Islands, weights: np.ndarray, log_normaliser: float, weighted: bool
-    ) -> dict[str, Any]:
-        error = float((np.asarray(islands.trace.log_normaliser) - log_normaliser).mean())
-        found = figures_of(target.parts[0], islands, weights)
-        return {**found, "log_normaliser": error if weighted else None}
 
 
 @functools.cache

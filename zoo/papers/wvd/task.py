@@ -353,14 +353,6 @@ class Wvd(Levelled):
         pixels = jnp.broadcast_to(frames, (*batch["frames"].shape[:4], count))
         return pixels if count == 1 else pixels.at[..., 1].min(batch["seen"])
 
-    def _carried(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """The points of first frames in the views of all [B, F, S, S, 3], and where these show them."""
-
-        def one(points: jax.Array, seen: jax.Array, camera: jax.Array, focal: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return carried(points.reshape(-1, 3), seen.reshape(-1), camera, focal, (self.image, self.image))
-
-        return jax.vmap(one)(batch["points"][:, 0], batch["seen"][:, 0], batch["camera"], batch["focal"])
-
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean square of velocity - (n - x0) over what of a clip is neither known nor unseen, then over clips.
 
@@ -448,7 +440,9 @@ class Wvd(Levelled):
         pixels = self._whole(batch, jnp.full(n, NAMES.index(name)))
         given = [batch[one] for one in self.names]
         if name == "camera":
-            shown, there = self._carried(batch)
+            carry = jax.vmap(lambda *of: carried(*of, (self.image, self.image)))
+            parts = (batch[key][:, 0].reshape(n, -1, *batch[key].shape[4:]) for key in ("points", "seen"))
+            shown, there = carry(*parts, batch["camera"], batch["focal"])  # the first frame's points, in all views
             first = jnp.arange(self.frames)[:, None, None] == 0
             there = jnp.where(first, batch["seen"], there)
             given[1] = jnp.where(
