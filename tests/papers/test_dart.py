@@ -304,7 +304,7 @@ def test_what_does_not_fit_is_told() -> None:
     smoke = config.load("dart/digits:smoke")
     for field, words in (
         ("patch=3", ("task.patch=3", "divides")),
-        ("head_dim=8", ("task.head_dim=8", "multiple of 16")),
+        ("head_dim=8", ("task.head_dim=8", "in steps of 16")),
         ("attention=cudnn task.dtype=bfloat16", ("task.attention='cudnn'", "task.attention=auto")),
         ("head=flow task.mask=tokens", ("task.head='flow'", "task.mask=blocks")),
         ("coarse=2 task.patch=4", ("task.coarse=2", "task.patch=4")),

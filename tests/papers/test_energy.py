@@ -189,7 +189,7 @@ def test_energies_that_cannot_be_are_told(params: Any, tmp_path: Path) -> None:
         (lambda: EnergySampling(temper=2.0, form="hybrid"), ("stop=0", "hybrid")),
         (lambda: EnergySampling(temper=2.0, guidance=Guidance(1.0, low=0.1)), ("guidance", "at all levels")),
         (lambda: hybrid.islands(jax.random.split(jax.random.key(0), 1), (0.002, 80.0), [], (2,)), ("stop=90", "from 80 to 0.002")),
-        (lambda: energy.EnergyProduct(PRODUCT.parts[:1]), ("two or more",)),
+        (lambda: energy.EnergyProduct(PRODUCT.parts[:1]), ("task.parts", "at least 2")),
         (lambda: energy.EnergyProduct((TASK, larger)), ("task.parts", "(4, 4, 1)", "(8, 8, 1)")),
         (lambda: energy.EnergyTilted(larger, judge), ("task.energy", "(8, 8, 1)", "(4, 4, 1)")),
         (lambda: PRODUCT.loss({}, {}, jax.random.key(0)), ("nothing to train",)),

@@ -31,6 +31,7 @@ from zoo.papers.dart.process import Nomad, Schedule
 from zoo.task import About, Batch, Params, sample_keys
 
 Steps = Annotated[int, Meta(ge=2, le=2**10)]
+HeadDim = Annotated[int, Meta(ge=16, le=2**18, multiple_of=16)]  # its pairs are shared out among step, row, column
 CoarseSteps = Annotated[int, Meta(ge=0, le=2**10)]
 
 
@@ -75,7 +76,7 @@ class Dart(Inputs):
     head_noise: Positive | None = None  # of the last proposal; None: of x0 where it is Gaussian, 1 / sqrt(1 + SNR)
     width: Size = 384
     depth: Layers = 12
-    head_dim: Size = 64
+    head_dim: HeadDim = 64
     base: Positive = 10_000.0  # of the rotations: the slowest turns by 1 / base a step
     gated: bool = True  # SwiGLU; False: GELU
     centre: Offset = 0.0  # of what is modelled, taken away
@@ -89,11 +90,6 @@ class Dart(Inputs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim % 16:
-            raise UserError(
-                f"task.head_dim={self.head_dim} is not shared out among step, row and column, a quarter and three eighths twice of "
-                "its pairs; choose a multiple of 16"
-            )
         if self.width % self.head_dim:
             raise UserError(
                 f"task.head_dim={self.head_dim} does not divide task.width={self.width}; choose a multiple of it, e.g. "

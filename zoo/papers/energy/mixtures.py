@@ -127,7 +127,7 @@ class Mixture(Levelled, Assembled):
 class MixtureProduct(Assembled):
     """The product of mixtures: scores add up at the lowest level alone, so it is drawn by weighted particles."""
 
-    parts: Some[Mixture] = (Mixture(), Mixture())
+    parts: Annotated[tuple[Mixture, ...], Meta(min_length=2)] = (Mixture(), Mixture())
 
     about = About(unit="points")
     Sampling = ParticleSampling
@@ -135,8 +135,6 @@ class MixtureProduct(Assembled):
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
-        if len(self.parts) < 2:
-            raise UserError("task.parts holds one mixture; a product takes two or more")
         if self.sigmas[0] >= self.sigmas[1]:
             raise UserError("task.parts have no level in common; let low and high of each meet those of the others")
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from msgspec import Meta
 
 from zoo.diffusion.energies import Begins, Scored, denoised, scored
 from zoo.diffusion.levels import LogNormal
@@ -25,7 +26,7 @@ from zoo.diffusion.sampling import Conditions, classless, clipped, guidance_of, 
 from zoo.diffusion.smc import EnergySampling, Form, ParticleSampling
 from zoo.diffusion.tasks import Assembled, dropped, labels
 from zoo.errors import UserError
-from zoo.fields import Below1, Some, check_fields
+from zoo.fields import Below1, check_fields
 from zoo.task import About, Batch, Classifies, Denoises, Energetic, Network, Params, sample_keys, speed
 
 
@@ -192,15 +193,13 @@ class EnergyProduct(Assembled):
     Particles follow the first one. Of flows that know all levels of noise nothing is approximate in their weights.
     """
 
-    parts: Some[Annotated[Any, Energetic]]
+    parts: Annotated[tuple[Annotated[Any, Energetic], ...], Meta(min_length=2)]
 
     Sampling = ProductSampling
     untrained = "draw from it with `zoo sample CONFIG weights.part0=RUN ...`"
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
-        if len(self.parts) < 2:
-            raise UserError("task.parts holds one energy; a product takes two or more")
         shapes = [part.spec(1)["image"].shape[1:] for part in self.parts]
         if len({isinstance(part, Begins) for part in self.parts}) > 1:
             raise UserError(

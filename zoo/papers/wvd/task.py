@@ -119,7 +119,7 @@ class Wvd(Levelled):
     patch: Side = 4  # cells a side of a token
     width: Size = 192
     depth: Layers = 6
-    head_dim: Size = 32
+    head_dim: Annotated[int, Meta(ge=4, le=2**18, multiple_of=4)] = 32  # turned by three axes
     pattern: Pattern = "joint"  # joint: every token sees all; factorised: within frames and across them by turns
     base: Annotated[float, Meta(gt=1, le=1e6)] = 100.0  # of rotations
     tasks: Mixture = Mixture()
@@ -139,8 +139,6 @@ class Wvd(Levelled):
         super().__post_init__()
         check_backend(self.attention, self.dtype)
         check_divisor("head_dim", self.head_dim, "width", self.width)
-        if self.head_dim % 4:
-            raise UserError(f"task.head_dim={self.head_dim} must be a multiple of 4, for rotations by three axes")
         if self.image % (self.patch * self.factor):
             raise UserError(
                 f"task.image={self.image} is no multiple of {self.patch * self.factor} pixels, a token's side (task.patch={self.patch} "
@@ -150,8 +148,6 @@ class Wvd(Levelled):
             raise UserError(
                 f"task.pattern='factorised' takes blocks in pairs; set an even task.depth, not {self.depth}"
             )
-        if self.vae is not None and self.vae.channels != 3:
-            raise UserError(f"task.vae takes images of {self.vae.channels} channels, and images and points have 3")
         points = [name for name in ("stereo", "camera", "render") if self.tasks.has(name)]
         if self.modalities == "rgb" and points:
             raise UserError(
