@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from zoo.diffusion.levels import LogNormal
-from zoo.diffusion.precondition import Precondition, iddpm_levels
+from zoo.diffusion.precondition import Precondition, iddpm_levels, over
 from zoo.diffusion.tasks import ByClass, dropped, labels
 from zoo.dist import unbox
 from zoo.errors import UserError, check_divisor
@@ -216,7 +216,7 @@ class Edm(ByClass):
         level_rng, noise_rng, drop_rng, net_rng = jax.random.split(rng, 4)
         sigma = self.noise.draw(level_rng, len(image), self.sigmas)
         given = dropped(drop_rng, given, self.drop)
-        x = image + sigma[:, None, None, None] * jax.random.normal(noise_rng, image.shape)
+        x = image + over(sigma, image) * jax.random.normal(noise_rng, image.shape)
         square = jnp.square(self._x0(params, x, sigma, given, {"dropout": net_rng}) - image).mean((1, 2, 3))
         loss = (self._door.weight(sigma) * square).mean()
         return loss, {"x0_error": jnp.sqrt(square.mean())}

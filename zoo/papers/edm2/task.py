@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.levels import LogNormal
-from zoo.diffusion.precondition import Precondition
+from zoo.diffusion.precondition import Precondition, over
 from zoo.diffusion.sampling import clipped
 from zoo.diffusion.tasks import ByClass
 from zoo.encoders.vae import AutoEncoder, sd
@@ -216,15 +216,11 @@ class Edm2(ByClass):
             hot: as of `raw`.
             rngs: as of `raw`.
         """
-
-        def over(x: jax.Array) -> jax.Array:
-            return x[:, None, None, None]
-
         precondition = Precondition("edm", self.data)
         network = functools.partial(self.raw, params, hot=hot, rngs=rngs)
-        square = jnp.square(precondition.denoise(network, image + over(sigma) * noise, sigma) - image)
+        square = jnp.square(precondition.denoise(network, image + over(sigma, image) * noise, sigma) - image)
         u = self.log_variance(params, sigma)
-        return over(precondition.weight(sigma) * jnp.exp(-u)) * square + over(u), square
+        return over(precondition.weight(sigma) * jnp.exp(-u), image) * square + over(u, image), square
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean over images and numbers of `losses` (equations 14 to 16).

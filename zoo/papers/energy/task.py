@@ -21,7 +21,7 @@ from msgspec import Meta
 from zoo.diffusion.energies import Begins, Scored, denoised, scored
 from zoo.diffusion.levels import LogNormal
 from zoo.diffusion.potentials import Classifier, Potential, Product
-from zoo.diffusion.precondition import DENOISER, Precondition
+from zoo.diffusion.precondition import DENOISER, Precondition, over
 from zoo.diffusion.sampling import Conditions, classless, clipped, guidance_of, sampled
 from zoo.diffusion.smc import EnergySampling, Form, ParticleSampling
 from zoo.diffusion.tasks import Assembled, dropped, labels
@@ -123,7 +123,7 @@ class EnergyDistill:
         if self.head == "dae":
             return total(jnp.square(x - door.denoise(network, x, sigma))) / (2 * sigma**2)
         _, _, into, noise = door.coefficients(sigma)
-        z = into.reshape(-1, *(1,) * (x.ndim - 1)) * x
+        z = over(into, x) * x
         h = network(z, noise)
         f = total(h * z) / 2 if self.head == "inner" else total(jnp.square(h)) / 2
         return total(jnp.square(x)) / (2 * (sigma**2 + data**2)) - data / sigma * f
@@ -141,7 +141,7 @@ class EnergyDistill:
         level_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
         sigma = self.noise.draw(level_rng, len(image), self.sigmas)
         given = dropped(drop_rng, given, self.drop)
-        x = image + sigma[:, None, None, None] * jax.random.normal(noise_rng, image.shape)
+        x = image + over(sigma, image) * jax.random.normal(noise_rng, image.shape)
         target = image
         if self.target == "teacher":
             target = jax.lax.stop_gradient(self.network.denoise(params["teacher"], x, sigma, given))
