@@ -129,9 +129,9 @@ class Edm2(ByClass):
     @property
     def _net(self) -> MagnitudeUNet:
         names = {field.name for field in dataclasses.fields(MagnitudeUNet)}
-        own = {name: value for name, value in dataclasses.asdict(self.network).items() if name in names}
-        more = {"classes": self.classes, "embedding": self.network.embedding}
-        return MagnitudeUNet(**own, **more, dtype=self.dtype, remat=self.remat, backend=self.attention, parent=None)
+        own: dict[str, Any] = {k: v for k, v in dataclasses.asdict(self.network).items() if k in names}
+        own |= {"classes": self.classes, "embedding": self.network.embedding}
+        return MagnitudeUNet(**own, dtype=self.dtype, remat=self.remat, backend=self.attention, parent=None)
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1], or `latent` and `latent_std` likewise; `label` [B] where there are classes."""

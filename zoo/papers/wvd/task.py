@@ -7,6 +7,7 @@ A cell is known or not, in each modality; z = (1 - t) x0 + t n of a flow from da
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
@@ -436,7 +437,7 @@ class Wvd(Levelled):
         pixels = self._whole(batch, jnp.full(n, NAMES.index(name)))
         given = [batch[one] for one in self.names]
         if name == "camera":
-            carry = jax.vmap(lambda *of: carried(*of, (self.image, self.image)))
+            carry = jax.vmap(functools.partial(carried, size=(self.image, self.image)))
             parts = (batch[key][:, 0].reshape(n, -1, *batch[key].shape[4:]) for key in ("points", "seen"))
             shown, there = carry(*parts, batch["camera"], batch["focal"])  # the first frame's points, in all views
             first = jnp.arange(self.frames)[:, None, None] == 0
