@@ -407,8 +407,7 @@ class EnergySampling(DenoiserSampling):
         if size == n:
             return some(whole)
         parts = jax.tree.map(lambda a: a.reshape(n // size, size, *a.shape[1:]), whole)
-        found: tuple[jax.Array, Trace] = jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), jax.lax.map(some, parts))
-        return found
+        return jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), jax.lax.map(some, parts))
 
 
 def _together(n: int, numbers: int) -> int:

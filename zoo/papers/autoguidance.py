@@ -79,13 +79,11 @@ class Guided(Assembled):
     @property
     def sigmas(self) -> tuple[float, float]:
         """Lowest and highest level, those of the main network."""
-        low, high = self.main.sigmas
-        return low, high
+        return self.main.sigmas
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """That of the main network."""
-        found: dict[str, jax.ShapeDtypeStruct] = self.main.spec(batch)
-        return found
+        return self.main.spec(batch)
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters of both, which are meant to come from `Run.weights`."""
@@ -108,5 +106,4 @@ class Guided(Assembled):
         guidance = Guidance.of(o.guidance)
         shape = next(iter(self.spec(1).values())).shape[1:]
         x = draw(o.plan(self.sigmas), guidance.denoiser(strong, both), sample_keys(rng, n), shape)
-        found: dict[str, jax.Array] = self.main.finished(params["main"], x, given)
-        return found
+        return self.main.finished(params["main"], x, given)

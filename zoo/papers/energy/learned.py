@@ -100,11 +100,9 @@ class Learned:
                 updates, state = tx.update(gradient, state, params)
                 return (optax.apply_updates(params, updates), state), None
 
-            found: Params = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(self.steps))[0][0]
-            return found
+            return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(self.steps))[0][0]
 
-        trained: Params = jax.jit(jax.vmap(one))(jnp.asarray([False, True]))
-        return trained
+        return jax.jit(jax.vmap(one))(jnp.asarray([False, True]))
 
     def score_errors(self, params: Params) -> list[float]:
         """Mean |s - s_exact|^2 over mean |s_exact|^2, of points at each of `sigmas`."""

@@ -92,13 +92,11 @@ class EnergyDistill:
     @property
     def sigmas(self) -> tuple[float, float]:
         """Lowest and highest level."""
-        low, high = self.network.sigmas
-        return low, high
+        return self.network.sigmas
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """That of the denoiser."""
-        found: dict[str, jax.ShapeDtypeStruct] = self.network.spec(batch)
-        return found
+        return self.network.spec(batch)
 
     def fresh(self, rng: jax.Array) -> Params:
         """Fresh parameters of the network, all that an energy needs."""
@@ -225,8 +223,7 @@ class EnergyProduct(Assembled):
     @property
     def sigmas(self) -> tuple[float, float]:
         """Lowest and highest level."""
-        low, high = self.parts[0].sigmas
-        return low, high
+        return self.parts[0].sigmas
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C]."""
@@ -301,8 +298,7 @@ class EnergyTilted(Assembled):
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] and `label` [B]."""
-        found: dict[str, jax.ShapeDtypeStruct] = self.classifier.spec(batch)
-        return found
+        return self.classifier.spec(batch)
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters, which are meant to come from `Run.weights`."""
@@ -318,8 +314,7 @@ class EnergyTilted(Assembled):
 
         def target(given: Any) -> tuple[list[Scored], list[Potential]]:
             def logits(x0: jax.Array) -> jax.Array:
-                found: jax.Array = self.classifier.logits(params["classifier"], {"image": x0})
-                return found
+                return self.classifier.logits(params["classifier"], {"image": x0})
 
             classifier = Classifier(logits, given["label"], self.energy.network.data)
             return [self.energy.scored(params["energy"], None)], [classifier]

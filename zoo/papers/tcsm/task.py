@@ -168,8 +168,7 @@ class Denoiser(Reader):
         def part(h: jax.Array, *own: jax.Array) -> jax.Array:
             return call(apply(Head(self.vocab, self.dtype), net["head"], h), *own)
 
-        found: jax.Array = over_tokens(part, 1, self.vocab, h, xt, each, *arrays)
-        return found
+        return over_tokens(part, 1, self.vocab, h, xt, each, *arrays)
 
     def log_p(self, net: Params, xt: jax.Array, noise: jax.Array) -> jax.Array:
         """log p(x0 | x_t) [B, T, V] of every position by itself, float32; a token that is not noisy is itself."""
@@ -223,8 +222,7 @@ class Denoiser(Reader):
     def _whole(self, net: Params) -> Params:
         """Parameters as a loop needs them."""
         net = {**net, "body": cast_trunk(net["body"], self.dtype)}
-        found: Params = gather_before_loop(net, lambda: self.init_net(jax.random.key(0)))
-        return found
+        return gather_before_loop(net, lambda: self.init_net(jax.random.key(0)))
 
     def proposed(self, params: Params, options: Any) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
         """The denoiser that a sampler asks: (x_t [n, T], noise [n], keys [n]) -> log p [n, T, V], as sharp as the options say."""

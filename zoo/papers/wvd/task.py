@@ -438,8 +438,10 @@ class Wvd(Levelled):
         given = [batch[one] for one in self.names]
         if name == "camera":
             carry = jax.vmap(functools.partial(carried, size=(self.image, self.image)))
-            parts = (batch[key][:, 0].reshape(n, -1, *batch[key].shape[4:]) for key in ("points", "seen"))
-            shown, there = carry(*parts, batch["camera"], batch["focal"])  # the first frame's points, in all views
+            points, seen = (batch[key][:, 0].reshape(n, -1, *batch[key].shape[4:]) for key in ("points", "seen"))
+            shown, there = carry(
+                points, seen, batch["camera"], batch["focal"]
+            )  # the first frame's points, in all views
             first = jnp.arange(self.frames)[:, None, None] == 0
             there = jnp.where(first, batch["seen"], there)
             given[1] = jnp.where(
