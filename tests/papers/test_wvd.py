@@ -322,5 +322,5 @@ def test_mistakes(make, words):
         make()
 
 
-def asked(task, **options):
-    return task.sample({}, jax.random.key(0), 1, None, WvdSampling(**options))
+def asked(model, **options):
+    return model.sample({}, jax.random.key(0), 1, None, WvdSampling(**options))
