@@ -90,7 +90,7 @@ def known_frames(frames: int) -> np.ndarray:
 class WvdSampling(DenoiserSampling):
     """What is completed, and how."""
 
-    task: Part = "joint"  # out of nothing; else what `Mixture` says is known. depth: image, for the first frame's
+    task: Part = "joint"  # out of nothing; else what `Mixture` says is known; depth: the first frame's, as image
     solver: Solver = Euler()
     nfe: AtLeast2 = 25
     guidance: NonNegative | Guidance = 0.0  # x0 + weight (x0 - x0 with nothing known); 0: off
