@@ -448,15 +448,11 @@ class Dart(Inputs):
 
     def _written(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """Captions [n, S] of images, letter by letter after the images' copies."""
-        n, at, net = len(keys), self.layout, self._net
-        own = gather_before_loop(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
+        n, at, apply = len(keys), self.layout, self._looped(params)
         clean, slot = self.clean(params, batch, _apart(keys, self.text_tokens)), at.prefix
         none = jax.nn.one_hot(jnp.full((n, at.prefix), self.text_width - 1), self.text_width)
 
-        def apply(*given: Any) -> Any:
-            return net.apply({"params": own}, *given)
-
-        kept = apply(None, none, net.memory(n), 0)[-1]
+        kept = apply(None, none, self._net.memory(n), 0)[-1]
         for scale, eps in zip(self.scales, self._noise(keys)):
             copies, size = scale.copies(scale.tokens(clean), eps).swapaxes(0, 1), scale.layout.size
 
@@ -476,17 +472,18 @@ class Dart(Inputs):
         begin = jnp.full(n, self.text_width - 1)
         return jax.lax.scan(letter, (begin, kept), jnp.arange(self.text_tokens))[1].T
 
+    def _looped(self, params: Params) -> Any:
+        """The network with its parameters as a loop needs them."""
+        own = gather_before_loop(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
+        return functools.partial(self._net.apply, {"params": own})
+
     def _reader(self, params: Params, batch: Batch, n: int, o: DartSampling) -> Reader:
         """Guided, both passes run as one batch of 2 n."""
-        net, seen = self._net, self.conditions(params, batch)
-        own = gather_before_loop(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
+        apply, seen = self._looped(params), self.conditions(params, batch)
         rows, prefix = (2 * n if o.guidance else n), self.layout.prefix
         if o.guidance:
             both: Any = seen, self.conditions(params, batch, jnp.ones(n, bool))
             seen = jnp.concatenate(both)
-
-        def apply(x: jax.Array | None, *given: Any) -> Any:
-            return net.apply({"params": own}, x, *given)
 
         def call(x: jax.Array, kept: Any, slot: Any) -> tuple[jax.Array, jax.Array, Any]:
             if o.cache:
@@ -507,7 +504,7 @@ class Dart(Inputs):
 
         if not o.cache:
             return Reader(read, jnp.zeros((rows, self.layout.end - prefix, self.dims)))
-        kept = net.memory(rows)
+        kept = self._net.memory(rows)
         return Reader(read, apply(None, seen[:, :prefix], kept, 0)[-1] if prefix and seen is not None else kept)
 
     def _by_blocks(self, reader: Reader, normal: Any, move: Any = None, first: int = 0) -> tuple[jax.Array, Any]:
