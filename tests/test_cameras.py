@@ -50,11 +50,6 @@ def test_a_pixel_is_where_the_matrix_of_its_camera_puts_its_point() -> None:
     assert rays(focal, H, W)[..., 2].max() == 1
 
 
-def test_what_lies_behind_a_camera_has_no_positive_depth() -> None:
-    _, depth = project(np.array([[0.0, 0, -1], [0, 0, 0]]), np.eye(4), np.asarray(5.0), H, W)
-    assert (depth <= 0).all()
-
-
 def test_a_camera_looks_at_its_target_upright() -> None:
     eye, target, up = np.array([[1.0, 2, 3]]), np.array([[0.0, 0.5, -1]]), np.array([0.0, 1, 0])
     camera = look_at(eye, target, up)
@@ -111,25 +106,16 @@ def test_cameras_are_read_as_they_were_written(tmp_path) -> None:
     np.testing.assert_allclose(read_cameras(path)[0][0][:3], [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]], atol=1e-12)
 
 
-MIRROR = np.diag([1.0, 1, -1, 1]).tolist()
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("{", "is no list of cameras"),
-        ('{"frames": [{}]}', "is no list of cameras"),
         ('{"frames": []}', "has no frames"),
         ('{"frames": [{"camera": [[1, 0], [0, 1]]}]}', "is no list of cameras"),
         ('{"frames": [{"eye": [1, 2, 3], "target": [1, 2, 3]}]}', "looks at the place where it stands"),
-        (
-            json.dumps({"frames": [{"camera": np.eye(4).tolist()}, {"camera": MIRROR}]}),
-            "frame 1 has a `camera` that is no rot",
-        ),
-        (json.dumps({"frames": [{"camera": (2 * np.eye(4)).tolist()}]}), "frame 0 has a `camera` that is no rotation"),
-        (
-            json.dumps({"frames": [{"camera": np.full((4, 4), np.nan).tolist()}]}),
-            "frame 0 has a `camera` that is no rot",
+        *(
+            (json.dumps({"frames": [{"camera": camera.tolist()}]}), "frame 0 has a `camera` that is no rotation")
+            for camera in (np.diag([1.0, 1, -1, 1]), 2 * np.eye(4), np.full((4, 4), np.nan))
         ),
     ],
 )

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal, norm
 
-from zoo import config, dist
+from zoo import dist
 from zoo.diffusion import smc
 from zoo.diffusion.energies import scored
 from zoo.diffusion.levels import Levels
-from zoo.diffusion.potentials import Box, Classifier, HalfSpace, Potential, Powers, Product, Temper, Tilt
+from zoo.diffusion.potentials import Box, Classifier, HalfSpace, Powers, Product, Temper, Tilt
 from zoo.diffusion.smc import Course, EnergySampling, Islands, Particles, course, drawn, feynman_kac
 from zoo.errors import UserError
 from zoo.papers.energy import Mixture, MixtureProduct, Mixtures, Mode, mixtures
@@ -38,7 +37,7 @@ from zoo.papers.energy.mixtures import (
     share,
     truth,
 )
-from zoo.task import Denoises, Energetic, Samples
+from zoo.task import Denoises, Energetic
 
 FIVE = Mixture(
     (
@@ -57,16 +56,11 @@ def how(form: Any, beta: float = 1.0, levels: np.ndarray = GRID, **other: Any) -
     return course(levels, 1, [Temper(beta)], form, numbers=2, **other)
 
 
-traced: Counter[Any] = Counter()
-
-
 @functools.cache
 def program(models: int = 1, particles: Particles = Particles(2000), bounded: bool = False) -> Any:
     """(keys, course, modes of each model, shift, (offset, slope)) -> islands; what tests differ in are inputs of few programs."""
 
     def run(keys: jax.Array, how: Course, modes: Any, shift: Any, bound: Any) -> Islands:
-        traced[models, particles, bounded] += 1
-
         def of(one: Any) -> Any:
             return scored(lambda x, sigma: shift * jnp.sin(sigma) - log_density(one, x, sigma))
 
@@ -139,16 +133,6 @@ def test_energies_are_those_of_scipy_and_their_gradient_denoises(sigma: float) -
     np.testing.assert_allclose(FIVE.denoise({}, x, jnp.full(64, sigma)), denoised, atol=1e-6 * np.hypot(3, sigma))
 
 
-def test_the_jacobian_of_the_score_is_symmetric_and_high_levels_are_gaussian() -> None:
-    x = np.random.default_rng(1).normal(size=(8, 2)) * 3
-    jacobian = jax.jacfwd(lambda x: FIVE.scored(x[None], jnp.asarray(0.5))[1][0])
-    hessian = jax.jit(jax.vmap(jacobian))(jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(hessian, hessian.swapaxes(1, 2), atol=1e-5)
-    at = jnp.asarray([[1e3, 0.0], [3e3, -2e3]])
-    square = 1e6 * (FIVE.energy({}, at, 1e3) - np.log(2 * np.pi * 1e6)) / jnp.square(at).sum(-1)
-    np.testing.assert_allclose(square, 0.5, rtol=2e-3)
-
-
 # --- resampling -----------------------------------------------------------------------------------
 
 
@@ -159,16 +143,14 @@ def weighted(log_weights: Any) -> Islands:
     return Islands(x, log_weights, None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("scheme", ["systematic", "stratified", "residual", "multinomial"])
-def test_particles_are_drawn_by_weight(scheme: Any) -> None:
+def test_particles_are_drawn_by_weight() -> None:
     count = 200
     log = np.random.default_rng(0).normal(size=(1, count)) * 2
     expected = count * np.exp(log[0]) / np.exp(log).sum()
-    draw = jax.jit(lambda keys, log: drawn(keys, weighted(log), scheme, count))
-    counts = np.stack([np.bincount(draw(keys(1, i), log).astype(int), minlength=count) for i in range(50)])
-    if scheme == "systematic":
+    draw = jax.jit(lambda keys, log: drawn(keys, weighted(log), keep=count))
+    for i in range(5):
+        counts = np.bincount(draw(keys(1, i), log).astype(int), minlength=count)
         assert np.abs(counts - expected).max() < 1
-    np.testing.assert_allclose(counts.mean(0), expected, atol=4.5 * np.sqrt(expected.max() / 50))
     one = np.full((1, count), -np.inf)
     one[0, 7] = -3.0
     assert set(np.asarray(draw(keys(1), one))) == {7.0}
@@ -181,21 +163,15 @@ def test_nothing_without_weight_is_drawn_whatever_is_rounded() -> None:
     assert np.isfinite(log[0][found]).all()
 
 
-def test_where_weights_are_alike_nothing_is_drawn_anew() -> None:
-    found = drawn_from(CORNERS, how("ratio", 1.0))
-    assert not found.trace.resampled.any()
-    assert (found.trace.roots == 2000).all()
-    np.testing.assert_allclose(found.trace.ess, 1, rtol=1e-5)
-
-
 # --- weights --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["ratio", "score", "hybrid"])
-def test_without_anything_to_correct_weights_are_exactly_equal(form: Any) -> None:
+def test_without_anything_to_correct_weights_are_exactly_equal_and_nothing_is_drawn_anew(form: Any) -> None:
     found = drawn_from(FIVE, how(form, 1.0))
     assert not np.asarray(found.log_weights).any()
     assert not np.asarray(found.trace.log_normaliser).any()
+    assert (found.trace.roots == 2000).all()
 
 
 FREE = Particles(400, threshold=0.0)  # never drawn anew
@@ -206,11 +182,6 @@ def padded(form: Any, beta: float, steps: int, rows: int = 2001) -> Course:
     levels = Levels().grid(steps + 1, "edm", 0.01, 10.0)
     made, more = how(form, beta, levels), rows - len(levels)
     return Course(*(np.pad(a, (0, more), mode="edge") if a.shape == levels.shape else a for a in made))
-
-
-def test_the_kernel_form_keeps_its_particles_where_nothing_needs_correction() -> None:
-    for steps, bar in ((50, 0.4), (100, 0.55), (400, 0.8)):
-        assert drawn_from(CORNERS, padded("kernel", 1.0, steps), FREE).trace.ess[:, -1].mean() >= bar
 
 
 def test_the_kernel_form_gives_a_gaussian_its_tempered_variance() -> None:
@@ -234,9 +205,8 @@ def test_the_score_form_is_the_limit_of_the_kernel_form_on_one_path() -> None:
     assert alike[1] > 0.93 > alike[0]
 
 
-@pytest.mark.parametrize("form", ["ratio", "kernel"])
-def test_a_constant_of_a_level_changes_no_weight(form: Any) -> None:
-    plain, other = (drawn_from(CORNERS, padded(form, 2.0, 100), FREE, shift=shift) for shift in (0.0, 30.0))
+def test_a_constant_of_a_level_changes_no_weight() -> None:
+    plain, other = (drawn_from(CORNERS, padded("kernel", 2.0, 100), FREE, shift=shift) for shift in (0.0, 30.0))
     one, two = (np.asarray(jax.nn.softmax(found.log_weights)) for found in (plain, other))
     np.testing.assert_allclose(one, two, atol=1e-5)
     np.testing.assert_allclose(plain.x, other.x, atol=1e-5)
@@ -314,15 +284,12 @@ def test_particles_that_begin_as_the_base_need_no_high_level() -> None:
     def start(keys: jax.Array, given: Any) -> jax.Array:
         return jnp.sqrt(0.49 + 0.49) * jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
 
-    def draw(form: Any) -> Any:
-        options = EnergySampling(nfe=41, temper=2.0, particles=Particles(512), form=form)
-        energy = scored(lambda x, sigma: -log_density(GAUSSIAN.arrays, x, sigma))
-        return options.draw(jax.random.key(0), 64, (0.05, 0.7), lambda given: ([energy], []), (2,), None, start)
-
-    for form in ("ratio", "score"):
-        x, trace = jax.jit(draw, static_argnums=0)(form)
-        np.testing.assert_allclose(trace.log_normaliser.mean(), -np.log(4 * np.pi * 0.4925), atol=0.03)
-        np.testing.assert_allclose(jnp.square(x).mean(), 0.4925 / 2, rtol=0.25)
+    options = EnergySampling(nfe=41, temper=2.0, particles=Particles(512), form="score")
+    target = [scored(lambda x, sigma: -log_density(GAUSSIAN.arrays, x, sigma))], []
+    draw = jax.jit(lambda key: options.draw(key, 64, (0.05, 0.7), lambda given: target, (2,), None, start))
+    x, trace = draw(jax.random.key(0))
+    np.testing.assert_allclose(trace.log_normaliser.mean(), -np.log(4 * np.pi * 0.4925), atol=0.03)
+    np.testing.assert_allclose(jnp.square(x).mean(), 0.4925 / 2, rtol=0.25)
 
 
 def test_a_bound_is_kept_and_does_not_bend_the_weights() -> None:
@@ -347,12 +314,6 @@ def test_a_tilted_gaussian_moves_by_what_it_is_tilted() -> None:
     assert float(found.trace.log_normaliser.mean()) == pytest.approx(5 * 0.49 / 2, abs=0.1)
 
 
-def test_one_program_served_every_form_power_and_mixture() -> None:
-    for form in ("ratio", "kernel", "score", "hybrid"):
-        assert drawn_from(CORNERS, how(form, 0.5)).x.shape == (5, 2000, 2)
-    assert traced[1, Particles(2000), False] == 1
-
-
 # --- potentials -----------------------------------------------------------------------------------
 
 
@@ -375,52 +336,34 @@ def test_boxes_and_half_spaces_are_those_of_the_normal_law() -> None:
     assert np.isfinite(Box().log(jnp.full((1, 2, 2), 99.0), jnp.full((1, 2, 2), 99.0), 0.002)).all()
 
 
-def test_potentials_are_named_and_go_together() -> None:
-    made = config.override(
-        EnergySampling(),
-        ["temper=2", "potentials=box,halfspace", "potentials.0.low=-2", "potentials.1.offset=1", "particles.count=16"],
-    )
-    assert made.potentials == (Box(low=(-2.0,)), HalfSpace(offset=1.0))
-    assert config.undump(config.dump(made)) == made
-    assert course(GRID, 2, [Product(), Temper(2.0)]).powers.tolist() == [2, 2]
-
-
 # --- tasks ----------------------------------------------------------------------------------------
 
 
-def test_mixtures_are_tasks_whose_samples_follow_from_their_keys() -> None:
+def test_mixtures_are_tasks_whose_samples_follow_from_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(CORNERS, Energetic)
     assert isinstance(CORNERS, Denoises)
-    assert isinstance(BOTH, Samples)
-    assert CORNERS.spec(3)["point"].shape == BOTH.spec(3)["point"].shape == (3, 2)
-    assert CORNERS.init(jax.random.key(0)) == {}
     own = EnergySampling(nfe=21, temper=2.0, particles=Particles(64))
     draw = jax.jit(lambda rng: BOTH.sample({}, rng, 8, None, own)["point"])
     found, turned = np.asarray(draw(keys(8))), np.asarray(draw(keys(8)[::-1]))
     np.testing.assert_allclose(found, turned[::-1], atol=1e-6)
     assert len({tuple(point) for point in found.tolist()}) == 8
     # islands that follow each other, since not all of them find room, are the same
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smc, "_AT_ONCE", 2 * 64 * 2)
-        parts = jax.jit(lambda rng: BOTH.sample({}, rng, 8, None, own))(keys(8))
+    monkeypatch.setattr(smc, "_AT_ONCE", 2 * 64 * 2)
+    parts = jax.jit(lambda rng: BOTH.sample({}, rng, 8, None, own))(keys(8))
     np.testing.assert_allclose(parts["point"], found, atol=1e-5)
-    assert {key: x.shape for key, x in vars(parts["trace"]).items() if hasattr(x, "shape")} == {
-        **dict.fromkeys(("sigma", "ess", "resampled", "roots", "broken"), (8, 21)),
-        "log_normaliser": (8,),
-    }
+    assert (parts["trace"].ess.shape, parts["trace"].log_normaliser.shape) == ((8, 21), (8,))
     plain = jax.jit(lambda rng: CORNERS.sample({}, rng, 2000, None, EnergySampling(nfe=35))["point"])(jax.random.key(0))
     modes = share(CORNERS.modes, np.asarray(plain), np.ones(2000))
     assert distance(modes, np.asarray([0.1, 0.2, 0.3, 0.4])) < 0.05
 
 
 def test_the_comparison_writes_a_table_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixtures, "TARGETS", (TARGETS[0], TARGETS[3]))
+    monkeypatch.setattr(mixtures, "TARGETS", (TARGETS[3],))
     found = Mixtures(seeds=2, count=50, levels=11, out=str(tmp_path / "out")).run()
-    assert len(found["rows"]) == 10
     assert json.loads((tmp_path / "out" / "mixtures.json").read_text())["rows"] == found["rows"]
-    assert (tmp_path / "out" / "mixtures.md").read_text().count("\n") == 2 + len(found["rows"])
-    assert (tmp_path / "out" / "mixtures.png").stat().st_size > 10_000
-    assert (tmp_path / "out" / "traces.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "mixtures.md").read_text().count("\n") == 2 + len(found["rows"]) == 7
+    for name in ("mixtures.png", "traces.png"):
+        assert (tmp_path / "out" / name).read_bytes()[1:4] == b"PNG"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("")
     with pytest.raises(UserError, match="no folder of compared mixtures"):
@@ -453,19 +396,21 @@ def test_particles_on_one_and_eight_devices_have_the_same_weights() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Particles(1), "particles.count=1 must be a whole number from 2"),
-        (lambda: EnergySampling(temper=0.0), "temper=0.0 must be a finite number above 0"),
         (lambda: EnergySampling(temper=2.0, stop=0.5), "stop=0.5 and form=ratio"),
-        (lambda: Temper(0.0), "potential.beta=0.0"),
         (lambda: Box((0.0,), (0.0,)), "potential.low=(0.0,) must be below potential.high"),
         (lambda: HalfSpace((0.0, 0.0)), "potential.normal=(0.0, 0.0) has no direction"),
-        (lambda: Product((1.0, -1.0)), "potential.given=(1.0, -1.0) must add to more than 0"),
+        (lambda: course(GRID, 2, [Product((1.0, -1.0))]), "of the energies add to 0"),
         (lambda: course(GRID, 1, [Product()]), "there are 1 models, and it takes two or more"),
         (lambda: course(GRID, 3, [Product((1.0, 1.0))]), "there are 3 models, and given=(1.0, 1.0) names 2"),
-        (lambda: MixtureProduct((ROW,)), "task.parts holds one mixture"),
+        (lambda: MixtureProduct((ROW,)), "task.parts="),
         (lambda: MixtureProduct((ROW, dataclasses.replace(CROSS, low=20.0, high=30.0))), "task.parts have no level in common"),
         (lambda: Mixture(low=3.0, high=2.0), "task.low=3 must be below task.high=2"),
-        (lambda: CORNERS.loss({}, {}, jax.random.key(0)), "nothing to train"),
+        (lambda: CORNERS.loss({}, {}, jax.random.key(0)), "Mixture has nothing to train"),
+        (lambda: HalfSpace((1.0, 2.0, 3.0)).end(jnp.zeros((4, 2))), "potential.normal has 3 values for 2 numbers"),
+        (
+            lambda: feynman_kac(keys(2), how("ratio"), [lambda x, sigma: (x[:, 0].astype(jnp.bfloat16), x)], (2,)),
+            "energies 0 are bfloat16",
+        ),
         (lambda: CORNERS.sample({}, keys(2), 2, None, EnergySampling(levels=Levels(given=(9.0, 1.0)), temper=2.0)), "levels.given"),
         (lambda: CORNERS.sample({}, keys(2), 2, None, EnergySampling(temper=2.0, guidance=1.0)), "there is no class here"),
     ],
@@ -522,23 +467,3 @@ def test_weights_that_are_none_name_the_potential_the_level_and_the_particle(
     assert np.isnan(found.x[lost]).all()  # an island that is lost gives no sample
     with pytest.raises(UserError, match=re.escape(said)):
         found.trace.check(range(2))
-
-
-def given(energy: Any = None, *potentials: Potential) -> None:
-    own = CORNERS.scored if energy is None else scored(energy)
-    jax.eval_shape(lambda: feynman_kac(keys(2), how("ratio"), [own], (2,), potentials, Particles(16)))
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda: given(lambda x, sigma: x), "energies 0: (32, 2)"),
-        (lambda: given(lambda x, sigma: x.sum(-1).astype(jnp.bfloat16)), "energies 0 are bfloat16"),
-        (lambda: given(None, Tilt(lambda x0, sigma: x0)), "potential tilt: (32, 2) for 32 particles"),
-        (lambda: given(None, Ends(np.zeros((32, 2)))), "potential ends: (32, 2) for 32 particles"),
-        (lambda: given(None, HalfSpace((1.0, 2.0, 3.0))), "potential.normal has 3 values for 2 numbers"),
-    ],
-)  # fmt: skip
-def test_energies_and_potentials_of_a_wrong_shape_or_type_are_refused(make: Callable[[], Any], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
-        make()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from mistakes import told
 import zoo
 from zoo import config
 from zoo.cli import main
-from zoo.commands.conditions import check_form, pictures
+from zoo.commands.conditions import check_form
 from zoo.data.text.vocabulary import text8
 from zoo.task import is_text
 from zoo.train.loop import train
@@ -129,16 +128,11 @@ def test_captions_are_read_and_written(tmp_path: Path, capsys: Any) -> None:
     for fields, words in (
         ([*given, "guidance=1"], "leave guidance out"),
         ([*given, "--out", str(tmp_path / "prompt=a 7")], "other settings"),  # whose images are of another kind
-        (["form=text", "from=other"], "form=text from=SPLIT"),
         (["from=test"], "form=text from=SPLIT"),
-        (["form=tune"], "form=tune"),
         (["prompt=a very long text"], "1 to 8"),
-        (["prompt=7", "--tokenizer", "x"], "--tokenizer"),
     ):
         assert main(["sample", str(tmp_path / "run"), *fields]) == 2
         assert words in capsys.readouterr().err
     for field in ("writes=false", "drop=0.0"):  # with no image before them no letters are trained
         with told("writes none: leave them out"):
             check_form(config.override(run, [f"task.{field}"]).task, "text", "test", None)
-    with told("from=test", "is empty"):
-        pictures(dataclasses.replace(model, data=SimpleNamespace(source=lambda *_: [])), "test", 1)

@@ -31,7 +31,7 @@ from zoo.train import averages
 from zoo.train.averages import Power
 from zoo.train.optim import AdamW
 from zoo.train.step import init_state, make_train_step, split
-from zoo.weights.official import from_official, read_state_dict, to_official, write_state_dict
+from zoo.weights.official import from_official, to_official, write_state_dict
 
 NAMES = {
     "model_channels": "width", "channel_mult": "multiples", "num_blocks": "blocks", "attn_resolutions": "attention", "dropout": "dropout",
@@ -320,15 +320,9 @@ def test_formulas_of_averages_and_learning_rates_equal_the_official_numbers() ->
 # --- published weights ----------------------------------------------------------------------------
 
 
-SIZES = [
-    ("xxs", 4, 1000, 31_309_029),
-    ("xs", 4, 0, 124_201_253),
-    ("s", 3, 1000, 280_209_381),
-    ("xxl", 4, 1000, 1_523_164_773),
-]
-
-
-@pytest.mark.parametrize(("size", "channels", "classes", "count"), SIZES)
+@pytest.mark.parametrize(
+    ("size", "channels", "classes", "count"), [("xs", 4, 0, 124_201_253), ("s", 3, 1000, 280_209_381)]
+)
 def test_published_sizes_have_the_published_counts(size: Any, channels: int, classes: int, count: int) -> None:
     task = edm2.sized(size, channels=channels, classes=classes)
     shapes = weights.flatten(weights.abstract(task))
@@ -342,24 +336,18 @@ def test_a_published_file_comes_in_whole_or_is_refused_by_name(golden: Golden, p
     for key, array in to_official(golden.task, golden.params).items():
         np.testing.assert_array_equal(array, golden.f[f"w:{key}"], err_msg=key)
     official = {key: x.astype(np.float16) for key, x in to_official(TASK, params).items()}
-    for suffix in (".npz", ".safetensors"):
-        write_state_dict(tmp_path / f"official{suffix}", official)
-    assert set(read_state_dict(tmp_path / "official.npz")) == set(official)
-    out = tmp_path / "out"
-    said = import_checkpoint(TASK, tmp_path / "official.safetensors", out)
+    write_state_dict(tmp_path / "official.safetensors", official)
+    said = import_checkpoint(TASK, tmp_path / "official.safetensors", tmp_path / "out")
     assert "every tensor used" in said
-    assert "CC BY-NC-SA 4.0" in said
-    assert "CC BY-NC-SA 4.0" in (out / "README.md").read_text()
-    found = zoo.load(str(out)).params
+    for text in (said, (tmp_path / "out" / "README.md").read_text()):
+        assert "CC BY-NC-SA 4.0" in text
+    found = zoo.load(str(tmp_path / "out")).params
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
     jax.tree.map(lambda a, b: near(a, b, 1e-3), found, params)
     block = "unet.enc.4x4_block0.emb_gain"
     with told("missing", block, "unexpected", "unet.more", "wrong shape", "unet.emb_label.weight"):
         given = {key: x for key, x in official.items() if key != block}
         from_official(dataclasses.replace(TASK, classes=8), {"unet.more": np.ones(3), **given})
-    (tmp_path / "edm2-img64-s.pkl").write_bytes(b"")
-    with told("pickle", "state_dict()", "edm2-img64-s.npz"):
-        read_state_dict(tmp_path / "edm2-img64-s.pkl")
 
 
 # --- the task -------------------------------------------------------------------------------------
@@ -407,33 +395,23 @@ def test_it_denoises_in_float32_whatever_the_length_of_its_weights(params: Param
     np.testing.assert_array_equal(denoise(fresh(TASK), X, LEVEL, {"label": jnp.arange(3)}), skip * X)
 
 
-def test_training_draws_latents_and_remat_acts(params: Params) -> None:
-    batch = {"latent": X, "latent_std": 9 * jnp.ones_like(X), "label": jnp.arange(3)}
-    task = dataclasses.replace(TASK, inputs="latents")
-    plain, saving = (
-        str(jax.make_jaxpr(dataclasses.replace(task, remat=remat).loss)(params, batch, jax.random.key(2)))
-        for remat in ("none", "full")
-    )
-    assert saving.count("checkpoint[") + saving.count("remat") > plain.count("checkpoint[") + plain.count("remat")
-    loss = jax.jit(task.loss)
-    wide, narrow = (
-        float(loss(params, {**batch, "latent_std": w * jnp.ones_like(X)}, jax.random.key(2))[0]) for w in (9, 0)
-    )
-    assert wide > 5 * narrow
+def test_training_draws_latents(params: Params) -> None:
+    task, loss = dataclasses.replace(TASK, inputs="latents"), []
+    draw = jax.jit(lambda batch: task.loss(params, batch, jax.random.key(2))[0])
+    for wide in (9.0, 0.0):
+        loss.append(float(draw({"latent": X, "latent_std": jnp.full(X.shape, wide), "label": jnp.arange(3)})))
+    assert loss[0] > 5 * loss[1]
     assert task.about.held == ("fourier",)
 
 
-def test_samples_depend_on_their_keys_alone_and_latents_are_decoded(params: Params) -> None:
+def test_latents_are_decoded(params: Params) -> None:
     task = dataclasses.replace(TASK, inputs="latents", vae=VAE)
-    own = {**params, "vae": fresh(VAE)}
-    keys, label = jax.random.split(jax.random.key(0), 3), jnp.asarray([0, 1, -1])
-    draw = jax.jit(lambda k, y: task.sample(own, k, len(y), {"label": y}, DenoiserSampling(nfe=3)))
-    whole = draw(keys, label)
-    assert {k: x.shape for k, x in whole.items()} == {"latent": (3, 4, 4, 2), "image": (3, 4, 4, 3), "label": (3,)}
-    assert np.abs(whole["latent"][0] - whole["latent"][1]).max() > 1e-3
-    near(draw(keys[::-1], label[::-1])["latent"][::-1], whole["latent"], 1e-5)
-    shapes = jax.eval_shape(lambda p: TASK.sample(p, jax.random.key(0), 3), params)
-    assert {k: x.shape for k, x in shapes.items()} == {"image": (3, 4, 4, 2)}
+    own, label = {**params, "vae": fresh(VAE)}, {"label": jnp.asarray([0, 1, -1])}
+    found = jax.jit(lambda p: task.sample(p, jax.random.key(0), 3, label, DenoiserSampling(nfe=3)))(own)
+    assert {k: x.shape for k, x in found.items()} == {"latent": (3, 4, 4, 2), "image": (3, 4, 4, 3), "label": (3,)}
+    near(found["image"], jnp.clip(VAE.decode(own["vae"], found["latent"]), -1, 1), 1e-5)
+    bare = jax.eval_shape(lambda p: TASK.sample(p, jax.random.key(0), 3), params)
+    assert {k: x.shape for k, x in bare.items()} == {"image": (3, 4, 4, 2)}
 
 
 @pytest.mark.devices8
@@ -453,29 +431,18 @@ def test_a_mesh_gives_what_one_device_gives(params: Params) -> None:
     jax.tree.map(lambda a, b: near(a, b, 1e-5 + 1e-5 * np.abs(b).max()), *found)
 
 
-def test_what_does_not_fit_is_told(params: Params, golden: Golden) -> None:
+def test_what_does_not_fit_is_told(params: Params) -> None:
+    def network(**fields: Any) -> Any:
+        return dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, **fields))
+
     with told("guidance", "autoguidance/imagenet512"):
         TASK.sample(params, jax.random.key(0), 1, None, DenoiserSampling(guidance=1.0))
-    with told("levels from", "levels.high"):
-        TASK.sample(params, jax.random.key(0), 1, None, DenoiserSampling(levels=Levels(high=100.0)))
-    with told("task.image=5", "task.image=4"):
-        dataclasses.replace(golden.task, image=5)
-    for fields, words in (
-        ({"taps": (1.0, 2.0, 1.0)}, ("task.network.taps", "even")),
-        ({"attention": (3,)}, ("task.network.attention=3", "[4]")),
-        ({"head_dim": 3}, ("task.network.head_dim=3", "8", "task.network.head_dim=2")),
-    ):
+    for make, words in (
+        (lambda: network(taps=(1.0, 2.0, 1.0)), ("task.network.taps", "even")),
+        (lambda: network(head_dim=3), ("task.network.head_dim=3", "8", "task.network.head_dim=2")),
+        (lambda: dataclasses.replace(TASK, vae=VAE), ("task.inputs='images'", "task.vae")),
+        (lambda: dataclasses.replace(TASK, vae=VAE, inputs="latents", channels=5), ("task.channels=5", "task.channels=2")),
+        (lambda: dataclasses.replace(config.load("edm2/imagenet64:smoke"), ema=(Power(0.1),) * 2), ("ema lists the width 0.1 twice",)),
+    ):  # fmt: skip
         with told(*words):
-            dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, **fields))
-    with told("task.inputs='images'", "task.vae"):
-        dataclasses.replace(TASK, vae=VAE)
-    with told("task.channels=5", "task.channels=2"):
-        dataclasses.replace(TASK, vae=VAE, inputs="latents", channels=5)
-    with told("task.mean", "task.latent=2"):
-        dataclasses.replace(VAE, mean=(1.0,))
-    with told("weights: 'vea' is no part", "vae"):
-        run = config.override(config.load("edm2/imagenet512:smoke"), ["weights.vea=tarflow-digits:net"])
-        assert run.weights == {"vea": "tarflow-digits:net"}  # though the config has none
-        weights.fill(weights.abstract(run.task), {"vea": {}}, run.weights, run.task)
-    with told("ema lists the width 0.1 twice"):
-        dataclasses.replace(config.load("edm2/imagenet64:smoke"), ema=(Power(0.1), Power(0.1)))
+            make()

@@ -17,15 +17,15 @@ import pytest
 from by_hand import by_hand
 from mistakes import told
 
-from zoo import config, models, weights
-from zoo.commands import weights as commands
+from zoo import config, weights
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.precondition import Precondition, iddpm_levels, nearest
 from zoo.diffusion.solvers import Churn, Heun
 from zoo.nn.embed import fourier, waves
 from zoo.nn.layers import Conv, GroupNorm
+from zoo.nn.unet import resized
 from zoo.papers.edm import ADM, Edm, Transformer, UNet
-from zoo.papers.edm.networks import TAPS, resized
+from zoo.papers.edm.networks import TAPS
 from zoo.papers.edm.official import names
 
 FOLDER = Path(__file__).parent.parent / "golden" / "edm"
@@ -279,9 +279,7 @@ def test_embeddings_filters_and_norms_equal_the_official_numbers() -> None:
     ("name", "fields", "parameters", "keys"),
     [
         ("edm/cifar10", [], 55_735_299, 427),
-        ("edm/cifar10", ["task.classes=0"], 55_733_891, 425),
         ("edm/cifar10:ncsnpp", [], 56_400_643, 434),
-        ("edm/ffhq64:afhqv2", [], 61_805_571, 553),
         ("edm/ffhq64:ncsnpp", [], 62_761_091, 563),
         ("edm/imagenet64_adm", [], 295_899_267, 553),
     ],
@@ -302,20 +300,6 @@ def test_import_and_export_are_each_other_s_way_back(golden: Golden) -> None:
     bare = {name: x for name, x in golden.state.items() if "resample_filter" not in name}
     again = weights.from_official(golden.task, bare)
     jax.tree.map(np.testing.assert_array_equal, again, golden.params)
-
-
-def test_files_come_in_with_their_licence_and_go_out_as_they_came(tmp_path: Path) -> None:
-    case, file, out, back = Golden("edm_iddpm"), tmp_path / "a.npz", tmp_path / "out", tmp_path / "b.safetensors"
-    weights.write_state_dict(file, case.state)
-    said = commands.import_checkpoint(case.task, file, out)
-    assert "every tensor used" in said
-    for text in (said, (out / "README.md").read_text()):
-        assert "CC BY-NC-SA 4.0, which is non-commercial" in text
-    commands.export(models.open_model(str(out)), back, "official", 0)
-    read = weights.read_state_dict(back)
-    assert read.keys() == case.state.keys()
-    for name, array in read.items():
-        np.testing.assert_array_equal(array, case.state[name], err_msg=name)
 
 
 def test_files_that_do_not_fit_are_told(tmp_path: Path) -> None:
@@ -339,10 +323,6 @@ def test_files_that_do_not_fit_are_told(tmp_path: Path) -> None:
 def test_networks_and_levels_that_do_not_fit_are_told() -> None:
     with told("task.network.head_dim=10", "32 channels", "task.network.head_dim=2"):
         ADM(width=16, multiples=(1, 2), head_dim=10)
-    with told("task.network.kind='ncsn'", "ncsn++"):
-        UNet(kind="ncsn")  # type: ignore[arg-type]
-    with told("task.precondition='ve'", "0.02 to 100", "task.high=0.01"):
-        Edm(precondition="ve", low=0.002, high=0.01)
     assert Edm(precondition="ve").sigmas == (0.02, 80.0)
     assert Edm(precondition="iddpm", low=1e-3, high=1e5).sigmas == Precondition("iddpm").sigmas
     task = Edm(image=4, channels=1, network=Transformer(8, 1, 4, 2), precondition="iddpm")

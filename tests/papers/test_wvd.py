@@ -21,7 +21,6 @@ from zoo.papers.wvd.projection import filled
 from zoo.papers.wvd.task import NAMES, Known
 
 TASK = Wvd(frames=3, image=8, patch=4, width=16, depth=2, head_dim=8)
-ALL = ("joint", "image", "stereo", "depth", "camera", "render")
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +60,19 @@ def _truth(clips):
     return jnp.concatenate([clips["frames"], clips["points"]], -1)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 2.0])
-def test_whoever_knows_the_clip_draws_it(clips, guidance):
-    """For every task, trained or replaced, what is not known is the truth to 1e-3, and what is known is itself to the bit."""
+def test_whoever_knows_the_clip_draws_it(clips):
+    """For every task, trained, guided or replaced, what is not known is the truth to 1e-3, what is known is itself to the bit."""
     kind = Oracle(**{f.name: getattr(TASK, f.name) for f in dataclasses.fields(TASK)})
     rare = replace(kind, tasks=Mixture(1, 0, 0, 0, 0))
 
-    def draw(task, name, nfe=4):
-        options = WvdSampling(task=name, nfe=nfe, guidance=guidance)
+    def draw(task, name, guidance):
+        options = WvdSampling(task=name, nfe=3, guidance=guidance)
         return task.sample({"truth": _truth(clips)}, jax.random.key(0), 4, clips, options), task._given(name, clips, 4)
 
-    cases = [(kind, name) for name in (ALL[1:] if guidance else ALL)]
-    cases += [] if guidance else [(rare, "stereo"), (rare, "render")]
-    found = jax.jit(lambda: [draw(task, name) for task, name in cases])()
-    for (_, name), (drawn, (given, known)) in zip(cases, found):
+    cases = [(kind, name, 0.0) for name in ("joint", "depth", "camera", "render")]
+    cases += [(kind, "stereo", 2.0), (kind, "image", 2.0), (rare, "stereo", 0.0)]
+    found = jax.jit(lambda: [draw(*case) for case in cases])()
+    for (_, name, _), (drawn, (given, known)) in zip(cases, found):
         assert np.asarray(known).any() == (name != "joint")
         for i, key in enumerate(("frames", "points")):
             mask = np.asarray(known[..., i])
@@ -82,14 +80,6 @@ def test_whoever_knows_the_clip_draws_it(clips, guidance):
             np.testing.assert_allclose(drawn[key][~mask], clips[key][~mask], atol=1e-3, err_msg=f"{name} {key}")
         strip = np.asarray(drawn["image"][0])
         np.testing.assert_array_equal(strip[8:, 8:16], drawn["points"][0, 1])
-
-
-def test_what_a_network_has_not_learned_to_complete_keeps_what_is_known(clips):
-    params, rare = random(TASK), replace(TASK, tasks=Mixture(1, 0, 0, 0, 0))
-    options = WvdSampling(task="stereo", nfe=2)
-    drawn = jax.jit(lambda: rare.sample(params, jax.random.key(0), 4, clips, options))()
-    np.testing.assert_array_equal(drawn["frames"], clips["frames"])
-    assert np.isfinite(drawn["points"]).all()
 
 
 @dataclass(frozen=True)
@@ -188,23 +178,18 @@ def test_a_factorised_network_is_a_joint_one_where_blocks_see_the_same():
     block["attention"]["out"] = jax.tree.map(lambda x: x.at[1].set(0), block["attention"]["out"])
     halves = {name: jax.tree.map(lambda x, i=i: x[i::2], block) for i, name in enumerate(("space", "time"))}
     other = {**params, "trunk": {**params["trunk"], "trunk": {"block": halves}}}
-    z, level = jax.random.normal(jax.random.key(1), (2, 1, 8, 8, 6)), jnp.full((2, 1, 2), 0.3)
-    cell = jnp.zeros((2, 1, 8, 8, 2), bool)
-    a, b = jax.jit(lambda: (joint.velocity(params, z, level, cell), crossed.velocity(other, z, level, cell)))()
+    z, level = jax.random.normal(jax.random.key(1), (3, 3, 8, 8, 6)), jnp.full((3, 3, 2), 0.3)
+    cell, three = jnp.zeros((3, 3, 8, 8, 2), bool), replace(TASK, pattern="factorised")
+    a, b, c = jax.jit(
+        lambda: (
+            joint.velocity(params, z[:, :1], level[:, :1], cell[:, :1]),
+            crossed.velocity(other, z[:, :1], level[:, :1], cell[:, :1]),
+            three.velocity(random(three), z.at[1:].set(z[0]).at[1, 0].add(1), level, cell),
+        )
+    )()
     np.testing.assert_allclose(a, b, atol=1e-4)
     assert np.abs(a).max() > 0.1
-    want = jax.eval_shape(lambda: unbox(crossed.init(jax.random.key(0))))
-    assert jax.tree.map(jnp.shape, other) == jax.tree.map(lambda x: x.shape, want)
-
-
-def test_a_frame_of_a_factorised_network_hears_of_the_others():
-    crossed = replace(TASK, pattern="factorised", scan=False)
-    params = random(crossed)
-    level, cell = jnp.full((1, 3, 2), 0.3), jnp.zeros((1, 3, 8, 8, 2), bool)
-    z = jax.random.normal(jax.random.key(1), (1, 3, 8, 8, 6))
-    told = jax.jit(lambda z: crossed.velocity(params, z, level, cell))
-    off = np.abs(told(z) - told(z.at[:, 0].add(1))).max((0, 2, 3, 4))
-    assert (off > 1e-3).all()
+    assert (np.abs(c[1] - c[0]).max((1, 2, 3)) > 1e-3).all()  # every frame hears of the first
 
 
 def test_points_are_added_to_a_network_of_images_without_a_change():
@@ -238,9 +223,6 @@ def test_figures_of_geometry_stand_beside_their_controls():
             frames = jnp.where(jnp.abs(own - points).max((1, 2, 3, 4), keepdims=True) > 0, -frames, frames)
         return {"frames": frames, "points": points}
 
-    def lost(self, params, rng, n, conditions=None, options=None):
-        return {key: jnp.nan * conditions[key] for key in ("frames", "points")}
-
     kind = dataclass(frozen=True)(type("Painter", (Wvd,), {"sample": sample}))
     found = Geometry(limit=3, batch=2)(kind(frames=3, image=16), {}, data, jax.random.key(0))
     assert found["points"] == found["points_median"] == 0
@@ -256,13 +238,6 @@ def test_figures_of_geometry_stand_beside_their_controls():
     assert (found["clips"], found["split"]) == (3, "test")
     with pytest.raises(UserError, match="tells a clip from another one, and the test split has one"):
         Geometry().check_data(TASK, Scenes("open", 3, 8, train=1, test=1))
-    with pytest.raises(UserError, match="gives numbers that are not finite"):
-        Geometry(limit=2, batch=2)(
-            dataclass(frozen=True)(type("Lost", (Wvd,), {"sample": lost}))(frames=3, image=16),
-            {},
-            data,
-            jax.random.key(0),
-        )
     with pytest.raises(UserError, match="asks for several tasks"):
         Geometry(options={"task": "stereo"}).check(TASK)
 
@@ -299,13 +274,6 @@ def test_model_flops_are_three_times_those_of_the_loss(pattern):
     assert task.flops() == pytest.approx(3 * count(loss), rel=0.01)
 
 
-def test_shift_of_noise():
-    """A shifted t, a t / (1 + (a - 1) t), is a times its sigma; a lies between 1 and 4."""
-    assert TASK.noise.mean == 0  # 12 tokens
-    assert Wvd(frames=8, image=32).noise.mean == pytest.approx(np.log(np.sqrt(512 / 256)))
-    assert Wvd(frames=64, image=128).noise.mean == pytest.approx(np.log(4))
-
-
 def test_holes_take_the_nearest_known_value():
     rng = np.random.default_rng(0)
     known = rng.random((2, 8, 8)) < 0.3
@@ -340,32 +308,19 @@ def test_solvers_hand_their_state_to_a_projection():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: WvdSampling(task="stero"), "task='stero' must be one of .* did you mean 'stereo'"),
         (lambda: Wvd(modalities="rgb"), "task.tasks.stereo is about points"),
         (lambda: Mixture(0, 0, 0, 0, 0), "has no task"),
         (lambda: Wvd(pattern="factorised", depth=3), "even task.depth"),
-        (lambda: Wvd(image=30), "task.patch=4"),
-        (
-            lambda: Wvd(image=248, vae=sd(), patch=2),
-            "no multiple of 16 pixels, a token's side .task.patch=2 cells of 8 pixels",
-        ),
-        (lambda: TASK.sample({}, jax.random.key(0), 1, None, WvdSampling(task="stereo")), "there are no frames here"),
-        (
-            lambda: TASK.sample({}, jax.random.key(0), 1, {"frames": 0}, WvdSampling(task="camera")),
-            "there are no points here",
-        ),
-        (
-            lambda: replace(TASK, modalities="rgb", tasks=Mixture(1, 1, 0, 0, 0)).sample(
-                {}, jax.random.key(0), 1, None, WvdSampling(task="stereo")
-            ),
-            "draws images alone",
-        ),
-        (
-            lambda: TASK.sample({}, jax.random.key(0), 1, None, WvdSampling(guidance=1.0)),
-            "guidance=1.0 compares what is known with nothing known",
-        ),
+        (lambda: Wvd(image=248, vae=sd(), patch=2), "no multiple of 16 pixels, a token's side .task.patch=2 cells of 8"),
+        (lambda: asked(TASK, task="stereo"), "there are no frames here"),
+        (lambda: asked(replace(TASK, modalities="rgb", tasks=Mixture(1, 1, 0, 0, 0)), task="stereo"), "draws images alone"),
+        (lambda: asked(TASK, guidance=1.0), "guidance=1.0 compares what is known with nothing known"),
     ],
-)
+)  # fmt: skip
 def test_mistakes(make, words):
     with pytest.raises(UserError, match=words):
         make()
+
+
+def asked(model, **options):
+    return model.sample({}, jax.random.key(0), 1, None, WvdSampling(**options))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from zoo import files
 from zoo.errors import UserError
 
 Rows = Mapping[str, Sequence[float | None]]  # by solver, one figure for each number of calls; None: it cannot
@@ -27,17 +29,34 @@ def folder(out: str, result: str, what: str) -> Path:
     return path
 
 
+def write(out: Path, name: str, figures: dict[str, Any], text: str, **pictures: Image.Image) -> dict[str, Any]:
+    """NAME.json, NAME.md and a .png of each picture in the folder `out`; returns the figures, and where they are."""
+    files.write(out / f"{name}.json", json.dumps(figures, indent=1) + "\n")
+    files.write(out / f"{name}.md", text)
+    for key, picture in pictures.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        files.write(out / f"{key}.png", buffer.getvalue())
+    return {**figures, "out": str(out)}
+
+
+def markdown(head: Sequence[Any], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]) + "\n"
+
+
 def table(calls: Sequence[int], rows: Rows, notes: Mapping[str, Sequence[str]] | None = None) -> str:
     """As Markdown: each figure with its note in brackets, the least of each column in bold."""
     least = [min((v for v in column if v is not None), default=None) for column in zip(*rows.values())]
-    lines = [f"| solver | {' | '.join(map(str, calls))} |", "|---" * (len(calls) + 1) + "|"]
+    lines = []
     for name, row in rows.items():
         cells = []
         for value, note, best in zip(row, notes[name] if notes else [""] * len(row), least):
             bold = "**" if value == best else ""
             cells.append("" if value is None else f"{bold}{value:.3g}{bold}{note and f' ({note})'}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *cells])
+    return markdown(["solver", *calls], lines)
 
 
 def chart(calls: Sequence[int], rows: Rows, figure: str) -> Image.Image:

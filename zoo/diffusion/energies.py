@@ -11,9 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-Energy = Callable[
-    [jax.Array, jax.Array], jax.Array
-]  # (x [N, *x], sigma [] or [N]) -> [N] nats, a row from that row alone
+from zoo.diffusion.precondition import over
+
+# (x [N, *x], sigma [] or [N]) -> [N] nats, a row from that row alone
+Energy = Callable[[jax.Array, jax.Array], jax.Array]
 Scored = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # likewise -> energy [N], score [N, *x]
 
 
@@ -44,7 +45,4 @@ def denoised(energy: Energy, x: jax.Array, sigma: jax.Array) -> jax.Array:
     """E[x0 | x] = x - sigma^2 grad E (Tweedie), of the shape of x, in float32; sigma is a scalar or [N]."""
     x = jnp.asarray(x, jnp.float32)
     square = jnp.square(jnp.asarray(sigma, jnp.float32))
-    return (
-        x
-        + square.reshape(square.shape + (1,) * (x.ndim - square.ndim) * (square.ndim > 0)) * scored(energy)(x, sigma)[1]
-    )
+    return x + over(square, x) * scored(energy)(x, sigma)[1]

@@ -77,21 +77,12 @@ class Product(Powers):
 
     given: tuple[Coordinate, ...] = ()  # (): 1 each
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.given and sum(self.given) <= 0:
-            raise UserError(
-                f"potential.given={self.given} must add to more than 0: else noise has no weight to begin with"
-            )
-
     def powers(self, powers: np.ndarray) -> np.ndarray:
         if len(powers) < 2 or len(self.given) not in (0, len(powers)):
             asked = f"given={self.given} names {len(self.given)}" if self.given else "it takes two or more"
             raise UserError(
                 f"potential product: there are {len(powers)} models, and {asked}; give as many energies as powers"
             )
-        if powers[1:].any():
-            raise UserError("potential product: the models are multiplied already; keep one product")
         return powers[0] * np.asarray(self.given or (1.0,) * len(powers))
 
 

@@ -23,6 +23,11 @@ DENOISER = ("network", "precondition", "data")  # what makes a denoiser of param
 Network = Callable[[jax.Array, jax.Array], jax.Array]  # (input [*x], noise [] or [B]) -> output [*x]
 
 
+def over(each: jax.Array, x: jax.Array) -> jax.Array:
+    """One number for all, or one for each of x [B, *x], so that it multiplies them."""
+    return each.reshape(each.shape + (1,) * (x.ndim - each.ndim)) if each.ndim else each
+
+
 @dataclass(frozen=True)
 class Precondition:
     """Coefficients at a level sigma, all in float32.
@@ -87,12 +92,8 @@ class Precondition:
     def denoise(self, network: Network, x: jax.Array, sigma: jax.Array, table: jax.Array | None = None) -> jax.Array:
         """x0 [*x] in float32; sigma is [] or [B]. The network computes in the dtype it likes."""
         skip, out, into, noise = self.coefficients(sigma, table)
-
-        def over(weight: jax.Array) -> jax.Array:
-            return weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim)) if weight.ndim else weight
-
-        found = network(over(into) * x, noise).astype(jnp.float32)
-        return over(skip) * x + over(out) * (found if self.outputs == 1 else found[..., : x.shape[-1]])
+        found = network(over(into, x) * x, noise).astype(jnp.float32)
+        return over(skip, x) * x + over(out, x) * (found if self.outputs == 1 else found[..., : x.shape[-1]])
 
     def weight(self, sigma: jax.Array) -> jax.Array:
         """Of the squared error of x0, so that the network's targets have one scale at all levels."""

@@ -27,9 +27,7 @@ class DenoiserSampling:
 
     solver: Solver = Heun()
     nfe: AtLeast2 = 35  # calls of the denoiser; a guided one counts once
-    guidance: NonNegative | Guidance = (
-        0.0  # a weight, or with an interval of levels; 0: off (the papers' scale is 1 + weight)
-    )
+    guidance: NonNegative | Guidance = 0.0  # a weight, or with an interval of levels; 0: off (papers say 1 + weight)
     levels: Levels = Levels()  # the grid: where nothing is said the solver's kind, from the highest level to the lowest
 
     def __post_init__(self) -> None:

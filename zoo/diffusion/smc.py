@@ -157,7 +157,7 @@ def feynman_kac(
             `log_normaliser` is relative to; not for the form `kernel`. None: Gaussian noise, which the base is taken for there.
 
     Particles are drawn anew before a move, and not after the last. Islands lie over the mesh's batch axes, or where these do not
-    divide them, the particles of each. UserError for energies or potentials of a wrong shape or type.
+    divide them, the particles of each. UserError for energies of bfloat16.
     """
     from blackjax.smc import resampling
     from blackjax.smc.ess import log_ess
@@ -174,12 +174,7 @@ def feynman_kac(
     def evaluate(x: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Energies [M, I, K] and scores [M, I, K, *x]."""
         found = [energy(x.reshape(flat, *shape), sigma) for energy in energies]
-        for i, (energy, score) in enumerate(found):
-            if energy.shape != (flat,) or score.shape != (flat, *shape):
-                raise UserError(
-                    f"energies {i}: {energy.shape} and scores {score.shape} for particles {(flat, *shape)}; give one number a "
-                    "particle and a score like x"
-                )
+        for i, (energy, _) in enumerate(found):
             if energy.dtype not in (jnp.float32, jnp.float64):
                 raise UserError(
                     f"energies {i} are {energy.dtype}, whose differences are lost in rounding; compute them in float32"
@@ -187,18 +182,14 @@ def feynman_kac(
         energy, score = (jnp.stack(parts).astype(jnp.float32) for parts in zip(*found))
         return energy.reshape(-1, islands, count), score.reshape(-1, islands, count, *shape)
 
-    def laid(potential: Potential, log: jax.Array) -> jax.Array:
+    def laid(log: jax.Array) -> jax.Array:
         """[I, K] of what a potential gives."""
-        if jnp.shape(log) != (flat,):
-            raise UserError(
-                f"potential {potential.name}: {jnp.shape(log)} for {flat} particles; give one number for each"
-            )
         return log.astype(jnp.float32).reshape(islands, count)
 
     def logs_of(x: jax.Array, x0: jax.Array, sigma: jax.Array) -> list[jax.Array]:
         """[I, K] for each potential."""
         x, x0 = x.reshape(flat, *shape), x0.reshape(flat, *shape)
-        return [laid(potential, potential.log(x, x0, sigma)) for potential in potentials]
+        return [laid(potential.log(x, x0, sigma)) for potential in potentials]
 
     def normal(i: Any) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:
@@ -282,9 +273,9 @@ def feynman_kac(
     for i, potential in enumerate(potentials):
         log = potential.end(end.x.reshape(flat, *shape))
         if log is not None:
-            bad = wrong(laid(potential, log)) & (weights != -jnp.inf)
+            bad = wrong(laid(log)) & (weights != -jnp.inf)
             last = jnp.where(bad.any(1) & (last == -1), (i + 1) * count + bad.argmax(1), last)
-            weights = grown(weights, laid(potential, log) - end.logs[i])
+            weights = grown(weights, laid(log) - end.logs[i])
     broken = broken.T.at[:, -1].set(jnp.where((weights == -jnp.inf).all(1) & (last == -1), -2, last))
     lost = (broken != -1).any(1)
     x = jnp.where(lost.reshape(-1, *(1,) * (len(shape) + 1)), jnp.nan, end.x)
@@ -416,8 +407,7 @@ class EnergySampling(DenoiserSampling):
         if size == n:
             return some(whole)
         parts = jax.tree.map(lambda a: a.reshape(n // size, size, *a.shape[1:]), whole)
-        found: tuple[jax.Array, Trace] = jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), jax.lax.map(some, parts))
-        return found
+        return jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), jax.lax.map(some, parts))
 
 
 def _together(n: int, numbers: int) -> int:

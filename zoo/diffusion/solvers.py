@@ -49,16 +49,15 @@ class Plan(NamedTuple):
     def padded(self, states: int, outputs: int, normals: int) -> Plan:
         """The same with more, unused arrays: plans of one shape share one compiled program."""
         s, p, z = states - self.start.shape[0], outputs - self.read_h.shape[1], normals - self.start.shape[1]
-        return Plan(
-            self.sigma,
-            np.pad(self.start, ((0, s), (0, z))),
-            np.pad(self.read_x, ((0, 0), (0, s))),
-            np.pad(self.read_h, ((0, 0), (0, p))),
-            self.read_e,
-            np.pad(self.move_x, ((0, 0), (0, s), (0, s))),
-            np.pad(self.move_h, ((0, 0), (0, s), (0, p))),
-            np.pad(self.move_e, ((0, 0), (0, s))),
-        )
+        more = {
+            "start": (s, z),
+            "read_x": (0, s),
+            "read_h": (0, p),
+            "move_x": (0, s, s),
+            "move_h": (0, s, p),
+            "move_e": (0, s),
+        }
+        return self._replace(**{key: np.pad(getattr(self, key), [(0, n) for n in by]) for key, by in more.items()})
 
 
 class Call(NamedTuple):
@@ -118,10 +117,6 @@ def run(
             x = x.at[0].set(jax.lax.cond(plain, project, lambda i, x, sigma: x, i, x[0], now.sigma).astype(dtype))
         y = mix(now.read_x, x) + mix(now.read_h, h)
         x0 = denoise(y if e is None else y + now.read_e * e, now.sigma).astype(dtype)
-        if x0.shape != y.shape:
-            raise UserError(
-                f"a denoiser gave an x0 of the shape {list(x0.shape)} for x of {list(y.shape)}; both are alike"
-            )
         h = jnp.concatenate([x0[None], h[:-1]])
         x = mix(now.move_x, x) + mix(now.move_h, h)
         if e is not None:

@@ -15,6 +15,7 @@ import jax
 from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.precondition import DENOISER
 from zoo.diffusion.sampling import DenoiserSampling, draw
+from zoo.diffusion.tasks import Assembled, labels
 from zoo.errors import UserError
 from zoo.fields import NonNegative, check_fields
 from zoo.task import About, Batch, Denoises, Network, Params, sample_keys
@@ -37,13 +38,14 @@ class GuidedSampling(DenoiserSampling):
 
 
 @dataclass(frozen=True)
-class Guided:
-    """Two denoisers of one kind; both come from `Run.weights`, and nothing is trained."""
+class Guided(Assembled):
+    """Two denoisers of one kind; both come from `Run.weights`."""
 
     main: Annotated[Any, Draws]
     guide: Annotated[Any, Denoises]  # another task of the same images, or of the same latents
 
     Sampling = GuidedSampling
+    untrained = "train its parts, and draw with `zoo sample CONFIG`"
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
@@ -77,40 +79,22 @@ class Guided:
     @property
     def sigmas(self) -> tuple[float, float]:
         """Lowest and highest level, those of the main network."""
-        low, high = self.main.sigmas
-        return low, high
+        return self.main.sigmas
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """That of the main network."""
-        found: dict[str, jax.ShapeDtypeStruct] = self.main.spec(batch)
-        return found
+        return self.main.spec(batch)
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters of both, which are meant to come from `Run.weights`."""
         one, two = jax.random.split(rng)
         return {"main": self.main.init(one), "guide": self.guide.init(two)}
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UserError: there is none."""
-        raise UserError("a guided denoiser has nothing to train; train its parts, and draw with `zoo sample CONFIG`")
-
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: GuidedSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, jax.Array]:
-        """n samples as the main network's; sample i depends on (rng, i) alone.
-
-        Args:
-            rng: one key, or n keys.
-            conditions: `label` [n], of which a guide without classes hears nothing; None: no labels.
-            options: None: the defaults.
-        """
-        o, label = options or GuidedSampling(), (conditions or {}).get("label") if self.about.classes else None
-        given = {} if label is None else {"label": label}
+        """n samples as the main network's; of their labels a guide without classes hears nothing."""
+        o, given = options or GuidedSampling(), labels(self.about.classes, conditions)
         strong = functools.partial(self.main.denoise, params["main"], conditions=given)
         weak = functools.partial(
             self.guide.denoise, params["guide"], conditions=given if self.guide.about.classes else {}
@@ -122,5 +106,4 @@ class Guided:
         guidance = Guidance.of(o.guidance)
         shape = next(iter(self.spec(1).values())).shape[1:]
         x = draw(o.plan(self.sigmas), guidance.denoiser(strong, both), sample_keys(rng, n), shape)
-        found: dict[str, jax.Array] = self.main.finished(params["main"], x, given)
-        return found
+        return self.main.finished(params["main"], x, given)

@@ -10,8 +10,6 @@ the solver, the comparison of solvers on exact denoisers.
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -21,8 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
-from zoo import files
-from zoo.diffusion.compare import chart, folder, table
+from zoo.diffusion.compare import chart, folder, table, write
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.solvers import (
     DEIS,
@@ -189,7 +186,6 @@ def distance(plan: Plan, variance: np.ndarray) -> float:
     return float(np.square(np.sqrt(np.square(h[0]).sum(-1)) - np.sqrt(variance)).sum())
 
 
-_RESULT = "solvers.json"
 _BASELINES = (
     Euler(), Heun(), DPMSolver(2), DPMSolver(2, lower_last=True), DPMSolver(3), UniPC(2), UniPC(2, lower_last=False),
     UniPC(3), UniPC(3, lower_last=False), DEIS(3), IPNDM(3),
@@ -216,21 +212,17 @@ class Solvers:
 
         UserError where `out` is no folder of such results.
         """
-        out = folder(self.out, _RESULT, "compared solvers")
+        out = folder(self.out, "solvers.json", "compared solvers")
         variance = spectrum(self.side, self.power, self.variance)
         rows: list[dict[str, Any]] = [
             {"solver": str(solver), **self._best(solver, variance)} for solver in self.solvers
         ]
         figures = {"variance": float(variance.sum()), "calls": list(self.calls), "solvers": rows}
-        files.write(out / _RESULT, json.dumps(figures, indent=1) + "\n")
         values = {row["solver"]: row["distance"] for row in rows}
         written = table(self.calls, values, {row["solver"]: row["grid"] for row in rows})
-        files.write(out / "solvers.md", written)
-        buffer = io.BytesIO()
-        chart(self.calls, values, "Frechet distance to the data").save(buffer, "PNG")
-        files.write(out / "solvers.png", buffer.getvalue())
         _log.info("Frechet distance by calls of the denoiser, on the best grid of each:\n%s", written)
-        return {**figures, "out": str(out)}
+        picture = chart(self.calls, values, "Frechet distance to the data")
+        return write(out, "solvers", figures, written, solvers=picture)
 
     def _best(self, solver: Solver, variance: np.ndarray) -> dict[str, list[Any]]:
         """For each number of calls the least distance and its grid; None where the solver cannot."""

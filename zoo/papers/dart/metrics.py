@@ -32,8 +32,7 @@ def _errors(task: Any) -> Any:
 
     def errors(params: Params, batch: Batch, indices: jax.Array, rng: jax.Array, swap: jax.Array) -> jax.Array:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
-        found: jax.Array = task.errors(params, batch, keys, swap)
-        return found
+        return task.errors(params, batch, keys, swap)
 
     return jax.jit(errors)
 

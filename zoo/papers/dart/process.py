@@ -84,13 +84,6 @@ class Nomad:
         return np.tril(self.scales[:, None] * self.sums)
 
     @cached_property
-    def to_copies(self) -> np.ndarray:
-        """[T, T], two diagonals: chain -> copies, the inverse of `to_chain`."""
-        whole = 1 / (self.scales * self.sums)
-        before = 1 / (self.scales[:-1] * self.sums[1:])
-        return np.diag(whole) - np.diag(before, -1)
-
-    @cached_property
     def residuals(self) -> np.ndarray:
         """[T, T, T]: what is left of the noise of the copies, [i] when y_i is known; of those after i it means nothing.
 

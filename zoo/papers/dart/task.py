@@ -31,6 +31,7 @@ from zoo.papers.dart.process import Nomad, Schedule
 from zoo.task import About, Batch, Params, sample_keys
 
 Steps = Annotated[int, Meta(ge=2, le=2**10)]
+HeadDim = Annotated[int, Meta(ge=16, le=2**18, multiple_of=16)]  # its pairs are shared out among step, row, column
 CoarseSteps = Annotated[int, Meta(ge=0, le=2**10)]
 
 
@@ -38,9 +39,7 @@ CoarseSteps = Annotated[int, Meta(ge=0, le=2**10)]
 class DartSampling:
     """How images are drawn: T calls of the network, no solver."""
 
-    guidance: NonNegative = (
-        0.0  # x0 + weight (x0 - x0 without class or caption); 0: off (the usual scale is 1 + weight)
-    )
+    guidance: NonNegative = 0.0  # x0 + weight (x0 - x0 without class or caption); 0: off (papers say 1 + weight)
     cache: bool = True  # False: all blocks anew at every call, which gives the same; to time and to check
 
     def __post_init__(self) -> None:
@@ -66,24 +65,18 @@ class Dart(Inputs):
     patch: Side = 2
     steps: Steps = 16  # T, noisy copies
     coarse: CoarseSteps = 0  # noisy copies at half the rows and columns before them: Matryoshka-DART; 0: none
-    schedule: Schedule = (
-        "copies"  # what falls as a cosine: the signal of the copies, or of the chain that they determine
-    )
+    schedule: Schedule = "copies"  # whose signal falls as a cosine: the copies', or that of the chain of all of them
     writes: bool = False  # Kaleido-DART: models captions of letters too, from the image and before it
     mask: Mask = "blocks"  # who sees whom; tokens: DART-AR, one token after the other; same: no block sees another
     fed: Literal["copies", "chain"] = "copies"  # chain: the sample of the Markov chain in the place of each copy
     target: Literal["x0", "v"] = "x0"  # what the network's output is; v: of the chain, whose samples know all copies
     cap: Positive | None = 10.0  # of the weight SNR + 1 of a block's error; None: none, which is |v|^2
-    head: Literal["gauss", "flow"] = (
-        "gauss"  # how the next copy follows; flow: DART-FM, which moves each token on from there
-    )
+    head: Literal["gauss", "flow"] = "gauss"  # how the next copy follows; flow: DART-FM moves each token on from there
     head_steps: Count = 20  # of Euler's method
-    head_noise: Positive | None = (
-        None  # of the last proposal; None: the spread of x0 where it is Gaussian, 1 / sqrt(1 + SNR)
-    )
+    head_noise: Positive | None = None  # of the last proposal; None: of x0 where it is Gaussian, 1 / sqrt(1 + SNR)
     width: Size = 384
     depth: Layers = 12
-    head_dim: Size = 64
+    head_dim: HeadDim = 64
     base: Positive = 10_000.0  # of the rotations: the slowest turns by 1 / base a step
     gated: bool = True  # SwiGLU; False: GELU
     centre: Offset = 0.0  # of what is modelled, taken away
@@ -97,11 +90,6 @@ class Dart(Inputs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim % 16:
-            raise UserError(
-                f"task.head_dim={self.head_dim} is not shared out among step, row and column, a quarter and three eighths twice of "
-                "its pairs; choose a multiple of 16"
-            )
         if self.width % self.head_dim:
             raise UserError(
                 f"task.head_dim={self.head_dim} does not divide task.width={self.width}; choose a multiple of it, e.g. "
@@ -171,22 +159,10 @@ class Dart(Inputs):
 
     @property
     def _net(self) -> DartNet:
-        return DartNet(
-            self.layout,
-            self.dims,
-            self.width,
-            self.depth,
-            self.head_dim,
-            self.mask,
-            self.condition_width if self.prefix else 0,
-            self.base,
-            self.gated,
-            self.dtype,
-            self.scan,
-            self.remat,
-            self.attention,
-            parent=None,
-        )
+        condition = self.condition_width if self.prefix else 0
+        names = ("dims", "width", "depth", "head_dim", "mask", "base", "gated", "dtype", "scan", "remat")
+        own = {name: getattr(self, name) for name in names}
+        return DartNet(self.layout, condition=condition, backend=self.attention, **own, parent=None)
 
     @property
     def _head(self) -> FlowHead:
@@ -426,20 +402,13 @@ class Dart(Inputs):
     # --- samples ------------------------------------------------------------------------------------
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: DartSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, jax.Array]:
-        """n samples; sample i depends on (rng, i) alone.
+        """n samples.
 
         Args:
-            rng: one key, or n keys.
             conditions: `label` [n] (negative: none), or the keys of `given`. None: neither class nor caption. Of a model that
                 writes, `image` (or `latent`, with `latent_std` a draw around it), without a caption: what captions are written of.
-            options: None: the defaults.
 
         Returns:
             As `Inputs.drawn`, and with `coarse` the small `image` and `latent` that came first under these names with `coarse_`
@@ -479,15 +448,11 @@ class Dart(Inputs):
 
     def _written(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """Captions [n, S] of images, letter by letter after the images' copies."""
-        n, at, net = len(keys), self.layout, self._net
-        own = gather_before_loop(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
+        n, at, apply = len(keys), self.layout, self._looped(params)
         clean, slot = self.clean(params, batch, _apart(keys, self.text_tokens)), at.prefix
         none = jax.nn.one_hot(jnp.full((n, at.prefix), self.text_width - 1), self.text_width)
 
-        def apply(*given: Any) -> Any:
-            return net.apply({"params": own}, *given)
-
-        kept = apply(None, none, net.memory(n), 0)[-1]
+        kept = apply(None, none, self._net.memory(n), 0)[-1]
         for scale, eps in zip(self.scales, self._noise(keys)):
             copies, size = scale.copies(scale.tokens(clean), eps).swapaxes(0, 1), scale.layout.size
 
@@ -507,17 +472,18 @@ class Dart(Inputs):
         begin = jnp.full(n, self.text_width - 1)
         return jax.lax.scan(letter, (begin, kept), jnp.arange(self.text_tokens))[1].T
 
+    def _looped(self, params: Params) -> Any:
+        """The network with its parameters as a loop needs them."""
+        own = gather_before_loop(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
+        return functools.partial(self._net.apply, {"params": own})
+
     def _reader(self, params: Params, batch: Batch, n: int, o: DartSampling) -> Reader:
         """Guided, both passes run as one batch of 2 n."""
-        net, seen = self._net, self.conditions(params, batch)
-        own = gather_before_loop(cast_trunk(params["net"], self.dtype), lambda: self.init(jax.random.key(0))["net"])
+        apply, seen = self._looped(params), self.conditions(params, batch)
         rows, prefix = (2 * n if o.guidance else n), self.layout.prefix
         if o.guidance:
             both: Any = seen, self.conditions(params, batch, jnp.ones(n, bool))
             seen = jnp.concatenate(both)
-
-        def apply(x: jax.Array | None, *given: Any) -> Any:
-            return net.apply({"params": own}, x, *given)
 
         def call(x: jax.Array, kept: Any, slot: Any) -> tuple[jax.Array, jax.Array, Any]:
             if o.cache:
@@ -538,7 +504,7 @@ class Dart(Inputs):
 
         if not o.cache:
             return Reader(read, jnp.zeros((rows, self.layout.end - prefix, self.dims)))
-        kept = net.memory(rows)
+        kept = self._net.memory(rows)
         return Reader(read, apply(None, seen[:, :prefix], kept, 0)[-1] if prefix and seen is not None else kept)
 
     def _by_blocks(self, reader: Reader, normal: Any, move: Any = None, first: int = 0) -> tuple[jax.Array, Any]:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from zoo.nn.attention import attend
@@ -19,49 +18,11 @@ from zoo.nn.embed import fourier, patchify, unpatchify, waves
 from zoo.nn.layers import Conv, Dense, GroupNorm, Init, Table, normal, xavier_uniform, zeros
 from zoo.nn.modulated import ModulatedBlock, modulated
 from zoo.nn.transformer import REMAT, Trunk
+from zoo.nn.unet import Resize, down_and_up, resized
 
-Resize = Literal["same", "half", "twice"]
 Kind = Literal["ddpm++", "ncsn++"]
 TAPS = {"ddpm++": (1, 1), "ncsn++": (1, 3, 3, 1), "adm": (1, 1)}  # filters by which sides are halved and doubled
 _NEARLY_0 = 1e-5  # gain of the kernels that end a branch
-
-
-def resized(x: jax.Array, resize: Resize, taps: tuple[int, ...] = (1, 1), edge: int | None = None) -> jax.Array:
-    """[B, H, W, C] at half or twice the side, by a symmetric filter of even length along each side.
-
-    With taps (1, 1) these are means of four pixels, and copies of each.
-
-    Args:
-        edge: zeros around the image when it is halved; when it is doubled, so many of the result's pixels a side are left out.
-            None: as many as keep the sides to exactly a half and twice.
-    """
-    if resize == "same":
-        return x
-    if taps == (1, 1) and not edge:
-        b, h, w, c = x.shape
-        if resize == "half":
-            return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
-        return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-    edge = len(taps) // 2 - 1 if edge is None else edge
-    for axis in (1, 2):
-        side = x.shape[axis]
-        matrix = _halving(side, taps, edge)
-        if resize == "twice":
-            matrix = 2 * _halving(2 * side - 2 + len(taps) - 2 * edge, taps, edge).T
-        x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, x.dtype), ((axis,), (1,))), -1, axis)
-    return x
-
-
-def _halving(side: int, taps: tuple[int, ...], edge: int) -> np.ndarray:
-    """The matrix [results, side] of a filter at every second of `side` numbers with `edge` zeros around them.
-
-    A product with it is what matrix units are for; a convolution of each channel by itself is not.
-    """
-    rows = np.arange((side + 2 * edge - len(taps)) // 2 + 1)
-    matrix = np.zeros((len(rows), side + 2 * edge))
-    for i, tap in enumerate(taps):
-        matrix[rows, 2 * rows + i] = tap / sum(taps)
-    return matrix[:, edge : edge + side]
 
 
 class UNetBlock(nn.Module):
@@ -165,37 +126,27 @@ class Pyramid(nn.Module):
         made: Any = UNetBlock if self.remat == "none" else nn.remat(UNetBlock, policy=REMAT[self.remat])
         conv = functools.partial(_conv, dtype=self.dtype, adm=adm)
 
-        def block(width: int, name: str, resize: Resize = "same", attention: bool = False) -> Any:
+        def block(name: str, width: int, resize: Resize = "same", attention: bool = False) -> Any:
             heads = (width // head_dim if head_dim else 1) if attention else 0
             one = made(width, resize, heads, taps, adm, self.dropout, self.dtype, self.backend, name=name)
             return functools.partial(one, embedding=embedding)
 
-        side, channels, skips, image = x.shape[1], x.shape[-1], [], x
-        h = conv(self.width * (self.multiples[0] if adm else 1), name=f"enc_{side}_conv")(x)
-        for level, multiple in enumerate(self.multiples):
-            if level:
-                skips.append(h)
-                side //= 2
-                h = block(h.shape[-1], f"enc_{side}_down", "half")(h)
-                if kind == "ncsn++":
-                    # wide enough for the filter to find no border, and halved after it
-                    image = conv(h.shape[-1], padding=len(taps) // 2, name=f"enc_{side}_aux_residual")(image)
-                    image = h = (h + resized(image, "half", taps, 0)) * 0.5**0.5
-            for i in range(self.blocks):
-                skips.append(h)
-                h = block(multiple * self.width, f"enc_{side}_block{i}", attention=side in self.attention)(h)
-        skips.append(h)
-        for level, multiple in reversed(list(enumerate(self.multiples))):
-            if level == len(self.multiples) - 1:
-                h = block(h.shape[-1], f"dec_{side}_in0", attention=True)(h)
-                h = block(h.shape[-1], f"dec_{side}_in1")(h)
-            else:
-                side *= 2
-                h = block(h.shape[-1], f"dec_{side}_up", "twice")(h)
-            for i in range(self.blocks + 1):
-                attends = side in self.attention and (adm or i == self.blocks)
-                h = jnp.concatenate([h, skips.pop()], -1)
-                h = block(multiple * self.width, f"dec_{side}_block{i}", attention=attends)(h)
+        def joined(h: jax.Array, skip: jax.Array) -> jax.Array:
+            return jnp.concatenate([h, skip], -1)
+
+        images = [x]  # of NCSN++, brought to each level
+
+        def halved(h: jax.Array, side: int) -> jax.Array:
+            if kind == "ncsn++":
+                # wide enough for the filter to find no border, and halved after it
+                image = conv(h.shape[-1], padding=len(taps) // 2, name=f"enc_{side}_aux_residual")(images[-1])
+                h = (h + resized(image, "half", taps, 0)) * 0.5**0.5
+                images.append(h)
+            return h
+
+        channels, widths = x.shape[-1], tuple(multiple * self.width for multiple in self.multiples)
+        h = conv(widths[0] if adm else self.width, name=f"enc_{x.shape[1]}_conv")(x)
+        h = down_and_up(h, block, widths, self.blocks, self.attention, joined, halved, not adm)
         # float32: x0 has more levels than bfloat16
         out = _conv(self.outputs * channels, gain=_NEARLY_0, adm=adm, dtype="float32", name="out")
         return out(nn.silu(_norm(h, adm=adm, name="norm")))

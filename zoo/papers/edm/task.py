@@ -5,7 +5,6 @@ B images, S pixels a side, C channels; x = x0 + sigma n. Its samples come from a
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,16 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from zoo.diffusion.levels import LogNormal
-from zoo.diffusion.precondition import Precondition, iddpm_levels
-from zoo.diffusion.sampling import DenoiserSampling, clipped, sampled
+from zoo.diffusion.precondition import Precondition, iddpm_levels, over
+from zoo.diffusion.tasks import ByClass, dropped, labels
 from zoo.dist import unbox
 from zoo.errors import UserError, check_divisor
 from zoo.fields import Below1, Dtype, Layers, Positive, Side, Size, SizeOr0, Some, check_fields
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.transformer import Remat
+from zoo.nn.unet import check_levels
 from zoo.papers.edm.networks import Ablated, DDPMpp, DiT, Kind
 from zoo.papers.edm.official import LICENCE, names
-from zoo.task import About, Batch, Name, Params, image_spec, sample_keys
+from zoo.task import About, Batch, Name, Params
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,7 @@ class _Pyramid:
 
     def check_image(self, side: int) -> None:
         """UserError where it takes no images of this side."""
-        levels = len(self.multiples)
-        step = 2 ** (levels - 1)
-        if side % step:
-            raise UserError(
-                f"task.image={side} is no multiple of {step}, by which {levels} levels "
-                f"(task.network.multiples) shrink it; choose one, e.g. task.image={max(1, round(side / step)) * step}"
-            )
-        sides = [side >> i for i in range(levels)]
-        if foreign := [one for one in self.attention if one not in sides]:
-            raise UserError(f"task.network.attention={foreign[0]}: no level has this side; they have {sides}")
+        check_levels(side, self.multiples, self.attention)
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ class Transformer:
 
 
 @dataclass(frozen=True)
-class Edm:
+class Edm(ByClass):
     """A denoiser of images, conditioned on the class where there are classes."""
 
     image: Side = 32
@@ -130,20 +121,10 @@ class Edm:
     remat: Remat = "none"  # none, dots or full: what the backward pass recomputes
     attention: Backend = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
-    Sampling = DenoiserSampling
-
     def __post_init__(self) -> None:
-        check_fields(self, "task.")
+        super().__post_init__()
         check_backend(self.attention, self.dtype)
         self.network.check_image(self.image)
-        if self.low >= self.high:
-            raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
-        low, high = self._door.sigmas
-        if self.low >= high or self.high <= low:
-            raise UserError(
-                f"task.precondition={self.precondition!r} has levels from {low:g} to {high:g}, and task.low={self.low:g} to "
-                f"task.high={self.high:g} has none of them; leave both as they are"
-            )
 
     @property
     def about(self) -> About:
@@ -191,10 +172,6 @@ class Edm:
             return Ablated(n.width, head_dim=n.head_dim, **same)
         return DDPMpp(n.width, augment=n.augment, kind=n.kind, **same)
 
-    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """`image` [B, S, S, C] in [-1, 1], and `label` [B] for a class-conditional model."""
-        return image_spec(batch, self.image, self.channels, self.classes)
-
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the output is nearly zero, so x0 begins as c_skip x.
 
@@ -212,8 +189,7 @@ class Edm:
         self, params: Params, z: jax.Array, noise: jax.Array, conditions: Batch | None = None, rngs: Any = None
     ) -> jax.Array:
         """The network's output for inputs z [B, S, S, C] and what it is told of the noise, [] or [B]; conditions as of `denoise`."""
-        label, buffers = (conditions or {}).get("label"), params.get("buffers", {})
-        hot = None if label is None or not self.classes else jax.nn.one_hot(label, self.classes)
+        hot, buffers = self.hot(conditions), params.get("buffers", {})
         found: Any = self._net.apply({"params": params["net"]}, z, noise, hot, **_frequencies(buffers), rngs=rngs)
         return found
 
@@ -236,45 +212,14 @@ class Edm:
 
         Metrics: `x0_error`, the root mean square of x0 - image without the weight.
         """
-        image, label = batch["image"], batch.get("label") if self.classes else None
+        image, given = batch["image"], labels(self.classes, batch)
         level_rng, noise_rng, drop_rng, net_rng = jax.random.split(rng, 4)
         sigma = self.noise.draw(level_rng, len(image), self.sigmas)
-        if label is not None and self.drop:
-            label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
-        x = image + sigma[:, None, None, None] * jax.random.normal(noise_rng, image.shape)
-        given = None if label is None else {"label": label}
+        given = dropped(drop_rng, given, self.drop)
+        x = image + over(sigma, image) * jax.random.normal(noise_rng, image.shape)
         square = jnp.square(self._x0(params, x, sigma, given, {"dropout": net_rng}) - image).mean((1, 2, 3))
         loss = (self._door.weight(sigma) * square).mean()
         return loss, {"x0_error": jnp.sqrt(square.mean())}
-
-    def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: DenoiserSampling | None = None,
-    ) -> dict[str, jax.Array]:
-        """n images; image i depends on (rng, i) alone.
-
-        Args:
-            rng: one key, or n keys.
-            conditions: `label` [n]; negative numbers for "no label". None: no labels.
-            options: None: the defaults.
-
-        Returns:
-            `image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), and `label` [n] where given.
-
-        UserError for levels outside those of the task, and for guidance without classes.
-        """
-        o, label = options or DenoiserSampling(), (conditions or {}).get("label") if self.classes else None
-        given = {} if label is None else {"label": label}
-        denoise, shape = functools.partial(self.denoise, params), (self.image, self.image, self.channels)
-        return self.finished(params, sampled(denoise, self.sigmas, shape, sample_keys(rng, n), given, o), given)
-
-    def finished(self, params: Params, x: jax.Array, given: Batch) -> dict[str, jax.Array]:
-        """`image` clipped to [-1, 1], of samples x, with what they were conditioned on."""
-        return {"image": clipped(x), **given}
 
     def import_names(self) -> list[Name]:
         """The layout of the official PyTorch networks, `EDMPrecond` and its older siblings."""

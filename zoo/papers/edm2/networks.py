@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,7 @@ from zoo.dist import gathered
 from zoo.nn.attention import attend
 from zoo.nn.layers import normal, zeros
 from zoo.nn.transformer import REMAT
-
-Resize = Literal["same", "half", "twice"]
+from zoo.nn.unet import Resize, down_and_up, resized
 
 
 def normalised(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
@@ -56,36 +55,6 @@ def joined(a: jax.Array, b: jax.Array, share: float) -> jax.Array:
 def fourier(x: jax.Array, frequencies: jax.Array, phases: jax.Array) -> jax.Array:
     """sqrt(2) cos(x f + p) [..., F] of numbers [...], in float32 (equation 75); frequencies have their 2 pi."""
     return math.sqrt(2) * jnp.cos(x[..., None] * frequencies + phases)
-
-
-def resized(x: jax.Array, resize: Resize, taps: tuple[float, ...] = (1.0, 1.0)) -> jax.Array:
-    """[B, H, W, C] at half or twice the side, filtered by `taps` (an even number, scaled to sum 1) along both axes.
-
-    Two equal taps take the mean of four pixels, or repeat each. Beyond the border is zero.
-    """
-    if resize == "same":
-        return x
-    if (
-        len(taps) == 2 and taps[0] == taps[1]
-    ):  # no product, and a fraction of the time of a convolution of single channels
-        if resize == "twice":
-            return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        b, h, w, c = x.shape
-        return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
-    taps = tuple(tap / sum(taps) for tap in taps)
-    kernel = jnp.asarray([[a * b for b in taps] for a in taps], x.dtype)[:, :, None, None]
-    edge = (len(taps) - 1) // 2
-    half = resize == "half"
-    edge = edge if half else len(taps) - 1 - edge
-    return jax.lax.conv_general_dilated(
-        x,
-        jnp.broadcast_to(kernel if half else 4 * kernel, (*kernel.shape[:3], x.shape[-1])),
-        window_strides=(2, 2) if half else (1, 1),
-        padding=((edge, edge), (edge, edge)),
-        lhs_dilation=(1, 1) if half else (2, 2),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
 
 
 class Linear(nn.Module):
@@ -196,47 +165,20 @@ class MagnitudeUNet(nn.Module):
         condition = silu(condition)
         kind: Any = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat])
 
+        names = ("head_dim", "dropout", "residual_balance", "attention_balance", "clip", "taps", "dtype", "backend")
+        same = {name: getattr(self, name) for name in names}
+
         def block(name: str, width: int, resize: Resize = "same", attention: bool = False) -> Any:
-            made = kind(
-                width,
-                name.startswith("enc"),
-                resize,
-                attention,
-                self.head_dim,
-                self.dropout,
-                self.residual_balance,
-                self.attention_balance,
-                self.clip,
-                self.taps,
-                self.dtype,
-                self.backend,
-                name=name,
-            )
+            made = kind(width, name.startswith("enc"), resize, attention, **same, name=name)
             return functools.partial(made, condition=condition)
 
-        side, channels, skips = x.shape[1], x.shape[-1], []
+        side, channels = x.shape[1], x.shape[-1]
+        widths = tuple(multiple * self.width for multiple in self.multiples)
         # a channel of ones stands for biases
         h = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
-        h = Linear(self.multiples[0] * self.width, 3, self.dtype, name=f"enc_{side}_conv")(h)
-        for level, multiple in enumerate(self.multiples):
-            if level:
-                skips.append(h)
-                side //= 2
-                h = block(f"enc_{side}_down", h.shape[-1], "half")(h)
-            for i in range(self.blocks):
-                skips.append(h)
-                h = block(f"enc_{side}_block{i}", multiple * self.width, attention=side in self.attention)(h)
-        skips.append(h)
-        for level, multiple in reversed(list(enumerate(self.multiples))):
-            if level == len(self.multiples) - 1:
-                h = block(f"dec_{side}_in0", h.shape[-1], attention=True)(h)
-                h = block(f"dec_{side}_in1", h.shape[-1])(h)
-            else:
-                side *= 2
-                h = block(f"dec_{side}_up", h.shape[-1], "twice")(h)
-            for i in range(self.blocks + 1):
-                h = joined(h, skips.pop(), self.skip_balance)
-                h = block(f"dec_{side}_block{i}", multiple * self.width, attention=side in self.attention)(h)
+        h = Linear(widths[0], 3, self.dtype, name=f"enc_{side}_conv")(h)
+        join = functools.partial(joined, share=self.skip_balance)
+        h = down_and_up(h, block, widths, self.blocks, self.attention, join)
         gain: Any = self.param("gain", zeros, (), jnp.float32)
         # float32: x0 has more levels than bfloat16
         return Linear(channels, 3, whole=True, name="out")(h, gain)

@@ -5,6 +5,7 @@ B images, S pixels a side, C channels; x = x0 + sigma n. Samples come from any s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from dataclasses import dataclass
@@ -15,15 +16,17 @@ import jax.numpy as jnp
 
 from zoo.diffusion.guidance import Guidance
 from zoo.diffusion.levels import LogNormal
-from zoo.diffusion.precondition import Precondition
-from zoo.diffusion.sampling import DenoiserSampling, clipped, sampled
+from zoo.diffusion.precondition import Precondition, over
+from zoo.diffusion.sampling import clipped
+from zoo.diffusion.tasks import ByClass
 from zoo.encoders.vae import AutoEncoder, sd
 from zoo.errors import UserError
 from zoo.fields import Below1, Dtype, Layers, Positive, Share, Side, Size, SizeOr0, Some, check_fields
 from zoo.nn.attention import Backend, check_backend
 from zoo.nn.transformer import Remat
+from zoo.nn.unet import check_levels
 from zoo.papers.edm2.networks import Linear, MagnitudeUNet, fourier, unit
-from zoo.task import About, Batch, Decodes, Name, Network, Params, image_spec, sample_keys
+from zoo.task import About, Batch, Decodes, Name, Network, Params
 
 _HOW = "import the published one with `zoo import edm2/sd_vae FILE OUT`"  # whose latents have units of their own
 _LICENCE = (
@@ -69,16 +72,8 @@ class UNet:
 
     def check_image(self, side: int) -> None:
         """UserError where it takes no images of this side, or its heads do not fill a level that attends."""
-        levels = len(self.multiples)
-        step = 2 ** (levels - 1)
-        if side % step:
-            raise UserError(
-                f"task.image={side} is no multiple of {step}, by which {levels} levels "
-                f"(task.network.multiples) shrink it; choose one, e.g. task.image={max(1, round(side / step)) * step}"
-            )
-        sides = [side >> i for i in range(levels)]
-        if foreign := [one for one in self.attention if one not in sides]:
-            raise UserError(f"task.network.attention={foreign[0]}: no level has this side; they have {sides}")
+        check_levels(side, self.multiples, self.attention)
+        sides = [side >> i for i in range(len(self.multiples))]
         for one, multiple in zip(sides, self.multiples):
             wide = multiple * self.width
             if (one in self.attention or one == sides[-1]) and wide % self.head_dim:
@@ -90,7 +85,7 @@ class UNet:
 
 
 @dataclass(frozen=True)
-class Edm2:
+class Edm2(ByClass):
     """A denoiser, conditioned on the class where there are classes, with a learned log-variance of its error."""
 
     image: Side = 64  # pixels a side, or numbers of a latent
@@ -107,14 +102,10 @@ class Edm2:
     remat: Remat = "none"  # none, dots or full: what the backward pass recomputes
     attention: Backend = "xla"  # xla; cudnn on NVIDIA GPUs in bfloat16; splash on TPUs; auto: whichever the device has
 
-    Sampling = DenoiserSampling
-
     def __post_init__(self) -> None:
-        check_fields(self, "task.")
+        super().__post_init__()
         check_backend(self.attention, self.dtype)
         self.network.check_image(self.image)
-        if self.low >= self.high:
-            raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
         if self.vae is not None and self.inputs == "images":
             raise UserError(
                 "task.inputs='images' models the pixels themselves; leave task.vae out, or inputs='latents'"
@@ -136,37 +127,15 @@ class Edm2:
         )
 
     @property
-    def sigmas(self) -> tuple[float, float]:
-        """Lowest and highest level."""
-        return self.low, self.high
-
-    @property
     def _net(self) -> MagnitudeUNet:
-        n = self.network
-        return MagnitudeUNet(
-            width=n.width,
-            multiples=n.multiples,
-            blocks=n.blocks,
-            attention=n.attention,
-            classes=self.classes,
-            embedding=n.embedding,
-            head_dim=n.head_dim,
-            dropout=n.dropout,
-            residual_balance=n.residual_balance,
-            attention_balance=n.attention_balance,
-            skip_balance=n.skip_balance,
-            label_balance=n.label_balance,
-            clip=n.clip,
-            taps=n.taps,
-            dtype=self.dtype,
-            remat=self.remat,
-            backend=self.attention,
-            parent=None,
-        )
+        names = {field.name for field in dataclasses.fields(MagnitudeUNet)}
+        own: dict[str, Any] = {k: v for k, v in dataclasses.asdict(self.network).items() if k in names}
+        own |= {"classes": self.classes, "embedding": self.network.embedding}
+        return MagnitudeUNet(**own, dtype=self.dtype, remat=self.remat, backend=self.attention, parent=None)
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] in [-1, 1], or `latent` and `latent_std` likewise; `label` [B] where there are classes."""
-        spec = image_spec(batch, self.image, self.channels, self.classes)
+        spec = super().spec(batch)
         if self.inputs == "images":
             return spec
         image = spec.pop("image")
@@ -225,13 +194,9 @@ class Edm2:
         found: Any = Linear(1, whole=True, parent=None).apply({"params": params["uncertainty"]}, features)
         return found[..., 0]
 
-    def _hot(self, conditions: Batch | None) -> jax.Array | None:
-        label = (conditions or {}).get("label")
-        return None if label is None or not self.classes else jax.nn.one_hot(label, self.classes)
-
     def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """E[x0 | x] [B, S, S, C] in float32. A label below 0, or none, is no class, which training has never shown."""
-        network = functools.partial(self.raw, params, hot=self._hot(conditions))
+        network = functools.partial(self.raw, params, hot=self.hot(conditions))
         return Precondition("edm", self.data).denoise(network, x, sigma)
 
     def losses(
@@ -251,15 +216,11 @@ class Edm2:
             hot: as of `raw`.
             rngs: as of `raw`.
         """
-
-        def over(x: jax.Array) -> jax.Array:
-            return x[:, None, None, None]
-
         precondition = Precondition("edm", self.data)
         network = functools.partial(self.raw, params, hot=hot, rngs=rngs)
-        square = jnp.square(precondition.denoise(network, image + over(sigma) * noise, sigma) - image)
+        square = jnp.square(precondition.denoise(network, image + over(sigma, image) * noise, sigma) - image)
         u = self.log_variance(params, sigma)
-        return over(precondition.weight(sigma) * jnp.exp(-u)) * square + over(u), square
+        return over(precondition.weight(sigma) * jnp.exp(-u), image) * square + over(u, image), square
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean over images and numbers of `losses` (equations 14 to 16).
@@ -272,45 +233,24 @@ class Edm2:
             image = image + batch["latent_std"] * jax.random.normal(draw_rng, image.shape)
         sigma = self.noise.draw(level_rng, len(image), self.sigmas)
         noise = jax.random.normal(noise_rng, image.shape)
-        loss, square = self.losses(params, image, sigma, noise, self._hot(batch), {"dropout": net_rng})
+        loss, square = self.losses(params, image, sigma, noise, self.hot(batch), {"dropout": net_rng})
         return loss.mean(), {"x0_error": jnp.sqrt(square.mean())}
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: DenoiserSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, jax.Array]:
-        """n images; image i depends on (rng, i) alone.
-
-        Args:
-            rng: one key, or n keys.
-            conditions: `label` [n]; negative numbers for "no label". None: no labels.
-            options: None: the defaults.
-
-        Returns:
-            `image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed). Of a model of latents `latent`, and where there
-            is an autoencoder its `image`. `label` [n] where given.
-
-        UserError for levels outside those of the task, and for guidance, which has nothing to compare with.
-        """
-        o, label = options or DenoiserSampling(), (conditions or {}).get("label") if self.classes else None
-        if Guidance.of(o.guidance).weight:
+        """As of every denoiser by class. UserError for guidance, which has nothing to compare with."""
+        if options and Guidance.of(options.guidance).weight:
             raise UserError(
                 "guidance compares a class with none, and this network was trained with its class always; leave it out, or "
                 "guide it by another network (autoguidance/imagenet512)"
             )
-        given = {} if label is None else {"label": label}
-        shape = (self.image, self.image, self.channels)
-        denoise = functools.partial(self.denoise, params)
-        return self.finished(params, sampled(denoise, self.sigmas, shape, sample_keys(rng, n), given, o), given)
+        return super().sample(params, rng, n, conditions, options)
 
     def finished(self, params: Params, x: jax.Array, given: Batch) -> dict[str, jax.Array]:
-        """What `sample` gives of samples x, with what they were conditioned on."""
+        """`image` [n, S, S, C] clipped to [-1, 1], of a model of latents `latent`, and where there is an autoencoder its `image`."""
         if self.inputs == "images":
-            return {"image": clipped(x), **given}
+            return super().finished(params, x, given)
         if self.vae is None:
             return {"latent": x, **given}
         return {"latent": x, "image": clipped(self.vae.decode(params["vae"], x)), **given}
@@ -323,43 +263,35 @@ class Edm2:
         shapes: Any = jax.eval_shape(lambda: self.init(jax.random.key(0)))
         names = []
         for path, leaf in jax.tree_util.tree_leaves_with_path({k: v for k, v in shapes.items() if k != "vae"}):
-            keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
-            names.append(_name(keys, leaf.ndim, self.network.head_dim))
+            target = "/".join(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
+            source, layout, sizes = target, {4: "o i h w -> h w i o", 2: "o i -> i o"}.get(leaf.ndim), {}
+            for ours, theirs in _NAMES.items():
+                source = re.sub(ours, theirs, source)
+            if target.endswith(("skip/kernel", "proj/kernel")):
+                layout = "o i 1 1 -> i o"
+            if target.endswith("qkv/kernel"):
+                layout, sizes = "(a c j) i 1 1 -> i (j a c)", {"c": self.network.head_dim, "j": 3}
+            names.append(Name(source, target, layout, sizes))
         return names
 
 
-_NAMES = {
-    "conv0": "conv_res0.weight",
-    "conv1": "conv_res1.weight",
-    "affine": "emb_linear.weight",
-    "skip": "conv_skip.weight",
-    "qkv": "attn_qkv.weight",
-    "proj": "attn_proj.weight",
-    "gain": "emb_gain",
+_NAMES = {  # of parts of our paths, one after the other
+    "fourier/noise": "unet/emb_fourier",
+    "fourier/uncertainty": "logvar_fourier",
+    "frequencies": "freqs",
+    "^uncertainty": "logvar_linear",
+    "net/gain": "unet/out_gain",
+    "net/(noise|label)/": r"unet/emb_\1/",
+    "net/out/": "unet/out_conv/",
+    r"net/(enc|dec)_(\d+)_": r"unet/\1/\2x\2_",
+    "/conv([01])/": r"/conv_res\1/",
+    "/affine/": "/emb_linear/",
+    "/skip/": "/conv_skip/",
+    "/(qkv|proj)/": r"/attn_\1/",
+    "/gain": "/emb_gain",
+    "kernel": "weight",
+    "/": ".",
 }
-
-
-def _name(keys: list[str], axes: int, head_dim: int) -> Name:
-    """The official name and layout of a parameter of ours."""
-    first, *rest = keys
-    target = "/".join(keys)
-    if first == "fourier":
-        head = {"noise": "unet.emb", "uncertainty": "logvar"}[rest[0]]
-        return Name(f"{head}_fourier.{'freqs' if rest[1] == 'frequencies' else 'phases'}", target)
-    if first == "uncertainty":
-        return Name("logvar_linear.weight", target, "o i -> i o")
-    layout = "o i h w -> h w i o" if axes == 4 else "o i -> i o" if axes == 2 else None
-    if (found := re.fullmatch(r"(enc|dec)_(\d+)_(\w+)", rest[0])) is None:
-        own = {"noise": "emb_noise.weight", "label": "emb_label.weight", "out": "out_conv.weight", "gain": "out_gain"}
-        return Name(f"unet.{own[rest[0]]}", target, layout)
-    place = f"unet.{found[1]}.{found[2]}x{found[2]}_{found[3]}"
-    part = rest[1]
-    if part == "kernel":  # the first convolution is no block
-        return Name(f"{place}.weight", target, layout)
-    if part == "qkv":
-        sizes = {"c": head_dim, "j": 3}
-        return Name(f"{place}.{_NAMES[part]}", target, "(a c j) i 1 1 -> i (j a c)", sizes)
-    return Name(f"{place}.{_NAMES[part]}", target, "o i 1 1 -> i o" if part in ("skip", "proj") else layout)
 
 
 # --- sizes ----------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ themselves (denoising score matching). N points [N, 2]; x = x0 + sigma n. Sizes 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import operator
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import files
-from zoo.diffusion.compare import folder
+from zoo.diffusion.compare import folder, markdown, write
 from zoo.diffusion.energies import Scored, scored
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.potentials import Temper
@@ -27,12 +25,11 @@ from zoo.diffusion.smc import Form, Islands, Particles, course, drawn, feynman_k
 from zoo.dist import unbox
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, Count, NotEmpty, Positive, Seed, Side, Some, check_fields
-from zoo.papers.energy.mixtures import CORNERS, Mixture, distance, log_density, share, truth
+from zoo.papers.energy.mixtures import CORNERS, Mixture, figures_of, log_density, truth
 from zoo.papers.energy.task import EnergyDistill
 from zoo.task import Params
 
 _log = logging.getLogger("zoo")
-_RESULT = "learned.json"
 _KINDS = ("distilled", "from points")
 _TESTED = 8_192  # points that errors of scores are means over
 
@@ -62,20 +59,18 @@ class Learned:
 
     def run(self) -> dict[str, Any]:
         """Writes learned.json and learned.md into `out`; returns the first. UserError where `out` is no folder of such results."""
-        out = folder(self.out, _RESULT, "learned mixtures")
+        out = folder(self.out, "learned.json", "learned mixtures")
         params = self.train()
         each = {kind: jax.tree.map(operator.itemgetter(i), params) for i, kind in enumerate(_KINDS)}
         errors = {kind: self.score_errors(one) for kind, one in each.items()}
         rows = [row for kind, one in {"exact": None, **each}.items() for row in self._rows(kind, one)]
         names = ("steps", "batch", "lr", "seed", "temper", "islands", "count", "levels", "sigmas")
         figures = {**{name: getattr(self, name) for name in names}, "score_error": errors, "rows": rows}
-        files.write(out / _RESULT, json.dumps(figures, indent=1) + "\n")
         written = _tables(self.sigmas, errors, rows)
-        files.write(out / "learned.md", written)
         _log.info(
             "relative square error of scores by level; modes and points tempered by %g:\n%s", self.temper, written
         )
-        return {**figures, "out": str(out)}
+        return write(out, "learned", figures, written)
 
     def train(self) -> Params:
         """Parameters [2, ...]: distilled, and from points."""
@@ -105,11 +100,9 @@ class Learned:
                 updates, state = tx.update(gradient, state, params)
                 return (optax.apply_updates(params, updates), state), None
 
-            found: Params = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(self.steps))[0][0]
-            return found
+            return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(self.steps))[0][0]
 
-        trained: Params = jax.jit(jax.vmap(one))(jnp.asarray([False, True]))
-        return trained
+        return jax.jit(jax.vmap(one))(jnp.asarray([False, True]))
 
     def score_errors(self, params: Params) -> list[float]:
         """Mean |s - s_exact|^2 over mean |s_exact|^2, of points at each of `sigmas`."""
@@ -152,18 +145,9 @@ class Learned:
             how = course(grid, 1, [Temper(self.temper)], form, stop, rho, 2)
             islands, x = self._islands(params, jax.random.split(jax.random.key(self.seed), self.islands), how)
             points = np.asarray(x).reshape(self.islands, self.count, 2)
-            found = share(self.mixture.modes, np.asarray(islands.x), np.asarray(jax.nn.softmax(islands.log_weights)))
             apart = [mmd2(a, b) for a, b in zip(points, wanted.reshape(points.shape))]
-            rows.append(
-                {
-                    "energy": kind,
-                    "method": name,
-                    "tv": float(distance(found, weights).mean()),
-                    "tv_std": float(distance(found, weights).std()),
-                    "mmd2": float(np.mean(apart)),
-                    **{key: float(islands.trace.figures()[key].mean()) for key in ("ess", "roots")},
-                }
-            )
+            mmd = float(np.mean(apart))
+            rows.append({"energy": kind, "method": name, "mmd2": mmd, **figures_of(self.mixture, islands, weights)})
         return rows
 
 
@@ -191,10 +175,10 @@ def mmd2(x: np.ndarray, y: np.ndarray, widths: tuple[float, ...] = (0.2, 0.5, 1.
 
 
 def _tables(sigmas: tuple[float, ...], errors: dict[str, list[float]], rows: list[dict[str, Any]]) -> str:
-    lines = [f"| scores | {' | '.join(map(str, sigmas))} |", "|---" * (len(sigmas) + 1) + "|"]
-    lines += [f"| {kind} | {' | '.join(f'{error:.2g}' for error in found)} |" for kind, found in errors.items()]
-    lines += ["", "| energy | method | TV of modes | MMD^2 | least ESS | roots |", "|---|---|---|---|---|---|"]
+    scores = [[kind, *(f"{error:.2g}" for error in found)] for kind, found in errors.items()]
+    cells = []
     for r in rows:
-        tv, rest = f"{r['tv']:.3f} ({r['tv_std']:.3f})", f"{r['ess']:.2f} | {r['roots']:.0f}"
-        lines.append(f"| {r['energy']} | {r['method']} | {tv} | {r['mmd2']:.4f} | {rest} |")
-    return "\n".join(lines) + "\n"
+        tv = f"{r['tv']:.3f} ({r['tv_std']:.3f})"
+        cells.append([r["energy"], r["method"], tv, f"{r['mmd2']:.4f}", f"{r['ess']:.2f}", f"{r['roots']:.0f}"])
+    head = ["energy", "method", "TV of modes", "MMD^2", "least ESS", "roots"]
+    return markdown(["scores", *sigmas], scores) + "\n" + markdown(head, cells)

@@ -7,8 +7,6 @@ the paper's are not known here. Order of this file: tasks, truths by grid, the c
 from __future__ import annotations
 
 import functools
-import io
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,20 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from msgspec import Meta
 
-from zoo import files
-from zoo.diffusion.compare import folder, image_of
+from zoo.diffusion.compare import folder, image_of, markdown, write
 from zoo.diffusion.energies import Scored, denoised, scored
 from zoo.diffusion.levels import Levels
 from zoo.diffusion.potentials import Coordinate, HalfSpace, Potential, Powers, Product, Temper
 from zoo.diffusion.sampling import sampled
 from zoo.diffusion.smc import EnergySampling, Form, Islands, Particles, ParticleSampling, course, drawn, feynman_kac
+from zoo.diffusion.tasks import Assembled, Levelled
 from zoo.diffusion.traces import chart
 from zoo.errors import UserError
 from zoo.fields import AtLeast2, NotEmpty, Positive, Side, Some, check_fields
 from zoo.task import About, Batch, Params, sample_keys
 
 _log = logging.getLogger("zoo")
-_EXACT = "mixtures are exact and have nothing to train; compare what is drawn from them with zoo eval energy/mixtures"
+_EXACT = "it is exact; compare what is drawn from them with zoo eval energy/mixtures"
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def log_density(modes: Arrays, x: Any, sigma: Any, xp: Any = jnp) -> Any:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Levelled, Assembled):
     """A mixture of Gaussians in the plane, as a model with an energy: no parameters, no loss."""
 
     modes: Some[Mode] = (Mode(),)
@@ -75,22 +73,13 @@ class Mixture:
 
     about = About(unit="points")
     Sampling = EnergySampling
-
-    def __post_init__(self) -> None:
-        check_fields(self, "task.")
-        if self.low >= self.high:
-            raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
+    untrained = _EXACT
 
     @property
     def arrays(self) -> Arrays:
         """Weights, means, standard deviations and correlations of the modes."""
         weight, mean, std, correlation = zip(*((m.weight, m.mean, m.std, m.correlation) for m in self.modes))
         return weight, mean, std, correlation
-
-    @property
-    def sigmas(self) -> tuple[float, float]:
-        """Lowest and highest level."""
-        return self.low, self.high
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`point` [B, 2]."""
@@ -99,10 +88,6 @@ class Mixture:
     def init(self, rng: jax.Array) -> Params:
         """There are no parameters."""
         return {}
-
-    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UserError: there is none."""
-        raise UserError(_EXACT)
 
     def energy(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """-log p_sigma [B] of points [B, 2] in nats, float32."""
@@ -113,19 +98,9 @@ class Mixture:
         return denoised(functools.partial(self.energy, params), x, sigma)
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: EnergySampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, Any]:
-        """`point` [n, 2], and of particles their `trace`; point i depends on (rng, i) alone.
-
-        Args:
-            rng: one key, or n keys.
-            options: None: the defaults, a solver's points of the mixture as it is.
-        """
+        """`point` [n, 2], and of particles their `trace`; by default a solver's points of the mixture as it is."""
         o = options or EnergySampling()
         if o.weighted:
             point, trace = o.draw(rng, n, self.sigmas, lambda _: ([self.scored], []), (2,))
@@ -149,18 +124,17 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class MixtureProduct:
+class MixtureProduct(Assembled):
     """The product of mixtures: scores add up at the lowest level alone, so it is drawn by weighted particles."""
 
-    parts: Some[Mixture] = (Mixture(), Mixture())
+    parts: Annotated[tuple[Mixture, ...], Meta(min_length=2)] = (Mixture(), Mixture())
 
     about = About(unit="points")
     Sampling = ParticleSampling
+    untrained = _EXACT
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
-        if len(self.parts) < 2:
-            raise UserError("task.parts holds one mixture; a product takes two or more")
         if self.sigmas[0] >= self.sigmas[1]:
             raise UserError("task.parts have no level in common; let low and high of each meet those of the others")
 
@@ -177,17 +151,8 @@ class MixtureProduct:
         """There are no parameters."""
         return {}
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UserError: there is none."""
-        raise UserError(_EXACT)
-
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: ParticleSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, Any]:
         """`point` [n, 2] and its `trace`, as of a mixture."""
         o = options or ParticleSampling()
@@ -242,6 +207,14 @@ def distance(found: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.abs(found - weights).sum(-1) / 2
 
 
+def figures_of(mixture: Mixture, islands: Islands, weights: np.ndarray) -> dict[str, float]:
+    """How far modes are off their true weights [m], mean and spread over islands, and means of what the particles' trace says."""
+    found = share(mixture.modes, np.asarray(islands.x), np.asarray(jax.nn.softmax(islands.log_weights)))
+    off, trace = distance(found, weights), islands.trace.figures()
+    means = {name: float(trace[name].mean()) for name in ("ess", "resampled", "roots")}
+    return {"tv": float(off.mean()), "tv_std": float(off.std()), **means}
+
+
 # --- the comparison -------------------------------------------------------------------------------
 
 
@@ -276,7 +249,6 @@ def projected(edge: HalfSpace, x: np.ndarray) -> np.ndarray:
     return x - np.maximum((x @ normal - edge.offset) / (normal @ normal), 0)[..., None] * normal
 
 
-_RESULT = "mixtures.json"
 _FORMS: tuple[Form, ...] = ("ratio", "kernel", "score", "hybrid")
 
 
@@ -298,27 +270,22 @@ class Mixtures:
 
         UserError where `out` is no folder of such results.
         """
-        out = folder(self.out, _RESULT, "compared mixtures")
+        out = folder(self.out, "mixtures.json", "compared mixtures")
         rows, panels, traces = [], [], {}
         for target in TARGETS:
             found = {method: self._drawn(target, method) for method in ("naive", *_FORMS)}
             weights, log_normaliser = target.truth
             traces[target.name] = {method: islands.trace for method, (islands, _) in found.items() if method != "naive"}
             for method, (islands, x) in found.items():
-                row = self._row(target, islands, x, weights, log_normaliser, method != "naive")
-                rows.append({"target": target.name, "method": method, **row})
+                error = float((np.asarray(islands.trace.log_normaliser) - log_normaliser).mean())
+                row = {"target": target.name, "method": method, **figures_of(target.parts[0], islands, weights)}
+                rows.append({**row, "log_normaliser": None if method == "naive" else error})
                 if method in ("naive", "ratio"):
                     panels.append((f"{target.name}, {method}", islands, x))
         figures = {"seeds": self.seeds, "count": self.count, "levels": self.levels, "stop": self.stop, "rows": rows}
-        files.write(out / _RESULT, json.dumps(figures, indent=1) + "\n")
         written = _table(rows)
-        files.write(out / "mixtures.md", written)
-        for name, picture in (("mixtures.png", _sheet(panels)), ("traces.png", chart(traces))):
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            files.write(out / name, buffer.getvalue())
         _log.info("means over %d islands of %d particles, %d levels:\n%s", self.seeds, self.count, self.levels, written)
-        return {**figures, "out": str(out)}
+        return write(out, "mixtures", figures, written, mixtures=_sheet(panels), traces=chart(traces))
 
     def _drawn(self, target: Target, method: str) -> tuple[Islands, np.ndarray]:
         """Islands, and their points without weights; the naive way is to follow the target's scores, and to project at an edge."""
@@ -338,25 +305,6 @@ class Mixtures:
             islands = islands._replace(x=points)
         return islands, points
 
-    def _row(
-        self,
-        target: Target,
-        islands: Islands,
-        x: np.ndarray,
-        weights: np.ndarray,
-        log_normaliser: float,
-        weighted: bool,
-    ) -> dict[str, Any]:
-        modes, trace = target.parts[0].modes, islands.trace.figures()
-        found = share(modes, np.asarray(islands.x), np.asarray(jax.nn.softmax(islands.log_weights)))
-        error = trace["log_normaliser"] - log_normaliser
-        return {
-            "tv": float(distance(found, weights).mean()),
-            "tv_std": float(distance(found, weights).std()),
-            "log_normaliser": float(error.mean()) if weighted else None,
-            **{name: float(trace[name].mean()) for name in ("ess", "resampled", "roots")},
-        }
-
 
 @functools.cache
 def _program(parts: tuple[Mixture, ...], potentials: tuple[Potential, ...], count: int) -> Any:
@@ -371,15 +319,12 @@ def _program(parts: tuple[Mixture, ...], potentials: tuple[Potential, ...], coun
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| target | method | TV of modes | log-normaliser | least ESS | resamplings | roots |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    cells = []
     for row in rows:
         z = "" if row["log_normaliser"] is None else f"{row['log_normaliser']:+.3f}"
-        tv, rest = f"{row['tv']:.3f} ({row['tv_std']:.3f})", f"{row['resampled']:.1f} | {row['roots']:.0f}"
-        lines.append(f"| {row['target']} | {row['method']} | {tv} | {z} | {row['ess']:.2f} | {rest} |")
-    return "\n".join(lines) + "\n"
+        tv, trace = f"{row['tv']:.3f} ({row['tv_std']:.3f})", (f"{row['resampled']:.1f}", f"{row['roots']:.0f}")
+        cells.append([row["target"], row["method"], tv, z, f"{row['ess']:.2f}", *trace])
+    return markdown(["target", "method", "TV of modes", "log-normaliser", "least ESS", "resamplings", "roots"], cells)
 
 
 def _sheet(panels: Sequence[tuple[str, Islands, np.ndarray]]) -> Any:

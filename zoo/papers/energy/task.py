@@ -16,15 +16,17 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from msgspec import Meta
 
 from zoo.diffusion.energies import Begins, Scored, denoised, scored
 from zoo.diffusion.levels import LogNormal
 from zoo.diffusion.potentials import Classifier, Potential, Product
-from zoo.diffusion.precondition import DENOISER, Precondition
+from zoo.diffusion.precondition import DENOISER, Precondition, over
 from zoo.diffusion.sampling import Conditions, classless, clipped, guidance_of, sampled
 from zoo.diffusion.smc import EnergySampling, Form, ParticleSampling
+from zoo.diffusion.tasks import Assembled, dropped, labels
 from zoo.errors import UserError
-from zoo.fields import Below1, Some, check_fields
+from zoo.fields import Below1, check_fields
 from zoo.task import About, Batch, Classifies, Denoises, Energetic, Network, Params, sample_keys, speed
 
 
@@ -90,13 +92,11 @@ class EnergyDistill:
     @property
     def sigmas(self) -> tuple[float, float]:
         """Lowest and highest level."""
-        low, high = self.network.sigmas
-        return low, high
+        return self.network.sigmas
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """That of the denoiser."""
-        found: dict[str, jax.ShapeDtypeStruct] = self.network.spec(batch)
-        return found
+        return self.network.spec(batch)
 
     def fresh(self, rng: jax.Array) -> Params:
         """Fresh parameters of the network, all that an energy needs."""
@@ -121,7 +121,7 @@ class EnergyDistill:
         if self.head == "dae":
             return total(jnp.square(x - door.denoise(network, x, sigma))) / (2 * sigma**2)
         _, _, into, noise = door.coefficients(sigma)
-        z = into.reshape(-1, *(1,) * (x.ndim - 1)) * x
+        z = over(into, x) * x
         h = network(z, noise)
         f = total(h * z) / 2 if self.head == "inner" else total(jnp.square(h)) / 2
         return total(jnp.square(x)) / (2 * (sigma**2 + data**2)) - data / sigma * f
@@ -135,13 +135,11 @@ class EnergyDistill:
 
         Metrics: `x0_error`, the root mean square of x0 - target without the weight.
         """
-        image, label = batch["image"], batch.get("label")
+        image, given = batch["image"], labels(self.about.classes, batch)
         level_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
         sigma = self.noise.draw(level_rng, len(image), self.sigmas)
-        if label is not None and self.drop:
-            label = jnp.where(jax.random.bernoulli(drop_rng, self.drop, label.shape), -1, label)
-        given = None if label is None else {"label": label}
-        x = image + sigma[:, None, None, None] * jax.random.normal(noise_rng, image.shape)
+        given = dropped(drop_rng, given, self.drop)
+        x = image + over(sigma, image) * jax.random.normal(noise_rng, image.shape)
         target = image
         if self.target == "teacher":
             target = jax.lax.stop_gradient(self.network.denoise(params["teacher"], x, sigma, given))
@@ -154,32 +152,20 @@ class EnergyDistill:
         return scored(lambda x, sigma: self.energy(params, x, sigma, conditions))
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: EnergySampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, Any]:
         """n images, by a solver, or by weighted particles where they are asked for, tempered, or have potentials.
 
         Particles are guided by weights as well: towards p(x | class)^(1 + w) p(x)^-w, which guided scores alone do not draw.
-        Image i depends on (rng, i) alone.
-
-        Args:
-            rng: one key, or n keys.
-            conditions: `label` [n]; negative numbers for "no label". None: no labels.
-            options: None: the defaults.
 
         Returns:
             `image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), `label` [n] where given, and of particles a `trace`.
         """
         o, shape = options or EnergySampling(), self.spec(1)["image"].shape[1:]
-        label = (conditions or {}).get("label") if self.about.classes else None
-        told: Any = None if label is None else {"label": label}
+        told = labels(self.about.classes, conditions)
         if not o.weighted:
             image = sampled(functools.partial(self.denoise, params), self.sigmas, shape, sample_keys(rng, n), told, o)
-            return {"image": clipped(image), **(told or {})}
+            return {"image": clipped(image), **told}
 
         def target(given: Conditions) -> tuple[list[Scored], list[Potential]]:
             strong = self.scored(params, given)
@@ -188,7 +174,7 @@ class EnergyDistill:
             return [strong, self.scored(params, classless(given or {}))], [Product((1 + weight, -weight))]
 
         image, trace = o.draw(rng, n, self.sigmas, target, shape, told)
-        return {"image": clipped(image), **(told or {}), "trace": trace}
+        return {"image": clipped(image), **told, "trace": trace}
 
 
 @dataclass(frozen=True)
@@ -199,20 +185,19 @@ class ProductSampling(ParticleSampling):
 
 
 @dataclass(frozen=True)
-class EnergyProduct:
-    """What several energies allow at once: the product of their densities, without classes. There is nothing to train.
+class EnergyProduct(Assembled):
+    """What several energies allow at once: the product of their densities, without classes.
 
     Particles follow the first one. Of flows that know all levels of noise nothing is approximate in their weights.
     """
 
-    parts: Some[Annotated[Any, Energetic]]
+    parts: Annotated[tuple[Annotated[Any, Energetic], ...], Meta(min_length=2)]
 
     Sampling = ProductSampling
+    untrained = "draw from it with `zoo sample CONFIG weights.part0=RUN ...`"
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
-        if len(self.parts) < 2:
-            raise UserError("task.parts holds one energy; a product takes two or more")
         shapes = [part.spec(1)["image"].shape[1:] for part in self.parts]
         if len({isinstance(part, Begins) for part in self.parts}) > 1:
             raise UserError(
@@ -238,8 +223,7 @@ class EnergyProduct:
     @property
     def sigmas(self) -> tuple[float, float]:
         """Lowest and highest level."""
-        low, high = self.parts[0].sigmas
-        return low, high
+        return self.parts[0].sigmas
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C]."""
@@ -250,31 +234,15 @@ class EnergyProduct:
         made = [part.fresh if isinstance(part, EnergyDistill) else part.init for part in self.parts]
         return {f"part{i}": init(rng) for i, init in enumerate(made)}
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UserError: there is none."""
-        raise UserError(
-            "a product of energies has nothing to train; draw from it with `zoo sample CONFIG weights.part0=RUN ...`"
-        )
-
     def target(self, params: Params, given: Conditions = None) -> tuple[list[Scored], list[Potential]]:
         """Energy and score of each part, as particles take them, and their product."""
         parts = [functools.partial(part.energy, params[f"part{i}"]) for i, part in enumerate(self.parts)]
         return [scored(part) for part in parts], [Product()]
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: ProductSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, Any]:
-        """`image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), and its `trace`; image i depends on (rng, i) alone.
-
-        Args:
-            rng: one key, or n keys.
-            options: None: the defaults.
-        """
+        """`image` [n, S, S, C] clipped to [-1, 1] (NaN where it overflowed), and its `trace`."""
         o, shape = options or ProductSampling(), self.spec(1)["image"].shape[1:]
         first, start = self.parts[0], None
         if isinstance(first, Begins):
@@ -287,13 +255,14 @@ class EnergyProduct:
 
 
 @dataclass(frozen=True)
-class EnergyTilted:
-    """An energy without classes, tilted to a class by a classifier: p(x) p(class | x). There is nothing to train."""
+class EnergyTilted(Assembled):
+    """An energy without classes, tilted to a class by a classifier: p(x) p(class | x)."""
 
     energy: EnergyDistill
     classifier: Annotated[Any, Classifies]  # of images without noise; it sees what the energy takes a particle for
 
     Sampling = ParticleSampling
+    untrained = "train its energy and its classifier, and draw with `zoo sample CONFIG`"
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
@@ -329,42 +298,23 @@ class EnergyTilted:
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`image` [B, S, S, C] and `label` [B]."""
-        found: dict[str, jax.ShapeDtypeStruct] = self.classifier.spec(batch)
-        return found
+        return self.classifier.spec(batch)
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters, which are meant to come from `Run.weights`."""
         return {"energy": self.energy.fresh(rng), "classifier": self.classifier.init(rng)}
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """UserError: there is none."""
-        raise UserError(
-            "a tilted energy has nothing to train; train its energy and its classifier, and draw with `zoo sample CONFIG`"
-        )
-
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: ParticleSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, Any]:
-        """As of an energy; image i depends on (rng, i) and its label alone.
-
-        Args:
-            rng: one key, or n keys.
-            conditions: `label` [n]; negative numbers for any class. None: any.
-            options: None: the defaults.
-        """
+        """As of an energy; negative labels, and none, are any class."""
         o, shape = options or ParticleSampling(), self.spec(1)["image"].shape[1:]
         label = (conditions or {}).get("label")
         told: Any = {"label": jnp.full(n, -1) if label is None else label}
 
         def target(given: Any) -> tuple[list[Scored], list[Potential]]:
             def logits(x0: jax.Array) -> jax.Array:
-                found: jax.Array = self.classifier.logits(params["classifier"], {"image": x0})
-                return found
+                return self.classifier.logits(params["classifier"], {"image": x0})
 
             classifier = Classifier(logits, given["label"], self.energy.network.data)
             return [self.energy.scored(params["energy"], None)], [classifier]

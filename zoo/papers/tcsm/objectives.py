@@ -19,16 +19,6 @@ Ratio: TypeAlias = Literal["bce", "lsif", "gkl"]
 _CLIP = 12.0  # of -log p inside exponentials, and of log-ratios: beyond, gradients are those of outliers
 
 
-def bregman(kind: Divergence, log_a: jax.Array, log_b: jax.Array) -> jax.Array:
-    """D_F(a, b) = sum over the last axis of F(a) - F(b) - F'(b)(a - b), of positive numbers given as logarithms."""
-    a, b = jnp.exp(log_a), jnp.exp(log_b)
-    if kind == "squared":
-        return 0.5 * jnp.square(a - b).sum(-1)
-    if kind == "gkl":
-        return (a * (log_a - log_b) - a + b).sum(-1)
-    return (jnp.exp(log_a - log_b) - (log_a - log_b) - 1).sum(-1)
-
-
 def expected(values: jax.Array, target: Target) -> jax.Array:
     """The mean over the target [...] of a number for each symbol [..., V]."""
     found = values if target.ids is None else jnp.take_along_axis(values, target.ids, -1)

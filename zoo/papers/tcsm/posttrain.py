@@ -184,8 +184,7 @@ class TcsmRewardModel(Reader):
         tokens = batch["tokens"]
         x = apply(Embed(self.vocab, self.width), params["embed"], tokens)
         h = apply(self.body, params["body"], x, jnp.zeros(len(tokens)))
-        found: jax.Array = apply(Scalar(), params["scalar"], h)[:, None]
-        return found
+        return apply(Scalar(), params["scalar"], h)[:, None]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """-log of the probability that winners are chosen, a mean over pairs; `right` is the share of pairs in their order."""

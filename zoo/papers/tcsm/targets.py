@@ -33,18 +33,6 @@ def one_hot(tokens: jax.Array) -> Target:
     return Target(tokens[..., None], jnp.zeros((*tokens.shape, 1)), jnp.ones(len(tokens)))
 
 
-def tilted(log_p: jax.Array, rewards: jax.Array, beta: float, ids: jax.Array | None = None) -> Target:
-    """p(x) exp(R(x) / beta), whose partition function cancels in what is conditional.
-
-    Args:
-        log_p: [B, T, K] of the untilted model, log p(y | the other clean tokens). Of a text whose other positions are noisy it is
-            another number, and the target a wrong one.
-        rewards: [B, T, K] of the text with y in that place.
-        ids: the candidates, as of `Target`.
-    """
-    return Target(ids, jax.nn.log_softmax(log_p + rewards / beta), jnp.ones(len(log_p)))
-
-
 def scored(score: Score, tokens: jax.Array, ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
     """Scores [B, P, K] of the texts that differ from `tokens` in one place, position by position.
 

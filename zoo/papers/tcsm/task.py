@@ -120,6 +120,12 @@ class Denoiser(Reader):
     Sampling = TcsmSampling
 
     @property
+    def told(self) -> dict[str, Any]:
+        """What of `About` follows from this: texts, whose holes it fills in."""
+        texts = {"unit": "sequences", "vocabulary": self.vocab, "tokens": self.length}
+        return {**texts, "completes": ("tokens",), "holes": True}
+
+    @property
     def body(self) -> Body:
         """As of `Reader`, told the noise where `time` is set."""
         return super().body.clone(time=self.time)
@@ -162,8 +168,7 @@ class Denoiser(Reader):
         def part(h: jax.Array, *own: jax.Array) -> jax.Array:
             return call(apply(Head(self.vocab, self.dtype), net["head"], h), *own)
 
-        found: jax.Array = over_tokens(part, 1, self.vocab, h, xt, each, *arrays)
-        return found
+        return over_tokens(part, 1, self.vocab, h, xt, each, *arrays)
 
     def log_p(self, net: Params, xt: jax.Array, noise: jax.Array) -> jax.Array:
         """log p(x0 | x_t) [B, T, V] of every position by itself, float32; a token that is not noisy is itself."""
@@ -217,8 +222,7 @@ class Denoiser(Reader):
     def _whole(self, net: Params) -> Params:
         """Parameters as a loop needs them."""
         net = {**net, "body": cast_trunk(net["body"], self.dtype)}
-        found: Params = gather_before_loop(net, lambda: self.init_net(jax.random.key(0)))
-        return found
+        return gather_before_loop(net, lambda: self.init_net(jax.random.key(0)))
 
     def proposed(self, params: Params, options: Any) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
         """The denoiser that a sampler asks: (x_t [n, T], noise [n], keys [n]) -> log p [n, T, V], as sharp as the options say."""
@@ -233,13 +237,11 @@ class Denoiser(Reader):
     def sample(
         self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, jax.Array]:
-        """n texts `tokens` int32 [n, T], revealed in so many steps; text i depends on (rng, i) alone, and on its condition.
+        """n texts `tokens` int32 [n, T], revealed in so many steps.
 
         Args:
-            rng: one key, or n keys.
             conditions: `tokens` [n, T]. A text with holes, tokens of -1, is filled in; of one without, a share `strength` is
                 hidden and drawn anew. All else comes back as it is. None: texts out of nothing.
-            options: of the class `Sampling`; None: its defaults.
         """
         o = options or self.Sampling()
         pairs = jax.vmap(lambda key: jax.random.split(key, 3))(sample_keys(rng, n))
@@ -286,14 +288,7 @@ class Tcsm(Denoiser):
     @property
     def about(self) -> About:
         """`nll` is a bound, from one draw of a time and of what is hidden."""
-        return About(
-            unit="sequences",
-            completes=("tokens",),
-            holes=True,
-            likelihood=Likelihood((self.length,), "bound", weighted=False),
-            vocabulary=self.vocab,
-            tokens=self.length,
-        )
+        return About(**self.told, likelihood=Likelihood((self.length,), "bound", weighted=False))
 
     def flops(self) -> float | None:
         """Floating-point operations of one training text: two per weight and token, six with the gradient. None beside other networks."""
@@ -358,14 +353,7 @@ class TcsmRatio(Denoiser):
         how = "it is the denoiser that the ratio corrects: `zoo train tcsm/stdlib` makes one"
         reference = Network(self.plain, alike=ALIKE, how=how, entry="weights.net=RUN:net")
         start = Network(self.plain, alike=ALIKE, required=False, trained=True, how=how, entry="weights.start=RUN:net")
-        return About(
-            unit="sequences",
-            completes=("tokens",),
-            holes=True,
-            networks={"net": reference, "start": start},
-            vocabulary=self.vocab,
-            tokens=self.length,
-        )
+        return About(**self.told, networks={"net": reference, "start": start})
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters: the ratio is one."""

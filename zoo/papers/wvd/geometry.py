@@ -147,14 +147,11 @@ def dlt(points: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def off_rays(points: np.ndarray, at: np.ndarray, camera: np.ndarray, focal: np.ndarray | float) -> np.ndarray:
     """Distances [..., N] of points [..., N, 3] to the rays of their pixels, infinite behind the camera [..., 4, 4]."""
     local = (points - camera[..., None, :3, 3]) @ camera[..., :3, :3]
-    ray = _directions(at, np.asarray(focal))
+    focal = np.asarray(focal)
+    ray = np.concatenate([at / focal[..., None, None], np.ones((*focal.shape, len(at), 1))], -1)
+    ray = ray / np.linalg.norm(ray, axis=-1, keepdims=True)
     along = (local * ray).sum(-1)
     return np.where(along > 0, np.linalg.norm(local - along[..., None] * ray, axis=-1), np.inf)
-
-
-def _directions(at: np.ndarray, focal: np.ndarray) -> np.ndarray:
-    ray = np.concatenate([at / focal[..., None, None], np.ones((*focal.shape, len(at), 1))], -1)
-    return ray / np.linalg.norm(ray, axis=-1, keepdims=True)
 
 
 def refine(

@@ -99,30 +99,20 @@ def pose_figures(found: list[Cameras], camera: np.ndarray, focal: np.ndarray) ->
     `pose_identity` is that of cameras that never turn, `auc30` the area under the share of pairs whose larger error, of turn or
     direction, is below a threshold up to 30 degrees. Frames without a camera count as lost there, and in `unsolved`.
     """
-    turn, move, still, absolute, lengths, lost = [], [], [], [], [], 0
-    for one, true, f in zip(found, camera.astype(np.float64), focal):
-        if true.shape[0] > 1:
-            a, b = pose_errors(one.camera, true)
-            turn.append(a)
-            move.append(b)
-            still.append(pose_errors(np.broadcast_to(np.eye(4), true.shape), true)[0])
-        absolute.append(angle_between(one.camera[:, :3, :3], true[:, :3, :3]))
-        lengths.append(one.focal / f)
-        lost += sum(map(bool, one.refused))
-    figures = {"unsolved": lost / camera[..., 0, 0].size}
-    for key, values in (
-        ("pose_turn", turn),
-        ("pose_move", move),
-        ("pose_identity", still),
-        ("pose_absolute", absolute),
-    ):
-        if values and np.isfinite(np.concatenate(values)).any():
-            figures[key] = float(np.nanmedian(np.concatenate(values)))
-    if np.isfinite(np.concatenate(lengths)).any():
-        figures["focal_off"] = float(np.nanmedian(np.abs(np.concatenate(lengths) - 1)))
-    if turn:
-        figures["auc30"] = area_under(np.maximum(np.concatenate(turn), np.concatenate(move)))
-    return figures
+    true = camera.astype(np.float64)
+    eyes = [one.camera for one in found]
+    still = np.broadcast_to(np.eye(4), true.shape)
+    turn, move = (np.concatenate(errors) for errors in zip(*map(pose_errors, eyes, true)))
+    medians = {
+        "pose_turn": turn,
+        "pose_move": move,
+        "pose_identity": np.concatenate([pose_errors(*pair)[0] for pair in zip(still, true)]),
+        "pose_absolute": angle_between(np.stack(eyes)[..., :3, :3], true[..., :3, :3]),
+        "focal_off": np.abs(np.stack([one.focal / f for one, f in zip(found, focal)]) - 1),
+    }
+    figures = {"unsolved": float(np.mean([[bool(why) for why in one.refused] for one in found]))}
+    figures |= {key: float(np.nanmedian(x)) for key, x in medians.items() if np.isfinite(x).any()}
+    return {**figures, "auc30": area_under(np.maximum(turn, move))} if len(turn) else figures
 
 
 def reprojection(points: np.ndarray, found: list[Cameras], seen: np.ndarray) -> float:
@@ -215,11 +205,6 @@ def frame_figures(frames: np.ndarray, true: np.ndarray, covisible: np.ndarray) -
     return {key: x for key, x in found.items() if np.isfinite(x)}
 
 
-def depths_of(points: np.ndarray, found: list[Cameras]) -> np.ndarray:
-    """Depths [B, F, H, W] of points under their cameras, NaN in frames without one."""
-    return np.stack([depth_of(x, one.camera, one.focal) for x, one in zip(points, found)])
-
-
 # --- the metric -----------------------------------------------------------------------------------
 
 
@@ -302,7 +287,8 @@ class Geometry(Metric):
         other = pose_figures([*found[-1:], *found[:-1]], eyes, lengths)
         figures |= {f"{key}_shuffled": other[key] for key in ("pose_turn", "pose_absolute") if key in other}
         _, depth = project(points, eyes, np.broadcast_to(lengths[:, None], eyes.shape[:2]), *seen.shape[2:])
-        figures |= depth_figures(depths_of(stereo, found), depth, seen)
+        drawn_depth = np.stack([depth_of(x, one.camera, one.focal) for x, one in zip(stereo, found)])
+        figures |= depth_figures(drawn_depth, depth, seen)
         figures["reprojection"] = reprojection(stereo, found, seen)
         both = covisible_with_first(points, seen, eyes, lengths)
         figures |= frame_figures(drawn("render")["frames"], true["frames"], both)

@@ -59,8 +59,7 @@ class Modality(nn.Module):
 
     def leave(self, h: jax.Array) -> jax.Array:
         """[B, T, W] -> [B, T, D], float32."""
-        out: jax.Array = self.out(h)
-        return out
+        return self.out(h)
 
 
 class Crossed(nn.Module):

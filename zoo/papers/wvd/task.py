@@ -7,6 +7,7 @@ A cell is known or not, in each modality; z = (1 - t) x0 + t n of a flow from da
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
@@ -21,6 +22,7 @@ from zoo.diffusion.levels import Levels, LogNormal
 from zoo.diffusion.precondition import Precondition
 from zoo.diffusion.sampling import DenoiserSampling, clipped, draw, noises
 from zoo.diffusion.solvers import Euler, Project, Solver
+from zoo.diffusion.tasks import Levelled
 from zoo.encoders import vae as autoencoder
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError, check_divisor
@@ -88,16 +90,12 @@ def known_frames(frames: int) -> np.ndarray:
 class WvdSampling(DenoiserSampling):
     """What is completed, and how."""
 
-    task: Part = (
-        "joint"  # joint: out of nothing; else what `Mixture` says is known. depth: image, for the first frame's depth
-    )
+    task: Part = "joint"  # out of nothing; else what `Mixture` says is known; depth: the first frame's, as image
     solver: Solver = Euler()
     nfe: AtLeast2 = 25
     guidance: NonNegative | Guidance = 0.0  # x0 + weight (x0 - x0 with nothing known); 0: off
     levels: Levels = Levels("flow")
-    corrections: Annotated[int, Meta(ge=0, le=64)] = (
-        1  # Langevin steps before each call, of a task without weight in training
-    )
+    corrections: Annotated[int, Meta(ge=0, le=64)] = 1  # Langevin steps before each call, of a task not trained
 
     @property
     def known(self) -> str:
@@ -113,7 +111,7 @@ class Known(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wvd:
+class Wvd(Levelled):
     """A denoiser of clips of images and points, and of what of them is not known."""
 
     frames: Annotated[int, Meta(ge=1, le=2**10)] = 8
@@ -122,7 +120,7 @@ class Wvd:
     patch: Side = 4  # cells a side of a token
     width: Size = 192
     depth: Layers = 6
-    head_dim: Size = 32
+    head_dim: Annotated[int, Meta(ge=4, le=2**18, multiple_of=4)] = 32  # turned by three axes
     pattern: Pattern = "joint"  # joint: every token sees all; factorised: within frames and across them by turns
     base: Annotated[float, Meta(gt=1, le=1e6)] = 100.0  # of rotations
     tasks: Mixture = Mixture()
@@ -139,11 +137,9 @@ class Wvd:
     Sampling = WvdSampling
 
     def __post_init__(self) -> None:
-        check_fields(self, "task.")
+        super().__post_init__()
         check_backend(self.attention, self.dtype)
         check_divisor("head_dim", self.head_dim, "width", self.width)
-        if self.head_dim % 4:
-            raise UserError(f"task.head_dim={self.head_dim} must be a multiple of 4, for rotations by three axes")
         if self.image % (self.patch * self.factor):
             raise UserError(
                 f"task.image={self.image} is no multiple of {self.patch * self.factor} pixels, a token's side (task.patch={self.patch} "
@@ -153,10 +149,6 @@ class Wvd:
             raise UserError(
                 f"task.pattern='factorised' takes blocks in pairs; set an even task.depth, not {self.depth}"
             )
-        if self.low >= self.high:
-            raise UserError(f"task.low={self.low:g} must be below task.high={self.high:g}")
-        if self.vae is not None and self.vae.channels != 3:
-            raise UserError(f"task.vae takes images of {self.vae.channels} channels, and images and points have 3")
         points = [name for name in ("stereo", "camera", "render") if self.tasks.has(name)]
         if self.modalities == "rgb" and points:
             raise UserError(
@@ -196,11 +188,6 @@ class Wvd:
         """[F, h, w, M C] of what is modelled."""
         cells = self.image // self.factor
         return self.frames, cells, cells, len(self.names) * self.channels
-
-    @property
-    def sigmas(self) -> tuple[float, float]:
-        """Lowest and highest level."""
-        return self.low, self.high
 
     @property
     def noise(self) -> LogNormal:
@@ -363,14 +350,6 @@ class Wvd:
         pixels = jnp.broadcast_to(frames, (*batch["frames"].shape[:4], count))
         return pixels if count == 1 else pixels.at[..., 1].min(batch["seen"])
 
-    def _carried(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """The points of first frames in the views of all [B, F, S, S, 3], and where these show them."""
-
-        def one(points: jax.Array, seen: jax.Array, camera: jax.Array, focal: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return carried(points.reshape(-1, 3), seen.reshape(-1), camera, focal, (self.image, self.image))
-
-        return jax.vmap(one)(batch["points"][:, 0], batch["seen"][:, 0], batch["camera"], batch["focal"])
-
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean square of velocity - (n - x0) over what of a clip is neither known nor unseen, then over clips.
 
@@ -411,23 +390,16 @@ class Wvd:
     # --- samples ------------------------------------------------------------------------------------
 
     def sample(
-        self,
-        params: Params,
-        rng: jax.Array,
-        n: int,
-        conditions: Batch | None = None,
-        options: WvdSampling | None = None,
+        self, params: Params, rng: jax.Array, n: int, conditions: Batch | None = None, options: Any = None
     ) -> dict[str, jax.Array]:
-        """n clips; clip i depends on (rng, i) and what is known of it.
+        """n clips.
 
         A task that training saw is completed with what is known clean and flagged; of another one what is known is noised and put in
         the place of what was drawn, with Langevin steps.
 
         Args:
-            rng: one key, or n keys.
             conditions: `spec`, of which the task takes what it says is known: of `frames` and `points` [n, F, S, S, 3] the first, or
                 all; `seen`; for the task camera the cameras to go to. None: for the task joint.
-            options: None: the defaults.
 
         Returns:
             `frames` and `points` [n, F, S, S, 3], what is known as it was given; `image` [n, 2 S, F S, 3], frames side by side above
@@ -465,7 +437,11 @@ class Wvd:
         pixels = self._whole(batch, jnp.full(n, NAMES.index(name)))
         given = [batch[one] for one in self.names]
         if name == "camera":
-            shown, there = self._carried(batch)
+            carry = jax.vmap(functools.partial(carried, size=(self.image, self.image)))
+            points, seen = (batch[key][:, 0].reshape(n, -1, *batch[key].shape[4:]) for key in ("points", "seen"))
+            shown, there = carry(
+                points, seen, batch["camera"], batch["focal"]
+            )  # the first frame's points, in all views
             first = jnp.arange(self.frames)[:, None, None] == 0
             there = jnp.where(first, batch["seen"], there)
             given[1] = jnp.where(
