@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image
 import zoo
 from zoo import cli, draws, models, process, weights
 from zoo.commands import sample
+from zoo.commands.prepare import modern
 from zoo.data.synthetic import Synthetic
 from zoo.data.text.vocabulary import text8
 from zoo.draws import KEYS, label_numbers
@@ -217,19 +219,30 @@ MISTAKES = {  # a command, and what its sentence must name
     "prepare statistics colour new.npz": "size=",
     "prepare statistics colour new size=4": "DEST new",
     "prepare statistics colour new.npz features=cond size=4": "[4, 1] 3]",
-    "prepare colour new": "prepare images colour new",  # the spelling of versions before
-    "prepare --size=4 colour new --channels 1 --allow-unreadable": "images colour new size=4 channels=1 allow_unreadable=true",
-    "prepare colour new --size 4 --encode vae=a --encode text=b --aspects --raw --channels 3": "latents colour new size=4 vae=a "
-    "text=b aspects=true --raw",
-    "prepare colour new.npz --statistics pixels --flip --size 4 --allow x": "statistics colour new.npz features=pixels flip=true "
-    "size=4 --allow=x",
-    "prepare story.txt new --text text8 --valid-fraction 0.1": "text story.txt new tokenizer=text8 valid_fraction=0.1",
     f"show {SMOKE} --devices 8": "--devices --shardings",
     f"show {SMOKE} --shardings --devices ²": "--devices ² v5p:4x4x4",
     f"show {SMOKE} --shardings --devices v5e:0x4": "v5e:0x4",
     f"show {SMOKE} --shardings --devices 16 mesh.fsdp=16": "('fsdp',) 16 8",
     f"compile {SMOKE} --topology v9:2x2": "--topology v9:2x2",
 }
+
+
+OLDER = {  # `zoo prepare` as versions before had it
+    "colour new": "images colour new",
+    "--size=4 colour new --channels 1 --allow-unreadable": "images colour new size=4 channels=1 allow_unreadable=true",
+    "colour new --size 4 --encode vae=a --encode text=b --aspects --raw --channels 3": "latents colour new size=4 vae=a text=b "
+    "aspects=true --raw",
+    "colour new.npz --statistics pixels --flip --size 4 --allow x": "statistics colour new.npz features=pixels flip=true size=4 "
+    "--allow=x",
+    "story.txt new --text text8 --valid-fraction 0.1": "text story.txt new tokenizer=text8 valid_fraction=0.1",
+}
+
+
+@pytest.mark.parametrize("words", OLDER)
+def test_the_older_spelling_of_prepare_is_understood_and_says_the_new_one(words: str):
+    with pytest.warns(UserWarning, match=re.escape(f"written zoo prepare {OLDER[words]} now")):
+        assert modern(words.split()) == OLDER[words].split()
+    assert modern(OLDER[words].split()) == OLDER[words].split()
 
 
 @pytest.mark.parametrize("command", MISTAKES)

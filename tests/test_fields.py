@@ -34,8 +34,8 @@ from zoo.rewards import LetterShare
 INSIDE = {
     "zoo.commands.aot zoo.commands.bench zoo.commands.check zoo.commands.chips zoo.commands.clips": "",
     "zoo.commands.draw zoo.commands.hlo zoo.commands.text": "",
-    "zoo.data.folders zoo.data.records zoo.data.images.prepare zoo.data.images.sources": "",
-    "zoo.data.text.documents zoo.data.text.prepare zoo.data.text.vocabulary": "",
+    "zoo.data.folders zoo.data.records zoo.data.prepare zoo.data.images.sources": "",
+    "zoo.data.documents zoo.data.text.prepare zoo.data.text.vocabulary": "",
     "zoo.models zoo.task zoo.train.step zoo.weights zoo.nn": "",
     "zoo.cameras": "",
     "zoo.data.images": "Encoded",

@@ -19,7 +19,7 @@ from PIL import Image
 
 from zoo import files
 from zoo.data.images.latents import encode_set
-from zoo.data.images.prepare import prepare
+from zoo.data.prepare import prepare
 from zoo.data.text.prepare import prepare_text
 from zoo.errors import UserError
 from zoo.papers.typescore.evaluate import claim

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from zoo import config, dist, files, models, paths, weights
+from zoo.data.documents import SPLITS, cuts
 from zoo.data.pipeline import Data
-from zoo.data.text.documents import SPLITS, cuts
 from zoo.data.text.tokens import TokenSource, check_split, narrowest
 from zoo.data.text.vocabulary import Vocabulary
 from zoo.errors import UserError

@@ -349,8 +349,8 @@ def open_model(
         data = config.undump(about.get("data"), allow, "data")
         with paths.local_copy(folder, ("config.json", "model.safetensors")) as near:
             flat, _ = weights.load(near)
-        abstract = weights.abstract(task)
-        params = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), weights.matching(flat, abstract), abstract)
+        like = weights.abstract(task)
+        params = jax.tree.map(lambda x, of: np.asarray(x, of.dtype), weights.matching(flat, like), like)
         params = params if on_host else jax.tree.map(jax.numpy.asarray, params)
         return Model(task, params, about.get("weights", "raw"), about.get("step"), data, labels, folder)
     run = config.undump(about["run"], allow, "run")

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from zoo import cli
-from zoo.data.images.prepare import prepare
+from zoo.data.prepare import prepare
 from zoo.data.text.prepare import prepare_text
 
 

@@ -19,8 +19,8 @@ from zoo import files
 from zoo.data import folders
 from zoo.data.folders import divide, find_files, word_in, word_of
 from zoo.data.images import SUFFIXES, Arrays, Images
-from zoo.data.images.prepare import prepare
 from zoo.data.pipeline import named
+from zoo.data.prepare import prepare
 from zoo.errors import UserError
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run

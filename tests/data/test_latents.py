@@ -19,8 +19,8 @@ from texts import files
 
 from zoo.data.images.captions import bucket, template
 from zoo.data.images.latents import Latent, LatentInfo, Latents, encode_set
-from zoo.data.images.prepare import prepare
 from zoo.data.pipeline import batches, epoch, label_names
+from zoo.data.prepare import prepare
 from zoo.data.records import open_shards, read_info
 from zoo.errors import UserError
 

@@ -18,7 +18,7 @@ from texts import prose
 from unigram import Unigram
 
 from zoo import derived, dist
-from zoo.data.text.documents import SPLITS
+from zoo.data.documents import SPLITS
 from zoo.data.text.pairs import Compared, Pairs, Rewarded
 from zoo.data.text.tokens import Text
 from zoo.derived import Classifier, Sampled

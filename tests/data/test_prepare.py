@@ -22,9 +22,9 @@ from PIL import Image
 from texts import files
 
 from zoo.data.images import Images
-from zoo.data.images.prepare import prepare
 from zoo.data.images.sources import _index
 from zoo.data.pipeline import epoch
+from zoo.data.prepare import prepare
 from zoo.data.records import Info, Record, open_shards, read_info, write_shard
 
 
@@ -120,7 +120,7 @@ def test_unreadable_files_are_skipped_and_listed(photos, tmp_path):
 KILLED = """
 import sys, os, signal
 from zoo.data import records
-from zoo.data.images import prepare as module
+from zoo.data import prepare as module
 write, left = records.write_shard, [int(sys.argv[3])]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -207,7 +207,7 @@ def test_other_destinations_are_refused(photos, tmp_path):
 
 def test_full_disk_ends_in_a_sentence_and_can_be_continued(photos, tmp_path):
     code = (
-        "import resource, sys; from zoo.data.images.prepare import prepare; "
+        "import resource, sys; from zoo.data.prepare import prepare; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY)); "
         "prepare(sys.argv[1], sys.argv[2], size=8, shard_examples=5, progress=False)"
     )

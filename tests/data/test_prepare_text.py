@@ -14,12 +14,12 @@ from mistakes import told
 from PIL import Image
 from texts import files, prose, spec
 
+from zoo.data import documents
+from zoo.data.documents import pieces
 from zoo.data.images import Images
 from zoo.data.images.latents import Latents
-from zoo.data.images.prepare import prepare
-from zoo.data.text import documents
+from zoo.data.prepare import prepare
 from zoo.data.text import vocabulary as vocabularies
-from zoo.data.text.documents import pieces
 from zoo.data.text.prepare import prepare_text
 from zoo.data.text.tokens import Text
 
@@ -92,7 +92,7 @@ def test_a_killed_run_looks_unfinished_and_ends_with_the_same_bytes(library, tmp
     prepare_text(str(library), str(whole_set), str(hf), keep=500, progress=False)
     code = KILL.replace(
         "note, left",
-        "module.documents_of.__globals__; from zoo.data.text import documents; documents.PIECE = 200\nnote, left",
+        "module.documents_of.__globals__; from zoo.data import documents; documents.PIECE = 200\nnote, left",
     )
     found = subprocess.run([sys.executable, "-c", code, str(library), str(killed), "4", str(hf)], check=False)
     assert found.returncode == -signal.SIGKILL

@@ -18,10 +18,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from zoo.data.documents import pieces
 from zoo.data.images import BadImage
 from zoo.data.images.sources import open_source
 from zoo.data.series import Series
-from zoo.data.text.documents import pieces
 from zoo.errors import UserError
 
 hypothesis = pytest.importorskip("hypothesis")

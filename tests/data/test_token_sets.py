@@ -17,11 +17,12 @@ import pytest
 from mistakes import told
 from texts import files, prose, spec, whole
 
+from zoo.data import documents
+from zoo.data.documents import cuts, list_texts, pieces
 from zoo.data.images import Digits
 from zoo.data.pipeline import batches, epoch
-from zoo.data.text import documents, tokens
+from zoo.data.text import tokens
 from zoo.data.text import vocabulary as vocabularies
-from zoo.data.text.documents import cuts, list_texts, pieces
 from zoo.data.text.prepare import prepare_text
 from zoo.data.text.tokens import Docstrings, Text, check_vocabulary
 from zoo.data.text.vocabulary import normalise, open_vocabulary

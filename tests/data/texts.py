@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from zoo.data.text import documents
+from zoo.data import documents
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "a", "dog", "ran", "to", "1", "red", "house,", "slept.", ""]
 

@@ -22,16 +22,16 @@ from tqdm import tqdm
 
 from zoo.commands.arguments import takes
 from zoo.data.arrays import open_npz
+from zoo.data.documents import is_plain, list_texts, pieces
 from zoo.data.folders import existing, some, walk
 from zoo.data.images import SUFFIXES, BadImage
 from zoo.data.images.latents import LatentInfo, Latents
-from zoo.data.images.prepare import picture
 from zoo.data.images.sources import Items, open_source
+from zoo.data.prepare import picture
 from zoo.data.records import Info, format_of, is_prepared, read_info
 from zoo.data.series import SUFFIXES as RECORDINGS
 from zoo.data.series import Series
 from zoo.data.text import vocabulary as vocabularies
-from zoo.data.text.documents import is_plain, list_texts, pieces
 from zoo.data.text.tokens import Text, TokenInfo
 from zoo.errors import UserError
 from zoo.files import sha256, sha256_of_file

@@ -14,7 +14,7 @@ import numpy as np
 
 from zoo import config, dist, models, weights
 from zoo.data.images.latents import encode_set
-from zoo.data.images.prepare import Report
+from zoo.data.prepare import Report
 from zoo.encoders import text as text_encoder
 from zoo.encoders import vae as autoencoder
 from zoo.encoders.tokenizer import NAME, digest, held

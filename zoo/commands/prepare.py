@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -44,7 +45,7 @@ class Images(_Pictures):
 
     def make(self, source: str, dest: str, args: argparse.Namespace) -> Any:
         """Write the set."""
-        from zoo.data.images.prepare import prepare
+        from zoo.data.prepare import prepare
 
         return prepare(source, dest, **asdict(self))
 
@@ -149,16 +150,16 @@ def run(args: argparse.Namespace) -> int:
     return 0 if getattr(report, "ok", True) else 1
 
 
-# --- the spelling of versions before --------------------------------------------------------------
+# --- the spelling of versions before, which works for one more ------------------------------------
 
 _SWITCHES = ("allow_unreadable", "aspects", "convert", "features", "flip")
 _NAMES = {"encode": "latents", "statistics": "statistics", "text": "text"}  # flags that chose what was made
 
 
-def check_words(given: Sequence[str]) -> None:
-    """UserError with the new command line for `zoo prepare SOURCE DEST --flag ...`."""
+def modern(given: Sequence[str]) -> list[str]:
+    """The words as they are written now; those of `zoo prepare SOURCE DEST --flag ...` with a note of the new command line."""
     if {*given[:1]} & {*KINDS, "-h", "--help"} or not (len(given) == 2 or any(w.startswith("--") for w in given)):
-        return
+        return list(given)
     kind, places, fields, rest = "images", [], [], iter(given)
     for word in rest:
         flag, equals, value = word.partition("=")
@@ -175,5 +176,6 @@ def check_words(given: Sequence[str]) -> None:
             new = {"encode": "", "text": "tokenizer=", "statistics": "features=", "allow": "--allow="}
             fields.append(f"{new.get(name, f'{name}=')}{value}")
     kept = [field for field in fields if field[0] == "-" or field.partition("=")[0] in kinds(KINDS[kind])]
-    command = shlex.join(["zoo", "prepare", kind, *places, *kept])
-    raise UserError(f"what is made comes first, and fields in the place of flags; write {command}")
+    new_words = [kind, *places, *kept]
+    warnings.warn(f"written {shlex.join(['zoo', 'prepare', *new_words])} now; the older way will go", stacklevel=2)
+    return new_words

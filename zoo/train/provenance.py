@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from zoo import config, models, paths, weights
+from zoo.data.documents import SPLITS as TEXT_SPLITS
 from zoo.data.folders import SPLITS, some, tell
 from zoo.data.pipeline import Data, named
-from zoo.data.text.documents import SPLITS as TEXT_SPLITS
 from zoo.data.text.vocabulary import Vocabulary, open_vocabulary
 from zoo.encoders import tokenizer
 from zoo.errors import UserError

@@ -29,8 +29,8 @@ from zoo.data import pipeline
 from zoo.data.folders import SPLITS, existing
 from zoo.data.images import BadImage, check_split, fit, to_array, upright_size
 from zoo.data.images.captions import ASPECTS, bucket, nearest, template
-from zoo.data.images.prepare import Report, picture, places
 from zoo.data.images.sources import Items, Source, open_source
+from zoo.data.prepare import Report, picture, places
 from zoo.data.records import AGAIN, Lost, Settings, Shard, Writer, entering, open_shards, read_info, writing
 from zoo.errors import UserError, suggest
 from zoo.fields import NotEmpty, check_fields

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from zoo.data.documents import is_text
 from zoo.data.images import BadImage
-from zoo.data.text.documents import is_text
 from zoo.errors import UserError, suggest
 from zoo.files import first_line
 

@@ -1,1 +1,1 @@
-"""Texts: documents of files, tokens and their vocabulary, pairs with rewards, sets made by `zoo prepare`."""
+"""Texts: tokens and their vocabulary, pairs with rewards, sets made by `zoo prepare`."""

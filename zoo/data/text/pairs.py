@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from zoo.data.documents import SPLITS, check_fractions, cuts, is_plain, list_texts, rows
 from zoo.data.folders import existing
 from zoo.data.pipeline import Around, Data, Example, Source
 from zoo.data.text import vocabulary as vocabularies
-from zoo.data.text.documents import SPLITS, check_fractions, cuts, is_plain, list_texts, rows
 from zoo.data.text.tokens import check_split
 from zoo.data.text.vocabulary import Vocabulary
 from zoo.errors import UserError

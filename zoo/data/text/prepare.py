@@ -20,11 +20,11 @@ import numpy as np
 from tqdm import tqdm
 
 from zoo import files
+from zoo.data.documents import PACKED, SPLITS, check_fractions, cuts, list_texts
 from zoo.data.folders import file_size, hashed
-from zoo.data.images.prepare import places
+from zoo.data.prepare import places
 from zoo.data.records import AGAIN, INFO, PROGRESS, entering, is_prepared, mending, noted, read_info, same
 from zoo.data.text import vocabulary as vocabularies
-from zoo.data.text.documents import PACKED, SPLITS, check_fractions, cuts, list_texts
 from zoo.data.text.tokens import (
     TokenFile,
     TokenInfo,

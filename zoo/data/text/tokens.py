@@ -22,11 +22,11 @@ import jax
 import msgspec
 import numpy as np
 
+from zoo.data.documents import SPLITS, check_fractions, cuts, list_texts, pieces
 from zoo.data.folders import existing
 from zoo.data.pipeline import Data, Source
 from zoo.data.records import AGAIN, is_prepared, read_info
 from zoo.data.text import vocabulary as vocabularies
-from zoo.data.text.documents import SPLITS, check_fractions, cuts, list_texts, pieces
 from zoo.data.text.vocabulary import Vocabulary, normalise
 from zoo.errors import UserError
 from zoo.fields import Below1, NotEmpty, check_fields
