@@ -41,7 +41,9 @@ MAY = {
     "papers.metrics": {"papers", "metrics", "data", "dist", "hosts", "cameras"},  # a paper's own, in zoo/papers/PAPER/metrics.py
     "metrics": {"encoders", "flows", "diffusion", "data", "dist", "hosts", "weights"},
     "train.optim": set(),
-    "train.report": {"paths", "train.tracking"},
+    "train.curve": set(),
+    "train.pictures": {"paths"},
+    "train.report": {"paths", "train.curve", "train.pictures", "train.tracking"},
     "train.averages": set(),
     "train.step": {"draws", "dist", "weights", "train.averages"},
     "train.tracking": set(),
@@ -49,19 +51,27 @@ MAY = {
     "run": {"dist", "data", "train.averages", "train.optim"},
     "models": {
         "config", "dist", "data", "draws", "encoders", "paths", "run", "weights",
-        "train.averages", "train.optim", "train.step", "train.checkpoint", "train.report",
+        "train.averages", "train.optim", "train.step", "train.checkpoint", "train.pictures",
     },
     "derived": {"config", "data", "dist", "models", "paths", "weights"},
     "train.provenance": {"config", "data", "encoders", "models", "paths", "run", "weights"},
+    "train.profile": {"run", "train.report"},
+    "train.checks": {"data", "run", "weights", "train.step", "train.tracking"},
+    "train.folder": {"config", "hosts", "models", "paths", "run", "train.checkpoint", "train.provenance", "train.step"},
+    "train.begin": {
+        "hosts", "models", "run", "weights", "train.averages", "train.folder", "train.provenance", "train.step",
+    },
+    "train.watch": {
+        "data", "draws", "hosts", "models", "run", "train.averages", "train.pictures", "train.provenance", "train.report", "train.step",
+    },
     "train.loop": {
-        "config", "dist", "data", "draws", "hosts", "models", "paths", "run", "weights",
-        "train.averages", "train.optim", "train.checkpoint", "train.report", "train.step", "train.tracking",
-        "train.provenance",
+        "config", "dist", "data", "hosts", "paths", "run", "train.begin", "train.checks", "train.folder", "train.optim",
+        "train.profile", "train.provenance", "train.report", "train.step", "train.watch",
     },
     "commands": {
         "cameras", "config", "dist", "data", "diffusion", "draws", "encoders", "flows", "hosts", "models", "paths", "run", "weights",
         "metrics",
-        "train.optim", "train.report", "train.step",
+        "train.optim", "train.pictures", "train.report", "train.step",
     },
     "cli": {
         "config", "dist", "data", "draws", "hosts", "metrics", "models", "paths", "run", "commands", "process", "train.loop",

@@ -29,7 +29,7 @@ from zoo.errors import UserError
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
 from zoo.train.checkpoint import Checkpoints
-from zoo.train.loop import claim_folder
+from zoo.train.folder import claim_folder
 from zoo.train.report import Report, read_metrics
 
 TASK = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8)

@@ -27,7 +27,7 @@ from zoo.papers.starflow import StarFlow
 from zoo.papers.typescore.extractors import Extraction, Oracle
 from zoo.run import Run, Samples
 from zoo.task import About
-from zoo.train import loop
+from zoo.train import checks, watch
 from zoo.train.report import Report
 from zoo.weights.export import _EXPORT
 
@@ -346,7 +346,7 @@ def test_sheets_show_captions_of_the_held_out_part():
         report = SimpleNamespace(
             away=contextlib.nullcontext, curve=lambda: None, sheet=lambda _, *of, drawn=drawn, **__: drawn.extend(of)
         )
-        loop._Watch(run, report, ()).look(1, SimpleNamespace(params={}, ema={}))
+        watch.Watch(run, report, ()).look(1, SimpleNamespace(params={}, ema={}))
         tokens = [run.source("test")[i]["tokens"] for i in (0, 1, 2, 0)]
         np.testing.assert_array_equal(drawn[0][:, 0, :, 0], tokens)
         assert drawn[1] == ([text8().decode(ids).rstrip() for ids in tokens] if spelled else None)
@@ -400,10 +400,10 @@ def test_a_run_is_measured_by_typescore_while_it_trains_and_after(capsys, root, 
 
     monkeypatch.setattr(Oracle, "extract", extract)
     run = config.load("prompted.py:run")
-    loop._check_looks(run)
+    checks.check_looks(run)
     params = {**random(TASK, 0), "vae": random(VAE, 1), "text": random(TEXT, 2)}
     with Report(root / "typed", total=1, start=0, batch=8, quiet=True) as report:
-        (measured,) = loop._Watch(run, report, ()).look(1, SimpleNamespace(params=params, ema={}))
+        (measured,) = watch.Watch(run, report, ()).look(1, SimpleNamespace(params=params, ema={}))
     (found,) = [json.loads(line) for line in (root / "typed" / "metrics.jsonl").read_text().splitlines()]
     assert measured["typescore"] == found["typescore"]
     assert found["typescore"] == pytest.approx(75)

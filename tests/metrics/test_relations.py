@@ -20,7 +20,7 @@ from zoo.errors import UserError
 from zoo.papers.part.metrics import Relations, in_pixels, spearman
 from zoo.run import Run
 from zoo.task import About, Metric
-from zoo.train import loop
+from zoo.train import watch
 from zoo.train.report import Report, read_metrics
 
 RNG = jax.random.key(0)
@@ -236,7 +236,7 @@ class Draws(Metric):
 def test_a_run_saves_pictures_and_keeps_them_out_of_its_records(tmp_path: Any) -> None:
     run = Run(Exact(), Digits(), batch=8, steps=800, evals=(Draws(), Draws(split="train")))
     with Report(tmp_path, start=0, total=800, batch=8, quiet=True) as report:
-        found = loop._Watch(run, report, ()).look(800, SimpleNamespace(params={}, ema={}))
+        found = watch.Watch(run, report, ()).look(800, SimpleNamespace(params={}, ema={}))
     assert found == [{"figure": 1.5, "split": "test"}, {"figure": 1.5, "split": "train"}]
     assert [set(r) & {"figure", "pictures"} for r in read_metrics(tmp_path / "metrics.jsonl")] == [{"figure"}] * 2
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [

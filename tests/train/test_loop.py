@@ -270,7 +270,7 @@ def test_ctrl_c_saves_and_the_same_run_goes_on_to_the_same_end(
     assert steps_of(tmp_path / "run") == ["3"]
     assert signal.getsignal(signal.SIGINT) is before
     chex.assert_trees_all_equal(plain(go(tmp_path / "run")), finished[1])
-    stop = loop._Stop()
+    stop = loop.Stop()
     stop.interrupt()
     stop.interrupt()  # a shell and a launcher both pass it on
     assert (stop.asked, stop.again) == (True, False)

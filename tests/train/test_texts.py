@@ -16,7 +16,7 @@ from zoo.data.text.vocabulary import characters, open_vocabulary, text8
 from zoo.errors import UserError
 from zoo.metrics.text import Generation, LatentPasses, TextBound
 from zoo.run import Run, Samples
-from zoo.train import loop, report
+from zoo.train import curve, watch
 from zoo.train.loop import train
 from zoo.train.optim import AdamW
 from zoo.train.provenance import check_vocabularies
@@ -90,9 +90,9 @@ def test_metrics_of_one_kind_have_a_record_and_a_line_each(
 
 def test_names_of_metrics() -> None:
     plain, valid, other = TextBound(), TextBound(split="valid"), Generation()
-    assert loop._told_apart((plain, other)) == ["", ""]
-    assert loop._told_apart((valid, plain, other)) == ["valid", "test", ""]
-    assert loop._told_apart((plain, valid, TextBound(draws=4))) == ["evals.0", "valid", "evals.2"]
+    assert watch.told_apart((plain, other)) == ["", ""]
+    assert watch.told_apart((valid, plain, other)) == ["valid", "test", ""]
+    assert watch.told_apart((plain, valid, TextBound(draws=4))) == ["evals.0", "valid", "evals.2"]
 
 
 def test_of_two_metrics_of_one_split_none_is_lost(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_the_curve_shows_held_out_bits_of_either_kind(
     plot = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (drawn.append((a, k)), plot(self, *a, **k))[1])
     records = [{"step": k, "loss": 3.0, "bits": 4.0} for k in (1, 2)] + [{"step": 2, key: 3.5}]
-    assert report._curve(records, "run", per) is not None
+    assert curve.draw(records, "run", per) is not None
     assert labels == [f"bits per {per}"] * 2
     assert drawn[1][1]["label"] == "held-out bits (last: 3.500)"
 
