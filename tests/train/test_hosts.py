@@ -16,17 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import numpy as np
+import processes
 import pytest
 
-from zoo import config, dist, hosts
+from zoo import hosts
 from zoo.errors import UserError
-from zoo.train import optim
-from zoo.train.checkpoint import Checkpoints
-from zoo.train.report import read_metrics
-from zoo.train.step import State, abstract_state
-from zoo.weights.layout import named_leaves
 
 CONFIG = '''
 """A small flow on real digits that come slowly, split over two axes of a mesh."""
@@ -166,72 +163,43 @@ class Cluster:
             time.sleep(0.02)
 
 
-class Runs:
-    """A folder of runs of one config."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.clusters = root, []
-        (root / "config.py").write_text(CONFIG)
+class Runs(processes.Runs):
+    """Several processes train each of them."""
 
     def start(self, name: str, count: int, *fields: str, each: Sequence[str] = (), **environ: Any) -> Cluster:
         own = [[*fields, *([each[i]] if each else [])] for i in range(count)]
-        self.clusters.append(Cluster(self.root, name, count, own, **environ))
-        return self.clusters[-1]
+        cluster = Cluster(self.root, name, count, own, **environ)
+        self.children += cluster.processes
+        return cluster
 
     def finish(self, name: str, count: int, *fields: str) -> Cluster:
         cluster = self.start(name, count, *fields)
         assert cluster.codes() == [0] * count, [cluster.said(i)[-2000:] for i in range(count)]
         return cluster
 
-    def folder(self, name: str) -> Path:
-        return self.root / "runs" / name
-
-    def reached(self, name: str) -> int:
-        return max((r["step"] for r in read_metrics(self.folder(name) / "metrics.jsonl")), default=0)
-
-    def saved(self, name: str) -> list[int]:
-        return Checkpoints(self.folder(name), create=False).steps()
-
     def curve(self, name: str) -> np.ndarray:
         """Bits (the loss, but far from zero) and gradient norm of every step, each logged once."""
-        records = read_metrics(self.folder(name) / "metrics.jsonl")
-        train = [r for r in records if "loss" in r]
+        train = [r for r in self.records(name) if "loss" in r]
         assert [r["step"] for r in train] == list(range(1, STEPS + 1))
         return np.array([*(r["bits"] for r in train), *(r["grad_norm"] for r in train)])
 
     def held_out(self, name: str) -> list[float]:
-        return [r["bpd"] for r in read_metrics(self.folder(name) / "metrics.jsonl") if "bpd" in r]
-
-    def state(self, name: str) -> dict[str, np.ndarray]:
-        """Every leaf of the last step's checkpoint."""
-        run = config.load(str(self.root / "config.py"), [])
-        mesh = dist.Mesh(data=1).build(jax.devices()[:1])
-        assert self.saved(name)[-1] == STEPS
-        with dist.use(mesh):
-            abstract = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
-            state = Checkpoints(self.folder(name), create=False).restore(abstract)
-        assert state is not None
-        fields = {k: getattr(state, k) for k in State.__dataclass_fields__}
-        fields["rng"] = jax.random.key_data(state.rng)
-        return {k: np.asarray(v) for k, v in named_leaves(fields).items()}
+        return [r["bpd"] for r in self.records(name) if "bpd" in r]
 
     def assert_same_bits(self, name: str, other: str) -> None:
-        ours, theirs = self.state(name), self.state(other)
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+        chex.assert_trees_all_equal(self.state(name, STEPS), self.state(other, STEPS))
         np.testing.assert_array_equal(self.curve(name), self.curve(other))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     made = Runs(tmp_path_factory.mktemp("hosts"))
+    (made.root / "config.py").write_text(CONFIG)
     made.finish("one", 1)
     made.finish("two", 2)
     yield made
-    for cluster in made.clusters:
-        for process in cluster.processes:
-            process.kill()
+    for process in made.children:
+        process.kill()
 
 
 def test_two_processes_follow_the_curve_of_one(runs: Runs) -> None:
@@ -239,10 +207,7 @@ def test_two_processes_follow_the_curve_of_one(runs: Runs) -> None:
     np.testing.assert_allclose(runs.held_out("two"), runs.held_out("one"), rtol=1e-6)
     sheets = [sorted(p.name for p in (runs.folder(n) / "samples").iterdir()) for n in ("one", "two")]
     assert sheets[0] == sheets[1] != []
-
-
-def test_process_0_speaks_for_all(runs: Runs) -> None:
-    first, second = ((runs.root / f"two.{i}.txt").read_text() for i in range(2))
+    first, second = ((runs.root / f"two.{i}.txt").read_text() for i in range(2))  # process 0 speaks for all
     assert "step 16/16" in first
     assert "step" not in second
     assert len(list((runs.folder("two") / "tensorboard").iterdir())) == 1
@@ -299,6 +264,7 @@ def test_different_configs_are_refused_before_the_first_step(runs: Runs) -> None
     assert not runs.folder("differ").exists()
 
 
+@pytest.mark.slow  # it is told as other configs are
 def test_a_mistake_on_one_host_stops_all(runs: Runs) -> None:
     cluster = runs.start("mistake", 2, without_data=1)
     assert cluster.codes() == [2, 2]
@@ -339,8 +305,7 @@ def test_four_processes(runs: Runs) -> None:
         name = f"from4to{count}"
         runs.finish(name, 4, "steps=8")
         runs.finish(name, count)
-        bits = [r["bits"] for r in read_metrics(runs.folder(name) / "metrics.jsonl") if "loss" in r]
-        np.testing.assert_allclose(bits, runs.curve("one")[:STEPS], rtol=1e-6)
+        np.testing.assert_allclose(runs.curve(name)[:STEPS], runs.curve("one")[:STEPS], rtol=1e-6)
     cluster = runs.start("killed4", 4, pause=0.03)
     cluster.until(lambda: runs.reached("killed4") >= 6 and bool(runs.saved("killed4")))
     cluster.processes[2].kill()

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mistakes import told
+from processes import contents
+from processes import leaves as plain
 
 from zoo import config, dist, models, weights
 from zoo.data import synthetic
@@ -34,7 +36,6 @@ from zoo.train.loop import Diverged, train
 from zoo.train.optim import AdamW
 from zoo.train.report import Report, read_metrics
 from zoo.train.step import State
-from zoo.weights.layout import named_leaves
 
 
 @dataclass(frozen=True)
@@ -154,16 +155,6 @@ def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def go(folder: Path | None, **fields: Any) -> State:
     run = dataclasses.replace(RUN, workdir=str(folder) if folder else None, **fields)
     return train(run, quiet=True)[0]
-
-
-def plain(state: State) -> dict[str, np.ndarray]:
-    fields = {k: getattr(state, k) for k in State.__dataclass_fields__}
-    fields["rng"] = jax.random.key_data(state.rng)
-    return {name: np.asarray(leaf) for name, leaf in named_leaves(fields).items()}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def steps_of(folder: Path) -> list[str]:

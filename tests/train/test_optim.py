@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from mistakes import told
 
-from zoo.errors import UserError
 from zoo.train import optim
 from zoo.train.optim import AdamW
 
@@ -66,18 +66,6 @@ def test_schedules_without_a_warm_up_or_without_an_end() -> None:
     np.testing.assert_allclose([float(constant(n)) for n in (0, 1, 2, 3, 10, 99)], [0.1, 0.55, 1, 1, 1, 1], rtol=1e-6)
     # all of a run spent on warming up divides by no zero
     np.testing.assert_allclose(AdamW(lr=1.0, final_lr=0.5, warmup=4).learning_rate(4)(4), 1.0)
-
-
-def test_the_first_step_goes_at_the_final_rate() -> None:
-    """The rate is that of the 0-based step: Adam's first update is the rate itself, whatever the gradient."""
-    params = {"kernel": jnp.ones(3)}
-    optimizer = AdamW(lr=1.0, final_lr=0.25, warmup=4, weight_decay=0.0).build(100)
-    state = optimizer.init(params)
-    grads = {"kernel": jnp.array([3.0, -2.0, 1e-2])}
-    first, state = optimizer.update(grads, state, params)
-    np.testing.assert_allclose(first["kernel"], [-0.25, 0.25, -0.25], rtol=1e-5)
-    second, _ = optimizer.update(grads, state, params)
-    np.testing.assert_allclose(second["kernel"], [-0.4375, 0.4375, -0.4375], rtol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------- decay and clipping
@@ -136,10 +124,7 @@ def test_a_dict_of_optimisers_equals_as_many_separate_ones() -> None:
     assert not np.allclose(together["head"]["kernel"], joint["head"]["kernel"])
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [({"net": AdamW()}, r"no entry for .*'head'"), ({k: AdamW() for k in ("net", "head", "hat")}, r"names \['hat'\]")],
-)
-def test_a_dict_of_optimisers_names_exactly_the_trained_parts(given: dict[str, AdamW], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        optim.build(given, 10).init(PARAMS)
+def test_a_dict_of_optimisers_names_exactly_the_trained_parts() -> None:
+    for names, words in ((["net"], "no entry for the parameters ['head']"), (["net", "head", "hat"], "names ['hat']")):
+        with told(words):
+            optim.build({name: AdamW() for name in names}, 10).init(PARAMS)

@@ -92,7 +92,7 @@ def png(image: Image.Image, metadata: Mapping[str, str] | None) -> bytes:
     return buffer.getvalue()
 
 
-def savepng(path: Folder | str, image: Any, metadata: Mapping[str, str] | None = None) -> None:
+def save_png(path: Folder | str, image: Any, metadata: Mapping[str, str] | None = None) -> None:
     """Writes one picture, an `Image` or an array [H, W, C] in [-1, 1], whole or not at all.
 
     `metadata` (seed, guidance, ...) goes into the file's text chunks: `Image.open(path).text` gives it back. The file
