@@ -167,18 +167,6 @@ def test_a_block_that_changes_nothing_needs_nothing(monkeypatch: pytest.MonkeyPa
     assert [b["crm"] for b in metric(TAR, none, DATA, RNG)["blocks"]] == [0, 0]  # as in a model that is not trained
 
 
-def test_a_guess_that_overflows_is_infinitely_bad(monkeypatch: pytest.MonkeyPatch) -> None:
-    starts = []
-    monkeypatch.setattr(Convergence, "_strategy", lambda *inputs: starts.append(inputs[-1]))
-    params = randomised(TAR)
-    bias = params["block1"]["out"]["bias"].at[: TAR.dims].set(-60.0)  # of the log-scale: v is u times exp(60)
-    steep = {**params, "block1": {**params["block1"], "out": {**params["block1"]["out"], "bias": bias}}}
-    _, block = Convergence(samples=4)(TAR, steep, DATA, RNG)["blocks"]
-    assert block["igm_v"] is None  # JSON has no infinity
-    assert np.isfinite(block["igm_zeros"])
-    assert starts[0][1] == "zeros"
-
-
 def test_there_is_a_strategy_for_each_batch_size(found: dict[str, Any]) -> None:
     assert [(s["batch"], s["devices"]) for s in found["strategies"]] == [(1, 1), (4, 2)]
     starts = ["v" if b["igm_v"] <= b["igm_zeros"] else "zeros" for b in found["blocks"]]
@@ -248,22 +236,6 @@ def test_sweeps_are_chosen_where_they_are_clearly_faster(
     assert found["blocks"][0]["modules_3_ms"] == pytest.approx(1e3 * seconds[2])
 
 
-def test_calls_take_turns_and_their_medians_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, order = [0.0], []
-
-    def call(name: str, seconds: list[float]) -> Any:
-        def run() -> None:
-            order.append(name)
-            clock[0] += seconds.pop(0)
-
-        return run
-
-    monkeypatch.setattr(convergence.time, "perf_counter", lambda: clock[0])
-    found = convergence._medians([call("a", [9.0, 2.0, 1.0]), call("b", [5.0, 5.0, 50.0])], 3)
-    assert found == [2.0, 5.0]
-    assert "".join(order) == "ababab"
-
-
 @dataclass(frozen=True)
 class Nothing(Synthetic):
     """A split without examples."""
@@ -277,7 +249,3 @@ class Nothing(Synthetic):
 def test_a_split_without_examples_is_said() -> None:
     with pytest.raises(UserError, match=r"split='valid' of the metric convergence has no examples; choose another"):
         Convergence(split="valid")(TAR, randomised(TAR), Nothing(), RNG)
-
-
-def test_the_batch_that_cores_share_is_the_largest() -> None:
-    assert Convergence(batches=(1, 16, 4)).shares == 16
