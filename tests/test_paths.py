@@ -246,6 +246,17 @@ def test_metrics_alone_are_sent_every_half_minute(monkeypatch: pytest.MonkeyPatc
         assert there()["metrics.jsonl"].count(b"\n") == 2
 
 
+def test_event_files_in_a_bucket_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.train.report._EVENTS", 2000)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
+    with Report(HOME, total=9, start=0, batch=1, quiet=True) as report:
+        for step in range(1, 4):
+            report.picture("samples", noise, step=step)
+    events = [data for name, data in sorted(there().items()) if name.startswith("tensorboard/")]
+    assert len(events) == 4
+    assert b"".join(events).count(b"samples") >= 3
+
+
 def test_an_upload_that_fails_is_told_once_and_made_up_for(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "zoo"), Report(HOME, total=9, start=0, batch=1, quiet=True) as report:
         Bucket.away = True

@@ -55,7 +55,7 @@ class Case:
         streams = [params["tokens"]["table"][tokens]]
         for depth in range(1, task.depth + 1):
             part, some = first_layers(task, params, depth)
-            last, stream = text._net(part).apply({"params": some}, tokens, mask)
+            last, stream = text.TextNet(part).apply({"params": some}, tokens, mask)
             streams.append(stream)
         return {
             "hidden_states": jnp.stack([*streams[:-1], last]),

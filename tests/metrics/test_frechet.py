@@ -294,10 +294,10 @@ def test_a_model_of_latents_is_compared_with_the_images_of_path_by_held_out_capt
 
 
 def test_data_without_such_images_are_refused() -> None:
-    with told("images of [8, 8, 1]", "the data of the run gives latent, tokens,", "in its train split; set path to"):
+    with told("images of [8, 8, 1]", "data=Captioned gives latent, tokens,", "in its train split; set path to"):
         PIXELS(Decoded(), first(12), Captioned(), RNG)
     large = {"image": jnp.zeros((12, 16, 16, 1))}
-    with told("images of [16, 16, 1]", "path=Digits() gives images of [8, 8, 1], label"):
+    with told("images of [16, 16, 1]", "path=Digits gives images of [8, 8, 1], label"):
         replace(PIXELS, path=Digits())(Decoded(), large, Captioned(), RNG)
     with told("has no test examples"):
         replace(PIXELS, path=Digits())(Decoded(), first(12), _Untested(), RNG)
