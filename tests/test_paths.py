@@ -380,3 +380,8 @@ def test_an_export_in_a_bucket_is_opened_and_sampled_there(tmp_path: Path) -> No
     put("gs://bucket/drawn/settings.json", b"{")
     with told("settings.json cannot be read"):
         draw(2)
+
+
+def test_exports_are_not_written_to_a_bucket(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "tarflow-digits", "gs://bucket/out"]) == 2
+    assert "gs://bucket/out: exports are written here" in capsys.readouterr().err

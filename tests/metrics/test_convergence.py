@@ -167,6 +167,18 @@ def test_a_block_that_changes_nothing_needs_nothing(monkeypatch: pytest.MonkeyPa
     assert [b["crm"] for b in metric(TAR, none, DATA, RNG)["blocks"]] == [0, 0]  # as in a model that is not trained
 
 
+def test_a_guess_that_overflows_is_infinitely_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+    monkeypatch.setattr(Convergence, "_strategy", lambda *inputs: starts.append(inputs[-1]))
+    params = randomised(TAR)
+    bias = params["block1"]["out"]["bias"].at[: TAR.dims].set(-60.0)  # of the log-scale: v is u times exp(60)
+    steep = {**params, "block1": {**params["block1"], "out": {**params["block1"]["out"], "bias": bias}}}
+    _, block = Convergence(samples=4)(TAR, steep, DATA, RNG)["blocks"]
+    assert block["igm_v"] is None  # JSON has no infinity
+    assert np.isfinite(block["igm_zeros"])
+    assert starts[0][1] == "zeros"
+
+
 def test_there_is_a_strategy_for_each_batch_size(found: dict[str, Any]) -> None:
     assert [(s["batch"], s["devices"]) for s in found["strategies"]] == [(1, 1), (4, 2)]
     starts = ["v" if b["igm_v"] <= b["igm_zeros"] else "zeros" for b in found["blocks"]]

@@ -155,6 +155,31 @@ def test_all_solvers_of_so_many_calls_are_one_program_and_classes_guide() -> Non
     assert all(np.isfinite([row["error"][0] for row in found["solvers"][:4]]))
 
 
+@dataclass(frozen=True)
+class InOrder(Drawn):
+    """The second half is of class 1."""
+
+    def source(self, split: str, spec: Any = None) -> Any:
+        return Listed(sorted(super().source(split, spec), key=lambda row: int(row["label"])))
+
+
+def test_a_part_of_data_in_the_order_of_its_classes_is_of_all_classes() -> None:
+    wrong = Denoising(sigmas=(5.0,), limit=100, batch=50)(Cloud(), {}, InOrder(2), RNG)  # knows one class
+    assert wrong["denoising"] > 1.5
+
+
+def test_samples_that_are_lost_and_levels_one_by_one_have_a_table_too() -> None:
+    found = Solvers((Euler(),), (4,), levels=Levels(given=(80.0, 10.0, 1.0, 0.01)), samples=8, batch=8)(
+        Cloud(), {}, Drawn(), RNG
+    )
+    assert 0 < found["solvers"][0]["error"][0] < 1
+    lost = Solvers((Euler(),), (4,), samples=8, batch=8)(Cloud(wrong="middle"), {}, Drawn(), RNG)
+    assert lost["solvers"][0] == {
+        "solver": "euler",
+        **{k: [None] for k in ("error", "error_std", "frechet", "frechet_std")},
+    } | {k: lost["solvers"][0][k] for k in ("open", "open_std")}
+
+
 def test_what_is_no_denoiser_for_a_metric_is_told() -> None:
     def solvers(task: Any = Cloud(), **fields: Any) -> None:
         Solvers((Heun(),), **{"nfe": (3,), "samples": 4, "batch": 4, **fields})(task, {}, Drawn(), RNG)

@@ -247,6 +247,20 @@ def test_bayes_accuracy_of_a_nearest_mean_classifier() -> None:
     assert (found["accuracy_images"], found["accuracy_draws"], found["accuracy_split"]) == (297, 1, "test")
 
 
+def test_a_class_that_overflows_is_not_chosen() -> None:
+    means = templates()
+    means[3] = np.nan
+    found = BayesAccuracy(batch=64)(Nearest(), {"mean": jnp.asarray(means)}, Digits(), RNG)
+    assert found["accuracy"] > 0.7
+
+
+def test_dequantised_models_average_draws() -> None:
+    task = Nearest(noise=0.01, uniform=True)
+    found = BayesAccuracy(batch=64, limit=64, draws=2)(task, {"mean": jnp.asarray(templates())}, Digits(), RNG)
+    assert found["accuracy"] > 0.8
+    assert found["accuracy_draws"] == 2
+
+
 @pytest.mark.devices8
 def test_eight_devices_measure_what_one_does() -> None:
     task = TarFlow(image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8)

@@ -179,6 +179,8 @@ def test_tokens_that_tell_the_place_localise_and_noise_does_not() -> None:
     assert found["localise_r2"] == pytest.approx((found["localise_r2_dx"] + found["localise_r2_dy"]) / 2)
     assert abs(found["localise_r2_random"]) < 0.1  # gain 0
     assert (found["localise_train"], found["localise_test"], found["localise_pairs"]) == (60, 30, 8)
+    series = Localise(train=20, test=20, batch=20)(Toy(axes=1), PARAMS, Rows(), RNG)  # they have one axis
+    assert series["localise_r2_dt"] == series["localise_r2"] == pytest.approx(1, abs=0.01)
     noise = Localise(train=60, test=30, pairs=8, batch=32)(Toy("noise"), PARAMS, Rows(label=False), RNG)
     assert noise["localise_r2"] < 0.1
 

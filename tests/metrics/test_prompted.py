@@ -111,6 +111,21 @@ def test_images_that_are_not_finite_are_counted_and_not_scored():
     assert list(scorer.seen[0]) == ["good"]
 
 
+def test_captions_name_the_aspect_ratio_where_they_did_in_training():
+    texts = []
+
+    def noted(some, length):
+        texts.extend(some)
+        return np.zeros((len(some), length), np.int32), None
+
+    for grid, words in ((None, "1:1"), ((2, 4), "16:9")):
+        texts.clear()
+        options = {} if grid is None else {"grid": grid}
+        metric = Prompted(Notes({"a": "x"}), options=options)
+        metric(Draws(template="aspect"), {"shift": jnp.zeros(())}, None, jax.random.key(0), encode=noted)
+        assert texts == [f"\n in a {words} aspect ratio.\n", f"x\n in a {words} aspect ratio.\n"]
+
+
 def test_prompts_of_letters_need_no_tokeniser_and_are_checked_beforehand(tmp_path):
     """By the vocabulary of the data, before which comes the one beside the model."""
     task, scorer = Draws(given=("tokens",), letters=27), Notes({"a": "B", "b": "zoo"})

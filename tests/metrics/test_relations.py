@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from mistakes import told
 from PIL import Image
+from unigram import Listed
 
 from zoo import cli, models
 from zoo.commands.sample import save_pictures
 from zoo.data.images import Digits
+from zoo.data.pipeline import Data
 from zoo.papers.part.metrics import Relations, in_pixels, spearman
 from zoo.run import Run
 from zoo.task import About, Metric
@@ -27,20 +29,27 @@ SMALL = {"test": 40, "batch": 16, "images": 4}
 
 @dataclass(frozen=True)
 class Exact:
-    """Boxes in images 8x8x1, and relations that are the true ones, or at `noise` 1 nothing but noise.
+    """Boxes in images 8x8x1 (or series of 32), and relations that are the true ones, or at `noise` 1 nothing but noise.
 
     So is the layout.
     """
 
     noise: float = 0.0
+    series: bool = False
     patches: int = 9
     blank: bool = False
 
-    about = About()
-    relation_names = ("dx", "dy", "dw", "dh")
+    @property
+    def about(self) -> About:
+        return About(unit="series" if self.series else "images")
+
+    @property
+    def relation_names(self) -> tuple[str, ...]:
+        return ("dt", "dw") if self.series else ("dx", "dy", "dw", "dh")
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"image": jax.ShapeDtypeStruct((batch, 8, 8, 1), jnp.float32)}
+        shape = {"series": (batch, 32, 2)} if self.series else {"image": (batch, 8, 8, 1)}
+        return {key: jax.ShapeDtypeStruct(s, jnp.float32) for key, s in shape.items()}
 
     def init(self, rng: Any) -> Any:
         return {}
@@ -49,9 +58,10 @@ class Exact:
         return jnp.zeros(()), {}
 
     def relations(self, params: Any, batch: Any, rng: Any) -> dict[str, jax.Array]:
-        b, keys = batch["image"].shape[0], jax.random.split(rng, 4)
-        size = jax.random.uniform(keys[0], (b, self.patches, 2), minval=1, maxval=4)
-        start = jax.random.uniform(keys[1], size.shape) * (8 - size)
+        b, a, side = next(iter(batch.values())).shape[0], 1 if self.series else 2, 32.0 if self.series else 8.0
+        keys = jax.random.split(rng, 4)
+        size = jax.random.uniform(keys[0], (b, self.patches, a), minval=side / 8, maxval=side / 2)
+        start = jax.random.uniform(keys[1], size.shape) * (side - size)
         centre = start + size / 2
         reference, target = ((x[:, :, None], x[:, None]) for x in (size, centre))
         reference, target = reference[0], (target[1] - target[0]) / reference[0]
@@ -59,7 +69,8 @@ class Exact:
         wrong = self.noise * jax.random.normal(keys[2], true.shape) * true.std((0, 1, 2))
         # up to scale and shift, which nothing but the true boxes can give back
         rebuilt = centre / 3 - 7 + self.noise * 1e3 * jax.random.normal(keys[3], centre.shape)
-        full = jnp.broadcast_to(jnp.linspace(-1, 1, 16).reshape(4, 4, 1), (b, self.patches, 4, 4, 1))
+        patches = jnp.linspace(-1, 1, 16).reshape(16, 1) if self.series else jnp.linspace(-1, 1, 16).reshape(4, 4, 1)
+        full = jnp.broadcast_to(patches, (b, self.patches, *patches.shape[: 2 - self.series], 2 if self.series else 1))
         inked = jnp.arange(self.patches) < (2 if self.blank else self.patches - 2)
         return {
             "patches": full * inked.reshape(-1, *[1] * (full.ndim - 2)),
@@ -68,6 +79,15 @@ class Exact:
             "true": true,
             "layout": jnp.stack([rebuilt - size / 6, size / 3], -2),
         }
+
+
+@dataclass(frozen=True)
+class Curves(Data):
+    """Noise [32, 2]."""
+
+    def source(self, split: str, spec: Any = None) -> Any:
+        rng = np.random.default_rng(0)
+        return Listed({"series": rng.normal(size=(32, 2)).astype(np.float32)} for _ in range(20))
 
 
 def test_exact_relations_score_one_and_give_the_layout_back() -> None:
@@ -93,6 +113,14 @@ def test_noise_is_no_better_than_a_constant() -> None:
     assert found["mae_dx"] > 0.5 * found["mae_constant_dx"]
     assert abs(found["layout_all"]) < 0.15
     assert "pictures" not in found
+
+
+def test_series_have_their_own_axis_and_picture() -> None:
+    found = Relations(**SMALL, every=3)(Exact(series=True), {}, Curves(), RNG)
+    assert found["r2_dt"] == pytest.approx(1)
+    assert found["images"] == 20  # fewer than asked for
+    assert found["layout_all"] == pytest.approx(1)
+    assert found["pictures"]["layout"].width < 2 * 3 * 320  # series stand in one block
 
 
 def test_blank_patches_are_left_out_and_so_are_images_of_them_alone() -> None:

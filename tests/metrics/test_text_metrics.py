@@ -127,6 +127,13 @@ def test_data_and_options_of_another_kind_are_refused() -> None:
         Generation(options={"temprature": 0.5}).check(Unigram())
 
 
+def test_an_exact_model_says_that_its_bits_are_no_bound() -> None:
+    class Exact(Unigram):
+        about = About(likelihood=Likelihood((8,)), vocabulary=27)
+
+    assert TextBound(batch=8, limit=8)(Exact(), UNIFORM, Windows(), RNG)["bound"] is False
+
+
 # --- drawn texts ----------------------------------------------------------------------------------
 
 
@@ -213,6 +220,13 @@ def test_statistics_of_passes_in_closed_form() -> None:
     assert found["cosine"] == pytest.approx(-1)
     (still,) = pass_statistics(np.zeros((1, 1, 3), int), np.ones((1, 1, 3, 2)))
     assert still["participation"] == 1  # one point
+
+
+def test_the_mean_and_the_spread_are_over_texts() -> None:
+    latents = np.stack([np.full((1, 5, 2), 3.0), np.full((1, 5, 2), 4.0)])
+    (found,) = pass_statistics(np.zeros((2, 1, 5), int), latents)
+    assert found["norm"] == pytest.approx(3.5 * math.sqrt(2))
+    assert found["norm_std"] == pytest.approx(0.5 * math.sqrt(2))
 
 
 def test_passes_of_a_sampler() -> None:

@@ -68,6 +68,18 @@ def test_schedules_without_a_warm_up_or_without_an_end() -> None:
     np.testing.assert_allclose(AdamW(lr=1.0, final_lr=0.5, warmup=4).learning_rate(4)(4), 1.0)
 
 
+def test_the_first_step_goes_at_the_final_rate() -> None:
+    """The rate is that of the 0-based step: Adam's first update is the rate itself, whatever the gradient."""
+    params = {"kernel": jnp.ones(3)}
+    optimizer = AdamW(lr=1.0, final_lr=0.25, warmup=4, weight_decay=0.0).build(100)
+    state = optimizer.init(params)
+    grads = {"kernel": jnp.array([3.0, -2.0, 1e-2])}
+    first, state = optimizer.update(grads, state, params)
+    np.testing.assert_allclose(first["kernel"], [-0.25, 0.25, -0.25], rtol=1e-5)
+    second, _ = optimizer.update(grads, state, params)
+    np.testing.assert_allclose(second["kernel"], [-0.4375, 0.4375, -0.4375], rtol=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------- decay and clipping
 
 
