@@ -214,7 +214,7 @@ def start(environ: Mapping[str, str] | None = None) -> None:
             "hosts, and that every host runs the command"
         ) from error
     # The service's client has no public name. Asking jax itself would make devices, of which the mesh decides the number.
-    joined = multihost_utils.distributed.global_state  # type: ignore[attr-defined]
+    joined = multihost_utils.distributed.global_state
     if (joined.num_processes or 1) > 1:
         _group = _Group(joined.client, joined.process_id, joined.num_processes or 1, timeout)
         _log.info("process %d of %d", _group.index, _group.count)

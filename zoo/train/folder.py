@@ -73,7 +73,8 @@ class RunFolder:
 
     def __init__(self, run: Run, labels: Sequence[str], held: ExitStack) -> None:
         self.path = path = None if run.workdir is None else paths.parse_path(run.workdir)
-        self._plan, self._about = run.checkpoint, {}
+        self._plan = run.checkpoint
+        self._about: Mapping[str, Any] = {}
         self._checkpoints: Checkpoints | None = None
         self._snapshots: Checkpoints | None = None
         self._taken: list[int] = []

@@ -24,7 +24,8 @@ class Profile:
     """
 
     def __init__(self, span: tuple[int, int] | None, run: Run) -> None:
-        self._run, self._report, self._on = run, None, False
+        self._run, self._on = run, False
+        self._report: Report | None = None
         self._first, self._last = span or (0, 0)
         if span is None:
             return

@@ -45,7 +45,8 @@ class Tracker:
     def __init__(
         self, project: str, config: Mapping[str, Any], *, name: str, file: Path, folder: Path | None = None
     ) -> None:
-        self._wandb, self._run, self.url, self._lost = library(), None, None, False
+        self._wandb, self.url, self._lost = library(), None, False
+        self._run: Any = None
         with files.writing(file, "choose another workdir="):
             if not file.exists():
                 files.write(file, json.dumps({"id": secrets.token_hex(8)}) + "\n")
