@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from zoo import paths
+from zoo import files, paths
 from zoo.errors import UserError
 from zoo.paths import Folder
 from zoo.train.curve import Record, draw, part_of
@@ -70,17 +70,9 @@ def read_metrics(path: Folder | str) -> list[Record]:
 
     The line torn by a killed run, and any other that is no JSON object with a whole-number `step`, is passed over.
     """
-    try:
-        file = paths.parse_path(path)
-        with paths.sentence(file):
-            lines = file.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}; expected a metrics.jsonl; mend its permissions"
-        ) from error
-    records = []
+    file, records = paths.parse_path(path), []
+    with files.reading(path, "mend its permissions"), paths.sentence(file):
+        lines = file.read_bytes().split(b"\n") if file.exists() else []
     for line in lines:
         try:
             record = json.loads(line)
@@ -101,14 +93,6 @@ def _identity(record: Record) -> tuple[int, str, str]:
     if "loss" in record:
         return record["step"], "train", ""
     return record["step"], " ".join(sorted(record.keys() - {"step", "time"})), part_of(record)
-
-
-def _number(value: Any) -> bool | int | float | str:
-    if isinstance(value, str):
-        return value
-    value = np.asarray(value)
-    kind = value.dtype.kind
-    return bool(value) if kind == "b" else int(value) if kind in "iu" else float(value)
 
 
 def _short(value: float | str) -> str:
@@ -217,7 +201,7 @@ class Report:
         if not self.main:
             return
         record: Record = {"step": step, "time": round(time.time(), 3)}
-        record |= {key: _number(value) for key, value in metrics.items() if key not in record}
+        record |= {key: np.asarray(value).item() for key, value in metrics.items() if key not in record}
         train, eta = "loss" in record, None
         if train:
             rate, eta = self._clock(step)
