@@ -183,26 +183,35 @@ def test_the_scale_follows_the_latents(trained):
 
 def test_a_measured_scale_makes_latents_of_unit_size(trained):
     _, params, _, _, batch = trained
-    raw, logvar = jax.jit(TINY.moments)(params, batch["image"])
-    metrics = {"latent_square": jnp.square(raw).mean((0, 1, 2))}
-    measured = jax.jit(lambda p: jax.lax.fori_loop(0, 2000, lambda _, p: TINY.after_step(p, metrics), p))(params)
-    mean, std = jax.jit(TINY.encode)(measured, batch["image"])
+
+    @jax.jit
+    def everything(params, image):
+        raw, logvar = TINY.moments(params, image)
+        metrics = {"latent_square": jnp.square(raw).mean((0, 1, 2))}
+        measured = jax.lax.fori_loop(0, 2000, lambda _, p: TINY.after_step(p, metrics), params)
+        mean, std = TINY.encode(measured, image)
+        return raw, logvar, mean, std, TINY.decode(measured, mean), TINY.reconstruct(params, image)
+
+    raw, logvar, mean, std, decoded, reconstructed = everything(params, batch["image"])
     np.testing.assert_allclose(jnp.square(mean).mean(), 1, rtol=1e-3)
     np.testing.assert_allclose(std / mean, jnp.exp(logvar / 2) / raw, rtol=1e-4)
-    np.testing.assert_allclose(
-        jax.jit(TINY.decode)(measured, mean), jax.jit(TINY.reconstruct)(params, batch["image"]), atol=1e-5
-    )
+    np.testing.assert_allclose(decoded, reconstructed, atol=1e-5)
 
 
 def test_the_loss_is_what_it_says(trained):
     _, params, _, _, batch = trained
     task = dataclasses.replace(TINY, kl=0.5, scale=0.7, mean=(0.3, -0.2), std=(2.0, 0.5))
     rng = jax.random.key(3)
-    loss, metrics = jax.jit(task.loss)(params, batch, rng)
     x = batch["image"]
-    mean, std = jax.jit(task.encode)(params, x)
-    y = jax.jit(task.decode)(params, mean + std * jax.random.normal(rng, mean.shape))
-    raw, logvar = (np.asarray(m, np.float64) for m in jax.jit(task.moments)(params, x))
+
+    @jax.jit
+    def everything(params):
+        mean, std = task.encode(params, x)
+        drawn = mean + std * jax.random.normal(rng, mean.shape)
+        return task.loss(params, batch, rng), drawn, task.decode(params, drawn), task.moments(params, x)
+
+    (loss, metrics), scaled, y, moments = everything(params)
+    raw, logvar = (np.asarray(m, np.float64) for m in moments)
     kl = sum(0.5 * (raw[i] ** 2 + np.exp(logvar[i]) - 1 - logvar[i]).sum() for i in range(8)) / 8 / (8 * 8 * 3)
     l1, mse = np.abs(y - x).mean(), np.square(y - x).mean()
     np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4)
@@ -210,15 +219,13 @@ def test_the_loss_is_what_it_says(trained):
     np.testing.assert_allclose(loss, l1 + mse + 0.5 * kl, rtol=1e-4)
     psnr = np.mean([10 * np.log10(4 / np.square(y[i] - x[i]).mean()) for i in range(8)])
     np.testing.assert_allclose(metrics["psnr"], psnr, rtol=1e-4)
-    scaled = mean + std * jax.random.normal(rng, mean.shape)
     np.testing.assert_allclose(metrics["latent_std"], np.sqrt(np.square(scaled).mean()), rtol=1e-4)
 
 
 def test_bfloat16_stays_close_and_keeps_float32_where_it_matters(trained):
     _, params, _, _, batch = trained
     task, x = dataclasses.replace(TINY, dtype="bfloat16"), batch["image"][:2]
-    mean, std = jax.jit(task.encode)(params, x)
-    want, _ = jax.jit(TINY.encode)(params, x)
+    (mean, std), (want, _) = jax.jit(lambda p: (task.encode(p, x), TINY.encode(p, x)))(params)
     assert mean.dtype == std.dtype == jnp.float32
     assert jax.eval_shape(task.decode, params, mean).dtype == jnp.float32
     assert jax.eval_shape(task._encode, params, x)[1].dtype == jnp.bfloat16

@@ -106,7 +106,7 @@ def compare(found: list[dict[str, float]], want: list[dict[str, float]]) -> None
     assert sum(b["crm"] for b in found) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("task", [TAR, SHIFTS, STAR], ids=["tarflow", "shifts", "starflow"])
+@pytest.mark.parametrize("task", [TAR, STAR], ids=["tarflow", "starflow"])
 def test_a_walk_goes_through_the_states_of_the_flow(task: Any) -> None:
     params, rows = randomised(task), first_rows(task, 4)
     starts = []
@@ -196,10 +196,8 @@ def test_there_is_a_strategy_for_each_batch_size(found: dict[str, Any]) -> None:
         Jacobi(tuple(strategy["modules"]), tol=strategy["tol"], start=tuple(strategy["start"]))
 
 
-@pytest.mark.parametrize("weight", [0.0, 2.0])
-def test_what_is_timed_inverts_each_block_from_where_a_sampler_does(
-    monkeypatch: pytest.MonkeyPatch, weight: float
-) -> None:
+def test_what_is_timed_inverts_each_block_from_where_a_sampler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = 2.0
     params, rows, ways = randomised(TAR), first_rows(TAR, 4), []
 
     def medians(calls: Any, rounds: int) -> list[float]:
@@ -213,18 +211,16 @@ def test_what_is_timed_inverts_each_block_from_where_a_sampler_does(
     (strategy,) = metric(TAR, params, DATA, RNG)["strategies"]
     assert (strategy["guidance"], strategy["start"]) == (weight, ["zeros", "zeros"])
 
-    (u, *_), (_, z, _) = gone = passes(TAR, params, rows, RNG)
-    want = [u for u, *_ in gone]
-    if weight:
+    (u, *_), (_, z, _) = passes(TAR, params, rows, RNG)
 
-        @jax.jit
-        def guided(params: Any) -> Any:
-            chain = TAR.chain(params, rows, RNG, guidance=weight)[1]
-            states = invert(chain, chain.order(jnp.asarray(z, jnp.float32), 1)).states
-            return [chain.order(states[-1], 0), chain.order(states[-2], 1)]
+    @jax.jit
+    def guided(params: Any) -> Any:
+        chain = TAR.chain(params, rows, RNG, guidance=weight)[1]
+        states = invert(chain, chain.order(jnp.asarray(z, jnp.float32), 1)).states
+        return [chain.order(states[-1], 0), chain.order(states[-2], 1)]
 
-        want = guided(params)
-        assert np.abs(want[0] - u).max() > 1e-4
+    want = guided(params)
+    assert np.abs(want[0] - u).max() > 1e-4
     for found, u in zip(ways, want, strict=True):
         assert len(found) == 2
         for one in found:

@@ -134,7 +134,9 @@ class Cluster:
         }
         self.processes = []
         for i in range(count):
-            which = "config.py" + (":sick" if name == "sick" else "" if name in ("one", "two", "four") else ":plain")
+            which = "config.py" + (
+                ":sick" if name == "sick" else "" if name in ("one", "two", "four", "stopped") else ":plain"
+            )
             joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
             with (root / f"{name}.{i}.txt").open("wb") as out:
                 self.processes.append(
@@ -196,24 +198,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     made = Runs(tmp_path_factory.mktemp("hosts"))
     (made.root / "config.py").write_text(CONFIG)
     made.finish("one", 1)
-    made.finish("two", 2)
     yield made
     for process in made.children:
         process.kill()
 
 
-def test_two_processes_follow_the_curve_of_one(runs: Runs) -> None:
-    np.testing.assert_allclose(runs.curve("two"), runs.curve("one"), rtol=1e-6)
-    np.testing.assert_allclose(runs.held_out("two"), runs.held_out("one"), rtol=1e-6)
-    sheets = [sorted(p.name for p in (runs.folder(n) / "samples").iterdir()) for n in ("one", "two")]
-    assert sheets[0] == sheets[1] != []
-    first, second = ((runs.root / f"two.{i}.txt").read_text() for i in range(2))  # process 0 speaks for all
-    assert "step 16/16" in first
-    assert "step" not in second
-    assert len(list((runs.folder("two") / "tensorboard").iterdir())) == 1
+@pytest.fixture(scope="module")
+def calm(runs: Runs) -> Runs:
+    """With a run `two` of two processes that nothing disturbed."""
+    runs.finish("two", 2)
+    return runs
 
 
-def test_sigterm_to_one_stops_all_after_the_same_step_and_nothing_is_lost(runs: Runs) -> None:
+def test_sigterm_to_one_stops_all_after_the_same_step_and_two_processes_follow_the_curve_of_one(runs: Runs) -> None:
     cluster = runs.start("stopped", 2, pause=0.03)
     cluster.until(lambda: runs.reached("stopped") >= 5)
     cluster.processes[1].send_signal(signal.SIGTERM)
@@ -222,22 +219,33 @@ def test_sigterm_to_one_stops_all_after_the_same_step_and_nothing_is_lost(runs: 
     assert 5 <= last < STEPS
     assert runs.reached("stopped") == last
     assert f"step {last} is saved" in cluster.said(0)
-    assert f"step {last} of" in runs.finish("stopped", 2).said(0)
-    runs.assert_same_bits("stopped", "two")
+    cluster = runs.finish("stopped", 2)
+    assert f"step {last} of" in cluster.said(0)
+    np.testing.assert_allclose(runs.curve("stopped"), runs.curve("one"), rtol=1e-6)
+    np.testing.assert_allclose(runs.held_out("stopped")[-1], runs.held_out("one")[-1], rtol=1e-6)
+    sheets = [sorted(p.name for p in (runs.folder(n) / "samples").iterdir())[-1] for n in ("one", "stopped")]
+    assert sheets[0] == sheets[1]
+    assert "step 16/16" in cluster.said(0)  # process 0 speaks for all
+    assert "step 16/16" not in cluster.said(1)
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_soon_and_the_run_goes_on(runs: Runs) -> None:
-    cluster = runs.start("killed", 2, pause=0.03)
-    cluster.until(lambda: runs.reached("killed") >= 6 and bool(runs.saved("killed")))
+def test_a_stopped_run_ends_as_one_that_nothing_disturbed(calm: Runs) -> None:
+    calm.assert_same_bits("stopped", "two")
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_soon_and_the_run_goes_on(calm: Runs) -> None:
+    cluster = calm.start("killed", 2, pause=0.03)
+    cluster.until(lambda: calm.reached("killed") >= 6 and bool(calm.saved("killed")))
     cluster.processes[1].kill()
     begin = time.monotonic()
     assert cluster.codes() == [3, -signal.SIGKILL]  # 3: start it again
     assert time.monotonic() - begin < 5 * TIMEOUT
     assert "process 1 has not answered" in cluster.said(0)
     assert "Start the same command again" in cluster.said(0)
-    assert f"step {runs.saved('killed')[-1]} of" in runs.finish("killed", 2).said(0)
-    runs.assert_same_bits("killed", "two")
+    assert f"step {calm.saved('killed')[-1]} of" in calm.finish("killed", 2).said(0)
+    calm.assert_same_bits("killed", "two")
 
 
 @pytest.mark.slow
@@ -285,15 +293,15 @@ def test_a_figure_that_fails_on_one_process_ends_all(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_one_process_cannot_read_is_left_at_the_next_start(runs: Runs) -> None:
-    runs.finish("loose", 2, "steps=8")
-    cluster = runs.start("loose", 2, unreadable=1)
+def test_a_checkpoint_that_one_process_cannot_read_is_left_at_the_next_start(calm: Runs) -> None:
+    calm.finish("loose", 2, "steps=8")
+    cluster = calm.start("loose", 2, unreadable=1)
     assert cluster.codes() == [3, 3]
     assert "a cable is loose" in cluster.said(0)
     assert "8.broken" in cluster.said(1)
-    assert runs.saved("loose") == [4]
-    assert "step 4 of" in runs.finish("loose", 2).said(0)
-    runs.assert_same_bits("loose", "two")
+    assert calm.saved("loose") == [4]
+    assert "step 4 of" in calm.finish("loose", 2).said(0)
+    calm.assert_same_bits("loose", "two")
 
 
 @pytest.mark.slow

@@ -7,16 +7,20 @@ import logging
 import sys
 import threading
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 from PIL import Image
+from toy import TOYS
 
 from zoo import cli
+from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
+from zoo.run import Run, Samples
 from zoo.train import tracking
+from zoo.train.loop import train
 from zoo.train.report import Report, read_metrics
 
 SMOKE = "tarflow/digits:smoke"
@@ -75,26 +79,17 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "zoo" and r.levelno >= logging.WARNING]
 
 
-def test_a_run_sends_all_its_records_and_sheets_and_goes_on_under_its_id(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: one)  # compiles fastest
-    words = [
-        SMOKE,
-        f"workdir={tmp_path}/run",
-        "log_every=2",
-        "samples.every=2",
-        "samples.n=4",
-        "--quiet",
-    ]
-    assert cli.main(["train", *words, "steps=4", "--wandb", "team/digits"]) == 0
-    assert cli.main(["train", *words, "steps=6", "--wandb", "digits"]) == 0
+def test_a_run_sends_all_its_records_and_sheets_and_goes_on_under_its_id(service: Service, tmp_path: Path) -> None:
+    run = Run(
+        TOYS["sample"](), Synthetic(), 4, 8, workdir=str(tmp_path / "run"), samples=Samples(every=2, n=4), log_every=2
+    )
+    train(run, quiet=True, wandb="team/digits")
+    train(replace(run, steps=6), quiet=True, wandb="digits")
     first, second = service.opened
     assert (first["entity"], first["project"], first["resume"], first["name"]) == ("team", "digits", "allow", "run")
     assert (second["entity"], second["project"]) == (None, "digits")
     assert first["id"] == second["id"] == json.loads((tmp_path / "run" / "wandb.json").read_text())["id"]
-    assert first["config"]["task"]["class"] == "zoo.papers.tarflow.TarFlow"
+    assert first["config"]["task"]["class"] == "toy.Toy_sample"
     assert (first["config"]["steps"], second["config"]["steps"]) == (4, 6)
     assert first["dir"] == str(tmp_path / "run")
     kept = read_metrics(tmp_path / "run" / "metrics.jsonl")
