@@ -81,9 +81,9 @@ def train(
 ) -> tuple[State, list[dict[str, float]]]:
     """Start or resume a run and bring it to its last step.
 
-    With `workdir=None` nothing is written. SIGTERM saves and returns early; `state.step` tells. Ctrl-C saves
-    and raises KeyboardInterrupt. `profile` traces these
-    steps, both included, into `profile/` of the run folder; `wandb` is a project that gets all records as well.
+    With `workdir=None` nothing is written. SIGTERM saves and returns early; `state.step` tells. Ctrl-C saves and raises
+    KeyboardInterrupt. `profile` traces these steps, both included, into `profile/` of the run folder; `wandb` is a project
+    that gets all records as well.
 
     Returns:
         the last state, and the logged training metrics of this session.

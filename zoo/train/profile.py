@@ -24,23 +24,17 @@ class Profile:
     """
 
     def __init__(self, span: tuple[int, int] | None, run: Run) -> None:
-        self._run, self._on = run, False
+        self._run, self._asked, self._on = run, span is not None, False
         self._report: Report | None = None
         self._first, self._last = span or (0, 0)
-        if span is None:
-            return
-        if run.workdir is None:
+        if self._asked and run.workdir is None:
             raise UserError(f"--profile {self._first}:{self._last} needs a run folder; set workdir=FOLDER")
-        if not 1 <= self._first <= self._last:
-            raise UserError(
-                f"--profile {self._first}:{self._last} is no range of steps; give two from 1, the first not above the last"
-            )
         self.check(0)
 
     def check(self, start: int) -> None:
         """UserError when a run that goes on after step `start` does not take these steps."""
         steps = self._run.steps
-        if self._first and not start < self._first <= self._last <= steps:
+        if self._asked and not start < self._first <= self._last <= steps:
             now = f"{start + 1} to {steps}" if start < steps else f"none: it is finished at {start}"
             raise UserError(
                 f"--profile {self._first}:{self._last} is not among the steps that this run takes now ({now}); give others"
