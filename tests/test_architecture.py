@@ -65,7 +65,7 @@ MAY = {
         "data", "draws", "hosts", "models", "run", "train.averages", "train.pictures", "train.provenance", "train.report", "train.step",
     },
     "train.loop": {
-        "config", "dist", "data", "hosts", "paths", "run", "train.begin", "train.checks", "train.folder", "train.optim",
+        "config", "dist", "hosts", "paths", "run", "train.begin", "train.checks", "train.folder", "train.optim",
         "train.profile", "train.provenance", "train.report", "train.step", "train.watch",
     },
     "commands": {

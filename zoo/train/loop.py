@@ -15,7 +15,6 @@ from typing import Any
 import jax
 
 from zoo import config, dist, hosts, paths
-from zoo.data.pipeline import label_names
 from zoo.errors import Retryable, UserError
 from zoo.run import Run
 from zoo.train import checks, optim
@@ -102,11 +101,12 @@ def train(
         held.enter_context(dist.use(mesh, run.rules))
         asked = Stop()
         held.enter_context(asked.listening(signal.SIGTERM, asked.terminate))
-        hosts.same({"run": config.dump(run), "jax": jax.__version__, "zoo": importlib.metadata.version("zoo")})
         dist.check_batch(run.batch, run.accumulate, mesh)
-        labels = label_names(run.data, run.spec())
-        if hosts.several():  # with other data on one of them, they would shuffle differently
-            hosts.same({"data": {"examples": len(run.source("train")), "labels": list(labels)}})
+        source = run.source("train")
+        labels = tuple(source.labels)
+        about = {"run": config.dump(run), "jax": jax.__version__, "zoo": importlib.metadata.version("zoo")}
+        # with other data on one of them, they would shuffle differently
+        hosts.same({**about, "data": {"examples": len(source), "labels": [*labels]}})
         folder = RunFolder(run, labels, held)
         run = dataclasses.replace(run, evals=tuple(by_name(metric, None, labels)[0] for metric in run.evals))
         checks.check_data(run, labels)
