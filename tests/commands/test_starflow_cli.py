@@ -339,13 +339,12 @@ class Spelled(Synthetic):
         return source
 
 
-def test_sheets_show_captions_of_the_held_out_part():
+def test_sheets_show_captions_of_the_held_out_part(monkeypatch):
     for data, spelled in ((Synthetic(examples=3, values=99), False), (Spelled(examples=3, values=27), True)):
         run = Run(Echo(), data, steps=1, batch=8, samples=Samples(n=4))
         drawn = []
-        report = SimpleNamespace(
-            away=contextlib.nullcontext, curve=lambda: None, sheet=lambda _, *of, drawn=drawn, **__: drawn.extend(of)
-        )
+        monkeypatch.setattr(watch, "grid", lambda *of, drawn=drawn: drawn.extend(of))
+        report = SimpleNamespace(away=contextlib.nullcontext, curve=lambda: None, picture=lambda *_, **__: None)
         watch.Watch(run, report, ()).look(1, SimpleNamespace(params={}, ema={}))
         tokens = [run.source("test")[i]["tokens"] for i in (0, 1, 2, 0)]
         np.testing.assert_array_equal(drawn[0][:, 0, :, 0], tokens)
