@@ -14,10 +14,10 @@ from zoo.errors import UserError
 
 
 @contextlib.contextmanager
-def told(*words: str) -> Iterator[None]:
+def told(*words: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
     """The block ends in a sentence of one line, of a length that is read, in which all these words are."""
     with pytest.raises(UserError) as error:
-        yield
+        yield error
     said = str(error.value)
     assert "\n" not in said, said
     assert len(said) < 1200, said

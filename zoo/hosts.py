@@ -213,9 +213,8 @@ def start(environ: Mapping[str, str] | None = None) -> None:
             f"the processes of this run did not find each other ({words}); look at the address and the network between "
             "hosts, and that every host runs the command"
         ) from error
-    from jax._src import distributed  # the service's client: Orbax too takes it from here, there is no other way
-
-    joined = distributed.global_state  # asking jax itself would make devices, of which the mesh decides the number
+    # The service's client has no public name. Asking jax itself would make devices, of which the mesh decides the number.
+    joined = multihost_utils.distributed.global_state
     if (joined.num_processes or 1) > 1:
         _group = _Group(joined.client, joined.process_id, joined.num_processes or 1, timeout)
         _log.info("process %d of %d", _group.index, _group.count)
@@ -280,32 +279,38 @@ def stop(code: int) -> None:
     jax.distributed.shutdown()
 
 
-def _meet(group: _Group, what: str, seconds: float = _MEET) -> None:
-    group.meetings += 1
+def _meet(what: str, seconds: float = _MEET) -> None:
+    assert _group is not None
+    _group.meetings += 1
     try:
-        group.client.wait_at_barrier(f"zoo/meet/{group.meetings}", int(seconds * 1000))
+        _group.client.wait_at_barrier(f"zoo/meet/{_group.meetings}", int(seconds * 1000))
     except Exception as error:
         raise Retryable(
             f"the processes of this run waited in vain for each other ({what}); look at their logs"
         ) from error
 
 
+def _exchange(value: Any, what: str, seconds: float = _MEET) -> list[Any]:
+    """What each process gives, by its index: plain values that JSON has."""
+    assert _group is not None
+    tag = f"zoo/said/{_group.meetings}"
+    _group.client.key_value_set(f"{tag}/{_group.index}", json.dumps(value))
+    _meet(what, seconds)
+    found = {int(key.rpartition("/")[2]): json.loads(text) for key, text in _group.client.key_value_dir_get(tag)}
+    return [found[index] for index in range(_group.count)]
+
+
 def same(about: Mapping[str, Any]) -> None:
     """UserError, on every process, unless all of them run the same thing; the fields that differ are named."""
     if _group is None:
         return
-    key = f"zoo/about/{_group.meetings}"
-    if _group.index == 0:
-        _group.client.key_value_set(key, json.dumps(about))
-    _meet(_group, "to compare their configs")
-    theirs = json.loads(_group.client.blocking_key_value_get(key, int(_MEET * 1000)))
-    differ = differences(theirs, json.loads(json.dumps(about)))
+    differ = differences(_exchange(about, "to compare their configs")[0], json.loads(json.dumps(about)))
     if differ:
         raise UserError(
             f"process {_group.index} runs something else than process 0: {'; '.join(differ[:5])}; start the same command "
             "with the same files on every host"
         )
-    _meet(_group, "after comparing their configs")
+    _meet("after comparing their configs")
 
 
 def run_on_main(action: Callable[[], Any]) -> Any:
@@ -313,33 +318,22 @@ def run_on_main(action: Callable[[], Any]) -> Any:
 
     It begins when all processes have come this far: none of them has found a mistake on its way.
     """
-    if _group is not None:
-        _meet(_group, "to get ready")
+    if _group is None:
+        return action()
+    _meet("to get ready")
     outcome = action() if main() else None
-    if _group is not None:
-        _meet(_group, "for process 0", 3_600)
+    _meet("for process 0", 3_600)
     return outcome
 
 
 def broadcast_from_main(action: Callable[[], Any]) -> Any:
     """What process 0 finds, on every process: plain values that JSON has."""
-    if _group is None:
-        return action()
-    key = f"zoo/told/{_group.meetings}"
-    if _group.index == 0:
-        _group.client.key_value_set(key, json.dumps(action()))
-    _meet(_group, "for what process 0 finds")
-    return json.loads(_group.client.blocking_key_value_get(key, int(_MEET * 1000)))
+    return action() if _group is None else _exchange(action() if main() else None, "for what process 0 finds")[0]
 
 
 def all_agree(ok: bool, what: str, seconds: float = _MEET) -> bool:
     """Whether it went well on every process. Retryable where some do not answer within so many seconds."""
-    if _group is None:
-        return ok
-    tag = f"zoo/agree/{_group.meetings}"
-    _group.client.key_value_set(f"{tag}/{_group.index}", str(int(ok)))
-    _meet(_group, what, seconds)
-    return all(value == "1" for _, value in _group.client.key_value_dir_get(tag))
+    return ok if _group is None else all(_exchange(ok, what, seconds))
 
 
 def asked_to_stop(step: int) -> bool:

@@ -42,7 +42,7 @@ from zoo.task import (
 )
 from zoo.train import averages, optim
 from zoo.train.checkpoint import Checkpoints
-from zoo.train.report import class_name, grid
+from zoo.train.pictures import class_name, grid
 from zoo.train.step import abstract_state
 
 _log = logging.getLogger("zoo")

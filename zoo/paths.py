@@ -23,9 +23,9 @@ from typing import Any, TypeAlias
 
 from etils import epath
 
+from zoo import files
 from zoo.errors import Retryable, UserError
 from zoo.files import first_line, is_part
-from zoo.files import write as write_here
 
 Folder: TypeAlias = Path | epath.Path
 
@@ -39,6 +39,9 @@ _LAST = 120.0  # seconds that the last upload of a run may take
 _LOGIN = (
     "log in with `gcloud auth application-default login`, name a key file in GOOGLE_APPLICATION_CREDENTIALS, or give the "
     "VM a service account that may use the bucket"
+)
+writing = functools.partial(
+    files.writing, way="free some space, mend its permissions or choose another folder with workdir=PATH"
 )
 _ROLES = "it needs the roles Storage Object User and Storage Legacy Bucket Reader on the bucket"
 
@@ -190,10 +193,17 @@ def sentence(path: Folder, doing: str = "read") -> Iterator[None]:
 def write(path: Folder, data: bytes | str, sync: bool = True) -> None:
     """`files.write`, also into a bucket, where objects appear whole. Raises OSError here, UserError for a bucket."""
     if isinstance(path, Path):
-        write_here(path, data, sync)
+        files.write(path, data, sync)
         return
     with sentence(path, "write"):
         path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def save(path: Folder | str, data: bytes | str, sync: bool = False) -> None:
+    """`write`, with a sentence where the disk refuses; without `sync` what is easily made again may not outlive a power cut."""
+    file = parse_path(path)
+    with writing(file):
+        write(file, data, sync)
 
 
 def names(folder: Folder) -> list[str]:
@@ -215,23 +225,23 @@ def move(source: Folder, target: Folder, last: str) -> None:
     import fsspec
 
     with sentence(source, "move"):
-        files, root = fsspec.core.url_to_fs(str(source))
+        bucket, root = fsspec.core.url_to_fs(str(source))
         new = fsspec.core.url_to_fs(str(target))[1]
-        found = files.find(root)
+        found = bucket.find(root)
         for file in found:
-            files.cp_file(file, new + file[len(root) :])
+            bucket.cp_file(file, new + file[len(root) :])
         for file in sorted(found, key=lambda name: name != f"{root}/{last}"):
-            files.rm_file(file)
+            bucket.rm_file(file)
 
 
 @contextlib.contextmanager
-def local_copy(folder: Folder, files: Sequence[str]) -> Iterator[Path]:
-    """The folder itself, or for one in a bucket a folder with copies of those of the files that it has."""
+def local_copy(folder: Folder, wanted: Sequence[str]) -> Iterator[Path]:
+    """The folder itself, or for one in a bucket a folder with copies of those of the wanted files that it has."""
     if isinstance(folder, Path):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="zoo-") as near:
-        for name in files:
+        for name in wanted:
             _fetch(folder / name, Path(near) / name)
         yield Path(near)
 

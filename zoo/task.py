@@ -452,6 +452,9 @@ class Metric(ABC):
     path: Any = None  # a data description to measure on; None: that of the run
     tokenizer: Any = ""  # the file of a tokeniser; "": the one beside the model
 
+    def __post_init__(self) -> None:
+        check_fields(self, f"metric {self.name}: ")
+
     @property
     def shares(self) -> int | None:
         """The batch that the cores of a CPU shall share; None: they share none."""

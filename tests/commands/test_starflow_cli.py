@@ -28,7 +28,7 @@ from zoo.papers.starflow import StarFlow
 from zoo.papers.typescore.extractors import Extraction, Oracle
 from zoo.run import Run, Samples
 from zoo.task import About
-from zoo.train import loop
+from zoo.train import checks, watch
 from zoo.train.report import Report
 from zoo.weights.export import _EXPORT
 
@@ -334,14 +334,13 @@ class Spelled(Synthetic):
         return source
 
 
-def test_sheets_show_captions_of_the_held_out_part():
+def test_sheets_show_captions_of_the_held_out_part(monkeypatch):
     for data, spelled in ((Synthetic(examples=3, values=99), False), (Spelled(examples=3, values=27), True)):
         run = Run(Echo(), data, steps=1, batch=8, samples=Samples(n=4))
         drawn = []
-        report = SimpleNamespace(
-            away=contextlib.nullcontext, curve=lambda: None, sheet=lambda _, *of, drawn=drawn, **__: drawn.extend(of)
-        )
-        loop._Watch(run, report, ()).look(1, SimpleNamespace(params={}, ema={}))
+        monkeypatch.setattr(watch, "grid", lambda *of, drawn=drawn: drawn.extend(of))
+        report = SimpleNamespace(away=contextlib.nullcontext, curve=lambda: None, picture=lambda *_, **__: None)
+        watch.Watch(run, report, ()).look(1, SimpleNamespace(params={}, ema={}))
         tokens = [run.source("test")[i]["tokens"] for i in (0, 1, 2, 0)]
         np.testing.assert_array_equal(drawn[0][:, 0, :, 0], tokens)
         assert drawn[1] == ([text8().decode(ids).rstrip() for ids in tokens] if spelled else None)
@@ -397,10 +396,10 @@ def test_a_run_is_measured_by_typescore_while_it_trains_and_after(capsys, root, 
 
     monkeypatch.setattr(Oracle, "extract", extract)
     run = config.load("prompted.py:run")
-    loop._check_looks(run)
+    checks.check_looks(run)
     params = {**noise(TASK, 0.2, 0), "vae": noise(VAE, 0.2, 1), "text": noise(TEXT, 0.2, 2)}
     with Report(root / "typed", total=1, start=0, batch=8, quiet=True) as report:
-        (measured,) = loop._Watch(run, report, ()).look(1, SimpleNamespace(params=params, ema={}))
+        (measured,) = watch.Watch(run, report, ()).look(1, SimpleNamespace(params=params, ema={}))
     (found,) = [json.loads(line) for line in (root / "typed" / "metrics.jsonl").read_text().splitlines()]
     assert measured["typescore"] == found["typescore"]
     assert found["typescore"] == pytest.approx(75)

@@ -24,7 +24,7 @@ from zoo.data.prepare import prepare
 from zoo.errors import UserError
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
-from zoo.train.loop import claim_folder
+from zoo.train.folder import claim_folder
 from zoo.train.provenance import by_name, check_numbers
 
 

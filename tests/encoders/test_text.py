@@ -55,7 +55,7 @@ class Case:
         streams = [params["tokens"]["table"][tokens]]
         for depth in range(1, task.depth + 1):
             part, some = first_layers(task, params, depth)
-            last, stream = text._net(part).apply({"params": some}, tokens, mask)
+            last, stream = text.TextNet(part).apply({"params": some}, tokens, mask)
             streams.append(stream)
         return {
             "hidden_states": jnp.stack([*streams[:-1], last]),
@@ -71,14 +71,11 @@ def case(request):
     return Case(request.param)
 
 
-@pytest.mark.parametrize("name", ["hidden_states", "last_hidden_state", "features"])
-def test_equals_the_published_numbers(case, name):
-    np.testing.assert_allclose(case.out[name], case.f[name], rtol=0, atol=2e-5)
-
-
-def test_no_golden_array_is_left_out(case):
-    arrays = {k for k in case.f if not k.startswith("w:")}
-    assert arrays == {"config", "input_ids", "attention_mask", "hidden_states", "last_hidden_state", "features"}
+def test_equals_the_published_numbers(case):
+    names = {k for k in case.f if not k.startswith("w:")} - {"config", "input_ids", "attention_mask"}
+    assert names == {"hidden_states", "last_hidden_state", "features"}
+    for name in names:
+        np.testing.assert_allclose(case.out[name], case.f[name], rtol=0, atol=2e-5, err_msg=name)
 
 
 def test_the_mask_follows_from_the_tokens(case):
@@ -110,11 +107,6 @@ def test_whole_models_and_files_with_one_embedding_are_read(case):
         weights.from_official(case.task, {**case.state, "lm_body": np.ones(1)})
 
 
-def test_the_other_mlp_does_not_fit(case):
-    with pytest.raises(UserError, match="missing"):
-        weights.from_official(dataclasses.replace(case.task, gated=not case.task.gated), case.state)
-
-
 # --- laws, with random weights ----------------------------------------------------------------------
 
 
@@ -140,20 +132,7 @@ def test_padding_says_nothing_to_the_other_tokens(tiny):
     longer = encode(params, jnp.pad(tokens, ((0, 0), (0, 3))))
     np.testing.assert_allclose(longer[:, :8], features, atol=1e-5)
     assert np.all(longer[:, 8:] == 0)
-
-
-def test_a_caption_of_padding_alone_is_zero(tiny):
-    params, tokens, _ = tiny
-    assert np.all(np.asarray(jax.jit(TINY.encode)(params, jnp.zeros_like(tokens))) == 0)
-
-
-def test_order_matters_to_attention(tiny):
-    params, tokens, features = tiny
-    turned = jax.jit(TINY.encode)(params, tokens[:, ::-1])[0, ::-1]
-    assert np.abs(turned - features[0]).max() > 1e-2
-    level = {**params, "bias": {"table": jnp.zeros_like(params["bias"]["table"])}}
-    one, other = (jax.jit(TINY.encode)(level, t)[0] for t in (tokens, tokens[:, ::-1]))
-    np.testing.assert_allclose(one, other[::-1], atol=1e-5)
+    assert np.all(np.asarray(encode(params, jnp.zeros_like(tokens))) == 0)  # a caption of padding alone
 
 
 def test_scanned_and_unrolled_agree(tiny):
@@ -211,12 +190,6 @@ def test_relative_buckets_grow_by_equal_factors():
     np.testing.assert_array_equal(got[0, 1:], want[1:] + 16)  # keys after it
     for offset in (-150, -3, 0, 5, 90):
         assert len(set(np.diagonal(got, offset))) == 1
-
-
-def test_relative_buckets_of_other_numbers():
-    # 8 buckets, 4 a side: distances 0 and 1 exact, then from 2 and from 2 sqrt(16 / 2) = 5.7 on.
-    np.testing.assert_array_equal(text.relative_buckets(20, 8, 16)[:, 0], [0, 1, *[2] * 4, *[3] * 14])
-    np.testing.assert_array_equal(text.relative_buckets(20, 8, 16)[0, :7], [0, 5, 6, 6, 6, 6, 7])
 
 
 # --- the task ---------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mistakes import told
 from unigram import Editor, Keyed, Lossy, Unigram, Windows
 
-from zoo import config, dist, metrics
-from zoo.data.synthetic import Synthetic
+from zoo import dist
 from zoo.errors import UserError
 from zoo.metrics import likelihood
 from zoo.metrics.likelihood import Bits
@@ -67,11 +67,6 @@ def test_bits_are_those_of_the_held_out_tokens_and_their_error_is_over_texts() -
     assert found["texts"] == 11
 
 
-def test_bits_are_shared_out_among_the_characters_of_longer_tokens() -> None:
-    found = TextBound(batch=8)(Unigram(), UNIFORM, Windows(share=2.0), RNG)
-    assert found["bits_per_char"] == pytest.approx(math.log2(27) / 2, rel=1e-6)
-
-
 def test_weighted_bounds_in_closed_form() -> None:
     nats = jnp.log(jnp.array([[2.0, 5.0], [8.0, 5.0]]))
     mean, weighted = bounds(nats)
@@ -99,16 +94,10 @@ def test_a_bound_whose_draws_are_terms_of_a_sum_is_not_weighted() -> None:
     class Sum(Unigram):
         about = About(likelihood=Likelihood((8,), "bound", weighted=False), vocabulary=27)
 
-    found = TextBound(batch=8, limit=8, draws=2)(Sum(spread=4.0), UNIFORM, Windows(), RNG)
+    found = TextBound(batch=8, limit=8, draws=2)(Sum(spread=4.0), UNIFORM, Windows(share=2.0), RNG)
     assert found["bound"]
+    assert found["bits_per_char"] == pytest.approx(found["bits_per_token"] / 2)  # of two characters each
     assert not [key for key in found if key.startswith("iw_")]
-
-
-def test_devices_share_the_texts() -> None:
-    one = TextBound(batch=16, draws=2)(Unigram(spread=1.0), UNIFORM, Windows(), RNG)
-    with dist.use(dist.Mesh().build()):
-        many = TextBound(batch=16, draws=2)(Unigram(spread=1.0), UNIFORM, Windows(), RNG)
-    assert many["iw_bits_per_token"] == pytest.approx(one["iw_bits_per_token"], rel=1e-6)
 
 
 def test_a_keyed_task_is_asked_for_whole_batches_and_gives_the_same_numbers() -> None:
@@ -125,26 +114,24 @@ def test_a_keyed_task_is_asked_for_whole_batches_and_gives_the_same_numbers() ->
         assert set(Keyed.seen) == {(8, 8)}
 
 
+def test_data_and_options_of_another_kind_are_refused() -> None:
+    image = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8)
+    for metric in (TextBound(), Generation()):
+        with told("is of texts, and TarFlow models image"):
+            metric.check(image)
+        with told("the data has 27 symbols, task.vocab=30; set task.vocab=27"):
+            metric(Unigram(vocab=30), {"logits": jnp.zeros(30)}, Windows(), RNG)
+    with told("bits per dimension, and Unigram models texts; use text"):
+        Bits().check(Unigram())
+    with told("options of the metric generation", "no option 'temprature'"):
+        Generation(options={"temprature": 0.5}).check(Unigram())
+
+
 def test_an_exact_model_says_that_its_bits_are_no_bound() -> None:
     class Exact(Unigram):
         about = About(likelihood=Likelihood((8,)), vocabulary=27)
 
     assert TextBound(batch=8, limit=8)(Exact(), UNIFORM, Windows(), RNG)["bound"] is False
-
-
-def test_images_and_texts_have_their_own_metrics() -> None:
-    image = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8)
-    for metric in (TextBound(), Generation()):
-        with pytest.raises(UserError, match="is of texts, and TarFlow models image"):
-            metric.check(image)
-    with pytest.raises(UserError, match="bits per dimension, and Unigram models texts; use text"):
-        Bits().check(Unigram())
-
-
-def test_data_of_another_vocabulary_are_refused() -> None:
-    for metric in (TextBound(), Generation()):
-        with pytest.raises(UserError, match=r"the data has 27 symbols, task.vocab=30; set task.vocab=27"):
-            metric(Unigram(vocab=30), {"logits": jnp.zeros(30)}, Windows(), RNG)
 
 
 # --- drawn texts ----------------------------------------------------------------------------------
@@ -211,18 +198,6 @@ def test_texts_that_overflow_are_left_out_and_counted() -> None:
     json.dumps(none, allow_nan=False)
 
 
-def test_a_large_vocabulary_has_no_table_of_pairs() -> None:
-    task, data = Unigram(vocab=5_000), Synthetic(examples=9)
-    found = Generation(samples=8, batch=8)(task, {"logits": jnp.zeros(5_000)}, data, RNG)
-    assert "bigram_log_likelihood" not in found
-    assert "data_unigram_kl" in found
-
-
-def test_options_of_the_sampler_are_checked_before_a_run() -> None:
-    with pytest.raises(UserError, match=r"options of the metric generation.*no option 'temprature'"):
-        Generation(options={"temprature": 0.5}).check(Unigram())
-
-
 # --- passes ---------------------------------------------------------------------------------------
 
 
@@ -282,10 +257,3 @@ def test_samples_that_overflow_are_left_out_and_counted() -> None:
 
 
 # --- all of them ----------------------------------------------------------------------------------
-
-
-def test_metrics_go_by_name_and_through_json() -> None:
-    known = metrics.named()
-    assert (known["text"], known["generation"], known["passes"]) == (TextBound, Generation, LatentPasses)
-    for metric in (TextBound(draws=4), Generation(options={"temperature": 0.5}), LatentPasses(samples=3)):
-        assert config.undump(config.dump(metric)) == metric

@@ -103,26 +103,6 @@ def test_inverse(case: SimpleNamespace) -> None:
         close(inverse(z0, **options), nhwc(golden[f"out/{name}"]), 2e-5)
 
 
-def test_a_negative_label_is_no_label_in_the_inverse_too(case: SimpleNamespace) -> None:
-    if case.label is None:
-        pytest.skip("the case has no labels")
-    dropped = case.peer.inverse(case.golden["in/z0"], np.full_like(case.label, -1))
-    close(dropped, nhwc(case.golden["out/sample_nolabel"]), 2e-5)
-
-
-def test_gradients(case: SimpleNamespace) -> None:
-    model, golden = case.peer.model, case.golden
-    label = None if case.label is None else torch.tensor(golden["in/y_drop"])
-    names, parameters = zip(*model.named_parameters())
-    loss, _ = model.loss(case.peer.patchify(torch.tensor(case.image)), label)
-    grads = dict(zip(names, torch.autograd.grad(loss, parameters)))
-    close(torch.stack([g.norm() for g in grads.values()]).norm(), golden["out/grad_global_norm"], 1e-5)
-    stored = [k for k in golden if k.startswith("grad/") or k.startswith("out/grad/")]
-    assert stored
-    for key in stored:
-        close(grads[key.split("grad/")[1]], golden[key], 1e-5)
-
-
 def test_train_step(case: SimpleNamespace) -> None:
     """Four AdamW steps follow the reference; the step at the peer's own noise and rate moves every parameter."""
     peer = tarflow_torch.Peer(case.task, device="cpu")
@@ -137,22 +117,6 @@ def test_train_step(case: SimpleNamespace) -> None:
         close(peer.model.var, expected, 1e-5)
     losses += [float(peer.train_step(batch, sync=False)) for _ in range(3)]
     close(losses, case.golden["out/adamw_losses"], 1e-5)
-
-
-def test_bfloat16_stays_near(case: SimpleNamespace) -> None:
-    peer = tarflow_torch.Peer(case.task, device="cpu")
-    peer.load(state_dict(case.golden, case.task.blocks))
-    peer.dtype = torch.bfloat16  # what the peer sets itself where a GPU is at hand
-    z, _ = peer.forward(case.image, case.label)
-    image = peer.inverse(case.golden["in/z0"], case.label)
-    batch = {"image": case.image} if case.label is None else {"image": case.image, "label": case.label}
-    for actual, expected in (
-        (z, case.golden["out/z"]),
-        (image, nhwc(case.golden["out/sample_plain"])),
-        (peer.train_step(batch), case.golden["out/loss"]),
-    ):
-        error = np.abs(actual - expected).max()
-        assert 1e-6 < error < 0.2
 
 
 def test_noise(case: SimpleNamespace) -> None:

@@ -16,17 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import numpy as np
+import processes
 import pytest
+from mistakes import told
 
-from zoo import config, dist, hosts
-from zoo.errors import UserError
-from zoo.train import optim
-from zoo.train.checkpoint import Checkpoints
-from zoo.train.report import read_metrics
-from zoo.train.step import State, abstract_state
-from zoo.weights.layout import named_leaves
+from zoo import hosts
 
 CONFIG = '''
 """A small flow on real digits that come slowly, split over two axes of a mesh."""
@@ -137,7 +134,9 @@ class Cluster:
         }
         self.processes = []
         for i in range(count):
-            which = "config.py" + (":sick" if name == "sick" else "" if name in ("one", "two", "four") else ":plain")
+            which = "config.py" + (
+                ":sick" if name == "sick" else "" if name in ("one", "two", "four", "stopped") else ":plain"
+            )
             joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
             with (root / f"{name}.{i}.txt").open("wb") as out:
                 self.processes.append(
@@ -166,89 +165,54 @@ class Cluster:
             time.sleep(0.02)
 
 
-class Runs:
-    """A folder of runs of one config."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.clusters = root, []
-        (root / "config.py").write_text(CONFIG)
+class Runs(processes.Runs):
+    """Several processes train each of them."""
 
     def start(self, name: str, count: int, *fields: str, each: Sequence[str] = (), **environ: Any) -> Cluster:
         own = [[*fields, *([each[i]] if each else [])] for i in range(count)]
-        self.clusters.append(Cluster(self.root, name, count, own, **environ))
-        return self.clusters[-1]
+        cluster = Cluster(self.root, name, count, own, **environ)
+        self.children += cluster.processes
+        return cluster
 
     def finish(self, name: str, count: int, *fields: str) -> Cluster:
         cluster = self.start(name, count, *fields)
         assert cluster.codes() == [0] * count, [cluster.said(i)[-2000:] for i in range(count)]
         return cluster
 
-    def folder(self, name: str) -> Path:
-        return self.root / "runs" / name
-
-    def reached(self, name: str) -> int:
-        return max((r["step"] for r in read_metrics(self.folder(name) / "metrics.jsonl")), default=0)
-
-    def saved(self, name: str) -> list[int]:
-        return Checkpoints(self.folder(name), create=False).steps()
-
     def curve(self, name: str) -> np.ndarray:
         """Bits (the loss, but far from zero) and gradient norm of every step, each logged once."""
-        records = read_metrics(self.folder(name) / "metrics.jsonl")
-        train = [r for r in records if "loss" in r]
+        train = [r for r in self.records(name) if "loss" in r]
         assert [r["step"] for r in train] == list(range(1, STEPS + 1))
         return np.array([*(r["bits"] for r in train), *(r["grad_norm"] for r in train)])
 
     def held_out(self, name: str) -> list[float]:
-        return [r["bpd"] for r in read_metrics(self.folder(name) / "metrics.jsonl") if "bpd" in r]
-
-    def state(self, name: str) -> dict[str, np.ndarray]:
-        """Every leaf of the last step's checkpoint."""
-        run = config.load(str(self.root / "config.py"), [])
-        mesh = dist.Mesh(data=1).build(jax.devices()[:1])
-        assert self.saved(name)[-1] == STEPS
-        with dist.use(mesh):
-            abstract = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
-            state = Checkpoints(self.folder(name), create=False).restore(abstract)
-        assert state is not None
-        fields = {k: getattr(state, k) for k in State.__dataclass_fields__}
-        fields["rng"] = jax.random.key_data(state.rng)
-        return {k: np.asarray(v) for k, v in named_leaves(fields).items()}
+        return [r["bpd"] for r in self.records(name) if "bpd" in r]
 
     def assert_same_bits(self, name: str, other: str) -> None:
-        ours, theirs = self.state(name), self.state(other)
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+        chex.assert_trees_all_equal(self.state(name, STEPS), self.state(other, STEPS))
         np.testing.assert_array_equal(self.curve(name), self.curve(other))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     made = Runs(tmp_path_factory.mktemp("hosts"))
+    (made.root / "config.py").write_text(CONFIG)
     made.finish("one", 1)
-    made.finish("two", 2)
     yield made
-    for cluster in made.clusters:
-        for process in cluster.processes:
-            process.kill()
+    for process in made.children:
+        process.kill()
 
 
-def test_two_processes_follow_the_curve_of_one(runs: Runs) -> None:
-    np.testing.assert_allclose(runs.curve("two"), runs.curve("one"), rtol=1e-6)
-    np.testing.assert_allclose(runs.held_out("two"), runs.held_out("one"), rtol=1e-6)
-    sheets = [sorted(p.name for p in (runs.folder(n) / "samples").iterdir()) for n in ("one", "two")]
-    assert sheets[0] == sheets[1] != []
+@pytest.fixture(scope="module")
+def calm(runs: Runs) -> Runs:
+    """With a run `two` of two processes that nothing disturbed."""
+    runs.finish("two", 2)
+    return runs
 
 
-def test_process_0_speaks_for_all(runs: Runs) -> None:
-    first, second = ((runs.root / f"two.{i}.txt").read_text() for i in range(2))
-    assert "step 16/16" in first
-    assert "step" not in second
-    assert len(list((runs.folder("two") / "tensorboard").iterdir())) == 1
-
-
-def test_sigterm_to_one_stops_all_after_the_same_step_and_nothing_is_lost(runs: Runs) -> None:
+@pytest.fixture(scope="module")
+def stopped(runs: Runs) -> Cluster:
+    """A run of two processes, of which one gets a SIGTERM; then it is started again."""
     cluster = runs.start("stopped", 2, pause=0.03)
     cluster.until(lambda: runs.reached("stopped") >= 5)
     cluster.processes[1].send_signal(signal.SIGTERM)
@@ -257,22 +221,39 @@ def test_sigterm_to_one_stops_all_after_the_same_step_and_nothing_is_lost(runs: 
     assert 5 <= last < STEPS
     assert runs.reached("stopped") == last
     assert f"step {last} is saved" in cluster.said(0)
-    assert f"step {last} of" in runs.finish("stopped", 2).said(0)
-    runs.assert_same_bits("stopped", "two")
+    cluster = runs.finish("stopped", 2)
+    assert f"step {last} of" in cluster.said(0)
+    return cluster
+
+
+def test_sigterm_to_one_stops_all_after_the_same_step_and_two_follow_the_curve_of_one(
+    runs: Runs, stopped: Cluster
+) -> None:
+    np.testing.assert_allclose(runs.curve("stopped"), runs.curve("one"), rtol=1e-6)
+    np.testing.assert_allclose(runs.held_out("stopped"), runs.held_out("one"), rtol=1e-6)
+    sheets = [sorted(p.name for p in (runs.folder(n) / "samples").iterdir()) for n in ("one", "stopped")]
+    assert sheets[0] == sheets[1] != []
+    assert "step 16/16" in stopped.said(0)  # process 0 speaks for all
+    assert "step 16/16" not in stopped.said(1)
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_soon_and_the_run_goes_on(runs: Runs) -> None:
-    cluster = runs.start("killed", 2, pause=0.03)
-    cluster.until(lambda: runs.reached("killed") >= 6 and bool(runs.saved("killed")))
+def test_a_stopped_run_ends_as_one_that_nothing_disturbed(calm: Runs, stopped: Cluster) -> None:
+    calm.assert_same_bits("stopped", "two")
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_soon_and_the_run_goes_on(calm: Runs) -> None:
+    cluster = calm.start("killed", 2, pause=0.03)
+    cluster.until(lambda: calm.reached("killed") >= 6 and bool(calm.saved("killed")))
     cluster.processes[1].kill()
     begin = time.monotonic()
     assert cluster.codes() == [3, -signal.SIGKILL]  # 3: start it again
     assert time.monotonic() - begin < 5 * TIMEOUT
     assert "process 1 has not answered" in cluster.said(0)
     assert "Start the same command again" in cluster.said(0)
-    assert f"step {runs.saved('killed')[-1]} of" in runs.finish("killed", 2).said(0)
-    runs.assert_same_bits("killed", "two")
+    assert f"step {calm.saved('killed')[-1]} of" in calm.finish("killed", 2).said(0)
+    calm.assert_same_bits("killed", "two")
 
 
 @pytest.mark.slow
@@ -299,6 +280,7 @@ def test_different_configs_are_refused_before_the_first_step(runs: Runs) -> None
     assert not runs.folder("differ").exists()
 
 
+@pytest.mark.slow  # it is told as other configs are
 def test_a_mistake_on_one_host_stops_all(runs: Runs) -> None:
     cluster = runs.start("mistake", 2, without_data=1)
     assert cluster.codes() == [2, 2]
@@ -319,15 +301,15 @@ def test_a_figure_that_fails_on_one_process_ends_all(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_one_process_cannot_read_is_left_at_the_next_start(runs: Runs) -> None:
-    runs.finish("loose", 2, "steps=8")
-    cluster = runs.start("loose", 2, unreadable=1)
+def test_a_checkpoint_that_one_process_cannot_read_is_left_at_the_next_start(calm: Runs) -> None:
+    calm.finish("loose", 2, "steps=8")
+    cluster = calm.start("loose", 2, unreadable=1)
     assert cluster.codes() == [3, 3]
     assert "a cable is loose" in cluster.said(0)
     assert "8.broken" in cluster.said(1)
-    assert runs.saved("loose") == [4]
-    assert "step 4 of" in runs.finish("loose", 2).said(0)
-    runs.assert_same_bits("loose", "two")
+    assert calm.saved("loose") == [4]
+    assert "step 4 of" in calm.finish("loose", 2).said(0)
+    calm.assert_same_bits("loose", "two")
 
 
 @pytest.mark.slow
@@ -339,8 +321,7 @@ def test_four_processes(runs: Runs) -> None:
         name = f"from4to{count}"
         runs.finish(name, 4, "steps=8")
         runs.finish(name, count)
-        bits = [r["bits"] for r in read_metrics(runs.folder(name) / "metrics.jsonl") if "loss" in r]
-        np.testing.assert_allclose(bits, runs.curve("one")[:STEPS], rtol=1e-6)
+        np.testing.assert_allclose(runs.curve(name)[:STEPS], runs.curve("one")[:STEPS], rtol=1e-6)
     cluster = runs.start("killed4", 4, pause=0.03)
     cluster.until(lambda: runs.reached("killed4") >= 6 and bool(runs.saved("killed4")))
     cluster.processes[2].kill()
@@ -353,50 +334,37 @@ def test_four_processes(runs: Runs) -> None:
 # ------------------------------------------------------------------------------------------------ what the environment says
 
 
-@pytest.mark.parametrize(
-    "environ, expected",
-    [
+def test_the_environment_says_who_takes_part() -> None:
+    address = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    srun = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+    for environ, wanted in (
         ({}, None),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
-            {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1},
-        ),
-        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+        (address, {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}),
+        ({**address, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
         (
-            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "CUDA_VISIBLE_DEVICES": "0,1,2"},
+            {**srun, "CUDA_VISIBLE_DEVICES": "0,1,2"},
             {"cluster_detection_method": "slurm", "local_device_ids": [0, 1, 2]},
         ),
         (
-            {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
+            {**srun, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
             {"cluster_detection_method": "slurm", "local_device_ids": None},
         ),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ({"TPU_WORKER_HOSTNAMES": "h0,h1"}, {}),
-    ],
-)
-def test_the_environment_says_who_takes_part(environ: dict[str, str], expected: Any) -> None:
-    assert hosts._wanted(environ) == expected
+    ):
+        assert hosts._wanted(environ) == wanted, environ
 
 
-@pytest.mark.parametrize(
-    "environ, message",
-    [
-        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_COORDINATOR_ADDRESS set but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
-        ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES set but not JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
-            "JAX_COORDINATOR_ADDRESS=a must be HOST:PORT",
-        ),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
-            "JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2",
-        ),
-    ],
-)
-def test_half_an_address_is_refused(environ: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        hosts.start(environ)
+def test_half_an_address_is_refused() -> None:
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    for values, words in (
+        (("a:1",), "JAX_COORDINATOR_ADDRESS set but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
+        (("a", "2", "0"), "JAX_COORDINATOR_ADDRESS=a must be HOST:PORT"),
+        (("a:1", "2", "2"), "JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2"),
+    ):
+        with told(words):
+            hosts.start(dict(zip(names, values)))
 
 
 def test_alone_everything_is_agreed() -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from mistakes import told
 
-from zoo.errors import UserError
 from zoo.train import optim
 from zoo.train.optim import AdamW
 
@@ -136,10 +136,7 @@ def test_a_dict_of_optimisers_equals_as_many_separate_ones() -> None:
     assert not np.allclose(together["head"]["kernel"], joint["head"]["kernel"])
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [({"net": AdamW()}, r"no entry for .*'head'"), ({k: AdamW() for k in ("net", "head", "hat")}, r"names \['hat'\]")],
-)
-def test_a_dict_of_optimisers_names_exactly_the_trained_parts(given: dict[str, AdamW], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        optim.build(given, 10).init(PARAMS)
+def test_a_dict_of_optimisers_names_exactly_the_trained_parts() -> None:
+    for names, words in ((["net"], "no entry for the parameters ['head']"), (["net", "head", "hat"], "names ['hat']")):
+        with told(words):
+            optim.build({name: AdamW() for name in names}, 10).init(PARAMS)

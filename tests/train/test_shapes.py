@@ -15,7 +15,7 @@ from zoo.data.pipeline import Source
 from zoo.errors import UserError
 from zoo.run import Samples
 from zoo.task import Batch, Metric, Params
-from zoo.train.loop import _check_looks, _check_shapes
+from zoo.train.checks import check_looks, check_shapes
 
 
 class Shapes(list, Source):
@@ -72,21 +72,21 @@ def shaped(test: Shapes, train: Shapes, patch: int = 1) -> SimpleNamespace:
 
 def test_metrics_need_held_out_examples_of_the_shape_of_the_task() -> None:
     both = Shapes(square=(4, 4), wide=(2, 6))
-    _check_looks(shaped(both, both))
-    _check_looks(shaped(Shapes(square=(4, 4)), both))
+    check_looks(shaped(both, both))
+    check_looks(shaped(Shapes(square=(4, 4)), both))
     for test in (Shapes(wide=(2, 6)), Shapes(wide=(2, 6), tall=(6, 2))):
         run = shaped(test, both)
         with told("evals.0", "bits", "test", "data.path=out", "[2, 6, 1]"):
-            _check_looks(run)
+            check_looks(run)
         run.evals[0].path = "images"  # a metric that looks elsewhere
-        _check_looks(run)
+        check_looks(run)
     run = shaped(both, both)
-    _check_looks(run)
+    check_looks(run)
     assert run.evals[0].seen == [(run.task, run.data)]
 
 
 def test_every_shape_of_the_data_must_fit_the_task() -> None:
     data = Shapes(square=(4, 4), wide=(3, 6))
-    _check_shapes(shaped(data, data))
+    check_shapes(shaped(data, data))
     with told("wide", "data.path=out", "task.patch=2", "3"):
-        _check_shapes(shaped(data, data, patch=2))
+        check_shapes(shaped(data, data, patch=2))

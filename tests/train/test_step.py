@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from zoo import dist, weights
+from zoo import dist
 from zoo.draws import Use, key_of, keys
 from zoo.papers.tarflow import TarFlow
 from zoo.task import About, Batch, Network, Params
@@ -168,29 +167,20 @@ def test_the_step_is_compiled_once_whatever_parameters_start_as() -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(value: float, accumulate: int) -> None:
-    first, step = made(Line(), accumulate=accumulate)
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(accumulate: int) -> None:
+    first, step = made(Line(bad=jnp.nan), accumulate=accumulate)
     state, _ = step(first, batch_of())
     assert not equal(first, state)
-    bad = batch_of(seed=1)
-    bad["y"] = bad["y"].at[3, 0].set(value)
-    after, metrics = step(state, bad)
-    assert equal(state, after)
-    assert (int(after.step), int(after.skipped), int(after.streak)) == (2, 1, 1)
-    assert (int(metrics["skipped"]), int(metrics["streak"])) == (1, 1)
-    assert not np.isfinite(metrics["loss"])
-    chex.assert_trees_all_equal(jax.random.key_data(state.rng), jax.random.key_data(after.rng))
-
-
-def test_a_nan_loss_with_finite_gradients_is_skipped_too(plain: tuple[State, Step]) -> None:
-    state, step = plain
-    bad = {**batch_of(), "y": jnp.full((8, 2), 1e7)}
-    after, metrics = step(state, bad)
-    assert np.isfinite(metrics["grad_norm"])
-    assert np.isnan(metrics["loss"])
-    assert equal(state, after)
-    assert (int(after.step), int(after.skipped), int(after.streak)) == (1, 1, 1)
+    for value in (np.nan, np.inf, 1e7):  # the last: a loss that is NaN and gradients that are finite
+        bad = batch_of(seed=1)
+        bad["y"] = bad["y"].at[3, 0].set(value)
+        after, metrics = step(state, bad)
+        assert equal(state, after)
+        assert (int(after.step), int(after.skipped), int(after.streak)) == (2, 1, 1)
+        assert (int(metrics["skipped"]), int(metrics["streak"])) == (1, 1)
+        assert not np.isfinite(metrics["loss"])
+        assert np.isfinite(metrics["grad_norm"]) == (value == 1e7)
+        chex.assert_trees_all_equal(jax.random.key_data(state.rng), jax.random.key_data(after.rng))
 
 
 def test_a_good_step_ends_the_streak_and_keeps_the_count(plain: tuple[State, Step]) -> None:
@@ -239,13 +229,10 @@ def test_held_keys_get_no_gradient_and_no_optimiser_state(plain: tuple[State, St
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_after_step_writes_held_keys_from_the_mean_over_micro_batches(accumulate: int) -> None:
     state, step = made(Line(), accumulate=accumulate)
-    expected = np.zeros(4)
-    for k in range(2):
-        batch = batch_of(seed=k)
-        state, metrics = step(state, batch)
-        expected = 0.9 * expected + 0.1 * np.asarray(batch["x"]).mean(0)
-        assert "x_mean" not in metrics
-        np.testing.assert_allclose(state.params["mean"], expected, rtol=1e-5, atol=1e-7)
+    batch = batch_of()
+    state, metrics = step(state, batch)
+    assert "x_mean" not in metrics
+    np.testing.assert_allclose(state.params["mean"], 0.1 * np.asarray(batch["x"]).mean(0), rtol=1e-5, atol=1e-7)
 
 
 # ----------------------------------------------------------------------------------------------------- keys and seeds
@@ -274,6 +261,11 @@ def test_one_seed_gives_one_run_and_another_a_different_one() -> None:
                 state, _ = step(state, batch_of(seed=k))
             return state
 
+        # the average starts as a copy of the parameters: sharing their memory would donate one buffer twice
+        begun = init(0)
+        chex.assert_trees_all_equal(begun.params["net"], begun.ema["net"])
+        kernels = [tree["net"]["kernel"].addressable_shards[0].data for tree in (begun.params, begun.ema)]
+        assert kernels[0].unsafe_buffer_pointer() != kernels[1].unsafe_buffer_pointer()
         a, b, c = run(0), run(0), run(1)
         assert equal(a, b)
         chex.assert_trees_all_equal(jax.random.key_data(a.rng), jax.random.key_data(b.rng))
@@ -300,64 +292,6 @@ def test_the_key_depends_on_the_step_alone() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- placement
-
-MESHES = {
-    "one": (dist.Mesh(data=1), 1),
-    "data": (dist.Mesh(data=8), 8),
-    "fsdp": (dist.Mesh(data=2, fsdp=2, tensor=2), 8),
-}
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Three steps on one mesh."""
-
-    losses: list[float]
-    state: State
-    first: State  # the state that the first step was given, and gave away
-
-
-def place(task: Any, name: str, accumulate: int = 1) -> Placed:
-    mesh_config, n = MESHES[name]
-    mesh = mesh_config.build(jax.devices()[:n])
-    with dist.use(mesh):
-        init, step, abstract = compile_step(
-            task, AdamW(lr=0.01, clip=1.0).build(10), mesh, ema=0.9, accumulate=accumulate
-        )
-        first = state = init(3)
-        chex.assert_trees_all_equal_shapes_and_dtypes(jax.tree.map(lambda x: x, state), abstract)
-        losses = []
-        for k in range(3):
-            rng = np.random.default_rng(k)
-            batch = {
-                key: jax.device_put(rng.uniform(-1, 1, s.shape).astype(s.dtype), dist.batch_sharding(mesh))
-                for key, s in task.spec(8 * accumulate).items()
-            }
-            state, metrics = step(state, batch)
-            losses.append(float(metrics["loss"]))
-    return Placed(losses, state, first)
-
-
-@pytest.fixture(scope="module")
-def placed() -> dict[str, Placed]:
-    return {name: place(Line(noise=0.1), name) for name in MESHES}
-
-
-@pytest.mark.parametrize("name", ["data", "fsdp"])
-def test_a_mesh_changes_no_loss(placed: dict[str, Placed], name: str) -> None:
-    assert len(set(placed["one"].losses)) == 3
-    np.testing.assert_allclose(placed[name].losses, placed["one"].losses, rtol=1e-6, atol=1e-6)
-    # 1e-5: Adam divides by the root of second moments, which magnifies the last bit of a gradient
-    chex.assert_trees_all_close(
-        jax.device_get(placed[name].state.params), jax.device_get(placed["one"].state.params), rtol=1e-4, atol=1e-5
-    )
-    chex.assert_trees_all_equal(int(placed[name].state.skipped), 0)
-
-
-def test_accumulation_on_a_mesh_changes_no_loss() -> None:
-    one, many = place(Line(), "one", accumulate=2), place(Line(), "fsdp", accumulate=2)
-    np.testing.assert_allclose(one.losses, many.losses, rtol=1e-6, atol=1e-6)
-    assert len(set(one.losses)) == 3
 
 
 FLOW = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=4)
@@ -394,7 +328,9 @@ def descended(flow: tuple[State, dict[str, Any]], mesh: dist.Mesh, accumulate: i
         _, step, abstract = compile_step(FLOW, optax.sgd(1.0), built, accumulate=accumulate)
         fresh = flow[0].replace(rng=jax.random.key(1))  # a step gives away what it is given
         state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), fresh, abstract)
-        state, metrics = step(state, jax.device_put(flow[1], dist.batch_sharding(built)))
+        given, (state, metrics) = state, step(state, jax.device_put(flow[1], dist.batch_sharding(built)))
+        # memory for two states would halve the largest model
+        assert [n for n, x in named_leaves(given.params).items() if not x.is_deleted()] == []
     return float(metrics["loss"]), jax.device_get(state.params)
 
 
@@ -407,13 +343,11 @@ def alone(flow: tuple[State, dict[str, Any]]) -> dict[int, tuple[float, Params]]
     ("mesh", "accumulate"),
     [
         (dist.Mesh(), 1),
-        (dist.Mesh(), 2),
-        (dist.Mesh(data=1, fsdp=8), 1),
         (dist.Mesh(fsdp=2, tensor=2), 1),
         (dist.Mesh(fsdp=2, sequence=2), 1),
         (dist.Mesh(data=1, fsdp=2, sequence=2, tensor=2), 2),
     ],
-    ids=["data", "data accumulated", "fsdp", "fsdp and tensor", "sequence", "fsdp, sequence and tensor accumulated"],
+    ids=["data", "fsdp and tensor", "sequence", "fsdp, sequence and tensor accumulated"],
 )
 def test_a_flow_descends_alike_on_every_mesh(flow: Any, alone: Any, mesh: dist.Mesh, accumulate: int) -> None:
     loss, params = descended(flow, mesh, accumulate)
@@ -422,41 +356,3 @@ def test_a_flow_descends_alike_on_every_mesh(flow: Any, alone: Any, mesh: dist.M
     moved = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(flow[0].params), jax.tree.leaves(single)))
     assert 0.01 < moved < 10
     chex.assert_trees_all_close(params, single, rtol=1e-6, atol=1e-6)
-
-
-def test_the_optimiser_state_and_the_average_lie_like_the_parameters(placed: dict[str, Placed]) -> None:
-    state = placed["fsdp"].state
-    trained, held = split(Line(), state.params)
-    specs = {name: leaf.sharding.spec for name, leaf in weights.flatten(trained).items()}
-    spread = {name for name, leaf in weights.flatten(trained).items() if not leaf.sharding.is_fully_replicated}
-    assert spread == {"net/kernel", "net/bias"}, "a test of sharding needs sharded parameters"
-    moments = [s for s in jax.tree.leaves(state.opt, is_leaf=lambda s: hasattr(s, "nu")) if hasattr(s, "nu")]
-    assert len(moments) == 1
-    for tree in (moments[0].mu, moments[0].nu, state.ema):
-        assert {name: leaf.sharding.spec for name, leaf in weights.flatten(tree).items()} == specs
-    for name in spread:
-        shard = weights.flatten(moments[0].nu)[name]
-        assert shard.addressable_shards[0].data.size < shard.size
-    assert held["teacher"]["kernel"].sharding.is_fully_replicated
-
-
-def test_the_state_is_donated(placed: dict[str, Placed]) -> None:
-    """All of it: memory for two states would halve the largest model."""
-    for result in placed.values():
-        kept = [n for n, leaf in named_leaves(data_of(result.first)).items() if not leaf.is_deleted()]
-        assert kept == []
-        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(result.state))
-
-
-def test_a_state_restarts_from_its_own_copy(placed: dict[str, Placed]) -> None:
-    """The average starts as a copy of the parameters: sharing their memory would donate one buffer twice."""
-    assert dataclasses.is_dataclass(placed["one"].state)
-    mesh = dist.Mesh(data=1).build(jax.devices()[:1])
-    with dist.use(mesh):
-        init, _, _ = compile_step(Line(), AdamW().build(10), mesh, ema=0.9)
-        state = init(0)
-    chex.assert_trees_all_equal(state.params["net"], state.ema["net"])
-    pointers = [
-        tree["net"]["kernel"].addressable_shards[0].data.unsafe_buffer_pointer() for tree in (state.params, state.ema)
-    ]
-    assert pointers[0] != pointers[1]

@@ -21,7 +21,7 @@ from PIL import Image
 from zoo import paths
 from zoo.cameras import cameras_json, to_camera
 from zoo.paths import Folder
-from zoo.train.report import grid, save_png
+from zoo.train.pictures import grid, save_png
 
 _PAGE = "viewer.html"
 _CLIPS = 16  # on the page at most

@@ -24,7 +24,7 @@ from zoo.files import differences
 from zoo.models import Model
 from zoo.paths import Folder
 from zoo.task import Counting, trace_of
-from zoo.train.report import grid, save_png
+from zoo.train.pictures import grid, save_png
 
 _log = logging.getLogger("zoo")
 _SHEET = 256  # images on a sheet at most

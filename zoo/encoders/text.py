@@ -104,43 +104,18 @@ class TextBlock(nn.Module):
 class TextNet(nn.Module):
     """Tokens -> the last layer's output."""
 
-    width: int
-    heads: int
-    head_dim: int
-    mlp: int
-    depth: int
-    vocab: int
-    gated: bool
-    buckets: int
-    distance: int
-    dtype: str
-    scan: bool
+    task: T5
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """tokens [B, S], mask [B, S] bool -> normalised features and the residual stream below them, [B, S, D] float32."""
-        h = Table(self.vocab, self.width, std=1.0, name="tokens")()[tokens]
-        table = Table(self.buckets, self.heads, std=self.width**-0.5, axis=None, name="bias")()
-        bias = table[relative_buckets(tokens.shape[1], self.buckets, self.distance)].transpose(2, 0, 1)
-        block = TextBlock(self.heads, self.head_dim, self.mlp, self.gated, self.dtype, parent=None)
-        h, _ = Trunk(self.depth, block, self.scan, name="trunk")(h, bias=bias, mask=mask)
+        task = self.task
+        h = Table(task.vocab, task.width, std=1.0, name="tokens")()[tokens]
+        table = Table(task.buckets, task.heads, std=task.width**-0.5, axis=None, name="bias")()
+        bias = table[relative_buckets(tokens.shape[1], task.buckets, task.distance)].transpose(2, 0, 1)
+        block = TextBlock(task.heads, task.head_dim, task.mlp, task.gated, task.dtype, parent=None)
+        h, _ = Trunk(task.depth, block, task.scan, name="trunk")(h, bias=bias, mask=mask)
         return RMSNorm(name="norm")(h), h
-
-
-def _net(task: T5) -> TextNet:
-    return TextNet(
-        width=task.width,
-        heads=task.heads,
-        head_dim=task.head_dim,
-        mlp=task.mlp,
-        depth=task.depth,
-        vocab=task.vocab,
-        gated=task.gated,
-        buckets=task.buckets,
-        distance=task.distance,
-        dtype=task.dtype,
-        scan=task.scan,
-    )
 
 
 @dataclass(frozen=True)
@@ -177,7 +152,7 @@ class T5:
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters, as T5's own training starts: a stand-in where no published file is at hand."""
         tokens = jnp.zeros((1, 1), jnp.int32)  # no parameter depends on their number
-        return _net(self).init(rng, tokens, tokens == PAD)["params"]
+        return TextNet(self).init(rng, tokens, tokens == PAD)["params"]
 
     def encode(self, params: Params, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Features of captions, zero where the mask is.
@@ -191,7 +166,7 @@ class T5:
             [B, S, D] float32.
         """
         mask = (tokens != PAD) if mask is None else jnp.asarray(mask).astype(bool)
-        features: Any = _net(self).apply({"params": params}, tokens, mask)
+        features: Any = TextNet(self).apply({"params": params}, tokens, mask)
         return features[0] * mask[..., None]
 
     def import_names(self) -> list[Name]:
@@ -227,6 +202,5 @@ class T5:
 
 
 def xl(**fields: Any) -> T5:
-    """Flan-T5-XL's encoder, 1.2 billion parameters; fields may be overridden."""
-    published: dict[str, Any] = {"width": 2048, "heads": 32, "head_dim": 64, "mlp": 5120, "depth": 24, "vocab": 32128}
-    return T5(**{**published, "gated": True, "buckets": 32, "distance": 128, **fields})
+    """Flan-T5-XL's encoder, 1.2 billion parameters, as the defaults are; fields may be overridden."""
+    return T5(**fields)

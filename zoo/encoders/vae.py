@@ -407,12 +407,5 @@ def _residual(theirs: str, ours: str, shortcut: bool) -> list[Name]:
 
 
 def sd(**fields: Any) -> AutoEncoder:
-    """The published f8 family: 8 pixels a side to one, 4 channels, 84 million parameters; fields may be overridden."""
-    published: dict[str, Any] = {
-        "latent": 4,
-        "widths": (128, 256, 512, 512),
-        "layers": 2,
-        "groups": 32,
-        "scale": 0.18215,
-    }
-    return AutoEncoder(**{**published, **fields})
+    """The published f8 family, as the defaults are: 8 pixels a side to one, 4 channels, 84 million parameters."""
+    return AutoEncoder(**fields)

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo import hosts
 from zoo.errors import UserError
-from zoo.fields import Count, Whole, check_fields
+from zoo.fields import Count, Whole
 from zoo.metrics.frechet import quantise
 from zoo.metrics.samples import MAX_DIMS, check_images, drawer, image_shape
 from zoo.task import Metric, Options, Params, Samples, Trace, options_of
@@ -41,15 +40,12 @@ class _Judged(Metric):
 
     needs = (Samples,)
 
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
-
     def check(self, task: Any) -> None:
         """UserError for a task that draws no images, or too large ones; asked before a run's first step."""
         shape = self._shape(task)
         if self.path is not None:
             for split in ("train", "test"):
-                check_images(self.path, None, split, shape, self.name, label=True)
+                check_images(self, None, split, shape, label=True)
 
     def _shape(self, task: Any, params: Params | None = None) -> tuple[int, ...]:
         """[H, W, C] of the images that the task draws."""
@@ -64,48 +60,45 @@ class _Judged(Metric):
         return shape
 
     def _judged(
-        self, task: Any, params: Params, data: Any, rng: jax.Array, classes: int | None
+        self, task: Any, params: Params, data: Any, rng: jax.Array, needed: int | None
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any], Trace | None]:
         """Of each sample the class that the judge sees, -1 for one that is not finite, and the class asked for; about the judge;
         how samples came about, where the sampler says so.
 
         Args:
-            classes: that the real images must have; None: those that they have.
+            needed: how many classes the real images must have; None: those that they have.
         """
         from sklearn.decomposition import PCA
         from sklearn.pipeline import make_pipeline
         from sklearn.svm import SVC
 
         shape, draw = self._shape(task, params), drawer(task, self.options)
-        fit, real = (self._real(data, split, shape, classes) for split in ("train", "test"))
+        fit, real = (self._real(data, split, shape, needed) for split in ("train", "test"))
         judge = make_pipeline(PCA(min(self.components, *fit[0].shape), random_state=0), SVC(C=10))
         judge.fit(*fit)
-        seen, asked, traces = [], [], []
-        for first in range(0, self.samples, self.batch):
-            count = min(self.batch, self.samples - first)
-            indices = np.arange(first, first + self.batch, dtype=np.int32)
-            label = indices % max(task.about.classes, 1)
-            given = {"label": label} if task.about.classes else {}
-            drawn, trace = draw.traced(params, rng, indices, given)
+        seen, traces, classes = [], [], task.about.classes
+
+        def given(indices: np.ndarray) -> dict[str, np.ndarray]:
+            return {"label": indices % classes} if classes else {}
+
+        for drawn, trace, _ in draw.batches(params, rng, self.samples, self.batch, given):
             traces.append(trace)
-            drawn = hosts.fetch(drawn)[:count]
             finite = np.isfinite(drawn).all((1, 2, 3))
             guess = judge.predict(_seen(np.where(finite[:, None, None, None], drawn, 0)))
             seen.append(np.where(finite, guess, -1))
-            asked.append(label[:count])
         about = {
             "judge_accuracy": float(judge.score(*real)),
             "judge_train_images": len(fit[0]),
             "judge_test_images": len(real[0]),
         }
-        whole: Any = jax.tree.map(lambda *each: np.concatenate(each)[: self.samples], *traces)
-        return np.concatenate(seen), np.concatenate(asked), about, whole
+        whole: Any = jax.tree.map(lambda *each: np.concatenate(each), *traces)
+        return np.concatenate(seen), np.arange(self.samples) % max(classes, 1), about, whole
 
     def _real(
         self, data: Any, split: str, shape: tuple[int, ...], classes: int | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """What the classifier sees of real images [N, H W C], and their labels [N]; a fixed choice, of all classes."""
-        source = check_images(self.path, data, split, shape, self.name, label=True)
+        source = check_images(self, data, split, shape, label=True)
         limit = {"train": self.train, "test": self.test}[split]
         chosen = np.random.default_rng(0).permutation(len(source))[:limit]
         seen, labels = [], []

@@ -20,7 +20,7 @@ import numpy as np
 from zoo import dist, hosts
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.fields import Count, NonNegative, Some, check_fields
+from zoo.fields import Count, NonNegative, Some
 from zoo.flows.inverse import FINEST, Chain, Jacobi, Stepper, invert, jacobi, once, sequential, swept
 from zoo.flows.transforms import affine_inverse
 from zoo.task import Inverts, Metric
@@ -55,7 +55,7 @@ class Convergence(Metric):
     every = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
+        super().__post_init__()
         if 0 < self.tol < FINEST:
             raise UserError(
                 f"tol={self.tol:g} of the metric convergence is below what float32 resolves, so that every block would go "

@@ -15,7 +15,7 @@ import numpy as np
 from zoo import dist, hosts
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.fields import Count, Positive, Whole, check_fields
+from zoo.fields import Count, Positive, Whole
 from zoo.task import Denoises, Energetic, Metric, Params
 
 _LEVELS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -110,9 +110,6 @@ class Denoising(Metric):
 
     name = "denoising"
     needs: ClassVar[tuple[type, ...]] = (Denoises,)
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError for levels that the task was not made for, and examples that are not what it denoises."""

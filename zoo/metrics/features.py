@@ -17,7 +17,7 @@ import numpy as np
 from zoo import files
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.fields import Count, check_fields
+from zoo.fields import Count
 from zoo.metrics.probe import finite
 from zoo.task import Encodes, Maps, Metric, Params, call, check_needs
 
@@ -45,9 +45,6 @@ class Features(Metric):
 
     name = "features"
     needs = (Encodes,)
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError: while training there is nothing to write."""

@@ -23,7 +23,7 @@ from zoo import files, hosts, weights
 from zoo.data.arrays import open_npz
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.fields import AtLeast2, Count, Whole, check_fields
+from zoo.fields import AtLeast2, Count, Whole
 from zoo.metrics.samples import MAX_DIMS, check_images, drawer, held_out, image_shape
 from zoo.task import Metric, Options, Params, Samples, abilities, options_of
 
@@ -105,16 +105,13 @@ class Frechet(Metric):
     name = "frechet"
     needs = (Samples,)
 
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
-
     def check(self, task: Any) -> None:
         """UserError for a task that draws no images, or none such as these; asked before a run's first step."""
         shape = self._shape(task)
         if self.opens() is None:
             _check_dims(shape)
         if self.path is not None:
-            check_images(self.path, None, self.split, shape, self.name)
+            check_images(self, None, self.split, shape)
 
     def opens(self) -> str | None:
         """The run or export whose features are wanted, for the caller to open; None for pixels.
@@ -146,7 +143,7 @@ class Frechet(Metric):
         shape = self._shape(task, params)
         features, about = self.extractor(shape, network)
         images = data if self.path is None else self.path
-        check_images(self.path, data, self.split, shape, self.name)
+        check_images(self, data, self.split, shape)
         spec = {"image": jax.ShapeDtypeStruct((1, *shape), jnp.float32)}
         reference = self._statistics(images, spec, features, about)
         tally: Counter[str] = Counter()

@@ -21,7 +21,8 @@ from zoo.data.text.tokens import check_vocabulary
 from zoo.diffusion.compare import image_of
 from zoo.errors import UserError
 from zoo.fields import Count
-from zoo.metrics.text import _OfDrawn, check_texts, std_error, token_entropy
+from zoo.metrics.samples import std_error
+from zoo.metrics.text import _OfDrawn, check_texts, token_entropy
 from zoo.rewards import LetterShare, Reward, rewarded
 from zoo.task import Options, Params, Predicts, check_needs, options_of
 

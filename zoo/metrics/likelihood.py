@@ -15,9 +15,9 @@ import numpy as np
 from zoo import dist, hosts
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.fields import Count, Whole, check_fields
+from zoo.fields import Count, Whole
 from zoo.metrics.frechet import Moments, moments
-from zoo.metrics.samples import MAX_DIMS
+from zoo.metrics.samples import MAX_DIMS, std_error
 from zoo.task import Likelihood, Likely, Metric, is_text
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -70,9 +70,6 @@ class Bits(Metric):
     name = "bpd"
     needs = (Likely,)
 
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
-
     def check(self, task: Any) -> None:
         """UserError where the metric makes no sense for a task; asked before a run's first step."""
         if is_text(task):
@@ -109,7 +106,7 @@ class Bits(Metric):
         key = likelihood.name
         found: dict[str, Any] = {
             key: float(values.mean()),
-            f"{key}_std_error": float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0,
+            f"{key}_std_error": std_error(values),
             "images": len(values),
             "draws": self.draws,
             "split": self.split,
@@ -233,9 +230,6 @@ class BayesAccuracy(Metric):
 
     name = "bayes"
     needs = (Likely,)
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError for an unconditional model; asked before a run's first step."""

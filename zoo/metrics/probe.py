@@ -5,7 +5,6 @@ B examples, D width. "Images" below are series too.
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo import dist, hosts
-from zoo.data.pipeline import Data, epoch
+from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.fields import Count, Positive, Whole, check_fields
+from zoo.fields import Count, Positive, Whole
 from zoo.metrics.agreement import share_error
+from zoo.metrics.samples import described, std_error
 from zoo.task import Classifies, Encodes, Metric, Params, call
 
 
@@ -52,19 +52,6 @@ def finite(found: Any, ability: str, task: Any, metric: Any) -> Any:
     return here
 
 
-def _described(metric: Any, data: Any) -> tuple[Any, str]:
-    """The data description that a metric looks at, and what to call it."""
-    path = metric.path
-    if path is None:
-        return data, f"data={type(data).__name__}"
-    if not isinstance(path, Data):
-        raise UserError(
-            f"path={path!r} of the metric {metric.name} is no data description; on the command line write data={path}, in a "
-            'config file a description, e.g. path=Images("data/mnist.npz", size=28, channels=1)'
-        )
-    return path, f"path={type(path).__name__}"
-
-
 def check_splits(metric: Any, task: Any, data: Any, *splits: str, label: bool = False, fewest: int = 1) -> None:
     """Open what a metric goes through and read an example of each split.
 
@@ -72,10 +59,10 @@ def check_splits(metric: Any, task: Any, data: Any, *splits: str, label: bool = 
         UserError: a split that cannot be read, that does not fit the task, or that has fewer than `fewest` examples (two are
             asked for by a metric that compares them) or, asked for, no labels.
     """
-    described, called = _described(metric, data)
+    whole, called = described(metric, data)
     spec = spec_of(task, metric.batch, label=label)
     for split in splits:
-        source = described.source(split, spec)
+        source = whole.source(split, spec)
         groups = source.groups
         count = len(groups[0] if groups else source)  # what `epoch` goes through
         if not count:
@@ -83,17 +70,17 @@ def check_splits(metric: Any, task: Any, data: Any, *splits: str, label: bool = 
         if count < fewest:
             raise UserError(
                 f"the metric {metric.name} compares {task.about.unit} with others, and {called} has {count} of them in its {split} "
-                f"split; {_for_more(described)}give data that have more"
+                f"split; {_for_more(whole)}give data that have more"
             )
         example = source[int(groups[0][0]) if groups else 0]
         if label and "label" not in example:
-            way = "data.path" if described.place else "data"
+            way = "data.path" if whole.place else "data"
             raise UserError(
                 f"the metric {metric.name} needs labels, and {called} gives {', '.join(example)} alone in its {split} split; "
                 f"set {way} to labelled data, or leave the metric out"
             )
         # compares its first example with the task; nothing is read ahead yet
-        epoch(described, 1, split=split, spec=spec_of(task, 1, label=False), limit=1).close()
+        epoch(whole, 1, split=split, spec=spec_of(task, 1, label=False), limit=1).close()
 
 
 def _for_more(data: Any) -> str:
@@ -131,9 +118,6 @@ class _Judged(Metric):
     name: ClassVar[str]
     needs = (Encodes,)
     by_class = False
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def check_data(self, task: Any, data: Any) -> None:
         """UserError for data without labels, or that do not fit the task; asked before a run's first step."""
@@ -184,10 +168,10 @@ class _Judged(Metric):
 
     def _features(self, task: Any, params: Params, data: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Features [N, D] float64 and labels [N] of the images chosen from a split."""
-        described, _ = _described(self, data)
+        whole, _ = described(self, data)
         spec, limit = spec_of(task, self.batch, label=True), {"train": self.train, "test": self.test}[split]
         seen, labels = [], []
-        for batch, count in epoch(described, self.batch, split=split, spec=spec, limit=limit, seed=0):
+        for batch, count in epoch(whole, self.batch, split=split, spec=spec, limit=limit, seed=0):
             labels.append(batch.pop("label")[:count])
             found = jitted(task, "features")(params, batch)
             seen.append(finite(found, "features", task, self)[:count].reshape(count, -1))
@@ -262,9 +246,6 @@ class Accuracy(Metric):
     name = "accuracy"
     needs = (Classifies,)
 
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
-
     def check_data(self, task: Any, data: Any) -> None:
         """UserError for data without labels, or that do not fit the task; asked before a run's first step."""
         check_splits(self, task, data, self.split, label=True)
@@ -293,7 +274,7 @@ class Accuracy(Metric):
             "accuracy": hits / len(values),
             "accuracy_std_error": share_error(hits, len(values)),
             "nll": float(values.mean()),
-            "nll_std_error": float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0,
+            "nll_std_error": std_error(values),
             "examples": len(values),
             "split": self.split,
         }

@@ -17,7 +17,7 @@ from PIL import Image
 from zoo import hosts
 from zoo.data.images.captions import as_tokens, framed
 from zoo.errors import UserError
-from zoo.fields import Count, Whole, check_fields
+from zoo.fields import Count, Whole
 from zoo.metrics.drawing import rgb
 from zoo.metrics.samples import drawer, image_shape
 from zoo.task import Metric, Options, Params, Samples, options_of
@@ -60,9 +60,6 @@ class Prompted(Metric):
     needs = (Samples,)
     captions = True
     uses_data = False
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError where nothing could be drawn or scored; asked before a run's first step."""
@@ -111,12 +108,10 @@ class Prompted(Metric):
         ids = [one for one in prompts for _ in range(self.images)]
         texts = [prompts[one] for one in ids]
         conditions = self._conditions(task, encode, texts)
-        draw, drawn = drawer(task, self.options), []
-        for first in range(0, len(texts), self.batch):
-            rows = np.arange(first, first + self.batch, dtype=np.int32)  # one shape: the last batch begins again
-            given = {key: array[rows % len(texts)] for key, array in conditions.items()}
-            drawn.append(np.asarray(hosts.fetch(draw(params, rng, rows, given))))
-        pixels = np.concatenate(drawn)[: len(texts)]
+        batches = drawer(task, self.options).batches(
+            params, rng, len(texts), self.batch, lambda rows: {k: x[rows % len(texts)] for k, x in conditions.items()}
+        )
+        pixels = np.concatenate([drawn for drawn, *_ in batches])
         good = np.isfinite(pixels).all((1, 2, 3))
         images: dict[str, list[Image.Image]] = {one: [] for one in prompts}
         for one, image, fine in zip(ids, pixels, good):

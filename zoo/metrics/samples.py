@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,6 +44,25 @@ class Drawer:
         if trace is not None:
             trace.check(indices)
         return found, trace
+
+    def batches(
+        self,
+        params: Params,
+        rng: jax.Array,
+        samples: int,
+        batch: int,
+        given: Callable[[np.ndarray], Mapping[str, Any]] = lambda indices: {},
+    ) -> Iterator[tuple[Any, Trace | None, np.ndarray]]:
+        """Of samples 0 to `samples`, so many at once: what is picked, here, how they came about, and their indices [n].
+
+        Args:
+            given: indices -> conditions.
+        """
+        for first in range(0, samples, batch):
+            indices = np.arange(first, first + batch, dtype=np.int32)  # one compiled shape
+            found, trace = self.traced(params, rng, indices, given(indices))
+            count = min(batch, samples - first)
+            yield *jax.tree.map(lambda x: x[:count], (hosts.fetch(found), trace)), indices[:count]  # noqa: B023
 
     def eval_shape(self, *arguments: Any) -> Any:
         """Shapes of what is picked; nothing is computed."""
@@ -113,32 +133,42 @@ def held_out(task: Any, data: Any, batch: int, samples: int) -> Iterator[dict[st
         yield {}
 
 
-def check_images(path: Any, data: Any, split: str, shape: tuple[int, ...], metric: str, *, label: bool = False) -> Any:
-    """The open source of real images [H, W, C] of `shape`, with labels where asked for, in `path` or else in `data`.
+def described(metric: Any, data: Any) -> tuple[Any, str]:
+    """The data description that a metric looks at, `path` or else the run's, and what to call it."""
+    path = metric.path
+    if path is None:
+        return data, f"data={type(data).__name__}"
+    if not isinstance(path, Data):
+        raise UserError(
+            f"path={path!r} of the metric {metric.name} is no data description; on the command line write data={path}, in a "
+            'config file a description, e.g. path=Images("data/mnist.npz", size=28, channels=1)'
+        )
+    return path, f"path={type(path).__name__}"
 
-    Args:
-        path: the field of the metric of this name; None: the run's data are taken.
+
+def check_images(metric: Any, data: Any, split: str, shape: tuple[int, ...], *, label: bool = False) -> Any:
+    """The open source of the real images [H, W, C] of `shape`, with labels where asked for, that a metric looks at.
 
     Raises:
         UserError: no data description, or the first example is something else.
     """
-    if path is not None and not isinstance(path, Data):
-        raise UserError(
-            f"path={path!r} of the metric {metric} is no data description; set path in a config file, e.g. "
-            'path=Images("data/mnist.npz", size=28, channels=1)'
-        )
+    data, called = described(metric, data)
     spec = {"image": jax.ShapeDtypeStruct((1, *shape), jnp.float32)}
     if label:
         spec["label"] = jax.ShapeDtypeStruct((1,), jnp.int32)
-    source = (data if path is None else path).source(split, spec)
+    source = data.source(split, spec)
     example = source[0] if len(source) else {}
     got = example["image"].shape if "image" in example else None
     if got != shape or (label and "label" not in example):
         given = [key if key != "image" or got == shape else f"images of {list(example[key].shape)}" for key in example]
         raise UserError(
-            f"the metric {metric} needs real images{' with labels' if label else ''} of {list(shape)}, the shape that the "
-            f"model draws, and {'the data of the run' if path is None else f'path={path!r}'} gives "
-            f"{', '.join(given) or 'nothing'} in its {split} split; set "
-            "path to a description of such images in a config file"
+            f"the metric {metric.name} needs real images{' with labels' if label else ''} of {list(shape)}, the shape that the "
+            f"model draws, and {called} gives {', '.join(given) or 'nothing'} in its {split} split; set path to a description "
+            "of such images in a config file"
         )
     return source
+
+
+def std_error(values: np.ndarray) -> float:
+    """Of the mean of values [N]."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

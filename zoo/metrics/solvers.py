@@ -24,7 +24,7 @@ from zoo.diffusion.levels import Levels
 from zoo.diffusion.sampling import DenoiserSampling, draw, guided
 from zoo.diffusion.solvers import Heun, Plan, Solver
 from zoo.errors import UserError
-from zoo.fields import AtLeast2, Count, NonNegative, Some, check_fields, required
+from zoo.fields import AtLeast2, Count, NonNegative, Some, required
 from zoo.metrics.denoising import check_denoiser, modelled
 from zoo.metrics.frechet import Frechet, frechet_distance, moments
 from zoo.task import Denoises, Metric, Params
@@ -86,7 +86,7 @@ class Solvers(Metric):
     needs = (Denoises,)
 
     def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
+        super().__post_init__()
         for field, values in (("solvers", [*map(str, self.solvers)]), ("nfe", [*self.nfe])):
             if twice := [value for i, value in enumerate(values) if value in values[:i]]:
                 raise UserError(

@@ -18,9 +18,9 @@ from zoo import hosts
 from zoo.data.pipeline import epoch
 from zoo.data.text.tokens import check_vocabulary
 from zoo.errors import UserError
-from zoo.fields import AtLeast2, Count, Whole, check_fields
+from zoo.fields import AtLeast2, Count, Whole
 from zoo.metrics.likelihood import per_example
-from zoo.metrics.samples import drawer
+from zoo.metrics.samples import drawer, std_error
 from zoo.task import Likely, Metric, Options, Params, Samples, is_text, option_names, options_of
 
 _BIGRAMS = 1_024  # symbols up to which there is a table of all pairs
@@ -60,9 +60,6 @@ class TextBound(Metric):
 
     name = "text"
     needs = (Likely,)
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError for a task that models no texts; asked before a run's first step."""
@@ -107,11 +104,6 @@ class TextBound(Metric):
         }
 
 
-def std_error(values: np.ndarray) -> float:
-    """Of the mean of values [N]."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
 # --- drawn texts ----------------------------------------------------------------------------------
 
 
@@ -132,9 +124,6 @@ class _OfDrawn(Metric):
 
     needs = (Samples,)
 
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
-
     def check(self, task: Any) -> None:
         """UserError for a task that draws no texts, or not with these options; asked before a run's first step."""
         check_texts(task, self)
@@ -145,12 +134,8 @@ class _OfDrawn(Metric):
 
         Sample i depends on (rng, i) alone.
         """
-        draw = drawer(task, options, the_tokens)
-        parts = [
-            hosts.fetch(draw(params, rng, np.arange(first, first + self.batch, dtype=np.int32), {}))
-            for first in range(0, self.samples, self.batch)
-        ]
-        drawn = np.concatenate(parts)[: self.samples]
+        parts = drawer(task, options, the_tokens).batches(params, rng, self.samples, self.batch)
+        drawn = np.concatenate([tokens for tokens, *_ in parts])
         whole = drawn[(drawn >= 0).all(1)]
         return whole, self.samples - len(whole)
 
@@ -276,9 +261,6 @@ class LatentPasses(Metric):
     needs = (Samples,)
     every = 0
 
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
-
     def check(self, task: Any) -> None:
         """UserError: its figures are lists, one for each layer, which have no place in a curve."""
         raise UserError(
@@ -298,12 +280,8 @@ class LatentPasses(Metric):
             )
         options = {**self.options, "passes": True}
         options_of(task, options, "options of the metric passes")
-        draw = drawer(task, options, the_passes)
-        parts = [
-            hosts.fetch(draw(params, rng, np.arange(first, first + self.batch, dtype=np.int32), {}))
-            for first in range(0, self.samples, self.batch)
-        ]
-        tokens, latents = (np.concatenate(part)[: self.samples] for part in zip(*parts))
+        parts = drawer(task, options, the_passes).batches(params, rng, self.samples, self.batch)
+        tokens, latents = (np.concatenate(part) for part in zip(*(found for found, *_ in parts)))
         finite = np.isfinite(latents).all((1, 2, 3))
         if not finite.any():
             raise UserError(

@@ -13,8 +13,6 @@ minute, all of it at saves and looks.
 from __future__ import annotations
 
 import contextlib
-import functools
-import io
 import json
 import logging
 import math
@@ -26,124 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image
 
 from zoo import files, paths
 from zoo.errors import UserError
 from zoo.paths import Folder
+from zoo.train.curve import Record, draw, part_of
+from zoo.train.pictures import png
 from zoo.train.tracking import Tracker
-
-Record = dict[str, Any]
 
 _log = logging.getLogger("zoo")
 
-_HELD = ("#d1571b", "#2f8f4e", "#7a4fb0", "#8c6d1f")  # lines of held-out bits
-_PAGE, _INK, _NAN = (244, 244, 244), (40, 40, 40), (255, 0, 255)
-_PAD, _FONT, _CAPTION = 4, 12, 16  # pixels: between pictures, letter height, room for one line of caption
 _EVENTS = 8 << 20  # bytes of an event file that is sent to a bucket as a whole whenever it grows
-_SIDE = 64  # pixels: pictures smaller than this are enlarged on a sheet
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no numbers for these
-
-
-_writing = functools.partial(
-    files.writing, way="free some space, mend its permissions or choose another folder with workdir=PATH"
-)
-
-
-def _write(path: Folder, data: bytes, sync: bool = False) -> None:
-    """`paths.write`, with a sentence where it fails; without `sync` what is easily made again may not outlive a power cut."""
-    with _writing(path):
-        paths.write(path, data, sync)
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-def _pixels(images: Any) -> np.ndarray:
-    """Images [N, H, W, C] in [-1, 1] to uint8 [N, H, W', 3]; raises UserError for another shape or for integers."""
-    x = np.asarray(images)
-    if x.ndim != 4 or 0 in x.shape or np.issubdtype(x.dtype, np.integer):
-        raise UserError(
-            f"images have shape {x.shape} and type {x.dtype}; expected floats in [-1, 1] of shape [N, H, W, C]; "
-            "add the missing axes, or rescale whole numbers from [0, 255]"
-        )
-    n, h, w, c = x.shape
-    group = 3 if c % 3 == 0 else 1
-    x = x.astype(np.float32).reshape(n, h, w, c // group, group).swapaxes(2, 3).reshape(n, h, w * (c // group), group)
-    broken = np.isnan(x).any(-1)
-    rgb = np.rint((np.clip(np.where(np.isnan(x), 0, x), -1, 1) + 1) * 127.5).astype(np.uint8)
-    rgb = np.broadcast_to(rgb, (*rgb.shape[:3], 3)).copy()
-    rgb[broken] = _NAN
-    return rgb
-
-
-def grid(
-    images: Any, captions: Sequence[str] | None = None, columns: int | None = None, scale: int | None = None
-) -> Image.Image:
-    """One sheet of all images [N, H, W, C], floats in [-1, 1] (clipped), row by row, each above its caption.
-
-    Grey and RGB images are shown as they are; channels in another multiple of three as RGB pictures side by side, any
-    other number as grey ones. A pixel with a NaN is magenta. `columns` is about sqrt(N) and `scale` (whole-number
-    enlargement, without smoothing) brings small images to about 64 pixels unless given. Too long captions are cut.
-    Raises UserError for another shape and when captions do not match the images.
-    """
-    pixels = _pixels(images)
-    n = len(pixels)
-    if captions is not None and len(captions) != n:
-        raise UserError(f"{len(captions)} captions for {n} images; expected as many; give one per image or none")
-    scale = scale if scale is not None else max(1, _SIDE // pixels.shape[1])
-    columns = columns if columns is not None else math.ceil(math.sqrt(n))
-    if columns < 1 or scale < 1:
-        raise UserError(f"columns={columns}, scale={scale}; expected whole numbers from 1; leave them out to choose")
-    columns = min(columns, n)
-
-    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
-    height, width = pixels.shape[1:3]
-    row = height + _PAD + (_CAPTION if captions is not None else 0)
-    sheet = Image.new("RGB", (_PAD + columns * (width + _PAD), _PAD + math.ceil(n / columns) * row), _PAGE)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT)
-    for i, picture in enumerate(pixels):
-        x, y = _PAD + i % columns * (width + _PAD), _PAD + i // columns * row
-        sheet.paste(Image.fromarray(picture), (x, y))
-        if captions is not None:
-            text = _fit(str(captions[i]), font, width)
-            draw.text((x + width / 2, y + height + _CAPTION / 2), text, _INK, font, anchor="mm")
-    return sheet
-
-
-def class_name(names: Sequence[str], label: int) -> str:
-    """Caption of a class number: its name where it has one, `none` for the negative "no label"."""
-    return "none" if label < 0 else names[label] if label < len(names) else str(label)
-
-
-def _fit(text: str, font: Any, width: float) -> str:
-    """`text` on one line, cut to `width` pixels."""
-    text = " ".join(text.split())
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..." if text else ""
-
-
-def _png(image: Image.Image, metadata: Mapping[str, str] | None) -> bytes:
-    info = PngImagePlugin.PngInfo()
-    for key, value in (metadata or {}).items():
-        info.add_text(key, str(value))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
-
-
-def save_png(path: Folder | str, image: Any, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one picture, an `Image` or an array [H, W, C] in [-1, 1], whole or not at all.
-
-    `metadata` (seed, guidance, ...) goes into the file's text chunks: `Image.open(path).text` gives it back. The file
-    is RGB; channels are treated as by `grid`. Raises UserError when it cannot be written.
-    """
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(_pixels(np.asarray(image)[None])[0])
-    _write(paths.parse_path(path), _png(image, metadata))
 
 
 # ------------------------------------------------------------------------------------------------------------- texts
@@ -166,7 +59,7 @@ def printable(text: str) -> str:
 
 def save_text(path: Folder | str, text: str) -> None:
     """Writes a text and a line end in UTF-8, whole or not at all; UserError when it cannot be written."""
-    _write(paths.parse_path(path), f"{text}\n".encode("utf-8", "replace"))
+    paths.save(path, f"{text}\n".encode("utf-8", "replace"))
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -177,17 +70,9 @@ def read_metrics(path: Folder | str) -> list[Record]:
 
     The line torn by a killed run, and any other that is no JSON object with a whole-number `step`, is passed over.
     """
-    try:
-        file = paths.parse_path(path)
-        with paths.sentence(file):
-            lines = file.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}; expected a metrics.jsonl; mend its permissions"
-        ) from error
-    records = []
+    file, records = paths.parse_path(path), []
+    with files.reading(path, "mend its permissions"), paths.sentence(file):
+        lines = file.read_bytes().split(b"\n") if file.exists() else []
     for line in lines:
         try:
             record = json.loads(line)
@@ -207,20 +92,7 @@ def _identity(record: Record) -> tuple[int, str, str]:
     """What may stand in the file once: a step of training, or a step's metric, told by its keys and where it looked."""
     if "loss" in record:
         return record["step"], "train", ""
-    return record["step"], " ".join(sorted(record.keys() - {"step", "time"})), _part(record)
-
-
-def _part(record: Record) -> str:
-    """What tells a metric's record from those of others of its kind."""
-    return " ".join(str(record[key]) for key in ("split", "eval") if key in record)
-
-
-def _number(value: Any) -> bool | int | float | str:
-    if isinstance(value, str):
-        return value
-    value = np.asarray(value)
-    kind = value.dtype.kind
-    return bool(value) if kind == "b" else int(value) if kind in "iu" else float(value)
+    return record["step"], " ".join(sorted(record.keys() - {"step", "time"})), part_of(record)
 
 
 def _short(value: float | str) -> str:
@@ -329,7 +201,7 @@ class Report:
         if not self.main:
             return
         record: Record = {"step": step, "time": round(time.time(), 3)}
-        record |= {key: _number(value) for key, value in metrics.items() if key not in record}
+        record |= {key: np.asarray(value).item() for key, value in metrics.items() if key not in record}
         train, eta = "loss" in record, None
         if train:
             rate, eta = self._clock(step)
@@ -340,7 +212,7 @@ class Report:
             kept = {_identity(r): r for r in read_metrics(self._metrics)}
             kept.pop(_identity(record), None)
             self._keep(kept)
-        with _writing(self._metrics), open(self._metrics, "ab") as file:
+        with paths.writing(self._metrics), open(self._metrics, "ab") as file:
             file.write(_line(record))
         self._known.add(_identity(record))
         if self._mirror is not None:
@@ -363,38 +235,15 @@ class Report:
             self.quiet = True
             _log.warning("stdout cannot be written to (%s): the run goes on without", error.strerror)
 
-    def sheet(
-        self,
-        name: str,
-        images: Any,
-        labels: Sequence[Any] | np.ndarray | None = None,
-        *,
-        step: int | None = None,
-        columns: int | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        """Saves images [N, H, W, C] as `samples/NAME-STEP.png` (`NAME.png` without a step), captioned with `labels`.
-
-        See `grid` for the looks. TensorBoard shows the sheets of one name as one series over steps.
-        """
+    def picture(self, name: str, image: Image.Image, *, step: int, metadata: Mapping[str, str] | None = None) -> None:
+        """Saves one picture as `samples/NAME-STEP.png`. TensorBoard shows those of one name as one series over steps."""
         if not self.main:
             return
-        captions = None if labels is None else [str(label) for label in labels]
-        self.picture(name, grid(images, captions, columns), step=step, metadata=metadata)
-
-    def picture(
-        self, name: str, image: Image.Image, *, step: int | None = None, metadata: Mapping[str, str] | None = None
-    ) -> None:
-        """Saves one picture as `samples/NAME-STEP.png` (`NAME.png` without a step), and shows it where sheets are shown."""
-        if not self.main:
-            return
-        file = name if step is None else f"{name}-{step:07d}"
-        data = _png(image, metadata)
-        _write(self.folder / "samples" / f"{file}.png", data)
-        at = step if step is not None else self._start
-        self._event(at, {name: (data, image.size)})
+        data = png(image, metadata)
+        paths.save(self.folder / "samples" / f"{name}-{step:07d}.png", data)
+        self._event(step, {name: (data, image.size)})
         if self._tracker is not None:
-            self._tracker.image(at, name, image)
+            self._tracker.log(step, {name: image})
 
     def texts(self, name: str, texts: Sequence[str], *, step: int, shown: int = 2) -> None:
         """Saves texts as `samples/NAME-STEP.txt`, each below a line with its number, and prints the first ones.
@@ -414,9 +263,9 @@ class Report:
     def curve(self) -> None:
         """Draws curve.png from metrics.jsonl: training loss (bits where known) and held-out bits against step."""
         if self.main:
-            data = _curve(read_metrics(self._metrics), self._name, "token" if self.unit == "sequences" else "dimension")
+            data = draw(read_metrics(self._metrics), self._name, "token" if self.unit == "sequences" else "dimension")
             if data is not None:
-                _write(self.folder / "curve.png", data)
+                paths.save(self.folder / "curve.png", data)
             self.push()
 
     def push(self, wait: float = 0.0) -> None:
@@ -435,7 +284,7 @@ class Report:
             self._bar = None
         events, self._events = self._events, None
         if events is not None:
-            with _writing(self.folder / "tensorboard"):
+            with paths.writing(self.folder / "tensorboard"):
                 events.close()
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
@@ -444,7 +293,7 @@ class Report:
         return mirror.close() if mirror is not None else None
 
     def _keep(self, records: dict[tuple[int, str, str], Record]) -> None:
-        _write(self._metrics, b"".join(_line(r) for r in records.values()), sync=True)
+        paths.save(self._metrics, b"".join(_line(r) for r in records.values()), sync=True)
         self._known = set(records)
 
     def _clock(self, step: int) -> tuple[float | None, float | None]:
@@ -486,7 +335,7 @@ class Report:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._next_events()
-        with _writing(self.folder / "tensorboard"):
+        with paths.writing(self.folder / "tensorboard"):
             restart = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(wall_time=time.time(), step=self._start + 1, session_log=restart))
             self._events.flush()
@@ -495,7 +344,7 @@ class Report:
         from tensorboardX.event_file_writer import EventsWriter
 
         folder = self.folder / "tensorboard"
-        with _writing(folder):
+        with paths.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             # the name holds whole seconds only; a quick restart must not overwrite its predecessor
             suffix = f".{time.time_ns()}"
@@ -517,84 +366,9 @@ class Report:
                 summary.value.append(Summary.Value(tag=tag, image=image))
             else:
                 summary.value.append(Summary.Value(tag=tag, simple_value=value))
-        with _writing(self.folder / "tensorboard"):
+        with paths.writing(self.folder / "tensorboard"):
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             self._events.flush()
             if self._mirror is not None and self._events_file.stat().st_size > _EVENTS:
                 self._events.close()
                 self._next_events()
-
-
-def _series(records: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of `key`, in order of step."""
-    points = sorted((r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float)))
-    x, y = np.array(points, np.float64).reshape(-1, 2).T
-    return x[np.isfinite(y)], y[np.isfinite(y)]
-
-
-def _curve(records: list[Record], title: str, per: str) -> bytes | None:
-    """A PNG of training and held-out figures against step, bits being `per` what; None when there is no point to draw.
-
-    Held-out figures of several splits are a line each.
-    """
-    train = [r for r in records if "loss" in r]
-    key = "bits" if any("bits" in r for r in train) else "loss"
-    held = [r for r in records if "loss" not in r]
-    held_key = "bpd" if any("bpd" in r for r in held) else "bits_per_token"
-    parts = sorted({_part(r) for r in held if held_key in r})
-    lines_of = {part: _series([r for r in held if _part(r) == part], held_key) for part in parts}
-    held_out = {part: points for part, points in lines_of.items() if len(points[0])}
-    x, y = _series(train, key)
-    if not len(x) and not held_out:
-        return None
-    # the figure is built without pyplot: no window system is asked for and no global state is left behind
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    held_axes = axes.twinx() if key == "loss" and len(x) and held_out else axes
-    lines: list[Any] = []
-    if len(x):
-        window = max(1, len(x) // 50)
-        name = "training bits" if key == "bits" else "training loss"
-        if window > 1:
-            axes.plot(x, y, color="#9ec5e8", lw=0.8)
-            middle = x[(window - 1) // 2 :][: len(x) - window + 1]
-            smooth = np.convolve(y, np.full(window, 1 / window), "valid")
-            lines += axes.plot(middle, smooth, color="#1f6fb4", lw=1.8, label=f"{name}, mean of {window} records")
-        else:
-            lines += axes.plot(x, y, color="#1f6fb4", lw=1.8, marker=".", label=name)
-    for i, (part, (held_x, held_y)) in enumerate(held_out.items()):
-        name = f"held-out bits{f', {part}' if part and len(held_out) > 1 else ''} (last: {held_y[-1]:.3f})"
-        colour = _HELD[i % len(_HELD)]
-        lines += held_axes.plot(held_x, held_y, color=colour, marker="o", ms=5, lw=1, ls="--", label=name)
-    if held_out:
-        held_axes.set_ylabel(f"bits per {per}")
-    if len(x):
-        axes.set_ylabel(f"bits per {per}" if key == "bits" else "loss")
-
-    late = 0.05 * max(steps.max(initial=0) for steps in (x, *(points[0] for points in held_out.values())))
-    tail, held_tails = y[x >= late], [held_y[held_x >= late] for held_x, held_y in held_out.values()]
-    if held_axes is axes:
-        _zoom(axes, tail, *held_tails)
-    else:
-        _zoom(axes, tail)
-        _zoom(held_axes, *held_tails)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("step")
-    axes.set_title(title)
-    axes.grid(color="#e4e4e4")
-    axes.set_axisbelow(True)
-    axes.legend(handles=lines, loc="upper right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _zoom(axes: Any, *curves: np.ndarray) -> None:
-    """Fits the vertical axis to late values: a few wild ones, at the start or in between, would flatten all others."""
-    ends = [(v.min(), np.quantile(v, 0.995) if len(v) > 50 else v.max()) for v in curves if len(v)]
-    if ends:
-        low, high = min(a for a, _ in ends), max(b for _, b in ends)
-        margin = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
-        axes.set_ylim(low - margin, high + margin)

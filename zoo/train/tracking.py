@@ -1,8 +1,7 @@
 """Weights & Biases, beside the files of a run: whatever the service does, the run goes on.
 
 The run's id lies in `wandb.json` of the run folder, so that a resumed run goes on there as well. Steps that are taken again
-after a stop stand there twice: the service has no way to take records back. Its own files go to `wandb/` in a local run
-folder; for one in a bucket, where its library would put them (`WANDB_DIR`, or `wandb/` here).
+after a stop stand there twice: the service has no way to take records back.
 """
 
 from __future__ import annotations
@@ -12,9 +11,12 @@ import json
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from zoo import files
 from zoo.errors import UserError
@@ -35,109 +37,67 @@ def library() -> Any:
 
 
 class Tracker:
-    """One run of a project (`PROJECT` or `ENTITY/PROJECT`); `file` keeps its id, `folder` takes the library's files.
+    """One run of a project (`PROJECT` or `ENTITY/PROJECT`); `file` keeps its id, `folder` takes the library's own files.
 
-    Nothing raises from here on: the first failure is told in one warning, and nothing more is sent.
+    Once the id is kept nothing raises: the first failure is told in one warning, and nothing more is sent.
     """
 
     def __init__(
         self, project: str, config: Mapping[str, Any], *, name: str, file: Path, folder: Path | None = None
     ) -> None:
-        self._wandb, self._run = library(), None
-        self._lost = False
+        self._wandb, self.url, self._lost = library(), None, False
+        self._run: Any = None
+        with files.writing(file, "choose another workdir="):
+            if not file.exists():
+                files.write(file, json.dumps({"id": secrets.token_hex(8)}) + "\n")
+            about = {**json.loads(file.read_text()), "resume": "allow", "name": name, "config": dict(config)}
         entity, _, project = project.rpartition("/")
-        about = {
-            "project": project,
-            "entity": entity or None,
-            "name": name,
-            "id": _identity(file),
-            "resume": "allow",
-            "config": dict(config),
-            "dir": None if folder is None else str(folder),
-        }
+        with self._passing():
+            self._run = self._wandb.init(
+                project=project,
+                entity=entity or None,
+                dir=None if folder is None else str(folder),
+                settings=self._wandb.Settings(
+                    console="off", silent=True, init_timeout=_CONNECT
+                ),  # the report has the bar
+                **about,
+            )
+            self._run.define_metric("*", step_metric="step")
+            self.url = self._run.url
+
+    @contextmanager
+    def _passing(self) -> Iterator[None]:
         try:
-            self._run = self._open(**about)
+            yield
         except Exception as error:
-            try:
-                self._wandb.teardown(1)  # it holds the id that it could not open
-                self._run = self._open(**about, mode="offline")
-            except Exception:
-                self._fail("start", error)
-            else:
+            if not self._lost:
                 _log.warning(
-                    "Weights & Biases cannot be reached (%s); this session is kept in %s, send it later with `wandb sync`",
-                    _words(error),
-                    Path(getattr(self._run, "dir", "wandb/files")).parent,
+                    "Weights & Biases failed (%s: %s) and gets no more of this session; the run goes on, its records are in "
+                    "metrics.jsonl",
+                    type(error).__name__,
+                    files.first_line(error),
                 )
-        self._call("define", lambda run: run.define_metric("*", step_metric="step"))
-
-    def _open(self, **about: Any) -> Any:
-        # it neither writes to the screen nor listens to it: the report has the bar there
-        quiet = self._wandb.Settings(console="off", silent=True, init_timeout=_CONNECT)
-        return self._wandb.init(settings=quiet, **about)
-
-    @property
-    def url(self) -> str | None:
-        """Where to look at the run; None without the service."""
-        return None if getattr(self._run, "offline", True) else getattr(self._run, "url", None)
+            self._lost = True
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Send one record."""
-        # no step= of the library's own: it drops a step that is not above the last one
-        self._call("log", lambda run: run.log({"step": step, **values}))
-
-    def image(self, step: int, name: str, image: Any) -> None:
-        """Send one picture."""
-        self._call("log", lambda run: run.log({"step": step, name: self._wandb.Image(image)}))
+        """Send one record of numbers, texts and pictures."""
+        if not self._lost:
+            with self._passing():  # no step= of the library's own: it drops a step that is not above the last one
+                shown = {k: self._wandb.Image(v) if isinstance(v, Image.Image) else v for k, v in values.items()}
+                self._run.log({"step": step, **shown})
 
     def close(self, failed: bool = False) -> None:
         """Send the rest, for a minute at most; may be called twice."""
-        if self._run is None:
+        run, self._run = self._run, None
+        if run is None:
             return
-        end = self._run.finish
 
         def finish() -> None:
-            try:
-                end(exit_code=int(failed))
-            except Exception as error:
-                self._fail("finish", error)
+            with self._passing():
+                run.finish(exit_code=int(failed))
 
         thread = threading.Thread(target=finish, daemon=True)
         thread.start()
         thread.join(_FINISH)
         if thread.is_alive():
-            self._fail("finish", TimeoutError(f"no answer for {_FINISH:.0f} seconds"))
-        self._run = None
-
-    def _call(self, what: str, call: Callable[[Any], Any]) -> None:
-        if self._run is None or self._lost:
-            return
-        try:
-            call(self._run)
-        except Exception as error:
-            self._fail(what, error)
-
-    def _fail(self, what: str, error: Exception) -> None:
-        if not self._lost:
-            _log.warning(
-                "Weights & Biases failed (%s: %s) and gets no more of this session; the run goes on, its records are in "
-                "metrics.jsonl",
-                what,
-                _words(error),
-            )
-        self._lost = True
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _identity(file: Path) -> str:
-    """The id in `file`, or a new one that is put there."""
-    try:
-        return str(json.loads(file.read_text())["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        found = secrets.token_hex(8)
-        with files.writing(file, "choose another workdir="):
-            files.write(file, json.dumps({"id": found}) + "\n")
-        return found
+            _log.warning("Weights & Biases has not taken the last records within %.0f seconds", _FINISH)

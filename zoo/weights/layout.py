@@ -253,8 +253,8 @@ def fill(
     """`params` with the trees of `given` put in, and a report: what was filled, left fresh and not used.
 
     A key of `given` is a top-level key of `params`, or "" for a tree whose own top-level keys are placed by name (an
-    explicit key wins over it). Layers may be stacked or unrolled on either side. Values take the dtype and sharding
-    of what they replace.
+    explicit key wins over it). Layers may be stacked or unrolled on either side. Values, of numpy, take the dtype of what
+    they replace.
 
     What is given by "" fills what fits. What is given by name fills its key whole; a model may hold more parts than the key
     (a discriminator beside a decoder), which are not used, and a part of a model may not.
@@ -289,7 +289,7 @@ def fill(
             "use a task of the same size, or name only the keys that fit",
             {"wrong shape": _wrong_shapes(new, flat)},
         )
-        flat |= {name: _like(new[name], flat[name]) for name in fits}
+        flat |= {name: np.asarray(new[name]).astype(flat[name].dtype) for name in fits}
         filled |= set(fits)
         unused += [name for name in new if name not in flat]
     fresh = [name for name in flat if name not in filled]
@@ -376,14 +376,6 @@ def _depth_field(task: Any, key: str, layers: int) -> str:
         if name in known and getattr(holder, name) == layers:
             return written
     return ""
-
-
-def _like(value: Any, old: Any) -> Any:
-    """`value` with the dtype and placement of `old`."""
-    value = np.asarray(value).astype(old.dtype)
-    if not isinstance(old, jax.Array):
-        return value
-    return jax.device_put(value, old.sharding) if old.committed else jnp.asarray(value)
 
 
 def grouped(names: Iterable[str]) -> str:

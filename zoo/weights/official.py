@@ -113,7 +113,7 @@ def from_official(task: Task, state_dict: Mapping[str, Any], given: Mapping[str,
         given: whole trees by top-level key, such as frozen encoders, that are not taken from the checkpoint.
     """
     whole = abstract(task)
-    held = _given(whole, given or {})
+    held = fill({key: whole[key] for key in given or {} if key in whole}, given or {})[0]
     own = {key: tree for key, tree in whole.items() if key not in held}
     names = [name for name in _import_names(task) if not name.target or name.target.split("/")[0] not in held]
     if isinstance(task, Renames):
@@ -159,11 +159,6 @@ def from_official(task: Task, state_dict: Mapping[str, Any], given: Mapping[str,
         },
     )
     return jax.tree.map(jnp.asarray, {**matching(unflatten(flat), own), **held})
-
-
-def _given(own: Params, given: Mapping[str, Params]) -> Params:
-    """Trees that take the place of whole top-level keys of `own`; UserError where one does not fit."""
-    return fill({key: own[key] for key in given if key in own}, given)[0]
 
 
 def to_official(task: Task, params: Params) -> dict[str, np.ndarray]:
