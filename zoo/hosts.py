@@ -200,9 +200,10 @@ def start(environ: Mapping[str, str] | None = None) -> None:
             f"ZOO_PEER_TIMEOUT={text} is no number of seconds; leave it out for {_PEER_TIMEOUT:.0f}"
         ) from None
     try:
-        # JAX's own watch ends a process without a word of ours: it comes second
+        # JAX's own watch ends a process without a word of ours: it comes second. A process gives JAX a sign of life in half of
+        # this time, so it may end a process in the other half.
         jax.distributed.initialize(
-            **wanted, initialization_timeout=int(_MEET), heartbeat_timeout_seconds=int(timeout) + 15
+            **wanted, initialization_timeout=int(_MEET), heartbeat_timeout_seconds=2 * int(timeout) + 20
         )
     except Exception as error:
         words = first_line(error)
