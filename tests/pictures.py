@@ -16,6 +16,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # of the strip: shipped model, options of its sampler
 STRIP: dict[str, dict[str, Any]] = {
     "tarflow-digits": {},
+    "itarflow-digits": {"level": 0.35, "nfe": 10},
     "edm-digits": {"guidance": 1.0},
     "dart-digits": {"guidance": 1.0},
     "energy-digits": {"solver": UniPC(), "nfe": 17},
