@@ -279,7 +279,10 @@ def test_living_things_are_refused_by_name(living: Any):
         (lambda d: d["task"].update(image=0), r"task.image=0 must be a whole number from 1 to 16384"),
         (lambda d: d["task"].update({"class": "zoo.papers.tarflow.TarFlaw"}), r"TarFlaw, which does not exist here"),
         (lambda d: d["task"].update({"class": "zoo.papers.gone.Gone"}), r"Gone, which does not exist here"),
-        (lambda d: d["task"].update({"class": "zoo.papers.tarflow.PatchStack"}), r"PatchStack, which is no frozen dataclass"),
+        (
+            lambda d: d["task"].update({"class": "zoo.papers.tarflow.PatchStack"}),
+            r"PatchStack, which is no frozen dataclass",
+        ),
         (
             lambda d: d["task"].update({"class": "zoo.papers.tarflow.block_names"}),
             r"block_names, which is no frozen dataclass",

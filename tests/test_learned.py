@@ -21,7 +21,13 @@ SHIPPED = paths.shipped()
 
 @pytest.mark.parametrize(
     ("name", "figure"),
-    [("tarflow-digits", "bpd"), ("edm-digits", "denoising"), ("energy-digits", "denoising"), ("dart-digits", "mse_6"), ("itarflow-digits", "denoising")],
+    [
+        ("tarflow-digits", "bpd"),
+        ("edm-digits", "denoising"),
+        ("energy-digits", "denoising"),
+        ("dart-digits", "mse_6"),
+        ("itarflow-digits", "denoising"),
+    ],
 )
 def test_the_shipped_weights_are_what_their_card_says(name: str, figure: str) -> None:
     folder = SHIPPED[name]
