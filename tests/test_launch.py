@@ -124,8 +124,7 @@ def test_a_mistake_is_one_line_that_names_it_and_starts_nothing(words: tuple[str
 
 
 def test_the_flags_of_train_pass() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    train_command.add(parser)
+    train_command.add(parser := argparse.ArgumentParser(add_help=False))
     flags = {f for action in parser._actions for f in action.option_strings}
     lines = re.findall(r'^train_(?:flags|valued)="(.*)"', (ROOT / "launch/lib.sh").read_text(), re.MULTILINE)
     assert {flag for line in lines for flag in line.split()} == flags

@@ -58,9 +58,7 @@ class Likelihood:
     bins: float = 1.0  # of the data per unit of what is modelled: grey levels 2/256 apart have 128
     noise: float = 0.0  # standard deviation of the noise, where it is "noisy"
     clean: Any = None  # the same task without that noise
-    weighted: bool = (
-        True  # of a bound: the mean probability by several draws is a tighter one; False: draws are terms of a sum
-    )
+    weighted: bool = True  # of a bound: the mean of several draws' probabilities is tighter; False: draws are terms
 
     def bits(self, nats: Any) -> Any:
         """Bits per dimension from nats per dimension of a density: those of a bin that is 1 / bins wide."""
