@@ -402,6 +402,7 @@ def test_particles_on_one_and_eight_devices_have_the_same_weights() -> None:
         (lambda: course(GRID, 2, [Product((1.0, -1.0))]), "of the energies add to 0"),
         (lambda: course(GRID, 1, [Product()]), "there are 1 models, and it takes two or more"),
         (lambda: course(GRID, 3, [Product((1.0, 1.0))]), "there are 3 models, and given=(1.0, 1.0) names 2"),
+        (lambda: course(GRID, 2, [Product((2.0, 1.0)), Temper(2.0), Product()]), "multiplied already; keep one product"),
         (lambda: MixtureProduct((ROW,)), "task.parts="),
         (lambda: MixtureProduct((ROW, dataclasses.replace(CROSS, low=20.0, high=30.0))), "task.parts have no level in common"),
         (lambda: Mixture(low=3.0, high=2.0), "task.low=3 must be below task.high=2"),

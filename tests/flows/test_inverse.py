@@ -321,6 +321,29 @@ def test_overflow_on_the_way_is_no_overflow_in_the_end(start):
         assert bad.all() == (i == 3), i
 
 
+def test_a_first_guess_that_overflows_costs_no_token():
+    """A large number in, a small one out, and squares between: the guess must not reach the tokens before it."""
+    tokens, squares = 8, lambda h: (jnp.exp(0.6 * jnp.tanh(h)), jnp.sin(h))
+
+    @jax.jit
+    def run(v, large):
+        base = toy(tokens, 2, rule=squares, strength=8.0)
+
+        def step(u, cache, index):
+            scale, shift, cache = base.step(jnp.square(u), cache, index)
+            place = index + jnp.arange(u.shape[1])[:, None]
+            return jnp.where(place == 4, scale / large, scale), shift, cache
+
+        stepper, v = base._replace(step=step), v.at[0, 4].mul(large)
+        return sequential(stepper, v), [jacobi(stepper, v, Jacobi(n, tol=0.0))[0] for n in (1, 3)]
+
+    for large in (1e20, 3e38):
+        want, found = run(noise(tokens, 2), large)
+        assert np.isfinite(want[0]).all()
+        for u in found:
+            near(u, want, 2e-3)
+
+
 def test_what_sweeps_leave_in_the_cache_does_not_reach_the_sequential_inverse():
     tokens = 8
     base = toy(tokens, 2)
@@ -421,7 +444,7 @@ def weights(task):
 def runs(task, plans, guidance=0.0):
     """{name: inverse by a plan} as one program: "" for the sequential inverse, "unguided" where there is guidance."""
     v, y, null = jax.random.normal(jax.random.key(1), (3, task.tokens, task.dims)), LABEL, jnp.full(3, -1)
-    if task is STAR:
+    if isinstance(task, starflow.StarFlow):
         y, null = (jax.random.normal(jax.random.key(k), (3, task.prefix, task.condition_width)) for k in (2, 3))
 
     @jax.jit
@@ -448,6 +471,16 @@ def test_guided_sweeps_and_fallbacks_are_the_sequential_inverse(task):
         near(out.states[-1], want, 1e-5 if name == "failed" else 2e-5, err_msg=name)
         assert out.report["unconverged"].all() == (name == "failed")
     assert (found["full"].report["sweeps"] > 2).all()
+
+
+@pytest.mark.parametrize("task", [TAR, STAR], ids=["tarflow", "starflow"])
+def test_bfloat16_converges_or_falls_back(task):
+    loose, few = Jacobi(2, tol=1e-3, unconverged="keep"), Jacobi(sweeps=3, tol=1e-4)
+    found = runs(dataclasses.replace(task, dtype="bfloat16"), {"loose": loose, "few": few})
+    want = found.pop("").states[-1]
+    for name, out in found.items():
+        near(out.states[-1], want, 2e-2, err_msg=name)
+        assert name == "few" or not out.report["unconverged"].any()
 
 
 @pytest.mark.devices8

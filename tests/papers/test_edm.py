@@ -54,7 +54,9 @@ def test_it_denoises_in_float32_at_all_levels_and_knows_its_class(task: Edm, par
         assert np.isfinite(found).all()
     one, other, none = (plain(own, x, jnp.ones(3), {"label": jnp.full(3, label)}) for label in (0, 1, -1))
     assert np.abs(one - other).max() > 1e-4
-    np.testing.assert_allclose(none, task.denoise(own, x, 1.0), atol=1e-6)
+    for nothing in (None, {}, {"label": None}):
+        np.testing.assert_allclose(none, task.denoise(own, x, 1.0, nothing), atol=1e-6)
+    assert set(jax.eval_shape(lambda: task.sample(own, jax.random.key(0), 2, {"label": None}))) == {"image"}
     rough = denoise(own, x, jnp.ones(3), {"label": jnp.zeros(3, jnp.int32)})
     np.testing.assert_allclose(rough, one, atol=0.02)
     assert np.abs(rough - one).max() > 1e-6

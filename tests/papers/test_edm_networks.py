@@ -323,6 +323,9 @@ def test_files_that_do_not_fit_are_told(tmp_path: Path) -> None:
 def test_networks_and_levels_that_do_not_fit_are_told() -> None:
     with told("task.network.head_dim=10", "32 channels", "task.network.head_dim=2"):
         ADM(width=16, multiples=(1, 2), head_dim=10)
+    for kind, low, high, said in (("ve", 0.002, 0.01, "0.02 to 100"), ("vp", 1e5, 2e5, "task.low=100000")):
+        with told(f"task.precondition={kind!r}", said, f"task.high={high:g}"):
+            Edm(precondition=kind, low=low, high=high)
     assert Edm(precondition="ve").sigmas == (0.02, 80.0)
     assert Edm(precondition="iddpm", low=1e-3, high=1e5).sigmas == Precondition("iddpm").sigmas
     task = Edm(image=4, channels=1, network=Transformer(8, 1, 4, 2), precondition="iddpm")

@@ -14,6 +14,7 @@ from flow_by_hand import PatchGolden, Rows, four_steps, nhwc
 from fresh import fresh, randomised
 
 from zoo import config, weights
+from zoo.diffusion.levels import Levels
 from zoo.diffusion.smc import Particles
 from zoo.diffusion.solvers import Ancestral, Euler, Heun
 from zoo.errors import UserError
@@ -22,6 +23,7 @@ from zoo.flows.patches import Level
 from zoo.nn.embed import patchify, unpatchify
 from zoo.papers.itarflow import ITarFlow, ITarFlowSampling
 from zoo.papers.tarflow import TarFlow
+from zoo.task import sample_keys
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "itarflow"
 CASES = [("cond", True), ("uncond_mixed", False), ("shared", True)]
@@ -225,7 +227,7 @@ def tiny():
     return randomised(TINY, out=0.1)
 
 
-def test_the_denoiser_is_the_slope_of_the_density(tiny):
+def test_the_denoiser_is_the_slope_of_the_density_and_its_energy_is_whole(tiny):
     """Against finite differences at three levels, one by one and together; and in pieces."""
     rng = np.random.default_rng(0)
     x, t, label = rng.normal(size=(3, 4, 4, 1)), np.array([0.05, 0.2, 0.7]), np.array([0, -1, 2])
@@ -238,9 +240,17 @@ def test_the_denoiser_is_the_slope_of_the_density(tiny):
     given = {"label": jnp.asarray(label)}
     narrow, levels = jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32)
     tasks = (TINY, dataclasses.replace(TINY, chunk=2))
-    found, in_pieces = jax.jit(lambda p: [task.denoise(p, narrow, levels, given) for task in tasks])(tiny)
+
+    @jax.jit
+    def run(params):
+        denoised = [task.denoise(params, narrow, levels, given) for task in tasks]
+        return *denoised, TINY.energy(params, narrow, levels, given), TINY.forward(params, narrow, levels, label)
+
+    found, in_pieces, energy, (z, logdet, nll) = run(tiny)
     np.testing.assert_allclose(found, x + t.reshape(-1, 1, 1, 1) ** 2 * slope, atol=1e-3)
     np.testing.assert_allclose(in_pieces, found, atol=1e-5)
+    np.testing.assert_allclose(energy, 16 * (nll + 0.5 * math.log(2 * math.pi)), rtol=1e-5)
+    np.testing.assert_allclose(energy, -jax.scipy.stats.norm.logpdf(z).sum((1, 2)) - 16 * logdet, rtol=1e-5)
 
 
 def test_its_log_det_is_that_of_the_jacobian_and_its_inverse_the_way_back(tiny):
@@ -258,18 +268,46 @@ def test_its_log_det_is_that_of_the_jacobian_and_its_inverse_the_way_back(tiny):
 
 
 def test_samples_are_the_inverse_and_then_the_solver(tiny):
-    """By hand, from the same noise; of one call TarFlow's step."""
+    """By hand, from the same noise; of one call TarFlow's step; each of its key alone."""
     keys, given = jax.random.split(jax.random.key(3), 2), {"label": jnp.asarray([1, -1])}
-    draw = jax.jit(lambda p: [TINY.sample(p, keys, 2, given, ITarFlowSampling(nfe=n))["image"] for n in (1, 4)])
+
+    @jax.jit
+    def draw(params):
+        rows = (1, keys, given), (4, keys, given), (1, keys[1:], {"label": given["label"][1:]})
+        return [TINY.sample(params, k, len(k), g, ITarFlowSampling(nfe=n))["image"] for n, k, g in rows]
+
     denoise, states = jax.jit(lambda p, x, at: TINY.denoise(p, x, at, given)), []
     x = jax.jit(TINY.inverse)(tiny, TINY.latent(keys), given["label"])
     for at, to in itertools.pairwise(np.append(np.linspace(0.7, 0.05, 4), 0.0)):
         states.append(denoise(tiny, x, jnp.float32(at)))
         x = states[-1] + to / at * (x - states[-1])
-    for found, wanted in zip(draw(tiny), (states[0], x)):
+    *both, alone = draw(tiny)
+    for found, wanted in zip(both, (states[0], x), strict=True):
         np.testing.assert_allclose(found, jnp.clip(wanted, -1, 1), atol=1e-4)
+    np.testing.assert_allclose(alone[0], both[0][1], atol=1e-5)
     with pytest.warns(UserWarning, match="outside of what the model was trained on"):
         jax.eval_shape(lambda p: TINY.sample(p, keys, 2, given, ITarFlowSampling(level=0.9)), tiny)
+
+
+def test_from_the_lowest_level_there_is_one_step(tiny):
+    """Whatever the calls, and from below it too, which is said; without calls the noise stays."""
+    key = jax.random.key(3)
+
+    def drawn(params, level, nfe=None):
+        return TINY.sample(params, key, 2, None, ITarFlowSampling(level=level, nfe=nfe))["image"]
+
+    @jax.jit
+    def run(params):
+        noisy = TINY.inverse(params, TINY.latent(sample_keys(key, 2)), None, TINY.low)
+        x0 = TINY.denoise(params, noisy, jnp.float32(TINY.low))
+        return drawn(params, TINY.low), drawn(params, TINY.low, 0), jnp.clip(x0, -1, 1), jnp.clip(noisy, -1, 1)
+
+    one, none, x0, noisy = run(tiny)
+    np.testing.assert_allclose(one, x0, atol=1e-5)
+    np.testing.assert_allclose(none, noisy, atol=1e-5)
+    assert np.abs(x0 - noisy).max() > 1e-3
+    with pytest.warns(UserWarning, match="outside of what the model was trained on"):
+        assert jax.eval_shape(lambda p: drawn(p, 0.02), tiny).shape == one.shape
 
 
 def test_without_levels_it_is_tarflow():
@@ -289,12 +327,22 @@ def test_without_levels_it_is_tarflow():
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def test_particles_begin_as_what_the_flow_draws(tiny):
-    options = ITarFlowSampling(temper=2.0, nfe=2, particles=Particles(8))
-    drawn = jax.eval_shape(
-        lambda p: TINY.sample(p, jax.random.key(0), 3, {"label": jnp.asarray([0, 1, -1])}, options), tiny
-    )
-    assert (drawn["image"].shape, drawn["trace"].log_normaliser.shape) == ((3, 4, 4, 1), (3,))
+def test_particles_begin_as_what_the_flow_draws(tiny, monkeypatch):
+    """Of two levels that are nearly one, samples are particles as they began."""
+    z, label = jax.random.normal(jax.random.key(1), (24, TINY.tokens, TINY.dims)), jnp.asarray([0, 1, -1])
+    monkeypatch.setattr(ITarFlow, "latent", lambda self, keys: z)
+    options = ITarFlowSampling(temper=2.0, nfe=2, levels=Levels(low=TINY.high - 1e-7), particles=Particles(8))
+
+    @jax.jit
+    def run(params):
+        begun = TINY.inverse(params, z, jnp.repeat(label, 8), TINY.high)
+        return TINY.sample(params, jax.random.key(0), 3, {"label": label}, options), jnp.clip(begun, -1, 1)
+
+    drawn, begun = run(tiny)
+    away = np.abs(drawn["image"][:, None] - begun.reshape(3, 8, 4, 4, 1)).max((2, 3, 4))
+    assert (away.min(1) < 5e-3).all()
+    assert (np.median(away, 1) > 0.1).all()
+    assert np.isfinite(drawn["trace"].log_normaliser).all()
 
 
 def test_parameters_of_the_published_sizes_are_counted():

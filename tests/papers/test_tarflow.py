@@ -11,7 +11,7 @@ import pytest
 from flow_by_hand import PatchGolden, Rows, four_steps, nhwc
 from fresh import randomised
 
-from zoo import weights
+from zoo import dist, weights
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Jacobi, jacobi, once
 from zoo.flows.stack import apply
@@ -320,6 +320,18 @@ def test_sample_i_depends_on_its_key_alone():
     np.testing.assert_allclose(first[2], then[0], atol=1e-5)
     assert np.abs(first[1] - first[2]).max() > 1e-3
     np.testing.assert_array_equal(*(jax.random.key_data(k) for k in (keys[:3], sample_keys(key, 3))))
+
+
+@pytest.mark.devices8
+def test_eight_devices_agree_with_one():
+    params, x, mesh = weights_of(TINY), picture(TINY, 8), dist.Mesh(data=2, fsdp=2, tensor=2).build()
+    loss = lambda p, b: TINY.loss(p, b, jax.random.key(0))[0]  # noqa: E731
+    want = jax.jit(loss)(params, {"image": x})
+    with dist.use(mesh):
+        placed = jax.device_put(params, dist.shardings(jax.eval_shape(TINY.init, jax.random.key(0)), mesh))
+        batch = {"image": jax.device_put(x, dist.batch_sharding(mesh))}
+        got = jax.jit(lambda p, b: loss(p, b))(placed, batch)
+    assert abs(float(got) - float(want)) < 1e-6
 
 
 def test_uniform_noise_fills_the_bins():

@@ -68,6 +68,28 @@ def test_the_score_form_is_a_divergence_of_distributions():
             np.testing.assert_allclose((p * jnp.stack(hard, -1)).sum(-1), at[0], rtol=1e-9)
 
 
+def test_every_objective_is_least_at_the_joint_posterior():
+    """A table of the joint p(x0 | x_t) under the uniform kernel, whatever clean texts it is compared at."""
+    total, posterior = tabular.posterior(P, 0.5, False)
+    ones = np.stack([[np.where(np.arange(L) == i, y, CLEAN) for y in range(V)] for i in range(L)])
+    near = np.moveaxis(tabular.index(ones, V), 2, 0)  # [27, L, V], the texts that differ in one place
+    joint, even = total[:, None] * posterior, total[:, None] / 27  # weights: any proposal of full support will do
+
+    def log_p(table):
+        return jax.nn.log_softmax(table[:, near])  # [27, 27, L, V]
+
+    hard = jnp.broadcast_to(jnp.asarray(CLEAN)[None, ..., None], (27, 27, L, 1))
+    with jax.enable_x64(True):
+        truth, data = jnp.log(posterior), Target(hard, jnp.zeros(hard.shape), jnp.ones(27))
+        soft = Target(None, log_p(truth), jnp.ones(27))
+        away = truth + np.random.default_rng(0).normal(size=truth.shape)
+        score = [(joint, lambda p, kind=kind: objectives.score(kind, p, data)) for kind in ("gkl", "is", "squared")]
+        for weight, each in (*score, *((w, lambda p: objectives.distribution(p, soft)) for w in (joint, even))):
+            loss = lambda table, weight=weight, each=each: (weight * each(log_p(table)).sum(-1)).sum()  # noqa: E731
+            np.testing.assert_allclose(jax.grad(loss)(truth), 0, atol=1e-9)
+            assert loss(truth) < loss(away) - 0.01
+
+
 def test_ratios_and_preferences_are_least_at_the_truth():
     """Of two laws of nine texts their log-ratio, and of rewards what says who is chosen: no gradient there, and more elsewhere."""
     rng = np.random.default_rng(0)

@@ -83,6 +83,8 @@ class Product(Powers):
             raise UserError(
                 f"potential product: there are {len(powers)} models, and {asked}; give as many energies as powers"
             )
+        if powers[1:].any():
+            raise UserError("potential product: the models are multiplied already; keep one product")
         return powers[0] * np.asarray(self.given or (1.0,) * len(powers))
 
 

@@ -81,8 +81,9 @@ class Assembled:
 
 
 def labels(classes: int, conditions: Batch | None) -> dict[str, jax.Array]:
-    """`label` of conditions, where there are classes and it is given."""
-    return {key: x for key, x in (conditions or {}).items() if key == "label" and classes}
+    """`label` of conditions, where there are classes and it is given; None is no class."""
+    label = (conditions or {}).get("label")
+    return {"label": label} if classes and label is not None else {}
 
 
 def dropped(rng: jax.Array, given: dict[str, jax.Array], share: float) -> dict[str, jax.Array]:

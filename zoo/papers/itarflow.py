@@ -284,7 +284,8 @@ class ITarFlow(PatchFlow):
         found = self._inverse(params, z, label, level, o.guidance, o.method)
         x = self.to_image(found.states[-1])
         if o.calls:
-            x = denoise(x, jnp.float32(level)) if o.calls == 1 else onward(o._by_solver.plan(bounds), denoise, x, keys)
+            one = o.calls == 1 or level <= self.low  # there is no level below to step to
+            x = denoise(x, jnp.float32(level)) if one else onward(o._by_solver.plan(bounds), denoise, x, keys)
         return {"image": clipped(x), **found.report, **known}
 
     def begin(self, params: Params, keys: jax.Array, level: float, conditions: Conditions = None) -> jax.Array:

@@ -125,6 +125,12 @@ class Edm(ByClass):
         super().__post_init__()
         check_backend(self.attention, self.dtype)
         self.network.check_image(self.image)
+        low, high = self._door.sigmas
+        if self.low >= high or self.high <= low:
+            raise UserError(
+                f"task.precondition={self.precondition!r} has levels from {low:g} to {high:g}, and task.low={self.low:g} to "
+                f"task.high={self.high:g} has none of them; leave both as they are"
+            )
 
     @property
     def about(self) -> About:
