@@ -273,8 +273,8 @@ def encode_set(
     Raises:
       UserError: as `prepare`; also captions that are not there, or latents far from unit variance.
     """
-    counts = {"size": size, "batch": batch, "multiple": multiple, "shard_examples": shard_examples}
-    check_ranges(channels, test_fraction, **counts)
+    ranges = {"size": size, "batch": batch, "multiple": multiple, "shard_examples": shard_examples}
+    check_ranges(channels, test_fraction, **ranges)
     if size % multiple and not aspects:
         best = max(1, round(size / multiple)) * multiple
         raise UserError(
