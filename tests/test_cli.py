@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import pickle
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from zoo.data.synthetic import Synthetic
 from zoo.data.text.vocabulary import text8
 from zoo.draws import KEYS, label_numbers
 from zoo.encoders.text import T5
+from zoo.errors import UserError
 from zoo.papers.energy.mixtures import CORNERS
 from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
@@ -234,15 +234,36 @@ OLDER = {  # `zoo prepare` as versions before had it
     "aspects=true --raw",
     "colour new.npz --statistics pixels --flip --size 4 --allow x": "statistics colour new.npz features=pixels flip=true size=4 "
     "--allow=x",
+    "images new --size 4": "images images new size=4",  # a folder of that name
+    "images colour new --size 4": "images colour new size=4",
+    "colour new --enc vae=a --size 4": "latents colour new vae=a size=4",
     "story.txt new --text text8 --valid-fraction 0.1": "text story.txt new tokenizer=text8 valid_fraction=0.1",
 }
 
 
 @pytest.mark.parametrize("words", OLDER)
-def test_the_older_spelling_of_prepare_is_understood_and_says_the_new_one(words: str):
-    with pytest.warns(UserWarning, match=re.escape(f"written zoo prepare {OLDER[words]} now")):
-        assert modern(words.split()) == OLDER[words].split()
+def test_the_older_spelling_of_prepare_is_understood_and_says_the_new_one(words: str, caplog: pytest.LogCaptureFixture):
+    assert modern(words.split()) == OLDER[words].split()
+    assert f"written zoo prepare {OLDER[words]} now" in caplog.text
+    caplog.clear()
     assert modern(OLDER[words].split()) == OLDER[words].split()
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "a b --sizes 64",
+        "a b --text chars --size 4",
+        "a b --flip",
+        "a b --encode x",
+        "a b --text chars --statistics pixels",
+        "a b c --size 4",
+    ],
+)
+def test_older_flags_that_do_not_belong_to_what_is_made_are_refused(words: str):
+    with pytest.raises((UserError, SystemExit)):
+        modern(words.split())
 
 
 @pytest.mark.parametrize("command", MISTAKES)

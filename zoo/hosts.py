@@ -291,21 +291,21 @@ def _meet(what: str, seconds: float = _MEET) -> None:
         ) from error
 
 
-def _exchange(value: Any, what: str, seconds: float = _MEET) -> list[Any]:
-    """What each process gives, by its index: plain values that JSON has."""
+def _from_main(value: Any, what: str) -> Any:
+    """What process 0 gives, on every process: plain values that JSON has."""
     assert _group is not None
-    tag = f"zoo/said/{_group.meetings}"
-    _group.client.key_value_set(f"{tag}/{_group.index}", json.dumps(value))
-    _meet(what, seconds)
-    found = {int(key.rpartition("/")[2]): json.loads(text) for key, text in _group.client.key_value_dir_get(tag)}
-    return [found[index] for index in range(_group.count)]
+    key = f"zoo/said/{_group.meetings}"
+    if _group.index == 0:
+        _group.client.key_value_set(key, json.dumps(value))
+    _meet(what)
+    return json.loads(_group.client.blocking_key_value_get(key, int(_MEET * 1000)))
 
 
 def same(about: Mapping[str, Any]) -> None:
     """UserError, on every process, unless all of them run the same thing; the fields that differ are named."""
     if _group is None:
         return
-    differ = differences(_exchange(about, "to compare their configs")[0], json.loads(json.dumps(about)))
+    differ = differences(_from_main(about, "to compare their configs"), json.loads(json.dumps(about)))
     if differ:
         raise UserError(
             f"process {_group.index} runs something else than process 0: {'; '.join(differ[:5])}; start the same command "
@@ -329,12 +329,17 @@ def run_on_main(action: Callable[[], Any]) -> Any:
 
 def broadcast_from_main(action: Callable[[], Any]) -> Any:
     """What process 0 finds, on every process: plain values that JSON has."""
-    return action() if _group is None else _exchange(action() if main() else None, "for what process 0 finds")[0]
+    return action() if _group is None else _from_main(action() if main() else None, "for what process 0 finds")
 
 
 def all_agree(ok: bool, what: str, seconds: float = _MEET) -> bool:
     """Whether it went well on every process. Retryable where some do not answer within so many seconds."""
-    return ok if _group is None else all(_exchange(ok, what, seconds))
+    if _group is None:
+        return ok
+    tag = f"zoo/agree/{_group.meetings}"
+    _group.client.key_value_set(f"{tag}/{_group.index}", str(int(ok)))
+    _meet(what, seconds)
+    return all(text == "1" for _, text in _group.client.key_value_dir_get(tag))
 
 
 def asked_to_stop(step: int) -> bool:

@@ -16,7 +16,7 @@ from fresh import fresh
 from mistakes import told
 
 import zoo
-from zoo import config
+from zoo import captions, config
 from zoo.cli import main
 from zoo.commands.conditions import check_form
 from zoo.data.text.vocabulary import text8
@@ -116,7 +116,7 @@ def test_captions_are_read_and_written(tmp_path: Path, capsys: Any) -> None:
     assert len((tmp_path / "form=text/000001.txt").read_text().rstrip("\n")) == 8
     assert (tmp_path / "prompt=a 7/000001.png").exists()
     model = zoo.load(tmp_path / "run")
-    given, words, _ = model.conditions(None, ["a 7", "a  two"], 3, None)
+    given, words, _ = captions.conditions(model, None, ["a 7", "a  two"], 3, None)
     assert given is not None
     assert words == ["a 7", "a  two", "a 7"]
     spelled = [text8().decode(row) for row in given["tokens"]]

@@ -19,7 +19,7 @@ def takes(parser: argparse.ArgumentParser, *words: str, fields: str = "") -> Non
     for word in words:
         parser.add_argument(word.lower(), metavar=word)
     if fields:
-        parser.add_argument("fields", nargs="*", metavar="field=value", help=fields)
+        parser.add_argument("fields", nargs="*", default=[], metavar="field=value", help=fields)
 
 
 def allows(parser: argparse.ArgumentParser) -> None:

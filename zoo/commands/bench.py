@@ -426,7 +426,12 @@ class _Rival:
         mesh, params = dist.spread(self.state.params, n) if spread else (self.mesh, self.state.params)
         with dist.use(mesh, self.run.rules):
             program = jax.jit(make_sampler(task, n, {})).lower(params, jax.random.key(0), given).compile()
-        return waited(lambda k: program(params, jax.random.key(k), given))
+
+        def draw(k: int) -> Any:
+            with dist.use(mesh, self.run.rules):
+                return program(params, jax.random.key(k), given)
+
+        return waited(draw)
 
 
 def _rival(against: Run, run: Run, mesh: jax.sharding.Mesh) -> _Rival:

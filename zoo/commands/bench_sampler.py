@@ -149,7 +149,7 @@ def time_sampler(
     times: Figures = {}
     compare(times, f"sample {n}", found, n, unit_of(task), next(iter(options)))
     for name, own in options.items():
-        if "nfe" in own:
+        if own.get("nfe"):
             times[f"sample {n} ms a call, {name}"] = times[f"sample {n} ms, {name}"]["median"] / own["nfe"]
     if has_methods(task) and isinstance(task, Cached):
         sizes = task.cache_bytes(n, guided=False).items()

@@ -174,7 +174,8 @@ def _kind(path: Path) -> str:
 def _of_zoo(folder: Path) -> bool:
     """Whether a folder is a run or an export, as its config.json says; a damaged one counts, that of other libraries does not."""
     try:
-        return "format" in json.loads((folder / "config.json").read_text())
+        about = json.loads((folder / "config.json").read_text())
+        return isinstance(about, dict) and "format" in about
     except (OSError, ValueError) as error:
         return isinstance(error, ValueError)
 

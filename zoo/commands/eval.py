@@ -27,6 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "fields",
         nargs="*",
+        default=[],
         metavar="[METRIC] field=value",
         help="fields of the metric, e.g. draws=16; data=PATH for other data, data.FIELD=value for fields of the run's data; ema=WIDTH "
         "for another average of its weights",
@@ -38,6 +39,9 @@ def run(args: argparse.Namespace) -> int:
     """Print what a metric finds, as one line of JSON: 0, or 1 where some of it failed."""
     name = next((word for word in args.fields if "=" not in word), None)  # wherever it stands
     fields = [word for word in args.fields if word != name]
+    if name is None and (args.raw or args.allow):
+        flag = "--raw" if args.raw else "--allow"
+        raise UserError(f"{flag} is for models, and a config that measures by itself opens none; leave it out")
     found = _alone(args.model, fields) if name is None else _measured(args, name, fields)
     print(one_line(found))
     return 1 if found.get("failed") or found.get("unanswered") else 0

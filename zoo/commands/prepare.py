@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from zoo.commands.arguments import allows, opens, takes
 from zoo.commands.tables import comments, table
 from zoo.errors import UserError
 from zoo.fields import Below1, Count, NotEmpty, Side, check_fields, kinds, required, words
+
+_log = logging.getLogger("zoo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,30 +154,73 @@ def run(args: argparse.Namespace) -> int:
 
 # --- the spelling of versions before, which works for one more ------------------------------------
 
-_SWITCHES = ("allow_unreadable", "aspects", "convert", "features", "flip")
-_NAMES = {"encode": "latents", "statistics": "statistics", "text": "text"}  # flags that chose what was made
+_SWITCHES = ("allow_unreadable", "aspects", "convert", "features", "flip", "raw")
+_VALUES = (
+    "size",
+    "channels",
+    "test_fraction",
+    "valid_fraction",
+    "image_column",
+    "caption_column",
+    "multiple",
+    "tokenizer",
+    "batch",
+)
+_CHOSE = {"encode": "latents", "text": "text", "statistics": "statistics"}  # flags that said what was made
+
+
+def _older() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zoo prepare", argument_default=argparse.SUPPRESS)
+    takes(parser, "SOURCE", "DEST")
+    for name in (*_SWITCHES, *_VALUES, *_CHOSE, "allow"):
+        kind = "store_true" if name in _SWITCHES else "append" if name in ("encode", "allow") else "store"
+        parser.add_argument(f"--{name.replace('_', '-')}", action=kind)
+    return parser
 
 
 def modern(given: Sequence[str]) -> list[str]:
     """The words as they are written now; those of `zoo prepare SOURCE DEST --flag ...` with a note of the new command line."""
-    if {*given[:1]} & {*KINDS, "-h", "--help"} or not (len(given) == 2 or any(w.startswith("--") for w in given)):
+    plain = [word for word in given if not word.startswith("-")]
+    flags = [
+        word for word in given if word.startswith("--") and word.partition("=")[0] not in ("--raw", "--allow", "--help")
+    ]
+    first = plain[0] if plain and plain[0] in KINDS else None
+    if not flags and (first or len(plain) != 2):
         return list(given)
-    kind, places, fields, rest = "images", [], [], iter(given)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        name = flag[2:].replace("-", "_")
-        if not word.startswith("--"):
-            places.append(word)
-        elif name in _SWITCHES:
-            fields.append(f"{name}=true")
-        elif name == "raw":
-            fields.append(word)
-        else:
-            value = value if equals else next(rest, "")
-            kind = _NAMES.get(name, kind)
-            new = {"encode": "", "text": "tokenizer=", "statistics": "features=", "allow": "--allow="}
-            fields.append(f"{new.get(name, f'{name}=')}{value}")
-    kept = [field for field in fields if field[0] == "-" or field.partition("=")[0] in kinds(KINDS[kind])]
-    new_words = [kind, *places, *kept]
-    warnings.warn(f"written {shlex.join(['zoo', 'prepare', *new_words])} now; the older way will go", stacklevel=2)
-    return new_words
+    parser = _older()
+    found, rest = parser.parse_known_args(given)
+    if rest and first:  # a kind, and flags all the same
+        at = given.index(first)
+        found, rest = parser.parse_known_args([*given[:at], *given[at + 1 :]])
+    else:
+        first = None
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    about = vars(found)
+    places = [about.pop("source"), about.pop("dest")]
+    chosen = [name for name in _CHOSE if name in about]
+    kind = first or (_CHOSE[chosen[0]] if chosen else "images")
+    new = [field for name, value in about.items() for field in _written(name, value, kind)]
+    words_now = [kind, *places, *new]
+    _log.warning("note: this is written %s now; the older way will go", shlex.join(["zoo", "prepare", *words_now]))
+    return words_now
+
+
+def _written(name: str, value: Any, kind: str) -> list[str]:
+    """A flag and its value as fields of what is made. UserError where these do not belong to it."""
+    if name in ("raw", "allow"):
+        return ["--raw"] if name == "raw" else [f"--allow={package}" for package in value]
+    if (name, kind) == ("channels", "latents"):
+        return []  # had to be those of the autoencoder
+    own = {"text": "tokenizer", "statistics": "features"}.get(name, name)
+    if name == "encode" and kind == "latents":
+        if wrong := [text for text in value if "=" not in text]:
+            raise UserError(f"--encode {wrong[0]} names no encoder; write vae=MODEL or text=MODEL")
+        return list(value)
+    if (
+        _CHOSE.get(name, kind) != kind
+        or own not in kinds(KINDS[kind])
+        or (name, kind) in (("tokenizer", "text"), ("features", "statistics"))
+    ):
+        raise UserError(f"--{name.replace('_', '-')} says nothing of {kind}; leave it out")
+    return [f"{own}={str(value).lower() if value is True else value}"]

@@ -65,7 +65,7 @@ class FlowNet(Transformer):
 
         Args:
             condition: label [B], class numbers, negative for "no label"; None for no label at all. Where it is told of the noise a
-                pair of that and a vector [B, width] (`Level`).
+                pair of that and a vector [B, width], or [1, width] for all (`Level`).
         """
         label, level = condition if self.level and condition is not None else (condition, None)
         positions = Table(self.tokens, self.width, name="positions")()
@@ -111,8 +111,8 @@ class FlowNet(Transformer):
 class PatchStack(Stack):
     """A stack of `FlowNet`s, each with patches of its own size; states have those of block 0.
 
-    Its condition is labels [B]; where nets are told of the noise a pair of these and log sigma [B]. A parameter `shared` has the
-    first transformer layers of all blocks.
+    Its condition is labels [B]; where nets are told of the noise a pair of these and log sigma [B], or [1] for all. A parameter
+    `shared` has the first transformer layers of all blocks.
     """
 
     nets: tuple[FlowNet, ...]

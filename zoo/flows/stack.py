@@ -142,7 +142,9 @@ class Stack:
             guided = guidance.active and net.guided and (guidance.blocks == "all" or i == len(self.nets) - 1)
             if guided:
                 rows, strong = 2 * batch, weak if condition is None else condition
-                conditions = jax.tree.map(lambda *passes: jnp.concatenate(passes), strong, weak)
+                # what leads with 1 is the same for all, in both passes: a level of noise
+                join = lambda x, y: jnp.concatenate([x, y]) if len(x) == batch else x  # noqa: E731
+                conditions = jax.tree.map(join, strong, weak)
             tempered = not isinstance(attention_temperature, (int, float)) or attention_temperature != 1
             if tempered or (guided and guidance.tempered):
                 divide = jnp.full((rows,), attention_temperature, jnp.float32)

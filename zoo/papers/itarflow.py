@@ -164,9 +164,9 @@ class ITarFlow(PatchFlow):
         return super().to_image(tokens) / self.input_scale
 
     def condition(self, n: int, t: float | jax.Array, label: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """What the stack is told of n images: labels, -1 for none, and log t."""
+        """What the stack is told of n images: labels, -1 for none, and log t, [1] where all have one level."""
         known = jnp.full(n, -1) if label is None else label
-        return known, jnp.log(jnp.broadcast_to(jnp.asarray(t, jnp.float32), (n,)))
+        return known, jnp.log(jnp.atleast_1d(jnp.asarray(t, jnp.float32)))
 
     def forward(
         self, params: Params, image: jax.Array, t: float | jax.Array, label: jax.Array | None = None
@@ -224,7 +224,7 @@ class ITarFlow(PatchFlow):
         def some(x: jax.Array, label: jax.Array, log_t: jax.Array) -> jax.Array:
             return denoised(lambda x, t: self.energy(params, x, t, {"label": label}), x, jnp.exp(log_t))
 
-        rows = (x, *self.condition(len(x), sigma, self.label(conditions)))
+        rows = (x, *self.condition(len(x), jnp.broadcast_to(sigma, len(x)), self.label(conditions)))
         if not self.chunk or len(x) <= self.chunk:
             return some(*rows)
         return jax.lax.map(lambda row: some(*(a[None] for a in row))[0], rows, batch_size=self.chunk)

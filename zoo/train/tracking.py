@@ -48,9 +48,11 @@ class Tracker:
         self._wandb, self.url, self._lost = library(), None, False
         self._run: Any = None
         with files.writing(file, "choose another workdir="):
-            if not file.exists():
-                files.write(file, json.dumps({"id": secrets.token_hex(8)}) + "\n")
-            about = {**json.loads(file.read_text()), "resume": "allow", "name": name, "config": dict(config)}
+            try:
+                own = str(json.loads(file.read_text())["id"])
+            except (FileNotFoundError, ValueError, KeyError, TypeError):  # none yet, or cut short
+                own = secrets.token_hex(8)
+                files.write(file, json.dumps({"id": own}) + "\n")
         entity, _, project = project.rpartition("/")
         with self._passing():
             self._run = self._wandb.init(
@@ -60,7 +62,10 @@ class Tracker:
                 settings=self._wandb.Settings(
                     console="off", silent=True, init_timeout=_CONNECT
                 ),  # the report has the bar
-                **about,
+                id=own,
+                resume="allow",
+                name=name,
+                config=dict(config),
             )
             self._run.define_metric("*", step_metric="step")
             self.url = self._run.url

@@ -325,8 +325,8 @@ def _stems(name: str) -> Iterator[str]:
 def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
     files = [root / name if name else root for name in names]
     tables, called, others = zip(*map(_index, files))
-    pairs, inside = np.concatenate(tables), np.concatenate(called)
-    owner = np.repeat(np.arange(len(files)), [len(table) for table in tables])
+    sizes = [len(table) for table in tables]
+    pairs, owner, starts = np.concatenate(tables), np.repeat(np.arange(len(files)), sizes), np.cumsum([0, *sizes])
     if any(others):
         tell(f"{root}: passed over: {sum(others):,} files that are no images, captions or labels")
     captioned, labelled = bool((pairs["caption"][:, 0] != _NONE).any()), bool((pairs["label"] != _UNLABELLED).any())
@@ -341,6 +341,10 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
     parts = _split(
         root, [words[file] for file in owner.tolist()], test_fraction, (), pairs["label"] if labelled else None
     )
+
+    def inside(i: int, caption: bool = False) -> str:
+        """The name in its tar file, of an image or of its caption."""
+        return os.fsdecode(called[owner[i]][i - starts[owner[i]], int(caption)])
 
     def content(i: int, kind: str, what: str) -> bytes:
         offset, size = pairs[kind][i].tolist()
@@ -364,7 +368,7 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
             if pairs["caption"][i, 0] == _NONE:
                 raise BadImage("has no caption", "add a .txt file, or a .json file with one, of the same name")
             data = content(i, "caption", "has a caption that is")
-            where = os.fsdecode(inside[i, 1])
+            where = inside(i, caption=True)
             if not where.lower().endswith(".json"):
                 return _text(data, where)
             try:
@@ -387,7 +391,7 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
             return found
 
         def name(n: int) -> str:
-            return shown(f"{names[owner[part[n]]] or root.name}:{os.fsdecode(inside[part[n], 0])}")
+            return shown(f"{names[owner[part[n]]] or root.name}:{inside(part[n])}")
 
         return Items(len(part), lambda n: content(part[n], "image", "is"), label, name, caption)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,31 @@ from zoo.files import first_line
 _IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture", "pixels", "bytes")
 _CAPTIONS = ("caption", "text", "prompt", "txt", "captions", "description", "sentence", "alt_text")
 _LABELS = ("label", "labels", "cls", "class")
+_KEPT = 2**29  # bytes of row groups that stay in memory
 
 
 def groups(files: list[Path], columns: list[str]) -> Callable[[int, int], Any]:
-    """A function that gives the table of a row group of a file; it keeps the last few, as rows are read in nearly ascending order.
+    """A function that gives the table of a row group of a file and keeps the last ones, as rows are read in nearly ascending order.
 
     It raises BadImage where it cannot be read.
     """
+    kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
     lock = threading.Lock()  # several threads want the same group at once
 
-    @lru_cache(maxsize=2)  # one may be a whole file
-    def read(file: int, group: int) -> Any:
+    def rows(file: int, group: int) -> Any:
         import pyarrow.parquet
 
-        try:
-            with pyarrow.parquet.ParquetFile(files[file]) as opened:
-                return opened.read_row_group(group, columns=columns)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise BadImage(f"cannot be read ({first_line(error)})", f"restore {files[file]}") from None
-
-    def rows(file: int, group: int) -> Any:
         with lock:
-            return read(file, group)
+            if (file, group) not in kept:
+                try:
+                    with pyarrow.parquet.ParquetFile(files[file]) as opened:
+                        kept[file, group] = opened.read_row_group(group, columns=columns)
+                except (pyarrow.ArrowException, OSError) as error:
+                    raise BadImage(f"cannot be read ({first_line(error)})", f"restore {files[file]}") from None
+            kept.move_to_end((file, group))
+            while len(kept) > 2 and sum(table.nbytes for table in kept.values()) > _KEPT:
+                kept.popitem(last=False)
+            return kept[file, group]
 
     return rows
 
