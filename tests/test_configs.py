@@ -8,6 +8,7 @@ from smokes import CONFIGS, RUNS, SMOKES, smoke
 
 from zoo import config, dist, weights
 from zoo.errors import UserError
+from zoo.files import differences
 from zoo.train import optim
 from zoo.train.loop import train
 from zoo.train.step import abstract_state, make_sampler, sampler_spec
@@ -22,6 +23,8 @@ def test_full_config_is_built_abstractly_and_survives_json(name: str) -> None:
         state = abstract_state(run.task, optim.build(run.optim, run.steps), mesh, run.ema)
     assert sum(x.size for x in jax.tree.leaves(state.params)) > 1000
     assert config.undump(config.dump(run)) == run
+    unlike = differences(config.dump(run.optim), config.dump(smoke(name).optim))
+    assert all("warmup" in one for one in unlike)  # its smoke run is of the same recipe
     assert run.workdir == "runs/" + name.replace("/", "-")
     assert config.describe(name)
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
+import logging
 import re
 import sys
 import types
@@ -31,6 +33,7 @@ from zoo.files import differences, sha256, sha256_of_json
 from zoo.task import SPEED, Options, sampling
 
 _CLASS = "class"  # the JSON key that holds a dataclass's import path
+_warn = functools.cache(logging.getLogger("zoo").warning)  # once a process: a config is opened many times
 
 
 # --- config files ---------------------------------------------------------------------------------
@@ -341,7 +344,10 @@ def dump(value: Any, where: str = "config") -> Any:
 
 
 def undump(data: Any, allow: Sequence[str] = (), where: str = "config") -> Any:
-    """The config that `dump` wrote. Classes outside `zoo.` and the packages in `allow` are refused unimported."""
+    """The config that `dump` wrote. Classes outside `zoo.` and the packages in `allow` are refused unimported.
+
+    Fields that an earlier version had are left out with a warning.
+    """
     if isinstance(data, list):
         return tuple(undump(v, allow, f"{where}[{i}]") for i, v in enumerate(data))
     if not isinstance(data, dict):
@@ -349,8 +355,11 @@ def undump(data: Any, allow: Sequence[str] = (), where: str = "config") -> Any:
     if _CLASS not in data:
         return {k: undump(v, allow, f"{where}.{k}") for k, v in data.items()}
     cls = _resolve(data[_CLASS], allow, where)
-    gone = getattr(cls, "replaced", {})  # an earlier version had these fields
-    values = {k: v for k, v in data.items() if k != _CLASS and k not in gone}
+    values = {k: v for k, v in data.items() if k != _CLASS}
+    for field, way in getattr(cls, "replaced", {}).items():
+        if field in values:
+            shown = json.dumps(values.pop(field))
+            _warn(f"{cls.__name__}.{field}={shown:.120} of an earlier version is gone: {way}")
     names = [f.name for f in dataclasses.fields(cls)]
     unknown = [k for k in values if k not in names]
     if unknown:

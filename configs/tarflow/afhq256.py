@@ -10,7 +10,7 @@ from zoo.config import load
 from zoo.data.images import Images
 from zoo.metrics.likelihood import Bits
 
-_base = load("tarflow/imagenet64_cond")
+_base, _small = load("tarflow/imagenet64_cond"), load("tarflow/imagenet64_cond:smoke")
 config = replace(
     _base,
     task=replace(_base.task, image=256, patch=8, classes=3, noise=0.07),
@@ -21,4 +21,13 @@ config = replace(
     evals=(Bits(every=10_000),),
     workdir=None,
 )
-smoke = replace(load("tarflow/imagenet64_cond:smoke"), workdir=None)
+smoke = replace(
+    config,
+    task=replace(_small.task, classes=3, noise=config.task.noise),
+    data=_small.data,
+    evals=(),
+    steps=4,
+    batch=8,
+    mesh=_small.mesh,
+    samples=_small.samples,
+)

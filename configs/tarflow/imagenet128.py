@@ -5,7 +5,7 @@ from dataclasses import replace
 from zoo.config import load
 from zoo.data.images import Images
 
-_base = load("tarflow/imagenet64_cond")
+_base, _small = load("tarflow/imagenet64_cond"), load("tarflow/imagenet64_cond:smoke")
 config = replace(
     _base,
     task=replace(_base.task, image=128, patch=4, width=1024, noise=0.15),
@@ -16,4 +16,13 @@ config = replace(
     samples=replace(_base.samples, options={"guidance": 1.5}),
     workdir=None,
 )
-smoke = replace(load("tarflow/imagenet64_cond:smoke"), workdir=None)
+smoke = replace(
+    config,
+    task=replace(_small.task, noise=config.task.noise),
+    data=_small.data,
+    evals=(),
+    steps=4,
+    batch=8,
+    mesh=_small.mesh,
+    samples=_small.samples,
+)

@@ -14,7 +14,7 @@ from zoo.data.images import Images
 from zoo.metrics.likelihood import Bits
 from zoo.run import Checkpoint
 
-_base = load("tarflow/imagenet64")
+_base, _small = load("tarflow/imagenet64"), load("tarflow/imagenet64:smoke")
 config = replace(
     _base,
     task=replace(_base.task, image=1024, patch=8, width=1280, noise=0.15, remat="full"),
@@ -27,4 +27,13 @@ config = replace(
     log_every=50,
     workdir=None,
 )
-smoke = replace(load("tarflow/imagenet64:smoke"), workdir=None)
+smoke = replace(
+    config,
+    task=replace(_small.task, noise=config.task.noise),
+    data=_small.data,
+    evals=(),
+    steps=4,
+    batch=8,
+    mesh=_small.mesh,
+    samples=_small.samples,
+)

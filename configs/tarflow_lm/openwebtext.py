@@ -48,6 +48,7 @@ config = Run(
     evals=(TextBound(split="valid", every=10_000, limit=1_000),),
     log_every=100,
 )
+stage1 = replace(config, workdir="runs/tarflow_lm-openwebtext")  # `config` by its name as a stage
 stage2 = replace(
     config,
     task=replace(config.task, stage=2),

@@ -41,6 +41,7 @@ config = Run(
     evals=(TextBound(limit=1_000),),
     log_every=50,
 )
+stage1 = replace(config, workdir="runs/tarflow_lm-stdlib")  # `config` by its name as a stage
 stage2 = replace(
     config,
     task=replace(config.task, stage=2),

@@ -46,6 +46,7 @@ config = Run(
     evals=(TextBound(split="valid", every=10_000, limit=2_000), TextBound(draws=16)),
     log_every=100,
 )
+stage1 = replace(config, workdir="runs/tarflow_lm-text8")  # `config` by its name as a stage
 stage2 = replace(
     config,
     task=replace(config.task, stage=2),

@@ -265,6 +265,10 @@ def test_latents_far_from_unit_variance_are_refused_before_anything_is_written(p
 def test_senseless_arguments_are_refused(pairs, tmp_path):
     with pytest.raises(UserError, match=r"size=9 is no multiple of 4, .* choose size=8"):
         encode(pairs, tmp_path / "out", size=9)
+    for name in ("size", "batch", "multiple", "shard_examples"):
+        with pytest.raises(UserError, match=f"{name}=0 is too small"):
+            encode(pairs, tmp_path / "out", **{name: 0})
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"not one of \d+ images tried .* can be used; the first: 00.png is in colour"):
         encode(pairs, tmp_path / "out", channels=1)
     with pytest.raises(UserError, match="split='valid' is unknown"):

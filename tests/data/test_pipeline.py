@@ -157,6 +157,17 @@ def test_spec_selects_keys_and_differences_are_named_before_the_first_batch():
         epoch(Digits(), 4, spec={"label": jax.ShapeDtypeStruct((4,), np.int16)})
 
 
+@pytest.mark.parametrize("kw, text", [({"batch": 0}, "batch=0"), ({"batch": 2, "seed": -1}, "seed=-1")])
+def test_senseless_arguments_are_refused(kw, text):
+    with pytest.raises(UserError, match=text):
+        batches(Counted(), **kw)
+
+
+def test_epoch_needs_a_batch():
+    with pytest.raises(UserError, match="batch=0"):
+        epoch(Counted(), 0)
+
+
 def test_an_example_that_cannot_be_read_ends_in_its_own_words():
     with pytest.raises(UserError, match="row 7 is broken"):
         take(4, Counted(broken=7), 6)

@@ -87,9 +87,11 @@ def test_models_are_ranked_with_paired_significance_beside_another_metric(models
 def test_results_that_do_not_compare_are_refused(models: Path, folder: Path) -> None:
     score(models, "fair", out="cased", case_sensitive=True).run()
     score(models, "fair", out="read", extractor=Fake()).run()
-    for name in ("half", "spec"):
+    for name in ("half", "spec", "torn"):
         shutil.copytree("fair-typescore", name)
     Path("half/summary.json").unlink()
+    records = Path("torn/records.jsonl")
+    records.write_bytes(records.read_bytes()[:-9])
     setting = Path("spec/setting.json")
     setting.write_text(setting.read_text().replace('"spec_version": "1"', '"spec_version": "0"'))
     score(folder).run()
@@ -98,6 +100,7 @@ def test_results_that_do_not_compare_are_refused(models: Path, folder: Path) -> 
         (("read",), "extractor.name"),
         (("half",), "half end"),
         (("spec",), "spec_version"),
+        (("torn",), "torn damaged"),
         ((str(folder / "a-typescore"),), "text.t-0"),
         (("good-typescore",), "good twice"),
         (("nowhere",), "nowhere"),
@@ -124,6 +127,17 @@ def test_results_of_the_version_before_compare_or_are_refused(models: Path) -> N
         (out / "setting.json").write_text(json.dumps(setting | {name: value}))
         with told(name, value, "evaluate both"):
             Compare(THREE, "x").run()
+
+
+def test_instructions_that_only_some_results_have_are_left_out_and_told(
+    models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = models / "fair-typescore" / "records.jsonl"
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[3:]))
+    assert Compare(THREE, "x", resamples=5).run()["instructions"] == 9
+    said = [record.message for record in caplog.records if "left out" in record.message]
+    assert [line.split("instructions of ")[1].split()[0] for line in said] == ["poor", "good"]
+    assert all(" 3 " in line for line in said)
 
 
 def test_z_and_wins() -> None:

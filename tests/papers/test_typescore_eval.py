@@ -22,6 +22,7 @@ from typescore_stub import LIST, TEXT_CHUNK, TEXTS, Fake, client, listed, score,
 from zoo import cli, config
 from zoo.errors import UserError
 from zoo.papers.typescore.calibrate import Calibrate
+from zoo.papers.typescore.compare import Compare
 from zoo.papers.typescore.evaluate import TypeScore, find
 from zoo.papers.typescore.extractors import Extraction, Oracle
 from zoo.papers.typescore.instructions import Instruction
@@ -269,14 +270,30 @@ def test_an_extractor_that_repairs_is_told_from_one_that_reads(tmp_path: Path) -
         dataclasses.replace(few, levels=(0.0, 0.25, 0.5)).run()
 
 
-def test_configs_of_earlier_versions_open_and_fields_that_are_gone_say_what_came_in_their_place() -> None:
-    made = TypeScore(limit=3)
-    old = config.dump(made) | {"piece_mode": "join", "kind": "similarity", "style": True, "cache": ""}
-    old["extractor"] |= {"upside_down": True, "least_score": 0.5}
-    assert config.undump(old) == made
-    for field in ("piece_mode=set", "extractor.upside_down=false"):
-        with told(field.partition("=")[0], "is gone", "leave it out"):
-            config.override(made, [field])
+def test_configs_of_earlier_versions_open_and_fields_that_are_gone_say_what_came_in_their_place(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config._warn.cache_clear()
+    reader = {"upside_down": False, "least_score": 0.5}
+    for made, gone in (
+        (TypeScore(limit=3), {"piece_mode": "set", "kind": "dissimilarity", "style": False, "cache": ""}),
+        (Calibrate(), {"case_sensitive": True, "ignore_punct": False, "cache": "kept"}),
+        (Compare(), {"surrogate": "", "clip": "a clip", "wanted": "list.jsonl", "extractors": True}),
+    ):
+        old = config.dump(made) | gone
+        if "extractor" in old:
+            old["extractor"] |= reader
+        caplog.clear()
+        assert config.undump(old) == config.undump(old) == made
+        name, said = type(made).__name__, [record.message for record in caplog.records]
+        for field, value in gone.items():  # once each, with the value that is not heeded
+            assert sum(line.startswith(f"{name}.{field}={json.dumps(value)} ") for line in said) == 1
+        assert len(said) == len(gone) + (len(reader) if name == "TypeScore" else 0)  # the reader's were told before
+        for field in gone:
+            with told(field, "is gone: "):
+                config.override(made, [f"{field}=1"])
+    with told("extractor.upside_down", "is gone", "leave it out"):
+        config.override(TypeScore(), ["extractor.upside_down=false"])
 
 
 def test_eval_runs_a_config_without_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

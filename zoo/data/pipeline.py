@@ -122,6 +122,9 @@ def batches(
     Raises:
       UserError: the data does not fit the task or the devices, or an example cannot be read.
     """
+    _check_batch(batch)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} is out of range; choose 0 <= seed < 2**32")
     source = data.source(split, spec)
     keys = _keys(data, source, spec)
     size = len(source)
@@ -138,6 +141,11 @@ def batches(
     rows = _local_rows(sharding, batch) if sharding is not None else np.arange(batch)
     host = _read(fetch, keys, batch, rows, start, sys.maxsize // batch - start, threads)
     return host if sharding is None else _to_devices(host, sharding, batch, rows)
+
+
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        raise UserError(f"batch={batch} holds no example; choose batch=1 or more")
 
 
 def _ungrouped(size: int, seed: int) -> Callable[[int], int]:
@@ -207,6 +215,7 @@ def epoch(
     The last batch is filled up with copies of its last example, so that every batch has the one compiled shape. Of a
     source with groups of different shapes only the first group is gone through.
     """
+    _check_batch(batch)
     source = data.source(split, spec)
     keys = _keys(data, source, spec)
     groups = source.groups or None

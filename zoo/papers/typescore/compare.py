@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,6 +44,13 @@ class Compare:
     resamples: Count = 1000  # of the bootstrap
     seed: Seed = 0  # of the bootstrap
 
+    replaced: ClassVar[dict[str, str]] = {
+        "surrogate": "give any other metric's scores as other=FILE, a CSV file of image,score",
+        "clip": "give CLIPScores as other=FILE, a CSV file of image,score",
+        "wanted": "the pictures are not looked at; leave it out",
+        "extractors": "give the results of one extractor, and the other's scores as human=FILE, a CSV file of image,rating",
+    }
+
     def __post_init__(self) -> None:
         check_fields(self)
 
@@ -71,6 +78,9 @@ class Compare:
         common = sorted(set.intersection(*map(set, every.values())))
         if len(common) < 2:
             raise UserError(f"results share {len(common)} instructions, and need two; evaluate all with one list")
+        for label, one in every.items():
+            if lost := len(one) - len(common):
+                _log.warning("typescore: %d instructions of %s are not in all results and left out", lost, label)
         scores = {label: np.array([one[name] for name in common]) for label, one in every.items()}
         order = sorted(scores, key=lambda label: (-scores[label].mean(), label))
         found = self._pairs(scores, order, self.resamples)
@@ -131,9 +141,12 @@ def load(name: str) -> Result:
         setting, rows = (folder / SETTING).read_text("utf-8"), (folder / RECORDS).read_text("utf-8").split("\n")
     if not (folder / SUMMARY).exists():
         raise UserError(f"results: the evaluation of {folder} has not come to its end; start it again, it goes on")
-    decides = {key: value for key, value in json.loads(setting).items() if key not in _OWN}
     label = folder.resolve().name.removesuffix("-typescore")
-    return Result(label, folder, decides, [json.loads(row) for row in rows if row])
+    try:
+        decides = {key: value for key, value in json.loads(setting).items() if key not in _OWN}
+        return Result(label, folder, decides, [json.loads(row) for row in rows if row])
+    except ValueError:
+        raise UserError(f"results: {folder} is damaged; evaluate these pictures again") from None
 
 
 def load_all(names: Sequence[str]) -> list[Result]:
