@@ -295,7 +295,7 @@ def test_a_figure_that_fails_on_one_process_ends_all(runs: Runs) -> None:
     codes = cluster.codes()
     assert codes[0] == 3
     assert codes[1] not in (0, 2)
-    assert "process 1 failed (OSError)" in cluster.said(0)
+    assert "process 1 says: step 6 cannot be taken (no room for the figure)" in cluster.said(0)
     assert "no room for the figure" in cluster.said(1)
     assert runs.saved("sick") == [4]
 

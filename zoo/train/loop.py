@@ -168,7 +168,8 @@ def _steps(
         except Exception as error:
             if folder.path is None or at <= start or hosts.several():
                 if isinstance(error, OSError) and not isinstance(error, UserError):
-                    raise UserError(f"step {step} cannot be taken ({error}); mend that and start again") from error
+                    kind = Retryable if hosts.several() else UserError  # a launcher starts all hosts again
+                    raise kind(f"step {step} cannot be taken ({error}); mend that and start again") from error
                 raise
             folder.save(at, state)
             folder.wait()
