@@ -182,6 +182,7 @@ def time_energy(run: Run, params: Any, n: int, rounds: int) -> Figures:
 
 
 def conditions_of(task: Any, n: int) -> dict[str, np.ndarray] | None:
+    """Zeros for what the sampler of a task is given for n samples; None where it is given nothing."""
     spec = sampler_spec(task, n)
     return None if spec is None else {key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in spec.items()}
 

@@ -5,6 +5,7 @@ What TarFlow (arXiv:2412.06329) and iTARFlow (arXiv:2604.20041) have in common. 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +163,7 @@ class PatchStack(Stack):
 
 
 @dataclass(frozen=True)
-class PatchFlow:
+class PatchFlow(ABC):
     """Base of tasks whose flow has a `PatchStack`: their images, classes, and how their networks compute."""
 
     image: Side = 64  # pixels a side
@@ -185,14 +186,14 @@ class PatchFlow:
         check_backend(self.attention, self.dtype)
 
     @property
+    @abstractmethod
     def sizes(self) -> list[tuple[int, int, int]]:
         """Patch, width and transformer layers of each block, the one nearest the data first."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def stack(self) -> PatchStack:
         """The flow over patches."""
-        raise NotImplementedError
 
     def stacked(self, rule: Rule, *, scale: bool = True, level: bool = False) -> PatchStack:
         """A stack of blocks of these sizes: even ones run through the image in raster order, odd ones backwards."""
