@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -44,13 +44,6 @@ class Compare:
     resamples: Count = 1000  # of the bootstrap
     seed: Seed = 0  # of the bootstrap
 
-    replaced: ClassVar[dict[str, str]] = {
-        "surrogate": "give any other metric's scores as other=FILE, a CSV file of image,score",
-        "clip": "give CLIPScores as other=FILE, a CSV file of image,score",
-        "wanted": "the pictures are not looked at; leave it out",
-        "extractors": "give the results of one extractor, and the other's scores as human=FILE, a CSV file of image,rating",
-    }
-
     def __post_init__(self) -> None:
         check_fields(self)
 
@@ -63,8 +56,8 @@ class Compare:
             raise UserError(f"results={','.join(self.results)} is no two results; name two, or one and human=FILE")
         results, out = load_all(self.results), Path(self.out)
         folders = [{"label": one.label, "folder": relative(one.folder, out)} for one in results]
-        head = {"metric": "typescore comparison", "note": NOTE, "results": folders}
-        figures = {**head, **results[0].setting, **self._figures(results)}
+        figures = {"metric": "typescore comparison", "note": NOTE, "results": folders, **results[0].setting}
+        figures |= self._figures(results)
         with claim(out, {"results": sorted(one["folder"] for one in folders)}, "a comparison"):
             files.write(out / "comparison.json", as_json(figures, indent=1))
             files.write(out / "comparison.md", table(figures))
@@ -79,20 +72,18 @@ class Compare:
         if len(common) < 2:
             raise UserError(f"results share {len(common)} instructions, and need two; evaluate all with one list")
         for label, one in every.items():
-            if lost := len(one) - len(common):
-                _log.warning("typescore: %d instructions of %s are not in all results and left out", lost, label)
+            if apart := len(one) - len(common):
+                _log.warning("typescore: %d instructions of %s are not in all results and left out", apart, label)
         scores = {label: np.array([one[name] for name in common]) for label, one in every.items()}
         order = sorted(scores, key=lambda label: (-scores[label].mean(), label))
         found = self._pairs(scores, order, self.resamples)
+        lost = {one.label: len(one.records) - len(one.read) for one in results}
+        beyond = {one["a"]: one["told_apart"] for one in reversed(found)}  # the first pair of each is with the next
         ranking = [
-            {
-                "place": place,
-                "label": label,
-                **mean_of(dict(zip(common, scores[label])), self.resamples, self.seed),
-                "failed": next(len(one.records) - len(one.read) for one in results if one.label == label),
-                "left_out": len(every[label]) - len(common),
-                "told_apart_from_next": next((one["told_apart"] for one in found if one["a"] == label), None),
-            }
+            {"place": place, "label": label}
+            | mean_of(dict(zip(common, scores[label])), self.resamples, self.seed)
+            | {"failed": lost[label], "left_out": len(every[label]) - len(common)}
+            | {"told_apart_from_next": beyond.get(label)}
             for place, label in enumerate(order, 1)
         ]
         resolutions = {"TypeScore": resolution(found, self.truth)} if found else {}
@@ -186,25 +177,28 @@ def pair(one: np.ndarray, other: np.ndarray, resamples: int = 1000, seed: int = 
         z = math.copysign(math.inf, mean) if mean else 0.0
     low, high = interval(lambda pick: float(apart[pick].mean()), len(apart), resamples, seed)
     figures = {"difference": mean, "low": low, "high": high, "win_rate": float((np.sign(apart) + 1).mean() / 2)}
-    return {
-        "instructions": len(apart),
-        **{name: round(value, 6) for name, value in figures.items()},
-        "ties": int((apart == 0).sum()),
-        "z": round(z, 6) if math.isfinite(z) else str(z),
-        "told_apart": abs(z) > _SURE,
-    }
+    found = {"instructions": len(apart)} | {name: round(value, 6) for name, value in figures.items()}
+    return found | {"ties": int((apart == 0).sum()), "z": _number(z), "told_apart": abs(z) > _SURE}
+
+
+def _number(z: float) -> float | str:
+    """As JSON holds it."""
+    return round(z, 6) if math.isfinite(z) else str(z)
 
 
 def resolution(found: Sequence[Mapping[str, Any]], truth: Sequence[str] = ()) -> dict[str, Any]:
     """How finely a metric tells pairs of models apart; `truth` names the models from best to worst, where that is known."""
-    z = np.array([float(one["z"]) for one in found])
-    middle, rightly = float(np.median(np.abs(z))), None
+    z, rightly = np.array([float(one["z"]) for one in found]), None
     if truth:
         first = [1 if truth.index(one["a"]) < truth.index(one["b"]) else -1 for one in found]
         rightly = round(float(np.mean(z * first > _SURE)), 6)
     share = round(float(np.mean(np.abs(z) > _SURE)), 6)
-    middle_z = round(middle, 6) if math.isfinite(middle) else str(middle)
-    return {"pairs": len(found), "told_apart": share, "median_z": middle_z, "right": rightly}
+    return {
+        "pairs": len(found),
+        "told_apart": share,
+        "median_z": _number(float(np.median(np.abs(z)))),
+        "right": rightly,
+    }
 
 
 def agreement(path: str, results: Sequence[Result], resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -216,27 +210,25 @@ def agreement(path: str, results: Sequence[Result], resamples: int = 1000, seed:
     pictures that were not read are counted as `left_out`. UserError names the line and what is wrong with it.
     """
     rows = judged("human", path, "rating", results)
-    said: dict[tuple[str, str], list[float]] = {}
-    records = {}
-    for label, record, rating in rows:
-        if record["error"] is None:
-            said.setdefault((label, record["image"]), []).append(rating)
-            records[label, record["image"]] = record
-    count = sum(map(len, said.values()))
+    known = [(label, record, rating) for label, record, rating in rows if record["error"] is None]
+    said: dict[tuple[str, str], tuple[Record, list[float]]] = {}
+    for label, record, rating in known:
+        said.setdefault((label, record["image"]), (record, []))[1].append(rating)
     if len(said) < 3:
         raise UserError(f"human={path} judges {len(said)} pictures that were read; give three")
-    x = np.round([record["score"] for record in records.values()], _DIGITS)
-    y = np.round([np.mean(ratings) for ratings in said.values()], _DIGITS)
-    ids, of = np.unique([record["id"] for record in records.values()], return_inverse=True)
+    x = np.round([record["score"] for record, _ in said.values()], _DIGITS)
+    y = np.round([np.mean(ratings) for _, ratings in said.values()], _DIGITS)
+    ids, of = np.unique([record["id"] for record, _ in said.values()], return_inverse=True)
     places = [np.flatnonzero(of == i) for i in range(len(ids))]
-    out: dict[str, Any] = {"judgements": count, "left_out": len(rows) - count, "instructions": len(ids)}
+    out: dict[str, Any] = {"judgements": len(known), "left_out": len(rows) - len(known), "instructions": len(ids)}
+
+    def drawn(value: Any, pick: np.ndarray) -> float:
+        some = np.concatenate([places[i] for i in pick])
+        return float(value(x[some], y[some]))
+
     for kind, value in _KINDS.items():
-
-        def drawn(pick: np.ndarray, value: Any = value) -> float:
-            some = np.concatenate([places[i] for i in pick])
-            return float(value(x[some], y[some]))
-
-        figures = (drawn(np.arange(len(ids))), *interval(drawn, len(ids), resamples, seed))
+        of_pick = functools.partial(drawn, value)
+        figures = (of_pick(np.arange(len(ids))), *interval(of_pick, len(ids), resamples, seed))
         out[kind] = [round(v, 6) if math.isfinite(v) else None for v in figures]
     return out
 

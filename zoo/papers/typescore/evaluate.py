@@ -38,7 +38,6 @@ NOTE = (
     "not comparable with the scores of arXiv:2411.02437, nor with those of another extractor, normalisation, list of "
     "instructions or spec_version"
 )
-ONE_WAY = {"piece_mode": "join", "kind": "similarity"}  # earlier results may have been made otherwise
 _log = logging.getLogger("zoo")
 
 
@@ -91,19 +90,12 @@ class TypeScore:
 
     def _records(self, some: Sequence[File], readings: Readings) -> list[Record]:
         """The records of pictures in their order; what is not in `readings` is read."""
-        found = {}
-        keys = [one.key for one in some]
+        found, keys = {}, [one.key for one in some]
         for i, picture, read in readings.through(self.extractor, keys, lambda i: _open(some[i].picture)):
             wanted = some[i].instruction
-            found[i] = {
-                **keys[i]._asdict(),
-                "id": wanted.id,
-                "wanted": wanted.text,
-                "length_bin": length_bin(wanted.text),
-                "domain": wanted.domain,
-                "content": content(wanted.text),
-                **self.judge(wanted, picture, read),
-            }
+            about = {"id": wanted.id, "wanted": wanted.text, "length_bin": length_bin(wanted.text)}
+            about |= {"domain": wanted.domain, "content": content(wanted.text)}
+            found[i] = {**keys[i]._asdict(), **about, **self.judge(wanted, picture, read)}
         return [found[i] for i in range(len(some))]
 
     # as the scorer of the metric `prompted`
@@ -111,9 +103,7 @@ class TypeScore:
     def check(self) -> None:
         """UserError for a list with mistakes, fields that are for folders, or where the extractor lacks something."""
         if folder := self.images or self.out:
-            raise UserError(
-                f"{folder}: images and out are for a folder, and a model draws its own pictures; leave them out"
-            )
+            raise UserError(f"{folder}: images and out are for folders; leave them out where a model draws")
         listed(self.wanted)
         self.extractor.check()
 
@@ -153,17 +143,13 @@ class TypeScore:
         no folder, no picture of any instruction, one of two instructions, a list with mistakes, an `out` of another setting.
         """
         instructions, folder = listed(self.wanted, self.limit), Path(self.images)
-        way = "name the folder that holds {id}_{k}.png, images=DIR"
-        with files.reading(f"images={self.images}", way):
-            if not self.images or not folder.is_dir():
-                raise UserError(f"images={self.images} is no folder; {way}")
-            found = find(folder, instructions)
+        with files.reading(f"images={self.images}", "name the folder that holds {id}_{k}.png, images=DIR"):
+            found = find(folder, instructions) if self.images else []
         there = {one.instruction.id for one in found}
         lacking = [one.id for one in instructions if one.id not in there]
         if not there:
-            raise UserError(
-                f"images={folder} holds no picture of {len(instructions)} instructions; name them by id, {instructions[0].id}_0.png"
-            )
+            way = f"name a folder with pictures named by id, such as {instructions[0].id}_0.png"
+            raise UserError(f"images={self.images} holds no picture of {len(instructions)} instructions; {way}")
         if lacking:
             named = ", ".join(lacking[:5])
             _log.warning("typescore: %d instructions have no picture and are in no mean: %s", len(lacking), named)
@@ -200,7 +186,8 @@ class TypeScore:
             "extractor": describe(self.extractor),
             "normalisation": dataclasses.asdict(self.normalisation),
             "weights": list(self.weights),
-            **ONE_WAY,
+            "piece_mode": "join",  # earlier results may have been made otherwise in these two
+            "kind": "similarity",
         }
 
     def summarise(self, records: Sequence[Record], instructions: Sequence[Instruction]) -> dict[str, Any]:
@@ -248,16 +235,12 @@ class TypeScore:
         for name, verdict in (pair for record in records for pair in record["style"].items()):
             by.setdefault(name, []).append(verdict["followed"])
         shares = [{"id": r["id"], "share": styles.share(v["followed"] for v in r["style"].values())} for r in records]
-        return {
-            **self._mean([one for one in shares if one["share"] is not None], "share"),
-            "by": {
-                name: {
-                    "followed": None if (share := styles.share(by[name])) is None else round(share, 4),
-                    "evaluated": len(by[name]) - by[name].count(None),
-                }
-                for name in sorted(by)
-            },
-        }
+        figures = {}
+        for name in sorted(by):
+            followed = styles.share(by[name])
+            evaluated = len(by[name]) - by[name].count(None)
+            figures[name] = {"followed": None if followed is None else round(followed, 4), "evaluated": evaluated}
+        return {**self._mean([one for one in shares if one["share"] is not None], "share"), "by": figures}
 
 
 class File(NamedTuple):
@@ -278,8 +261,8 @@ def find(folder: Path, instructions: Sequence[Instruction]) -> list[File]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not path.is_file():
             continue
-        number = re.fullmatch(r"(.+)_(\d{1,9})", path.stem, re.ASCII | re.DOTALL)
-        names = [(path.stem, -1)] + ([(number[1], int(number[2]))] if number else [])
+        before, _, k = path.stem.rpartition("_")
+        names = [(path.stem, -1)] + ([(before, int(k))] if re.fullmatch(r"[0-9]{1,9}", k) else [])
         meant = [(order[name], k) for name, k in names if name in order]
         if len(meant) > 1:
             raise UserError(f"images: {path.name} is of two instructions; end no id by another, _ and a number")

@@ -7,8 +7,9 @@ available: means are 34 words per instruction and 12 quoted words (range 1 to 30
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -54,20 +55,10 @@ class Instruction:
     """One image's task: `text` is what it must show."""
 
     id: str
-    instruction: str
-    text: str
+    instruction: str = ""
+    text: str = ""
     style: dict[str, str] = field(default_factory=dict)
     domain: str = ""
-
-
-class _Given(msgspec.Struct):
-    """A line of a list. Other keys are passed over."""
-
-    id: str | int
-    instruction: str | None = None
-    text: str | None = None
-    style: dict[str, str] | None = None
-    domain: str | None = None
 
 
 def length_bin(text: str) -> str:
@@ -110,13 +101,14 @@ def listed(wanted: str, limit: int = 0) -> list[Instruction]:
 
 def _instruction(line: str, where: str) -> Instruction:
     try:
-        given = msgspec.json.decode(line.encode(), type=_Given)
+        given = msgspec.json.decode(line.encode(), type=dict[str, Any])
+        said = {name: str(value) if name == "id" else value for name, value in given.items() if value is not None}
+        one = msgspec.convert(said, Instruction)
     except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(f"{where}: {error}; write one JSON object a line, with id and instruction") from None
-    name, instruction = str(given.id), given.instruction or ""
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{where}: id {name!r:.80} cannot begin a file's name; use letters, digits, - and _")
-    text = given.text or " ".join(quoted(instruction))
-    if not text.strip():
-        raise UserError(f'{where}: the instruction of {name!r} quotes no text; quote it as "...", or give it as text')
-    return Instruction(name, instruction, text, given.style or {}, given.domain or "")
+    if not _NAME.fullmatch(one.id):
+        raise UserError(f"{where}: id {one.id!r:.80} cannot begin a file's name; use letters, digits, - and _")
+    one = replace(one, text=one.text or " ".join(quoted(one.instruction)))
+    if not one.text.strip():
+        raise UserError(f'{where}: the instruction of {one.id!r} quotes no text; quote it as "...", or give it as text')
+    return one

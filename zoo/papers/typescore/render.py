@@ -61,20 +61,12 @@ STYLES: dict[str, tuple[str, ...]] = {
 }
 _PLAIN = {"font": "sans-serif", "weight": "regular", "colour": "black", "placement": "centre", "material": "paper"}
 
-_FACES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("sans-serif", "regular"): ("", "DejaVuSans.ttf"),  # "" is Pillow's built-in face
-    ("sans-serif", "bold"): ("DejaVuSans-Bold.ttf",),
-    ("sans-serif", "italic"): ("DejaVuSans-Oblique.ttf",),
-    ("serif", "regular"): ("DejaVuSerif.ttf", "STIXGeneral.ttf"),
-    ("serif", "bold"): ("DejaVuSerif-Bold.ttf", "STIXGeneralBol.ttf"),
-    ("serif", "italic"): ("DejaVuSerif-Italic.ttf", "STIXGeneralItalic.ttf"),
-    ("monospaced", "regular"): ("DejaVuSansMono.ttf",),
-    ("monospaced", "bold"): ("DejaVuSansMono-Bold.ttf",),
-    ("monospaced", "italic"): ("DejaVuSansMono-Oblique.ttf",),
-    # letters of these are set one by one, off the line and of uneven size
-    ("handwritten", "regular"): ("",),
-    ("handwritten", "bold"): ("DejaVuSans-Bold.ttf",),
-    ("handwritten", "italic"): ("DejaVuSans-Oblique.ttf",),
+# the files of regular, bold and italic faces, or Pillow's own; "handwritten" is set letter by letter, unevenly
+_FACES: dict[str, tuple[str, str, str]] = {
+    "sans-serif": ("Pillow DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"),
+    "serif": ("DejaVuSerif STIXGeneral", "DejaVuSerif-Bold STIXGeneralBol", "DejaVuSerif-Italic STIXGeneralItalic"),
+    "monospaced": ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique"),
+    "handwritten": ("Pillow", "DejaVuSans-Bold", "DejaVuSans-Oblique"),
 }
 
 _MARGIN = 0.04  # of the side: nothing is drawn nearer to the edge
@@ -151,28 +143,15 @@ def render(
     return _draw(text, drawn, layout, ground, size, size * largest, rotation, noise, texture=True)
 
 
-def plain(
-    text: str,
-    *,
-    points: float = 32,
-    rotation: float = 0,
-    noise: float = 0,
-    texture: bool = False,
-    size: int = 512,
-    seed: int = 0,
-    **style: str,
-) -> Image.Image:
+def plain(text: str, *, size: int = 512, seed: int = 0, points: float = 32, **look: Any) -> Image.Image:
     """One text drawn in one way, broken into lines; the plain defaults are the "clean" renders that extractors are tried on.
 
-    Args:
-        points: size of the font in pixels; made smaller where the text has no room.
-        rotation: degrees, counter-clockwise.
-        noise: standard deviation of the normal noise added to the picture, in 0..255.
-        texture: whether the ground has a texture, or is of one colour.
-        style: values of `STYLES`.
+    `points` is the size of the font in pixels, made smaller where the text has no room; `look` has values of `STYLES`, and
+    `rotation`, `noise` and `texture` as `_draw` takes them.
     """
     layout, ground = np.random.default_rng(seed).spawn(2)
-    return _draw(text, _PLAIN | style, layout, ground, size, points, rotation, noise, texture)
+    style = _PLAIN | {name: look.pop(name) for name in STYLES if name in look}
+    return _draw(text, style, layout, ground, size, points, **look)
 
 
 def save(picture: Image.Image, path: Path) -> None:
@@ -250,11 +229,15 @@ def _draw(
     ground: np.random.Generator,
     size: int,
     largest: float,
-    rotation: float,
-    noise: float,
-    texture: bool,
+    rotation: float = 0,
+    noise: float = 0,
+    texture: bool = False,
 ) -> Image.Image:
-    """A text in a style, in the largest font up to `largest` pixels in which it has room."""
+    """A text in a style, in the largest font up to `largest` pixels in which it has room.
+
+    It is turned counter-clockwise by `rotation` degrees, on a ground with the material's texture or of one colour; `noise` is
+    the standard deviation, in 0..255, of normal noise.
+    """
     text = " ".join(text.split())
     ink = np.asarray(COLOURS[style["colour"]], np.float32)
     pixels = _surface(style["material"], ink, texture, size, ground)
@@ -348,10 +331,10 @@ def _block(
 
 def _face(style: Mapping[str, str], text: str, choice: float) -> Callable[[int], Font]:
     """The face of a style as a function of the size in pixels; another of our own where it lacks a character of the text."""
-    names = _FACES[style["font"], style["weight"]]
+    names = _FACES[style["font"]][STYLES["weight"].index(style["weight"])].split()
     first = int(choice * len(names))
     bold = "-Bold" if style["weight"] == "bold" else ""
-    for name in (*names[first:], *names[:first], f"DejaVuSans{bold}.ttf"):  # the last has the most characters
+    for name in (*names[first:], *names[:first], f"DejaVuSans{bold}"):  # the last has the most characters
         if all(c.isspace() or _shows(name, c) for c in set(text)):
             return functools.partial(_font, name)
     raise UserError(f"no font at hand shows {text!r:.120}; take the text off the list")
@@ -360,11 +343,11 @@ def _face(style: Mapping[str, str], text: str, choice: float) -> Callable[[int],
 @functools.lru_cache(maxsize=256)
 def _font(name: str, points: int) -> Font:
     # letters as they are, without ligatures, so that it does not matter what Pillow was built with
-    if not name:
+    if name == "Pillow":
         return ImageFont.load_default(points)  # type: ignore[return-value]  # Pillow's wheels have FreeType
     import matplotlib  # late: most who import this draw nothing
 
-    file = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
     return ImageFont.truetype(file, points, layout_engine=ImageFont.Layout.BASIC)
 
 

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from zoo.errors import UserError
 from zoo.files import writing
@@ -56,14 +57,11 @@ class TextExtractor(Protocol):
     name: ClassVar[str]
 
     @property
-    def batch(self) -> int:
-        """How many images are worth handing over at once."""
+    def batch(self) -> int: ...  # how many images are worth handing over at once
 
-    def version(self) -> str:
-        """Of all that decides what is read from an image, beside the fields."""
+    def version(self) -> str: ...  # of all that decides what is read from an image, beside the fields
 
-    def check(self) -> None:
-        """UserError when something that reading needs is missing: a package, a key."""
+    def check(self) -> None: ...  # UserError when something that reading needs is missing: a package, a key
 
     def extract(self, images: Sequence[Image.Image], keep: Keep | None = None) -> list[Extraction]:
         """One extraction per image, in order; one with an error where it cannot be read.
@@ -81,9 +79,9 @@ def aside(default: Any) -> Any:
 def describe(extractor: Any) -> dict[str, Any]:
     """Name, version, the fields that decide what is read, and the prompt if there is one: scores compare only where these are equal."""
     decide = [f.name for f in dataclasses.fields(extractor) if not f.metadata.get("aside", False)]
-    found = {"name": extractor.name, "version": extractor.version()}
-    found["config"] = {name: getattr(extractor, name) for name in decide}
-    return found | ({"prompt": extractor.prompt} if hasattr(extractor, "prompt") else {})
+    config = {name: getattr(extractor, name) for name in decide}
+    prompt = {"prompt": extractor.prompt} if hasattr(extractor, "prompt") else {}
+    return {"name": extractor.name, "version": extractor.version(), "config": config, **prompt}
 
 
 def need_packages(*packages: str) -> None:
@@ -123,9 +121,6 @@ class Readings:
                 entry = msgspec.json.decode(line, type=_Entry)
                 self._found[entry.key] = entry.extraction
 
-    def good(self, key: Key) -> bool:
-        return key in self._found and self._found[key].error is None
-
     def _put(self, key: Key, one: Extraction) -> None:
         self._found[key] = one
         if self.path is not None:
@@ -133,26 +128,21 @@ class Readings:
             with writing(self.path, WAY), open(self.path, "ab", buffering=0) as file:
                 file.write(entry)
 
-    def _read(self, extractor: TextExtractor, keys: Sequence[Key], images: Sequence[Image.Image]) -> None:
-        read = extractor.extract(images, lambda i, one: self._put(keys[i], one))
-        self._found |= dict(zip(keys, read, strict=True))
-
     def through(
         self, extractor: TextExtractor, keys: Sequence[Key], opened: Callable[[int], Image.Image | Extraction]
     ) -> Iterator[tuple[int, Any, Extraction]]:
         """The index, picture and reading of every key; the extractor reads what is not there.
 
-        Args:
-            opened: the i-th picture, or the failed extraction that says why there is none.
+        `opened` gives the i-th picture, or the failed extraction that says why there is none.
         """
-        from tqdm import tqdm
-
         order = sorted(range(len(keys)), key=lambda i: keys[i] in self._found)
         for start in tqdm(range(0, len(order), extractor.batch), unit_scale=extractor.batch, disable=None):
             some = {i: opened(i) for i in order[start : start + extractor.batch]}
-            todo = {i: one for i, one in some.items() if isinstance(one, Image.Image) and not self.good(keys[i])}
+            good = {i for i in some if keys[i] in self._found and self._found[keys[i]].error is None}
+            todo = {i: one for i, one in some.items() if isinstance(one, Image.Image) and i not in good}
+            unread = [keys[i] for i in todo]
             if todo:
-                self._read(extractor, [keys[i] for i in todo], list(todo.values()))
+                extractor.extract([*todo.values()], lambda k, one, unread=unread: self._put(unread[k], one))
             for i, one in some.items():
                 yield i, one, one if isinstance(one, Extraction) else self._found[keys[i]]
 
