@@ -9,51 +9,43 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mistakes import told
 from PIL import Image, ImageDraw, ImageFont
 from typescore_stub import TEXT_CHUNK, Fake, picture
 
-from zoo.errors import UserError
 from zoo.papers.typescore.extractors import Extraction, Line, Oracle, RapidOcr
 from zoo.papers.typescore.extractors.base import Key, Readings, join, reading_order, text_of
 
 PAGE = [["Grand", "opening", "today"], ["half price", "until 9 pm"], ["bread,", "tea", "& cake"]]
 
 
-def spread(rows: list[list[str]], degrees: float, height: float = 20.0) -> list[Line]:
+def spread(degrees: float) -> list[Line]:
     """Boxes of a page turned by `degrees` about its middle, shuffled."""
-    lines = []
-    turn = np.deg2rad(degrees)
+    lines, turn = [], np.deg2rad(degrees)
     matrix = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    for r, row in enumerate(rows):
+    for r, row in enumerate(PAGE):
         x = 40.0 + 10 * r
         for text in row:
-            wide = 11.0 * len(text)
-            top = 1.6 * height * r + 3 * (len(text) % 3)  # a row's boxes are not quite level
-            corners = np.array([[x, top], [x + wide, top], [x + wide, top + height], [x, top + height]])
+            top, end = 32.0 * r + 3 * (len(text) % 3), x + 11 * len(text)  # a row's boxes are not quite level
+            corners = np.array([[x, top], [end, top], [end, top + 20], [x, top + 20]])
             lines.append(Line(text, tuple(map(tuple, (corners - 256) @ matrix + 256))))
-            x += wide + 12
+            x = end + 12
     return [lines[i] for i in np.random.default_rng(0).permutation(len(lines))]
 
 
-@pytest.mark.parametrize("degrees", [0, 8, -8, 15, 30, -30, 90, -90])
+@pytest.mark.parametrize("degrees", [0, 8, -8, 30, -30, 90, -90])
 def test_rows_are_read_in_order_however_the_page_is_turned(degrees: float) -> None:
-    found = reading_order(spread(PAGE, degrees))
-    assert [[line.text for line in row] for row in found] == PAGE
-
-
-def test_odd_boxes_and_pages_without_lines() -> None:
+    assert [[line.text for line in row] for row in reading_order(spread(degrees))] == PAGE
     odd = Line("!", ((300.0, 0.0), (300.0, 9.0), (291.0, 9.0), (291.0, 0.0)))  # turned by 90 degrees, and narrow
-    rows = reading_order([*spread(PAGE, 8), odd])
-    assert [line.text for row in rows for line in row if line.text != "!"] == [text for row in PAGE for text in row]
+    rows = [[line.text for line in row if line is not odd] for row in reading_order([*spread(8), odd])]
+    assert [row for row in rows if row] == PAGE
     dot = ((5.0, 5.0),) * 4  # no width, no height
-    assert text_of([Line(" ", dot), Line("a", dot)]) == "a"
-    assert text_of([]) == ""
+    assert (text_of([Line(" ", dot), Line("a", dot)]), text_of([])) == ("a", "")
 
 
 @pytest.mark.parametrize(
     "rows, text",
     [
-        (["open daily", "from nine"], "open daily from nine"),
         (["an exam-", "ple"], "an example"),
         (["AN EXAM-", "PLE"], "AN EXAMPLE"),
         (["an X-", "RAY"], "an X-RAY"),
@@ -62,7 +54,6 @@ def test_odd_boxes_and_pages_without_lines() -> None:
         (["ex-", "am-", "ple"], "example"),
         (["soft\u00ad", "Ware"], "softWare"),
         (["", "  a \t b ", "", "c"], "a b c"),
-        ([], ""),
     ],
 )
 def test_rows_are_joined_by_spaces_and_broken_words_put_together(rows: list[str], text: str) -> None:
@@ -98,7 +89,7 @@ def test_readings_come_back_and_failures_and_damaged_lines_are_read_anew(tmp_pat
     assert through(again)[0] == found[0]  # with its boxes
     through(other, "y")
     assert (fake.read, again.read, len(other.read)) == (["Shut", "Sale"], ["Shut"], 3)
-    with pytest.raises(UserError, match="out=FOLDER"):
+    with told("out=FOLDER"):
         through(Fake(), path=tmp_path / "none" / "r")
 
 
@@ -108,7 +99,7 @@ def test_missing_packages_name_their_extra(absent: str, monkeypatch: pytest.Monk
         monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
     monkeypatch.setitem(sys.modules, absent, None)
     for call in (lambda e: e.check(), lambda e: e.extract([Image.new("RGB", (4, 4))]), lambda e: e.version()):
-        with pytest.raises(UserError, match=rf"needs the package {absent}.*extra `typescore`"):
+        with told(f"needs the package {absent}", "extra `typescore`"):
             call(RapidOcr())
 
 
@@ -125,20 +116,14 @@ def test_rapidocr_is_set_up_as_it_must_be_and_its_lines_are_put_in_order(rapid: 
     assert [line.text for line in found.lines] == ["second", "first"]
 
 
-@pytest.mark.parametrize("mode, colour", [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0)), ("1", 1), ("L", 255), ("P", 255)])
-def test_transparency_is_white_and_every_mode_becomes_rgb(mode: str, colour: Any, rapid: dict[str, Any]) -> None:
-    image = Image.new(mode, (2, 2), colour)
-    if mode == "P":
-        image.putpalette([255, 255, 255] * 256)
-    RapidOcr().extract([image])
-    assert rapid["image"].tolist() == [[[255] * 3] * 2] * 2
-
-
-@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
-def test_shades_of_an_unknown_range_are_an_error(kind: Any) -> None:
+def test_transparency_is_white_and_every_mode_becomes_rgb_but_for_shades_of_an_unknown_range(rapid: Any) -> None:
     """White lettering on light grey must not become white on white, which would be read as no text and score 0."""
-    found = Oracle().extract([Image.fromarray(np.array([[0, 100, 4095]], kind))])[0]
-    assert "save it as RGB or as 8-bit grey" in (found.error or "")
+    for mode, colour in (("RGBA", (0, 0, 0, 0)), ("LA", (0, 0)), ("1", 1), ("L", 255)):
+        RapidOcr().extract([Image.new(mode, (2, 2), colour)])
+        assert rapid["image"].tolist() == [[[255] * 3] * 2] * 2
+    for kind in (np.uint16, np.int32, np.float32):
+        found = Oracle().extract([Image.fromarray(np.array([[0, 100, 4095]], kind))])[0]
+        assert "save it as RGB or as 8-bit grey" in (found.error or "")
 
 
 @pytest.mark.slow

@@ -8,15 +8,14 @@ import hashlib
 import http.server
 import io
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from zoo.papers.typescore.evaluate import TypeScore
 from zoo.papers.typescore.extractors import Extraction, Http, Line, Oracle
@@ -24,21 +23,16 @@ from zoo.papers.typescore.extractors.base import TEXT_CHUNK, aside
 from zoo.papers.typescore.instructions import Instruction
 from zoo.papers.typescore.render import plain, save
 
-KEY = "sk-Very+Secret/Key=0123456789"
+DRAWN: dict[bytes, str] = {}  # texts by the pixels of their pictures
 
 
-RENDERS: dict[bytes, bytes] = {}  # PNG files by their pixels
-
-
-def picture(text: str, shade: int = 255) -> Image.Image:
-    """A tiny image with pixels of its own, read from a PNG file that carries `text` the way a render does."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text(TEXT_CHUNK, text)
-    pixels = hashlib.shake_256(f"{shade} {text}".encode()).digest(8 * 8 * 3)
-    data = io.BytesIO()
-    Image.frombytes("RGB", (8, 8), pixels).save(data, "png", pnginfo=info)
-    RENDERS[pixels] = data.getvalue()
-    return Image.open(io.BytesIO(data.getvalue()))
+def picture(text: str) -> Image.Image:
+    """A tiny image with pixels of its own that carries `text` the way a render does."""
+    pixels = hashlib.shake_256(text.encode()).digest(8 * 8 * 3)
+    DRAWN[pixels] = text
+    made = Image.frombytes("RGB", (8, 8), pixels)
+    made.info[TEXT_CHUNK] = text
+    return made
 
 
 def completion(content: Any, **more: Any) -> bytes:
@@ -53,7 +47,7 @@ class Stub(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.script: list[Callable[[Handler], None]] = []
+        self.script: list[Act] = []
         self.seen: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
@@ -94,66 +88,40 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+Act: TypeAlias = Callable[[Handler], Any]
+
+
 def sent_image(asked: dict[str, Any]) -> Image.Image:
     url = asked["messages"][0]["content"][1]["image_url"]["url"]
-    return Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+    found = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+    assert found.format == "PNG"
+    return found
 
 
 def oracle(handler: Handler) -> None:
-    """Decodes the image, and answers with the text chunk of the render that has its pixels: the chunk itself never comes."""
-    image = sent_image(handler.asked)
-    assert image.format == "PNG"
-    render = Image.open(io.BytesIO(RENDERS[image.tobytes()]))
-    handler.send(200, completion(render.info[TEXT_CHUNK] or "NO TEXT", finish_reason="stop"))
+    """The text of the picture that has these pixels: the text itself never comes."""
+    handler.send(200, completion(DRAWN[sent_image(handler.asked).tobytes()] or "NO TEXT", finish_reason="stop"))
 
 
-def status(code: int, body: bytes = b'{"error": {"message": "not now"}}', **headers: str) -> Callable[[Handler], None]:
+def status(code: int, body: bytes = b'{"error": {"message": "not now"}}', **headers: str) -> Act:
     return lambda handler: handler.send(code, body, **headers)
 
 
-def body(data: bytes) -> Callable[[Handler], None]:
-    return lambda handler: handler.send(200, data)
+def says(content: Any, **more: Any) -> Act:
+    return status(200, completion(content, **more))
 
 
-def says(content: Any, **more: Any) -> Callable[[Handler], None]:
-    return body(completion(content, **more))
-
-
-def hang(handler: Handler) -> None:
-    handler.server.over.wait(20)
-
-
-def trickle(head: bytes, at_once: int) -> Callable[[Handler], None]:
-    """A head, so many bytes of it at once, then spaces without end, a byte every 20 ms."""
+def raw(*pieces: bytes, pause: float = 0) -> Act:
+    """Bytes as they are; with a pause before each piece the client may hang up."""
 
     def act(handler: Handler) -> None:
-        handler.wfile.write(head[:at_once])
-        for byte in head[at_once:] + b" " * 5000:
-            if handler.server.over.wait(0.02):
+        for piece in pieces:
+            if pause and handler.server.over.wait(pause):
                 return
-            handler.wfile.write(bytes([byte]))
+            handler.wfile.write(piece)
             handler.wfile.flush()
 
     return act
-
-
-def huge(head: bytes) -> Callable[[Handler], None]:
-    """50 MB, without saying so before."""
-
-    def act(handler: Handler) -> None:
-        handler.wfile.write(head)
-        for _ in range(50):
-            handler.wfile.write(b"a" * 1_000_000)
-
-    return act
-
-
-def raw(data: bytes) -> Callable[[Handler], None]:
-    return lambda handler: handler.wfile.write(data) and None
-
-
-def reset(handler: Handler) -> None:
-    handler.connection.shutdown(socket.SHUT_RDWR)
 
 
 def client(stub: Stub, **fields: Any) -> Http:
@@ -221,19 +189,20 @@ class Fake:
 
     def check(self) -> None: ...
 
-    def extract(self, images: Sequence[Image.Image], keep: Any = None) -> list[Extraction]:
+    def extract(self, images: Sequence[Image.Image], keep: Any = lambda i, one: None) -> list[Extraction]:
         found = []
         for i, image in enumerate(images):
             if len(self.read) >= self.stops_after:
                 raise KeyboardInterrupt
             text = str(image.info[TEXT_CHUNK])
             self.read.append(text)
-            pixels = np.asarray(image.convert("RGB"), float)
-            far = np.linalg.norm(pixels - np.median(pixels, (0, 1)), axis=-1)
-            y, x = np.nonzero(far > 0.5 * far.max())
-            box = (x.min() - 3, y.min() - 3, x.max() + 4, y.max() + 4)
             failed = any(word in text for word in self.fails)
-            found.append(Extraction("", error="no answer") if failed else Extraction(text, (line(text, box),)))
-            if keep:
-                keep(i, found[-1])
+            found.append(Extraction("", error="no answer") if failed else self.one(image, text))
+            keep(i, found[-1])
         return found
+
+    def one(self, image: Image.Image, text: str) -> Extraction:
+        pixels = np.asarray(image.convert("RGB"), float)
+        far = np.linalg.norm(pixels - np.median(pixels, (0, 1)), axis=-1)
+        y, x = np.nonzero(far > 0.5 * far.max())
+        return Extraction(text, (line(text, (x.min() - 3, y.min() - 3, x.max() + 4, y.max() + 4)),))
