@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from zoo import dist, models
 from zoo.data.arrays import open_npz
 from zoo.data.folders import SPLITS, existing, list_folder
-from zoo.data.images import SUFFIXES, Channels, Images, check_channels
+from zoo.data.images import SUFFIXES, Channels, Images
 from zoo.data.images.sources import kind_of
 from zoo.data.records import is_prepared
 from zoo.errors import UserError
@@ -90,7 +90,6 @@ def statistics(
     """
     if dest.suffix != ".npz":
         raise UserError(f"DEST {dest} is no name for statistics; give a file that ends in .npz")
-    check_channels(data.channels)
     metric = Frechet(features, flip=flip, reference=str(dest), batch=batch)
     shape = (1, data.size, data.size, data.channels)
     there = dest.exists()

@@ -264,11 +264,6 @@ class _Named(Around):
         return {**example, "label": self._numbers[example["label"]]} if "label" in example else example
 
 
-def label_names(data: Data, spec: Spec | None = None) -> tuple[str, ...]:
-    """The class names of a data description, in the order of its labels; () if it has none."""
-    return data.source("train", spec).labels
-
-
 def _keys(data: Data, source: Source, spec: Spec | None) -> tuple[str, ...]:
     """The keys to keep; every difference between `spec` and the first example is reported at once.
 

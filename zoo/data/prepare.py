@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from zoo.data.folders import SPLITS, existing
-from zoo.data.images import BadImage, check_channels, check_kind, from_array, open_image, square
+from zoo.data.images import BadImage, check_kind, from_array, open_image, square
 from zoo.data.images.sources import Items, open_source
 from zoo.data.records import UNREADABLE, Info, Lost, Record, Settings, Shard, entering, writing
 from zoo.errors import UserError
@@ -87,7 +87,6 @@ def prepare(
     Raises:
       UserError: the source is missing or has no usable image, or `dest` holds something else.
     """
-    check_ranges(channels, test_fraction, size=size, shard_examples=shard_examples)
     origin, target = places(source, dest)
     with entering(target, Info):
         found = open_source(origin, test_fraction, image_column=image_column, caption_column=caption_column)
@@ -111,16 +110,6 @@ def prepare(
             lost = out.finish(Info(settings, list(found.labels), splits, found.captioned))
     counts = {split: sum(shard.count for shard in shards) for split, shards in splits.items()}
     return Report(target, counts, found.labels, lost, allow_unreadable, captioned=found.captioned)
-
-
-def check_ranges(channels: int, test_fraction: float, **counts: int | None) -> None:
-    """UserError for what is out of range, before DEST is touched."""
-    check_channels(channels)
-    if not 0 <= test_fraction < 1:
-        raise UserError(f"test_fraction={test_fraction} is no share of the examples; choose 0 <= test_fraction < 1")
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} is too small; choose 1 or more")
 
 
 def places(source: str, dest: str) -> tuple[Path, Path]:

@@ -265,12 +265,6 @@ class BadImage(Exception):
         self.advice = advice
 
 
-def check_channels(channels: int | None) -> None:
-    """Refuses a number of channels other than 1 and 3."""
-    if channels not in (None, 1, 3):
-        raise UserError(f"channels={channels} is neither grey nor colour; choose channels=1 or channels=3")
-
-
 def check_kind(grey: bool, channels: int, convert: bool) -> None:
     """Refuses a grey image where colour is wanted and the other way round, unless it may be converted."""
     if grey != (channels == 1) and not convert:
