@@ -6,8 +6,8 @@ import gzip
 import json
 import os
 import sys
-import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +26,6 @@ from zoo.data.text import vocabulary as vocabularies
 from zoo.data.text.prepare import prepare_text
 from zoo.data.text.tokens import Docstrings, Text, check_vocabulary
 from zoo.data.text.vocabulary import normalise, open_vocabulary
-from zoo.errors import UserError
 from zoo.task import About, Captions
 from zoo.train.provenance import check_data
 
@@ -57,18 +56,20 @@ def test_a_vocabulary_decodes_what_it_encodes_and_comes_back_from_its_folder(kin
     assert again.encode(text).tolist() == ids.tolist()
     if kind in ("chars", "bytes", "hf"):
         assert vocabulary.decode(vocabulary.encode("é☃\n")) == "é☃\n"
+    assert vocabulary.decode([-1, *ids, -1, -7]) == f"\ufffd{text}\ufffd\ufffd"  # no token
+    assert (vocabulary.decode(np.array([-1], np.int32)), vocabulary.decode([])) == ("\ufffd", "")
     own = [path for path in tmp_path.iterdir() if path.name.startswith("tokenizer")]
     assert len(own) == (kind in ("hf", "spm"))
     for path in own:
         path.write_bytes(path.read_bytes() + b" ")
-        with pytest.raises(UserError, match=r"is not the tokenizer that .*vocabulary.json names"):
+        with told("is not the tokenizer that", "vocabulary.json names"):
             open_vocabulary(tmp_path)
         path.unlink()
-        with pytest.raises(UserError, match=rf"{path.name} is missing, which .*vocabulary.json needs; restore it"):
+        with told(f"{path.name} is missing", "vocabulary.json needs; restore it"):
             open_vocabulary(tmp_path)
     for damage in ("{", "[]", '{"format": "other"}', '{"format": "zoo-vocabulary", "version": 1, "name": "x"}'):
         (tmp_path / "vocabulary.json").write_text(damage)
-        with pytest.raises(UserError, match=r"vocabulary.json (is damaged|was not written by this program)"):
+        with told("vocabulary.json"):
             open_vocabulary(tmp_path)
 
 
@@ -78,38 +79,24 @@ def test_bytes_that_make_no_character_and_those_of_a_terminal():
     assert raw.encode("\udcc3").tolist() == [0xC3]
 
 
-@pytest.mark.parametrize("kind", ["text8", "chars", "bytes", "hf", "spm"])
-def test_no_token_is_the_replacement_character(kind, request):
-    vocabulary = vocabularies.named(str(request.getfixturevalue(kind)) if kind in ("hf", "spm") else kind, prose())
-    ids = vocabulary.encode("cat").tolist()
-    assert vocabulary.decode([-1, *ids, -1, -7, *ids]) == "\ufffdcat\ufffd\ufffdcat"
-    assert vocabulary.decode(np.array([-1], np.int32)) == "\ufffd"
-    assert vocabulary.decode([]) == ""
+def test_the_end_of_a_text_spelled_in_a_text_is_text(hf, tmp_path):
+    saved, text = json.loads(hf.read_text()), "the <|endoftext|> cat"
+    for special in (True, False):
+        saved["added_tokens"][0]["special"] = special
+        (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+        vocabulary = vocabularies.named(str(tmp_path))
+        (ids,) = vocabulary.encode_all([text])
+        assert (vocabulary.end, 0 in ids, vocabulary.decode(ids)) == (0, False, text)
+        assert vocabulary.decode([*ids, 0]) == text + "<|endoftext|>"
 
 
-@pytest.mark.parametrize("special", [True, False])
-def test_the_end_of_a_text_spelled_in_a_text_is_text(special, hf, tmp_path):
-    saved = json.loads(hf.read_text())
-    saved["added_tokens"][0]["special"] = special
-    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
-    vocabulary = vocabularies.named(str(tmp_path))
-    text = "the <|endoftext|> cat"
-    (ids,) = vocabulary.encode_all([text])
-    assert vocabulary.end == 0
-    assert 0 not in ids
-    assert vocabulary.decode(ids) == text
-    assert vocabulary.decode([*ids, 0]) == text + "<|endoftext|>"
-
-
-def test_unknown_characters_are_counted_and_the_first_are_named(book, tmp_path):
+def test_unknown_characters_are_counted_and_the_first_are_named(book):
     with told("the prompt", "3 characters", "27", "'T' at 0", "'!' at 3", r"'\n' at 4", "normalise"):
         vocabularies.text8().encode("The!\n", "the prompt")
     with told("a character", "'☃' at 1"):
         vocabularies.characters("ab").encode("a☃")
     with told("book.txt", r"'\n' at", "..."):
         Text(str(book), normalise=False).source("train", spec())
-    (tmp_path / "plain.txt").write_text(normalise(prose()))
-    assert "".join(whole(Text(str(tmp_path / "plain.txt"), normalise=False))) == normalise(prose())
 
 
 @pytest.mark.parametrize(
@@ -119,7 +106,6 @@ def test_unknown_characters_are_counted_and_the_first_are_named(book, tmp_path):
         ("char", None, "'chars'?"),
         ("a.txt", b"", "a.txt .json .model"),
         ("a.json", b"{}", "a.json tokenizers"),
-        ("a.json", b"\xff", "a.json tokenizers"),
         ("a.model", b"\x12nothing of the kind", "a.model sentencepiece"),
         ("a.model", b"", "a.model empty"),
     ],
@@ -132,12 +118,11 @@ def test_files_that_are_no_tokenizer(book, tmp_path, monkeypatch, name, content,
         Text(str(book), tokenizer=name).vocabulary()
 
 
-@pytest.mark.parametrize("kind", ["hf", "spm"])
-def test_a_missing_package_is_told(kind, request, book, monkeypatch):
-    package = {"hf": "tokenizers", "spm": "sentencepiece"}[kind]
-    monkeypatch.setitem(sys.modules, package, None)
-    with told(package, "`text`"):
-        Text(str(book), tokenizer=str(request.getfixturevalue(kind))).vocabulary()
+def test_a_missing_package_is_told(hf, spm, book, monkeypatch):
+    for package, tokenizer in (("tokenizers", hf), ("sentencepiece", spm)):
+        monkeypatch.setitem(sys.modules, package, None)
+        with told(package, "`text`"):
+            Text(str(book), tokenizer=str(tokenizer)).vocabulary()
 
 
 # texts by path
@@ -167,11 +152,9 @@ def test_a_text_is_encoded_once_and_again_when_it_changes(book, monkeypatch):
     calls = []
     encode = tokens.encoded
     monkeypatch.setattr(tokens, "encoded", lambda *a: calls.append(1) or encode(*a))
-    threads = [threading.Thread(target=Text(str(book), "bytes").source, args=("train", spec())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            pool.submit(Text(str(book), "bytes").source, "train", spec())
     assert len(calls) == 1
     before = Text(str(book), "bytes").fingerprint("test")
     book.write_text(prose(1))
@@ -188,7 +171,7 @@ def test_characters_per_token(kind, request, book):
     assert sources[2].characters_per_token == (1 if kind in ("chars", "bytes") else pytest.approx(2.5, abs=1.5))
 
 
-@pytest.mark.parametrize("suffix", ["", ".txt", ".gz", ".txt.gz", ".zip", ".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("suffix", ["", ".txt.gz", ".zip", ".jsonl.gz", ".parquet"])
 def test_every_kind_of_file_gives_the_same_text(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 700)
     path, text = tmp_path / f"book{suffix}", prose().rstrip()
@@ -216,12 +199,9 @@ def test_documents_are_told_apart(tmp_path, hf):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("One.", "", "Two 2", "!")))
     assert "".join(whole(Text(str(path), valid_fraction=0.3, test_fraction=0.3), 1)) == "one two two"
     assert "".join(whole(Text(str(path), "chars", valid_fraction=0.3, test_fraction=0.3), 1)) == "One.\nTwo 2\n!"
-    ids = np.concatenate([
-        Text(str(path), str(hf), valid_fraction=0.2, test_fraction=0.2).source(split, spec(1)).tokens
-        for split in documents.SPLITS
-    ])  # fmt: skip
-    assert (ids == 0).sum() == 3
-    assert ids[-1] == 0
+    data = Text(str(path), str(hf), valid_fraction=0.2, test_fraction=0.2)
+    ids = np.concatenate([data.source(split, spec(1)).tokens for split in documents.SPLITS])
+    assert ((ids == 0).sum(), ids[-1]) == (3, 0)
     for long in ("x" * 5000, "\n" * 5000):  # no place to cut at
         assert "".join(part for part, _ in documents._cut(iter([long]))) == long
 
@@ -259,11 +239,8 @@ def test_files_that_name_their_split(tmp_path):
     (tmp_path / "notes.txt").write_text("neither")
     with told("sub/val.txt", "notes.txt"):
         list_texts(tmp_path)
-    for name in ("wiki.train.txt", "wiki.valid.txt"):
+    for name in ("wiki.train.txt", "wiki.valid.txt", "notes.txt"):
         (tmp_path / name).unlink()
-    with told("sub/val.txt", "valid", "train", "notes.txt"):
-        list_texts(tmp_path)
-    (tmp_path / "notes.txt").unlink()
     with told("sub/val.txt", "valid", "train"):
         prepare_text(str(tmp_path), str(tmp_path.parent / "out"), "text8", progress=False)
     (tmp_path / "train.txt").write_text("x" * 99)
@@ -276,20 +253,16 @@ def test_files_that_name_their_split(tmp_path):
         Text(str(tmp_path / "train.txt"), valid_fraction=0.999, test_fraction=0.0).source("train", spec())
 
 
-def test_brackets_make_no_json(tmp_path):
+def test_brackets_make_no_json_and_a_text_that_lies_packed_beside_itself_is_refused(tmp_path):
     for plain in ("{{Infobox}} text", "[[link]] text", "{curly}", "[1] cited"):
         (tmp_path / "plain").write_text(plain)
         assert [text for text, _ in pieces(tmp_path / "plain")] == [plain]
-
-
-@pytest.mark.parametrize("pair", [("a.txt", "a.zip"), ("s/a.jsonl", "s/a.jsonl.gz")])
-def test_a_text_that_lies_packed_beside_itself_is_refused(pair, tmp_path):
-    (tmp_path / "s").mkdir()
-    for name in pair:
+    for name in ("s/a.jsonl", "s/a.jsonl.gz"):
+        (tmp_path / "s").mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    with told(*pair, "packing"):
+    with told("s/a.jsonl", "s/a.jsonl.gz", "packing"):
         list_texts(tmp_path)
-    (tmp_path / pair[1]).rename(tmp_path / f"b{pair[1][pair[1].index('a') + 1 :]}")
+    (tmp_path / "s/a.jsonl.gz").rename(tmp_path / "s/b.jsonl.gz")
     assert len(list_texts(tmp_path)[None]) == 2
 
 
@@ -298,7 +271,6 @@ def test_a_text_that_lies_packed_beside_itself_is_refused(pair, tmp_path):
     [
         ("a.txt", b" \n\xe2\x98\x83!", "letter"),
         ("a.txt", b"abc\xff", "UTF-8 3 0xff"),
-        ("a.txt", b"abc\xc3", "UTF-8 3 0xc3"),
         ("a.txt", b"ab\0c", "binary"),
         ("a.txt", b"hello", "1 8 task.length=1"),
         ("a.gz", b"abc", "read"),
@@ -307,7 +279,6 @@ def test_a_text_that_lies_packed_beside_itself_is_refused(pair, tmp_path):
         ("a.parquet", b"abc", "parquet"),
         ("a.jsonl", b'{"text": "a"}\n{\n', "line 2 JSON"),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 200_000, "line 2 JSON deep"),
-        ("a.jsonl", b'{"txt": "a"}\n', 'line 1 "text"'),
         ("a", b'{"txt": "a"}\n', 'line 1 "text"'),
         ("a.json", b'[{"text": "a"}, {"text": 1}]', 'element 2 "text"'),
         ("a.json", b'{\n "text": "a"\n}', "JSON one object a line"),
@@ -323,7 +294,7 @@ def test_texts_that_cannot_be_used(tmp_path, name, content, words):
         Text(str(tmp_path / name), test_fraction=0.2).source("test", spec())
 
 
-@pytest.mark.parametrize("kind", ["chars", "bytes", "hf", "spm"])
+@pytest.mark.parametrize("kind", ["bytes", "hf", "spm"])
 def test_half_a_character_is_the_replacement_character(kind, request, tmp_path):
     name = str(request.getfixturevalue(kind)) if kind in ("hf", "spm") else kind
     (tmp_path / "a.jsonl").write_text(r'{"text": "the \ud800cat \ud83d\ude00 sat"}' + "\n")
@@ -363,8 +334,8 @@ def test_other_mistakes(book, tmp_path):
     with told("b.jsonl", "book.txt"):
         list_texts(tmp_path)
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as packed:
-        packed.writestr("a", "a")
-        packed.writestr("b", "b")
+        for name in "ab":
+            packed.writestr(name, name)
     with told("two.zip", "2"):
         Text(str(tmp_path / "two.zip")).vocabulary()
     for table, words in (({"txt": ["a"]}, ("'text'", "txt")), ({"text": [1]}, ("int64",))):
@@ -400,10 +371,8 @@ def test_a_run_does_not_go_on_with_another_text(book, tmp_path):
     run, data = tmp_path / "run", Text(str(book))
     run.mkdir()
     keep(data)
-    known = json.loads((run / "data.json").read_text())
-    assert {split: known[split] for split in documents.SPLITS} == {
-        split: data.fingerprint(split) for split in documents.SPLITS
-    }
+    told_apart = {split: data.fingerprint(split) for split in documents.SPLITS}
+    assert told_apart.items() <= json.loads((run / "data.json").read_text()).items()
     before = files(run)
     book.rename(tmp_path / "moved.txt")  # the same text may lie elsewhere, or be prepared by now
     prepare_text(str(tmp_path / "moved.txt"), str(tmp_path / "set"), "text8", progress=False)
@@ -431,13 +400,11 @@ def test_the_standard_library_is_a_text_of_a_million_characters(monkeypatch):
     train, valid, test = (data.source(split, spec(64)) for split in documents.SPLITS)
     assert len(train.tokens) + len(valid.tokens) + len(test.tokens) > 1_000_000
     assert len(valid.tokens) == len(test.tokens) > 50_000
-    text = data.vocabulary().decode(train.tokens)
+    text, held = (data.vocabulary().decode(source.tokens) for source in (train, test))
     assert set(text) == set(" abcdefghijklmnopqrstuvwxyz")
     assert "return a copy of" in text
     assert "  " not in text
-    long = [text[i : i + 400] for i in range(0, len(text), 4000)]
-    held = data.vocabulary().decode(test.tokens)
-    assert not [part for part in long if part in held]
+    assert not [part for part in (text[i : i + 400] for i in range(0, len(text), 4000)) if part in held]
     monkeypatch.setattr(tokens, "_MODULES", "json logging turtle")
     found = set()
     for _ in range(2):
