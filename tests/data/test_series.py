@@ -7,8 +7,9 @@ import os
 import jax
 import numpy as np
 import pytest
+from mistakes import told
 
-from zoo.data.pipeline import batches, label_names
+from zoo.data.pipeline import batches
 from zoo.data.series import Chirps, Series
 from zoo.errors import UserError
 
@@ -64,13 +65,8 @@ def save(path, **arrays):
 def test_arrays_by_split_are_cut_into_windows(tmp_path):
     rng = np.random.default_rng(0)
     train, test = rng.normal(5, 3, (4, 11, 2)), rng.normal(5, 3, (2, 11, 2))
-    path = save(
-        tmp_path / "a.npz",
-        train_series=train,
-        train_labels=[0, 2, 1, 0],
-        test_series=test,
-        test_labels=np.uint8([1, 0]),
-    )
+    splits = {"train_series": train, "train_labels": [0, 2, 1, 0], "test_series": test, "test_labels": np.uint8([1, 0])}
+    path = save(tmp_path / "a.npz", **splits)
     plain = Series(path, length=4, hop=3, standardise=False)
     source = plain.source("train")
     assert (len(source), source.labels) == (12, ("0", "1", "2"))
@@ -86,10 +82,10 @@ def test_arrays_by_split_are_cut_into_windows(tmp_path):
         scaled = stacked(Series(path, length=11).source(split))
         np.testing.assert_allclose(scaled, (raw - mean) / std, rtol=1e-5, atol=1e-6)
     assert len(Series(path, length=5).source("train")) == 8  # windows side by side
-    assert label_names(Series(path, length=11, classes=("a", "b", "c"))) == ("a", "b", "c")
+    assert Series(path, length=11, classes=("a", "b", "c")).source("train").labels == ("a", "b", "c")
     unlabelled = Series(path, length=11, labels="").source("train")
     assert (set(unlabelled[0]), unlabelled.labels) == ({"series"}, ())
-    with pytest.raises(UserError, match="names 1 classes, but the labels go up to 2"):
+    with told("names 1 classes, but the labels go up to 2"):
         Series(path, length=11, classes=("a",)).source("train")
 
 
@@ -105,7 +101,7 @@ def test_a_share_of_the_series_is_held_out_whole(tmp_path):
     for source in (train, test):
         assert labels(source) == [int(w[0, 0]) // 100 % 3 for w in stacked(source)]
     assert owners[1] == {int(s) // 100 for s in stacked(data.source("test"))[:, 0, 0]}
-    with pytest.raises(UserError, match=r"no window of data\.length=3 time steps in its test split; .*test_fraction"):
+    with told("no window of data.length=3 time steps in its test split; ", "test_fraction"):
         Series(path, length=3, series="all", labels="", test_fraction=0).source("test")
 
 
@@ -115,22 +111,20 @@ def test_a_single_recording_gives_its_end_to_the_test_split(tmp_path):
     train, test = (stacked(data.source(split))[..., 0] for split in ("train", "test"))
     assert (train.min(), train.max(), test.min(), test.max()) == (0, 79, 80, 99)
     assert (len(train), len(test)) == (73, 13)
-    small, large = (Series(path, length=30, series="all", labels="", test_fraction=f) for f in (0.01, 0.99))
-    assert [len(small.source(split)) for split in ("train", "test")] == [2, 1]  # at least one window each
-    assert [len(large.source(split)) for split in ("train", "test")] == [1, 2]
-    # two to test on where there are four windows, however few time steps the share is
-    for length, hop, counts in (
-        (25, None, [2, 2]),
-        (26, None, [2, 1]),
-        (25, 10, [5, 2]),
-        (40, 10, [2, 2]),
-        (48, 5, [1, 1]),
+    # at least one window each; two to test on where there are four windows, however few time steps the share is
+    for length, hop, share, counts in (
+        (30, None, 0.01, [2, 1]),
+        (30, None, 0.99, [1, 2]),
+        (25, None, 0.01, [2, 2]),
+        (25, 10, 0.01, [5, 2]),
+        (40, 10, 0.01, [2, 2]),
+        (48, 5, 0.01, [1, 1]),
     ):
-        few = Series(path, length, hop, series="all", labels="", test_fraction=0.01)
+        few = Series(path, length, hop, series="all", labels="", test_fraction=share)
         assert [len(few.source(split)) for split in ("train", "test")] == counts
     short = Series(path, length=51, series="all", labels="")
     assert len(short.source("train")) == 1
-    with pytest.raises(UserError, match="in its test split"):
+    with told("in its test split"):
         short.source("test")
 
 
@@ -144,12 +138,9 @@ def test_a_constant_channel_is_centred_and_large_offsets_keep_their_detail(tmp_p
     np.testing.assert_allclose(stacked(data.source("test"))[..., 0], 0.5, atol=1e-6)
     want = np.sin(t)
     np.testing.assert_allclose(train[..., 1], (want - want.mean()) / want.std(), atol=1e-5)
-
-
-def test_moments_are_those_of_all_pieces(tmp_path):
     series = np.random.default_rng(0).normal(3, 2, (700, 2100, 1)).astype(np.float32)  # in pieces of 499 series
     series[600:] += 50
-    data = Series(save(tmp_path / "a.npz", train_series=series), length=2100, labels="")
+    data = Series(save(tmp_path / "b.npz", train_series=series), length=2100, labels="")
     got, want = data.source("train")[650]["series"], (series[650] - series.mean(dtype=float)) / series.std(dtype=float)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -187,10 +178,10 @@ def test_bad_arrays_are_named(tmp_path, arrays, text):
 
 def test_missing_labels_say_how_to_do_without(tmp_path):
     path = save(tmp_path / "a.npz", train_series=np.zeros((4, 9)))
-    with pytest.raises(UserError, match=r"'train_labels'.*\(set data\.labels='' for unlabelled series\)"):
+    with told("'train_labels'", "(set data.labels='' for unlabelled series)"):
         Series(path, length=4).source("train")
     save(path, train_series=np.zeros((4, 9)), test_series=np.zeros((4, 9, 2)))
-    with pytest.raises(UserError, match="1 channels in its train split and 2 in its test split"):
+    with told("1 channels in its train split and 2 in its test split"):
         Series(path, length=4, labels="").source("test")
 
 
@@ -214,17 +205,14 @@ VALUES = np.random.default_rng(3).normal(size=(12, 2)).round(3)
     "text, delimiter",
     [
         (rows(VALUES), ","),
-        ("left,right\n" + rows(VALUES), ","),
-        ("# made by hand\n# 1,2\n\nleft,right\n" + rows(VALUES), ","),
+        ("# made by hand\n# 1,2\n\nleft,right\n" + rows(VALUES[:5]) + "\n   \n" + rows(VALUES[5:]), ","),
         ("\ufeffleft;right\r\n" + rows(VALUES, " ; ").replace("\n", "\r\n"), ";"),
-        ("\ufeff" + rows(VALUES), ","),
         ("µV\tµA\n".encode("latin-1") + rows(VALUES, "\t").encode(), "\\t"),
         (rows(VALUES, "\t"), "\t"),
         ("  " + rows(VALUES, "   "), " "),
         ('"a, b","c"\n' + "".join(f'"{x:g}","{y:g}"\n' for x, y in VALUES), ","),
-        (rows(VALUES[:5]) + "\n   \n" + rows(VALUES[5:]), ","),
     ],
-    ids=["plain", "header", "comments", "semicolons", "mark", "latin", "tabs", "blanks", "quotes", "gaps"],
+    ids=["plain", "comments and gaps", "semicolons", "latin", "tabs", "blanks", "quotes"],
 )
 def test_a_csv_file_in_many_dialects(tmp_path, text, delimiter):
     path = write(tmp_path / "a.CSV", text)
@@ -242,21 +230,16 @@ def test_a_csv_file_in_many_dialects(tmp_path, text, delimiter):
     [
         ("a,b\n1,2\n\n3,nan\n5,6\n", "line 4, column 2: 'nan' is no number that float32 can hold"),
         ("1,2\n-inf,4\n", "line 2, column 1: '-inf' is no number that"),
-        ("1,2\n1e99,4\n", "line 2, column 1: '1e99' is no number that"),
         ("a,b\n1,2\n3,x\n", "line 3, column 2: 'x' is no number; write numbers"),
         ("a,b\n1,2\n3,\n", "line 3, column 2: '' is no number; write numbers"),
         ("0,1,2\n5,7,3\n9,2,8\n", "first row 0, 1, 2 may be the numbers of channels or a time step"),
         ("0\n0.5\n0.25\n", "first row 0 may be the numbers of channels or a time step; .* 0.0 where"),
-        ("0\n5\n7\n", "first row 0 may be the numbers of channels or a time step"),
         ("a,b\nc,d\n1,2\n", "line 2, column 1: 'c' is no number"),
-        ("1,2\n1_0,2\n", "line 2, column 1: '1_0' is no number"),
         ("1,2\n3,4,5\n", "line 2 has 3 cells, but line 1 has 2"),
-        ("a;b\n1;2\n3;4\n", r"line 2, column 1: '1;2' is no number; set data\.delimiter=';'"),
         ("a;b\n1,5;2,5\n", r"line 2, column 2: '5;2' is no number; set data\.delimiter=';'"),
         ("a\tb\n1\t2\n", r"set data\.delimiter='\\t'"),
         ("a b\n1 2\n", r"set data\.delimiter=' '"),
         ("", "holds no row of numbers"),
-        ("a,b\n", "holds no row of numbers"),
         ("a,b\n1,2\n".encode("utf-16"), "is UTF-16; write it again as UTF-8"),
     ],
 )
@@ -268,11 +251,11 @@ def test_bad_csv_files_are_named_with_the_line(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    ("head", "index", "told"),
+    ("head", "index", "words"),
     [("0,1,2", "", "numbers of channels"), ("1,3,9", "", "numbers of channels"), (",0,1,2", "n", "1 column is an index"),
      (",a,b,c", "n", "1 column is an index"), ("", "", ""), ("0.5,0.25,1.0", "", ""), ("0,0.1,0.2", "", "")],
 )  # fmt: skip
-def test_numbers_of_channels_and_indices_are_no_time_steps(tmp_path, caplog, head, index, told):
+def test_numbers_of_channels_and_indices_are_no_time_steps(tmp_path, caplog, head, index, words):
     values = np.random.default_rng(0).normal(size=(9, 3)).round(3)
     body = "".join((f"{i}," if index else "") + ",".join(map(str, row)) + "\n" for i, row in enumerate(values.tolist()))
     path = write(tmp_path / f"{len(head)}{index}.csv", f"{head}\n{body}" if head else body)
@@ -280,7 +263,7 @@ def test_numbers_of_channels_and_indices_are_no_time_steps(tmp_path, caplog, hea
     if "." in head:
         values = np.vstack([[float(x) for x in head.split(",")], values])
     np.testing.assert_array_equal(found, values)
-    assert (told in caplog.text) if told else not caplog.text
+    assert (words in caplog.text) if words else not caplog.text
     whole = np.arange(12).reshape(4, 3)  # integers that go on are data
     path = write(tmp_path / "whole.csv", "".join(",".join(map(str, row)) + "\n" for row in whole.tolist()))
     np.testing.assert_array_equal(
@@ -316,7 +299,7 @@ def test_folders_by_class_hold_out_some_of_every_class(tmp_path):
     assert len(set(both)) == len(both) == 40  # nothing is in both splits
     end = [test[i]["series"][0, 0] for i in range(len(test)) if test[i]["label"] == 1]
     assert end == [12, 16]  # the only file of its class gives its end
-    with pytest.raises(UserError, match=r"data\.classes names the labels of an \.npz"):
+    with told("data.classes names the labels of an .npz"):
         Series(str(tmp_path), length=4, classes=("a", "b", "c")).source("train")
 
 
@@ -333,43 +316,41 @@ def test_train_and_test_folders(tmp_path):
     assert known[0] != Series(str(tmp_path), length=2, hop=1).fingerprint("train")
     write(tmp_path / "val" / "b" / "x.tsv", rows(np.zeros((4, 2))))
     assert data.fingerprint("test") != known[1]
-    with pytest.raises(UserError, match="1 channels in its train split and 2 in its test split"):
+    with told("1 channels in its train split and 2 in its test split"):
         data.source("test")
 
 
 def test_places_that_are_wrong(tmp_path):
     a, b = write(tmp_path / "some" / "a.csv", "1,2\n3,4\n"), write(tmp_path / "some" / "b.csv", "1\n2\n3\n")
     some = str(tmp_path / "some")
-    with pytest.raises(UserError, match=rf"{b} has 1 columns, but {a} has 2"):
+    with told(f"{b} has 1 columns, but {a} has 2"):
         Series(some, length=1).source("train")
     b.write_text("1,2\n")
-    with pytest.raises(
-        UserError, match=rf"{b} has 1 time steps, fewer than data\.length=2; set data\.length=1 or less"
-    ):
+    with told(f"{b} has 1 time steps, fewer than data.length=2; set data.length=1 or less"):
         Series(some, length=2).source("train")
-    with pytest.raises(UserError, match="somme does not exist; did you mean"):
+    with told("somme does not exist; did you mean"):
         Series(some[:-1] + "me", length=1).source("train")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no recordings; expected recording files \(\.csv, \.tsv\)"):
+    with told("holds no recordings; expected recording files (.csv, .tsv)"):
         Series(str(tmp_path / "empty"), length=1).source("train")
     np.save(tmp_path / "a.npy", np.zeros((2, 9)))
-    with pytest.raises(UserError, match=r"data\.path=.*a\.npy is no kind of series that is known; give an \.npz file"):
+    with told("data.path=", "a.npy is no kind of series that is known; give an .npz file"):
         Series(str(tmp_path / "a.npy"), length=1).source("train")
     for delimiter in ("::", "1"):
-        with pytest.raises(UserError, match=rf"data\.delimiter='{delimiter}' separates no numbers"):
+        with told(f"data.delimiter='{delimiter}' separates no numbers"):
             Series(str(a), length=1, delimiter=delimiter).source("train")
 
 
 def test_series_that_do_not_fit_the_task_say_what_to_set(tmp_path):
     spec = {"series": jax.ShapeDtypeStruct((2, 128, 2), np.float32)}
-    text = r"'series': the data gives float32\[256, 1\], the task wants float32\[128, 2\]; "
-    with pytest.raises(UserError, match=text + r"set task\.channels=1, and task\.length=256 \(or data\.length=128\)"):
+    text = "'series': the data gives float32[256, 1], the task wants float32[128, 2]; "
+    with told(text + "set task.channels=1, and task.length=256 (or data.length=128)"):
         next(batches(Chirps(train=4), 2, spec=spec))
     path = save(tmp_path / "a.npz", all=np.arange(300.0).reshape(2, 75, 2))
     data = Series(path, length=64, series="all", labels="")
-    with pytest.raises(UserError, match=r"set task\.length=64 \(or data\.length=128\)$"):
+    with told("set task.length=64 (or data.length=128)"):
         next(batches(data, 1, spec=spec))
-    with pytest.raises(UserError, match=r"set task\.channels=1$"):
+    with told("set task.channels=1"):
         next(batches(Chirps(train=4, length=128), 2, spec=spec))
     fits = {"series": jax.ShapeDtypeStruct((2, 64, 2), np.float32)}
     assert next(batches(data, 2, spec=fits))["series"].shape == (2, 64, 2)
