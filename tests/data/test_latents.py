@@ -13,13 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from mistakes import told
 from ml_dtypes import bfloat16
 from PIL import Image
 from texts import files
 
 from zoo.data.images.captions import bucket, template
 from zoo.data.images.latents import Latent, LatentInfo, Latents, encode_set
-from zoo.data.pipeline import batches, epoch, label_names
+from zoo.data.pipeline import batches, epoch
 from zoo.data.prepare import prepare
 from zoo.data.records import open_shards, read_info
 from zoo.errors import UserError
@@ -28,11 +29,9 @@ from zoo.errors import UserError
 class Fake:
     """Averages of 4 x 4 pixels as latents; two tokens and one feature of three numbers per caption."""
 
-    def __init__(self, batch=4, text=True, features=False, scale=1.5):
-        self.batch, self.with_text, self.features = batch, text, features
-        self.scale = scale
-        self.about = {"vae": "aa", "vae_scale": str(scale)}
-        self.shapes = set()
+    def __init__(self, batch=4, text=True, features=False, scale=1.5, vae="aa"):
+        self.batch, self.with_text, self.features, self.scale = batch, text, features, scale
+        self.about, self.shapes = {"vae": vae, "vae_scale": str(scale)}, set()
 
     def latents(self, images):
         assert images.dtype == np.uint8
@@ -55,9 +54,8 @@ class Fake:
 
 def picture(seed, width=8, height=8):
     rng = np.random.default_rng(seed)  # dark or bright, so that the averages of pixels spread
-    return Image.fromarray(
-        np.clip(rng.integers(0, 256, (1, 1, 3)) + rng.integers(-20, 20, (height, width, 3)), 0, 255).astype(np.uint8)
-    )
+    pixels = rng.integers(0, 256, (1, 1, 3)) + rng.integers(-20, 20, (height, width, 3))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def encode(source, dest, encoder=None, **kw):
@@ -86,19 +84,14 @@ def test_latents_and_tokens_of_square_images(pairs, tmp_path):
     assert encoder.shapes == {(8, 8)}
     data = Latents(str(tmp_path / "out"))
     assert data.made_with() == {"vae": "aa", "vae_scale": "1.5", "template": "plain"}
-    assert label_names(data) == ()
     source = data.source("train")
     info = read_info(tmp_path / "out", LatentInfo)
     _, record = open_shards(tmp_path / "out", info.buckets["1:1"].splits["train"], "train", Latent)
-    pictures = prepared = 0
+    pictures, latent, tokens = 0, (np.float32, (2, 2, 3)), (np.int32, (2,))
+    kinds = {"latent": latent, "latent_std": latent, "tokens": tokens, "null_tokens": tokens}
     for i in range(len(source)):
         example, kept = source[i], record(i)
-        assert {k: (v.dtype, v.shape) for k, v in example.items()} == {
-            "latent": (np.float32, (2, 2, 3)),
-            "latent_std": (np.float32, (2, 2, 3)),
-            "tokens": (np.int32, (2,)),
-            "null_tokens": (np.int32, (2,)),
-        }
+        assert {k: (v.dtype, v.shape) for k, v in example.items()} == kinds
         assert kept.caption == f"number {int(kept.name[:2])}"  # without a template, which only buckets have
         np.testing.assert_array_equal(example["tokens"], Fake().text([kept.caption] * 4)["tokens"][0])
         np.testing.assert_array_equal(example["null_tokens"], Fake().text([""] * 4)["tokens"][0])
@@ -108,17 +101,11 @@ def test_latents_and_tokens_of_square_images(pairs, tmp_path):
             mean = Fake().latents(np.stack([pixels] * 4))[0][0]
             np.testing.assert_array_equal(example["latent"], mean.astype(bfloat16).astype(np.float32))
             pictures += 1
-        prepared += 1
-    assert pictures > 5 < prepared - pictures
+    assert pictures > 5 < len(source) - pictures
     ((b, real),) = epoch(data, 64, split="test")
-    assert real == report.counts["test"]
-    assert b["null_tokens"].shape == (64, 2)
-
-
-def test_the_batch_changes_nothing(pairs, tmp_path):
-    encode(pairs, tmp_path / "a", Fake(4))
-    encode(pairs, tmp_path / "b", Fake(7), batch=7)
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert (real, b["null_tokens"].shape) == (report.counts["test"], (64, 2))
+    encode(pairs, tmp_path / "b", Fake(7), batch=7)  # the batch changes nothing
+    assert files(tmp_path / "out") == files(tmp_path / "b")
 
 
 def test_features_and_labels(tmp_path):
@@ -126,14 +113,13 @@ def test_features_and_labels(tmp_path):
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(10) % 3)
     encode(tmp_path / "a.npz", tmp_path / "out", Fake(text=False), test_fraction=0)
     data = Latents(str(tmp_path / "out"))
-    assert label_names(data) == ("0", "1", "2")
     source = data.source("train")
-    assert set(source[0]) == {"latent", "latent_std", "label"}
+    assert (source.labels, set(source[0])) == (("0", "1", "2"), {"latent", "latent_std", "label"})
     assert [source[i]["label"].item() for i in range(10)] == [i % 3 for i in range(10)]
     assert source[0]["label"].dtype == np.int32
-    with pytest.raises(UserError, match="has no latents of aspect 1:1 in its test split; it has none"):
+    with told("has no latents of aspect 1:1 in its test split; it has none"):
         data.source("test")
-    with pytest.raises(UserError, match="has no captions to encode; leave the text encoder out"):
+    with told("has no captions to encode; leave the text encoder out"):
         encode(tmp_path / "a.npz", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -149,7 +135,7 @@ def test_features_of_captions_are_kept_with_those_of_the_empty_one(pairs, tmp_pa
         np.testing.assert_array_equal(example["null_text"], [[null, null / 2, null / 4]])
     path = out / "null-16x9.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
-    with pytest.raises(UserError, match=r"null-16x9\.npy is missing or damaged; run the same `zoo prepare` again"):
+    with told("null-16x9.npy is missing or damaged; run the same `zoo prepare` again"):
         Latents(str(out), "16:9").source("train")
     Latents(str(out), "1:1").source("train")
     encode(pairs, out, Fake(features=True), aspects=True)
@@ -172,7 +158,7 @@ def test_aspect_buckets(pairs, tmp_path):
     _, record = open_shards(out, info.buckets["16:9"].splits["train"], "train", Latent)
     text = template(record(0).caption, aspect="16:9")
     np.testing.assert_array_equal(example["tokens"], Fake().text([text] * 4)["tokens"][0])
-    with pytest.raises(UserError, match=r"data\.aspect='16x9' is not in .*, which has 16:9, 1:1; did you mean '16:9'"):
+    with told("data.aspect='16x9' is not in ", ", which has 16:9, 1:1; did you mean '16:9'"):
         Latents(str(out), "16x9").source("train")
 
     mixed = Latents(str(out), "mixed")
@@ -185,9 +171,9 @@ def test_aspect_buckets(pairs, tmp_path):
     again = next(batches(mixed, 4, 5, seed=1, spec=spec))
     np.testing.assert_array_equal(again["latent"], first[5]["latent"])
     wide_spec = {"latent": jax.ShapeDtypeStruct((4, 4, 4, 3), np.float32)}
-    with pytest.raises(UserError, match=r"set task\.latent=2,2 or another data\.aspect"):
+    with told("set task.latent=2,2 or another data.aspect"):
         batches(Latents(str(out)), 4, spec=wide_spec)
-    with pytest.raises(UserError, match=r"'latent': the data gives .*; set task\.channels=3"):
+    with told("'latent': the data gives ", "; set task.channels=3"):
         batches(mixed, 4, spec={"latent": jax.ShapeDtypeStruct((4, 2, 2, 4), np.float32)})
 
 
@@ -201,7 +187,7 @@ def test_sets_without_square_images(pairs, tmp_path):
     picture(0, 8, 14).save(pairs / "tall.png")
     (pairs / "tall.txt").write_text("tall")
     encode(pairs, tmp_path / "two", aspects=True)
-    with pytest.raises(UserError, match=r"has the aspect ratios 16:9, 9:16 and none is square; set data\.aspect"):
+    with told("has the aspect ratios 16:9, 9:16 and none is square; set data.aspect"):
         Latents(str(tmp_path / "two")).source("train")
 
 
@@ -215,7 +201,7 @@ def test_a_prepared_set_and_the_images_themselves_give_the_same(pairs, tmp_path)
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[4])
+sys.path[:0] = [sys.argv[4], os.path.dirname(sys.argv[4])]
 from test_latents import Fake, encode
 left = [int(sys.argv[3])]
 class Dying(Fake):
@@ -236,20 +222,18 @@ def test_killed_run_continues_and_ends_with_the_same_bytes(pairs, tmp_path):
         timeout=60,
     )
     assert killed.returncode == -signal.SIGKILL
-    with pytest.raises(UserError, match="is not finished; run the same `zoo prepare` again"):
+    with told("is not finished; run the same `zoo prepare` again"):
         Latents(str(tmp_path / "out")).source("train")
     kept = (tmp_path / "out" / "train-16x9-00000.array_record").stat().st_ino
-    other = Fake(features=True)
-    other.about = {**other.about, "vae": "bb"}
-    with pytest.raises(UserError, match=r"prepared differently: encoder=\{'vae': 'aa'.* there, \{'vae': 'bb'"):
-        encode(pairs, tmp_path / "out", other, aspects=True)
+    with told("prepared differently: encoder={'vae': 'aa'", " there, {'vae': 'bb'"):
+        encode(pairs, tmp_path / "out", Fake(features=True, vae="bb"), aspects=True)
     encode(pairs, tmp_path / "out", Fake(features=True), aspects=True)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert (tmp_path / "out" / "train-16x9-00000.array_record").stat().st_ino == kept  # not made again
 
 
 def test_latents_far_from_unit_variance_are_refused_before_anything_is_written(pairs, tmp_path):
-    with pytest.raises(UserError, match=r"standard deviation .* scale is likely wrong; task\.scale=") as error:
+    with told("standard deviation ", " scale is likely wrong; task.scale=") as error:
         encode(pairs, tmp_path / "out", Fake(scale=30.0))
     better = float(str(error.value).split("task.scale=")[1].split()[0])
     assert 0.5 < better < 2
@@ -258,18 +242,15 @@ def test_latents_far_from_unit_variance_are_refused_before_anything_is_written(p
     encoder.about = {}
     with pytest.raises(UserError, match=r"a scale 0\.0\d+ times as large makes it 1"):
         encode(pairs, tmp_path / "out", encoder)
-    with pytest.raises(UserError, match="have the root mean square nan; give an autoencoder that was trained"):
+    with told("have the root mean square nan; give an autoencoder that was trained"):
         encode(pairs, tmp_path / "out", Fake(scale=float("nan")))
 
 
 def test_senseless_arguments_are_refused(pairs, tmp_path):
-    with pytest.raises(UserError, match=r"size=9 is no multiple of 4, .* choose size=8"):
+    with told("size=9 is no multiple of 4, ", " choose size=8"):
         encode(pairs, tmp_path / "out", size=9)
-    for name in ("size", "batch", "multiple", "shard_examples"):
-        with pytest.raises(UserError, match=f"{name}=0 is too small"):
-            encode(pairs, tmp_path / "out", **{name: 0})
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"not one of \d+ images tried .* can be used; the first: 00.png is in colour"):
         encode(pairs, tmp_path / "out", channels=1)
-    with pytest.raises(UserError, match="split='valid' is unknown"):
+    with told("split='valid' is unknown"):
         Latents(str(pairs)).source("valid")

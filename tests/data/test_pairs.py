@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -80,31 +81,21 @@ def test_pairs_are_those_of_the_file_cut_and_filled_up(tmp_path: Path, kind: str
     assert len({data.fingerprint(split) for split in SPLITS}) == 3
 
 
-@pytest.mark.parametrize(
-    "row", [{"chosen": "a"}, {"chosen": "a", "rejected": " "}, {"chosen": "a", "rejected": None}, ["a", "b"]]
-)
-def test_a_pair_without_one_side_is_refused_with_its_line(tmp_path: Path, row: Any) -> None:
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("\n".join(map(json.dumps, [*ROWS[:2], row])) + "\n")
-    key = "chosen" if isinstance(row, list) else "rejected"
-    with told(f"{path}, line 3", f'"{key}"'):
-        Pairs(str(path)).source("train", PAIR)
+def test_what_is_no_file_of_pairs_is_refused_with_its_line(tmp_path: Path) -> None:
+    def refused(name: str, rows: Any, *words: str) -> None:
+        if name.endswith(".parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+        else:
+            (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
+        with told(name, *words):
+            Pairs(str(tmp_path / name)).source("train", PAIR)
 
-
-def test_what_is_no_file_of_pairs_is_refused(tmp_path: Path) -> None:
-    table = pyarrow.Table.from_pylist([{**ROWS[0], "rejected": None}, ROWS[1]])
-    pyarrow.parquet.write_table(table, tmp_path / "none.parquet")
-    with told("none.parquet, row 1", '"rejected"'):
-        Pairs(str(tmp_path / "none.parquet")).source("train", PAIR)
-    pyarrow.parquet.write_table(table.select(["chosen"]), tmp_path / "half.parquet")
-    with told("half.parquet has no column 'rejected'"):
-        Pairs(str(tmp_path / "half.parquet")).source("train", PAIR)
-    (tmp_path / "plain.txt").write_text("good\nbad\n")
-    with told("plain.txt is plain text", ".jsonl or .parquet"):
-        Pairs(str(tmp_path / "plain.txt")).source("train", PAIR)
-    (tmp_path / "marks.jsonl").write_text(json.dumps({"chosen": "...", "rejected": "b"}))
-    with told("marks.jsonl, line 1", '"chosen"'):
-        Pairs(str(tmp_path / "marks.jsonl")).source("train", PAIR)
+    for row in ({"chosen": "a"}, {"chosen": "a", "rejected": " "}, {"chosen": "a", "rejected": None}, ["a", "b"]):
+        refused("some.jsonl", [*ROWS[:2], row], "line 3", '"chosen"' if isinstance(row, list) else '"rejected"')
+    refused("none.parquet", [{**ROWS[0], "rejected": None}, ROWS[1]], "row 1", '"rejected"')
+    refused("half.parquet", [{"chosen": "a"}], "has no column 'rejected'")
+    refused("plain.txt", [], "is plain text", ".jsonl or .parquet")
+    refused("marks.jsonl", [{"chosen": "...", "rejected": "b"}], "line 1", '"chosen"')
     with told("Pairs gives 'tokens' and 'rejected'", "the task wants 'tokens'"):
         Pairs(str(tmp_path / "marks.jsonl")).source("train", spec())
 
@@ -127,9 +118,8 @@ def test_rewards_lie_beside_their_texts(book: Text) -> None:
 def test_the_labeller_prefers_as_bradley_and_terry_say(book: Text) -> None:
     """Among pairs of one difference of rewards the share of winners is the logistic function of it."""
     text, reward = dataclasses.replace(book, test_fraction=0.0, valid_fraction=0.0), LetterShare("t")
-    scores = rewarded(
-        reward, (row["tokens"] for row in map(text.source("train", spec()).__getitem__, range(800))), None
-    )
+    source = text.source("train", spec())
+    scores = rewarded(reward, (source[i]["tokens"] for i in range(800)), None)
     ahead = []
     for seed in range(40):
         source = Compared(text, reward, scale=0.1, seed=seed).source("train", PAIR)
@@ -175,10 +165,8 @@ class Classes(Unigram):
     outputs: int = 2
 
     def logits(self, params: Any, batch: Any) -> jax.Array:
-        return (
-            jnp.stack([(batch["tokens"] == i).sum(1) for i in range(self.outputs)], 1)
-            + params["logits"][: self.outputs]
-        )
+        counts = jnp.stack([(batch["tokens"] == i).sum(1) for i in range(self.outputs)], 1)
+        return counts + params["logits"][: self.outputs]
 
 
 @pytest.fixture
@@ -200,10 +188,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(derived.models, "open_model", opens)
     monkeypatch.chdir(tmp_path)
     for cached in (derived._opened, derived._drawn, derived._logits):
-        cached.cache_clear()
-    yield opened
-    for cached in (derived._opened, derived._drawn, derived._logits):
-        cached.cache_clear()
+        monkeypatch.setattr(derived, cached.__name__, functools.cache(cached.__wrapped__))
+    return opened
 
 
 def test_samples_of_a_run_are_drawn_once(model: Any, tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ def test_a_prepared_set_gives_the_same_as_the_texts_themselves(kind, request, li
     assert files(tmp_path / "set") == before
 
 
+def prepared(source, dest, kind="text8", **kw):
+    prepare_text(str(source), str(dest), str(kind), progress=False, **kw)
+    return files(dest)
+
+
 def test_texts_that_name_their_split_are_prepared_as_they_say(tmp_path):
     (tmp_path / "in").mkdir()
     for split in ("train", "test"):
@@ -73,8 +78,10 @@ def test_texts_that_name_their_split_are_prepared_as_they_say(tmp_path):
 
 KILL = """
 import os, signal, sys
+from zoo.data import documents
 from zoo.data.text import prepare as module
 
+documents.PIECE = 200
 note, left = module._note, [int(sys.argv[3])]
 def counted(*args):
     note(*args)
@@ -88,13 +95,8 @@ module.prepare_text(sys.argv[1], sys.argv[2], sys.argv[4], keep=500, progress=Fa
 
 def test_a_killed_run_looks_unfinished_and_ends_with_the_same_bytes(library, tmp_path, hf, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 200)
-    whole_set, killed = tmp_path / "whole", tmp_path / "killed"
-    prepare_text(str(library), str(whole_set), str(hf), keep=500, progress=False)
-    code = KILL.replace(
-        "note, left",
-        "module.documents_of.__globals__; from zoo.data import documents; documents.PIECE = 200\nnote, left",
-    )
-    found = subprocess.run([sys.executable, "-c", code, str(library), str(killed), "4", str(hf)], check=False)
+    killed, whole = tmp_path / "killed", prepared(library, tmp_path / "whole", hf, keep=500)
+    found = subprocess.run([sys.executable, "-c", KILL, str(library), str(killed), "4", str(hf)], check=False)
     assert found.returncode == -signal.SIGKILL
     with told("killed", "`zoo prepare`"):
         Text(str(killed)).source("train", spec())
@@ -102,15 +104,12 @@ def test_a_killed_run_looks_unfinished_and_ends_with_the_same_bytes(library, tmp
         file.write(b"torn")
     with open(killed / "progress.jsonl", "ab") as file:
         file.write(b'{"stream": "tr')
-    encoded = []
-    encode = vocabularies._Tokenizer.encode_all
-    monkeypatch.setattr(
-        vocabularies._Tokenizer, "encode_all", lambda self, some, *a: encoded.extend(some) or encode(self, some, *a)
-    )
+    encoded, kind = [], vocabularies._Tokenizer
+    encode = kind.encode_all
+    monkeypatch.setattr(kind, "encode_all", lambda self, some, *a: encoded.extend(some) or encode(self, some, *a))
     with told("test_fraction=0.05", "0.1"):
-        prepare_text(str(library), str(killed), str(hf), test_fraction=0.1, progress=False)
-    prepare_text(str(library), str(killed), str(hf), keep=500, progress=False)
-    assert files(killed) == files(whole_set)
+        prepared(library, killed, hf, test_fraction=0.1)
+    assert prepared(library, killed, hf, keep=500) == whole
     assert sum(map(len, encoded)) < sum(len(text) for file in sorted(library.iterdir()) for text, _ in pieces(file))
 
 
@@ -118,7 +117,7 @@ def test_a_killed_run_looks_unfinished_and_ends_with_the_same_bytes(library, tmp
 def test_a_run_stopped_while_it_finishes_is_made_whole(library, tmp_path, monkeypatch, at):
     from zoo.data.text import prepare as module
 
-    prepare_text(str(library), str(tmp_path / "whole"), "text8", keep=500, progress=False)
+    whole = prepared(library, tmp_path / "whole", keep=500)
     calls = {0: (module, "_copy"), 1: (vocabularies.Vocabulary, "save"), 2: (module.os, "replace")}
     replace = os.replace
 
@@ -130,44 +129,36 @@ def test_a_run_stopped_while_it_finishes_is_made_whole(library, tmp_path, monkey
     with monkeypatch.context() as stopped:
         stopped.setattr(*calls[at], stop)
         with pytest.raises(KeyboardInterrupt):
-            prepare_text(str(library), str(tmp_path / "cut"), "text8", keep=500, progress=False)
+            prepared(library, tmp_path / "cut", keep=500)
     assert not (tmp_path / "cut" / "info.json").exists()
     with told("not finished"):
         Text(str(tmp_path / "cut")).vocabulary()
-    prepare_text(str(library), str(tmp_path / "cut"), "text8", keep=500, progress=False)
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert prepared(library, tmp_path / "cut", keep=500) == whole
 
 
 def test_an_edit_that_keeps_the_size_makes_another_source(book, tmp_path):
     from zoo.data.text import prepare as module
 
     text, times = book.read_bytes(), book.stat()
-    prepare_text(str(book), str(tmp_path / "set"), "text8", progress=False)
+    whole = prepared(book, tmp_path / "set")
     with pytest.MonkeyPatch.context() as stopped:
         stopped.setattr(module, "_finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            prepare_text(str(book), str(tmp_path / "half"), "text8", progress=False)
+            prepared(book, tmp_path / "half")
     half = len(text) // 2
     book.write_bytes(text[:half] + text[half:].replace(b"cat", b"cow", 1))
     os.utime(book, ns=(times.st_atime_ns, times.st_mtime_ns))
     for name in ("set", "half"):
         with told("other files"):
-            prepare_text(str(book), str(tmp_path / name), "text8", progress=False)
+            prepared(book, tmp_path / name)
     book.write_bytes(text)  # a copy has another time
     for name in ("set", "half"):
-        prepare_text(str(book), str(tmp_path / name), "text8", progress=False)
-    assert files(tmp_path / "half") == files(tmp_path / "set")
+        assert prepared(book, tmp_path / name) == whole
 
 
 def test_a_damaged_set_is_refused_and_made_again(library, tmp_path, hf):
     made = tmp_path / "set"
-
-    def again():
-        prepare_text(str(library), str(made), str(hf), progress=False)
-        return files(made)
-
-    before = again()
-    data = Text(str(made))
+    before, data = prepared(library, made, hf), Text(str(made))
     for name, damage, word in (
         ("train.bin", before["train.bin"][:-2], "bytes in place of"),
         ("test.bin", None, "0 bytes in place of"),
@@ -179,53 +170,45 @@ def test_a_damaged_set_is_refused_and_made_again(library, tmp_path, hf):
         (made / name).write_bytes(damage) if damage is not None else (made / name).unlink()
         with told(word, "set" if word == "65535" else name):
             data.source("train", spec())[0]
-        assert again() == before
+        assert prepared(library, made, hf) == before
     vocabularies.text8().save(made)
     with told("vocabulary.json"):
         data.source("train", spec())
-    assert again() == before
+    assert prepared(library, made, hf) == before
     (made / "info.json").write_text("{")
     with told("info.json"):
         data.source("train", spec())
 
 
-def test_a_set_is_not_read_as_what_it_is_not(library, book, tmp_path, hf):
-    made = tmp_path / "set"
-    prepare_text(str(library), str(made), "text8", progress=False)
-    with told("text8", "data.tokenizer=bytes"):
-        Text(str(made), "bytes").source("train", spec())
-    with told("data.tokenizer=", "tokenizer.json"):
-        Text(str(made), str(hf)).source("train", spec())
-    with told("set", "tokens", "images", "data=Text"):
-        Images(str(made), size=4).source("train")
-    with told("set", "tokens", "latents", "data=Text"):
-        Latents(str(made)).source("train")
+def test_a_set_is_not_read_as_what_it_is_not_nor_written_where_it_must_not_be(library, book, tmp_path, hf):
+    made, images = tmp_path / "set", tmp_path / "images"
+    before = prepared(library, made)
     (tmp_path / "in").mkdir()
     for i in range(4):
         Image.new("RGB", (4, 4)).save(tmp_path / "in" / f"{i}.png")
-    prepare(str(tmp_path / "in"), str(tmp_path / "images"), progress=False)
-    with told("images", "tokens", "data=Images"):
-        Text(str(tmp_path / "images")).source("train", spec())
-    with told("zoo-images", "new folder"):
-        prepare_text(str(book), str(tmp_path / "images"), "text8", progress=False)
+    prepare(str(tmp_path / "in"), str(images), progress=False)
+    for data, words in (
+        (Text(str(made), "bytes"), "text8 data.tokenizer=bytes"),
+        (Text(str(made), str(hf)), "data.tokenizer= tokenizer.json"),
+        (Images(str(made), size=4), "set tokens images data=Text"),
+        (Latents(str(made)), "set tokens latents data=Text"),
+        (Text(str(images)), "images tokens data=Images"),
+    ):
+        with told(*words.split()):
+            data.source("train", spec())
     with told("zoo-tokens", "new folder"):
         prepare(str(tmp_path / "in"), str(made), progress=False)
-
-
-def test_places_that_cannot_be_written_to_or_prepared(library, book, tmp_path):
-    made = tmp_path / "set"
-    prepare_text(str(library), str(made), "text8", progress=False)
-    before = files(made)
     for source, dest, kind, words in (
+        (book, images, "text8", "zoo-images new folder"),
         (book, made, "text8", "other files"),
         (library, made, "chars", "'text8' 'chars'"),
         (made, tmp_path / "new", "text8", "SOURCE set"),
     ):
         with told(*words.split()):
-            prepare_text(str(source), str(dest), kind, progress=False)
+            prepared(source, dest, kind)
     assert files(made) == before
     for content, kind, word in (("!", "text8", "letter"), ("", "chars", "empty")):
         book.write_text(content)
         with told("book.txt", word):
-            prepare_text(str(book), str(tmp_path / "new"), kind, progress=False)
+            prepared(book, tmp_path / "new", kind)
     assert not (tmp_path / "new").exists()

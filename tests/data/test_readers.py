@@ -44,10 +44,8 @@ def captions_of(path: Path) -> list[str]:
 
 def spelled(draw, text: str) -> bytes:
     """As editors write it: with a byte order mark or without, with line ends of a system."""
-    return (
-        draw(st.sampled_from([b"", b"\xef\xbb\xbf"]))
-        + text.replace("\n", draw(st.sampled_from(["\n", "\r\n", "\r"]))).encode()
-    )
+    mark, end = draw(st.sampled_from([b"", b"\xef\xbb\xbf"])), draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    return mark + text.replace("\n", end).encode()
 
 
 def captions(draw, folder: Path) -> None:
@@ -106,32 +104,24 @@ def documents(draw, folder: Path) -> None:
             file.writestr(f"__MACOSX/x/._{name}", b"\0\5")
     else:
         path.write_bytes(PACKERS[packed](raw))
-    found = ["".join(part for part, _ in group) for group in grouped(pieces(path))]
-    assert found == [text.replace("\r\n", "\n").replace("\r", "\n") for text in wanted if text]
-
-
-def grouped(found):
-    group = []
-    for part, last in found:
-        group.append((part, last))
-        if last:
-            yield group
-            group = []
+    found = [""]
+    for part, last in pieces(path):
+        found[-1] += part
+        found += [""] * last
+    assert found[:-1] == [text.replace("\r\n", "\n").replace("\r", "\n") for text in wanted if text]
 
 
 def csv(draw, folder: Path) -> None:
     rows, columns = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     number = st.floats(-1e6, 1e6, width=32) if draw(st.booleans()) else st.integers(-1000, 1000)
-    values = np.array(draw(st.lists(number, min_size=rows * columns, max_size=rows * columns)), np.float64).reshape(
-        rows, columns
-    )
+    drawn = draw(st.lists(number, min_size=rows * columns, max_size=rows * columns))
+    values = np.array(drawn, np.float64).reshape(rows, columns)
     names = draw(st.sampled_from([None, [f"c{i}" for i in range(columns)], [str(i) for i in range(columns)]]))
     path = folder / "a.csv"
     writer = draw(st.sampled_from(["numpy", "pyarrow", "pandas"]))
     if writer == "numpy":
-        np.savetxt(
-            path, values, delimiter=",", header=",".join(names or []), comments=draw(st.sampled_from(["# ", ""]))
-        )
+        mark = draw(st.sampled_from(["# ", ""]))
+        np.savetxt(path, values, delimiter=",", header=",".join(names or []), comments=mark)
     elif writer == "pyarrow":
         options = pyarrow.csv.WriteOptions(include_header=names is not None)
         table = pyarrow.table({name: values[:, i] for i, name in enumerate(names or map(str, range(columns)))})
