@@ -127,6 +127,8 @@ def body(data: bytes) -> Act:
         (body(b"[" * 100_000), "no choices", 1),
         (body(b'{"choices": []}'), "no choices", 1),
         (says(None), "no choices", 1),
+        (says(["text"]), "no choices", 1),
+        (body(b'[{"message": "text"}]'), "no choices", 1),
         (says("half \ud800 a character"), "no choices", 1),
         (says("", finish_reason="length"), "raise max_tokens", 1),
         (says("a", finish_reason="content_filter"), "content filter", 1),

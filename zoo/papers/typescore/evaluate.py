@@ -114,11 +114,8 @@ class TypeScore:
     def score(self, images: Mapping[str, Sequence[Image.Image]]) -> dict[str, Any]:
         """Figures of pictures by the ids of their instructions, NaN where nothing could be read."""
         instructions = listed(self.wanted, self.limit)
-        some = [
-            File(picture, one, Key(f"{one.id}_{k}", ""))
-            for one in instructions
-            for k, picture in enumerate(images.get(one.id, ()))
-        ]
+        drawn = [(one, k, picture) for one in instructions for k, picture in enumerate(images.get(one.id, ()))]
+        some = [File(picture, one, Key(f"{one.id}_{k}", "")) for one, k, picture in drawn]
         try:
             records = self._records(some, Readings())
         except Retryable as error:  # a run that trains goes on without the figures
@@ -162,12 +159,8 @@ class TypeScore:
         with claim(out, {**self.about(), **own}, "results"):
             (out / SUMMARY).unlink(missing_ok=True)  # a run that is stopped must not pass for a finished one
             records = self._records(found, Readings(out / READINGS))
-            summary = self.summarise(records, instructions) | {
-                "wanted": self.wanted,
-                "images": self.images,
-                "missing": {"count": len(lacking), "ids": lacking[:10]},
-                "out": str(out),
-            }
+            summary = self.summarise(records, instructions) | {"wanted": self.wanted, "images": self.images}
+            summary |= {"missing": {"count": len(lacking), "ids": lacking[:10]}, "out": str(out)}
             with files.writing(out, base.WAY):
                 files.write(out / RECORDS, b"".join(map(as_json, records)))
                 report.write(out / REPORT, summary, records, folder)
@@ -261,8 +254,8 @@ def find(folder: Path, instructions: Sequence[Instruction]) -> list[File]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not path.is_file():
             continue
-        before, _, k = path.stem.rpartition("_")
-        names = [(path.stem, -1)] + ([(before, int(k))] if re.fullmatch(r"[0-9]{1,9}", k) else [])
+        before, _, number = path.stem.rpartition("_")
+        names = [(path.stem, -1)] + ([(before, int(number))] if re.fullmatch(r"[0-9]{1,9}", number) else [])
         meant = [(order[name], k) for name, k in names if name in order]
         if len(meant) > 1:
             raise UserError(f"images: {path.name} is of two instructions; end no id by another, _ and a number")

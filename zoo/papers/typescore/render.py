@@ -111,13 +111,13 @@ def corrupt(text: str, corruption: Corruption, rng: np.random.Generator) -> str:
         if k in chosen:
             letters[i] = other
     before: list[str] = []
-    behind: list[str] = []
+    behind = "".join(letters).split()
     rounding = surplus.random()
     for _ in range(math.floor(len(wanted) * corruption.p_surplus + rounding)):
         front, own, which = surplus.random(3)
         words = wanted if own < 0.5 else _SURPLUS
         (before if front < 0.3 else behind).append(words[int(which * len(words))])
-    return " ".join([*before, *"".join(letters).split(), *behind])
+    return " ".join([*before, *behind])
 
 
 def render(
@@ -209,16 +209,16 @@ def _other(letter: str, chance: float) -> str:
 
 def drawn_style(asked: Mapping[str, str], skill: float, rng: np.random.Generator) -> dict[str, str]:
     """What is drawn of each attribute; "" for the case in which a text is written."""
-    unasked = {"case": "", "weight": "regular"}
     found = {}
     for attribute, values in STYLES.items():
         luck, which = rng.random(2)
         wanted = asked.get(attribute, "")
         others = [value for value in values if value != wanted]
+        other = others[int(which * len(others))]
         if wanted in values:
-            found[attribute] = wanted if luck < skill else others[int(which * len(others))]
+            found[attribute] = wanted if luck < skill else other
         else:
-            found[attribute] = unasked.get(attribute, others[int(which * len(others))])
+            found[attribute] = {"case": "", "weight": "regular"}.get(attribute, other)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import math
 import re
@@ -121,10 +122,10 @@ class Readings:
                 entry = msgspec.json.decode(line, type=_Entry)
                 self._found[entry.key] = entry.extraction
 
-    def _put(self, key: Key, one: Extraction) -> None:
-        self._found[key] = one
+    def _put(self, keys: Sequence[Key], i: int, one: Extraction) -> None:
+        self._found[keys[i]] = one
         if self.path is not None:
-            entry = b"\n" + msgspec.json.encode(_Entry(key, one))  # in one piece, behind what may be half a line
+            entry = b"\n" + msgspec.json.encode(_Entry(keys[i], one))  # in one piece, behind what may be half a line
             with writing(self.path, WAY), open(self.path, "ab", buffering=0) as file:
                 file.write(entry)
 
@@ -140,9 +141,8 @@ class Readings:
             some = {i: opened(i) for i in order[start : start + extractor.batch]}
             good = {i for i in some if keys[i] in self._found and self._found[keys[i]].error is None}
             todo = {i: one for i, one in some.items() if isinstance(one, Image.Image) and i not in good}
-            unread = [keys[i] for i in todo]
             if todo:
-                extractor.extract([*todo.values()], lambda k, one, unread=unread: self._put(unread[k], one))
+                extractor.extract([*todo.values()], functools.partial(self._put, [keys[i] for i in todo]))
             for i, one in some.items():
                 yield i, one, one if isinstance(one, Extraction) else self._found[keys[i]]
 

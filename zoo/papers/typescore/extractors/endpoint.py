@@ -40,8 +40,6 @@ _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds before another try that the se
 _LARGEST, _ERROR_S = 4_000_000, 5.0  # bytes of an answer; seconds of one that tells of an error
 _ADDRESS = re.compile(r"https?://(\[[\da-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[^\s?#@]*)?", re.ASCII | re.IGNORECASE)
 _Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86400)]  # at most a day
-_AGAIN = {408, 425, 429}  # and 5xx
-_SHUT = {401, 403}  # no other image will be let in either
 
 # A model that is not told so repairs misspelt words, which would raise the score; the text that is wanted is never told.
 PROMPT = (
@@ -121,7 +119,7 @@ class Http:
         return str(REVISION)
 
     def check(self) -> None:
-        """UserError without the package, an address, a model or the key. Sends nothing."""
+        """Sends nothing."""
         base.need_packages("aiohttp")
         if not self.base_url or not self.model:
             raise UserError("extractor http: base_url and model must be given: where the endpoint is, and its model")
@@ -229,15 +227,15 @@ class Http:
     async def _post(self, session: Any, body: bytes, key: str) -> str:
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         async with session.post(url, data=body, allow_redirects=False) as answer:
-            if answer.status == 200:
+            code, said = answer.status, b""
+            if code == 200:
                 return _content(await _read(answer), key)
-            said = ""
             with contextlib.suppress(TimeoutError, _Fault):  # the status says enough
                 async with asyncio.timeout(_ERROR_S):
-                    said = (await _read(answer)).decode("utf-8", "replace")
-            again = answer.status in _AGAIN or answer.status >= 500
+                    said = await _read(answer)
             after = _seconds(answer.headers.get("Retry-After", "").strip())
-            raise _Fault(f"HTTP {answer.status}", said, again, after, theirs=answer.status in _SHUT)
+            words, again = said.decode("utf-8", "replace"), code in (408, 425, 429) or code >= 500
+            raise _Fault(f"HTTP {code}", words, again, after, theirs=code in (401, 403))  # no image will be let in
 
 
 @dataclass(eq=False)
@@ -269,34 +267,21 @@ def _seconds(after: str) -> float:
     return 0.0
 
 
-class _Message(msgspec.Struct):
-    content: str
-    refusal: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Answer(msgspec.Struct):
-    choices: Annotated[list[_Choice], Meta(min_length=1)]
-
-
 def _content(data: bytes, key: str) -> str:
     """choices[0].message.content. Raises _Fault."""
     try:
-        choice = msgspec.json.decode(data, type=_Answer).choices[0]
-    except (ValueError, RecursionError):  # of msgspec, or no UTF-8
+        choice = msgspec.json.decode(data)["choices"][0]
+        message, ended = choice["message"], choice.get("finish_reason")
+        content, refusal, blank = message["content"], message.get("refusal"), not message["content"].strip()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # other JSON, or none
         raise _Fault("the answer has no choices[0].message.content, it is", data.decode("utf-8", "replace")) from None
-    content, refusal = choice.message.content, choice.message.refusal
-    if refusal or choice.finish_reason == "content_filter":
-        raise _Fault("the model refuses", refusal or "a content filter held the answer back")
-    if not content.strip() and choice.finish_reason == "length":
+    if refusal or ended == "content_filter":
+        raise _Fault("the model refuses", str(refusal or "a content filter held the answer back"))
+    if blank and ended == "length":
         raise _Fault("the answer ended before its first word; raise max_tokens")
     if len(key) >= 16 and not key.isalpha() and key in content:  # not cut out: another text would be scored
         raise _Fault("the answer repeats the key of api_key_env, and no answer is kept that holds it; take another key")
-    return content
+    return str(content)
 
 
 _ESCAPED = re.compile(r"\\+(?:u\{?0*|x)([0-9a-f]{2})\}?", re.IGNORECASE)
