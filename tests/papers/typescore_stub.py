@@ -171,7 +171,7 @@ def line(text: str, box: Sequence[float]) -> Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fake:
+class Fake(Oracle):
     """Reads what the renderer drew, with a box around the ink; may be stopped after some pictures."""
 
     fails: tuple[str, ...] = aside(())
@@ -183,11 +183,6 @@ class Fake:
 
     def __deepcopy__(self, memo: Any) -> Fake:
         return self
-
-    def version(self) -> str:
-        return "1"
-
-    def check(self) -> None: ...
 
     def extract(self, images: Sequence[Image.Image], keep: Any = lambda i, one: None) -> list[Extraction]:
         found = []

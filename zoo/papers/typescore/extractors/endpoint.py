@@ -165,20 +165,16 @@ class Http:
                 elif theirs:  # failures of other kinds, such as a broken image, tell nothing of the endpoint
                     self._lost.append(found.error)
                 if len(self._lost) >= _GIVE_UP:
-                    raise Retryable(
-                        f"the endpoint failed {_GIVE_UP} images in a row, the last by: {self._lost.pop()}; what was read is kept: "
-                        "see to the endpoint, and the same command goes on"
-                    )
+                    said = f"the endpoint failed {_GIVE_UP} images in a row, the last by: {self._lost.pop()}"
+                    raise Retryable(f"{said}; what was read is kept: see to the endpoint, and the same command goes on")
                 return found
 
-        async with session:
-            tasks = [asyncio.create_task(one(i)) for i in range(len(images))]
-            try:
-                return await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            async with session, asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(i)) for i in range(len(images))]
+        except ExceptionGroup as found:
+            raise found.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     def _body(self, image: Image.Image) -> bytes:
         png = io.BytesIO()
@@ -195,8 +191,7 @@ class Http:
         import aiohttp
 
         now = asyncio.get_running_loop().time
-        end = now() + self.total_s
-        tries = 0
+        end, tries = now() + self.total_s, 0
         while True:
             tries += 1
             allowed = min(self.timeout_s, end - now())
