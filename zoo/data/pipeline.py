@@ -21,7 +21,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any, ClassVar, cast
 
@@ -127,11 +128,8 @@ def batches(
         raise UserError(f"seed={seed} is out of range; choose 0 <= seed < 2**32")
     source = data.source(split, spec)
     keys = _keys(data, source, spec)
-    size = len(source)
     augment = source.augment if split == "train" else None
-
-    groups = source.groups or None
-    at = _ungrouped(size, seed) if groups is None else _grouped(data, groups, batch, seed)
+    at = _grouped(data, source.groups, batch, seed) if source.groups else _ungrouped(len(source), seed)
 
     def fetch(position: int) -> Example:
         example = source[at(position)]
@@ -139,7 +137,7 @@ def batches(
         return augment(example, np.random.default_rng((seed, position, 1))) if augment else example
 
     rows = _local_rows(sharding, batch) if sharding is not None else np.arange(batch)
-    host = _read(fetch, keys, batch, rows, start, sys.maxsize // batch - start, threads)
+    host = _read(_Chunks(fetch, keys, batch, rows, start, sys.maxsize // batch - start), threads)
     return host if sharding is None else _to_devices(host, sharding, batch, rows)
 
 
@@ -171,15 +169,9 @@ def _grouped(data: Data, groups: tuple[np.ndarray, ...], batch: int, seed: int) 
             f"({', '.join(str(len(group)) for group in groups)} examples); choose batch={max(map(len, groups))} or fewer"
         )
     if small := [len(group) for group in groups if len(group) < batch]:
-        _log.warning(
-            "batch=%d: %d of %d groups of equal shapes have fewer examples and are left out (%s; %d of %d examples)",
-            batch,
-            len(small),
-            len(groups),
-            ", ".join(map(str, small)),
-            sum(small),
-            sum(map(len, groups)),
-        )
+        lost = f"{', '.join(map(str, small))}; {sum(small)} of {sum(map(len, groups))} examples"
+        what = f"{len(small)} of {len(groups)} groups of equal shapes have fewer examples and are left out ({lost})"
+        _log.warning("batch=%d: %s", batch, what)
 
     @lru_cache(maxsize=4)
     def order(epoch: int) -> np.ndarray:
@@ -218,13 +210,12 @@ def epoch(
     _check_batch(batch)
     source = data.source(split, spec)
     keys = _keys(data, source, spec)
-    groups = source.groups or None
-    part: Sequence[int] | np.ndarray = range(len(source)) if groups is None else groups[0]
+    part: Sequence[int] | np.ndarray = source.groups[0] if source.groups else range(len(source))
     if seed is not None:
         part = np.random.default_rng(seed).permutation(part)
     size = len(part) if limit is None else min(limit, len(part))
-    count = -(-size // batch)
-    host = _read(lambda i: source[int(part[min(i, size - 1)])], keys, batch, np.arange(batch), 0, count, threads=8)
+    chunks = _Chunks(lambda i: source[int(part[min(i, size - 1)])], keys, batch, np.arange(batch), 0, -(-size // batch))
+    host = _read(chunks)
     return ((b, min(batch, size - k * batch)) for k, b in enumerate(host))
 
 
@@ -269,8 +260,7 @@ def _keys(data: Data, source: Source, spec: Spec | None) -> tuple[str, ...]:
 
     Where groups differ in the shape of something, only its number of axes and the last of them are compared.
     """
-    groups = source.groups or None
-    firsts = [source[0]] if groups is None else [source[int(group[0])] for group in groups]
+    firsts = [source[int(group[0])] for group in source.groups or ([0],)]
     example = firsts[0]
     if spec is None:
         return tuple(example)
@@ -327,25 +317,27 @@ def _advice(data: Data, key: str, got: tuple[int, ...], want: tuple[int, ...]) -
     return ", and ".join(ways)
 
 
+@dataclass(frozen=True)
 class _Chunks:
-    """What Grain reads: element j is `chunk` consecutive rows of this host, stacked."""
+    """What Grain reads of `count` batches from `start` on: element j is `chunk` consecutive rows of this host, stacked."""
 
-    def __init__(
-        self,
-        fetch: Callable[[int], Example],
-        keys: tuple[str, ...],
-        batch: int,
-        rows: np.ndarray,
-        start: int,
-        count: int,
-    ) -> None:
-        self.fetch, self.keys, self.batch, self.rows, self.start = fetch, keys, batch, rows, start
-        self.chunk = max(c for c in range(1, min(32, len(rows)) + 1) if len(rows) % c == 0)
-        self.parts = len(rows) // self.chunk
-        self.count = count * self.parts
+    fetch: Callable[[int], Example]
+    keys: tuple[str, ...]
+    batch: int
+    rows: np.ndarray  # of a batch, those of this host
+    start: int
+    count: int
+
+    @cached_property
+    def chunk(self) -> int:
+        return max(c for c in range(1, min(32, len(self.rows)) + 1) if len(self.rows) % c == 0)
+
+    @property
+    def parts(self) -> int:
+        return len(self.rows) // self.chunk
 
     def __len__(self) -> int:
-        return self.count
+        return self.count * self.parts
 
     def __getitem__(self, index: int) -> Example:
         k, part = divmod(int(index), self.parts)
@@ -360,20 +352,11 @@ class _Chunks:
             ) from None
 
 
-def _read(
-    fetch: Callable[[int], Example],
-    keys: tuple[str, ...],
-    batch: int,
-    rows: np.ndarray,
-    start: int,
-    count: int,
-    threads: int,
-) -> Generator[Example, None, None]:
-    """`count` numpy batches of this host's `rows`, decoded in threads, two batches ahead."""
-    chunks = _Chunks(fetch, keys, batch, rows, start, count)
+def _read(chunks: _Chunks, threads: int = 8) -> Generator[Example, None, None]:
+    """Numpy batches of this host's rows, decoded in threads, two batches ahead."""
     if not len(chunks):
         return
-    ahead = 2 * chunks.parts
+    keys, ahead = chunks.keys, 2 * chunks.parts
     options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     reader = iter(grain.MapDataset.source(cast(Any, chunks)).to_iter_dataset(options))
     with closing(reader):

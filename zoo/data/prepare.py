@@ -100,13 +100,9 @@ def prepare(
         ):
             splits: dict[str, list[Shard]] = {}
             for split in SPLITS:
-                items, splits[split] = found.splits[split], []
-                for number, first in enumerate(range(0, items.count, shard_examples)):
-                    part = range(first, min(first + shard_examples, items.count))
-                    make = partial(_records, items, part, encode, pool, bar)
-                    shard, there = out.shard(f"{split}-{number:05d}.array_record", make)
-                    splits[split].append(shard)
-                    bar.update(len(part) if there else 0)
+                items = found.splits[split]
+                records = partial(_records, items, encode=encode, pool=pool, bar=bar)
+                splits[split] = out.shards(split, items.count, shard_examples, records, bar)
             lost = out.finish(Info(settings, list(found.labels), splits, found.captioned))
     counts = {split: sum(shard.count for shard in shards) for split, shards in splits.items()}
     return Report(target, counts, found.labels, lost, allow_unreadable, captioned=found.captioned)

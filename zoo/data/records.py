@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
@@ -205,6 +205,18 @@ class Writer:
             os.fsync(self._log.fileno())
         self._named += self._done[file].unreadable
         return self._done[file], there
+
+    def shards(
+        self, stem: str, count: int, many: int, make: Callable[[range], Iterable[bytes | Lost]], bar: Any
+    ) -> list[Shard]:
+        """The shards of `count` examples, `many` in each; `make` gives the records of some, and tells the bar of them."""
+        found = []
+        for number, first in enumerate(range(0, count, many)):
+            part = range(first, min(first + many, count))
+            shard, there = self.shard(f"{stem}-{number:05d}.array_record", partial(make, part))
+            found.append(shard)
+            bar.update(len(part) if there else 0)
+        return found
 
     def finish(self, info: Any) -> tuple[Lost, ...]:
         """Writes `info.json`, and the list of what was left out, which is returned."""

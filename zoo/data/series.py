@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -124,9 +124,8 @@ class Series(Data):
     labels: str = "{split}_labels"  # "": unlabelled
     classes: tuple[str, ...] = ()  # names of the labels in an .npz file; (): "0", "1", ...
     delimiter: str = ","  # of CSV files: one character, \t for a tab, a blank for any number of blanks
-    standardise: bool = (
-        True  # each channel by its mean and deviation in the training split; a constant one is only centred
-    )
+    # each channel by its mean and deviation in the training split; a constant one is only centred
+    standardise: bool = True
     test_fraction: Below1 = 0.1
 
     def __post_init__(self) -> None:
@@ -202,16 +201,11 @@ class Series(Data):
         names = class_names(self.classes, labels)
         if labels is not None and split == "train":
             tell_classes(root, labels, names)
-        if "{split}" in self.series:
-            members, first, last = np.arange(count), 0, steps
-        elif count == 1:
-            members, (first, last) = np.arange(1), self._cut(steps)[split]
-        else:
-            members, first, last = (
-                np.asarray(divide(count, self.test_fraction, labels, names)[split], np.int64),
-                0,
-                steps,
-            )
+        members, (first, last) = np.arange(count), (0, steps)
+        if "{split}" not in self.series and count == 1:
+            first, last = self._cut(steps)[split]
+        elif "{split}" not in self.series:
+            members = np.asarray(divide(count, self.test_fraction, labels, names)[split], np.int64)
         spans = np.full(len(members), first), np.full(len(members), last)
         return Part(series, members, *spans, None if labels is None else labels[members], names)
 
@@ -236,9 +230,8 @@ class Series(Data):
         if "all" in parts:
             spans = self._share(split, [len(recording) for recording in series], files.labels)
         members, first, last = np.asarray(spans, np.int64).reshape(-1, 3).T
-        return Part(
-            series, members, first, last, None if files.labels is None else np.asarray(files.labels)[members], names
-        )
+        labels = None if files.labels is None else np.asarray(files.labels)[members]
+        return Part(series, members, first, last, labels, names)
 
     def _share(self, split: str, lengths: Sequence[int], labels: list[int] | None) -> list[tuple[int, int, int]]:
         """What a split gets of recordings that no folder assigns: (recording, first time step, end)."""
@@ -428,29 +421,19 @@ def _recording(path: Path, separator: str) -> tuple[np.ndarray, list[str]]:
     if first and all(_number(cell) is None for cell in first):
         head = head[1:]
     elif (unnamed and _whole(first[1:])) or _numbered(path, [cells for _, cells in head]):
-        notes.append(
-            f"the first line ({', '.join(first[:6])}) is taken for numbers of channels and not for a time step"
-        )
+        said = ", ".join(first[:6])
+        notes.append(f"the first line ({said}) is taken for numbers of channels and not for a time step")
         head = head[1:]
     if not head:
         raise UserError(f"{path} holds no row of numbers; remove that file, or fill it")
-    try:
-        # as latin-1, since a header may be in anything and numbers are the same in all
-        values = np.loadtxt(
-            path,
-            delimiter=None if separator == " " else separator,
-            skiprows=head[0][0] - 1,
-            comments=None,
-            quotechar='"',
-            ndmin=2,
-            encoding="latin-1",
-        )
+    between, begin = None if separator == " " else separator, head[0][0]
+    how: dict[str, Any] = {"comments": None, "quotechar": '"', "ndmin": 2}
+    try:  # as latin-1, since a header may be in anything and numbers are the same in all
+        values = np.loadtxt(path, delimiter=between, skiprows=begin - 1, encoding="latin-1", **how)
     except ValueError:
         values = None
-    if values is None or not _usable(values).all():
-        values = _read_by_line(
-            path, separator, head[0][0]
-        )  # slower, but it takes more and says where something is wrong
+    if values is None or not _usable(values).all():  # slower, but it takes more and says where something is wrong
+        values = _read_by_line(path, separator, begin)
     if unnamed and values.shape[1] > 1 and (values[:, 0] == np.arange(len(values))).all():
         values = np.ascontiguousarray(values[:, 1:])
         notes.append("1 column is an index and no channel: the first, which has no name and counts 0, 1, 2, ...")

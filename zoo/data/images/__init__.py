@@ -420,12 +420,9 @@ def _tell_sizes(root: Path, size: int, some: tuple[str, ...]) -> None:
     if not sizes or sizes == [(size, size)]:
         return
     shown = ", ".join(f"{width}x{height}" for width, height in sizes[:2])
-    _log.info(
-        "%s: images of %s: each is resized to %d on its shorter side and cropped at the centre",
-        root,
-        f"different sizes (e.g. {shown})" if len(sizes) > 1 else shown,
-        size,
-    )
+    what = f"different sizes (e.g. {shown})" if len(sizes) > 1 else shown
+    way = f"each is resized to {size} on its shorter side and cropped at the centre"
+    _log.info("%s: images of %s: %s", root, what, way)
 
 
 # Prepared sets

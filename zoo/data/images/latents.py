@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from zoo.data.images import BadImage, check_split, fit, to_array, upright_size
 from zoo.data.images.captions import ASPECTS, bucket, nearest, template
 from zoo.data.images.sources import Items, Source, open_source
 from zoo.data.prepare import Report, picture, places
-from zoo.data.records import AGAIN, Lost, Settings, Shard, Writer, entering, open_shards, read_info, writing
+from zoo.data.records import AGAIN, Lost, Settings, Shard, entering, open_shards, read_info, writing
 from zoo.errors import UserError, suggest
 from zoo.fields import NotEmpty, check_fields
 
@@ -294,18 +294,8 @@ def encode_set(
                 f"{origin} has no captions to encode; leave the text encoder out, or give images with captions"
             )
         many = shard_examples or (1024 if any("text" in null for null in nulls.values()) else 8192)
-        settings = LatentSettings(
-            origin.name,
-            found.fingerprint,
-            size,
-            channels,
-            convert,
-            test_fraction,
-            many,
-            aspects,
-            multiple,
-            encoder.about,
-        )
+        how = size, channels, convert, test_fraction, many, aspects, multiple, encoder.about
+        settings = LatentSettings(origin.name, found.fingerprint, *how)
         total = sum(items.count for items in found.splits.values())
         with (
             writing(target, settings, LatentInfo) as out,
@@ -313,35 +303,16 @@ def encode_set(
         ):
             made: dict[str, Bucket] = {}
             for name, splits in buckets.items():
-                shards = {
-                    split: _write(
-                        out,
-                        f"{split}-{name.replace(':', 'x')}",
-                        items,
-                        many,
-                        partial(work.records, name, sizes[name]),
-                        bar,
-                    )
-                    for split, items in splits.items()
-                }
-                made[name] = Bucket(*sizes[name], shards)
+                made[name] = Bucket(*sizes[name], {})
+                for split, items in splits.items():
+                    records = partial(work.records, name, sizes[name], items, bar=bar)
+                    stem = f"{split}-{name.replace(':', 'x')}"
+                    made[name].splits[split] = out.shards(stem, items.count, many, records, bar)
                 _keep_null(target, name, made[name], nulls[name])
             lost = out.finish(LatentInfo(settings, list(found.labels), made, found.captioned))
     counts = {split: sum(s.count for b in made.values() for s in b.splits[split]) for split in SPLITS}
     inside = {name: sum(s.count for shards in b.splits.values() for s in shards) for name, b in made.items()}
     return Report(target, counts, found.labels, lost, allow_unreadable, inside if aspects else {}, found.captioned)
-
-
-def _write(
-    out: Writer, stem: str, items: Items, many: int, records: Callable[..., Iterator[bytes | Lost]], bar: Any
-) -> list[Shard]:
-    shards = []
-    for number, first in enumerate(range(0, items.count, many)):
-        part = range(first, min(first + many, items.count))
-        shard, there = out.shard(f"{stem}-{number:05d}.array_record", partial(records, items, part, bar))
-        shards.append(shard)
-        bar.update(len(part) if there else 0)
-    return shards
 
 
 def _keep_null(target: Path, name: str, made: Bucket, null: dict[str, np.ndarray]) -> None:
@@ -466,11 +437,8 @@ def _check_scale(
     sizes: Mapping[str, tuple[int, int]],
 ) -> None:
     """Encodes some images before anything is written: refuses a source without any, and latents far from unit variance."""
-    name, items = max(
-        ((name, items) for name, splits in buckets.items() for items in splits.values()),
-        key=lambda found: found[1].count,
-        default=("", None),
-    )
+    every = [(name, items) for name, splits in buckets.items() for items in splits.values()]
+    name, items = max(every, key=lambda found: found[1].count, default=("", None))
     if items is None or not items.count:
         raise UserError(f"{origin} holds no image; give a folder, an .npz, a tar or a parquet file with images")
     tried = np.unique(np.linspace(0, items.count - 1, 2 * work.batch).round().astype(int))

@@ -209,9 +209,8 @@ def _folder(root: Path, test_fraction: float) -> Source:
 def _captions(root: Path, names: list[str], test_fraction: float) -> Source:
     texts = _texts(names)
     images = [name for name in names if name.lower().endswith(SUFFIXES)]
-    parts = _split(
-        root, [word_of(name.partition(os.sep)[0]) if os.sep in name else None for name in images], test_fraction
-    )
+    words = [word_of(name.partition(os.sep)[0]) if os.sep in name else None for name in images]
+    parts = _split(root, words, test_fraction)
     stems = [os.path.splitext(name)[0] for name in images]
 
     def items(part: list[int]) -> Items:
@@ -221,13 +220,8 @@ def _captions(root: Path, names: list[str], test_fraction: float) -> Source:
                 raise BadImage("has no caption", f"write it to {shown(os.path.basename(stem))}.txt beside it")
             return _text(_bytes(root / texts[stem]), texts[stem])
 
-        return Items(
-            len(part),
-            lambda i: _bytes(root / images[part[i]]),
-            lambda i: -1,
-            lambda i: shown(images[part[i]]),
-            caption,
-        )
+        names = [images[i] for i in part]
+        return Items(len(part), lambda i: _bytes(root / names[i]), lambda i: -1, lambda i: shown(names[i]), caption)
 
     listed = [images[i] for part in parts.values() for i in part]
     told = sorted({texts[stem] for stem in stems if stem in texts})
@@ -243,13 +237,11 @@ def _prepared(root: Path, test_fraction: float) -> Source:
 
     def items(split: str) -> Items:
         count, read = open_shards(root, info.splits[split], split, Record)
-        return Items(
-            count,
-            lambda i: read(i).image,
-            lambda i: read(i).label,
-            lambda i: read(i).name,
-            lambda i: read(i).caption,
-        )
+
+        def of(field: str) -> Callable[[int], Any]:
+            return lambda i: getattr(read(i), field)
+
+        return Items(count, of("image"), of("label"), of("name"), of("caption"))
 
     digest = sha256(*(shard.sha256 for shard in info.shards()))
     return Source({split: items(split) for split in SPLITS}, tuple(info.labels), digest, info.captions)
@@ -336,11 +328,10 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
         labelled = False
     words = [word_in(name) for name in names]
     classes = tuple(map(str, range(highest + 1))) if labelled else ()
-    if labelled:
-        tell_classes(root, pairs["label"], classes)
-    parts = _split(
-        root, [words[file] for file in owner.tolist()], test_fraction, (), pairs["label"] if labelled else None
-    )
+    labels = pairs["label"] if labelled else None
+    if labels is not None:
+        tell_classes(root, labels, classes)
+    parts = _split(root, [words[file] for file in owner.tolist()], test_fraction, (), labels)
 
     def inside(i: int, caption: bool = False) -> str:
         """The name in its tar file, of an image or of its caption."""
