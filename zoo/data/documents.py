@@ -92,10 +92,8 @@ def list_texts(origin: Path) -> dict[str | None, list[Path]]:
     words = [_word(name) for name in names]
     if not any(words):
         return {None: [origin / name for name in names]}
-    named, other = (
-        next(name for name, word in zip(names, words) if word),
-        next((name for name, word in zip(names, words) if not word), None),
-    )
+    named = next(name for name, word in zip(names, words) if word)
+    other = next((name for name, word in zip(names, words) if not word), None)
     if "train" not in words:
         raise UserError(
             f"{origin}: {named} names the split {_word(named)}, and no file names train"
@@ -205,11 +203,8 @@ def _opened(path: Path) -> Iterator[tuple[str, io.BufferedReader]]:
 
 def _member(path: Path, packed: zipfile.ZipFile) -> tuple[str, Any]:
     """The name and the bytes of the one file in a .zip file; what macOS and others hide in it does not count."""
-    members = [
-        info
-        for info in packed.infolist()
-        if not info.is_dir() and not any(part.startswith((".", "__MACOSX")) for part in info.filename.split("/"))
-    ]
+    found = [info for info in packed.infolist() if not info.is_dir()]
+    members = [info for info in found if not re.search(r"(^|/)(\.|__MACOSX)", info.filename)]
     if len(members) != 1:
         raise UserError(f"{path} holds {len(members)} files in place of one; unpack it and give the folder")
     return members[0].filename, packed.open(members[0])

@@ -29,16 +29,8 @@ from zoo.cameras import (
     unproject,
 )
 from zoo.data.arrays import open_npz, read_array
-from zoo.data.images import (
-    LEVELS,
-    LOOKED_AT,
-    BadImage,
-    check_split,
-    divide,
-    existing,
-    open_image,
-    upright_size,
-)
+from zoo.data.folders import divide, existing
+from zoo.data.images import LEVELS, LOOKED_AT, BadImage, check_split, open_image, upright_size
 from zoo.data.pipeline import Data, Example, Source
 from zoo.data.scenes import ClipSource, Frames
 from zoo.errors import UserError
@@ -52,10 +44,9 @@ _PAIRS, _GRID = 8, 64  # pairs of frames of a scene that are compared, and point
 _OVERLAP = 0.2  # share of the points of a pair that must fall into the other image
 _AGREE = 0.05  # median share of the depth beyond which nothing fits
 _EXACT = 1e-5  # below it readings are not compared
-_NEAR, _SHIFTED = (
-    0.05,
-    0.25,
-)  # share of the width that points may lie off their pixels, and pixels that all of them may be shifted
+# share of the width that points may lie off their pixels, and pixels that all of them may be shifted
+_NEAR, _SHIFTED = 0.05, 0.25
+
 # --- folders --------------------------------------------------------------------------------------
 
 
@@ -109,13 +100,9 @@ class Posed(Data):
         scenes = self._scenes()
         root = existing(self.path)
         files = [str(path.relative_to(root)) for scene in scenes for path in (*scene.images, *scene.depths)]
-        return sha256_of_json(
-            [
-                [split, self.size, self.frames, self.stride, self.test_fraction],
-                *([scene.camera.tolist(), scene.k.tolist(), scene.units] for scene in scenes),
-                [files, digests(root, files)],
-            ]
-        )
+        how = [split, self.size, self.frames, self.stride, self.test_fraction]
+        cameras = ([scene.camera.tolist(), scene.k.tolist(), scene.units] for scene in scenes)
+        return sha256_of_json([how, *cameras, [files, digests(root, files)]])
 
     def _scenes(self) -> tuple[_Scene, ...]:
         root = existing(self.path)
@@ -300,11 +287,9 @@ def _read(folder: Path) -> _Scene:
     except (ValueError, TypeError):
         raise UserError(f'{path}: "K" is no 3 x 3 matrix, or "depth_unit" no number; write them as numbers') from None
     width, height = _size(images[0])
-    plain = (
-        (k[:, 0, 0] > 0) & (k[:, 1, 1] > 0) & (np.abs(k[:, 0, 1]) <= RIGID * k[:, 0, 0]) & np.isfinite(k).all((1, 2))
-    )
+    plain = (k[:, 0, 0] > 0) & (k[:, 1, 1] > 0) & (np.abs(k[:, 0, 1]) <= RIGID * k[:, 0, 0]) & (k[:, 1, 0] == 0)
+    plain &= (k[:, 2] == [0, 0, 1]).all(-1) & np.isfinite(k).all((1, 2))
     middle = k[:, :2, 2] / [width, height]
-    plain &= (k[:, 2] == [0, 0, 1]).all(-1) & (k[:, 1, 0] == 0)
     if not plain.all():
         raise UserError(
             f"{path}: K of frame {int(np.argmin(plain))} is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]; write it so"

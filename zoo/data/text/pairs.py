@@ -28,9 +28,8 @@ from zoo.files import sha256
 from zoo.rewards import Reward, rewarded
 
 _log = logging.getLogger("zoo")
-_LOCK = (
-    threading.RLock()
-)  # several threads open a source at once, and one reads or scores its texts: by a run on pairs, both
+# several threads open a source at once, and one reads or scores its texts: by a run on pairs, both
+_LOCK = threading.RLock()
 _KEYS = ("chosen", "rejected")
 
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
@@ -85,9 +84,8 @@ class Pairs(Data):
         """What the pairs of a split are, wherever they lie."""
         check_split(split)
         vocabulary, splits = self._read()
-        return sha256(
-            vocabulary.digest, *(part for pair in splits[split] for ids in pair for part in (ids.data, b"\0"))
-        )
+        parts = (part for pair in splits[split] for ids in pair for part in (ids.data, b"\0"))
+        return sha256(vocabulary.digest, *parts)
 
     def _read(self) -> tuple[Vocabulary, dict[str, list[Pair]]]:
         root = existing(self.path)
@@ -104,12 +102,9 @@ def _note(text: str) -> None:
 
 @lru_cache(maxsize=2)
 def _pairs(
-    root: Path,
-    tokenizer: str,
-    valid_fraction: float,
-    test_fraction: float,
-    stamps: tuple[tuple[Path, int], ...],  # a file that was written again is another one
+    root: Path, tokenizer: str, valid_fraction: float, test_fraction: float, stamps: Any
 ) -> tuple[Vocabulary, dict[str, list[Pair]]]:
+    """Of files with these `stamps`: one that was written again is another one."""
     files = list_texts(root)
     texts = {split: [pair for file in some for pair in _texts(file)] for split, some in files.items()}
     symbols = "".join(sorted({c for some in texts.values() for _, pair in some for text in pair for c in text} | {" "}))

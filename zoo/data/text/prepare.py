@@ -95,33 +95,21 @@ def prepare_text(
     origin, target = places(source, dest)
     if origin.is_dir() and is_prepared(origin):
         raise UserError(f"SOURCE {origin} is a prepared set; give the texts it was made from")
-    with entering(target, TokenInfo):
-        return _prepare(origin, target, tokenizer, valid_fraction, test_fraction, keep, progress)
-
-
-def _prepare(
-    origin: Path, target: Path, tokenizer: str, valid_fraction: float, test_fraction: float, keep: int, progress: bool
-) -> TextReport:
-    listed = list_texts(origin)
-    every = [file for some in listed.values() for file in some]
-    symbols = ""
-    if tokenizer == "chars" and not (symbols := symbols_of(every)):
-        raise UserError(f"{origin} is empty; give a text")
-    vocabulary = vocabularies.named(tokenizer, symbols)
-    root = origin if origin.is_dir() else origin.parent
-    names = [os.path.relpath(file, root) for file in every]
-    settings = TokenSettings(
-        origin.name,
-        hashed(root, names),
-        tokenizer if tokenizer in vocabularies.KINDS else Path(tokenizer).name,
-        vocabulary.digest,
-        valid_fraction,
-        test_fraction,
-    )
-    plain = all(file.suffix.lower() not in (*PACKED, ".parquet") for file in every)
-    total = sum(map(file_size, every)) if plain else None
     # the bar shows itself late: mistakes are told before, in one line
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, delay=1) as bar:
+    bar = tqdm(unit="B", unit_scale=True, disable=not progress, delay=1)
+    with entering(target, TokenInfo), bar:
+        listed = list_texts(origin)
+        every = [file for some in listed.values() for file in some]
+        symbols = symbols_of(every) if tokenizer == "chars" else ""
+        if tokenizer == "chars" and not symbols:
+            raise UserError(f"{origin} is empty; give a text")
+        vocabulary = vocabularies.named(tokenizer, symbols)
+        root = origin if origin.is_dir() else origin.parent
+        made_of = origin.name, hashed(root, [os.path.relpath(file, root) for file in every])
+        kind = tokenizer if tokenizer in vocabularies.KINDS else Path(tokenizer).name
+        settings = TokenSettings(*made_of, kind, vocabulary.digest, valid_fraction, test_fraction)
+        if all(file.suffix.lower() not in (*PACKED, ".parquet") for file in every):
+            bar.total = sum(map(file_size, every))
         begun = {
             split or "train": _peeked(texts(vocabulary, documents_of(some, bar.update)))
             for split, some in listed.items()
@@ -136,11 +124,8 @@ def _prepare(
                     for name, units in streams.items():
                         _write(target, vocabulary, units, marks[name], log, keep)
                 info = _finish(target, settings, vocabulary, marks, None in listed)
-    return _report(target, info, vocabulary)
-
-
-def _report(target: Path, info: TokenInfo, vocabulary: Vocabulary) -> TextReport:
-    return TextReport(target, {k: info.splits[k].count for k in SPLITS}, str(vocabulary), info.documents)
+    counts = {split: info.splits[split].count for split in SPLITS}
+    return TextReport(target, counts, str(vocabulary), info.documents)
 
 
 def _peeked(units: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]] | None:
@@ -211,11 +196,9 @@ def _write(
         for ids, characters, last in encoded(vocabulary, islice(units, mark.units, None)):
             file.write(ids.tobytes())
             digest.update(ids.tobytes())
-            mark.units, mark.tokens, mark.characters = (
-                mark.units + 1,
-                mark.tokens + len(ids),
-                mark.characters + characters,
-            )
+            mark.units += 1
+            mark.tokens += len(ids)
+            mark.characters += characters
             if last:
                 ends.write(np.int64(mark.tokens).astype("<i8").tobytes())
                 mark.documents += 1

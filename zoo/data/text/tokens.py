@@ -108,10 +108,9 @@ class Text(Data):
             return _prepared(root, self.tokenizer)
         files = list_texts(root)
         stamps = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for some in files.values() for file in some)
+        how = self.tokenizer or "text8", self.normalise, self.valid_fraction, self.test_fraction
         with _LOCK:
-            return _encoded(
-                root, self.tokenizer or "text8", self.normalise, self.valid_fraction, self.test_fraction, stamps
-            )
+            return _encoded(root, *how, stamps)
 
 
 @dataclass(frozen=True)
@@ -346,13 +345,9 @@ def _refuse_foreign(vocabulary: Vocabulary, file: Path) -> None:
 
 @lru_cache(maxsize=2)
 def _encoded(
-    root: Path,
-    tokenizer: str,
-    normalised: bool,
-    valid_fraction: float,
-    test_fraction: float,
-    stamps: tuple[tuple[Path, int, int], ...],  # a text that was written again is another one
+    root: Path, tokenizer: str, normalised: bool, valid_fraction: float, test_fraction: float, stamps: Any
 ) -> Corpus:
+    """Of files with these `stamps`: a text that was written again is another one."""
     files = list_texts(root)
     every = [file for some in files.values() for file in some]
     symbols = symbols_of(every) if tokenizer == "chars" else ""

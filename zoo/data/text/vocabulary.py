@@ -5,6 +5,7 @@ A vocabulary is saved beside what was made with it: `vocabulary.json`, and of a 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import string
@@ -188,15 +189,30 @@ class _Bytes(Vocabulary):
         return ids.astype(np.uint8).tobytes().decode("utf-8", "replace")
 
 
-class _Tokenizer(Vocabulary):
-    """A `tokenizer.json` of the package tokenizers."""
+class _Filed(Vocabulary):
+    """Base of those that a package opens from a file."""
 
     name = "tokenizer"
+    suffix: str  # of the file
+    _data: bytes
+    _model: Any
+
+    def encode(self, text: str, name: str = "the text") -> np.ndarray:
+        return self.encode_all([text])[0]
+
+    def _saved(self) -> tuple[dict[str, str], bytes | None]:
+        return {"file": _FILES[self.suffix], "sha256": sha256(self._data)}, self._data
+
+
+class _Tokenizer(_Filed):
+    """A `tokenizer.json` of the package tokenizers."""
+
+    suffix = ".json"
 
     def __init__(self, data: bytes, where: str) -> None:
         package = _package("tokenizers")
         try:
-            self._model: Any = package.Tokenizer.from_str(data.decode("utf-8"))
+            self._model = package.Tokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # what the package raises has no name of its own
             raise UserError(
                 f"{where} is no tokenizer of the package tokenizers ({first_line(error)}); give the file tokenizer.json that "
@@ -214,9 +230,6 @@ class _Tokenizer(Vocabulary):
             self._model.add_special_tokens([package.AddedToken(end, special=True, normalized=False)])
         self._model.encode_special_tokens = True  # as the text that spells them: documents cannot hold special tokens
 
-    def encode(self, text: str, name: str = "the text") -> np.ndarray:
-        return self.encode_all([text])[0]
-
     def encode_all(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[np.ndarray]:
         found = self._model.encode_batch_fast([characters_only(text) for text in texts], add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in found]
@@ -224,11 +237,8 @@ class _Tokenizer(Vocabulary):
     def _decode(self, ids: np.ndarray) -> str:
         return str(self._model.decode(ids.tolist(), skip_special_tokens=False))
 
-    def _saved(self) -> tuple[dict[str, str], bytes | None]:
-        return {"file": _FILES[".json"], "sha256": sha256(self._data)}, self._data
 
-
-class _Pieces(Vocabulary):
+class _Pieces(_Filed):
     """A sentencepiece model.
 
     Most put a blank before a text (`add_dummy_prefix`). A document comes in pieces of a million characters, and each of them
@@ -236,11 +246,10 @@ class _Pieces(Vocabulary):
     document has one blank more between two pieces than in the file.
     """
 
-    name = "tokenizer"
+    suffix = ".model"
 
     def __init__(self, data: bytes, where: str) -> None:
-        package = _package("sentencepiece")
-        self._model: Any = package.SentencePieceProcessor()
+        self._model = _package("sentencepiece").SentencePieceProcessor()
         try:
             if data:
                 self._model.load_from_serialized_proto(data)
@@ -254,17 +263,11 @@ class _Pieces(Vocabulary):
         self._data, self.digest = data, sha256("tokenizer.model\0", data)
         self.end = int(self._model.eos_id()) if self._model.eos_id() >= 0 else None
 
-    def encode(self, text: str, name: str = "the text") -> np.ndarray:
-        return self.encode_all([text])[0]
-
     def encode_all(self, texts: Sequence[str], names: Sequence[str] | None = None) -> list[np.ndarray]:
         return [np.asarray(ids, np.int32) for ids in self._model.encode([characters_only(text) for text in texts])]
 
     def _decode(self, ids: np.ndarray) -> str:
         return str(self._model.decode(ids.tolist()))
-
-    def _saved(self) -> tuple[dict[str, str], bytes | None]:
-        return {"file": _FILES[".model"], "sha256": sha256(self._data)}, self._data
 
 
 # Opening
@@ -313,7 +316,7 @@ def named(tokenizer: str, symbols: str = "", field: str = "tokenizer=") -> Vocab
             "cannot be told; give such a file"
         )
     with files.reading(path, "mend its rights, or give another file"):
-        return _of_file(path.suffix.lower(), path.read_bytes(), str(path))
+        return _of_file(path, path.read_bytes())
 
 
 def open_vocabulary(folder: Folder) -> Vocabulary | None:
@@ -345,28 +348,20 @@ def open_vocabulary(folder: Folder) -> Vocabulary | None:
         raise UserError(f"{file} is missing, which {path} needs; restore it") from None
     if sha256(data) != head.get("sha256"):
         raise UserError(f"{file} is not the tokenizer that {path} names (its sha256 differs); restore it")
-    return _of_file(file.suffix, data, str(file))
+    return _of_file(file, data)
 
 
-def _of_file(suffix: str, data: bytes, where: str) -> Vocabulary:
-    return _Tokenizer(data, where) if suffix == ".json" else _Pieces(data, where)
+def _of_file(path: Folder, data: bytes) -> Vocabulary:
+    return (_Tokenizer if path.suffix.lower() == ".json" else _Pieces)(data, str(path))
 
 
 def _package(name: str) -> Any:
+    logging.getLogger("sentencepiece").setLevel(logging.ERROR)
     try:
-        if name == "tokenizers":
-            import tokenizers
-
-            return tokenizers
-        import sentencepiece
-
-        logging.getLogger("sentencepiece").setLevel(logging.ERROR)
-        return sentencepiece
+        return importlib.import_module(name)
     except ImportError:
-        raise UserError(
-            f"this tokenizer needs the package {name}, which is not installed; install the extra `text` "
-            '(pip install -e ".[text]")'
-        ) from None
+        way = 'install the extra `text` (pip install -e ".[text]")'
+        raise UserError(f"this tokenizer needs the package {name}, which is not installed; {way}") from None
 
 
 def _points(text: str) -> np.ndarray:
