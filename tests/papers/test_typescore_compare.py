@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,8 @@ RATED = "image,rating"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results `good`, `fair` and `poor` on twelve instructions."""
     root = tmp_path_factory.mktemp("models")
-    some = [
-        Instruction(f"t-{i}", f'"{text}"', text)
-        for i, text in enumerate(f"{a} {b}" for a in TEXTS for b in ("for all who sail", "and a warm stove"))
-    ]
+    texts = [f"{a} {b}" for a in TEXTS for b in ("for all who sail", "and a warm stove")]
+    some = [Instruction(f"t-{i}", f'"{text}"', text) for i, text in enumerate(texts)]
     wanted = str(listed(root / "wanted.jsonl", some))
     for seed, (name, p) in enumerate((("good", 0.0), ("fair", 0.1), ("poor", 0.3))):
         Render(str(root / name), wanted, corruption=Corruption(p_char=p), seed=seed, size=96).run()
@@ -149,13 +147,13 @@ def test_z_and_wins() -> None:
     assert [resolution(pairs, truth)["right"] for truth in ("xy", "yx", "")] == [1, 0, None]
 
 
-def made_up(label: str, scores: dict[str, float | None]) -> Result:
+def made_up(scores: Mapping[str, float | None]) -> Result:
     """A result in memory: a score for each picture ID_K.png, None where the extraction failed."""
-    records = [
-        {"image": name, "id": name.rpartition("_")[0], "score": value, "error": "no answer" if value is None else None}
-        for name, value in scores.items()
-    ]
-    return Result(label, Path(label), {}, records)
+    records = []
+    for name, value in scores.items():
+        error = "no answer" if value is None else None
+        records.append({"image": name, "id": name.rpartition("_")[0], "score": value, "error": error})
+    return Result("a", Path("a"), {}, records)
 
 
 def test_people_agree_or_not(models: Path) -> None:
@@ -184,31 +182,28 @@ def test_people_agree_or_not(models: Path) -> None:
 
 
 def test_pair_accuracy_is_that_of_all_pairs_one_by_one(tmp_path: Path) -> None:
-    rng = np.random.default_rng(1)
-    scores: dict[str, float | None] = {f"t{i}_{k}.png": float(rng.integers(4)) for i in range(5) for k in range(3)}
-    ratings = {name: int(rng.integers(4)) for name in scores}
-    rights = [
-        0.5 + 0.5 * float(np.sign(scores[a] - scores[b]) * np.sign(ratings[a] - ratings[b]))  # type: ignore[operator]
-        for a, b in itertools.combinations(scores, 2)
-        if ratings[a] != ratings[b]
-    ]
-    found = agreement(judged(tmp_path / "r.csv", RATED, list(ratings.items())), [made_up("a", scores)], resamples=5)
+    x, y = np.random.default_rng(1).integers(4, size=(2, 15))
+    names = [f"t{i}_{k}.png" for i in range(5) for k in range(3)]
+    scores, ratings = dict(zip(names, x.astype(float))), dict(zip(names, y))
+    both = [(a, b) for a, b in itertools.combinations(range(15), 2) if y[a] != y[b]]
+    rights = [0.5 + 0.5 * np.sign(x[a] - x[b]) * np.sign(y[a] - y[b]) for a, b in both]
+    found = agreement(judged(tmp_path / "r.csv", RATED, list(ratings.items())), [made_up(scores)], resamples=5)
     assert found["pair_accuracy"][0] == pytest.approx(np.mean(rights), abs=1e-6)
     # means of the same ratings in another order are tied
     several = {"t0_0.png": (0.1, 0.2, 0.3), "t1_0.png": (0.3, 0.2, 0.1), "t2_0.png": (0.1,)}
     lines = [(name, rating) for name, some in several.items() for rating in some]
-    few = [made_up("a", {"t0_0.png": 3.0, "t1_0.png": 2.0, "t2_0.png": 1.0})]
+    few = [made_up({"t0_0.png": 3.0, "t1_0.png": 2.0, "t2_0.png": 1.0})]
     found = agreement(judged(tmp_path / "r.csv", RATED, lines), few, resamples=5)
     assert found["spearman"][0] == pytest.approx(3**0.5 / 2, abs=1e-6)
 
 
 def test_intervals_are_over_instructions_and_lines_of_unread_pictures_are_left_out(tmp_path: Path) -> None:
     """Half the instructions have people agree with the scores, half the contrary, with fifty pictures each."""
-    scores: dict[str, float | None] = {f"t{i}_{k}.png": float(k) for i in range(4) for k in range(50)}
-    path = judged(tmp_path / "r.csv", RATED, [(f"t{i}_{k}.png", k * (-1) ** i) for i in range(4) for k in range(50)])
-    low, high = agreement(path, [made_up("a", scores)], resamples=200)["spearman"][1:]
+    every = [(f"t{i}_{k}.png", k, k * (-1) ** i) for i in range(4) for k in range(50)]
+    path = judged(tmp_path / "r.csv", RATED, [(name, rating) for name, _, rating in every])
+    low, high = agreement(path, [made_up({name: k for name, k, _ in every})], resamples=200)["spearman"][1:]
     assert (low, high) == (pytest.approx(-1, abs=0.2), pytest.approx(1, abs=0.2))  # 200 witnesses would say +-0.14
-    one = made_up("a", {f"t{i}_0.png": float(i) for i in range(9)} | {"t7_0.png": None})
+    one = made_up({f"t{i}_0.png": float(i) for i in range(9)} | {"t7_0.png": None})
     path = judged(tmp_path / "r.csv", RATED, [(f"t{i}_0.png", i) for i in (1, 7, 3, 4, 7)])
     found = agreement(path, [one], resamples=20)
     assert (found["left_out"], found["judgements"]) == (2, 3)

@@ -118,20 +118,16 @@ def test_results_of_another_setting_are_never_overwritten(folder: Path) -> None:
     os.rename(folder.with_name("moved"), folder)
 
 
-@pytest.mark.parametrize(
-    "fields, named",
-    [
+def test_a_mistake_is_named_before_anything_is_read(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for fields, named in (
         ({"images": "nowhere"}, "images= nowhere"),
         ({"images": ""}, "images= t-0_0.png"),
         ({"images": "."}, "6 t-0_0.png"),
         ({"wanted": "lost.jsonl"}, "lost.jsonl"),
-        ({"weights": (0.0, 0.0, 0.0)}, "weights"),
-    ],
-)
-def test_a_mistake_is_named_before_anything_is_read(folder, monkeypatch, fields, named):
-    monkeypatch.chdir(folder)
-    with told(*named.split()):
-        dataclasses.replace(score(folder, extractor=Fake(stops_after=0)), **fields).run()
+    ):
+        with told(*named.split()):
+            dataclasses.replace(score(folder, extractor=Fake(stops_after=0)), **fields).run()
     assert not (folder / "a-typescore").exists()
 
 
@@ -161,7 +157,7 @@ def test_case_punctuation_and_weights_are_as_set() -> None:
     assert turned[0] < turned[2]
 
 
-def test_a_scorer_of_a_run_is_checked_before_the_first_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scorer_of_a_run_is_checked_before_the_first_step(folder, monkeypatch):
     made = TypeScore(str(folder / "wanted.jsonl"), extractor=Oracle(), limit=2, resamples=5)
     made.check()
     assert made.prompts() == {one.id: one.instruction for one in LIST[:2]}

@@ -49,19 +49,15 @@ def lines(path: Path, *records: Any) -> Path:
 
 def test_a_file_is_read(tmp_path: Path) -> None:
     sign = 'A sign "OPEN" above "daily, from 9 to 5"'
-    path = lines(
-        tmp_path / "set.jsonl",
-        {"id": "a", "instruction": sign, "style": {"colour": "red"}, "domain": "shop", "more": 1},
-        "",
-        {"id": 7, "instruction": 'A sign "x"', "text": "Given wins", "style": None},
-        {"id": "c", "text": "No  instruction"},
-    )
-    assert listed(str(path)) == [
+    first = {"id": "a", "instruction": sign, "style": {"colour": "red"}, "domain": "shop", "more": 1}
+    second = {"id": 7, "instruction": 'A sign "x"', "text": "Given wins", "style": None}
+    path = lines(tmp_path / "set.jsonl", first, "", second, {"id": "c", "text": "No  instruction"})
+    one, two = (
         Instruction("a", sign, "OPEN daily, from 9 to 5", {"colour": "red"}, "shop"),
         Instruction("7", 'A sign "x"', "Given wins"),
-        Instruction("c", "", "No  instruction"),
-    ]
-    assert [one.id for one in listed(str(path), 2)] == ["a", "7"]
+    )
+    assert listed(str(path)) == [one, two, Instruction("c", "", "No  instruction")]
+    assert listed(str(path), 2) == [one, two]
     path.write_bytes('\ufeff{"id": "a", "text": "x\u2028y"}\r\n{"id": "b", "text": "é"}'.encode())  # of other systems
     assert [(one.id, one.text) for one in listed(str(path))] == [("a", "x\u2028y"), ("b", "é")]
 
@@ -73,10 +69,8 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("[" * 200_000, ""),
         ([1], "got `array`"),
         ({"text": "x"}, "field `id`"),
-        ({"id": " ", "text": "x"}, "cannot begin a file's name"),
         ({"id": "a", "text": "y"}, "id 'a' is that of an earlier line too"),
         ({"id": "../b", "text": "x"}, "id '../b' cannot begin a file's name"),
-        ({"id": "b"}, "the instruction of 'b' quotes no text"),
         ({"id": "b", "text": " \n"}, "quotes no text"),
         ({"id": "b", "instruction": 5}, "instruction"),
         ({"id": "b", "text": "x", "style": {"bold": True}}, "style"),
