@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
-import subprocess
-import sys
 import zlib
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from forks import die, ended, started
 from mistakes import told
 from ml_dtypes import bfloat16
 from PIL import Image
@@ -199,29 +195,17 @@ def test_a_prepared_set_and_the_images_themselves_give_the_same(pairs, tmp_path)
     assert [s.sha256 for s in a.splits["test"]] == [s.sha256 for s in b.splits["test"]]
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [sys.argv[4], os.path.dirname(sys.argv[4])]
-from test_latents import Fake, encode
-left = [int(sys.argv[3])]
 class Dying(Fake):
+    left = 4
+
     def latents(self, images):
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
-        return super().latents(images)
-encode(sys.argv[1], sys.argv[2], Dying(features=True), aspects=True)
-"""
+        self.left -= 1
+        return super().latents(images) if self.left >= 0 else die()
 
 
 def test_killed_run_continues_and_ends_with_the_same_bytes(pairs, tmp_path):
     encode(pairs, tmp_path / "whole", Fake(features=True), aspects=True)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, pairs, tmp_path / "out", "4", str(Path(__file__).parent)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        timeout=60,
-    )
-    assert killed.returncode == -signal.SIGKILL
+    assert ended(*started(lambda: encode(pairs, tmp_path / "out", Dying(features=True), aspects=True))) is None
     with told("is not finished; run the same `zoo prepare` again"):
         Latents(str(tmp_path / "out")).source("train")
     kept = (tmp_path / "out" / "train-16x9-00000.array_record").stat().st_ino

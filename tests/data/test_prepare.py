@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 import tracemalloc
 
@@ -17,10 +15,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from forks import die, ended, started
 from mistakes import told
 from PIL import Image
 from texts import files
 
+from zoo.data import records as module
 from zoo.data.images import Images
 from zoo.data.images.sources import _index
 from zoo.data.pipeline import epoch
@@ -114,24 +114,20 @@ def test_unreadable_files_are_skipped_and_listed(photos, tmp_path):
     assert allowed.unreadable == report.unreadable
 
 
-KILLED = """
-import sys, os, signal
-from zoo.data import records
-from zoo.data import prepare as module
-write, left = records.write_shard, [int(sys.argv[3])]
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-def dying(path, results):
-    if not left[0]:
-        if sys.argv[4] == "before":
-            records.msgspec.json.encode = die  # a shard without its line
-        else:
-            results = map(die, results)  # inside a shard
-    left[0] -= 1
-    return write(path, results)
-records.write_shard = dying
-module.prepare(sys.argv[1], sys.argv[2], size=8, shard_examples=5, progress=False)
-"""
+def dying(source, dest, shards, where):
+    """`run` that is killed after so many shards: inside of the next, or before that has its line."""
+    write, left = write_shard, [shards]
+
+    def counted(path, results):
+        if not left[0] and where == "before":
+            module.msgspec.json.encode = die
+        elif not left[0]:
+            results = map(die, results)
+        left[0] -= 1
+        return write(path, results)
+
+    module.write_shard = counted
+    run(source, dest, size=8)
 
 
 @pytest.mark.parametrize("shards, where, captions", [(0, "inside", 0), (2, "inside", 0), (1, "before", 1)])
@@ -140,8 +136,7 @@ def test_killed_run_continues_and_ends_with_the_same_bytes(photos, tmp_path, sha
     for path in sorted(photos.rglob("*.jpg")) if captions else ():
         path.with_suffix(".txt").write_text(f"the picture {path.stem} ü")
     run(photos, tmp_path / "whole", size=8)
-    killed = subprocess.run([sys.executable, "-c", KILLED, photos, tmp_path / "out", str(shards), where], timeout=60)
-    assert killed.returncode == -signal.SIGKILL
+    assert ended(*started(lambda: dying(photos, tmp_path / "out", shards, where))) is None
     left = files(tmp_path / "out")
     assert "info.json" not in left
     with told("not finished", "`zoo prepare`"):
@@ -203,14 +198,11 @@ def test_other_destinations_are_refused(photos, tmp_path):
 
 
 def test_full_disk_ends_in_a_sentence_and_can_be_continued(photos, tmp_path):
-    code = (
-        "import resource, sys; from zoo.data.prepare import prepare; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY)); "
-        "prepare(sys.argv[1], sys.argv[2], size=8, shard_examples=5, progress=False)"
-    )
-    full = subprocess.run([sys.executable, "-c", code, photos, tmp_path / "out"], capture_output=True, text=True)
-    assert full.returncode == 1
-    assert "zoo.errors.UserError: cannot write" in full.stderr
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        run(photos, tmp_path / "out", size=8)
+
+    assert ended(*started(full)).startswith("cannot write ")
     run(photos, tmp_path / "out", size=8)
     run(photos, tmp_path / "whole", size=8)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
@@ -524,7 +516,6 @@ def test_a_parquet_test_split_without_labels_is_left_out(tmp_path, caplog):
 
 
 def test_many_shards_are_read_with_few_open_and_names_that_are_no_utf8_are_shown(tmp_path, monkeypatch):
-    resource = pytest.importorskip("resource")
     for i, name in enumerate([b"caf\xe9", b"a"]):
         folder = os.fsencode(tmp_path / "in") + b"/" + name
         os.makedirs(folder)

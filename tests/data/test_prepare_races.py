@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 
 import numpy as np
 import pytest
+from forks import ended, started
 from test_latents import Fake, encode
 from test_prepare import photo, run
 from texts import files
 
 from zoo.data.text.prepare import prepare_text
-from zoo.errors import UserError
-
-
-def started(call):
-    """`call` in a process of its own, and the pipe on which it says how it ended; None: it was killed."""
-    context = multiprocessing.get_context("fork")
-    there, here = context.Pipe(duplex=False)
-
-    def work():
-        try:
-            call()
-            here.send("done")
-        except UserError as error:
-            here.send(str(error))
-
-    process = context.Process(target=work)
-    process.start()
-    here.close()
-    return process, there
-
-
-def ended(process, there):
-    process.join(120)
-    try:
-        return there.recv()
-    except EOFError:
-        return None
 
 
 @pytest.fixture(params=["images", "text", "latents"])

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from forks import die, ended, started
 from mistakes import told
 from PIL import Image
 from texts import files, prose, spec
@@ -19,6 +17,7 @@ from zoo.data.documents import pieces
 from zoo.data.images import Images
 from zoo.data.images.latents import Latents
 from zoo.data.prepare import prepare
+from zoo.data.text import prepare as module
 from zoo.data.text import vocabulary as vocabularies
 from zoo.data.text.prepare import prepare_text
 from zoo.data.text.tokens import Text
@@ -76,28 +75,24 @@ def test_texts_that_name_their_split_are_prepared_as_they_say(tmp_path):
         Text(str(tmp_path / "out")).source("valid", spec())
 
 
-KILL = """
-import os, signal, sys
-from zoo.data import documents
-from zoo.data.text import prepare as module
+def dying(source, dest, kind, notes):
+    """`prepared` that is killed after so many notes."""
+    note, left = module._note, [notes]
 
-documents.PIECE = 200
-note, left = module._note, [int(sys.argv[3])]
-def counted(*args):
-    note(*args)
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-module._note = counted
-module.prepare_text(sys.argv[1], sys.argv[2], sys.argv[4], keep=500, progress=False)
-"""
+    def counted(*args):
+        note(*args)
+        left[0] -= 1
+        if not left[0]:
+            die()
+
+    module._note = counted
+    prepared(source, dest, kind, keep=500)
 
 
 def test_a_killed_run_looks_unfinished_and_ends_with_the_same_bytes(library, tmp_path, hf, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 200)
     killed, whole = tmp_path / "killed", prepared(library, tmp_path / "whole", hf, keep=500)
-    found = subprocess.run([sys.executable, "-c", KILL, str(library), str(killed), "4", str(hf)], check=False)
-    assert found.returncode == -signal.SIGKILL
+    assert ended(*started(lambda: dying(library, killed, hf, 4))) is None
     with told("killed", "`zoo prepare`"):
         Text(str(killed)).source("train", spec())
     with open(killed / "train.tmp", "ab") as file:  # what came after the last mark, and a torn line
@@ -115,8 +110,6 @@ def test_a_killed_run_looks_unfinished_and_ends_with_the_same_bytes(library, tmp
 
 @pytest.mark.parametrize("at", range(3))
 def test_a_run_stopped_while_it_finishes_is_made_whole(library, tmp_path, monkeypatch, at):
-    from zoo.data.text import prepare as module
-
     whole = prepared(library, tmp_path / "whole", keep=500)
     calls = {0: (module, "_copy"), 1: (vocabularies.Vocabulary, "save"), 2: (module.os, "replace")}
     replace = os.replace
@@ -137,8 +130,6 @@ def test_a_run_stopped_while_it_finishes_is_made_whole(library, tmp_path, monkey
 
 
 def test_an_edit_that_keeps_the_size_makes_another_source(book, tmp_path):
-    from zoo.data.text import prepare as module
-
     text, times = book.read_bytes(), book.stat()
     whole = prepared(book, tmp_path / "set")
     with pytest.MonkeyPatch.context() as stopped:

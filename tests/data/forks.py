@@ -1,0 +1,43 @@
+"""What is done in a process of its own, a copy of this one, which may be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+from zoo.errors import UserError
+
+
+def started(call):
+    """`call` in a process of its own, and the pipe on which it says how it ended."""
+    context = multiprocessing.get_context("fork")
+    there, here = context.Pipe(duplex=False)
+
+    def work():
+        try:
+            call()
+            here.send("done")
+        except UserError as error:
+            here.send(str(error))
+
+    process = context.Process(target=work)
+    process.start()
+    here.close()
+    return process, there
+
+
+def ended(process, there):
+    """ "done", the sentence of the user's mistake, or None: it was killed."""
+    process.join(120)
+    hangs = process.is_alive()
+    process.kill()
+    assert not hangs
+    try:
+        return there.recv()
+    except EOFError:
+        return None
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
