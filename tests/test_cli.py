@@ -26,7 +26,6 @@ from zoo.data.synthetic import Synthetic
 from zoo.data.text.vocabulary import text8
 from zoo.draws import KEYS, label_numbers
 from zoo.encoders.text import T5
-from zoo.errors import UserError
 from zoo.papers.energy.mixtures import CORNERS
 from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
