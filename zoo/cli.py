@@ -102,7 +102,7 @@ def _parse(words: list[str], verb: str) -> argparse.Namespace:
     takes_fields = "fields" in vars(args)
     late = [word for word in rest if takes_fields and not word.startswith("-")]
     if unknown := [word for word in rest if word not in late]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{'; a field is name=value' * takes_fields}")
     if late:
         args.fields = [*args.fields, *late]
     return args
