@@ -54,10 +54,8 @@ def test_a_failed_write_changes_nothing_and_leaves_no_scrap(
     rename = os.rename
 
     def full(*args: Any) -> None:
-        if fault == "os.rename" and not str(args[0]).endswith(
-            files.PART
-        ):  # the old folder may be moved, and comes back
-            return rename(*args)
+        if fault == "os.rename" and not str(args[0]).endswith(files.PART):
+            return rename(*args)  # the old folder may be moved, and comes back
         raise OSError(28, "No space left on device")
 
     if fault.startswith("os."):
@@ -86,9 +84,7 @@ with files.filled(out) if folder else files.whole(out / "a") as path:
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_killed_writer_leaves_the_old_whole_and_is_in_nobodys_way(
-    writer: Callable[[Path], Any], tmp_path: Path
-) -> None:
+def test_a_killed_writer_leaves_the_old_whole_and_is_in_nobodys_way(writer: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     files.write(out / "a", "old")
     killed = subprocess.run([sys.executable, "-c", KILLED, str(out), writer.__name__], timeout=60)
@@ -142,9 +138,8 @@ def test_a_folder_has_one_holder_and_a_dead_one_holds_nothing(tmp_path: Path) ->
     for i in range(12):
         Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(photos / f"{i}.png")
     out.mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], **pipes)
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
@@ -185,20 +180,15 @@ def test_digests_are_those_of_what_is_written(tmp_path: Path) -> None:
     assert files.sha256_of_json({"b": [1], "a": 2}) == files.sha256_of_json(json.loads('{"a": 2,  "b": [1]}'))
 
 
-@pytest.mark.parametrize(
-    "said, line", [("", "OSError"), ("\n  why \nand more", "why"), ("x" * 300, f"{'x' * 120} ... {'x' * 120}")]
-)
-def test_the_first_line_of_what_another_library_says(said: str, line: str) -> None:
-    assert files.first_line(OSError(said)) == line
-    with pytest.raises(UserError) as caught, files.writing(Path("a"), "mend it"):
-        raise OSError(said)
-    assert str(caught.value) == f"cannot write a ({line}); mend it"
-    with pytest.raises(UserError) as caught, files.reading("a", "mend it"):
-        raise OSError(said)
-    assert str(caught.value) == f"a cannot be read ({line}); mend it"
-
-
-def test_what_is_no_text_is_told_by_its_byte(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"gr\xfcn")
+def test_what_another_library_says_is_told_by_its_first_line_and_what_is_no_text_by_its_byte() -> None:
+    for said, line in (("", "OSError"), ("\n  why \nand more", "why"), ("x" * 300, f"{'x' * 120} ... {'x' * 120}")):
+        assert files.first_line(OSError(said)) == line
+        for doing, told in (
+            (files.writing(Path("a"), "mend it"), f"cannot write a ({line}); mend it"),
+            (files.reading("a", "mend it"), f"a cannot be read ({line}); mend it"),
+        ):
+            with pytest.raises(UserError) as caught, doing:
+                raise OSError(said)
+            assert str(caught.value) == told
     with pytest.raises(UserError, match=r"a is no UTF-8 text \(byte 2\); save it so"), files.reading("a", "save it so"):
-        (tmp_path / "a").read_text(encoding="utf-8")
+        b"gr\xfcn".decode("utf-8")

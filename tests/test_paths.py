@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -107,7 +108,7 @@ def scratches() -> set[Path]:
 # -------------------------------------------------------------------------------------------------------------- names
 
 
-def test_a_name_means_a_folder_here_or_in_a_bucket(tmp_path: Path) -> None:
+def test_a_name_means_a_folder_here_or_in_a_bucket_and_other_places_are_refused(tmp_path: Path) -> None:
     assert type(paths.parse_path("runs/x")) is type(Path("runs/x"))
     assert paths.parse_path(tmp_path) == tmp_path
     remote = paths.parse_path(f"{HOME}/")
@@ -115,9 +116,6 @@ def test_a_name_means_a_folder_here_or_in_a_bucket(tmp_path: Path) -> None:
     assert str(remote / "a") == f"{HOME}/a"
     assert paths.parse_path(remote) == remote
     assert not paths.in_bucket(paths.parse_path("gs/bucket"))
-
-
-def test_other_places_are_refused() -> None:
     for name, words in (
         ("s3://bucket/run", "workdir=s3://bucket/run: s3:// is no place for a run; give a local folder or gs://"),
         ("gs://bucket/", "names no folder in a bucket; write gs://BUCKET/FOLDER"),
@@ -165,8 +163,12 @@ def test_a_bucket_that_cannot_be_used_is_a_sentence(asked: None, monkeypatch: py
             paths.require_bucket("gs://b1/run", "workdir=")
 
 
-def test_a_bucket_that_never_answers_is_waited_for_in_bounds(asked: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = threading.Event()
+def test_a_bucket_is_asked_once_and_waited_for_in_bounds(asked: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, done = list[str](), threading.Event()
+    monkeypatch.setattr(paths, "_get_bucket", names.append)
+    for name in ("gs://b4/one", "gs://b4/two", "gs://b5/one"):
+        paths.require_bucket(name)
+    assert names == ["b4", "b5"]
     monkeypatch.setattr(paths, "_get_bucket", lambda name: done.wait(30))
     monkeypatch.setattr(paths, "_ANSWER", 0.2)
     with told("has not answered for 0.2 seconds"):
@@ -174,23 +176,13 @@ def test_a_bucket_that_never_answers_is_waited_for_in_bounds(asked: None, monkey
     done.set()
 
 
-def test_without_the_extra_the_sentence_names_it_and_nothing_is_asked(
-    asked: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_the_extra_the_sentence_names_it_and_nothing_is_asked(asked, monkeypatch, capsys) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else name)
     monkeypatch.setattr(paths, "_get_bucket", lambda name: pytest.fail("asked"))
     assert cli.main(["train", "tarflow/digits:smoke", "workdir=gs://b3/run"]) == 2
     said = capsys.readouterr().err
     assert "workdir=gs://b3/run: gs:// folders need the package gcsfs; install it with the `gcs` extra" in said
     assert "parameters" not in said
-
-
-def test_a_bucket_is_asked_once(asked: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: list[str] = []
-    monkeypatch.setattr(paths, "_get_bucket", names.append)
-    for name in ("gs://b4/one", "gs://b4/two", "gs://b5/one"):
-        paths.require_bucket(name)
-    assert names == ["b4", "b5"]
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
@@ -223,13 +215,7 @@ def test_a_report_in_a_bucket_is_whole_at_its_end_and_goes_on_there() -> None:
 
 
 def test_metrics_alone_are_sent_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Clock:
-        now = 0.0
-
-        def monotonic(self) -> float:
-            return self.now
-
-    clock = Clock()
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(paths, "time", clock)
     with Report(HOME, total=9, start=0, batch=1, quiet=True) as report:
         report.push(wait=10)  # the clock of the first upload is set
@@ -240,9 +226,7 @@ def test_metrics_alone_are_sent_every_half_minute(monkeypatch: pytest.MonkeyPatc
         clock.now = 31.0
         report.log(2, {"loss": 3.0})
         for _ in range(100):
-            if there()["metrics.jsonl"].count(b"\n") == 2:
-                break
-            time.sleep(0.05)
+            time.sleep(0.05 * (there()["metrics.jsonl"].count(b"\n") < 2))
         assert there()["metrics.jsonl"].count(b"\n") == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import warnings
 
 from zoo.errors import UserError
 
@@ -22,7 +23,9 @@ def started(call):
             here.send(str(error))
 
     process = context.Process(target=work)
-    process.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the threads of JAX, which is not called there
+        process.start()
     here.close()
     return process, there
 

@@ -275,12 +275,8 @@ def test_folder_with_captions(pairs, tmp_path):
     (pairs / "a" / "0" / "00.txt").write_bytes(b"\xff\xfe")
     report = run(pairs, tmp_path / "again", size=8)
     assert "a/0/00.txt" in dict(report.unreadable)["a/0/00.jpg"]
-
-
-def test_records_of_earlier_versions_have_no_caption(tmp_path):
-    shard = write_shard(tmp_path / "0.array_record", [msgspec.msgpack.encode([b"", i, str(i)]) for i in range(2)])
-    _, read = open_shards(tmp_path, [shard], "train", Record)
-    assert [(read(i).label, read(i).caption) for i in range(2)] == [(0, ""), (1, "")]
+    old = write_shard(tmp_path / "0.array_record", [msgspec.msgpack.encode([b"", 1, "x"])])  # of an earlier version
+    assert open_shards(tmp_path, [old], "train", Record)[1](0) == Record(b"", 1, "x", "")
 
 
 def made(folder, source, test_fraction=0, **kw):
@@ -356,13 +352,8 @@ def test_tar_files_of_splits_and_labels(tmp_path):
     tar(tmp_path / "a.tar", {**more, "1.cls": b"1", "2.cls": b"0  "})
     with told("other files"):
         run(tmp_path / "a.tar", tmp_path / "bad", test_fraction=0)
-
-
-def test_tar_files_that_cannot_be_read(tmp_path):
-    tar(tmp_path / "a.tar", {"0.jpg": 0, "0.txt": b"zero", "1.jpg": jpeg(1) + bytes(30_000), "1.txt": b""})
-    whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "b.tar.gz").touch()
-    (tmp_path / "d.tar").write_bytes(whole[: len(whole) - 25_000])
+    (tmp_path / "d.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1000])
     for name, word in (("b.tar.gz", "unpack"), ("d.tar", "tar file")):
         with told(name, word):
             run(tmp_path / name, tmp_path / "out")

@@ -71,9 +71,8 @@ def test_arrays_by_split_are_cut_into_windows(tmp_path):
     source = plain.source("train")
     assert (len(source), source.labels) == (12, ("0", "1", "2"))
     assert labels(source) == [0, 0, 0, 2, 2, 2, 1, 1, 1, 0, 0, 0]
-    for i in range(12):
-        at = i % 3 * 3
-        np.testing.assert_array_equal(source[i]["series"], train[i // 3, at : at + 4].astype(np.float32))
+    want = [train[i // 3, i % 3 * 3 : i % 3 * 3 + 4].astype(np.float32) for i in range(12)]
+    np.testing.assert_array_equal(stacked(source), want)
     assert source[0]["series"].dtype == np.float32
     with pytest.raises(IndexError):
         source[12]
@@ -176,7 +175,7 @@ def test_bad_arrays_are_named(tmp_path, arrays, text):
         Series(path, length=4, series="series", labels="labels" if "labels" in arrays else "").source("train")
 
 
-def test_missing_labels_say_how_to_do_without(tmp_path):
+def test_missing_labels_say_how_to_do_without_and_splits_have_the_same_channels(tmp_path):
     path = save(tmp_path / "a.npz", train_series=np.zeros((4, 9)))
     with told("'train_labels'", "(set data.labels='' for unlabelled series)"):
         Series(path, length=4).source("train")

@@ -37,6 +37,8 @@ def test_the_rule_of_text8():
     assert normalise(" 007 ") == "zero zero seven"
     assert normalise("...\n\u0130\u212a") == ""  # letters that only Unicode makes small ones of are none
     assert vocabularies.text8().encode("a z").tolist() == [1, 0, 26]
+    raw = vocabularies.raw_bytes()  # bytes that make no character, and those of a terminal
+    assert (raw.decode([104, 105, 0xC3]), raw.encode("\udcc3").tolist()) == ("hi\ufffd", [0xC3])
 
 
 @pytest.mark.parametrize("kind", ["text8", "chars", "bytes", "hf", "spm"])
@@ -71,12 +73,6 @@ def test_a_vocabulary_decodes_what_it_encodes_and_comes_back_from_its_folder(kin
         (tmp_path / "vocabulary.json").write_text(damage)
         with told("vocabulary.json"):
             open_vocabulary(tmp_path)
-
-
-def test_bytes_that_make_no_character_and_those_of_a_terminal():
-    raw = vocabularies.raw_bytes()
-    assert raw.decode([104, 105, 0xC3]) == "hi\ufffd"
-    assert raw.encode("\udcc3").tolist() == [0xC3]
 
 
 def test_the_end_of_a_text_spelled_in_a_text_is_text(hf, tmp_path):
@@ -162,13 +158,12 @@ def test_a_text_is_encoded_once_and_again_when_it_changes(book, monkeypatch):
     assert Text(str(book), "bytes").fingerprint("test") != before
 
 
-@pytest.mark.parametrize("kind", ["chars", "bytes", "hf", "spm"])
-def test_characters_per_token(kind, request, book):
-    data = Text(str(book), str(request.getfixturevalue(kind)) if kind in ("hf", "spm") else kind)
-    sources = [data.source(split, spec()) for split in documents.SPLITS]
-    found = sum(source.characters for source in sources)
-    assert abs(found - len(prose())) <= (0.01 * len(prose()) if kind == "spm" else 0)
-    assert sources[2].characters_per_token == (1 if kind in ("chars", "bytes") else pytest.approx(2.5, abs=1.5))
+def test_characters_per_token(hf, spm, book):
+    for kind in ("chars", "bytes", str(hf), str(spm)):
+        sources = [Text(str(book), kind).source(split, spec()) for split in documents.SPLITS]
+        found = sum(source.characters for source in sources)
+        assert abs(found - len(prose())) <= (0.01 * len(prose()) if kind == str(spm) else 0)
+        assert sources[2].characters_per_token == (1 if kind in ("chars", "bytes") else pytest.approx(2.5, abs=1.5))
 
 
 @pytest.mark.parametrize("suffix", ["", ".txt.gz", ".zip", ".jsonl.gz", ".parquet"])
@@ -214,19 +209,19 @@ def test_parts_end_where_documents_do_unless_these_are_too_long():
     assert cuts(np.array([], np.int64), 0.1, 0.1) == (0, 0)
 
 
-@pytest.mark.parametrize(
-    ("split", "names"),
-    [
-        ("train", ["Train/0.txt", "training.txt", "c4-train.00000-of-00001.txt", "a_train.txt"]),
-        ("valid", ["eval.txt", "dev/0.txt", "c4-validation.00000-of-00001.txt", "Val.txt"]),
-        ("test", ["Testing.txt", "wiki.test.tokens.txt"]),
-    ],
-)
-def test_words_of_splits_in_any_spelling(tmp_path, split, names):
-    for name in (*names, "train/of.txt"):
+def test_words_of_splits_in_any_spelling(tmp_path):
+    spelled = {
+        "train": "Train/0.txt training.txt c4-train.00000-of-00001.txt a_train.txt train/of.txt",
+        "valid": "eval.txt dev/0.txt c4-validation.00000-of-00001.txt Val.txt",
+        "test": "Testing.txt wiki.test.tokens.txt",
+    }
+    for name in " ".join(spelled.values()).split():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
-    assert {*list_texts(tmp_path)[split]} >= {tmp_path / name for name in names}
+    found = list_texts(tmp_path)
+    assert {split: {*found[split]} for split in spelled} == {
+        split: {tmp_path / name for name in names.split()} for split, names in spelled.items()
+    }
 
 
 def test_files_that_name_their_split(tmp_path):
@@ -294,29 +289,24 @@ def test_texts_that_cannot_be_used(tmp_path, name, content, words):
         Text(str(tmp_path / name), test_fraction=0.2).source("test", spec())
 
 
-@pytest.mark.parametrize("kind", ["bytes", "hf", "spm"])
-def test_half_a_character_is_the_replacement_character(kind, request, tmp_path):
-    name = str(request.getfixturevalue(kind)) if kind in ("hf", "spm") else kind
+def test_half_a_character_is_the_replacement_character(hf, spm, tmp_path):
     (tmp_path / "a.jsonl").write_text(r'{"text": "the \ud800cat \ud83d\ude00 sat"}' + "\n")
     (tmp_path / "b.jsonl").write_text('{"text": "the \ufffdcat \U0001f600 sat"}\n')
-    found = [
-        Text(str(tmp_path / f"{part}.jsonl"), name, valid_fraction=0, test_fraction=0).source("train", spec(1)).tokens
-        for part in "ab"
-    ]
-    assert found[0].tolist() == found[1].tolist()
-    if kind in ("hf", "spm"):  # and of a prompt
-        model = vocabularies.named(name)
-        assert model.encode("cat\udcc3").tolist() == model.encode("cat\ufffd").tolist()
+    for name in ("bytes", str(hf), str(spm)):
+        both = [Text(str(tmp_path / f"{part}.jsonl"), name, valid_fraction=0, test_fraction=0) for part in "ab"]
+        first, second = (data.source("train", spec(1)).tokens.tolist() for data in both)
+        assert first == second
+        if name != "bytes":  # and of a prompt
+            model = vocabularies.named(name)
+            assert model.encode("cat\udcc3").tolist() == model.encode("cat\ufffd").tolist()
 
 
-def test_an_error_far_into_a_file_has_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "PIECE", 10)
-    (tmp_path / "a.txt").write_bytes("é".encode() * 20 + b"\xc3(")  # a character across two blocks comes before
-    with told("40", "0xc3"):
-        Text(str(tmp_path / "a.txt"), "bytes").vocabulary()
-
-
-def test_other_mistakes(book, tmp_path):
+def test_other_mistakes(book, tmp_path, monkeypatch):
+    with monkeypatch.context() as short, told("40", "0xc3"):  # an error far into a file has its place
+        short.setattr(documents, "PIECE", 10)
+        (tmp_path / "far").write_bytes("é".encode() * 20 + b"\xc3(")  # a character across two blocks comes before
+        Text(str(tmp_path / "far"), "bytes").vocabulary()
+    (tmp_path / "far").unlink()
     with told("boo.txt", "book.txt"):
         Text(str(tmp_path / "boo.txt")).vocabulary()
     with told("split='dev'", "'valid'"):
