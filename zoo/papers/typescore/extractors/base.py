@@ -141,8 +141,9 @@ class Readings:
             some = {i: opened(i) for i in order[start : start + extractor.batch]}
             good = {i for i in some if keys[i] in self._found and self._found[keys[i]].error is None}
             todo = {i: one for i, one in some.items() if isinstance(one, Image.Image) and i not in good}
-            if todo:
-                extractor.extract([*todo.values()], functools.partial(self._put, [keys[i] for i in todo]))
+            if unread := [keys[i] for i in todo]:
+                read = extractor.extract([*todo.values()], functools.partial(self._put, unread))
+                self._found |= dict(zip(unread, read, strict=True))
             for i, one in some.items():
                 yield i, one, one if isinstance(one, Extraction) else self._found[keys[i]]
 
