@@ -241,8 +241,8 @@ class Repairs(Fake):
 def test_an_extractor_that_repairs_is_told_from_one_that_reads(tmp_path: Path) -> None:
     few = Calibrate(Oracle(), TEXTS[2:4], levels=(0.0, 0.2, 0.5), size=128, out=str(tmp_path / "oracle"))
 
-    def of(extractor: Any) -> dict[str, Any]:
-        return dataclasses.replace(few, extractor=extractor, out=str(tmp_path / f"o{id(extractor)}")).run()
+    def of(name: str, extractor: Any) -> dict[str, Any]:
+        return dataclasses.replace(few, extractor=extractor, out=str(tmp_path / name)).run()
 
     found = few.run()
     assert (found["verdict"], found["largest_difference"], len(found["levels"])) == ("faithful", 0, 6)
@@ -250,12 +250,12 @@ def test_an_extractor_that_repairs_is_told_from_one_that_reads(tmp_path: Path) -
     assert clean[0] == 100 > clean[1] > clean[2]
     assert found["spearman"]["styled"] < -0.9
     assert len(json.loads((tmp_path / "oracle" / "calibration.json").read_text())["pictures"]) == 12
-    mends = of(Repairs(texts=few.texts))
+    mends = of("mends", Repairs(texts=few.texts))
     assert (mends["verdict"], mends["largest_difference"] > 20) == ("repairs", True)
-    part = of(Fake(fails=("bread",)))
+    part = of("part", Fake(fails=("bread",)))
     assert (part["failed"], part["verdict"]) == (2, "faithful")
     with told("none of 12", "no answer"):
-        of(Fake(fails=("",)))
+        of("none", Fake(fails=("",)))
     with told("calibration", "levels.1: 0.2 -> 0.25", "out=FOLDER"):
         dataclasses.replace(few, levels=(0.0, 0.25, 0.5)).run()
 
