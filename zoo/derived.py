@@ -19,7 +19,7 @@ from zoo.data.pipeline import Data
 from zoo.data.text.tokens import TokenSource, check_split, narrowest
 from zoo.data.text.vocabulary import Vocabulary
 from zoo.errors import UserError
-from zoo.fields import Below1, Count, NotEmpty, Seed, Whole, check_fields
+from zoo.fields import Below1, Count, NotEmpty, Seed, Whole
 from zoo.files import sha256, sha256_of_json
 from zoo.models import Model
 from zoo.rewards import Reward
@@ -60,9 +60,6 @@ class Sampled(Data):
     seed: Seed = 0
     options: Options = field(default_factory=dict)  # of the run's sampler
     test_fraction: Below1 = 0.05
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     @property
     def place(self) -> str:

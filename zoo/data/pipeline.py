@@ -32,6 +32,7 @@ import numpy as np
 
 from zoo.data.folders import some, tell
 from zoo.errors import UserError
+from zoo.fields import check_fields
 
 _log = logging.getLogger("zoo")
 
@@ -74,6 +75,9 @@ class Data(ABC):
     """Base of data descriptions: frozen dataclasses of plain values that know how to open their source."""
 
     made_up: ClassVar[bool] = False  # True: nothing can be learned from it, so that a run needs no real weights either
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
 
     @property
     def place(self) -> str:

@@ -34,7 +34,7 @@ from zoo.data.images import LEVELS, LOOKED_AT, BadImage, check_split, open_image
 from zoo.data.pipeline import Data, Example, Source
 from zoo.data.scenes import ClipSource, Frames
 from zoo.errors import UserError
-from zoo.fields import Below1, Count, NotEmpty, Side, check_fields
+from zoo.fields import Below1, Count, NotEmpty, Side
 from zoo.files import digests, first_line, reading, sha256_of_json
 
 _log = logging.getLogger("zoo")
@@ -69,9 +69,6 @@ class Posed(Data):
     frames: Frames = 8
     stride: Count = 1
     test_fraction: Below1 = 0.1
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     def source(self, split: str, spec: SpecOf | None = None) -> _PosedSource:
         """The clips of a split, in the order of scenes and frames; images are read when they are asked for."""
@@ -385,9 +382,6 @@ class PointMaps(Data):
 
     path: NotEmpty
     test_fraction: Below1 = 0.1
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     def source(self, split: str, spec: SpecOf | None = None) -> ClipSource:
         """The clips of a split, normalised at once and kept in memory."""

@@ -23,7 +23,7 @@ from msgspec import Meta
 from zoo.cameras import look_at, normalisation, rays, to_world
 from zoo.data.images import LEVELS, SPLITS, check_split
 from zoo.data.pipeline import Data, Source
-from zoo.fields import Count, Seed, check_fields
+from zoo.fields import Count, Seed
 
 Frames: TypeAlias = Annotated[int, Meta(ge=1, le=2**10)]
 _ROOM = (2.0, 1.2, 2.0)  # half sides; y points up here, the world of a room is nobody's camera
@@ -47,9 +47,6 @@ class Scenes(Data):
     train: Count = 3_000
     test: Count = 256
     seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     def source(self, split: str, spec: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> ClipSource:
         """The clips of a split, made at once and kept in memory."""

@@ -26,7 +26,7 @@ from zoo.data.folders import SPLITS, Files, divide, existing, find_files, hashed
 from zoo.data.images import check_split
 from zoo.data.pipeline import Data, Source
 from zoo.errors import UserError
-from zoo.fields import Below1, Count, NotEmpty, Seed, Size, check_fields
+from zoo.fields import Below1, Count, NotEmpty, Seed, Size
 from zoo.files import check_head, digests, reading, sha256_of_json
 
 RATES = (4, 9, 14, 19)  # what a chirp's frequency gains in the window, its class
@@ -52,9 +52,6 @@ class Chirps(Data):
     test: Count = 2_000
     length: Annotated[int, Meta(ge=2, le=2**18)] = 256
     seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     def source(self, split: str, spec: SpecOf | None = None) -> ChirpSource:
         """The examples of a split, made at once and kept in memory (10,000 take a quarter of a second)."""
@@ -127,9 +124,6 @@ class Series(Data):
     # each channel by its mean and deviation in the training split; a constant one is only centred
     standardise: bool = True
     test_fraction: Below1 = 0.1
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     def source(self, split: str, spec: SpecOf | None = None) -> WindowSource:
         """The windows of a split, in the order of the recordings and of time."""

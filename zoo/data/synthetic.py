@@ -11,7 +11,7 @@ import numpy as np
 
 from zoo.data.pipeline import Data, Source
 from zoo.errors import UserError
-from zoo.fields import Count, Seed, check_fields
+from zoo.fields import Count, Seed
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,6 @@ class Synthetic(Data):
     seed: Seed = 0
 
     made_up = True  # nothing can be learned from it, so a run needs no real weights either
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     def source(self, split: str, spec: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> _Noise:
         """The examples of a split, each a pure function of (seed, split, index, key)."""

@@ -28,7 +28,7 @@ from zoo.data.folders import SPLITS, TESTS, divide, existing, hashed, list_folde
 from zoo.data.pipeline import Data, Source
 from zoo.data.records import Info, Record, is_prepared, open_shards, read_info
 from zoo.errors import UserError
-from zoo.fields import Below1, NotEmpty, Side, check_fields
+from zoo.fields import Below1, NotEmpty, Side
 from zoo.files import digests, first_line, reading, sha256_of_json
 
 LEVELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
@@ -58,9 +58,6 @@ class Digits(Data):
 
     only: tuple[Annotated[int, Meta(ge=0, le=9)], ...] = ()  # digits that there are; (): all
     size: Side = 8  # to which they are enlarged (bicubic)
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     def __repr__(self) -> str:
         said = [f"only={self.only}"] * bool(self.only) + [f"size={self.size}"] * (self.size != 8)
@@ -116,9 +113,6 @@ class Arrays(Data):
     flip: bool = False  # mirror half of the training images
     classes: tuple[str, ...] = ()  # label names; (): "0", "1", ...
     test_fraction: Below1 = 0.1
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     def fingerprint(self, split: str) -> str:
         """What the images of a split are: the bytes of the file, and which of its arrays."""
@@ -183,9 +177,6 @@ class Images(Data):
     convert: bool = False  # grey files to colour or colour files to grey; False: such a file is an error
     test_fraction: Below1 = 0.1
     data_dir: str | None = None  # where TFDS keeps its sets; None: its default
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     def source(self, split: str, spec: SpecOf | None = None) -> ImageSource:
         """The examples of a split; images are decoded when they are read."""

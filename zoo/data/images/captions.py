@@ -13,7 +13,6 @@ import numpy as np
 from zoo.data.pipeline import Around, Data, Example, Source
 from zoo.data.text.vocabulary import WORDS, Vocabulary, normalise, text8
 from zoo.errors import UserError, suggest
-from zoo.fields import check_fields
 
 ASPECTS = ("21:9", "16:9", "3:2", "5:4", "1:1", "4:5", "2:3", "9:16", "9:21")  # width : height
 
@@ -143,7 +142,7 @@ class Captioned(Data):
     template: str = "a {}"  # {}: the word
 
     def __post_init__(self) -> None:
-        check_fields(self, "data.")
+        super().__post_init__()
         if self.template.count("{}") != 1 or set("{}") & set(self.template.replace("{}", "")):
             raise UserError(
                 f"data.template={self.template!r} has no one place for the word; write it as {{}}, e.g. 'a {{}}'"

@@ -33,7 +33,7 @@ from zoo.data.images.sources import Items, Source, open_source
 from zoo.data.prepare import Report, picture, places
 from zoo.data.records import AGAIN, Lost, Settings, Shard, entering, open_shards, read_info, writing
 from zoo.errors import UserError, suggest
-from zoo.fields import NotEmpty, check_fields
+from zoo.fields import NotEmpty
 
 SQUARE = "1:1"
 _BOUNDS = 0.3, 3.0  # of the root mean square of scaled latents, which should be about 1
@@ -117,9 +117,6 @@ class Latents(pipeline.Data):
 
     path: NotEmpty
     aspect: str | None = None  # such as "16:9"; None: square, or the only one there is; "mixed": all
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     def source(self, split: str, spec: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> LatentSource:
         """The examples of a split; with aspect="mixed" in groups, of which evaluation sees the first (square) alone."""

@@ -23,7 +23,7 @@ from zoo.data.text import vocabulary as vocabularies
 from zoo.data.text.tokens import check_split
 from zoo.data.text.vocabulary import Vocabulary
 from zoo.errors import UserError
-from zoo.fields import Below1, NotEmpty, Positive, Seed, check_fields
+from zoo.fields import Below1, NotEmpty, Positive, Seed
 from zoo.files import sha256
 from zoo.rewards import Reward, rewarded
 
@@ -63,7 +63,7 @@ class Pairs(Data):
     test_fraction: Below1 = 0.05
 
     def __post_init__(self) -> None:
-        check_fields(self, "data.")
+        super().__post_init__()
         check_fractions(self.valid_fraction, self.test_fraction)
 
     def source(self, split: str, spec: SpecOf | None = None) -> _Pairs:
@@ -206,9 +206,6 @@ class Rewarded(_Scored):
     data: Data
     reward: Reward
 
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
-
     def source(self, split: str, spec: SpecOf | None = None) -> _Beside:
         """The texts of a split. UserError where the reward of one is no finite number, or the same for all."""
         _check_spec(self, spec, "reward")
@@ -236,9 +233,6 @@ class Compared(_Scored):
     reward: Reward
     scale: Positive = 1.0  # of the labeller: the larger, the less the reward decides
     seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data.")
 
     def fingerprint(self, split: str) -> str | None:
         """That of the texts, how they were scored and paired."""

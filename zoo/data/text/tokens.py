@@ -29,7 +29,7 @@ from zoo.data.records import AGAIN, is_prepared, read_info
 from zoo.data.text import vocabulary as vocabularies
 from zoo.data.text.vocabulary import Vocabulary, normalise
 from zoo.errors import UserError
-from zoo.fields import Below1, NotEmpty, check_fields
+from zoo.fields import Below1, NotEmpty
 from zoo.files import sha256
 
 SpecOf = Mapping[str, jax.ShapeDtypeStruct]
@@ -87,7 +87,7 @@ class Text(Data):
     test_fraction: Below1 = 0.05
 
     def __post_init__(self) -> None:
-        check_fields(self, "data.")
+        super().__post_init__()
         check_fractions(self.valid_fraction, self.test_fraction)
 
     def source(self, split: str, spec: SpecOf | None = None) -> TokenSource:
