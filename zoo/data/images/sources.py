@@ -8,7 +8,6 @@ caption, `a/7.cls` in a tar file, or an integer column `label` of a parquet file
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,8 +24,6 @@ from zoo.data.images.tables import class_names_of, columns_of, groups, numbers
 from zoo.data.records import Info, Record, format_of, open_shards, read_info
 from zoo.errors import UserError
 from zoo.files import UTF16, sha256, text_of, tidied
-
-_log = logging.getLogger("zoo")
 
 
 def _nothing(i: int) -> str:
@@ -174,6 +171,11 @@ def _split(
         parts = divide(len(train), test_fraction, None if labels is None else np.asarray(labels)[train], names)
         return {split: [train[i] for i in part] for split, part in parts.items()}
     return {"train": train, "test": [i for i, word in enumerate(words) if word == test]}
+
+
+def _digest(root: Path, names: Sequence[str], *about: str) -> str:
+    """Of a file, or of those of these names in a folder."""
+    return hashed(root, names, *about) if root.is_dir() else hashed(root.parent, [root.name], *about)
 
 
 def _bytes(path: Path) -> bytes:
@@ -324,7 +326,7 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
     captioned, labelled = bool((pairs["caption"][:, 0] != _NONE).any()), bool((pairs["label"] != _UNLABELLED).any())
     highest = int(pairs["label"].max(initial=-1))
     if highest >= _MOST_CLASSES:
-        _log.warning("%s: labels go up to %d, which are no classes; they are left out", root, highest)
+        tell(f"{root}: labels go up to {highest}, which are no classes; they are left out")
         labelled = False
     words = [word_in(name) for name in names]
     classes = tuple(map(str, range(highest + 1))) if labelled else ()
@@ -364,14 +366,11 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
                 return _text(data, where)
             try:
                 said = json.loads(data)["caption"]
-            except (ValueError, KeyError, TypeError):
-                said = None
-            if not isinstance(said, str):
-                raise BadImage('has no caption: its .json file has no "caption"', "add it, or a .txt file")
-            try:
                 said.encode()
             except UnicodeEncodeError:  # JSON may hold half of a character
                 raise BadImage(f"has a caption that is no text ({shown(where)})", "write it again as UTF-8") from None
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise BadImage('has no caption: its .json file has no "caption"', "add it, or a .txt file") from None
             return tidied(said).strip()
 
         def label(n: int) -> int:
@@ -386,8 +385,7 @@ def _tar(root: Path, names: list[str], test_fraction: float) -> Source:
 
         return Items(len(part), lambda n: content(part[n], "image", "is"), label, name, caption)
 
-    digest = hashed(root, names) if root.is_dir() else hashed(root.parent, [root.name])
-    return Source({split: items(parts[split]) for split in SPLITS}, classes, digest, captioned)
+    return Source({split: items(parts[split]) for split in SPLITS}, classes, _digest(root, names), captioned)
 
 
 # Parquet files
@@ -428,20 +426,16 @@ def _parquet(
     labels = np.concatenate(numbered)
     highest = int(labels.max(initial=-1))
     if highest >= _MOST_CLASSES:
-        _log.warning(
-            "%s: the column %r goes up to %d, which are no classes; labels are left out", root, column, highest
-        )
+        tell(f"{root}: the column {column!r} goes up to {highest}, which are no classes; labels are left out")
+    blind = []  # test splits that were published without their labels
     if not 0 <= highest < _MOST_CLASSES:
         column, classes = None, ()
-    elif len(classes) <= highest:
-        classes = tuple(map(str, range(highest + 1)))
-    blind = []  # test splits that were published without their labels
-    if column is not None:
+    else:
+        classes = tuple(map(str, range(highest + 1))) if len(classes) <= highest else classes
         none = [word for word, found in zip(words, numbered[1:]) if (found < 0).all()]
         blind = [test for test in TESTS if test in words and none.count(test) == words.count(test)]
-    members = [words[file] for file, _, rows in spans for _ in range(rows)]
-    if column is not None:
         tell_classes(root, labels, classes)
+    members = [words[file] for file, _, rows in spans for _ in range(rows)]
     parts = _split(root, members, test_fraction, blind, labels if column is not None else None, classes)
 
     def cell(row: int, column: str) -> Any:
@@ -481,8 +475,7 @@ def _parquet(
 
         return Items(len(part), read, label, name, caption)
 
-    chosen = repr([image, text, column])
-    digest = hashed(root, names, chosen) if root.is_dir() else hashed(root.parent, [root.name], chosen)
+    digest = _digest(root, names, repr([image, text, column]))
     return Source({split: items(parts[split]) for split in SPLITS}, classes, digest, text is not None)
 
 
