@@ -23,7 +23,9 @@ import processes
 import pytest
 from mistakes import told
 
-from zoo import hosts
+from zoo import cli, hosts
+
+pytestmark = pytest.mark.devices8
 
 CONFIG = '''
 """A small flow on real digits that come slowly, split over two axes of a mesh."""
@@ -197,7 +199,12 @@ class Runs(processes.Runs):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     made = Runs(tmp_path_factory.mktemp("hosts"))
     (made.root / "config.py").write_text(CONFIG)
-    made.finish("one", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made.root)
+        devices = jax.devices()[:DEVICES]
+        for name in ("devices", "local_devices"):
+            patch.setattr(jax, name, lambda *_: devices)
+        assert cli.main(["train", "config.py", "workdir=runs/one", "--quiet"]) == 0
     yield made
     for process in made.children:
         process.kill()
