@@ -210,8 +210,7 @@ def test_devices_that_count_their_memory_are_believed(monkeypatch: pytest.Monkey
 
 
 def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = replace(TASK, image=8)
-    name, twin = str(exported(tmp_path / "model", flow, noise(flow, 0.2), kind="ema")), Path(peer(tmp_path))
+    name, twin = str(exported(tmp_path / "model", TASK, noise(TASK, 0.2), kind="ema")), Path(peer(tmp_path))
     twin.write_text(
         twin.read_text().replace("def inverse", "def slow_inverse")
     )  # that of the peer is not compared here
@@ -220,7 +219,7 @@ def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "load_peer", lambda *given: (twins.append(load(*given)), twins[-1])[1])
     short = "modules=1 sweeps=1 unconverged=keep"
     figures = bench(
-        replace(FLOW, task=replace(flow, scan=False)),  # its layers lie otherwise than those of the model
+        replace(FLOW, task=replace(TASK, scan=False)),  # its layers lie otherwise than those of the model
         peer=str(twin),
         what="sample",
         samples=1,
@@ -248,7 +247,7 @@ def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypat
     assert figures[f"sample 1 error, {short}"] > 1e-4  # these weights need more than a sweep
     assert figures[f"sample 1 unconverged, {short}"] == 2
     assert figures[f"sample 1 sweeps, {short}"] == [1, 1]
-    assert all(1 < n <= 15 for n in figures["sample 1 sweeps, jacobi"])
+    assert all(1 < n <= 3 for n in figures["sample 1 sweeps, jacobi"])
     swept = figures["sample 1 sweeps, modules=0,2 tol=1e-6"]
     assert swept[0] == 0
     assert swept[1] > 1
@@ -314,8 +313,8 @@ def test_the_first_options_hold_for_the_other_config_as_far_as_it_has_them(monke
 
 
 def test_fresh_weights_of_a_flow_say_nothing_of_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_sampler, "make_sampler", lambda task, n, options: lambda *_: jnp.ones(n))
-    figures = bench(FLOW, what="sample", samples=1, rounds=1)
+    monkeypatch.setattr(module, "has_methods", lambda task: True)
+    figures = bench(RUN, what="sample", samples=1, rounds=1)
     assert "--model" in figures["sampler weights"]
     assert [k for k in figures if k.endswith(" ms, ours")] == ["sample 1 ms, ours"]
 
