@@ -104,8 +104,7 @@ def run(args: argparse.Namespace) -> int:
             "zoo bench measures one process, but the environment names several (JAX_NUM_PROCESSES, Slurm or a TPU pod); run "
             "it on one host, outside of the others"
         )
-    run = config.load(args.config, args.fields)
-    run = as_run(run, args.config)
+    run = as_run(config.load(args.config, args.fields), args.config)
     against = None if args.against is None else as_run(config.load(args.against), args.against)
     check_json(args.json)
     if not re.fullmatch(r"-?[0-9]+(,-?[0-9]+)*", args.samples):
