@@ -133,7 +133,7 @@ def test_without_the_package_the_sentence_names_the_extra_before_anything_is_mad
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert cli.main(["train", SMOKE, f"workdir={tmp_path}/run", "--wandb", "digits"]) == 2
-    assert "install it with the `wandb` extra" in capsys.readouterr().err
+    assert "pip install -e '.[wandb]'" in capsys.readouterr().err
     assert cli.main(["train", SMOKE, f"workdir={tmp_path}/run", "--wandb", ""]) == 2
     assert "needs the name of a project" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -22,6 +22,7 @@ from zoo import files
 from zoo.errors import UserError
 
 _log = logging.getLogger("zoo")
+_CONNECT = 30  # seconds for the service to answer at the start
 _FINISH = 60.0  # seconds for the last records to be sent
 
 
@@ -50,8 +51,8 @@ class Tracker:
         entity, _, project = project.rpartition("/")
         about = {"entity": entity or None, "project": project, "name": name, "config": dict(config), "dir": folder}
         with self._passing():
-            quiet = self._wandb.Settings(console="off", silent=True)  # the report has the bar
-            self._run = self._wandb.init(**about, id=own, resume="allow", settings=quiet)
+            how = self._wandb.Settings(console="off", silent=True, init_timeout=_CONNECT)  # the report has the bar
+            self._run = self._wandb.init(**about, id=own, resume="allow", settings=how)
             self._run.define_metric("*", step_metric="step")
             self.url = self._run.url
 
