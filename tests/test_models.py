@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from fresh import exported, fresh
+from fresh import exported, noise
 from PIL import Image
 
 import zoo
@@ -28,6 +28,7 @@ from zoo.train.pictures import grid
 from zoo.train.step import State, abstract_state
 
 TASK = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=2)
+ONE = replace(TASK, blocks=1)
 RUN = Run(TASK, Synthetic(), steps=9, batch=8, ema=0.9)
 
 
@@ -130,12 +131,9 @@ class Denoiser(Square):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export whose samples are finite."""
+    """An export of weights whose every number matters."""
     folder = tmp_path_factory.mktemp("models") / "small"
-    start = jax.device_get(fresh(TASK))
-    noise = jax.device_get(state_of(RUN, 1).params)
-    params = jax.tree.map(lambda x, n: x + np.float32(0.1) * n, start, noise) | {"prior": start["prior"]}
-    return exported(folder, TASK, params, Synthetic(), ("cat", "dog"))
+    return exported(folder, ONE, noise(ONE, 0.2), Synthetic(), ("cat", "dog"))
 
 
 def test_a_model_draws_what_the_command_draws_and_compiles_once_a_shape(small: Path, tmp_path: Path):
@@ -161,9 +159,9 @@ def test_a_model_gives_what_its_task_gives(small: Path):
         "image": np.random.default_rng(0).normal(size=(3, 4, 4, 1)).astype(np.float32),
         "label": np.array([0, 1, 1]),
     }
-    label, noise = {"label": batch["label"]}, keys(3, np.arange(3), use=Use.LIKELIHOOD)
+    label, drawn = {"label": batch["label"]}, keys(3, np.arange(3), use=Use.LIKELIHOOD)
     nll, features, denoised = jax.jit(
-        lambda p: (TASK.nll(p, batch, noise), TASK.features(p, batch), TASK.denoise(p, batch["image"], 0.05, label))
+        lambda p: (ONE.nll(p, batch, drawn), ONE.features(p, batch), ONE.denoise(p, batch["image"], 0.05, label))
     )(model.params)
     np.testing.assert_allclose(model.nll(batch, seed=3), nll, rtol=1e-5)
     np.testing.assert_allclose(model.features(batch), features, rtol=1e-4, atol=1e-5)
@@ -176,7 +174,7 @@ def test_a_model_gives_what_its_task_gives(small: Path):
 def test_a_model_is_told_in_five_lines(small: Path):
     assert repr(zoo.load(str(small))).splitlines() == [
         "TarFlow, of TarFlow: Normalizing Flows are Capable Generative Models (arXiv:2412.06329)",
-        f"size: {sum(x.size for x in jax.tree.leaves(weights.abstract(TASK))):,} parameters; images as image [4, 4, 1], label []",
+        f"size: {sum(x.size for x in jax.tree.leaves(weights.abstract(ONE))):,} parameters; images as image [4, 4, 1], label []",
         "can: sample, nll, denoise, chain, features, after_step, import_names, import_state",
         "weights: of the last step, step 5",
         f"from: {small}",
@@ -186,7 +184,7 @@ def test_a_model_is_told_in_five_lines(small: Path):
 def test_mistakes_are_told_before_anything_is_computed(small: Path):
     model = zoo.load(str(small))
     bare = models.Model(Denoiser(), {}, "raw", None, None, (), small)
-    square, uniform = replace(bare, task=Square()), replace(model, task=replace(TASK, noise_type="uniform"))
+    square, uniform = replace(bare, task=Square()), replace(model, task=replace(ONE, noise_type="uniform"))
     image = np.zeros((2, 4, 4, 1), np.float32)
     wrong = {
         r"Model.denoise needs 'denoise', which Square has not; it can: train alone": lambda: square.denoise(image, 1.0),
