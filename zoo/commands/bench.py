@@ -201,7 +201,7 @@ def bench(
     if options and methods:
         raise UserError("--with and --method both say how samples are drawn; write --with 'method.modules=4' instead")
     sides = asked(run.task, options, allow) if options else inverses(run.task, opened, methods)
-    theirs, lacking = ({}, "") if against is None or not options else _alike(against.task, options[0], allow)
+    shared, lacking = ({}, "") if against is None or not options else _alike(against.task, options[0], allow)
     mesh = run.mesh.build()
     twin = load_peer(peer, run.task) if peer else None
     figures = {**(about or {}), **environment(run, mesh), "rounds": rounds}
@@ -248,7 +248,7 @@ def bench(
                 if lacking:
                     figures["sampler options, against"] = lacking
                 for n in sorted({1, *sizes}):  # one alone: how long a user waits
-                    other = None if rival is None else rival.draws(n, theirs)
+                    other = None if rival is None else rival.draws(n, shared)
                     figures |= time_sampler(run, params, twin, n, rounds, sides, other)
             if "energy" in parts:
                 for n in sizes:
