@@ -7,6 +7,7 @@ import inspect
 import json
 import pkgutil
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ OWN = (
 )  # what the trainer asks for; the others train as the toy without any does
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_device() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        one = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: one)  # compiles fastest
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images, and a run of the toy without abilities that was stopped and went on."""
@@ -66,8 +75,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "data.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     (folder / "config.py").write_text(CONFIG.format(name=""))
     with pytest.MonkeyPatch.context() as patch:
-        one = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *_: one)
         patch.chdir(folder)
         for steps in (2, 4):
             assert cli.main(["train", "config.py", "--quiet", f"steps={steps}"]) == 0
@@ -78,8 +85,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(trained / "data.npz", tmp_path)
     monkeypatch.chdir(tmp_path)
-    one = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: one)  # compiles fastest
     return tmp_path
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,16 +148,15 @@ RUN = Run(
 )
 
 
-built, compiled = functools.cache(loop.optim.build), functools.cache(loop.compile_step)
-
-
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _one_device() -> Iterator[None]:
     """These are tests of the loop: one device compiles fastest, and runs of equal tasks share a step."""
-    one = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: one)
-    monkeypatch.setattr(loop.optim, "build", built)
-    monkeypatch.setattr(loop, "compile_step", compiled)
+    with pytest.MonkeyPatch.context() as patch:
+        one = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: one)
+        patch.setattr(loop.optim, "build", functools.cache(loop.optim.build))
+        patch.setattr(loop, "compile_step", functools.cache(loop.compile_step))
+        yield
 
 
 def go(folder: Path | None, **fields: Any) -> State:
@@ -185,11 +185,7 @@ Export = tuple[Path, Params]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A run of six steps with everything on, and its state."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        one = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *_: one)
-        state = go(folder, evals=(Held(every=3),))
-    return folder, plain(state)
+    return folder, plain(go(folder, evals=(Held(every=3),)))
 
 
 def test_a_run_leaves_what_it_promises(finished: Finished) -> None:

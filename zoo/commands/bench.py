@@ -81,6 +81,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--method",
         action="append",
         default=[],
+        dest="methods",
         metavar="FIELDS",
         help="one more way beside sequential, jacobi and gs_jacobi, e.g. 'modules=0,1,1,8 tol=1e-3'; may be repeated",
     )
@@ -113,22 +114,11 @@ def run(args: argparse.Namespace) -> int:
     dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
     names = ("what", "samples", "rounds", "peer", "against", "model")
     flags = [f"--{k} {getattr(args, k)}" for k in names if getattr(args, k) is not None]
-    flags += [f"--method {shlex.quote(text)}" for text in args.method]
+    flags += [f"--method {shlex.quote(text)}" for text in args.methods]
     flags += [f"--with {shlex.quote(text)}" for text in args.options]
     about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
-    figures = bench(
-        run,
-        peer=args.peer,
-        against=against,
-        what=args.what,
-        samples=samples,
-        rounds=args.rounds,
-        model=args.model,
-        methods=args.method,
-        options=args.options,
-        allow=args.allow,
-        about=about,
-    )
+    same = {name: getattr(args, name) for name in ("peer", "what", "rounds", "model", "methods", "options", "allow")}
+    figures = bench(run, against=against, samples=samples, about=about, **same)
     print(lines(figures))
     write_json(args.json, figures)
     return 0
@@ -340,15 +330,10 @@ class _Stepper:
         self.program, self.state, self.placed = program, state, placed
         self.median: float | None = None  # seconds
 
-    def __call__(self, count: int) -> None:
+    def __call__(self, count: int, feed: Iterator[Any] | None = None) -> None:
+        """So many steps on that batch, or on what the pipeline gives, as while training."""
         for _ in range(count):
-            self.state, _ = self.program(self.state, self.placed)
-        jax.block_until_ready(self.state)
-
-    def fed(self, feed: Iterator[Any], count: int) -> None:
-        """`count` steps on what the pipeline gives, as while training."""
-        for _ in range(count):
-            self.state, _ = self.program(self.state, next(feed))
+            self.state, _ = self.program(self.state, self.placed if feed is None else next(feed))
         jax.block_until_ready(self.state)
 
 
@@ -529,9 +514,9 @@ def time_data(run: Run, mesh: jax.sharding.Mesh, rounds: int, step: _Stepper | N
         unit = unit_of(run.task)
         figures[f"data, devices / train {unit}/s"] = figures[f"data {unit}/s, devices"] / alone
         with contextlib.closing(run.batches(0, sharding)) as feed:
-            step.fed(feed, _AHEAD)
+            step(_AHEAD, feed)
             count = max(1, round(clocks.ROUND / step.median))
-            found = [seconds_of(lambda n: step.fed(feed, n), count) for _ in range(rounds)]
+            found = [seconds_of(lambda n: step(n, feed), count) for _ in range(rounds)]
         compare(figures, "train", {"fed by the data": found}, run.batch, unit_of(run.task))
         figures["train, fed by the data / ours"] = statistics.median(found) / step.median
     return figures

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from zoo import paths, weights
+from zoo import weights
 from zoo.data.text.tokens import check_vocabulary
 from zoo.errors import UserError
 from zoo.run import Run
@@ -19,15 +19,13 @@ _log = logging.getLogger("zoo")
 
 
 def check_command(run: Run, wandb: str | None) -> None:
-    """UserError for what needs no data to be refused: nothing to train, no project to send to, no bucket."""
+    """UserError for what needs no data to be refused: nothing to train, no project to send to."""
     if not weights.abstract(run.task).keys() - {*run.task.about.held}:
         raise UserError(f"{type(run.task).__name__} has nothing to train, all is held; draw with `zoo sample CONFIG`")
     if wandb is not None:
         if run.workdir is None or not wandb.rpartition("/")[2]:
             raise UserError(f"--wandb {wandb} needs the name of a project, and a run folder (workdir=FOLDER)")
         tracking.library()
-    if run.workdir is not None:
-        paths.require_bucket(run.workdir, "workdir=")
 
 
 def check_data(run: Run, labels: Sequence[str]) -> None:

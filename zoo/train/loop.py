@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from zoo import config, dist, hosts
+from zoo import config, dist, hosts, paths
 from zoo.errors import Retryable, UserError
 from zoo.run import Run
 from zoo.train import checks, optim
@@ -95,6 +95,8 @@ def train(
     with hosts.guarded(), ExitStack() as held:
         profiler = Profile(profile, run)
         checks.check_command(run, wandb)
+        if run.workdir is not None:
+            paths.require_bucket(run.workdir, "workdir=")
         mesh = run.mesh.build()
         held.enter_context(dist.use(mesh, run.rules))
         asked = Stop()
