@@ -80,11 +80,18 @@ def test_an_abstract_mesh_in_use_places_and_traces_and_does_not_run():
     assert dist.spec((64,), "batch") is None
 
 
-def test_the_state_of_a_mesh_that_is_not_here_lies_as_on_one_that_is():
-    task = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=4)
-    here, there = (
-        abstract_state(task, optim.AdamW().build(4), mesh, ema=0.9) for mesh in (MESH.build(), MESH.abstract(8))
+@pytest.fixture(scope="module")
+def states() -> list[Any]:
+    """The abstract state of a flow on a mesh that is here, and on one like it that is not."""
+    task, optimizer = (
+        TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=4),
+        optim.AdamW().build(4),
     )
+    return [abstract_state(task, optimizer, mesh, ema=0.9) for mesh in (MESH.build(), MESH.abstract(8))]
+
+
+def test_the_state_of_a_mesh_that_is_not_here_lies_as_on_one_that_is(states: list[Any]):
+    here, there = states
     for name, leaf in weights.flatten(here.params).items():
         other = weights.flatten(there.params)[name]
         assert other.sharding.spec == leaf.sharding.spec, name
@@ -119,9 +126,8 @@ def test_rules_become_shardings():
     assert dist.shardings(tree, mesh)["up"].spec == P("fsdp", "tensor")  # and end with their block
 
 
-def test_the_whole_state_follows_its_parameters():
-    task = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=4)
-    state = abstract_state(task, optim.AdamW().build(4), MESH.build(), ema=0.9)
+def test_the_whole_state_follows_its_parameters(states: list[Any]):
+    state, _ = states
     params, average = (weights.flatten(tree) for tree in (state.params, state.ema))
     specs = {name: leaf.sharding.spec for name, leaf in params.items()}
     assert specs["block0/trunk/block/mlp/up/kernel"] == P(None, "fsdp", "tensor")  # layers, embed, mlp

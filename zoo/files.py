@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -288,5 +289,5 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 def first_line(error: BaseException) -> str:
     """The first line of what an error of another library says, cut in the middle where it is long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[0] if lines else type(error).__name__
+    line = re.split(r" \[\w+='", lines[0])[0] if lines else type(error).__name__  # TensorStore appends its settings
     return line if len(line) <= 250 else f"{line[:120]} ... {line[-120:]}"

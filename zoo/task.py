@@ -95,9 +95,7 @@ class About:
     unit: str = "images"  # what its examples are called
     classes: int = 0  # of `label`; 0: none
     conditions: tuple[str, ...] = ()  # keys of a batch that the sampler is given, besides `label`
-    completes: tuple[
-        str, ...
-    ] = ()  # keys that the sampler takes as a start: texts to rewrite, images to write captions of
+    completes: tuple[str, ...] = ()  # keys that the sampler takes as a start: texts to rewrite, images to caption
     holes: bool = False  # and it fills in tokens of -1 there
     buffers: tuple[str, ...] = ()  # top-level keys of params that no gradient moves: `after_step` does, or they stay
     networks: Mapping[str, Network] = field(default_factory=dict)  # from elsewhere, by top-level key
@@ -122,19 +120,15 @@ class Task(Protocol):
     @property
     def about(self) -> About:
         """A class attribute or a property."""
-        ...
 
     def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of one global batch, by key."""
-        ...
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters; leaves may be boxed with logical axis names."""
-        ...
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """A scalar mean over examples, and metrics: scalars are logged, arrays (batch means) go to `after_step` only."""
-        ...
 
 
 @runtime_checkable
@@ -143,7 +137,6 @@ class Measures(Protocol):
 
     def run(self) -> dict[str, Any]:
         """The figures, as JSON values."""
-        ...
 
 
 # --- abilities ------------------------------------------------------------------------------------
@@ -165,7 +158,6 @@ class Samples(Protocol):
             conditions: arrays that lead with n: `label`, or the keys of `about.conditions`; None: none.
             options: of the class `Sampling`; None: its defaults.
         """
-        ...
 
 
 @runtime_checkable
@@ -177,15 +169,12 @@ class Trace(Protocol):
 
     def check(self, rows: Any) -> None:
         """UserError for the first sample that is lost for good, whatever noise it begins with; they are called `rows` [n]."""
-        ...
 
     def figures(self) -> dict[str, Any]:
         """Numbers [n] by name."""
-        ...
 
     def picture(self) -> Any:
         """Of all samples, a PIL image."""
-        ...
 
 
 @runtime_checkable
@@ -195,7 +184,6 @@ class Counting(Protocol):
     @property
     def network_calls(self) -> int:
         """For one sample."""
-        ...
 
 
 @runtime_checkable
@@ -204,7 +192,6 @@ class Likely(Protocol):
 
     def nll(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """-log p [B] in nats; the noise of example i follows from keys[i] alone."""
-        ...
 
 
 @runtime_checkable
@@ -214,11 +201,9 @@ class Denoises(Protocol):
     @property
     def sigmas(self) -> tuple[float, float]:
         """Lowest and highest sigma it was made for; finite over all of it."""
-        ...
 
     def denoise(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """E[x0 | x], float32; sigma is a scalar or [B]; a label of -1, or conditions None, is none."""
-        ...
 
 
 @runtime_checkable
@@ -227,7 +212,6 @@ class Energetic(Protocol):
 
     def energy(self, params: Params, x: jax.Array, sigma: jax.Array, conditions: Batch | None = None) -> jax.Array:
         """[B] nats up to a constant of sigma."""
-        ...
 
 
 @runtime_checkable
@@ -236,7 +220,6 @@ class Predicts(Protocol):
 
     def predict(self, params: Params, tokens: jax.Array) -> jax.Array:
         """log p(x_t | x_<t) [B, T, V] in nats of tokens int [B, T], or of rows [B, T, V] that mix embeddings, for gradients."""
-        ...
 
 
 @runtime_checkable
@@ -247,11 +230,9 @@ class Inverts(Protocol):
     @property
     def blocks(self) -> int:
         """How many there are."""
-        ...
 
     def chain(self, params: Params, batch: Batch, rng: jax.Array, *, guidance: Any = 0.0) -> tuple[jax.Array, Any]:
         """Noisy tokens [B, T, D] and the flow's blocks (`zoo.flows.inverse.Chain`), as they are inverted."""
-        ...
 
 
 @runtime_checkable
@@ -260,7 +241,6 @@ class Encodes(Protocol):
 
     def features(self, params: Params, batch: Batch) -> jax.Array:
         """[B, D]."""
-        ...
 
 
 @runtime_checkable
@@ -269,7 +249,6 @@ class Maps(Protocol):
 
     def feature_map(self, params: Params, batch: Batch) -> jax.Array:
         """[B, H, W, D], of a series [B, T, D]."""
-        ...
 
 
 @runtime_checkable
@@ -278,7 +257,6 @@ class Classifies(Protocol):
 
     def logits(self, params: Params, batch: Batch) -> jax.Array:
         """[B, classes]."""
-        ...
 
 
 @runtime_checkable
@@ -287,7 +265,6 @@ class Crops(Protocol):
 
     def crops(self, batch: Batch, rng: jax.Array) -> Any:
         """What a step makes of a batch before its network."""
-        ...
 
 
 @runtime_checkable
@@ -296,7 +273,6 @@ class Prepares(Protocol):
 
     def before_step(self, trained: Params) -> Params:
         """The trained parameters that a step begins with: its gradient is theirs, and the optimiser moves them."""
-        ...
 
 
 @runtime_checkable
@@ -305,7 +281,6 @@ class Buffered(Protocol):
 
     def after_step(self, params: Params, metrics: dict[str, jax.Array]) -> Params:
         """The new parameters; only `about.buffers` may differ."""
-        ...
 
 
 @runtime_checkable
@@ -314,7 +289,6 @@ class Published(Protocol):
 
     def import_names(self) -> list[Name]:
         """Every tensor of a published checkpoint, and its place in ours."""
-        ...
 
 
 @runtime_checkable
@@ -323,7 +297,6 @@ class Renames(Protocol):
 
     def import_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """A published state dict with the keys of `import_names`."""
-        ...
 
 
 @runtime_checkable
@@ -332,7 +305,6 @@ class Noted(Protocol):
 
     def import_note(self) -> str:
         """Printed after such an export."""
-        ...
 
 
 @runtime_checkable
@@ -341,7 +313,6 @@ class Counted(Protocol):
 
     def flops(self) -> float | None:
         """Floating-point operations of one training example; None: they are counted."""
-        ...
 
 
 @runtime_checkable
@@ -350,7 +321,6 @@ class Cached(Protocol):
 
     def cache_bytes(self, n: int, guided: bool = True) -> dict[str, int]:
         """Bytes of the key/value caches while n samples are drawn: of a `deep` and a `shallow` block of a flow, or of `all`."""
-        ...
 
 
 @runtime_checkable
@@ -359,7 +329,6 @@ class Locates(Protocol):
 
     def cameras(self, points: Any, seen: Any) -> tuple[Any, Any, Any]:
         """Cameras [F, 4, 4], NaN for none, focal length [], why there is none [F]; of points [F, H, W, 3], `seen` bool [F, H, W]."""
-        ...
 
 
 @runtime_checkable
@@ -372,15 +341,12 @@ class Decodes(Protocol):
     @property
     def factor(self) -> int:
         """Pixels a side to one of the latent."""
-        ...
 
     def encode(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and standard deviation of latents [B, h, w, Z] of images [B, H, W, C] in [-1, 1]."""
-        ...
 
     def decode(self, params: Params, latent: jax.Array) -> jax.Array:
         """Images of latents, not clipped."""
-        ...
 
 
 @runtime_checkable
@@ -393,7 +359,6 @@ class Reads(Protocol):
 
     def encode(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Features [B, S, D] float32 of ids [B, S]."""
-        ...
 
 
 # in the order in which `zoo list` names them, each by its method
@@ -494,10 +459,8 @@ def check_needs(task: Any, needs: Iterable[type], what: str) -> None:
     for ability in needs:
         name = next(name for name, member in vars(ability).items() if inspect.isfunction(member) and name[0] != "_")
         if name in _lacks(task) or not isinstance(task, ability):
-            can, why = (
-                ", ".join(abilities(task)) or "train alone",
-                f" ({_lacks(task)[name]})" if name in _lacks(task) else "",
-            )
+            why = f" ({_lacks(task)[name]})" if name in _lacks(task) else ""
+            can = ", ".join(abilities(task)) or "train alone"
             raise UserError(f"{what} needs {name!r}, which {type(task).__name__} has not{why}; it can: {can}")
 
 
@@ -587,11 +550,11 @@ def options_of(task: Any, given: Options, where: str) -> Any:
     kind = sampling(task)
     if kind is None:
         raise UserError(f"{where}: {type(task).__name__} has no sampler, so it takes no options; leave them out")
-    unknown = [name for name in given if name not in option_names(task)]
-    if unknown:
-        known = option_names(task)
-        way = suggest(unknown[0], known) if known else "it has none"
-        raise UserError(f"{where}: the sampler of {type(task).__name__} has no option {unknown[0]!r}; {way}")
+    known = option_names(task)
+    for name in given:
+        if name not in known:
+            way = suggest(name, known) if known else "it has none"
+            raise UserError(f"{where}: the sampler of {type(task).__name__} has no option {name!r}; {way}")
     try:
         options = kind(**given)
         check_fields(options)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from fresh import exported, noise
 from mistakes import told
+from toy import TOYS
 from unigram import Unigram, Windows
 
 from zoo import models, weights
@@ -25,16 +26,57 @@ from zoo.data.images import Images
 from zoo.data.pipeline import Data, Source
 from zoo.dist import Mesh
 from zoo.errors import UserError
-from zoo.papers.edm import Edm, Transformer, UNet
-from zoo.papers.energy import EnergyDistill
+from zoo.papers.edm import Edm, UNet
 from zoo.papers.starflow import StarFlow
 from zoo.papers.tarflow import TarFlow
 from zoo.run import Run
+from zoo.task import About, Name, image_spec
 from zoo.train.optim import AdamW
+
+
+@dataclass(frozen=True)
+class Options:
+    spread: float = 1.0
+    nfe: int = 0
+    network_calls: int = 1
+
+
+@dataclass(frozen=True)
+class Scales:
+    """A flow of one scale for each pixel, with what `zoo bench` asks of a task: its programs compile at once."""
+
+    dtype: str = "float32"
+
+    Sampling = Options
+    about = About(classes=3)
+    tokens, dims = 4, 4
+
+    def spec(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return image_spec(batch, 4, 1, 3)
+
+    def init(self, rng: jax.Array) -> Any:
+        return {"scale": jnp.ones(16)}
+
+    def loss(self, params: Any, batch: Any, rng: jax.Array) -> Any:
+        return jnp.square(batch["image"].reshape(-1, 16) * params["scale"]).mean(), {}
+
+    def inverse(self, params: Any, z: Any, label: Any = None) -> Any:
+        return (z.reshape(-1, 16) / params["scale"]).reshape(-1, 4, 4, 1)
+
+    def sample(self, params: Any, rng: Any, n: int, conditions: Any = None, options: Any = None) -> Any:
+        return {"image": self.inverse(params, jax.random.normal(rng, (n, 4, 4))) * (options or Options()).spread}
+
+    def import_names(self) -> list[Name]:
+        return [Name("s", "scale")]
+
+    def flops(self) -> float:
+        return 48.0
+
 
 TASK = TarFlow(image=4, channels=1, patch=2, width=8, depth=1, blocks=2, head_dim=8, classes=3)
 # unless it is asked for, bench must not open the data
-RUN = Run(task=TASK, data=Images("nowhere", size=4), steps=4, batch=8, optim=AdamW(decay_all=True), ema=0.9)
+RUN = Run(task=Scales(), data=Images("nowhere", size=4), steps=4, batch=8, optim=AdamW(decay_all=True), ema=0.9)
+FLOW = replace(RUN, task=TASK)
 
 # A twin in our own code, so that no PyTorch is needed; what WRONG_* add is what a bad twin would get wrong.
 PEER = """
@@ -44,12 +86,14 @@ from zoo import weights
 
 class Peer:
     asked = 0
-    def __init__(self, task): self.task = replace(task, noise=0.0, drop=0.0)
+    def __init__(self, task): self.task = replace(task, noise=0.0, drop=0.0) if hasattr(task, "drop") else task
     def load(self, state): self.params = weights.from_official(self.task, state)
     def place(self, batch): return batch
     def train_step(self, batch, sync=True): time.sleep(0.02)
     def sample(self, n): time.sleep(0.02)
-    def loss(self, batch): return float(self.task.loss(self.params, batch, jax.random.key(0))[0]) + WRONG_LOSS
+    def loss(self, batch):
+        ours = jax.jit(lambda p, b: self.task.loss(p, b, jax.random.key(0))[0])
+        return float(ours(self.params, batch)) + WRONG_LOSS
     def inverse(self, z, label=None): return np.asarray(self.task.inverse(self.params, z, label)) + WRONG_INVERSE
     def peak_memory(self):
         self.asked += 1
@@ -93,7 +137,7 @@ def test_figures_hang_together(tmp_path: Path) -> None:
     each = figures["train each step ms"]
     assert 0 < each["p10"] <= each["p50"] <= each["p90"] <= each["max"]
     assert 2 <= each["steps"] <= 100
-    assert figures["train model TFLOP/s"] * 1e12 == pytest.approx(TASK.flops() * figures["train images/s, ours"])
+    assert figures["train model TFLOP/s"] * 1e12 == pytest.approx(48 * figures["train images/s, ours"])
     assert 0 < figures["train trace s"] < figures["train compile s"]
     assert figures["train compile s, warm"] > 0  # a sentence where the second compilation read nothing
     assert "train utilisation of bf16 peak" not in figures  # a CPU has no entry in the table
@@ -143,8 +187,8 @@ def test_utilisation_is_the_models_share_of_the_chips_peak(monkeypatch: pytest.M
 
 def test_a_task_that_does_not_count_its_operations_is_counted() -> None:
     plain = SimpleNamespace(about=TASK.about, spec=TASK.spec, init=TASK.init, loss=TASK.loss)
-    step = stepper(RUN)
-    figures = module.time_step(replace(RUN, task=plain), RUN.mesh.build(), step, None, None, rounds=1)
+    step = stepper(FLOW)
+    figures = module.time_step(replace(FLOW, task=plain), RUN.mesh.build(), step, None, None, rounds=1)
     assert step.median is not None
     counted = figures["train model TFLOP/s"] * 1e12 * step.median / RUN.batch
     # the task's own figure leaves out what a causal mask hides, which plain attention computes
@@ -165,23 +209,8 @@ def test_devices_that_count_their_memory_are_believed(monkeypatch: pytest.Monkey
 # --- the sampler ----------------------------------------------------------------------------------
 
 
-def test_one_sample_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[int] = []
-    measure = module.time_sampler
-    monkeypatch.setattr(module, "time_sampler", lambda *given: (timed.append(given[3]), measure(*given))[1])
-    figures = bench(RUN, what="sample", samples=1, rounds=1)
-    assert timed == [1]
-    assert [k for k in figures if k.endswith(" ms, ours")] == ["sample 1 ms, ours"]
-    assert not any(k.startswith(("train", "data")) for k in figures)
-    # fresh weights say nothing of sweeps, and the figures say so
-    assert "--model" in figures["sampler weights"]
-    assert not any("jacobi" in k for k in figures)
-    assert min(figures["sample 1 program MiB, ours"].values()) > 0
-
-
 def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = replace(TASK, image=8)
-    name, twin = str(exported(tmp_path / "model", flow, noise(flow, 0.2), kind="ema")), Path(peer(tmp_path))
+    name, twin = str(exported(tmp_path / "model", TASK, noise(TASK, 0.2), kind="ema")), Path(peer(tmp_path))
     twin.write_text(
         twin.read_text().replace("def inverse", "def slow_inverse")
     )  # that of the peer is not compared here
@@ -190,7 +219,7 @@ def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "load_peer", lambda *given: (twins.append(load(*given)), twins[-1])[1])
     short = "modules=1 sweeps=1 unconverged=keep"
     figures = bench(
-        replace(RUN, task=replace(flow, scan=False)),  # its layers lie otherwise than those of the model
+        replace(FLOW, task=replace(TASK, scan=False)),  # its layers lie otherwise than those of the model
         peer=str(twin),
         what="sample",
         samples=1,
@@ -218,7 +247,7 @@ def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypat
     assert figures[f"sample 1 error, {short}"] > 1e-4  # these weights need more than a sweep
     assert figures[f"sample 1 unconverged, {short}"] == 2
     assert figures[f"sample 1 sweeps, {short}"] == [1, 1]
-    assert all(1 < n <= 15 for n in figures["sample 1 sweeps, jacobi"])
+    assert all(1 < n <= 3 for n in figures["sample 1 sweeps, jacobi"])
     swept = figures["sample 1 sweeps, modules=0,2 tol=1e-6"]
     assert swept[0] == 0
     assert swept[1] > 1
@@ -227,21 +256,18 @@ def test_methods_are_timed_with_the_weights_of_a_model(tmp_path: Path, monkeypat
     jax.tree.map(np.testing.assert_array_equal, given, twins[0].params)
 
 
-def test_latents_are_compared_and_caches_counted() -> None:
+def test_caches_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     task = StarFlow(latent=(4, 4), channels=2, width=8, depths=(1, 1), head_dim=8)
-    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), weights.abstract(task))
-    sides = {"ours": {"method": "sequential"}, "jacobi": {"method": "jacobi"}}
-    figures = module.time_sampler(replace(RUN, task=task), params, None, 2, 1, sides)
-    assert figures["sample 2 error, jacobi"] < 1e-4
-    assert len(figures["sample 2 sweeps, jacobi"]) == 2
+    monkeypatch.setattr(bench_sampler, "make_sampler", lambda *_: lambda params, key, given: {"latent": params})
+    figures = module.time_sampler(replace(RUN, task=task), jnp.zeros(2), None, 2, 1)
     # keys and values of 2 samples, 16 tokens and 8 numbers in float32
     assert figures["sample 2 caches of a block MiB"]["deep"] * 2**20 == 2 * 2 * 16 * 8 * 4
 
 
 def test_samples_that_differ_are_told_apart() -> None:
-    ours = {"image": np.array([[0.0, 1.0], [np.nan, 2.0]])}
-    near = {"image": ours["image"] + 0.25}
-    far = {"image": np.array([[0.0, 1.0], [0.0, np.nan]]), "sweeps": np.array([[1, 4], [3, 2]])}
+    ours = {"latent": np.array([[0.0, 1.0], [np.nan, 2.0]])}
+    near = {"latent": ours["latent"] + 0.25}
+    far = {"latent": np.array([[0.0, 1.0], [0.0, np.nan]]), "sweeps": np.array([[1, 4], [3, 2]])}
     far["unconverged"] = np.array([[False, True], [False, False]])
     figures = bench_sampler._told({"ours": ours, "near": near, "far": far}, 2)
     assert figures == {
@@ -256,9 +282,9 @@ def test_samples_that_differ_are_told_apart() -> None:
 EDM = Edm(image=4, channels=1, classes=3, network=UNet(width=8, multiples=(1,), blocks=1))
 
 
-def test_options_are_timed_in_turn_with_the_first_of_them(tmp_path: Path) -> None:
-    run, first, second = replace(RUN, task=EDM), "solver=tada nfe=4", "solver=heun nfe=9 guidance=1"
-    figures = bench(run, what="sample", samples=1, rounds=2, options=["solver=tada  nfe=4", second])
+def test_options_are_timed_in_turn_with_the_first_of_them() -> None:
+    first, second = "spread=2 nfe=4", "nfe=9"
+    figures = bench(RUN, what="sample", samples=1, rounds=2, options=["spread=2  nfe=4", second])
     json.dumps(figures)
     assert [k for k in figures if k.startswith("sample 1 ms, ")] == [f"sample 1 ms, {k}" for k in (first, second)]
     for side, calls in ((first, 4), (second, 9)):
@@ -268,11 +294,29 @@ def test_options_are_timed_in_turn_with_the_first_of_them(tmp_path: Path) -> Non
     one, other, ratio = (figures[f"sample 1{k}"] for k in (f" ms, {first}", f" ms, {second}", f", {second} / {first}"))
     assert other["min"] / one["max"] <= ratio["min"] * 1.001 <= ratio["max"] * 1.002
     assert f"sample 1, {first} / {second}" not in figures
-    assert not any("error" in key or "ours" in key for key in figures)
-    # a flow's method among its options, with fresh weights and beside another config
-    flow = bench(RUN, what="sample", samples=1, rounds=1, options=["", "method.modules=2"], against=RUN)
-    assert {"sample 1, method.modules=2 / defaults", "sample 1, defaults / against"} <= set(flow)
-    assert not any("a call" in key for key in flow)
+    assert not any("error" in key or "ours" in key or key.startswith(("train", "data")) for key in figures)
+
+
+def test_the_first_options_hold_for_the_other_config_as_far_as_it_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(
+        module, "make_sampler", lambda task, n, options: made.append(options) or (lambda *_: jnp.ones(n))
+    )
+    other = replace(RUN, task=TOYS["sample"]())  # whose options are `spread` alone
+    figures = bench(RUN, what="sample", samples=1, rounds=1, options=["spread=3 nfe=4", "spread=2"], against=other)
+    assert made == [{"spread": 3.0}]
+    assert figures["sampler options, against"] == "its defaults in place of nfe=4, which its sampler has not"
+    assert {"sample 1, spread=3 nfe=4 / against", "sample 1, spread=2 / against"} <= set(figures)
+    assert "sampler options, against" not in bench(
+        RUN, what="sample", samples=1, rounds=1, options=["nfe=4"], against=RUN
+    )
+
+
+def test_fresh_weights_of_a_flow_say_nothing_of_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_methods", lambda task: True)
+    figures = bench(RUN, what="sample", samples=1, rounds=1)
+    assert "--model" in figures["sampler weights"]
+    assert [k for k in figures if k.endswith(" ms, ours")] == ["sample 1 ms, ours"]
 
 
 def test_options_that_are_none_are_told_before_anything_is_timed(
@@ -287,7 +331,7 @@ def test_options_that_are_none_are_told_before_anything_is_timed(
         (run, {"options": ["solver=heun nfe=8"]}, "nfe=8 odd 7 9"),
         (run, {"options": ["levels.high=99"]}, "--with 'levels.high=99': 80 levels.high"),  # the task is asked as well
         (run, {"options": ["nfe=5"], "what": "train"}, "--with --what train"),
-        (RUN, {"options": ["guidance=1"], "methods": ["jacobi"]}, "--with --method"),
+        (FLOW, {"options": ["guidance=1"], "methods": ["jacobi"]}, "--with --method"),
         (replace(RUN, task=mute), {"options": ["nfe=5"]}, "SimpleNamespace sampler"),
     ):
         with told(*words.split()):
@@ -312,15 +356,13 @@ def test_a_method_that_is_none(tmp_path: Path, method: str, says: str) -> None:
 
 def test_a_model_that_is_none_and_nothing_to_time(tmp_path: Path) -> None:
     name = str(exported(tmp_path / "model", replace(TASK, dtype="bfloat16", width=16, blocks=1)))
-    names = ("about", "spec", "init", "loss", "Sampling", "sample")
-    other = replace(RUN, task=SimpleNamespace(**{name: getattr(TASK, name) for name in names}))
     for run, fields, words in (
-        (RUN, {"what": "sample", "model": name}, "task.width: 8 -> 16"),
-        (RUN, {"what": "sample", "model": "nowhere"}, "nowhere"),
+        (FLOW, {"what": "sample", "model": name}, "task.width: 8 -> 16"),
+        (FLOW, {"what": "sample", "model": "nowhere"}, "nowhere"),
         (RUN, {"what": "train", "model": name}, "--model --what train"),
         (RUN, {"what": "data", "methods": ["jacobi"]}, "--method --what data"),
-        (RUN, {"what": "sample", "methods": ["jacobi"]}, "--method --model"),
-        (other, {"what": "sample", "model": name}, "flow SimpleNamespace"),
+        (FLOW, {"what": "sample", "methods": ["jacobi"]}, "--method --model"),
+        (RUN, {"what": "sample", "model": name}, "flow Scales"),
         (RUN, {"rounds": 0}, "--rounds 0"),
         (RUN, {"samples": (16, 0)}, "--samples 0"),
         (RUN, {"peer": "peer.py", "what": "data"}, "--peer --what data"),
@@ -446,7 +488,7 @@ def test_a_peer_that_differs_is_no_twin(tmp_path: Path, wrong: str, by: str) -> 
 
 
 def test_bf16_allows_what_float32_does_not(tmp_path: Path) -> None:
-    run = replace(RUN, task=replace(TASK, dtype="bfloat16"))
+    run = replace(RUN, task=Scales("bfloat16"))
     assert "sample 2 ms, ours" in bench(run, peer=peer(tmp_path, "0.01"), what="sample", samples=2, rounds=1)
 
 
@@ -504,8 +546,8 @@ def test_another_config_must_have_what_is_timed() -> None:
     texts = Run(Unigram(), Windows(), steps=1, batch=8)
     for run, against, what, words in (
         (RUN, silent, "both", "SimpleNamespace --what train"),
-        (RUN, texts, "both", "Unigram sequences TarFlow images"),
-        (texts, RUN, "train", "TarFlow images Unigram sequences"),
+        (RUN, texts, "both", "Unigram sequences Scales images"),
+        (texts, RUN, "train", "Scales images Unigram sequences"),
         (RUN, RUN, "data", "--what data"),
     ):
         with told("--against", *words.split()):
@@ -513,14 +555,13 @@ def test_another_config_must_have_what_is_timed() -> None:
 
 
 def test_an_energy_is_timed_with_its_score_and_alone() -> None:
-    network = Edm(image=4, channels=1, network=Transformer(width=8, depth=1, head_dim=4, patch=2))
-    run = replace(RUN, task=EnergyDistill(network, target="data"))
+    run = replace(RUN, task=TOYS["energy"]())
     figures = bench(run, what="energy", samples=(2, 3), rounds=1)
     for n in (2, 3):
         ratio = figures[f"energy {n} ms, with score"]["median"] / figures[f"energy {n} ms, alone"]["median"]
         assert figures[f"energy {n}, with score / alone"]["median"] == pytest.approx(ratio)
     assert not [name for name in figures if name.startswith(("train", "sample"))]
-    with told("--what energy needs 'energy'", "TarFlow"):
+    with told("--what energy needs 'energy'", "Scales"):
         bench(RUN, what="energy")
     with told("--against has no part in --what energy"):
         bench(run, what="energy", against=run)

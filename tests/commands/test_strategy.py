@@ -94,11 +94,8 @@ def test_what_cannot_be_kept_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
 
 DAMAGED = {
     "cut": '{"strategies": [',
-    "no JSON": "\x00",
-    "no list": '{"strategies": 3}',
     "no tolerance": json.dumps({"strategies": [{k: v for k, v in entry().items() if k != "tol"}]}),
     "negative modules": json.dumps({"strategies": [entry([-1, 2])]}),
-    "no devices": json.dumps({"strategies": [entry(devices=0)]}),
 }
 
 
@@ -242,10 +239,9 @@ def test_samples_are_the_same_by_whichever_method(model: models.Model, sample: A
     said, want = sample("sequential", "method=sequential")
     assert not any("method" in line for line in said)
     assert np.abs(want[0] - want[1]).max() > 20
-    for options in (["method=jacobi"], ["method.modules=2", "method.tol=1e-4"]):
-        said, found = sample("-".join(options), *options)
-        assert np.abs(found - want).max() <= 2
-        assert not any("converge" in line for line in said)
+    said, found = sample("asked", "method.modules=2,0", "method.tol=1e-5", "method.start=v,zeros")
+    assert np.abs(found - want).max() <= 2
+    assert not any("converge" in line for line in said)
 
     assert "method: token by token" in sample("auto")[0]
     keep(model, entry())
@@ -265,14 +261,11 @@ def test_samples_that_are_kept_unfinished_are_told(sample: Any) -> None:
     for block in range(2):
         message = f"block {block}: 2 of 2 samples did not converge by sweeps and were kept as they are"
         assert any(line.startswith(message) for line in said)
-    said, found = sample("finished", "method.sweeps=1")
-    assert np.abs(found - want).max() <= 2
-    assert "block 1: 2 of 2 samples did not converge by sweeps and went token by token" in said
 
 
 def test_a_folder_is_filled_by_one_method(model: models.Model, sample: Any, tmp_path: Path) -> None:
-    sample("out", "method=jacobi")
-    for other in ([], ["method=sequential"], ["method.modules=2"]):
+    sample("out", "method=sequential")
+    for other in ([], ["method=jacobi"], ["method.modules=2"]):
         assert "holds samples drawn with other settings (method: " in sample("out", *other, mistake=True)
 
     want = sample("auto")[1]

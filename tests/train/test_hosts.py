@@ -23,25 +23,63 @@ import processes
 import pytest
 from mistakes import told
 
-from zoo import hosts
+from zoo import cli, hosts
+
+pytestmark = pytest.mark.devices8
 
 CONFIG = '''
-"""A small flow on real digits that come slowly, split over two axes of a mesh."""
+"""A normal density of real digits that come slowly, split over two axes of a mesh."""
 
+import math
 import os
 import time
 from dataclasses import dataclass, replace
 
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
 from zoo.data.images import Digits
-from zoo.dist import Mesh
 from zoo.data.pipeline import Data, Source
+from zoo.dist import Mesh
 from zoo.errors import UserError
 from zoo.metrics.likelihood import Bits
-from zoo.papers.tarflow import TarFlow
 from zoo.run import Checkpoint, Run, Samples
-from zoo.task import Metric
+from zoo.task import About, Likelihood, Metric, image_spec, sample_keys
 from zoo.train.averages import Power
 from zoo.train.optim import AdamW
+
+
+@dataclass(frozen=True)
+class Plain:
+    pass
+
+
+@dataclass(frozen=True)
+class Density:
+    Sampling = Plain
+    about = About(likelihood=Likelihood((8, 8, 1), bins=8))
+
+    def spec(self, batch):
+        return image_spec(batch, 8, 1, 0)
+
+    def init(self, rng):
+        kernel = 0.1 * jax.random.normal(rng, (64, 64))
+        return {"net": {"kernel": nn.LogicallyPartitioned(kernel, ("embed", "mlp")), "log_std": jnp.zeros(64)}}
+
+    def nll(self, params, batch, keys):
+        x = batch["image"].reshape(-1, 64) + jax.vmap(lambda key: jax.random.uniform(key, (64,)))(keys) / 8
+        net = params["net"]
+        return -jax.scipy.stats.norm.logpdf(x, jnp.tanh(net["kernel"].sum(0)), jnp.exp(net["log_std"])).sum(1)
+
+    def loss(self, params, batch, rng):
+        loss = self.nll(params, batch, sample_keys(rng, len(batch["image"]))).mean() / 64
+        return loss, {"bits": loss / math.log(2) + 3}
+
+    def sample(self, params, rng, n, conditions=None, options=None):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (64,)))(sample_keys(rng, n))
+        net = params["net"]
+        return {"image": (jnp.tanh(net["kernel"].sum(0)) + jnp.exp(net["log_std"]) * noise).reshape(n, 8, 8, 1)}
 
 
 class Rows(Source):
@@ -65,9 +103,7 @@ class Slow(Data):
 
 
 config = Run(
-    task=TarFlow(
-        image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8, noise_type="uniform", levels=17
-    ),
+    task=Density(),
     data=Slow(),
     steps=16,
     batch=16,
@@ -195,9 +231,15 @@ class Runs(processes.Runs):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """With a run `one` of this process alone."""
     made = Runs(tmp_path_factory.mktemp("hosts"))
     (made.root / "config.py").write_text(CONFIG)
-    made.finish("one", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made.root)
+        devices = jax.devices()[:DEVICES]
+        for name in ("devices", "local_devices"):
+            patch.setattr(jax, name, lambda *_: devices)
+        assert cli.main(["train", "config.py", "workdir=runs/one", "--quiet"]) == 0
     yield made
     for process in made.children:
         process.kill()

@@ -79,7 +79,7 @@ def target(name: str, slices: int = 1) -> Target:
                 platform="tpu", topology_name=f"{chip.prefixes[0]}:{shape}", **options
             )
     except Exception as error:
-        if not _has_libtpu():
+        if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 f"--topology {name} needs the TPU compiler (it runs on any Linux machine): "
                 "install the `aot` extra, e.g. EXTRAS=dev,aot launch/local.sh zoo compile ..."
@@ -144,10 +144,6 @@ def _hushed() -> Iterator[None]:
         os.close(nothing)
 
 
-def _has_libtpu() -> bool:
-    return importlib.util.find_spec("libtpu") is not None
-
-
 @dataclass(frozen=True)
 class Compiled:
     """A program for a target, and what was read off it; `figures` is plain numbers and strings."""
@@ -210,14 +206,9 @@ def compile_run(run: Run, to: Target, what: str = "train", samples: int | None =
             items = samples or run.samples.n or 64
             program = jax.jit(make_sampler(run.task, items, run.samples.options))
             whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            given = (key, sampler_spec(run.task, items))
             state = abstract.params
-            arguments = (
-                state,
-                *jax.tree.map(
-                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-                    (key, sampler_spec(run.task, items)),
-                ),
-            )
+            arguments = (state, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), given))
         traced = program.trace(*arguments)
         operations = flops.count(traced.jaxpr)
         figures: dict[str, Any] = {
@@ -345,7 +336,7 @@ def _least_sent(run: Run, abstract: State, mesh: Any) -> dict[str, float]:
     found = {"fsdp": 0.0, "data": 0.0, "tensor": 0.0}
     trained = {k: v for k, v in abstract.params.items() if k not in run.task.about.held}
     for name, leaf in weights.flatten(trained).items():
-        parts = [_names(p) for p in leaf.sharding.spec]
+        parts = [{p} if isinstance(p, str) else set(p or ()) for p in leaf.sharding.spec]
         size, cut = math.prod(leaf.shape), set().union(*parts)
         here = size / (tensor if "tensor" in cut else 1)
         kernel = name.endswith("kernel")
@@ -363,10 +354,6 @@ def _least_sent(run: Run, abstract: State, mesh: Any) -> dict[str, float]:
             sums = (leaf.shape[0] if stacked else 1) * run.accumulate
             found["tensor"] += 2 * rows * tokens * width * item * (tensor - 1) / tensor * sums
     return found
-
-
-def _names(part: Any) -> set[str]:
-    return {part} if isinstance(part, str) else set(part or ())
 
 
 def nearest_fit(run: Run, to: Target, failed: Compiled, what: str, samples: int | None) -> str:
@@ -402,11 +389,8 @@ def nearest_fit(run: Run, to: Target, failed: Compiled, what: str, samples: int 
                 k *= 2
         else:
             while n % k == 0:
-                yield (
-                    [f"--samples {n // k}"],
-                    dataclasses.replace(one, samples=dataclasses.replace(one.samples, n=n // k)),
-                    k,
-                )
+                fewer = dataclasses.replace(one.samples, n=n // k)
+                yield [f"--samples {n // k}"], dataclasses.replace(one, samples=fewer), k
                 k *= 2
 
     choices: list[tuple[tuple[int, int, bool, bool], list[str], Run]] = []

@@ -37,7 +37,7 @@ from zoo.data.pipeline import batches
 from zoo.data.synthetic import Synthetic
 from zoo.errors import UserError
 from zoo.run import Run
-from zoo.task import Crops, Energetic, Samples, check_needs, has_methods, speed
+from zoo.task import Crops, Energetic, Samples, check_needs, has_methods, option_names, speed
 from zoo.train import optim
 from zoo.train.step import compile_step, make_sampler
 
@@ -56,7 +56,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--against",
         default=None,
         metavar="CONFIG",
-        help="another config, whose step and sampler are timed in turn with ours, with as many examples",
+        help="another config, whose step and sampler are timed in turn with ours, with as many examples and the first --with",
     )
     parser.add_argument(
         "--what",
@@ -81,6 +81,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--method",
         action="append",
         default=[],
+        dest="methods",
         metavar="FIELDS",
         help="one more way beside sequential, jacobi and gs_jacobi, e.g. 'modules=0,1,1,8 tol=1e-3'; may be repeated",
     )
@@ -104,8 +105,7 @@ def run(args: argparse.Namespace) -> int:
             "zoo bench measures one process, but the environment names several (JAX_NUM_PROCESSES, Slurm or a TPU pod); run "
             "it on one host, outside of the others"
         )
-    run = config.load(args.config, args.fields)
-    run = as_run(run, args.config)
+    run = as_run(config.load(args.config, args.fields), args.config)
     against = None if args.against is None else as_run(config.load(args.against), args.against)
     check_json(args.json)
     if not re.fullmatch(r"-?[0-9]+(,-?[0-9]+)*", args.samples):
@@ -114,22 +114,11 @@ def run(args: argparse.Namespace) -> int:
     dist.start(batch=run.batch // run.accumulate, mesh=run.mesh)
     names = ("what", "samples", "rounds", "peer", "against", "model")
     flags = [f"--{k} {getattr(args, k)}" for k in names if getattr(args, k) is not None]
-    flags += [f"--method {shlex.quote(text)}" for text in args.method]
+    flags += [f"--method {shlex.quote(text)}" for text in args.methods]
     flags += [f"--with {shlex.quote(text)}" for text in args.options]
     about = {"command": " ".join(["zoo bench", args.config, *args.fields, *flags])}
-    figures = bench(
-        run,
-        peer=args.peer,
-        against=against,
-        what=args.what,
-        samples=samples,
-        rounds=args.rounds,
-        model=args.model,
-        methods=args.method,
-        options=args.options,
-        allow=args.allow,
-        about=about,
-    )
+    same = {name: getattr(args, name) for name in ("peer", "what", "rounds", "model", "methods", "options", "allow")}
+    figures = bench(run, against=against, samples=samples, about=about, **same)
     print(lines(figures))
     write_json(args.json, figures)
     return 0
@@ -155,7 +144,8 @@ def bench(
         peer: a Python file whose `build(task)` gives an object with load, train_step, loss and sample. It gets our
             weights first, and a loss that differs ends the comparison: a twin that computes something else is none.
         against: another run, whose step and sampler take turns with ours: the side `against`. Its batch, its way of
-            accumulation and its mesh are ours, so that examples are compared with as many.
+            accumulation and its mesh are ours, so that examples are compared with as many, and so are the first of `options`,
+            as far as its sampler has them.
         what: train, sample, data, both (train and sample), all (these three) or energy, its value with and without the score.
         samples: batch sizes of the sampler, which is timed with 1 as well.
         model: a run, an export or a shipped name whose weights the sampler gets. A flow is then inverted by every method,
@@ -201,6 +191,7 @@ def bench(
     if options and methods:
         raise UserError("--with and --method both say how samples are drawn; write --with 'method.modules=4' instead")
     sides = asked(run.task, options, allow) if options else inverses(run.task, opened, methods)
+    shared, lacking = ({}, "") if against is None or not options else _alike(against.task, options[0], allow)
     mesh = run.mesh.build()
     twin = load_peer(peer, run.task) if peer else None
     figures = {**(about or {}), **environment(run, mesh), "rounds": rounds}
@@ -244,8 +235,10 @@ def bench(
                     figures["sampler weights"] = (
                         "fresh: sweeps converge at once on them, and are timed with --model only"
                     )
+                if lacking:
+                    figures["sampler options, against"] = lacking
                 for n in sorted({1, *sizes}):  # one alone: how long a user waits
-                    other = None if rival is None else rival.draws(n)
+                    other = None if rival is None else rival.draws(n, shared)
                     figures |= time_sampler(run, params, twin, n, rounds, sides, other)
             if "energy" in parts:
                 for n in sizes:
@@ -337,15 +330,10 @@ class _Stepper:
         self.program, self.state, self.placed = program, state, placed
         self.median: float | None = None  # seconds
 
-    def __call__(self, count: int) -> None:
+    def __call__(self, count: int, feed: Iterator[Any] | None = None) -> None:
+        """So many steps on that batch, or on what the pipeline gives, as while training."""
         for _ in range(count):
-            self.state, _ = self.program(self.state, self.placed)
-        jax.block_until_ready(self.state)
-
-    def fed(self, feed: Iterator[Any], count: int) -> None:
-        """`count` steps on what the pipeline gives, as while training."""
-        for _ in range(count):
-            self.state, _ = self.program(self.state, next(feed))
+            self.state, _ = self.program(self.state, self.placed if feed is None else next(feed))
         jax.block_until_ready(self.state)
 
 
@@ -419,13 +407,13 @@ class _Rival:
             program = self.jitted.lower(self.abstract, placed).compile()
         return _Stepper(program, jax.tree.map(jax.numpy.copy, self.state), placed)
 
-    def draws(self, n: int) -> Callable[[int], None]:
+    def draws(self, n: int, options: Mapping[str, Any]) -> Callable[[int], None]:
         """A call that draws n of its samples, so often."""
         task, given = self.run.task, conditions_of(self.run.task, n)
         spread = jax.process_count() == 1
         mesh, params = dist.spread(self.state.params, n) if spread else (self.mesh, self.state.params)
         with dist.use(mesh, self.run.rules):
-            program = jax.jit(make_sampler(task, n, {})).lower(params, jax.random.key(0), given).compile()
+            program = jax.jit(make_sampler(task, n, options)).lower(params, jax.random.key(0), given).compile()
 
         def draw(k: int) -> Any:
             with dist.use(mesh, self.run.rules):
@@ -442,6 +430,14 @@ def _rival(against: Run, run: Run, mesh: jax.sharding.Mesh) -> _Rival:
             other.task, optim.build(other.optim, other.steps), mesh, ema=other.ema, accumulate=other.accumulate
         )
         return _Rival(other, mesh, jitted, abstract, init(0))
+
+
+def _alike(task: Any, text: str, allow: Sequence[str]) -> tuple[Mapping[str, Any], str]:
+    """The options of our first side that the sampler of another task has too; a sentence on those that it has not."""
+    words = {word: word.partition("=")[0].partition(".")[0] in option_names(task) for word in text.split()}
+    (options,) = asked(task, [" ".join(w for w, known in words.items() if known)], allow, "--against --with").values()
+    lacking = [word for word, known in words.items() if not known]
+    return options, f"its defaults in place of {' '.join(lacking)}, which its sampler has not" if lacking else ""
 
 
 def time_step(
@@ -518,9 +514,9 @@ def time_data(run: Run, mesh: jax.sharding.Mesh, rounds: int, step: _Stepper | N
         unit = unit_of(run.task)
         figures[f"data, devices / train {unit}/s"] = figures[f"data {unit}/s, devices"] / alone
         with contextlib.closing(run.batches(0, sharding)) as feed:
-            step.fed(feed, _AHEAD)
+            step(_AHEAD, feed)
             count = max(1, round(clocks.ROUND / step.median))
-            found = [seconds_of(lambda n: step.fed(feed, n), count) for _ in range(rounds)]
+            found = [seconds_of(lambda n: step(n, feed), count) for _ in range(rounds)]
         compare(figures, "train", {"fed by the data": found}, run.batch, unit_of(run.task))
         figures["train, fed by the data / ours"] = statistics.median(found) / step.median
     return figures

@@ -43,8 +43,8 @@ def open_weights(task: Any, name: str) -> models.Model:
     return dataclasses.replace(model, task=task, params=params)
 
 
-def asked(task: Any, texts: Sequence[str], allow: Sequence[str] = ()) -> Sides:
-    """The sides that `--with` asks for, each by its text: `field=value` with blanks between them.
+def asked(task: Any, texts: Sequence[str], allow: Sequence[str] = (), flag: str = "--with") -> Sides:
+    """The sides that a flag asks for, each by its text: `field=value` with blanks between them.
 
     UserError for an option that the sampler has not, or that does not fit the task.
     """
@@ -55,7 +55,7 @@ def asked(task: Any, texts: Sequence[str], allow: Sequence[str] = ()) -> Sides:
             sampler = make_sampler(task, 1, options)  # traced here: what does not fit is told before anything is timed
             jax.eval_shape(sampler, weights.abstract(task), jax.random.key(0), conditions_of(task, 1))
         except UserError as error:
-            raise UserError(f"--with '{text}': {error}") from None
+            raise UserError(f"{flag} '{text}': {error}") from None
         sides[text or "defaults"] = vars(options)
     return sides
 

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import io
 import json
-import logging
+import logging.handlers
 import os
 import re
 from collections import Counter, defaultdict
@@ -82,7 +82,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where something is wrong."""
-    said = _Said()
+    said = logging.handlers.BufferingHandler(10**9)  # what readers tell of what they pass over
+    said.setLevel(logging.WARNING)
     log = logging.getLogger("zoo")
     handlers, log.propagate = log.handlers[:], False
     log.handlers = [said]
@@ -90,20 +91,9 @@ def run(args: argparse.Namespace) -> int:
         found = check(existing(args.source), args.tokenizer, args.tokens, args.delimiter)
     finally:
         log.handlers, log.propagate = handlers, True
-    found.left_out += said.lines
+    found.left_out += [record.getMessage() for record in said.buffer]
     print(json.dumps(asdict(found), indent=1) if args.json else found)
     return 1 if found.wrong else 0
-
-
-class _Said(logging.Handler):
-    """What readers tell of what they pass over."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 def check(path: Path, tokenizer: str | None = None, tokens: int = 128, delimiter: str = ",") -> Found:
@@ -323,13 +313,11 @@ def _captions(looks: Sequence[_Look], found: Found, vocabulary: Any, tokens: int
     }
     found.blame([look.name for look in looks if not look.caption], "empty captions")
     if vocabulary is not None:
-        sizes = [
-            len(ids) + (vocabulary.end is not None) for ids in vocabulary.encode_all([look.caption for look in looks])
-        ]
+        encoded = vocabulary.encode_all([look.caption for look in looks])
+        sizes = [len(ids) + (vocabulary.end is not None) for ids in encoded]
         found.figures["captions"]["most tokens"] = max(sizes, default=0)
-        found.blame(
-            [look.name for look, size in zip(looks, sizes) if size > tokens], f"captions of more than {tokens} tokens"
-        )
+        long = [look.name for look, size in zip(looks, sizes) if size > tokens]
+        found.blame(long, f"captions of more than {tokens} tokens")
 
 
 # The others
@@ -415,21 +403,14 @@ def _latents(path: Path, found: Found) -> None:
                 example = source[i]
                 if not all(np.isfinite(example[key]).all() for key in ("latent", "latent_std")):
                     bad.append(f"{split} {aspect} {i}")
-                low, high = (
-                    np.minimum(low, example["latent"].min((0, 1))),
-                    np.maximum(high, example["latent"].max((0, 1))),
-                )
+                low = np.minimum(low, example["latent"].min((0, 1)))
+                high = np.maximum(high, example["latent"].max((0, 1)))
                 labels.append(int(example.get("label", -1)))
                 digests[split].append((f"{split} {aspect} {i}", sha256(example["latent"].tobytes())))
             found.counts[f"{split} {aspect}"] = _counts(labels, info.labels)
-            found.figures[f"{split} {aspect}"] = {
-                "channels": len(high),
-                "from": f"{low.min():.3g}",
-                "to": f"{high.max():.3g}",
-            }
-            found.blame(
-                [f"channel {c}" for c in np.flatnonzero(low == high)], f"channels are constant in {split} {aspect}"
-            )
+            place = f"{split} {aspect}"
+            found.figures[place] = {"channels": len(high), "from": f"{low.min():.3g}", "to": f"{high.max():.3g}"}
+            found.blame([f"channel {c}" for c in np.flatnonzero(low == high)], f"channels are constant in {place}")
     found.blame(bad, "latents are not finite")
     _duplicates(digests, found)
 

@@ -37,20 +37,16 @@ class Form(Protocol):
     @property
     def key(self) -> str:
         """What the sampler calls them."""
-        ...
 
     @property
     def suffix(self) -> str:
         """Of the file of one, `000000` and this."""
-        ...
 
     def save(self, out: Folder, i: int, drawn: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
         """Write sample i of what the sampler gave for it, with what is known about it."""
-        ...
 
     def show(self, out: Folder, n: int) -> str:
         """Show n samples that are there; what the user is told of where to look."""
-        ...
 
 
 @dataclass(frozen=True)

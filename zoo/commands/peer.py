@@ -24,7 +24,6 @@ class Inverse(Protocol):
 
     def inverse(self, params: Any, z: jax.Array, label: Any = None) -> jax.Array:
         """Images [B, S, S, C] of z [B, T, D]."""
-        ...
 
 
 def load_peer(path: str, task: Any) -> Any:

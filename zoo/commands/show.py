@@ -72,6 +72,10 @@ def _kind(annotation: Any) -> str:
     return re.sub(r"\b(typing|collections\.abc|zoo\.[\w.]+)\.", "", name)
 
 
+def _title(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
 def _rows(value: Any, prefix: str = "", ranges: bool = False) -> Rows:
     """(field, value, type, comment) of a tree of dataclasses, depth first.
 
@@ -82,25 +86,17 @@ def _rows(value: Any, prefix: str = "", ranges: bool = False) -> Rows:
     hints, own, said = typing.get_type_hints(cls), kinds(cls), comments(cls)
     for f in dataclasses.fields(value):
         inner, name = getattr(value, f.name), f"{prefix}{f.name}"
-        parts = (
-            {str(i): v for i, v in enumerate(inner)}
-            if isinstance(inner, tuple)
-            else inner
-            if isinstance(inner, dict)
-            else {}
-        )
+        parts = dict(enumerate(inner)) if isinstance(inner, tuple) else inner if isinstance(inner, dict) else {}
         if dataclasses.is_dataclass(inner):
-            rows.append((name, type(inner).__name__, "", (inspect.getdoc(type(inner)) or "").partition("\n")[0]))
+            rows.append((name, type(inner).__name__, "", _title(type(inner))))
             rows += _rows(inner, f"{name}.", ranges)
             choice: Any = own[f.name]
             for word, cls in choice.named().items() if ranges and hasattr(choice, "named") else ():
-                rows.append((f"{name}={word}", "", "", (inspect.getdoc(cls) or "").partition("\n")[0]))
+                rows.append((f"{name}={word}", "", "", _title(cls)))
                 rows += _rows(cls(), f"{name}.", ranges) if cls is not type(inner) and not required(cls) else []
         elif parts and all(dataclasses.is_dataclass(v) for v in parts.values()):
             for key, part in parts.items():
-                rows.append(
-                    (f"{name}.{key}", type(part).__name__, "", (inspect.getdoc(type(part)) or "").partition("\n")[0])
-                )
+                rows.append((f"{name}.{key}", type(part).__name__, "", _title(type(part))))
                 rows += _rows(part, f"{name}.{key}.", ranges)
         else:
             kind = own[f.name]
@@ -126,7 +122,7 @@ def sampler(value: Any, name: str) -> str:
 def show(value: Any, name: str) -> str:
     """Every field, value, type and comment of a config; for a run also its size and which precision computes what."""
     cls = type(value.task if isinstance(value, Run) else value)
-    title = config.describe(name) if models.is_config(name) else (inspect.getdoc(cls) or "").partition("\n")[0]
+    title = config.describe(name) if models.is_config(name) else _title(cls)
     lines = [f"{name}: {title}", "", *table(_rows(value))]
     if isinstance(value, Run):
         lines += ["", *_facts(value)]
@@ -151,15 +147,12 @@ def _facts(run: Run) -> list[str]:
             f"key/value caches while {n} samples are drawn with guidance{blocks * ', one block at a time'}: {', '.join(told)}"
         )
     lines += ["", "Precision"]
+    dtypes = ", ".join(sorted({str(x.dtype) for x in shapes.values()})).ljust(8)
     lines.append(
-        f"  {_dtypes(shapes)}  parameters, gradients, optimiser state" + (", average of the weights" if run.ema else "")
+        f"  {dtypes}  parameters, gradients, optimiser state" + (", average of the weights" if run.ema else "")
     )
     lines += [f"  {dtype:<9} {what}" for dtype, what in _activations(run)]
     return lines
-
-
-def _dtypes(shapes: dict[str, Any]) -> str:
-    return ", ".join(sorted({str(x.dtype) for x in shapes.values()})).ljust(8)
 
 
 def _activations(run: Run) -> list[tuple[str, str]]:
@@ -182,15 +175,10 @@ def _activations(run: Run) -> list[tuple[str, str]]:
             for inner in jaxprs_in_params(eqn.params):
                 walk(inner)
             if eqn.primitive.name in names:
-                dtypes = {str(v.aval.dtype) for v in eqn.invars if hasattr(v.aval, "dtype")} & {
-                    "float32",
-                    "bfloat16",
-                    "float16",
-                }
-                if dtypes:
-                    kinds.setdefault("bfloat16" if dtypes == {"bfloat16"} else "float32", set()).add(
-                        names[eqn.primitive.name]
-                    )
+                dtypes = {str(v.aval.dtype) for v in eqn.invars if hasattr(v.aval, "dtype")}
+                if dtypes & {"float32", "bfloat16", "float16"}:
+                    dtype = "float32" if dtypes & {"float32", "float16"} else "bfloat16"
+                    kinds.setdefault(dtype, set()).add(names[eqn.primitive.name])
 
     walk(traced.jaxpr)
     return [(dtype, ", ".join(sorted(what))) for dtype, what in sorted(kinds.items())]
@@ -207,14 +195,8 @@ def shardings(run: Run, devices: int) -> str:
         here = dist.shard_bytes(leaf)
         size = dist.whole_bytes(leaf)
         cut = here < size
-        rows.append(
-            (
-                name,
-                "x".join(map(str, leaf.shape)) or "scalar",
-                ", ".join(spec) if cut else "whole",
-                f"{here / 1024:,.1f}",
-            )
-        )
+        shape, lies = "x".join(map(str, leaf.shape)) or "scalar", ", ".join(spec) if cut else "whole"
+        rows.append((name, shape, lies, f"{here / 1024:,.1f}"))
         whole += [] if cut else [(size, name)]
     widths = [max(len(r[i]) for r in rows) for i in range(4)]
     lines = ["  ".join((*(t.ljust(w) for t, w in zip(r[:3], widths)), r[3].rjust(widths[3]))) for r in rows]

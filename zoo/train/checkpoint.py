@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from zoo import hosts, paths, weights
 from zoo.errors import Retryable, UserError
+from zoo.files import first_line
 from zoo.paths import Folder
 from zoo.task import Params
 from zoo.train.step import State
@@ -34,13 +34,6 @@ def _tree(state: State | Mapping[str, Any]) -> dict[str, Any]:
     """A state, or some fields of one, as a plain dict in the layout of the disk."""
     fields = state if isinstance(state, Mapping) else {k: getattr(state, k) for k in State.__dataclass_fields__}
     return weights.stacked(dict(fields))
-
-
-def _sentence(error: BaseException) -> str:
-    """The first telling line of a library's error; of a long one also the end, where the system's own words stand."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = re.split(r" \[\w+='", lines[0])[0] if lines else type(error).__name__  # TensorStore appends its settings
-    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
 
 
 @functools.cache
@@ -128,14 +121,11 @@ class Checkpoints:
     def _failed(self, error: Exception) -> UserError:
         good = self.steps()
         left = f"step {good[-1]} is the newest good one" if good else "there is no earlier one"
-        mend = (
-            "look at the network and the bucket's permissions"
-            if self._remote
-            else "make room or choose another workdir="
-        )
-        kind = Retryable if paths.in_bucket(self.folder) else UserError  # a network mends itself, a full disk does not
+        kind, mend = UserError, "make room or choose another workdir="
+        if self._remote:  # a network mends itself, a full disk does not
+            kind, mend = Retryable, "look at the network and the bucket's permissions"
         return kind(
-            f"could not save the checkpoint of step {self._saving} in {self.folder} ({_sentence(error)}); {left}: "
+            f"could not save the checkpoint of step {self._saving} in {self.folder} ({first_line(error)}); {left}: "
             f"{mend}, then start the same command again"
         )
 
@@ -171,7 +161,7 @@ class Checkpoints:
                 found: Params = self._read(step, {"ema": like})["ema"]
             except Exception as error:
                 raise UserError(
-                    f"the snapshot of step {step} in {self.folder} cannot be read ({_sentence(error)}); mend the cause, or move "
+                    f"the snapshot of step {step} in {self.folder} cannot be read ({first_line(error)}); mend the cause, or move "
                     "it away: it may be made without"
                 ) from error
             return found
@@ -201,7 +191,7 @@ class Checkpoints:
             newest, why = failed[0]
             others = f", nor can the {len(failed) - 1} before it" if len(failed) > 1 else ""
             raise UserError(
-                f"the checkpoint of step {newest} in {self.folder} cannot be read ({_sentence(why)}){others}; nothing was "
+                f"the checkpoint of step {newest} in {self.folder} cannot be read ({first_line(why)}){others}; nothing was "
                 "changed: mend the cause and start the same command again, or choose another workdir="
             ) from why
         return None
@@ -222,7 +212,7 @@ class Checkpoints:
                 with contextlib.suppress(OSError):  # another did it
                     self._set_aside(step, error, older[-1])
             raise Retryable(
-                f"the checkpoint of step {step} in {self.folder} could be read by others, but not here ({_sentence(error)}); "
+                f"the checkpoint of step {step} in {self.folder} could be read by others, but not here ({first_line(error)}); "
                 "start the same command again"
             ) from error
 
@@ -251,7 +241,7 @@ class Checkpoints:
         _log.warning(
             "the checkpoint of step %d cannot be read (%s); it was moved to %s and the run goes on from step %d",
             step,
-            _sentence(error),
+            first_line(error),
             broken.name,
             good,
         )

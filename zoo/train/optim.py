@@ -85,7 +85,6 @@ class Optimiser(Protocol):
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """The optax chain."""
-        ...
 
 
 Optim: TypeAlias = Optimiser | dict[str, Optimiser]  # one for all, or one for each top-level key of params

@@ -31,9 +31,7 @@ def library() -> Any:
     try:
         return importlib.import_module("wandb")
     except ImportError:
-        raise UserError(
-            "--wandb needs the package wandb; install it with the `wandb` extra: pip install -e '.[wandb]', or leave --wandb out"
-        ) from None
+        raise UserError("--wandb needs the package wandb: pip install -e '.[wandb]', or leave --wandb out") from None
 
 
 class Tracker:
@@ -42,31 +40,19 @@ class Tracker:
     Once the id is kept nothing raises: the first failure is told in one warning, and nothing more is sent.
     """
 
-    def __init__(
-        self, project: str, config: Mapping[str, Any], *, name: str, file: Path, folder: Path | None = None
-    ) -> None:
-        self._wandb, self.url, self._lost = library(), None, False
+    def __init__(self, project: str, config: Mapping[str, Any], *, name: str, file: Path, folder: Path | None) -> None:
+        self._wandb, self._lost = library(), False
         self._run: Any = None
+        self.url: str | None = None
         with files.writing(file, "choose another workdir="):
-            try:
-                own = str(json.loads(file.read_text())["id"])
-            except (FileNotFoundError, ValueError, KeyError, TypeError):  # none yet, or cut short
-                own = secrets.token_hex(8)
-                files.write(file, json.dumps({"id": own}) + "\n")
+            if not file.exists():
+                files.write(file, json.dumps({"id": secrets.token_hex(8)}) + "\n")
+            own = json.loads(file.read_text())["id"]
         entity, _, project = project.rpartition("/")
+        about = {"entity": entity or None, "project": project, "name": name, "config": dict(config), "dir": folder}
         with self._passing():
-            self._run = self._wandb.init(
-                project=project,
-                entity=entity or None,
-                dir=None if folder is None else str(folder),
-                settings=self._wandb.Settings(
-                    console="off", silent=True, init_timeout=_CONNECT
-                ),  # the report has the bar
-                id=own,
-                resume="allow",
-                name=name,
-                config=dict(config),
-            )
+            how = self._wandb.Settings(console="off", silent=True, init_timeout=_CONNECT)  # the report has the bar
+            self._run = self._wandb.init(**about, id=own, resume="allow", settings=how)
             self._run.define_metric("*", step_metric="step")
             self.url = self._run.url
 
@@ -91,18 +77,16 @@ class Tracker:
                 shown = {k: self._wandb.Image(v) if isinstance(v, Image.Image) else v for k, v in values.items()}
                 self._run.log({"step": step, **shown})
 
-    def close(self, failed: bool = False) -> None:
-        """Send the rest, for a minute at most; may be called twice."""
-        run, self._run = self._run, None
-        if run is None:
-            return
+    def close(self, failed: bool) -> None:
+        """Send the rest, for a minute at most."""
 
         def finish() -> None:
             with self._passing():
-                run.finish(exit_code=int(failed))
+                self._run.finish(exit_code=int(failed))
 
-        thread = threading.Thread(target=finish, daemon=True)
-        thread.start()
-        thread.join(_FINISH)
-        if thread.is_alive():
-            _log.warning("Weights & Biases has not taken the last records within %.0f seconds", _FINISH)
+        if self._run is not None:
+            thread = threading.Thread(target=finish, daemon=True)
+            thread.start()
+            thread.join(_FINISH)
+            if thread.is_alive():
+                _log.warning("Weights & Biases has not taken the last records within %.0f seconds", _FINISH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -60,18 +61,13 @@ def matching(tree: Any, like: Any) -> Any:
     """
     tree = _relayout(tree, like, "")
     have, want = named_leaves(tree), named_leaves(like)
-    shapes = [
-        differs(name, have[name], leaf)
-        for name, leaf in want.items()
-        if name in have and np.shape(have[name]) != np.shape(leaf)
-    ]
     refuse(
         "the parameters do not fit this task",
         "use the config they were made with",
         {
             "missing": [name for name in want if name not in have],
             "unexpected": [name for name in have if name not in want],
-            "wrong shape": shapes,
+            "wrong shape": _wrong_shapes(have, want),
         },
     )
     return tree
@@ -105,7 +101,7 @@ def encoder_digest(params: Mapping[str, Any]) -> str:
 
 def abstract(task: Task) -> Params:
     """Shapes and dtypes of `task.init` in the task's own layout, without axis boxes and without computing anything."""
-    return jax.tree.map(_unbox, boxed(task), is_leaf=lambda x: hasattr(x, "unbox"))
+    return jax.tree.map(lambda x: x.unbox() if _is_box(x) else x, boxed(task), is_leaf=_is_box)
 
 
 def boxed(task: Task) -> Params:
@@ -127,8 +123,8 @@ def _is_dict(node: Any) -> bool:
     return isinstance(node, dict)
 
 
-def _unbox(leaf: Any) -> Any:
-    return leaf.unbox() if hasattr(leaf, "unbox") else leaf
+def _is_box(leaf: Any) -> bool:
+    return hasattr(leaf, "unbox")
 
 
 def _layers(node: Mapping[str, Any]) -> list[str]:
@@ -380,7 +376,5 @@ def _depth_field(task: Any, key: str, layers: int) -> str:
 
 def grouped(names: Iterable[str]) -> str:
     """Names grouped by top-level key."""
-    groups: dict[str, int] = {}
-    for name in sorted(names):
-        groups[name.split("/")[0]] = groups.get(name.split("/")[0], 0) + 1
+    groups = Counter(name.split("/")[0] for name in sorted(names))
     return ", ".join(f"{key} ({count} tensor{'s' * (count > 1)})" for key, count in groups.items())
