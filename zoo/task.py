@@ -224,8 +224,9 @@ class Predicts(Protocol):
 
 @runtime_checkable
 class Inverts(Protocol):
-    """A flow of affine blocks: the metric `convergence`, and where its sampler has the options `guidance` and `method`
-    (`zoo.flows.inverse.Jacobi`) also `zoo bench --model` and the strategies of `zoo sample`."""
+    """A flow of affine blocks: the metric `convergence`, `zoo bench --model`, strategies."""
+
+    # the latter two where its sampler has the options `guidance` and `method` (`zoo.flows.inverse.Jacobi`)
 
     @property
     def blocks(self) -> int:
