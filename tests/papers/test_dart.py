@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from dart_by_hand import CAPTIONED, MASKS, NESTED, TASK, WRITES, conditions, randomised
-from fresh import fresh
+from fresh import drawn, fresh
 from mistakes import told
 
 from zoo import config, dist
@@ -121,14 +121,13 @@ def test_a_block_changes_no_noisier_one_by_one_bit(mask: str) -> None:
 @pytest.mark.parametrize(
     "task",
     [
-        dataclasses.replace(MASKS["blocks"], target="v"),
         dataclasses.replace(MASKS["same"], scan=False, fed="chain", depth=1),
         dataclasses.replace(MASKS["tokens"], target="v", scan=False, depth=1),
         dataclasses.replace(CAPTIONED, depth=1),
         dataclasses.replace(NESTED, target="v"),
         WRITES,
     ],
-    ids=["blocks", "same", "tokens", "text", "nested", "letters"],
+    ids=["same", "tokens", "text", "nested", "letters"],
 )
 def test_a_cache_gives_what_the_whole_sequence_does(task: Dart) -> None:
     params, given = randomised(task), conditions(task, 3)
@@ -227,22 +226,6 @@ def test_the_loss_is_the_weighted_error_and_that_of_v() -> None:
     assert float(metrics["x0_error_last"]) > 0
 
 
-def test_gradients_reach_all_parameters_and_remat_acts() -> None:
-    task = dataclasses.replace(CAPTIONED, depth=1, head="flow")
-    params = randomised(task)
-    batch = {
-        k: jnp.ones(v.shape, v.dtype) * jnp.linspace(0, 2, 4).astype(v.dtype).reshape(-1, *[1] * (v.ndim - 1))
-        for k, v in task.spec(4).items()
-    }
-    grads, _ = jax.jit(jax.grad(task.loss, has_aux=True))(params, batch, jax.random.key(2))
-    assert [path for path, g in jax.tree_util.tree_leaves_with_path(grads) if np.abs(g).max() < 1e-7] == []
-    traces = [
-        str(jax.make_jaxpr(dataclasses.replace(task, remat=r).loss)(params, batch, jax.random.key(2)))
-        for r in ("none", "full")
-    ]
-    assert traces[0].count("remat") < traces[1].count("remat")
-
-
 def test_as_a_denoiser_it_reads_the_statistic_at_all_levels() -> None:
     assert isinstance(TASK, Denoises)
     task = dataclasses.replace(MASKS["same"], fed="chain")
@@ -328,19 +311,26 @@ def test_what_does_not_fit_is_told() -> None:
 
 def test_a_fresh_flow_head_leaves_proposals_as_they_are_and_is_told_where_they_should_go() -> None:
     task = dataclasses.replace(TASK, head="flow", head_steps=3, head_noise=0.4)
-    params = {**randomised(task), "head": fresh(task)["head"]}
-    draw = jax.jit(lambda task: task.sample(params, jax.random.key(0), 3)["latent"], static_argnums=0)
-    plain, moved = (draw(one) for one in (dataclasses.replace(task, head="gauss"), task))
-    last = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 3), (4, 4)))(
-        sample_keys(jax.random.key(0), 3)
-    )
-    np.testing.assert_allclose(moved, task.image(task.tokens(plain) + 0.4 * last), atol=1e-4)
+    head = drawn(lambda key: dist.unbox(task.init(key))["head"], jax.random.key(0))
+    params, key, snr = {**randomised(task), "head": head}, jax.random.key(0), task.process.snr
+
+    @jax.jit
+    def run() -> Any:
+        plain, moved = (one.sample(params, key, 3)["latent"] for one in (dataclasses.replace(task, head="gauss"), task))
+        last = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 3), (4, 4)))(sample_keys(key, 3))
+
+        def loss(head: Any) -> jax.Array:
+            copies, hidden = jnp.ones((2, 3, 4, 4)), jnp.ones((2, 3, 4, 16))
+            return task._flow_loss({"head": head}, copies, jnp.zeros((2, 4, 4)), jnp.zeros_like(copies), hidden, key)
+
+        grads = jax.grad(loss)(randomised(task)["head"])
+        return moved, task.image(task.tokens(plain) + 0.4 * last), loss(head), grads
+
+    moved, wanted, loss, grads = run()
+    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(grads)) > 1e-7
+    np.testing.assert_allclose(moved, wanted, atol=1e-4)
     assert task._proposals[1][-1] == 0.4
-    snr = task.process.snr
     assert dataclasses.replace(task, head_noise=None)._proposals[1][-1] == pytest.approx((1 + snr[-1]) ** -0.5)
-    x0, copies = jnp.zeros((2, 4, 4)), jnp.ones((2, 3, 4, 4))
-    hidden = jnp.zeros((2, 3, 4, 16))
-    loss = jax.jit(task._flow_loss)(params, copies, x0, jnp.zeros_like(copies), hidden, jax.random.key(0))
     wanted = np.asarray([1, 1, 0]) + task._proposals[1] ** 2
     assert float(loss) == pytest.approx(wanted.mean(), rel=0.3)
 

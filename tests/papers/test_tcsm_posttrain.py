@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import tabular
-from fresh import fresh
+from fresh import noise
 from mistakes import told
 from tabular import CLEAN, NOISY, L, Tabular, V, kl, law
 
@@ -192,7 +192,7 @@ def test_a_reward_model_learns_who_is_chosen() -> None:
     source = Compared(Docstrings(), LetterShare(), scale=0.02).source("train", task.spec(1))
     rows = [source[i] for i in range(60 * 64)]
     batches = {key: np.stack([row[key] for row in rows]).reshape(1, 60, 64, -1) for key in task.spec(1)}
-    params = jax.tree.map(lambda x: x[0], trained(task, fresh(task), batches, 0.02))
+    params = jax.tree.map(lambda x: x[0], trained(task, noise(task), batches, 0.02))
     texts = np.stack([source[i]["tokens"] for i in range(4000, 4500)])
     rewards = task.logits(params, {"tokens": texts})
     assert rewards.shape == (500, 1)
@@ -240,7 +240,7 @@ def test_a_teacher_tells_more_of_few_texts_than_they_do_themselves() -> None:
 
 def test_two_devices_train_what_one_does() -> None:
     """The running mean too, wherever it lies."""
-    task = TcsmReward(**SMALL, beta=BETA)
+    task = Tilted(**SIZE, beta=BETA)
     rng, losses, states = np.random.default_rng(0), {}, {}
     batches = [
         {key: rng.integers(0, V, x.shape).astype(x.dtype) if x.dtype == jnp.int32 else R[: x.shape[0]] * (k + 1)
