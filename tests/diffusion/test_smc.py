@@ -161,7 +161,7 @@ def test_particles_are_drawn_by_weight() -> None:
 def test_nothing_without_weight_is_drawn_whatever_is_rounded() -> None:
     log = np.zeros((256, 1000))
     log[:, ::2] = log[:, -300:] = -np.inf
-    found = np.asarray(jax.jit(lambda keys: drawn(keys, weighted(log), keep=1000))(keys(256))).astype(int)
+    found = np.asarray(jax.jit(lambda keys, log: drawn(keys, weighted(log), keep=1000))(keys(256), log)).astype(int)
     assert np.isfinite(log[0][found]).all()
 
 

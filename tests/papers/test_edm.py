@@ -126,7 +126,7 @@ def test_dropout_and_dropped_labels_act_in_training_alone(params: Any) -> None:
 
     def draws(task: Edm) -> int:
         batch = {"image": x, "label": label}
-        return str(jax.make_jaxpr(task.loss)(params, batch, jax.random.key(2))).count("random_bits")
+        return str(jax.make_jaxpr(task.loss)(params, batch, jax.random.key(2))).count("bernoulli")
 
     tasks = dataclasses.replace(none, drop=0.99), dataclasses.replace(none, network=TASK.network)
     assert min(map(draws, tasks)) > draws(none)

@@ -219,7 +219,7 @@ TIMED = dataclasses.replace(SMALL, objective="sedd", kernel="uniform", time=True
 
 
 moved = functools.partial(
-    noise, scale=0.3
+    noise, scale=0.1
 )  # random weights: fresh heads give zeros, which would hide what is before them
 
 
