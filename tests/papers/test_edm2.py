@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -104,6 +105,13 @@ class Golden:
         rows = np.minimum(np.arange(len(self.f["x"])), len(x) - 1)
         x, sigma = np.asarray(x, np.float32)[rows], np.broadcast_to(np.float32(sigma), len(x))[rows]
         return np.asarray(self.program(self.params, x, sigma, None if hot is None else hot[rows])[0])[: rows[-1] + 1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Edm2, "import_names", functools.cache(Edm2.import_names))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,13 @@ class Golden:
 
 FILES = ["edm_ddpmpp", "edm_ncsnpp", "edm_iddpm"]  # the network of `edm_adm` is that of `edm_iddpm`
 LEARNS = ["edm_ddpmpp"]  # a gradient is what its network gives, and takes four times as long to compile
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Edm, "import_names", functools.cache(Edm.import_names))
+        yield
 
 
 @pytest.fixture(scope="module", params=FILES)
