@@ -459,7 +459,7 @@ def breaking() -> Any:
         factors = HalfSpace(EDGE.normal, offset), Tilt(lambda x0, sigma: jnp.where(sigma < 1, tilt, 0.0)), Ends(ends)
         return feynman_kac(keys(2), how("ratio", 2.0, GRID[::10]), [energy], (2,), factors, Particles(16))
 
-    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 1})
+    return jax.jit(run)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from dart_by_hand import CAPTIONED, MASKS, NESTED, TASK, WRITES, conditions, randomised
+from dart_by_hand import CAPTIONED, MASKS, NESTED, TASK, WRITES, conditions, normal, randomised
 from fresh import drawn, fresh
 from mistakes import told
 
@@ -101,12 +101,17 @@ def test_schedules_have_the_numbers_that_were_worked_out() -> None:
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_block_changes_no_noisier_one_by_one_bit(mask: str) -> None:
     task, params = MASKS[mask], randomised(MASKS[mask])
-    copies, clean = jax.random.normal(jax.random.key(1), (2, 3, 4, 4)), jax.random.normal(jax.random.key(2), (2, 4, 4))
-    seen = task.conditions(params, conditions(task, 2))
-    run = jax.jit(lambda copies, clean: task.estimates(params, [copies], clean, seen)[0][0])
-    before = run(copies, clean)
+    copies, clean, given = normal(2, 3, 4, 4, seed=1), normal(2, 4, 4, seed=2), conditions(task, 2)
+
+    @jax.jit
+    def run(copies: jax.Array, clean: jax.Array) -> jax.Array:
+        return task.estimates(params, [copies], clean, task.conditions(params, given))[0][0]
+
+    before = np.asarray(run(copies, clean))
     for b, k in itertools.product(range(3), range(4)):
-        changed = np.asarray(run(copies.at[:, b, k].add(1.0), clean) != before).all((0, 3))
+        moved = copies.copy()
+        moved[:, b, k] += 1
+        changed = (np.asarray(run(moved, clean)) != before).all((0, 3))
         wanted = np.zeros((3, 4), bool)
         wanted[b:] = True
         if mask == "same":
@@ -114,7 +119,8 @@ def test_a_block_changes_no_noisier_one_by_one_bit(mask: str) -> None:
         if mask == "tokens":  # the estimates of block b + 1; and those in block b of the tokens that follow
             wanted[b - 1, k + 1 :] |= b > 0
         np.testing.assert_array_equal(changed, wanted)
-    changed = np.asarray(run(copies, clean.at[:, 1].add(1.0)) != before).all((0, 3))
+    clean[:, 1] += 1
+    changed = (np.asarray(run(copies, clean)) != before).all((0, 3))
     np.testing.assert_array_equal(changed, np.arange(12).reshape(3, 4) >= (10 if mask == "tokens" else 12))
 
 
@@ -202,14 +208,10 @@ def test_with_the_exact_denoiser_samples_are_those_of_ddpm_step_by_step(schedule
 
 
 def test_the_loss_is_the_weighted_error_and_that_of_v() -> None:
-    rng = jax.random.key(3)
-    batch = {
-        "latent": jax.random.normal(rng, (4, 4, 4, 1)),
-        "latent_std": jnp.zeros((4, 4, 4, 1)),
-        **conditions(TASK, 4),
-    }
-    x0 = np.asarray(TASK.tokens(batch["latent"]), np.float64)
-    np.testing.assert_allclose(TASK.image(TASK.tokens(batch["latent"])), batch["latent"], atol=1e-6)
+    rng, x = jax.random.key(3), normal(4, 4, 4, 1)
+    batch = {"latent": x, "latent_std": np.zeros_like(x), **conditions(TASK, 4)}
+    x0 = np.asarray(TASK.tokens(x), np.float64)
+    np.testing.assert_allclose(TASK.image(TASK.tokens(x)), x, atol=1e-6)
     capped = dataclasses.replace(TASK, cap=2.0)._weights
     assert (capped.mean(), capped[-1] / capped[0]) == pytest.approx((1, 2 / (1 + TASK.process.snr[0])))
     task = dataclasses.replace(TASK, target="v", cap=None, drop=0.0)
@@ -229,7 +231,7 @@ def test_the_loss_is_the_weighted_error_and_that_of_v() -> None:
 def test_as_a_denoiser_it_reads_the_statistic_at_all_levels() -> None:
     assert isinstance(TASK, Denoises)
     task = dataclasses.replace(MASKS["same"], fed="chain")
-    params, x = randomised(task), jax.random.normal(jax.random.key(0), (3, 4, 4, 1))
+    params, x = randomised(task), normal(3, 4, 4, 1)
     given, p = conditions(task, 3), task.process
     denoise = jax.jit(task.denoise)
     sigma = jnp.asarray(task.spread * np.asarray(p.snr) ** -0.5, jnp.float32)
