@@ -247,11 +247,10 @@ def test_figures_of_geometry_stand_beside_their_controls():
 
 def test_latents_that_are_known_stay_and_pixels_with_them(clips):
     """With an autoencoder a cell is known where nine in ten of its pixels are; given pixels come back as they were given."""
-    task = replace(
-        TASK, patch=1, vae=AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=4, scale=1.0)
-    )
+    vae = AutoEncoder(image=8, channels=3, latent=2, widths=(4, 4), layers=1, groups=4, scale=1.0)
+    task = Plain(frames=3, image=8, patch=1, vae=vae)
     options = WvdSampling(task="camera", solver=Heun(), nfe=3)
-    params = random(task)
+    params = {"vae": random(vae)}
 
     @jax.jit
     def run(params):
