@@ -163,10 +163,9 @@ def test_denoisers_equal_the_official_numbers(golden: Golden) -> None:
         close(found[name], nhwc(f[name]), loose, loose, name)
 
 
+@pytest.mark.parametrize("golden", LEARNS, indirect=True)
 def test_loss_and_gradients_equal_the_official_numbers(golden: Golden) -> None:
     f = golden.f
-    if golden.name not in LEARNS:
-        pytest.skip("of another network they are tried")
     sigma = jnp.exp(-1.2 + 1.2 * jnp.asarray(f["loss_rnd"]).ravel())
     y, door = nhwc(f["images"]), Precondition()
     x = y + sigma[:, None, None, None] * nhwc(f["loss_noise_unit"])
@@ -190,10 +189,9 @@ def test_loss_and_gradients_equal_the_official_numbers(golden: Golden) -> None:
         close(theirs[key], wanted, 1e-4 * np.abs(wanted).max(), 1e-4, key)
 
 
+@pytest.mark.parametrize("golden", FILES[:2], indirect=True)  # the others have none
 def test_samples_equal_the_official_numbers(golden: Golden) -> None:
     f, steps, churn = golden.f, golden.meta["num_steps"], golden.meta["churn"]
-    if churn is None:
-        pytest.skip("this file has no samples")
     stochastic = Churn(churn["S_churn"], churn["S_min"], churn["S_max"], churn["S_noise"])
     noise = np.moveaxis(f["noise"], -3, -1)
     draws = np.repeat(np.moveaxis(f["churn_noise"], -3, -1), 2, 0)  # one a step; its second call has none

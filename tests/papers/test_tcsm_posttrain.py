@@ -205,12 +205,12 @@ def test_a_reward_model_learns_who_is_chosen() -> None:
 def test_the_target_is_the_teachers_conditional_at_noisy_positions() -> None:
     task = Distilled(**SIZE, teacher=Joint(), candidates=V, positions=1)
     params = task.init(jax.random.key(0))
-    xt = np.where(np.arange(L) == 1, V, CLEAN)
-    joint = P.reshape(V, V, V)
+    texts, joint = CLEAN.astype(np.int32), P.reshape(V, V, V)
+    xt = np.where(np.arange(L) == 1, np.int32(V), texts)
     for proposals, k in (("left", V), ("taylor", V), ("left", 2)):
         own = dataclasses.replace(task, proposals=proposals, candidates=k)
-        run = jax.jit(lambda xt, own=own: own.target(params, {"tokens": CLEAN}, xt, jax.random.key(1))[0])
-        target = jax.device_get(run(np.int32(xt)))
+        run = jax.jit(lambda xt, own=own: own.target(params, {"tokens": texts}, xt, jax.random.key(1))[0])
+        target = jax.device_get(run(xt))
         share = np.exp(target.log)
         np.testing.assert_array_equal(target.ids[:, :, 0], CLEAN)
         np.testing.assert_array_equal(share[:, [0, 2], 0], 1)  # which are known
