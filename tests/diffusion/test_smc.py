@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import softmax
 from scipy.stats import multivariate_normal, norm
 
 from zoo import dist
@@ -57,16 +58,15 @@ def how(form: Any, beta: float = 1.0, levels: np.ndarray = GRID, **other: Any) -
 
 
 @functools.cache
-def program(models: int = 1, particles: Particles = Particles(2000), bounded: bool = False) -> Any:
+def program(models: int, particles: Particles, bounded: bool) -> Any:
     """(keys, course, modes of each model, shift, (offset, slope)) -> islands; what tests differ in are inputs of few programs."""
 
     def run(keys: jax.Array, how: Course, modes: Any, shift: Any, bound: Any) -> Islands:
         def of(one: Any) -> Any:
             return scored(lambda x, sigma: shift * jnp.sin(sigma) - log_density(one, x, sigma))
 
-        factors = (
-            (HalfSpace(EDGE.normal, bound[0]), Tilt(lambda x0, sigma: x0 @ jnp.asarray(bound[1]))) if bounded else ()
-        )
+        factors = HalfSpace(EDGE.normal, bound[0]), Tilt(lambda x0, sigma: x0 @ jnp.asarray(bound[1]))
+        factors = factors if bounded else ()
         return feynman_kac(keys, how, [of(one) for one in modes], (2,), factors, particles)
 
     # what the suite leaves out for the sake of compiling is six times the time of these loops
@@ -79,7 +79,7 @@ def drawn_from(
     particles: Particles = Particles(2000),
     seeds: int = 5,
     shift: float = 0.0,
-    bound: Any = None,
+    bound: Any = (1e9, (0.0, 0.0)),  # of one mixture alone
 ) -> Islands:
     mixtures = (mixtures,) if isinstance(mixtures, Mixture) else mixtures
     modes = [
@@ -89,7 +89,7 @@ def drawn_from(
         ]
         for m in mixtures
     ]
-    found: Islands = program(len(modes), particles, bound is not None)(
+    found: Islands = program(len(modes), particles, len(modes) == 1 and particles != FREE)(
         keys(seeds), how, jax.tree.map(np.float32, modes), np.float32(shift), jax.tree.map(np.float32, bound)
     )
     return found
@@ -106,31 +106,33 @@ def keys(n: int = 5, seed: int = 0) -> jax.Array:
 
 def errors(found: Islands, first: Mixture, exact: tuple[np.ndarray, float]) -> tuple[float, float]:
     """Mean total variation of the modes' weights, and mean error of the log-normaliser."""
-    modes = share(first.modes, np.asarray(found.x), np.asarray(jax.nn.softmax(found.log_weights)))
-    return float(distance(modes, exact[0]).mean()), float(found.trace.log_normaliser.mean()) - exact[1]
+    modes = share(first.modes, np.asarray(found.x), softmax(np.asarray(found.log_weights), -1))
+    return float(distance(modes, exact[0]).mean()), float(np.mean(found.trace.log_normaliser)) - exact[1]
 
 
 # --- energies -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sigma", [0.01, 0.5, 3.0, 80.0])
-def test_energies_are_those_of_scipy_and_their_gradient_denoises(sigma: float) -> None:
-    x = np.random.default_rng(0).normal(size=(64, 2)) * np.hypot(3, sigma)
-    x0, total = np.zeros_like(x), np.zeros(len(x))
-    for mode in FIVE.modes:
-        off = mode.correlation * mode.std[0] * mode.std[1]
-        covariance = np.asarray([[mode.std[0] ** 2, off], [off, mode.std[1] ** 2]])
-        noisy = covariance + sigma**2 * np.eye(2)
-        density = mode.weight * multivariate_normal(mode.mean, noisy).pdf(x)
-        x0 += density[:, None] * (mode.mean + (x - mode.mean) @ np.linalg.solve(noisy, covariance))
-        total += density
-    known = total > 1e-30
-    np.testing.assert_allclose(FIVE.energy({}, x, sigma)[known], -np.log(total[known]), rtol=1e-5, atol=1e-5)
-    denoised = FIVE.denoise({}, x, sigma)
-    np.testing.assert_allclose(
-        denoised[known], (x0 / total[:, None])[known], atol=2e-6 * np.hypot(3, sigma) * (1 + sigma)
-    )
-    np.testing.assert_allclose(FIVE.denoise({}, x, jnp.full(64, sigma)), denoised, atol=1e-6 * np.hypot(3, sigma))
+def test_energies_are_those_of_scipy_and_their_gradient_denoises() -> None:
+    @jax.jit
+    def run(x: jax.Array, sigma: jax.Array) -> Any:
+        return FIVE.energy({}, x, sigma), FIVE.denoise({}, x, sigma), FIVE.denoise({}, x, jnp.full(64, sigma))
+
+    for sigma in (0.01, 0.5, 3.0, 80.0):
+        x, far = np.random.default_rng(0).normal(size=(64, 2)) * np.hypot(3, sigma), np.hypot(3, sigma)
+        x0, total = np.zeros_like(x), np.zeros(len(x))
+        for mode in FIVE.modes:
+            off = mode.correlation * mode.std[0] * mode.std[1]
+            covariance = np.asarray([[mode.std[0] ** 2, off], [off, mode.std[1] ** 2]])
+            noisy = covariance + sigma**2 * np.eye(2)
+            density = mode.weight * multivariate_normal(mode.mean, noisy).pdf(x)
+            x0 += density[:, None] * (mode.mean + (x - mode.mean) @ np.linalg.solve(noisy, covariance))
+            total += density
+        known = total > 1e-30
+        energy, denoised, each = map(np.asarray, run(x, sigma))
+        np.testing.assert_allclose(energy[known], -np.log(total[known]), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(denoised[known], (x0 / total[:, None])[known], atol=2e-6 * far * (1 + sigma))
+        np.testing.assert_allclose(each, denoised, atol=1e-6 * far)
 
 
 # --- resampling -----------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def test_particles_are_drawn_by_weight() -> None:
 def test_nothing_without_weight_is_drawn_whatever_is_rounded() -> None:
     log = np.zeros((256, 1000))
     log[:, ::2] = log[:, -300:] = -np.inf
-    found = np.asarray(drawn(keys(256), weighted(log), keep=1000)).astype(int)
+    found = np.asarray(jax.jit(lambda keys, log: drawn(keys, weighted(log), keep=1000))(keys(256), log)).astype(int)
     assert np.isfinite(log[0][found]).all()
 
 
@@ -186,9 +188,9 @@ def padded(form: Any, beta: float, steps: int, rows: int = 2001) -> Course:
 
 def test_the_kernel_form_gives_a_gaussian_its_tempered_variance() -> None:
     found = drawn_from(GAUSSIAN, how("kernel", 2.0))
-    weights = np.asarray(jax.nn.softmax(found.log_weights))[..., None]
-    mean = (weights * found.x).sum(1, keepdims=True)
-    variance = (weights * np.square(found.x - mean)).sum(1).mean(-1)
+    weights, x = softmax(np.asarray(found.log_weights), -1)[..., None], np.asarray(found.x)
+    mean = (weights * x).sum(1, keepdims=True)
+    variance = (weights * np.square(x - mean)).sum(1).mean(-1)
     np.testing.assert_allclose(variance, 0.245, rtol=0.2)
     assert variance.mean() == pytest.approx(0.245, rel=0.1)
 
@@ -198,7 +200,8 @@ def test_the_score_form_is_the_limit_of_the_kernel_form_on_one_path() -> None:
     for steps in (200, 2000):
         kernel, score = padded("kernel", 2.0, steps), padded("score", 2.0, steps)
         pair = [
-            drawn_from(CORNERS, one, FREE) for one in (kernel, score._replace(noise=kernel.noise, start=kernel.start))
+            drawn_from(CORNERS, one, FREE, 2)
+            for one in (kernel, score._replace(noise=kernel.noise, start=kernel.start))
         ]
         np.testing.assert_allclose(pair[0].x, pair[1].x, atol=1e-4)
         alike.append(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(*(one.log_weights for one in pair))]))
@@ -206,8 +209,8 @@ def test_the_score_form_is_the_limit_of_the_kernel_form_on_one_path() -> None:
 
 
 def test_a_constant_of_a_level_changes_no_weight() -> None:
-    plain, other = (drawn_from(CORNERS, padded("kernel", 2.0, 100), FREE, shift=shift) for shift in (0.0, 30.0))
-    one, two = (np.asarray(jax.nn.softmax(found.log_weights)) for found in (plain, other))
+    plain, other = (drawn_from(CORNERS, padded("kernel", 2.0, 100), FREE, 2, shift) for shift in (0.0, 30.0))
+    one, two = (softmax(np.asarray(found.log_weights), -1) for found in (plain, other))
     np.testing.assert_allclose(one, two, atol=1e-5)
     np.testing.assert_allclose(plain.x, other.x, atol=1e-5)
 
@@ -272,7 +275,7 @@ def test_a_classifier_that_is_right_gives_its_class_and_the_share_of_it() -> Non
         return feynman_kac(keys(5), how("ratio", 1.0), [CORNERS.scored], (2,), [tilt], Particles(1000))
 
     found = jax.jit(run)(jnp.asarray([0, 1, 2, 3, -1]))
-    modes = share(CORNERS.modes, np.asarray(found.x), np.asarray(jax.nn.softmax(found.log_weights)))
+    modes = share(CORNERS.modes, np.asarray(found.x), softmax(np.asarray(found.log_weights), -1))
     assert (modes[range(4), range(4)] > 0.98).all()
     np.testing.assert_allclose(found.trace.log_normaliser, [*np.log(weight), 0], atol=0.2)
     assert not np.asarray(found.log_weights[4]).any()  # any class weighs nothing
@@ -288,14 +291,13 @@ def test_particles_that_begin_as_the_base_need_no_high_level() -> None:
     target = [scored(lambda x, sigma: -log_density(GAUSSIAN.arrays, x, sigma))], []
     draw = jax.jit(lambda key: options.draw(key, 64, (0.05, 0.7), lambda given: target, (2,), None, start))
     x, trace = draw(jax.random.key(0))
-    np.testing.assert_allclose(trace.log_normaliser.mean(), -np.log(4 * np.pi * 0.4925), atol=0.03)
-    np.testing.assert_allclose(jnp.square(x).mean(), 0.4925 / 2, rtol=0.25)
+    np.testing.assert_allclose(np.mean(trace.log_normaliser), -np.log(4 * np.pi * 0.4925), atol=0.03)
+    np.testing.assert_allclose(np.square(x).mean(), 0.4925 / 2, rtol=0.25)
 
 
 def test_a_bound_is_kept_and_does_not_bend_the_weights() -> None:
-    levels = Levels().grid(201, "edm", 0.01, 10.0)
-    true = truth([CORNERS], [1.0], lambda x: x @ np.asarray(EDGE.normal) < EDGE.offset)
-    found = drawn_from(CORNERS, how("ratio", 1.0, levels), Particles(1000), bound=(EDGE.offset, (0.0, 0.0)))
+    true = truth([CORNERS], [1.0], lambda x: x @ np.asarray(EDGE.normal) < EDGE.offset, 0.04)
+    found = drawn_from(CORNERS, how("ratio"), bound=(EDGE.offset, (0.0, 0.0)))
     inside = np.asarray(found.x) @ np.asarray(EDGE.normal) < EDGE.offset
     assert inside.mean() >= 0.9
     assert (np.isfinite(found.log_weights) == inside).all()
@@ -307,11 +309,10 @@ def test_a_bound_is_kept_and_does_not_bend_the_weights() -> None:
 
 
 def test_a_tilted_gaussian_moves_by_what_it_is_tilted() -> None:
-    levels = Levels().grid(201, "edm", 0.01, 10.0)
-    found = drawn_from(GAUSSIAN, how("ratio", 1.0, levels), Particles(1000), bound=(1e3, (1.0, -2.0)))
-    mean = (jax.nn.softmax(found.log_weights)[..., None] * found.x).sum(1).mean(0)
+    found = drawn_from(GAUSSIAN, how("ratio"), bound=(1e3, (1.0, -2.0)))
+    mean = (softmax(np.asarray(found.log_weights), -1)[..., None] * np.asarray(found.x)).sum(1).mean(0)
     np.testing.assert_allclose(mean, [0.49, -0.98], atol=0.07)
-    assert float(found.trace.log_normaliser.mean()) == pytest.approx(5 * 0.49 / 2, abs=0.1)
+    assert np.mean(found.trace.log_normaliser) == pytest.approx(5 * 0.49 / 2, abs=0.1)
 
 
 # --- potentials -----------------------------------------------------------------------------------
@@ -319,18 +320,17 @@ def test_a_tilted_gaussian_moves_by_what_it_is_tilted() -> None:
 
 def test_boxes_and_half_spaces_are_those_of_the_normal_law() -> None:
     x0 = np.random.default_rng(0).normal(size=(50, 2)) * 3
+    box, half = Box((-1.0, 0.0), (1.0, 3.0)), HalfSpace((3.0, -4.0), 2.0)
+    run = jax.jit(lambda x, sigma: (box.log(x, x, sigma), half.log(x, x, sigma)))
     for sigma in (0.05, 1.0, 20.0):
-        box, half = Box((-1.0, 0.0), (1.0, 3.0)), HalfSpace((3.0, -4.0), 2.0)
-        x = jnp.asarray(x0, jnp.float32)
+        within, left = run(x0.astype(np.float32), sigma)
         low, high = (np.asarray([-1, 0]) - x0) / sigma, (np.asarray([1, 3]) - x0) / sigma
         flip = low + high < 0
         low, high = np.where(flip, low, -high), np.where(flip, high, -low)
         with np.errstate(divide="ignore"):
             log = norm.logcdf(high) + np.log1p(-np.exp(norm.logcdf(low) - norm.logcdf(high)))
-        np.testing.assert_allclose(box.log(x, x, sigma), log.sum(-1), rtol=2e-3, atol=1e-5)
-        np.testing.assert_allclose(
-            half.log(x, x, sigma), norm.logcdf((2 - x0 @ [3, -4]) / 5 / sigma), rtol=1e-3, atol=1e-6
-        )
+        np.testing.assert_allclose(within, log.sum(-1), rtol=2e-3, atol=1e-5)
+        np.testing.assert_allclose(left, norm.logcdf((2 - x0 @ [3, -4]) / 5 / sigma), rtol=1e-3, atol=1e-6)
     ends = box.end(jnp.asarray([[0.0, 1.0], [0.0, -1.0], [2.0, 1.0]]))
     np.testing.assert_array_equal(ends, [0, -np.inf, -np.inf])
     assert np.isfinite(Box().log(jnp.full((1, 2, 2), 99.0), jnp.full((1, 2, 2), 99.0), 0.002)).all()
@@ -358,7 +358,7 @@ def test_mixtures_are_tasks_whose_samples_follow_from_their_keys(monkeypatch: py
 
 
 def test_the_comparison_writes_a_table_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixtures, "TARGETS", (TARGETS[3],))
+    monkeypatch.setattr(mixtures, "TARGETS", TARGETS[:1])
     found = Mixtures(seeds=2, count=50, levels=11, out=str(tmp_path / "out")).run()
     assert json.loads((tmp_path / "out" / "mixtures.json").read_text())["rows"] == found["rows"]
     assert (tmp_path / "out" / "mixtures.md").read_text().count("\n") == 2 + len(found["rows"]) == 7
@@ -370,21 +370,33 @@ def test_the_comparison_writes_a_table_and_a_picture(tmp_path: Path, monkeypatch
         Mixtures(out=str(tmp_path / "other")).run()
 
 
-@pytest.mark.devices8
-def test_particles_on_one_and_eight_devices_have_the_same_weights() -> None:
+def test_the_naive_way_at_an_edge_is_to_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, factors = np.random.default_rng(0).normal(size=(2, 50, 2)) * 3, []
+
+    def program(parts: Any, potentials: Any, count: int) -> Any:
+        factors.append(potentials)
+        return lambda keys, how: (Islands(free, np.zeros((2, 50)), None), free)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mixtures, "_program", program)
+    for method, inside in (("naive", True), ("ratio", False)):
+        islands, x = Mixtures(seeds=2, count=50)._drawn(TARGETS[3], method)
+        np.testing.assert_array_equal(islands.x, x)
+        assert (x @ np.asarray(EDGE.normal) <= EDGE.offset + 1e-9).all() == inside
+    assert factors == [(), (EDGE,)]
+
+
+def test_particles_on_one_and_two_devices_have_the_same_weights() -> None:
     found = []
-    for count, islands in ((1, 8), (8, 8), (8, 1)):  # the last cuts the particles of one island
+    for count, islands in ((1, 2), (2, 1)):  # the other cuts the particles of one island
         with dist.use(dist.Mesh(data=count).build(jax.devices()[:count])):
             run = jax.jit(lambda keys, how: feynman_kac(keys, how, [CORNERS.scored], (2,), (), Particles(64)))
-            found.append(jax.device_get(run(keys(8)[:islands], how("ratio", 3.0, GRID[::4]))))
+            found.append(jax.device_get(run(keys(2)[:islands], how("ratio", 3.0, GRID[::4]))))
     assert found[0].trace.resampled.any()
-    for one in found[1:]:
-        islands = len(one.x)
-        np.testing.assert_allclose(
-            jax.nn.softmax(one.log_weights), jax.nn.softmax(found[0].log_weights)[:islands], atol=1e-5
-        )
-        np.testing.assert_allclose(one.x, found[0].x[:islands], atol=1e-4)
-    with dist.use(dist.Mesh(data=8).build(jax.devices())), pytest.raises(UserError, match="count=63: 8 devices"):
+    whole, one = found
+    shares = (softmax(np.asarray(each.log_weights), -1) for each in (one, whole))
+    np.testing.assert_allclose(*(each[:1] for each in shares), atol=1e-5)
+    np.testing.assert_allclose(one.x, whole.x[:1], atol=1e-4)
+    with dist.use(dist.Mesh(data=2).build(jax.devices())), pytest.raises(UserError, match="count=63: 2 devices"):
         jax.eval_shape(
             lambda: feynman_kac(keys(1), how("ratio"), [CORNERS.scored], (2,), (), Particles(63)),
         )
@@ -409,7 +421,9 @@ def test_particles_on_one_and_eight_devices_have_the_same_weights() -> None:
         (lambda: CORNERS.loss({}, {}, jax.random.key(0)), "Mixture has nothing to train"),
         (lambda: HalfSpace((1.0, 2.0, 3.0)).end(jnp.zeros((4, 2))), "potential.normal has 3 values for 2 numbers"),
         (
-            lambda: feynman_kac(keys(2), how("ratio"), [lambda x, sigma: (x[:, 0].astype(jnp.bfloat16), x)], (2,)),
+            lambda: jax.eval_shape(
+                lambda: feynman_kac(keys(2), how("ratio"), [lambda x, sigma: (x[:, 0].astype(jnp.bfloat16), x)], (2,))
+            ),
             "energies 0 are bfloat16",
         ),
         (lambda: CORNERS.sample({}, keys(2), 2, None, EnergySampling(levels=Levels(given=(9.0, 1.0)), temper=2.0)), "levels.given"),

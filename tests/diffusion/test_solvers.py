@@ -144,7 +144,8 @@ def test_grids_of_levels() -> None:
 
 
 def test_levels_of_a_step_are_log_normal_and_cover_it_evenly() -> None:
-    found = np.log(np.stack([LogNormal(-0.4, 1.0).draw(jax.random.key(k), 64) for k in range(50)]))
+    draw = jax.jit(jax.vmap(lambda key: LogNormal(-0.4, 1.0).draw(key, 64)))
+    found = np.log(draw(jax.random.split(jax.random.key(0), 50)))
     assert found.mean() == pytest.approx(-0.4, abs=0.02)
     assert found.std() == pytest.approx(1.0, abs=0.03)
     assert found.mean(1).std() < 0.2 / np.sqrt(64)  # free draws: 1 / sqrt(64)
@@ -173,14 +174,13 @@ def test_a_denoiser_of_ones_own_is_drawn_from_as_its_page_says_and_behind_a_call
     np.testing.assert_allclose(calls, plan.sigma, rtol=1e-5)
 
 
-@pytest.mark.devices8
-def test_solvers_draw_the_same_on_one_and_eight_devices() -> None:
+def test_solvers_draw_the_same_on_one_and_two_devices() -> None:
     keys, found = jax.random.split(jax.random.key(0), 8), []
 
     def one(keys: jax.Array, plan: Plan) -> jax.Array:
         return draw(plan, lambda x, sigma: jnp.tanh(x / (1 + sigma)), keys, (4, 4), random=True)
 
-    for count in (1, 8):
+    for count in (1, 2):
         with dist.use(dist.Mesh(data=count).build(jax.devices()[:count])):
             program = jax.jit(one)
             found.append([np.asarray(program(keys, plan_of(solver, 9).padded(6, 4, 4))) for solver in SETTINGS])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fresh import fresh
+from fresh import noise
 from mistakes import told
 from unigram import Listed
 
@@ -261,13 +261,12 @@ def test_dequantised_models_average_draws() -> None:
     assert found["accuracy_draws"] == 2
 
 
-@pytest.mark.devices8
-def test_eight_devices_measure_what_one_does() -> None:
+def test_two_devices_measure_what_one_does() -> None:
     task = TarFlow(image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8)
-    params = fresh(task)
+    params = noise(task)
     bits = Bits(batch=16, limit=24)
     alone = bits(task, params, Digits(), RNG)["noisy_bits_per_dim"]
-    mesh = dist.Mesh(fsdp=4).build()
+    mesh = dist.Mesh(fsdp=2).build()
     spread = jax.device_put(params, dist.shardings(jax.eval_shape(task.init, RNG), mesh))
     with dist.use(mesh):
         assert bits(task, spread, Digits(), RNG)["noisy_bits_per_dim"] == pytest.approx(alone, rel=1e-5)

@@ -71,7 +71,7 @@ class Notes:
 
     def score(self, images):
         self.seen.append({one: [np.asarray(p) for p in some] for one, some in images.items()})
-        return {"count": sum(map(len, images.values())), "pictures": {"first": next(iter(images.values()))[0]}}
+        return {"count": sum(map(len, images.values()))}
 
 
 def encode(texts, length):
@@ -90,7 +90,6 @@ def test_every_image_is_of_its_prompt_and_does_not_depend_on_the_batch():
     assert [f["count"] for f in found] == [6, 6, 6]
     assert found[0]["prompted_images"] == 6
     assert found[0]["prompted_left_out"] == 0
-    assert found[0]["pictures"]["first"].size == (4, 4)
     for seen in scorer.seen:
         assert list(seen) == ["a", "b", "c"]
         for one, level in (("a", 0.4), ("b", 0.8), ("c", 0.2)):

@@ -40,10 +40,14 @@ def randomised(task: Any, seed: int = 0) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), weights.abstract(task))
 
 
-def conditions(task: Dart, n: int) -> dict[str, jax.Array]:
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def conditions(task: Dart, n: int) -> dict[str, Any]:
     if task.classes:
-        return {"label": jnp.arange(n) % 4 - 1}
+        return {"label": np.arange(n, dtype=np.int32) % 4 - 1}
     if task.captions == "letters":
-        return {"tokens": (jnp.arange(3 * n) % 7).reshape(n, 3)}
-    text, null = (jax.random.normal(jax.random.key(k), (n, 3, 8)) for k in (5, 6))
+        return {"tokens": (np.arange(3 * n, dtype=np.int32) % 7).reshape(n, 3)}
+    text, null = (normal(n, 3, 8, seed=k) for k in (5, 6))
     return {"text": text, "null_text": null} if task.text_tokens else {}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tabular
-from fresh import fresh
+from fresh import noise
 from tabular import CLEAN, HIDING, NOISY, L, Tabular, V, law
 
 from zoo.diffusion.tokens import EPS, Masked, Uniform
@@ -51,21 +51,24 @@ def test_the_score_form_is_a_divergence_of_distributions():
     with jax.enable_x64(True):
         p, ratio = np.exp(log_p), np.exp(log_p - log_q)
         wanted = 5 * (p * (log_p - log_q)).sum(-1) + (ratio - (log_p - log_q) - 1).sum(-1)
-        for kind in ("gkl", "is", "squared"):
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def run(kind, log_p, log_q):
             each = jnp.stack([bregman(kind, log_p - log_p[:, [x]], log_q - log_q[:, [x]]) for x in range(5)], -1)
+            soft = Target(None, log_p, jnp.ones(7))
+            hard = [Target(jnp.full((7, 1), x), jnp.zeros((7, 1)), jnp.ones(7)) for x in range(5)]
+            of_hard = jnp.stack([objectives.score(kind, log_q, target) for target in hard], -1)
+            return each, [objectives.score(kind, q, soft) for q in (log_q, log_p)], of_hard
+
+        for kind in ("gkl", "is", "squared"):
+            each, at, hard = jax.device_get(run(kind, log_p, log_q))
             assert (each >= -1e-12).all()
             exact = (p * each).sum(-1)
             if kind != "squared":
                 np.testing.assert_allclose(exact, wanted, rtol=1e-9)
             # what is written of it in terms of a target differs by what does not depend on the model
-            soft = Target(None, jnp.asarray(log_p), jnp.ones(7))
-            at = [objectives.score(kind, jnp.asarray(q), soft) for q in (log_q, log_p)]
             np.testing.assert_allclose(5 * (at[0] - at[1]), exact, rtol=1e-9)
-            hard = [
-                objectives.score(kind, jnp.asarray(log_q), Target(jnp.full((7, 1), x), jnp.zeros((7, 1)), jnp.ones(7)))
-                for x in range(5)
-            ]
-            np.testing.assert_allclose((p * jnp.stack(hard, -1)).sum(-1), at[0], rtol=1e-9)
+            np.testing.assert_allclose((p * hard).sum(-1), at[0], rtol=1e-9)
 
 
 def test_every_objective_is_least_at_the_joint_posterior():
@@ -78,16 +81,25 @@ def test_every_objective_is_least_at_the_joint_posterior():
     def log_p(table):
         return jax.nn.log_softmax(table[:, near])  # [27, 27, L, V]
 
-    hard = jnp.broadcast_to(jnp.asarray(CLEAN)[None, ..., None], (27, 27, L, 1))
+    hard, truth = np.broadcast_to(CLEAN[None, ..., None], (27, 27, L, 1)), np.log(posterior)
+    away = truth + np.random.default_rng(0).normal(size=truth.shape)
     with jax.enable_x64(True):
-        truth, data = jnp.log(posterior), Target(hard, jnp.zeros(hard.shape), jnp.ones(27))
-        soft = Target(None, log_p(truth), jnp.ones(27))
-        away = truth + np.random.default_rng(0).normal(size=truth.shape)
-        score = [(joint, lambda p, kind=kind: objectives.score(kind, p, data)) for kind in ("gkl", "is", "squared")]
-        for weight, each in (*score, *((w, lambda p: objectives.distribution(p, soft)) for w in (joint, even))):
-            loss = lambda table, weight=weight, each=each: (weight * each(log_p(table)).sum(-1)).sum()  # noqa: E731
-            np.testing.assert_allclose(jax.grad(loss)(truth), 0, atol=1e-9)
-            assert loss(truth) < loss(away) - 0.01
+
+        @jax.jit
+        def run(truth, away):
+            data, soft = Target(hard, jnp.zeros(hard.shape), jnp.ones(27)), Target(None, log_p(truth), jnp.ones(27))
+
+            def losses(table):
+                p = log_p(table)
+                score = [joint * objectives.score(kind, p, data).sum(-1) for kind in ("gkl", "is", "squared")]
+                soften = objectives.distribution(p, soft).sum(-1)
+                return jnp.stack([each.sum() for each in (*score, joint * soften, even * soften)])
+
+            return losses(truth), losses(away), jax.jacrev(losses)(truth)
+
+        least, other, slope = jax.device_get(run(truth, away))
+        np.testing.assert_allclose(slope, 0, atol=1e-9)
+        assert (least < other - 0.01).all()
 
 
 def test_ratios_and_preferences_are_least_at_the_truth():
@@ -103,8 +115,10 @@ def test_ratios_and_preferences_are_least_at_the_truth():
     losses["preferred"] = reward, lambda s: (chance * objectives.preferred(s[:, None], s)).sum()
     with jax.enable_x64(True):
         for kind, (truth, loss) in losses.items():
-            np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(truth)), 0, atol=1e-9, err_msg=kind)
-            assert loss(truth) < loss(truth + away) - 0.01, kind
+            run = jax.jit(jax.value_and_grad(loss))
+            least, slope = run(truth)
+            np.testing.assert_allclose(slope, 0, atol=1e-9, err_msg=kind)
+            assert least < run(truth + away)[0] - 0.01, kind
 
 
 @pytest.mark.parametrize(("kernel", "schedule"), [("masked", "cosine"), ("uniform", "loglinear")])
@@ -131,8 +145,8 @@ def test_the_bound_of_the_exact_denoiser_is_the_entropy(kernel, schedule):
             chance.append(np.prod([q[x0[:, i], xt[:, i]] for i in range(L)], 0))
             tables.append(np.log(tabular.marginals(tabular.posterior(P, noise, False)[1])))
         p = np.array([P[a] for a, _ in pairs])
-    nats = jax.vmap(lambda table, t: task.nelbo(tabular.net(table), x0, xt, jnp.full(len(x0), t)))
-    found = nats(jnp.asarray(tables, jnp.float32), jnp.asarray(t, jnp.float32))
+    nats = jax.jit(jax.vmap(lambda table, t: task.nelbo(tabular.net(table), x0, xt, jnp.full(len(x0), t))))
+    found = nats(np.asarray(tables, np.float32), np.asarray(t, np.float32))
     bound = np.einsum("t,tp,p,tp->", w, chance, p, np.asarray(found, np.float64))
     assert bound == pytest.approx(entropy, abs=1e-6 if kernel == "masked" else 2e-4)
 
@@ -141,34 +155,32 @@ def test_the_bound_of_the_exact_denoiser_is_the_entropy(kernel, schedule):
 
 
 def test_targets_of_a_scorer_are_the_conditionals_of_its_law():
-    log, truth = jnp.log(jnp.asarray(P)), conditionals(P)
+    log, truth, share, some = np.log(P).astype(np.float32), conditionals(P), 0.3, (np.arange(27) % L)[:, None]
 
     def score(texts):
-        return log[tabular.index(texts, V)]
+        return jnp.asarray(log)[tabular.index(texts, V)]
 
-    texts, noise = jnp.asarray(CLEAN), 0.3
-    found = targets.exact(score, texts, V)
+    @jax.jit
+    def run(texts, proposals, xt, hidden):
+        found, every = targets.exact(score, texts, V), targets.top_k(score, texts, proposals, V)
+        noisy = targets.given_noise(found, Uniform(V), xt, jnp.full((27, 1), share))
+        masked = targets.given_noise(every, Masked(V), hidden, jnp.full((27, 1), share))
+        return found, every, targets.top_k(score, texts, proposals, 2, positions=some), noisy, masked
+
+    proposals, xt = np.random.default_rng(0).normal(size=(27, L, V)), CLEAN[::-1].copy()
+    found, every, few, noisy, masked = jax.device_get(run(CLEAN, proposals, xt, np.where(HIDING[5], V, CLEAN)))
     np.testing.assert_allclose(np.exp(found.log), truth, rtol=1e-4)
-    proposals = jnp.asarray(np.random.default_rng(0).normal(size=(27, L, V)))
-    all_of = targets.top_k(score, texts, proposals, V)
-    np.testing.assert_allclose(np.exp(all_of.log), np.take_along_axis(truth, all_of.ids, -1), rtol=1e-4)
-    some = targets.top_k(score, texts, proposals, 2, positions=jnp.asarray(np.arange(27) % L)[:, None])
-    assert (some.ids[..., 0] == texts).all()
-    two = np.take_along_axis(truth, some.ids, -1)
-    chosen = np.arange(L) == np.arange(27)[:, None] % L
-    wanted = np.where(chosen[..., None], two / two.sum(-1, keepdims=True), [1.0, 0.0])
-    np.testing.assert_allclose(np.exp(some.log), wanted, rtol=1e-4)
+    np.testing.assert_allclose(np.exp(every.log), np.take_along_axis(truth, every.ids, -1), rtol=1e-4)
+    assert (few.ids[..., 0] == CLEAN).all()
+    two = np.take_along_axis(truth, few.ids, -1)
+    wanted = np.where((np.arange(L) == some)[..., None], two / two.sum(-1, keepdims=True), [1.0, 0.0])
+    np.testing.assert_allclose(np.exp(few.log), wanted, rtol=1e-4)
     # what is known of the noisy text besides
-    xt = jnp.asarray(CLEAN[::-1].copy())
-    q = tabular.kernel(noise, False)[:, CLEAN[::-1]]  # [y, 27, L]
+    q = tabular.kernel(share, False)[:, xt]  # [y, 27, L]
     given = truth * np.moveaxis(q, 0, -1)
-    noisy = targets.given_noise(found, Uniform(V), xt, jnp.full((27, 1), noise))
     np.testing.assert_allclose(np.exp(noisy.log), given / given.sum(-1, keepdims=True), rtol=1e-4)
-    masked = targets.given_noise(
-        all_of, Masked(V), jnp.asarray(np.where(HIDING[5], V, CLEAN)), jnp.full((27, 1), noise)
-    )
-    np.testing.assert_allclose(masked.log[:, 0], all_of.log[:, 0], atol=1e-6)
-    assert (np.exp(masked.log[:, 1]) == (all_of.ids[:, 1] == texts[:, 1:2])).all()
+    np.testing.assert_allclose(masked.log[:, 0], every.log[:, 0], atol=1e-6)
+    assert (np.exp(masked.log[:, 1]) == (every.ids[:, 1] == CLEAN[:, 1:2])).all()
 
 
 # --- MDLM and SEDD by hand ------------------------------------------------------------------------
@@ -206,15 +218,13 @@ SMALL = Tcsm(vocab=5, length=6, width=16, depth=1, head_dim=8, scan=False)
 TIMED = dataclasses.replace(SMALL, objective="sedd", kernel="uniform", time=True)
 
 
-@functools.cache
-def moved(task, scale=0.2):
-    """Random weights: fresh heads give zeros, which would hide what is before them."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), fresh(task))
+moved = functools.partial(
+    noise, scale=0.1
+)  # random weights: fresh heads give zeros, which would hide what is before them
 
 
-def texts(task, n, seed=2):
-    return jax.random.randint(jax.random.key(seed), (n, task.length), 0, task.vocab)
+def texts(task, n):
+    return np.random.default_rng(2).integers(0, task.vocab, (n, task.length), np.int32)
 
 
 @pytest.mark.parametrize(
@@ -222,12 +232,14 @@ def texts(task, n, seed=2):
     [("mdlm", {}), ("absorb", {"objective": "sedd"}), ("uniform", {"objective": "sedd", "kernel": "uniform"})],
 )
 def test_the_loss_is_that_of_mdlm_and_of_sedd(kind, fields):
-    task, x, rng = Tabular(**fields), jnp.asarray(np.tile(CLEAN, (8, 1))), jax.random.key(3)
+    task, x, rng = Tabular(**fields), np.tile(CLEAN, (8, 1)), jax.random.key(3)
     table = np.random.default_rng(0).normal(size=(27 if kind == "uniform" else 64, L, V)).astype(np.float32)
-    t, xt = task.hidden(jax.random.split(rng)[0], x)
-    loss, _ = task.loss({"net": tabular.net(table)}, {"tokens": x}, rng)
+    run = jax.jit(
+        lambda: (task.hidden(jax.random.split(rng)[0], x), task.loss({"net": tabular.net(table)}, {"tokens": x}, rng))
+    )
+    (t, xt), (loss, _) = run()
     outputs = table[tabular.index(np.asarray(xt), V if kind == "uniform" else V + 1)]
-    wanted = by_hand(outputs, np.asarray(x), np.asarray(xt), np.asarray(t, np.float64), V, kind)
+    wanted = by_hand(outputs, x, np.asarray(xt), np.asarray(t, np.float64), V, kind)
     assert (xt != x).any()
     assert loss == pytest.approx(wanted, rel=1e-6)
 
@@ -249,19 +261,19 @@ def test_sedd_is_zero_at_the_true_ratios_and_nowhere_less():
 
 def test_every_token_sees_all_others_and_time_is_told_where_it_is_on():
     x = texts(SMALL, 1)
-    others = jnp.concatenate([x, jnp.tile(x, (6, 1)).at[jnp.arange(6), jnp.arange(6)].set(5)])  # one hidden at a time
+    others = np.where(np.eye(7, 6, -1, bool), 5, x)  # one hidden at a time
     for task in (SMALL, TIMED):
         ask = jax.jit(
             lambda net, noise, task=task: task.compared(net, others, jnp.full(7, noise), lambda found, *_: found)
         )
-        out = ask(moved(task, 0.05)["net"], 0.2)
+        out, later = (np.asarray(ask(moved(task)["net"], share)) for share in (0.2, 0.8))
         assert (np.abs(out[1:] - out[0]).max(-1) > 1e-6).all()
-        assert (np.abs(ask(moved(task, 0.05)["net"], 0.8) - out).max() > 1e-3) == task.time
+        assert (np.abs(later - out).max() > 1e-3) == task.time
     assert "modulation" not in str(jax.tree_util.tree_structure(moved(SMALL)))
     shapes = jax.tree.map(jnp.shape, moved(SMALL)["net"])
     assert (shapes["embed"]["tokens"]["table"], shapes["head"]["out"]["kernel"]) == ((6, 16), (16, 5))
     table = np.random.default_rng(0).normal(size=(64, L, V))
-    log_p = Tabular().log_p(tabular.net(table), jnp.asarray(NOISY), jnp.full(64, 0.5))
+    log_p = np.asarray(jax.jit(Tabular().log_p)(tabular.net(table), NOISY, np.full(64, 0.5)))
     np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)
     known = NOISY < V  # what is not hidden is what it is
     assert (np.exp(log_p)[known] == np.eye(V)[NOISY[known]]).all()
@@ -274,7 +286,8 @@ def test_samples_keep_what_is_given_and_hold_no_mask(task):
     options = task.Sampling(steps=3, temperature=0.9, top_p=0.9, strength=0.5)
     draw = jax.jit(lambda p, keys, given: task.sample(p, keys, len(keys), given, options)["tokens"])
     keys, text = jax.random.split(jax.random.key(0), n), texts(task, n)
-    given = text.at[:8, ::2].set(-1)
+    given = text.copy()
+    given[:8, ::2] = -1
     found = np.asarray(draw(params, keys, {"tokens": given}))
     assert (found[given >= 0] == given[given >= 0])[:24].all()
     assert ((found >= 0) & (found < task.vocab)).all()
@@ -300,13 +313,12 @@ class Telling(Tabular):
 
 
 def test_the_noise_that_is_told_is_the_share_of_the_text_that_is_hidden():
-    given = jnp.asarray([[-1, -1, -1], [-1, 0, 0], [-1, -1, 0]])
+    given = np.asarray([[-1, -1, -1], [-1, 0, 0], [-1, -1, 0]])
     for kernel, told in (("masked", [2, 0, 1]), ("uniform", [2, 2, 2])):
         task = Telling(kernel=kernel, objective="sedd", time=True)
-        found = task.sample({"net": tabular.net(0.0)}, jax.random.key(0), 3, {"tokens": given}, TcsmSampling(steps=1))[
-            "tokens"
-        ]
-        np.testing.assert_array_equal(found, np.where(given < 0, np.array(told)[:, None], given))
+        draw = functools.partial(task.sample, {"net": tabular.net(0.0)}, n=3, options=TcsmSampling(steps=1))
+        found = jax.jit(lambda key, draw=draw: draw(key, conditions={"tokens": given}))(jax.random.key(0))
+        np.testing.assert_array_equal(found["tokens"], np.where(given < 0, np.array(told)[:, None], given))
 
 
 def test_settings_that_do_not_go_together_are_sentences():

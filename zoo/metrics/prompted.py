@@ -40,7 +40,7 @@ class Scorer(Protocol):
     def score(self, images: Mapping[str, Sequence[Image.Image]]) -> dict[str, Any]:
         """Figures of the images drawn from each prompt, by its id: always of the same names, NaN where there is none.
 
-        Under `failed` the number of images that could not be judged, under `pictures` PIL images.
+        Under `failed` the number of images that could not be judged.
         """
         ...
 
@@ -117,14 +117,6 @@ class Prompted(Metric):
         for one, image, fine in zip(ids, pixels, good):
             if fine:
                 images[one].append(rgb(image))
-        pictures: dict[str, Any] = {}
-
-        def score() -> dict[str, Any]:
-            found = dict(self.scorer.score({one: some for one, some in images.items() if some}))
-            pictures.update(found.pop("pictures", {}))
-            return found
-
-        scored = hosts.run_on_main(score)
+        scored = hosts.run_on_main(lambda: self.scorer.score({one: some for one, some in images.items() if some}))
         figures: dict[str, Any] = hosts.broadcast_from_main(lambda: scored)
-        figures |= {"prompted_images": len(pixels), "prompted_left_out": int((~good).sum())}
-        return {**figures, "pictures": pictures} if pictures else figures
+        return {**figures, "prompted_images": len(pixels), "prompted_left_out": int((~good).sum())}

@@ -13,7 +13,7 @@ import numpy as np
 
 from zoo import hosts
 from zoo.data.pipeline import epoch
-from zoo.fields import Count, Whole, check_fields
+from zoo.fields import Count, Whole
 from zoo.task import Batch, Metric, Params
 
 
@@ -53,9 +53,6 @@ class Context(Metric):
 
     name = "context"
     needs = (Copied,)
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def __call__(self, task: Any, params: Params, data: Any, rng: jax.Array) -> dict[str, Any]:
         """`mse_I` of each copy with its standard error over examples, `swapped_I`, and `rise_I`, their ratio less 1."""

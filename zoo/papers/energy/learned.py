@@ -63,7 +63,9 @@ class Learned:
         params = self.train()
         each = {kind: jax.tree.map(operator.itemgetter(i), params) for i, kind in enumerate(_KINDS)}
         errors = {kind: self.score_errors(one) for kind, one in each.items()}
-        rows = [row for kind, one in {"exact": None, **each}.items() for row in self._rows(kind, one)]
+        points = tempered(self.mixture, self.temper, self.count * self.islands)
+        wanted = truth((self.mixture,), (self.temper,))[0], points
+        rows = [row for kind, one in {"exact": None, **each}.items() for row in self._rows(kind, one, *wanted)]
         names = ("steps", "batch", "lr", "seed", "temper", "islands", "count", "levels", "sigmas")
         figures = {**{name: getattr(self, name) for name in names}, "score_error": errors, "rows": rows}
         written = _tables(self.sigmas, errors, rows)
@@ -131,13 +133,10 @@ class Learned:
         found = feynman_kac(keys, how, [self._scored(params)], (2,), (), Particles(self.count))
         return found, drawn(keys, found, keep=self.count)
 
-    def _rows(self, kind: str, params: Params | None) -> list[dict[str, Any]]:
-        """A row for each form of weights."""
+    def _rows(self, kind: str, params: Params | None, weights: np.ndarray, wanted: np.ndarray) -> list[dict[str, Any]]:
+        """A row for each form of weights, beside the true weights of the modes and points of the target."""
         low, high = (f(a, b) for f, a, b in zip((max, min), self.mixture.sigmas, self.task.sigmas))
         grid = Levels().grid(self.levels, "edm", low, high)
-        weights, _ = truth((self.mixture,), (self.temper,))
-        wanted = tempered(self.mixture, self.temper, self.count * self.islands)
-
         forms: list[tuple[str, Form, float, float]] = [("naive", "score", 0.0, 0.0), ("score", "score", 0.0, 1.0)]
         forms += [(f"hybrid, stop {s:g}", "hybrid", s, 1.0) for s in self.stops]
         rows = []

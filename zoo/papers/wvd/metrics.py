@@ -16,7 +16,7 @@ import numpy as np
 from zoo.cameras import project
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.fields import AtLeast2, Count, Whole, check_fields
+from zoo.fields import AtLeast2, Count, Whole
 from zoo.metrics.probe import finite
 from zoo.metrics.samples import drawer
 from zoo.papers.wvd.geometry import Cameras, align, angle_between, area_under, depth_of, pose_errors, solve
@@ -231,9 +231,6 @@ class Geometry(Metric):
 
     name = "geometry"
     needs = (Samples,)
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def check(self, task: Any) -> None:
         """UserError for a task that draws no clips."""
