@@ -51,18 +51,16 @@ class PatchGolden:
         self.task = task_of(**same, **fields, **self.fields(c))
         self.state = {k.removeprefix("state/"): v for k, v in self.f.items() if k.startswith("state/")}
         self.params = weights.from_official(self.task, self.state)
-        self.x, self.z0 = nhwc(self.f["in/x"]), jnp.asarray(self.f["in/z0"])
+        self.x, self.z0 = nhwc(self.f["in/x"]), self.f["in/z0"]
         classes = self.task.classes
-        self.label, self.drop = (
-            jnp.asarray(self.f[f"in/{k}"], jnp.int32) if classes else None for k in ("y", "y_drop")
-        )
-        self.none = jnp.full_like(self.label, -1) if classes else None
+        self.label, self.drop = (self.f[f"in/{k}"].astype(np.int32) if classes else None for k in ("y", "y_drop"))
+        self.none = np.full_like(self.label, -1) if classes else None
         self.found = {}
         for made in self.programs():
             self.found |= jax.device_get(jax.jit(made)(self.params))
 
     def labels(self, *rows):
-        return jnp.concatenate(rows) if self.task.classes else None
+        return np.concatenate(rows) if self.task.classes else None
 
 
 def four_steps(task, params, loss):
@@ -101,7 +99,7 @@ def four_steps(task, params, loss):
 
 
 def nhwc(x):
-    return jnp.asarray(np.moveaxis(x, -3, -1))
+    return np.ascontiguousarray(np.moveaxis(x, -3, -1))
 
 
 def tokens(task, x):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flow_by_hand import block, forward, inverse, tokens, untokens
-from fresh import fresh, randomised
+from fresh import noise, randomised
 
 from zoo import dist, weights
 from zoo.encoders.text import T5
@@ -37,11 +37,12 @@ VARIANTS = {
 
 
 def latents(task, n, seed=1):
-    return jax.random.normal(jax.random.key(seed), (n, *task.latent, task.channels))
+    return np.random.default_rng(seed).normal(size=(n, *task.latent, task.channels)).astype(np.float32)
 
 
 def condition_of(task, n, seed=7):
-    return jax.random.normal(jax.random.key(seed), (n, task.prefix, task.condition_width)) if task.prefix else None
+    size = (n, task.prefix, task.condition_width)
+    return np.random.default_rng(seed).normal(size=size).astype(np.float32) if task.prefix else None
 
 
 @functools.cache
@@ -98,9 +99,10 @@ def test_the_deep_block_is_causal_in_its_own_order_and_cached_equals_uncached(na
     """Row 0 is of some tokens, row t + 1 of others at t, the last of another condition; in one piece, and one, five and the rest."""
     task = VARIANTS[name]
     last, params, stack = task.blocks - 1, randomised(task), task.stack
-    u = jax.random.normal(jax.random.key(3), (1, task.tokens, task.dims))
-    u = jnp.concatenate([u, u + jnp.eye(task.tokens)[..., None], u])
-    y = jnp.repeat(condition_of(task, 1), len(u), 0).at[-1].add(1.0)
+    u = np.random.default_rng(3).normal(size=(1, task.tokens, task.dims)).astype(np.float32)
+    u = np.concatenate([u, u + np.eye(task.tokens, dtype=np.float32)[..., None], u])
+    y = np.repeat(condition_of(task, 1), len(u), 0)
+    y[-1] += 1
 
     @jax.jit
     def run(params):
@@ -180,25 +182,17 @@ def test_loss_and_samples_are_those_of_one_device():
 
 
 def test_half_precision_keeps_scales_and_losses_in_float32():
-    """bfloat16 activations: the loss stays near float32's, and an inverse made of the same networks still inverts."""
-    half = dataclasses.replace(TINY, dtype="bfloat16")
-    (x, *exact, _, _), y = whole("start"), condition_of(TINY, 2)
-
-    @jax.jit
-    def run(params):
-        z, logdet, _ = forward(half, params, x, y)
-        return z, logdet, inverse(half, params, untokens(half, z, half.rows), y)[-1]
-
-    *found, back = run(randomised(TINY))
+    """bfloat16 activations: the loss stays near float32's."""
+    half, (_, *exact, _, _) = dataclasses.replace(TINY, dtype="bfloat16"), whole("start")
+    found = jax.jit(lambda p: forward(half, p, latents(TINY, 2), condition_of(TINY, 2))[:2])(randomised(TINY))
     assert found[0].dtype == found[1].dtype == jnp.float32
     want, loss = (0.5 * np.square(z).mean() - np.mean(logdet) for z, logdet in (exact, found))
     assert abs(loss - want) < 0.02
     assert loss != want
-    np.testing.assert_allclose(back, x, atol=0.15)
 
 
 def test_denoising_is_a_step_along_the_gradient_of_the_likelihood():
-    task = dataclasses.replace(VARIANTS["lm"], noise=0.5)
+    task = dataclasses.replace(TINY, depths=(1, 1), noise=0.5, **WORDS)
     clean, params, x = dataclasses.replace(task, noise=0.0), randomised(task), latents(task, 2)
     text = condition_of(task, 2)
     rows = {"text": text, "null_text": text[::-1]}
@@ -267,14 +261,15 @@ TUNE = starflow.DecoderTune(vae=SMALL, width=4, stages=1, network=SMALL)
 
 @pytest.fixture(scope="module")
 def tuning():
-    return fresh(TUNE), {"image": jax.random.uniform(jax.random.key(1), (4, 4, 4, 1), minval=-1.0)}
+    params = {**noise(TUNE, 0.3), "latents": {"square": jnp.float32(1.3)}}
+    return params, {"image": np.random.default_rng(1).uniform(-1, 1, (4, 4, 4, 1)).astype(np.float32)}
 
 
 def drawn_latent(params, image):
     """The noisy latent that a step with key 2 decodes."""
     mean, std = SMALL.encode(params, image)
-    draw, noise = jax.random.split(jax.random.key(2))
-    return mean + std * jax.random.normal(draw, mean.shape) + 0.3 * jax.random.normal(noise, mean.shape)
+    keys = jax.random.split(jax.random.key(2))
+    return mean + std * jax.random.normal(keys[0], mean.shape) + 0.3 * jax.random.normal(keys[1], mean.shape)
 
 
 def test_decoder_and_discriminator_have_gradients_of_their_own(tuning):
