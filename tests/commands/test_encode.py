@@ -113,15 +113,16 @@ def test_latents_and_features_are_those_of_the_networks(root, fitting, caplog):
     assert ("groups=2" in made["vae_sizes"], "head_dim=4" in made["text_sizes"]) == (True, True)
     source = data.source("train")
     assert len(source) == 10
+    encode, read = jax.jit(task.encode), jax.jit(TEXT.encode)
     for i in (0, 9):
         pixels = np.asarray(Image.open(f"pairs/{i}.png"), np.float32)[None] / 127.5 - 1
-        mean, std = task.encode(params, pixels)
+        mean, std = encode(params, pixels)
         np.testing.assert_allclose(source[i]["latent"], mean[0], rtol=0.01, atol=1e-3)
         np.testing.assert_allclose(source[i]["latent_std"], std[0], rtol=0.01, atol=1e-3)
         for key, caption in (("", f"number{i}"), ("null_", "")):
             tokens, _ = Words("")([caption], 3)
             np.testing.assert_array_equal(source[i][f"{key}tokens"], tokens[0])
-            np.testing.assert_allclose(source[i][f"{key}text"], TEXT.encode(root.text, tokens)[0], rtol=0.01, atol=1e-3)
+            np.testing.assert_allclose(source[i][f"{key}text"], read(root.text, tokens)[0], rtol=0.01, atol=1e-3)
     squares = [np.square(source[i]["latent"]) + np.square(source[i]["latent_std"]) for i in range(10)]
     assert 0.9 < np.sqrt(np.mean(squares)) < 1.1
 

@@ -39,28 +39,21 @@ class Case:
         )
         self.state = {k.removeprefix("w:"): v for k, v in f.items() if k.startswith("w:")}
         self.params = weights.from_official(task, self.state)
-        self.x, self.z = (jnp.asarray(np.moveaxis(f[k], 1, -1)) for k in ("x", "z"))
+        self.x, self.z = (np.moveaxis(f[k], 1, -1) for k in ("x", "z"))
+        self.moments = jax.jit(task.moments)
         self.out = jax.device_get(jax.jit(self._everything)(self.params))
+        self.out["mean"], self.out["logvar"] = self.moments(self.params, self.x)
 
     def _everything(self, params):
-        task, one = self.task, dataclasses.replace(self.task, scale=1.0)
-        mean, std = task.encode(params, self.x)
-        plain, spread = one.encode(params, self.x)
-        moments, hidden = task._encode(params, self.x)
+        moments, hidden = self.task._encode(params, self.x)
+        mean, std = self.task.encode(params, self.x)
         return {
             "moments": moments,
-            "mean": task.moments(params, self.x)[0],
-            "logvar": task.moments(params, self.x)[1],
-            "std": std / task.scale,
-            "decoded": task.decode(params, self.z * task.scale),
             "scaled": mean,
-            "plain": plain,
-            "plain_std": spread,
-            "there_and_back": task.decode(params, mean),
-            "plain_there_and_back": one.decode(params, plain),
-            "reconstruct": task.reconstruct(params, self.x),
+            "std": std / self.task.scale,
+            "decoded": self.task.decode(params, self.z * self.task.scale),
             "hidden": hidden,
-            "features": task.features(params, {"image": self.x}),
+            "features": self.task.features(params, {"image": self.x}),
         }
 
 
@@ -76,16 +69,8 @@ def test_equals_the_published_numbers(case):
     assert {k for k in case.f if not k.startswith("w:")} == {*GOLDEN_ARRAYS, "config", "x", "z"}
     for name in GOLDEN_ARRAYS:
         np.testing.assert_allclose(case.out[name], np.moveaxis(case.f[name], 1, -1), rtol=0, atol=2e-5, err_msg=name)
+    np.testing.assert_allclose(case.out["scaled"], 0.18215 * case.out["mean"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(case.out["features"], case.out["hidden"].mean((1, 2)), atol=1e-6)
-
-
-def test_a_scale_multiplies_latents_and_changes_no_image(case):
-    out = case.out
-    np.testing.assert_allclose(out["scaled"], 0.18215 * out["plain"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(out["std"], out["plain_std"], rtol=1e-5)
-    np.testing.assert_allclose(out["there_and_back"], out["plain_there_and_back"], atol=2e-5)
-    np.testing.assert_allclose(out["reconstruct"], out["plain_there_and_back"], atol=2e-5)
-    assert np.std(out["there_and_back"]) > 0.1
 
 
 def test_the_published_layout_comes_back_to_the_bit(case):
@@ -127,12 +112,11 @@ def test_a_measured_scale_is_read_where_the_file_has_it(case):
 
 def test_log_variances_are_clipped(case):
     wild = jax.tree.map(lambda x: x, case.params)
-    wild["encoder"]["quant"]["bias"] = jnp.asarray([0.0] * 4 + [1e3, -1e3, 0.0, 0.0])
-    x = jnp.zeros((1, 4, 4, 3))
-    _, logvar = jax.jit(case.task.moments)(wild, x)
-    assert np.all(np.asarray(logvar)[..., 0] == 20)
-    assert np.all(np.asarray(logvar)[..., 1] == -30)
-    assert np.abs(np.asarray(logvar)[..., 2:]).max() < 20
+    wild["encoder"]["quant"]["bias"] = np.asarray([0.0] * 4 + [1e3, -1e3, 0.0, 0.0], np.float32)
+    logvar = np.asarray(case.moments(wild, np.zeros_like(case.x))[1])
+    assert (logvar[..., 0] == 20).all()
+    assert (logvar[..., 1] == -30).all()
+    assert np.abs(logvar[..., 2:]).max() < 20
 
 
 # --- a small one of its own -------------------------------------------------------------------------
@@ -141,10 +125,10 @@ def test_log_variances_are_clipped(case):
 @pytest.fixture(scope="module")
 def trained():
     """25 steps of Adam on eight images of one colour each: params before and after, metrics of every step."""
-    colours = jax.random.uniform(jax.random.key(1), (8, 1, 1, 3), minval=-1.0)
-    batch = {"image": jnp.broadcast_to(colours, (8, 8, 8, 3)) + jnp.zeros((8, 8, 8, 3))}
+    colours = np.random.default_rng(1).uniform(-1, 1, (8, 1, 1, 3)).astype(np.float32)
+    batch = {"image": np.tile(colours, (1, 8, 8, 1))}
     before = fresh(TINY)
-    optimizer = optax.adam(5e-3)
+    optimizer = optax.flatten(optax.adam(5e-3))  # moves one vector, which compiles fastest
 
     @jax.jit
     def step(params, opt, rng):
@@ -258,8 +242,8 @@ def test_images_and_latents_that_do_not_fit_are_refused():
 
 
 def test_large_images_attend_some_pixels_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = (jax.random.normal(key, (2, 16, 1, 8)) for key in jax.random.split(jax.random.key(0), 3))
-    whole = vae._attend(q, k, v)
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 16, 1, 8)).astype(np.float32)
+    whole = jax.jit(vae._attend)(q, k, v)
     monkeypatch.setattr(vae, "_QUERIES", 4)
-    np.testing.assert_allclose(vae._attend(q, k, v), whole, atol=1e-6)
-    assert "scan" in str(jax.make_jaxpr(vae._attend)(q, k, v))
+    np.testing.assert_allclose(jax.jit(lambda *x: vae._attend(*x))(q, k, v), whole, atol=1e-6)
+    assert "scan" in str(jax.make_jaxpr(lambda *x: vae._attend(*x))(q, k, v))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from zoo import weights
 from zoo.flows.inverse import Guidance
@@ -68,34 +69,23 @@ def four_steps(task, params, loss):
 
     The optimiser moves one long vector: a program for every parameter of a tree takes as long to compile as the network.
     """
-    optimizer = AdamW(lr=1e-3, schedule="constant", b2=0.95, weight_decay=1e-4, decay_all=True).build(4)
+    optimizer = optax.flatten(AdamW(lr=1e-3, schedule="constant", b2=0.95, weight_decay=1e-4, decay_all=True).build(4))
     trained, held = split(task, params)
-    leaves, tree = jax.tree.flatten(trained)
-    ends = np.cumsum([x.size for x in leaves])
-
-    def whole(flat):
-        cuts = (flat[e - x.size : e].reshape(x.shape) for x, e in zip(leaves, ends, strict=True))
-        return jax.tree.unflatten(tree, list(cuts))
 
     @jax.jit
-    def slope(flat):
-        value, grads = jax.value_and_grad(lambda p: loss({**held, **p}))(whole(flat))
-        return value, jnp.concatenate([g.ravel() for g in jax.tree.leaves(grads)])
+    def step(trained, opt):
+        value, grads = jax.value_and_grad(lambda p: loss({**held, **p}))(trained)
+        updates, opt = optimizer.update(grads, opt, trained)
+        return jax.tree.map(jnp.add, trained, updates), opt, value, grads
 
-    @jax.jit
-    def move(flat, grads, opt):
-        updates, opt = optimizer.update(grads, opt, flat)
-        return flat + updates, opt
-
-    flat = np.concatenate([np.ravel(x) for x in leaves])
-    opt, losses, first = optimizer.init(flat), [], None
+    opt, found = optimizer.init(trained), []
     for _ in range(4):
-        value, grads = slope(flat)
-        flat, opt = move(flat, grads, opt)
-        losses.append(float(value))
-        first = np.asarray(grads) if first is None else first
-    official = weights.to_official(task, {**jax.tree.map(np.zeros_like, held), **whole(first)})
-    return np.array(losses), official, np.sqrt(np.square(first).sum())
+        trained, opt, *outputs = step(trained, opt)
+        found.append(jax.device_get(outputs))
+    first = found[0][1]
+    norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(first)))
+    official = weights.to_official(task, {**jax.tree.map(np.zeros_like, held), **first})
+    return np.array([value for value, _ in found]), official, norm
 
 
 def nhwc(x):
