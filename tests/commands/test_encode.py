@@ -233,8 +233,8 @@ def test_latents_outlive_a_tuned_decoder(root, fitting, capsys, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: one)
     task, params = fitting
     images = Images("pairs", size=8)
-    tune = DecoderTune(vae=task, width=4, stages=2, feature=0.0)
-    run = Run(tune, images, steps=2, batch=8, workdir="tuned")
+    tune = DecoderTune(vae=task, width=4, stages=1, feature=0.0)
+    run = Run(tune, images, steps=1, batch=8, workdir="tuned")
     with pytest.raises(
         UserError, match=r"weights\.encoder is missing: DecoderTune holds .*then add weights=\{'': 'OUT'\}"
     ):
@@ -248,7 +248,7 @@ def test_latents_outlive_a_tuned_decoder(root, fitting, capsys, monkeypatch):
     assert np.abs(tuned["decoder"]["in"]["kernel"] - params["decoder"]["in"]["kernel"]).max() > 0
     assert weights.encoder_digest(tuned) == weights.encoder_digest(params)
 
-    flow = StarFlow(latent=(4, 4), channels=2, width=24, depths=(1, 1), head_dim=24, reach=4.0, vae=task)
+    flow = StarFlow(latent=(4, 4), channels=2, width=24, depths=(1, 1), head_dim=24, reach=4.0, vae=task, scan=False)
     assert prepare("before", "vae=vae") == 0
     run = Run(flow, Latents("before"), steps=1, batch=8, workdir="flow")
     with pytest.raises(UserError, match=r"weights\.vae is missing: StarFlow .* or set task\.vae=none"):
