@@ -100,30 +100,36 @@ class Case(PatchGolden):
             return stack.inverse(params, z, strong, weak, guidance).states
 
         high = jnp.full(n, task.high)
-        rows = jnp.concatenate([z0, z, z0])
-        states = drawn(rows, jnp.concatenate([high, self.t, high]), self.labels(self.label, self.label, self.none))
-        _, back, unlabelled = jnp.split(task.to_image(states[-1]), 3)
-        out = {"x_rec": back, **({"sample_nolabel_plain": unlabelled} if task.classes else {})}
-        out |= {
-            f"sample_plain_seq{i}": unpatchify(s[:n], stack.patches[0], task.channels) for i, s in enumerate(states)
-        }
+
+        def told(z, x_rec, **samples):
+            sequence = {f"sample_plain_seq{i}": unpatchify(s, stack.patches[0], task.channels) for i, s in enumerate(z)}
+            return {"x_rec": x_rec, **samples, **sequence}
+
         if not task.classes:
-            return out
-        w, own = self.c["guidance"], {"attention_temperature": self.c["attn_temp"]}
-        kinds = {
-            "sample_tarflow_annealed_all": Guidance(w, **own),
-            "sample_tarflow_constant_all": Guidance(w, annealed=False, **own),
+            states = drawn(jnp.concatenate([z0, z]), jnp.concatenate([high, self.t]), None)
+            return told([s[:n] for s in states], task.to_image(states[-1])[n:])
+        w, plain = self.c["guidance"], ("plain", "x_rec", "sample_nolabel_plain")
+        everywhere = {
+            **dict.fromkeys(plain, Guidance()),
+            "sample_tarflow_annealed_all": Guidance(w),
+            "sample_tarflow_constant_all": Guidance(w, annealed=False),
         }
         first_only = {
-            "sample_tarflow_annealed_first": Guidance(w, blocks="first", **own),
-            "sample_starflow_first": Guidance(w, rule="gaussian", annealed=False, blocks="first", **own),
-            "sample_starflow_annealed_first": Guidance(w, rule="gaussian", blocks="first", **own),
+            "sample_tarflow_annealed_first": Guidance(w, blocks="first"),
+            "sample_starflow_first": Guidance(w, rule="gaussian", annealed=False, blocks="first"),
+            "sample_starflow_annealed_first": Guidance(w, rule="gaussian", blocks="first"),
         }
-        for parts, blocks in ((kinds, "all"), (first_only, "first")):
-            by = Rows.by(stack, parts.values(), blocks=blocks, **own)
-            many = drawn(jnp.concatenate([z0] * len(parts)), task.high, self.labels(*[self.label] * len(parts)), by)
-            out |= dict(zip(parts, jnp.split(task.to_image(many[-1]), len(parts))))
-        return out
+        out = {}
+        for kinds, blocks in ((everywhere, "all"), (first_only, "first")):
+            rows = jnp.concatenate([z if name == "x_rec" else z0 for name in kinds])
+            t = jnp.concatenate([self.t if name == "x_rec" else high for name in kinds])
+            labels = self.labels(*(self.none if "nolabel" in name else self.label for name in kinds))
+            states = drawn(rows, t, labels, Rows.by(stack, kinds.values(), blocks=blocks))
+            out |= dict(zip(kinds, jnp.split(task.to_image(states[-1]), len(kinds))))
+            if "plain" in kinds:
+                sequence = [s[:n] for s in states]
+        del out["plain"]
+        return told(sequence, **out)
 
     def _denoised(self, params):
         """Denoising steps of every state that the official samplers went through, in one batch."""

@@ -143,7 +143,7 @@ def test_guidance_laws():
     np.testing.assert_allclose(guided, (1 + w) * strong - w * weak, rtol=1e-5)
 
 
-WIDE = dataclasses.replace(TINY, width=64, depths=(1, 1))  # two heads
+WIDE = dataclasses.replace(TINY, width=64, depths=(1, 1), denoiser="decoder")  # two heads, and no step of the score
 
 
 @functools.cache
