@@ -7,16 +7,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from fresh import fresh
+from fresh import noise
 from mistakes import told
 
 from zoo import weights
 from zoo.encoders import vae
 from zoo.errors import UserError
 from zoo.task import abilities
-from zoo.train.step import split
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "encoders"
 TINY = vae.AutoEncoder(image=8, widths=(8, 16), layers=1, groups=4, latent=2, scale=None)
@@ -123,50 +121,27 @@ def test_log_variances_are_clipped(case):
 
 
 @pytest.fixture(scope="module")
-def trained():
-    """25 steps of Adam on eight images of one colour each: params before and after, metrics of every step."""
+def drawn():
+    """Random parameters, and eight images of one colour each."""
     colours = np.random.default_rng(1).uniform(-1, 1, (8, 1, 1, 3)).astype(np.float32)
-    batch = {"image": np.tile(colours, (1, 8, 8, 1))}
-    before = fresh(TINY)
-    optimizer = optax.flatten(optax.adam(5e-3))  # moves one vector, which compiles fastest
-
-    @jax.jit
-    def step(params, opt, rng):
-        trained, held = split(TINY, params)
-        loss = lambda p: TINY.loss({**p, **held}, batch, rng)  # noqa: E731
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
-        updates, opt = optimizer.update(grads, opt)
-        new = TINY.after_step({**optax.apply_updates(trained, updates), **held}, metrics)
-        return new, opt, {"loss": value, **metrics}, grads
-
-    params, opt, history = before, optimizer.init(split(TINY, before)[0]), []
-    for i in range(25):
-        params, opt, metrics, grads = step(params, opt, jax.random.key(i))
-        history.append({"square": params["latents"]["square"], **metrics})
-    return before, params, jax.device_get(history), grads, batch
+    params = {**noise(TINY, 0.3), "latents": {"square": jnp.float32(1.3)}}
+    return params, {"image": np.tile(colours, (1, 8, 8, 1))}
 
 
-def test_it_learns(trained):
-    _, _, history, grads, _ = trained
-    assert np.mean([h["loss"] for h in history[-5:]]) < 0.7 * history[0]["loss"]
-    assert history[-1]["psnr"] > history[0]["psnr"] + 2
-    for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        assert np.abs(g).max() > 0, path
-
-
-def test_the_scale_follows_the_latents(trained):
-    _, _, history, _, _ = trained
-    square = 1.0
-    for h in history:
-        assert h["latent_square"].shape == (TINY.latent,)
-        square = 0.99 * square + 0.01 * h["latent_square"].mean()
-        np.testing.assert_allclose(h["square"], square, rtol=1e-5)
-    assert abs(square - 1) > 1e-3
+def test_the_scale_follows_the_latents(drawn):
+    params, batch = drawn
+    square = params["latents"]["square"]
+    for latents in np.random.default_rng(0).uniform(0.5, 2, (3, TINY.latent)):
+        params = TINY.after_step(params, {"latent_square": latents})
+        square = 0.99 * square + 0.01 * latents.mean()
+        np.testing.assert_allclose(params["latents"]["square"], square, rtol=1e-5)
+    _, metrics = jax.eval_shape(TINY.loss, params, batch, jax.random.key(0))
+    assert metrics["latent_square"].shape == (TINY.latent,)
     assert TINY.about.held == ("latents",)
 
 
-def test_a_measured_scale_makes_latents_of_unit_size(trained):
-    _, params, _, _, batch = trained
+def test_a_measured_scale_makes_latents_of_unit_size(drawn):
+    params, batch = drawn
 
     @jax.jit
     def everything(params, image):
@@ -182,8 +157,8 @@ def test_a_measured_scale_makes_latents_of_unit_size(trained):
     np.testing.assert_allclose(decoded, reconstructed, atol=1e-5)
 
 
-def test_the_loss_is_what_it_says(trained):
-    _, params, _, _, batch = trained
+def test_the_loss_is_what_it_says(drawn):
+    params, batch = drawn
     task = dataclasses.replace(TINY, kl=0.5, scale=0.7, mean=(0.3, -0.2), std=(2.0, 0.5))
     rng = jax.random.key(3)
     x = batch["image"]
@@ -191,8 +166,8 @@ def test_the_loss_is_what_it_says(trained):
     @jax.jit
     def everything(params):
         mean, std = task.encode(params, x)
-        drawn = mean + std * jax.random.normal(rng, mean.shape)
-        return task.loss(params, batch, rng), drawn, task.decode(params, drawn), task.moments(params, x)
+        z = mean + std * jax.random.normal(rng, mean.shape)
+        return task.loss(params, batch, rng), z, task.decode(params, z), task.moments(params, x)
 
     (loss, metrics), scaled, y, moments = everything(params)
     raw, logvar = (np.asarray(m, np.float64) for m in moments)
@@ -206,8 +181,8 @@ def test_the_loss_is_what_it_says(trained):
     np.testing.assert_allclose(metrics["latent_std"], np.sqrt(np.square(scaled).mean()), rtol=1e-4)
 
 
-def test_bfloat16_stays_close_and_keeps_float32_where_it_matters(trained):
-    _, params, _, _, batch = trained
+def test_bfloat16_stays_close_and_keeps_float32_where_it_matters(drawn):
+    params, batch = drawn
     task, x = dataclasses.replace(TINY, dtype="bfloat16"), batch["image"][:2]
     (mean, std), (want, _) = jax.jit(lambda p: (task.encode(p, x), TINY.encode(p, x)))(params)
     assert mean.dtype == std.dtype == jnp.float32
