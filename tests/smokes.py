@@ -52,7 +52,7 @@ def trains(name: str) -> bool:
 
 CONFIGS = [name for name in RUNS if trains(name)]
 SMOKES = covering(CONFIGS)
-# One of each task, that of the fewest choices: other versions of Python and JAX are tried on these.
+# One of each task, that of the fewest choices: these are trained, the others only traced.
 KINDS = {
     type(smoke(name).task): name
     for name in sorted(SMOKES, key=lambda name: -len(choices(config.dump(smoke(name).task))))

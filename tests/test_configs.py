@@ -1,17 +1,21 @@
 """Every shipped config without a compilation: it is built, has a loss and samples of the promised shapes."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 from fresh import fresh
-from smokes import CONFIGS, RUNS, SMOKES, smoke
+from jax.extend.core import Var
+from smokes import CONFIGS, KINDS, RUNS, SMOKES, smoke
 
 from zoo import config, dist, weights
 from zoo.errors import UserError
 from zoo.files import differences
 from zoo.train import optim
 from zoo.train.loop import train
-from zoo.train.step import abstract_state, make_sampler, sampler_spec
+from zoo.train.step import abstract_state, make_sampler, sampler_spec, split
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -29,10 +33,38 @@ def test_full_config_is_built_abstractly_and_survives_json(name: str) -> None:
     assert config.describe(name)
 
 
-@pytest.mark.parametrize("name", sorted({*CONFIGS} - {*SMOKES}))
-def test_a_smoke_config_that_is_not_trained_has_a_loss_and_samples(name: str) -> None:
+def unreached(task: Any, params: Any, batch: Any) -> list[str]:
+    """Trained leaves whose gradient depends on nothing, and so is zero whatever the weights and the batch."""
+    slope = jax.grad(lambda trained, held, batch, rng: task.loss({**trained, **held}, batch, rng)[0])
+    program = jax.make_jaxpr(slope)(*split(task, params), batch, jax.random.key(0)).jaxpr
+    moved = {*program.invars}
+    for line in program.eqns:
+        if any(isinstance(x, Var) and x in moved for x in line.invars):
+            moved |= {*line.outvars}
+    found = [isinstance(x, Var) and x in moved for x in program.outvars]
+    tree = jax.tree.structure(split(task, params)[0])
+    return [name for name, reached in weights.flatten(tree.unflatten(found)).items() if not reached]
+
+
+def test_leaves_that_nothing_reads_are_found() -> None:
+    class Task:
+        about = SimpleNamespace(held=("held",))
+
+        def loss(self, params: Any, batch: Any, rng: Any) -> Any:
+            carried, _ = jax.lax.scan(lambda x, leaf: (x * leaf["read"], leaf["unread"]), batch, params["layers"])
+            return (carried * params["held"] + jax.lax.stop_gradient(params["stopped"])).sum(), {}
+
+    layers = dict.fromkeys(("read", "unread"), np.ones(3, np.float32))
+    params = {"layers": layers, "held": np.float32(1), "stopped": np.float32(1), "unused": np.float32(1)}
+    assert unreached(Task(), params, np.float32(2)) == ["layers/unread", "stopped", "unused"]
+
+
+@pytest.mark.parametrize("name", sorted({*CONFIGS} - {*KINDS.values()}))
+def test_a_smoke_config_that_is_not_trained_has_a_loss_gradients_and_samples(name: str) -> None:
     run = smoke(name)
     params = weights.abstract(run.task)
+    if name in SMOKES:  # these make every choice that a shipped config makes
+        assert unreached(run.task, params, run.spec()) == []
     loss, _ = jax.eval_shape(run.task.loss, params, run.spec(), jax.random.key(0))
     assert loss.shape == ()
     batch = next(iter(run.batches()))

@@ -94,16 +94,15 @@ def _parse(words: list[str], verb: str) -> argparse.Namespace:
         sub = verbs.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == verb:
             module = importlib.import_module(f"zoo.commands.{VERBS[verb][0]}")
-            if hasattr(module, "modern"):  # spellings of versions before, which no parser knows
-                at = words.index(verb) + 1
-                words = [*words[:at], *module.modern(words[at:])]
+            if hasattr(module, "check_spelling"):
+                module.check_spelling(words[words.index(verb) + 1 :])
             module.add(sub)
             sub.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(words)
     takes_fields = "fields" in vars(args)
     late = [word for word in rest if takes_fields and not word.startswith("-")]
     if unknown := [word for word in rest if word not in late]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{'; a field is name=value' * takes_fields}")
     if late:
         args.fields = [*args.fields, *late]
     return args

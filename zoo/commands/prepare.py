@@ -152,75 +152,31 @@ def run(args: argparse.Namespace) -> int:
     return 0 if getattr(report, "ok", True) else 1
 
 
-# --- the spelling of versions before, which works for one more ------------------------------------
+# --- the spelling of versions before --------------------------------------------------------------
 
-_SWITCHES = ("allow_unreadable", "aspects", "convert", "features", "flip", "raw")
-_VALUES = (
-    "size",
-    "channels",
-    "test_fraction",
-    "valid_fraction",
-    "image_column",
-    "caption_column",
-    "multiple",
-    "tokenizer",
-    "batch",
-)
-_CHOSE = {"encode": "latents", "text": "text", "statistics": "statistics"}  # flags that said what was made
+_SWITCHES = ("allow-unreadable", "aspects", "convert", "features", "flip", "raw")
+_MADE = {"encode": "latents", "text": "text", "statistics": "statistics"}  # flags that said what was made
+_RENAMED = {"text": "tokenizer", "statistics": "features"}
 
 
-def _older() -> argparse.ArgumentParser:
+def check_spelling(given: Sequence[str]) -> None:
+    """UserError with today's words where these are `zoo prepare SOURCE DEST --flag ...`, as versions before had it."""
+    places = [word for word in given if not word.startswith("-")]
+    if len(places) < 2 or places[0] in KINDS or {"-h", "--help"} & {*given}:
+        return
     parser = argparse.ArgumentParser(prog="zoo prepare", argument_default=argparse.SUPPRESS)
     takes(parser, "SOURCE", "DEST")
-    for name in (*_SWITCHES, *_VALUES, *_CHOSE, "allow"):
-        kind = "store_true" if name in _SWITCHES else "append" if name in ("encode", "allow") else "store"
-        parser.add_argument(f"--{name.replace('_', '-')}", action=kind)
-    return parser
-
-
-def modern(given: Sequence[str]) -> list[str]:
-    """The words as they are written now; those of `zoo prepare SOURCE DEST --flag ...` with a note of the new command line."""
-    plain = [word for word in given if not word.startswith("-")]
-    flags = [
-        word for word in given if word.startswith("--") and word.partition("=")[0] not in ("--raw", "--allow", "--help")
-    ]
-    first = plain[0] if plain and plain[0] in KINDS else None
-    if not flags and (first or len(plain) != 2):
-        return list(given)
-    parser = _older()
+    fields = {name for kind in KINDS.values() for name in kinds(kind)}
+    for name in sorted({*_SWITCHES, *_MADE, *(field.replace("_", "-") for field in fields)}):
+        kind = "store_true" if name in _SWITCHES else "append" if name == "encode" else "store"
+        parser.add_argument(f"--{name}", action=kind)
     found, rest = parser.parse_known_args(given)
-    if rest and first:  # a kind, and flags all the same
-        at = given.index(first)
-        found, rest = parser.parse_known_args([*given[:at], *given[at + 1 :]])
-    else:
-        first = None
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # a third place, or another flag
+        return
     about = vars(found)
-    places = [about.pop("source"), about.pop("dest")]
-    chosen = [name for name in _CHOSE if name in about]
-    kind = first or (_CHOSE[chosen[0]] if chosen else "images")
-    new = [field for name, value in about.items() for field in _written(name, value, kind)]
-    words_now = [kind, *places, *new]
-    _log.warning("note: this is written %s now; the older way will go", shlex.join(["zoo", "prepare", *words_now]))
-    return words_now
-
-
-def _written(name: str, value: Any, kind: str) -> list[str]:
-    """A flag and its value as fields of what is made. UserError where these do not belong to it."""
-    if name in ("raw", "allow"):
-        return ["--raw"] if name == "raw" else [f"--allow={package}" for package in value]
-    if (name, kind) == ("channels", "latents"):
-        return []  # had to be those of the autoencoder
-    own = {"text": "tokenizer", "statistics": "features"}.get(name, name)
-    if name == "encode" and kind == "latents":
-        if wrong := [text for text in value if "=" not in text]:
-            raise UserError(f"--encode {wrong[0]} names no encoder; write vae=MODEL or text=MODEL")
-        return list(value)
-    if (
-        _CHOSE.get(name, kind) != kind
-        or own not in kinds(KINDS[kind])
-        or (name, kind) in (("tokenizer", "text"), ("features", "statistics"))
-    ):
-        raise UserError(f"--{name.replace('_', '-')} says nothing of {kind}; leave it out")
-    return [f"{own}={str(value).lower() if value is True else value}"]
+    kind = next((made for flag, made in _MADE.items() if flag in about), "images")
+    words = [kind, about.pop("source"), about.pop("dest"), *about.pop("encode", ())]
+    words += ["--raw"] * about.pop("raw", False)
+    for name, value in about.items():
+        words.append(f"{_RENAMED.get(name, name)}={'true' if value is True else value}")
+    raise UserError(f"this is written `{shlex.join(['zoo', 'prepare', *words])}` now")
