@@ -167,17 +167,6 @@ def test_an_import_is_its_parts_and_goes_back_to_the_bit(capsys, root, model, tm
     assert "research-only" in (tmp_path / "again" / "README.md").read_text()
 
 
-def test_terms_are_told_where_there_are_any(capsys, root, model, tmp_path):
-    fields = ["weights.vae=exports/vae", "weights.text=exports/t5"]
-    said = ran(capsys, "import", "config.py", "flow.safetensors", str(tmp_path / "a"), *fields)
-    assert "the published STARFlow weights are under a research-only" in said
-    assert "every tensor used" in said
-    said = ran(capsys, "import", "config.py:vae", "vae.npz", str(tmp_path / "b"))
-    assert "licence" not in said
-    assert "a run names it in its weights" in said
-    assert "research-only" not in (tmp_path / "b" / "README.md").read_text()
-
-
 def test_a_part_given_must_be_whole(root, model):
     state = weights.read_state_dict(root / "flow.safetensors")
     text = noise(TEXT, 0.2, 2)

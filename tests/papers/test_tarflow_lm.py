@@ -237,7 +237,7 @@ def test_a_sample_depends_on_its_key_alone():
 
 
 def test_a_text_is_rewritten_by_its_strength():
-    params, x = moved(ONE), texts(ONE, 512)
+    params, x = moved(ONE), texts(ONE, 256)
     # apart, so that what comes back is decoded to the token it was; all as likely as they are in these texts
     codebook = {"means": 3 * params["codebook"]["means"], "log_scales": np.full(ONE.vocab, math.log(0.3), np.float32)}
     params = {
@@ -247,7 +247,7 @@ def test_a_text_is_rewritten_by_its_strength():
     }
     rewrite = jax.jit(
         lambda p, strength: ONE.sample(
-            p, jax.random.key(0), 512, {"tokens": x}, ONE.Sampling(strength=strength, passes=True)
+            p, jax.random.key(0), 256, {"tokens": x}, ONE.Sampling(strength=strength, passes=True)
         )
     )
     drawn = [rewrite(params, strength) for strength in (0.0, 0.3, 1.0)]
@@ -285,7 +285,7 @@ def test_one_channel_has_nobody_to_tell_and_sweeps_are_an_inverse():
 def test_drawing_components_is_the_distribution_of_the_inverse(layer):
     """Quantiles of two vectors and what their numbers have to do with one another, by both ways."""
     task = dataclasses.replace(ONE, layers=(layer,), length=2)
-    params, n = moved(task), 4_000
+    params, n = moved(task), 2_000
     z = normal(0, n, task.steps, 2 * task.channels)
 
     @jax.jit
