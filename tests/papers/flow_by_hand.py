@@ -112,11 +112,6 @@ def inverse(task, params, z, y=None, null=None, guidance=0.0, **options):
     return [untokens(task, s, rows) for s in stack.inverse(params, x, y, null, guidance, **options).states]
 
 
-def denoise(task, params, x, y=None):
-    tokens, stack = task.in_tokens(x)
-    return untokens(task, stack.denoise(params, tokens, task.noise, y), x.shape[1] // task.patch)
-
-
 def block(stack, params, i, *inputs):
     """Log-scale and shift of block i."""
     return apply(stack.nets[i], params[f"block{i}"], *inputs)[:2]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flow_by_hand import Rows, block, denoise, forward, inverse, nhwc, tokens, untokens
+from flow_by_hand import Rows, block, forward, inverse, nhwc, tokens, untokens
 
 from zoo import weights
 from zoo.flows import stack as flow_stack
@@ -232,7 +232,8 @@ def test_the_gaussian_rule_equals_the_official_numbers():
 
 
 def test_denoising_equals_the_official_numbers(base):
-    clean = jax.jit(lambda p: denoise(base.task, p, base.x, base.y))(base.params)
+    given = {"text": base.y, "null_text": base.null}
+    clean = jax.jit(lambda p: base.task.denoise(p, base.x, jnp.float32(base.task.noise), given))(base.params)
     np.testing.assert_allclose(np.moveaxis(clean, -1, 1), base.f["self_denoise_sigma0.3"], rtol=1e-3, atol=5e-5)
 
 

@@ -191,25 +191,23 @@ def test_half_precision_keeps_scales_and_losses_in_float32():
     assert loss != want
 
 
-def test_denoising_is_a_step_along_the_gradient_of_the_likelihood():
-    task = dataclasses.replace(TINY, depths=(1, 1), noise=0.5, **WORDS)
-    clean, params, x = dataclasses.replace(task, noise=0.0), randomised(task), latents(task, 2)
-    text = condition_of(task, 2)
-    rows = {"text": text, "null_text": text[::-1]}
+def test_the_likelihood_is_the_density_of_z_and_the_logdet():
+    """Of latents without spread and noise; denoising is in float32 at the level of training."""
+    task, x = dataclasses.replace(TINY, depths=(1, 1), noise=0.0, **WORDS), latents(TINY, 2)
+    text, size = condition_of(task, 2), x[0].size
+    batch = {"latent": x, "latent_std": np.zeros_like(x), "text": text, "null_text": text[::-1]}
 
     @jax.jit
-    def run(x, sigma):
-        def nats(latent):
-            batch = {"latent": latent, "latent_std": jnp.zeros_like(latent), **rows}
-            return clean.nll(params, batch, jax.random.split(jax.random.key(0), 2)).sum()
+    def run(params):
+        return task.nll(params, batch, jax.random.split(jax.random.key(0), 2)), forward(task, params, x, text)
 
-        return task.denoise(params, x, sigma, rows), x - 0.25 * jax.grad(nats)(x)
-
-    found, want = run(x, jnp.float32(0.5))
-    assert isinstance(task, Denoises)
-    assert (task.sigmas, found.dtype) == ((0.5, 0.5), jnp.float32)
-    np.testing.assert_allclose(found, want, atol=1e-5)
-    assert np.abs(found - x).max() > 0.05
+    found, (z, logdet, _) = run(randomised(task))
+    wanted = 0.5 * (np.square(z).sum((1, 2)) + size * np.log(2 * np.pi)) - size * logdet
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert isinstance(TINY, Denoises)
+    assert TINY.sigmas == (0.3, 0.3)
+    half = jax.eval_shape(TINY.denoise, weights.abstract(TINY), jnp.zeros(x.shape, jnp.bfloat16), 0.3)
+    assert half.dtype == jnp.float32
 
 
 def test_a_dropped_class_is_none_and_a_dropped_caption_the_null():
