@@ -18,7 +18,6 @@ from zoo.commands.weights import _licence, export
 from zoo.data.images.captions import template
 from zoo.data.synthetic import Synthetic
 from zoo.data.text.vocabulary import text8
-from zoo.draws import keys
 from zoo.encoders import tokenizer
 from zoo.encoders.text import T5
 from zoo.encoders.tokenizer import NAME, Tokenizer
@@ -46,6 +45,7 @@ TASK = StarFlow(
     text_width=8,
     reach=4.0,
     template="aspect",
+    denoiser="decoder",  # without a step of the score, whose gradient takes longest to compile
     vae=VAE,
     text=TEXT,
     scan=False,
@@ -167,17 +167,6 @@ def test_an_import_is_its_parts_and_goes_back_to_the_bit(capsys, root, model, tm
     assert "research-only" in (tmp_path / "again" / "README.md").read_text()
 
 
-def test_terms_are_told_where_there_are_any(capsys, root, model, tmp_path):
-    fields = ["weights.vae=exports/vae", "weights.text=exports/t5"]
-    said = ran(capsys, "import", "config.py", "flow.safetensors", str(tmp_path / "a"), *fields)
-    assert "the published STARFlow weights are under a research-only" in said
-    assert "every tensor used" in said
-    said = ran(capsys, "import", "config.py:vae", "vae.npz", str(tmp_path / "b"))
-    assert "licence" not in said
-    assert "a run names it in its weights" in said
-    assert "research-only" not in (tmp_path / "b" / "README.md").read_text()
-
-
 def test_a_part_given_must_be_whole(root, model):
     state = weights.read_state_dict(root / "flow.safetensors")
     text = noise(TEXT, 0.2, 2)
@@ -210,12 +199,9 @@ def test_samples_have_captions(capsys, root, model, tmp_path):
     assert np.abs(first[0][0].astype(int) - first[1][0]).max() > 1
 
     # they are those of the sampler, captions and none of them under the template that names the shape
-    task, opened = TASK, models.open_model(model)
     tokens = Tokenizer(root / "t5")([template(text, aspect="1:1") for text in ("a red cat", "")], 24)[0]
     given = {"tokens": tokens[[0, 0]], "null_tokens": tokens[[1, 1]]}
-    image = jax.jit(lambda p: task.sample(p, keys(3, np.arange(2)), 2, given, task.Sampling(guidance=1.5)))(
-        opened.params
-    )["image"]
+    image = models.open_model(model).sample(2, seed=3, conditions=given, guidance=1.5)["image"]
     for (found, _), wanted in zip(first, np.asarray(image)):
         assert np.abs(found - (wanted + 1) * 127.5).max() <= 1.5
 

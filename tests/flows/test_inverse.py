@@ -17,7 +17,7 @@ from fresh import randomised
 from zoo import dist
 from zoo.errors import UserError
 from zoo.flows import inverse
-from zoo.flows.inverse import Chain, Guidance, Jacobi, Stepper, invert, once, swept
+from zoo.flows.inverse import Chain, Jacobi, Stepper, invert, once, swept
 from zoo.nn.attention import init_cache, write_cache
 from zoo.papers import starflow, tarflow
 
@@ -91,8 +91,8 @@ def error(found, want):
 def test_full_sweeps_are_the_sequential_inverse(tokens, start):
     """12 and 11, 2 and 1 tokens to find: modules that divide them and that do not, one, all and more than all."""
     v, count = noise(tokens, 3), tokens if start else tokens - 1
-    plans = [Jacobi(n, tol=0.0, unconverged="keep") for n in (1, 3, tokens + 4)]
-    plans += [Jacobi(n, tol=0.0, unconverged="keep", start="zeros") for n in (1, 5)]
+    plans = [Jacobi(n, tol=0.0, unconverged="keep") for n in (1, tokens + 4)]
+    plans.append(Jacobi(5, tol=0.0, unconverged="keep", start="zeros"))
 
     @jax.jit
     def run(v):
@@ -145,17 +145,14 @@ def test_blocks_have_plans_and_reports_of_their_own():
         "mixed": Jacobi((0, 1, 3), tol=0.0),
         "short": Jacobi(sweeps=(1, 9, 9), tol=(1e-5, 0.0, 0.1), start=("v", "zeros", "v"), unconverged="keep"),
         "first": Jacobi(sweeps=(9, 9, 1), unconverged="keep"),
-        "gs": "gs_jacobi",
     }
     found = jax.jit(lambda v: {k: invert(chained(tokens, 4), v, plan) for k, plan in plans.items()})(v)
     want = found["sequential"]
     assert want.report == {}
-    assert found["gs"].report == {}  # eight modules of nine tokens are the loop
     assert len(want.states) == 4
     np.testing.assert_array_equal(want.states[0], v)
-    for name in ("mixed", "gs"):
-        for ours, theirs in zip(found[name].states, want.states, strict=True):
-            near(ours, theirs, err_msg=name)
+    for ours, theirs in zip(found["mixed"].states, want.states, strict=True):
+        near(ours, theirs)
     for name in ("mixed", "short", "first"):
         assert found[name].report["sweeps"].shape == found[name].report["unconverged"].shape == (4, 3)
     sweeps = found["mixed"].report["sweeps"]
@@ -308,8 +305,7 @@ def test_overflow_on_the_way_is_no_overflow_in_the_end(start):
     def run():
         stepper, v, u = explosive(tokens, 3, start=start, zeros=(4, 7))
         wild = once(stepper, v)[0] * v
-        limit = {"sweeps": 3}
-        plans = Jacobi(tol=0.0), Jacobi(3, tol=0.0), Jacobi(start="zeros"), Jacobi(**limit), Jacobi(clamp=5.0)
+        plans = Jacobi(3, tol=0.0), Jacobi(start="zeros"), Jacobi(sweeps=3), Jacobi(clamp=5.0)
         return u, wild, sequential(stepper, v), [jacobi(stepper, v, plan) for plan in plans]
 
     u, wild, slow, found = run()
@@ -318,7 +314,7 @@ def test_overflow_on_the_way_is_no_overflow_in_the_end(start):
     near(slow, u, 1e-4)
     for i, (ours, _, bad) in enumerate(found):
         near(ours, slow, 1e-4, err_msg=str(i))
-        assert bad.all() == (i == 3), i
+        assert bad.all() == (i == 2), i
 
 
 def test_a_first_guess_that_overflows_costs_no_token():
@@ -362,7 +358,7 @@ def test_what_sweeps_leave_in_the_cache_does_not_reach_the_sequential_inverse():
 
 def test_an_infinite_inverse_stays_in_its_sample():
     tokens, v = 10, noise(10, 3).at[1, 3].set(3e38)
-    plans = [Jacobi(tol=0.0), Jacobi(3, tol=0.0), Jacobi(3, tol=1e-3, unconverged="keep"), Jacobi(sweeps=2)]
+    plans = [Jacobi(3, tol=0.0), Jacobi(3, tol=1e-3, unconverged="keep"), Jacobi(sweeps=2)]
     rule = lambda h: (3 * jnp.exp(0.6 * jnp.tanh(h)), jnp.sin(h))  # noqa: E731
 
     @jax.jit
@@ -442,19 +438,17 @@ def weights(task):
 
 
 def runs(task, plans, guidance=0.0):
-    """{name: inverse by a plan} as one program: "" for the sequential inverse, "unguided" where there is guidance."""
-    v, y, null = jax.random.normal(jax.random.key(1), (3, task.tokens, task.dims)), LABEL, jnp.full(3, -1)
+    """{name: inverse by a plan} as one program: "" for the sequential inverse."""
+    normal = lambda *shape: np.random.default_rng(1).normal(size=shape).astype(np.float32)  # noqa: E731
+    v, y, null = normal(3, task.tokens, task.dims), LABEL, jnp.full(3, -1)
     if isinstance(task, starflow.StarFlow):
-        y, null = (jax.random.normal(jax.random.key(k), (3, task.prefix, task.condition_width)) for k in (2, 3))
+        y, null = normal(2, 3, task.prefix, task.condition_width)
 
     @jax.jit
     def run(params):
         chain = task.stack.chain(params, 3, y, null, guidance)
-        found = {name: invert(chain, v, plan) for name, plan in {"": "sequential", **plans}.items()}
-        plain = task.stack.chain(params, 3, y, null, 0.0)
-        return {**found, "unguided": invert(plain, v)} if guidance.active else found
+        return {name: invert(chain, v, plan) for name, plan in {"": "sequential", **plans}.items()}
 
-    guidance = Guidance(guidance)
     found = run(weights(task))
     assert error(found[""].states[-1], found[""].states[0]).min() > 0.1
     return found
@@ -466,17 +460,15 @@ def test_guided_sweeps_and_fallbacks_are_the_sequential_inverse(task):
     plans = {"full": Jacobi((1, 3), tol=0.0, unconverged="keep"), "failed": Jacobi(sweeps=1)}
     found = runs(task, plans, 1.5)
     want = found.pop("").states[-1]
-    assert error(found.pop("unguided").states[-1], want)[:2].min() > 1e-2  # guidance does something
     for name, out in found.items():
         near(out.states[-1], want, 1e-5 if name == "failed" else 2e-5, err_msg=name)
         assert out.report["unconverged"].all() == (name == "failed")
     assert (found["full"].report["sweeps"] > 2).all()
 
 
-@pytest.mark.parametrize("task", [TAR, STAR], ids=["tarflow", "starflow"])
-def test_bfloat16_converges_or_falls_back(task):
+def test_bfloat16_converges_or_falls_back():
     loose, few = Jacobi(2, tol=1e-3, unconverged="keep"), Jacobi(sweeps=3, tol=1e-4)
-    found = runs(dataclasses.replace(task, dtype="bfloat16"), {"loose": loose, "few": few})
+    found = runs(dataclasses.replace(TAR, dtype="bfloat16"), {"loose": loose, "few": few})
     want = found.pop("").states[-1]
     for name, out in found.items():
         near(out.states[-1], want, 2e-2, err_msg=name)

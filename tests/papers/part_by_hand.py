@@ -66,11 +66,6 @@ def signals(task: Vit, batch: int = 4, seed: int = 0) -> dict[str, jax.Array]:
     return {key: jnp.asarray(x) for key, x in found.items()}
 
 
-@functools.cache
-def loss_of(task: Any) -> Callable[..., Any]:
-    return jax.jit(task.loss)
-
-
 def norm(x: Array, scale: Array, bias: Array) -> Array:
     x = x - x.mean(-1, keepdims=True)
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale + bias

@@ -1,7 +1,6 @@
 """TarFlow: parity with the official implementation's numbers, and the laws a flow obeys with random weights."""
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 from flow_by_hand import PatchGolden, Rows, four_steps, nhwc
 from fresh import randomised
 
-from zoo import dist, weights
+from zoo import weights
 from zoo.errors import UserError
 from zoo.flows.inverse import Guidance, Jacobi, jacobi, once
 from zoo.flows.stack import apply
@@ -22,7 +21,6 @@ from zoo.task import Denoises, abilities, sample_keys
 from zoo.train.optim import AdamW
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "tarflow"
-CASES = [("cond_nvp", True), ("uncond_nvp", False), ("uncond_vp", True)]
 TINY = tarflow.TarFlow(image=4, channels=1, patch=2, width=16, depth=2, blocks=2, head_dim=8)
 
 
@@ -55,7 +53,8 @@ class Case(PatchGolden):
         }
 
     def programs(self):
-        return self._forward, self._inverse, self._guided
+        """Sweeps, scores and guidance of the one with classes alone."""
+        return self._forward, self._inverse, *([self._swept] if self.task.classes else [])
 
     def loss(self, params, label):
         z, logdet = forward(self.task, params, self.x, label)
@@ -84,23 +83,35 @@ class Case(PatchGolden):
         return out
 
     def _inverse(self, params):
-        task, n = self.task, len(self.z0)
+        """Without guidance, and with labels by all kinds of guidance in one batch."""
+        task, n, w, tau = self.task, len(self.z0), self.c["guidance"], self.c["attn_temp"]
         z = self.f["out/z"] / jnp.sqrt(params["prior"]["var"])
-        rows = jnp.concatenate([self.z0, z, *([self.z0] if task.classes else [])])
-        states = inverse(task, params, rows, self.labels(self.label, self.label, self.none))
-        last, order = task.blocks - 1, task.stack.order
-        out = {
-            "x_rec": states[-1][n : 2 * n],
-            "sample_plain": states[-1][:n],
-            "sample_plain_sequence": jnp.stack(
-                [unpatchify(self.z0, task.patch, task.channels), *(state[:n] for state in states[1:])]
-            ),
-            "jacobi_exact": patchify(states[1][:n], task.patch),
+        kinds = {
+            "sample_plain": (Guidance(), 1.0, self.label),
+            "x_rec": (Guidance(), 1.0, self.label),
+            "sample_nolabel": (Guidance(), 1.0, self.none),
+            "sample_guided": (Guidance(w, annealed=False), tau, self.label),
+            "sample_guided_annealed": (Guidance(w), tau, self.label),
+            "sample_guided_annealed_a": (Guidance(w, "a"), tau, self.label),
+            "sample_guided_annealed_b": (Guidance(w, "b"), tau, self.label),
+            "sample_guided_annealed_temp1": (Guidance(w), 1.0, self.label),
+            "sample_nolabel_guided_annealed": (Guidance(w), tau, self.none),
         }
-        if task.classes:
-            out["sample_nolabel"] = states[-1][2 * n :]
+        kinds = kinds if task.classes else dict(list(kinds.items())[:2])
+        parts, taus, labels = zip(*kinds.values())
+        by = Rows.by(task.stack, parts, attention_temperature=jnp.repeat(jnp.array(taus), n)) if task.classes else 0.0
+        rows = jnp.concatenate([z if name == "x_rec" else self.z0 for name in kinds])
+        states = inverse(task, params, rows, self.labels(*labels), by)
+        first = [state[:n] for state in states]
+        return {
+            "sample_plain_sequence": jnp.stack([unpatchify(self.z0, task.patch, task.channels), *first[1:]]),
+            "jacobi_exact": patchify(first[1], task.patch),
+            **dict(zip(kinds, jnp.split(states[-1], len(kinds)))),
+        }
 
-        # the last block by sweeps u <- v s(u) + b(u) over all tokens, every one of them kept
+    def _swept(self, params):
+        """The last block by sweeps u <- v s(u) + b(u) over all tokens, every one of them kept; denoised data and samples."""
+        task, last, order = self.task, self.task.blocks - 1, self.task.stack.order
         stepper, v = self.last_block(params)
 
         def sweep(u, _):
@@ -108,38 +119,17 @@ class Case(PatchGolden):
             return u, order(u, last)
 
         _, sweeps = jax.lax.scan(sweep, v, length=task.tokens)
-        out["jacobi_iterates"] = sweeps[jnp.array([1, 2, 3, 4, 8, task.tokens - 1, task.tokens]) - 1]
-        out["jacobi_err"] = jnp.abs(sweeps - self.f["out/jacobi_exact"]).max((1, 2, 3))
-
-        # denoised data and denoised samples
-        kinds = {"denoised": self.label, **({"denoised_nolabel": self.none} if task.classes else {})}
-        both = patchify(jnp.concatenate([self.x, nhwc(self.f["out/sample_plain"])]), task.patch)
-        x, label = (
-            jnp.concatenate([both] * len(kinds)),
-            self.labels(*(y for y in (self.label, self.none) for _ in range(2))),
-        )
-        score, clean = task.stack.score(params, x, label), task.stack.denoise(params, x, task.noise, label)
-        found = [jnp.split(unpatchify(y, task.patch, task.channels), 2 * len(kinds)) for y in (score, clean)]
-        for i, name in enumerate(kinds):
-            out |= {f"{name}_score_x": found[0][2 * i], f"{name}_x": found[1][2 * i]}
-            out[f"{name}_sample_plain"] = found[1][2 * i + 1]
-        return out
-
-    def _guided(self, params):
-        task, n, w, tau = self.task, len(self.z0), self.c["guidance"], self.c["attn_temp"]
-        kinds = {
-            "sample_guided": (Guidance(w, annealed=False), tau, self.label),
-            "sample_guided_annealed": (Guidance(w), tau, self.label),
-            "sample_guided_annealed_a": (Guidance(w, "a"), tau, self.label),
-            "sample_guided_annealed_b": (Guidance(w, "b"), tau, self.label),
+        out = {
+            "jacobi_iterates": sweeps[jnp.array([1, 2, 3, 4, 8, task.tokens - 1, task.tokens]) - 1],
+            "jacobi_err": jnp.abs(sweeps - self.f["out/jacobi_exact"]).max((1, 2, 3)),
         }
-        if task.classes:
-            kinds["sample_guided_annealed_temp1"] = Guidance(w), 1.0, self.label
-            kinds["sample_nolabel_guided_annealed"] = Guidance(w), tau, self.none
-        parts, taus, labels = zip(*kinds.values())
-        guidance = Rows.by(task.stack, parts, attention_temperature=jnp.repeat(jnp.array(taus), n))
-        drawn = inverse(task, params, jnp.concatenate([self.z0] * len(kinds)), self.labels(*labels), guidance)[-1]
-        return dict(zip(kinds, jnp.split(drawn, len(kinds))))
+        both = jnp.concatenate([self.x, nhwc(self.f["out/sample_plain"])])
+        x, label = jnp.concatenate([both] * 2), self.labels(self.label, self.label, self.none, self.none)
+        clean = task.denoise(params, x, jnp.float32(task.noise), {"label": label})
+        scores, clean = (jnp.split(y, 4) for y in ((clean - x) / task.noise**2, clean))
+        for i, name in ((0, "denoised"), (2, "denoised_nolabel")):
+            out |= {f"{name}_score_x": scores[i], f"{name}_x": clean[i], f"{name}_sample_plain": clean[i + 1]}
+        return out
 
     def last_block(self, params):
         """What inverts the last block, and what goes into it in its own order."""
@@ -148,10 +138,16 @@ class Case(PatchGolden):
         return stack.chain(params, len(z), self.label).stepper(last), stack.order(z, last)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[f"{name}-{'scan' if s else 'unrolled'}" for name, s in CASES])
+@pytest.fixture(scope="module")
+def labelled():
+    return Case(GOLDEN / "cond_nvp.npz", tarflow.TarFlow, scan=True)
+
+
+@pytest.fixture(scope="module", params=["cond_nvp", "uncond_vp"])
 def case(request):
-    name, scan = request.param
-    return Case(GOLDEN / f"{name}.npz", tarflow.TarFlow, scan=scan)
+    if request.param == "cond_nvp":
+        return request.getfixturevalue("labelled")
+    return Case(GOLDEN / "uncond_vp.npz", tarflow.TarFlow, scan=False)
 
 
 def test_every_number_equals_the_official_one(case):
@@ -162,43 +158,40 @@ def test_every_number_equals_the_official_one(case):
         atol = 1e-4 if "score" in name else 2e-5 if image or name.startswith("jacobi") else 1e-5
         golden = np.moveaxis(golden, -3, -1) if image else golden
         np.testing.assert_allclose(ours, golden, rtol=0, atol=atol, err_msg=name)
-    rest = {k.removeprefix("out/") for k in case.f if k.startswith("out/") and "/grad/" not in k} - set(case.found)
-    assert rest <= {"adamw_losses", "grad_global_norm", *(["var_after_update"] if case.task.scale else [])}
+    if case.task.classes:
+        rest = {k.removeprefix("out/") for k in case.f if k.startswith("out/") and "/grad/" not in k} - set(case.found)
+        assert rest == {"adamw_losses", "grad_global_norm", "var_after_update"}
 
 
-def test_gradients_and_four_steps_equal_the_official_ones(case):
-    losses, first, norm = four_steps(case.task, case.params, lambda p: case.loss(p, case.drop))
-    np.testing.assert_allclose(losses, case.f["out/adamw_losses"], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(norm, case.f["out/grad_global_norm"], rtol=0, atol=1e-5)
-    names = [k.removeprefix("out/grad/") for k in case.f if k.startswith("out/grad/")]
+def test_gradients_and_four_steps_equal_the_official_ones(labelled):
+    losses, first, norm = four_steps(labelled.task, labelled.params, lambda p: labelled.loss(p, labelled.drop))
+    np.testing.assert_allclose(losses, labelled.f["out/adamw_losses"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(norm, labelled.f["out/grad_global_norm"], rtol=0, atol=1e-5)
+    names = [k.removeprefix("out/grad/") for k in labelled.f if k.startswith("out/grad/")]
     assert names
     for name in names:
-        np.testing.assert_allclose(first[name], case.f[f"out/grad/{name}"], rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(first[name], labelled.f[f"out/grad/{name}"], rtol=0, atol=1e-5, err_msg=name)
 
 
-def test_full_sweeps_equal_the_official_samples(case):
+def test_full_sweeps_equal_the_official_samples(labelled):
     """Without a tolerance every number of modules gives the sequential samples, guided ones too."""
-    if not case.task.classes:
-        pytest.skip("those with classes are enough")
-    w, tau, n = case.c["guidance"], case.c["attn_temp"], len(case.z0)
+    w, tau, n = labelled.c["guidance"], labelled.c["attn_temp"], len(labelled.z0)
     method = Jacobi(modules=(8, 1, 3), tol=0.0, unconverged="keep")
 
     @jax.jit
     def run(params):
-        guidance = Rows.by(case.task.stack, [Guidance(0.0), Guidance(w)], attention_temperature=tau)
-        label = case.labels(case.label, case.label)
-        drawn = inverse(case.task, params, jnp.concatenate([case.z0] * 2), label, guidance, method)[-1]
-        stepper, v = case.last_block(params)
-        return drawn, [jacobi(stepper, v, Jacobi(sweeps=n, tol=0.0, unconverged="keep")) for n in (1, 4)]
+        guidance = Rows.by(labelled.task.stack, [Guidance(0.0), Guidance(w)], attention_temperature=tau)
+        label = labelled.labels(labelled.label, labelled.label)
+        drawn = inverse(labelled.task, params, jnp.concatenate([labelled.z0] * 2), label, guidance, method)[-1]
+        return drawn, jacobi(*labelled.last_block(params), Jacobi(sweeps=4, tol=0.0, unconverged="keep"))
 
-    drawn, iterates = run(case.params)
+    drawn, (u, sweeps, bad, _) = run(labelled.params)
     for ours, name in zip((drawn[:n], drawn[n:]), ("sample_plain", "sample_guided_annealed"), strict=True):
-        np.testing.assert_allclose(ours, nhwc(case.f[f"out/{name}"]), rtol=0, atol=2e-5, err_msg=name)
-    for (u, sweeps, bad, _), theirs, count in zip(iterates, (0, 3), (1, 4), strict=True):
-        ours = case.task.stack.order(u, case.task.blocks - 1)
-        np.testing.assert_allclose(ours, case.f["out/jacobi_iterates"][theirs], rtol=0, atol=2e-5)
-        assert (sweeps == count).all()
-        assert bad.all()
+        np.testing.assert_allclose(ours, nhwc(labelled.f[f"out/{name}"]), rtol=0, atol=2e-5, err_msg=name)
+    ours = labelled.task.stack.order(u, labelled.task.blocks - 1)
+    np.testing.assert_allclose(ours, labelled.f["out/jacobi_iterates"][3], rtol=0, atol=2e-5)
+    assert (sweeps == 4).all()
+    assert bad.all()
 
 
 def test_the_official_layout_comes_back_to_the_bit(case):
@@ -225,17 +218,17 @@ OUT = np.repeat((0.015, 0.05), TINY.dims)  # smaller log-scales than shifts
 
 
 def weights_of(task):
-    return randomised(task, OUT if task.scale else OUT[TINY.dims :])
+    return randomised(task, OUT)
 
 
 def picture(task, n, seed=1):
-    return jax.random.uniform(jax.random.key(seed), (n, task.image, task.image, task.channels), minval=-1.0)
+    return np.random.default_rng(seed).uniform(-1, 1, (n, task.image, task.image, task.channels)).astype(np.float32)
 
 
-@functools.cache
-def whole(scale):
+@pytest.fixture(scope="module")
+def whole():
     """Of three pictures with and without a label: z, log-dets and way back, the Jacobian of the first, and all without labels."""
-    task = dataclasses.replace(TINY, scale=scale, classes=3)
+    task = dataclasses.replace(TINY, classes=3)
     x, label = picture(task, 3), jnp.array([0, -1, 2])
 
     @jax.jit
@@ -245,26 +238,20 @@ def whole(scale):
             return z[0].ravel(), (z, logdet)
 
         jacobian, (z, logdet) = jax.jacfwd(ahead, has_aux=True)(x[0])
-        back = [inverse(task, params, z / jnp.sqrt(params["prior"]["var"]), y)[-1] for y in (label, None)]
-        return z, logdet, *back, forward(task, params, x, None)[0], jacobian.reshape(x[0].size, -1)
+        back = inverse(task, params, z / jnp.sqrt(params["prior"]["var"]), label)[-1]
+        return z, logdet, back, forward(task, params, x, None)[0], jacobian.reshape(x[0].size, -1)
 
     return x, *jax.device_get(run(weights_of(task)))
 
 
-@pytest.mark.parametrize("scale", [True, False])
-def test_the_inverse_is_the_way_back_and_the_logdet_that_of_the_jacobian(scale):
-    x, z, logdet, back, *_, jacobian = whole(scale)
+def test_the_inverse_is_the_way_back_and_the_logdet_that_of_the_jacobian(whole):
+    x, z, logdet, back, none, jacobian = whole
     np.testing.assert_allclose(back, x, atol=1e-4)
     assert np.abs(z - patchify(x, TINY.patch)).max() > 0.1
     np.testing.assert_allclose(np.linalg.slogdet(jacobian)[1] / len(jacobian), logdet[0], atol=1e-5)
-    assert (abs(float(logdet[0])) > 1e-3) == scale
-
-
-def test_a_negative_label_is_no_label_in_both_directions():
-    _, z, _, back, unlabelled, none, _ = whole(True)
-    for ours, theirs, atol in ((z, none, 1e-6), (back, unlabelled, 1e-5)):
-        np.testing.assert_allclose(ours[1], theirs[1], atol=atol)
-        assert np.abs(ours - theirs)[[0, 2]].max((1, 2)).min() > 1e-3
+    assert abs(float(logdet[0])) > 1e-3
+    np.testing.assert_allclose(z[1], none[1], atol=1e-6)  # a negative label is none
+    assert np.abs(z - none)[[0, 2]].max((1, 2)).min() > 1e-3
 
 
 def test_blocks_are_causal_in_their_own_order_and_cached_equals_uncached():
@@ -296,15 +283,16 @@ def test_blocks_are_causal_in_their_own_order_and_cached_equals_uncached():
 def test_guidance_of_nothing_is_nothing():
     params, z = weights_of(TINY), TINY.latent(jax.random.split(jax.random.key(5), 2))
 
+    own = Guidance(2.0, attention_temperature=jnp.array([1, 1, 0.3, 0.3]))
+
     @jax.jit
     def draw(params):
-        options = (0.0, 2.0, Guidance(attention_temperature=0.3), Guidance(2.0, attention_temperature=0.3))
-        return [inverse(TINY, params, z, guidance=guidance)[-1] for guidance in options]
+        return inverse(TINY, params, z)[-1], inverse(TINY, params, jnp.concatenate([z, z]), guidance=own)[-1]
 
-    plain, same, unweighted, other = draw(params)
-    np.testing.assert_allclose(same, plain, atol=1e-5)
-    np.testing.assert_array_equal(unweighted, plain)
-    assert np.abs(other - plain).max() > 1e-3
+    plain, guided = draw(params)
+    np.testing.assert_allclose(guided[:2], plain, atol=1e-5)
+    assert np.abs(guided[2:] - plain).max() > 1e-3
+    assert not Guidance(attention_temperature=0.3).active
     for guidance, told in ((2.0, "changes nothing"), (Guidance(attention_temperature=0.3), "do nothing")):
         with pytest.warns(UserWarning, match=told):
             jax.eval_shape(
@@ -322,32 +310,20 @@ def test_sample_i_depends_on_its_key_alone():
     np.testing.assert_array_equal(*(jax.random.key_data(k) for k in (keys[:3], sample_keys(key, 3))))
 
 
-@pytest.mark.devices8
-def test_eight_devices_agree_with_one():
-    params, x, mesh = weights_of(TINY), picture(TINY, 8), dist.Mesh(data=2, fsdp=2, tensor=2).build()
-    loss = lambda p, b: TINY.loss(p, b, jax.random.key(0))[0]  # noqa: E731
-    want = jax.jit(loss)(params, {"image": x})
-    with dist.use(mesh):
-        placed = jax.device_put(params, dist.shardings(jax.eval_shape(TINY.init, jax.random.key(0)), mesh))
-        batch = {"image": jax.device_put(x, dist.batch_sharding(mesh))}
-        got = jax.jit(lambda p, b: loss(p, b))(placed, batch)
-    assert abs(float(got) - float(want)) < 1e-6
-
-
 def test_uniform_noise_fills_the_bins():
     task = dataclasses.replace(TINY, noise_type="uniform", levels=17)
-    k = jnp.arange(16).reshape(1, 4, 4, 1)
-    noisy = task.add_noise(jax.random.key(0), 2 * k / 16 - 1)
-    np.testing.assert_array_equal(jnp.floor((noisy + 1) * 17 / 2), k)
+    k = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1)
+    noisy = np.asarray(jax.jit(task.add_noise)(jax.random.key(0), 2 * k / 16 - 1))
+    np.testing.assert_array_equal(np.floor((noisy + 1) * 17 / 2), k)
     np.testing.assert_allclose(
         task.about.likelihood.bits(0.5 * LOG_2PI), 0.5 * np.log2(2 * np.pi) + np.log2(17 / 2), rtol=1e-6
     )
     assert (task.about.likelihood.name, TINY.about.likelihood.name) == ("bpd", "noisy_bits_per_dim")
 
 
-def test_bfloat16_stays_close_and_keeps_float32_where_it_matters():
+def test_bfloat16_stays_close_and_keeps_float32_where_it_matters(whole):
     task = dataclasses.replace(TINY, dtype="bfloat16", classes=3)
-    x, want, *_ = whole(True)
+    x, want, *_ = whole
     z, logdet = jax.jit(lambda p: forward(task, p, x, jnp.array([0, -1, 2])))(weights_of(task))
     assert z.dtype == logdet.dtype == jnp.float32
     np.testing.assert_allclose(z, want, atol=0.1)
@@ -360,27 +336,10 @@ def test_fields_that_do_not_fit_are_named(field, value):
         dataclasses.replace(TINY, **{field: value})
 
 
-def test_denoising_is_a_step_along_the_gradient_of_the_likelihood():
-    task = dataclasses.replace(TINY, classes=3, noise=0.5)
-    clean, params, x = dataclasses.replace(task, noise=0.0), weights_of(task), picture(task, 3)
-    rows = {"label": jnp.array([0, 1, -1])}
-
-    @jax.jit
-    def run(x, sigma):
-        def nats(image):
-            return clean.nll(params, {"image": image, **rows}, jax.random.split(jax.random.key(0), 3)).sum()
-
-        return task.denoise(params, x, sigma, rows), x - 0.25 * jax.grad(nats)(x), task.denoise(params, x, sigma)
-
-    found, want, without = run(x, jnp.full(3, 0.5))
-    assert isinstance(task, Denoises)
-    assert (task.sigmas, found.dtype) == ((0.5, 0.5), jnp.float32)
-    np.testing.assert_allclose(found, want, atol=1e-5)
-    moved = np.abs(found - without).max((1, 2, 3))
-    assert moved[:2].min() > 1e-4
-    assert moved[2] < 1e-5  # a label of -1 is none
-    assert np.abs(found - x).max() > 0.1
-    half = jax.eval_shape(task.denoise, params, x.astype(jnp.bfloat16), 0.5, rows)
+def test_denoising_is_float32_at_the_level_of_training():
+    assert isinstance(TINY, Denoises)
+    assert TINY.sigmas == (0.05, 0.05)
+    half = jax.eval_shape(TINY.denoise, weights.abstract(TINY), jnp.zeros((3, 4, 4, 1), jnp.bfloat16), 0.05)
     assert half.dtype == jnp.float32
 
 

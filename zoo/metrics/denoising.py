@@ -44,8 +44,9 @@ def given(task: Any, batch: Any) -> dict[str, Any]:
 
 def check_denoiser(task: Any, params: Params, x: Any, conditions: Any = None) -> None:
     """UserError for a denoiser that changes the shape of x, or is not finite at one of the levels that it was made for."""
+    denoise = jax.jit(task.denoise)  # traced once for both levels
     for sigma in task.sigmas:
-        x0 = jax.jit(task.denoise)(params, x + sigma, jnp.float32(sigma), conditions or None)
+        x0 = denoise(params, x + sigma, jnp.float32(sigma), conditions or None)
         if x0.shape != x.shape or not bool(jnp.isfinite(x0).all()):
             what = f"has the shape {list(x0.shape)}" if x0.shape != x.shape else "is not finite"
             raise UserError(

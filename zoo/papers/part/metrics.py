@@ -21,6 +21,7 @@ from zoo.errors import UserError
 from zoo.fields import AtLeast2, Count, NonNegative, Whole, check_fields
 from zoo.metrics.drawing import layouts
 from zoo.metrics.probe import check_splits, explained, finite, fresh, jitted, spec_of
+from zoo.papers.part.sampling import relation
 from zoo.task import Batch, Metric, Params
 
 _PAIRS = 4_096  # of an image that are compared at most, a fixed random choice
@@ -237,19 +238,6 @@ def _std_error(values: list[float]) -> float:
 # --- where patches lie ----------------------------------------------------------------------------
 
 
-def offsets(boxes: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """From box i to box j: (c_j - c_i) / size_i along each axis [..., P, A]; centres c (PART, arXiv:2506.03682).
-
-    Args:
-        boxes: [..., N, 2, A], start and size.
-        i: references [P].
-        j: targets [P].
-    """
-    start, size = boxes[..., 0, :], boxes[..., 1, :]
-    centre = start + size / 2
-    return (centre[..., j, :] - centre[..., i, :]) / size[..., i, :]
-
-
 @dataclass(frozen=True)
 class Localise(Metric):
     """How well two patches' features tell where one lies from the other, by a linear map: R^2 on held-out images.
@@ -327,4 +315,4 @@ class Localise(Metric):
             for z, box in zip(tokens[:count].astype(np.float64), boxes[:count].astype(np.float64)):
                 i = coin.integers(n, size=self.pairs)
                 j = (i + coin.integers(1, n, size=self.pairs)) % n
-                yield np.concatenate([z[i], z[j]], 1), offsets(box, i, j)
+                yield np.concatenate([z[i], z[j]], 1), np.asarray(relation(box[i], box[j], sizes=False))
