@@ -18,7 +18,7 @@ import numpy as np
 from zoo import dist
 from zoo.data.pipeline import epoch
 from zoo.errors import UserError
-from zoo.fields import AtLeast2, Count, NonNegative, Whole, check_fields
+from zoo.fields import AtLeast2, Count, NonNegative, Whole
 from zoo.metrics.drawing import layouts
 from zoo.metrics.probe import check_splits, explained, finite, fresh, jitted, spec_of
 from zoo.papers.part.sampling import relation
@@ -90,9 +90,6 @@ class Relations(Metric):
 
     name = "relations"
     needs = (Relates,)
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def check_data(self, task: Any, data: Any) -> None:
         """UserError for data that cannot be read or do not fit the task, and for fewer than two test examples or patches.
@@ -256,9 +253,6 @@ class Localise(Metric):
 
     name = "localise"
     needs = (OffGrid,)
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"metric {self.name}: ")
 
     def check_data(self, task: Any, data: Any) -> None:
         """UserError for data that cannot be read or do not fit the task, and for a single patch; asked before a run's first step."""
