@@ -229,7 +229,8 @@ MISTAKES = {  # a command, and what its sentence must name
 OLDER = {  # `zoo prepare` as versions before had it
     "colour new": "images colour new",
     "--size=4 colour new --channels 1 --allow-unreadable": "images colour new size=4 channels=1 allow_unreadable=true",
-    "colour new --size 4 --encode vae=a --encode text=b --aspects --raw": "latents colour new vae=a text=b --raw size=4 aspects=true",
+    "colour new --size 4 --encode vae=a --encode text=b --raw": "latents colour new vae=a text=b --raw size=4",
+    "colour new --encode vae=a --allow x --channels 3 --aspects": "latents colour new vae=a --allow=x aspects=true",
     "colour new.npz --statistics pixels --flip --size 4": "statistics colour new.npz features=pixels flip=true size=4",
     "colour new --enc vae=a --size 4": "latents colour new vae=a size=4",
     "story.txt new --text text8 --valid-fraction 0.1": "text story.txt new tokenizer=text8 valid_fraction=0.1",

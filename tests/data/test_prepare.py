@@ -197,6 +197,13 @@ def test_other_destinations_are_refused(photos, tmp_path):
             run(source, dest)
 
 
+@pytest.mark.parametrize("name, value", [("size", 0), ("channels", 2), ("test_fraction", 1.5), ("shard_examples", 0)])
+def test_senseless_arguments_are_refused_before_dest_is_touched(photos, tmp_path, name, value):
+    with told(f"{name}={value}", "choose"):
+        run(photos, tmp_path / "out", **{name: value})
+    assert not (tmp_path / "out").exists()
+
+
 def test_full_disk_ends_in_a_sentence_and_can_be_continued(photos, tmp_path):
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))

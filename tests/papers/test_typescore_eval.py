@@ -21,6 +21,7 @@ from typescore_stub import LIST, TEXT_CHUNK, TEXTS, Fake, client, listed, says, 
 
 from zoo import cli, config
 from zoo.papers.typescore.calibrate import Calibrate
+from zoo.papers.typescore.compare import Compare
 from zoo.papers.typescore.evaluate import TypeScore, find
 from zoo.papers.typescore.extractors import Extraction, Oracle
 from zoo.papers.typescore.instructions import Instruction
@@ -85,11 +86,13 @@ def test_an_endpoint_that_is_down_ends_with_3_and_the_same_command_goes_on(folde
     argv += [f"extractor.base_url={stub.url}", "extractor.model=seer", "extractor.retries=0", "resamples=5"]
     assert cli.main(argv) == 3
     assert "the endpoint failed 8 images in a row, the last by: HTTP 500" in capsys.readouterr().err
+    stub.script = [says("Open daily")]
+    assert cli.main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["read"] == 12
+    (folder / "a-typescore" / "readings.jsonl").unlink()
     stub.script = [status(400), says("Open daily")]
     assert cli.main(argv) == 1  # done, with losses
     assert json.loads(capsys.readouterr().out)["failed"] == 1
-    assert cli.main(argv) == 0
-    assert json.loads(capsys.readouterr().out)["read"] == 12
     stub.script = [status(500)]  # while a run trains, it goes on without the figures
     figures = TypeScore(extractor=client(stub, retries=0), resamples=5).score(
         {f"synth-{i:03}": [Image.new("RGB", (8, 8))] for i in range(1, 10)}
@@ -260,16 +263,27 @@ def test_an_extractor_that_repairs_is_told_from_one_that_reads(tmp_path: Path) -
         dataclasses.replace(few, levels=(0.0, 0.25, 0.5)).run()
 
 
-def test_configs_of_earlier_versions_open_and_fields_that_are_gone_say_what_came_in_their_place(caplog) -> None:
+def test_configs_of_earlier_versions_open_and_fields_that_are_gone_say_what_came_in_their_place(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     config._warn.cache_clear()
-    made, gone = TypeScore(limit=3), {"piece_mode": "set", "kind": "dissimilarity", "style": False, "cache": ""}
-    old = config.dump(made) | gone
-    old["extractor"] |= {"upside_down": False, "least_score": 0.5}
-    assert config.undump(old) == config.undump(old) == made
-    said = [record.message for record in caplog.records]
-    for field, value in gone.items():  # once each, with the value that is not heeded
-        assert sum(line.startswith(f"TypeScore.{field}={json.dumps(value)} ") for line in said) == 1
-    assert len(said) == len(gone) + 2
-    for field in (*gone, "extractor.upside_down"):
-        with told(field, "is gone: ", "leave it out" if field != "kind" else ""):
-            config.override(made, [f"{field}=1"])
+    reader = {"upside_down": False, "least_score": 0.5}
+    for made, gone in (
+        (TypeScore(limit=3), {"piece_mode": "set", "kind": "dissimilarity", "style": False, "cache": ""}),
+        (Calibrate(), {"case_sensitive": True, "ignore_punct": False, "cache": "kept"}),
+        (Compare(), {"surrogate": "", "clip": "a clip", "wanted": "list.jsonl", "extractors": True}),
+    ):
+        old = config.dump(made) | gone
+        if "extractor" in old:
+            old["extractor"] |= reader
+        caplog.clear()
+        assert config.undump(old) == config.undump(old) == made
+        name, said = type(made).__name__, [record.message for record in caplog.records]
+        for field, value in gone.items():  # once each, with the value that is not heeded
+            assert sum(line.startswith(f"{name}.{field}={json.dumps(value)} ") for line in said) == 1
+        assert len(said) == len(gone) + (len(reader) if name == "TypeScore" else 0)  # the reader's were told before
+        for field in gone:
+            with told(field, "is gone: "):
+                config.override(made, [f"{field}=1"])
+    with told("extractor.upside_down", "is gone", "leave it out"):
+        config.override(TypeScore(), ["extractor.upside_down=false"])

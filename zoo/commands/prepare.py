@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +13,6 @@ from zoo.commands.arguments import allows, opens, takes
 from zoo.commands.tables import comments, table
 from zoo.errors import UserError
 from zoo.fields import Below1, Count, NotEmpty, Side, check_fields, kinds, required, words
-
-_log = logging.getLogger("zoo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +164,8 @@ def check_spelling(given: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="zoo prepare", argument_default=argparse.SUPPRESS)
     takes(parser, "SOURCE", "DEST")
     fields = {name for kind in KINDS.values() for name in kinds(kind)}
-    for name in sorted({*_SWITCHES, *_MADE, *(field.replace("_", "-") for field in fields)}):
-        kind = "store_true" if name in _SWITCHES else "append" if name == "encode" else "store"
+    for name in sorted({"allow", *_SWITCHES, *_MADE, *(field.replace("_", "-") for field in fields)}):
+        kind = "store_true" if name in _SWITCHES else "append" if name in ("encode", "allow") else "store"
         parser.add_argument(f"--{name}", action=kind)
     found, rest = parser.parse_known_args(given)
     if rest:  # a third place, or another flag
@@ -176,7 +173,7 @@ def check_spelling(given: Sequence[str]) -> None:
     about = vars(found)
     kind = next((made for flag, made in _MADE.items() if flag in about), "images")
     words = [kind, about.pop("source"), about.pop("dest"), *about.pop("encode", ())]
-    words += ["--raw"] * about.pop("raw", False)
-    for name, value in about.items():
-        words.append(f"{_RENAMED.get(name, name)}={'true' if value is True else value}")
+    words += ["--raw"] * about.pop("raw", False) + [f"--allow={package}" for package in about.pop("allow", ())]
+    about = {_RENAMED.get(name, name): "true" if value is True else value for name, value in about.items()}
+    words += [f"{name}={value}" for name, value in about.items() if name in kinds(KINDS[kind])]
     raise UserError(f"this is written `{shlex.join(['zoo', 'prepare', *words])}` now")

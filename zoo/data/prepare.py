@@ -87,6 +87,7 @@ def prepare(
     Raises:
       UserError: the source is missing or has no usable image, or `dest` holds something else.
     """
+    check_ranges(channels, test_fraction, size=size, shard_examples=shard_examples)
     origin, target = places(source, dest)
     with entering(target, Info):
         found = open_source(origin, test_fraction, image_column=image_column, caption_column=caption_column)
@@ -106,6 +107,17 @@ def prepare(
             lost = out.finish(Info(settings, list(found.labels), splits, found.captioned))
     counts = {split: sum(shard.count for shard in shards) for split, shards in splits.items()}
     return Report(target, counts, found.labels, lost, allow_unreadable, captioned=found.captioned)
+
+
+def check_ranges(channels: int, test_fraction: float, **counts: int | None) -> None:
+    """UserError for what is out of range, before DEST is touched: an autoencoder's channels, or what Python gives."""
+    if channels not in (1, 3):
+        raise UserError(f"channels={channels} is neither grey nor colour; choose channels=1 or channels=3")
+    if not 0 <= test_fraction < 1:
+        raise UserError(f"test_fraction={test_fraction} is no share of the examples; choose 0 <= test_fraction < 1")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} is too small; choose 1 or more")
 
 
 def places(source: str, dest: str) -> tuple[Path, Path]:

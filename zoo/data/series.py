@@ -121,8 +121,7 @@ class Series(Data):
     labels: str = "{split}_labels"  # "": unlabelled
     classes: tuple[str, ...] = ()  # names of the labels in an .npz file; (): "0", "1", ...
     delimiter: str = ","  # of CSV files: one character, \t for a tab, a blank for any number of blanks
-    # each channel by its mean and deviation in the training split; a constant one is only centred
-    standardise: bool = True
+    standardise: bool = True  # each channel by its mean and deviation in training; a constant one is only centred
     test_fraction: Below1 = 0.1
 
     def source(self, split: str, spec: SpecOf | None = None) -> WindowSource:

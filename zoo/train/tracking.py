@@ -45,9 +45,11 @@ class Tracker:
         self._run: Any = None
         self.url: str | None = None
         with files.writing(file, "choose another workdir="):
-            if not file.exists():
-                files.write(file, json.dumps({"id": secrets.token_hex(8)}) + "\n")
-            own = json.loads(file.read_text())["id"]
+            try:
+                own = str(json.loads(file.read_text())["id"])
+            except (FileNotFoundError, ValueError, KeyError, TypeError):  # none yet, or cut short
+                own = secrets.token_hex(8)
+                files.write(file, json.dumps({"id": own}) + "\n")
         entity, _, project = project.rpartition("/")
         about = {"entity": entity or None, "project": project, "name": name, "config": dict(config), "dir": folder}
         with self._passing():

@@ -30,7 +30,7 @@ from zoo.data.folders import SPLITS, existing
 from zoo.data.images import BadImage, check_split, fit, to_array, upright_size
 from zoo.data.images.captions import ASPECTS, bucket, nearest, template
 from zoo.data.images.sources import Items, Source, open_source
-from zoo.data.prepare import Report, picture, places
+from zoo.data.prepare import Report, check_ranges, picture, places
 from zoo.data.records import AGAIN, Lost, Settings, Shard, entering, open_shards, read_info, writing
 from zoo.errors import UserError, suggest
 from zoo.fields import NotEmpty
@@ -270,6 +270,8 @@ def encode_set(
     Raises:
       UserError: as `prepare`; also captions that are not there, or latents far from unit variance.
     """
+    ranges = {"size": size, "batch": batch, "multiple": multiple, "shard_examples": shard_examples}
+    check_ranges(channels, test_fraction, **ranges)
     if size % multiple and not aspects:
         best = max(1, round(size / multiple)) * multiple
         raise UserError(

@@ -95,9 +95,7 @@ def prepare_text(
     origin, target = places(source, dest)
     if origin.is_dir() and is_prepared(origin):
         raise UserError(f"SOURCE {origin} is a prepared set; give the texts it was made from")
-    # the bar shows itself late: mistakes are told before, in one line
-    bar = tqdm(unit="B", unit_scale=True, disable=not progress, delay=1)
-    with entering(target, TokenInfo), bar:
+    with entering(target, TokenInfo):
         listed = list_texts(origin)
         every = [file for some in listed.values() for file in some]
         symbols = symbols_of(every) if tokenizer == "chars" else ""
@@ -108,22 +106,24 @@ def prepare_text(
         made_of = origin.name, hashed(root, [os.path.relpath(file, root) for file in every])
         kind = tokenizer if tokenizer in vocabularies.KINDS else Path(tokenizer).name
         settings = TokenSettings(*made_of, kind, vocabulary.digest, valid_fraction, test_fraction)
-        if all(file.suffix.lower() not in (*PACKED, ".parquet") for file in every):
-            bar.total = sum(map(file_size, every))
-        begun = {
-            split or "train": _peeked(texts(vocabulary, documents_of(some, bar.update)))
-            for split, some in listed.items()
-        }
-        streams = {name: units for name, units in begun.items() if units is not None}
-        if not streams:
-            raise nothing(origin, vocabulary)
-        with mending(target):
-            if (info := _finished(target, settings, vocabulary)) is None:
-                marks = _enter(target, settings, vocabulary, streams)
-                with open(target / PROGRESS, "ab") as log:
-                    for name, units in streams.items():
-                        _write(target, vocabulary, units, marks[name], log, keep)
-                info = _finish(target, settings, vocabulary, marks, None in listed)
+        plain = all(file.suffix.lower() not in (*PACKED, ".parquet") for file in every)
+        total = sum(map(file_size, every)) if plain else None
+        # the bar shows itself late: mistakes are told before, in one line
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, delay=1) as bar:
+            begun = {
+                split or "train": _peeked(texts(vocabulary, documents_of(some, bar.update)))
+                for split, some in listed.items()
+            }
+            streams = {name: units for name, units in begun.items() if units is not None}
+            if not streams:
+                raise nothing(origin, vocabulary)
+            with mending(target):
+                if (info := _finished(target, settings, vocabulary)) is None:
+                    marks = _enter(target, settings, vocabulary, streams)
+                    with open(target / PROGRESS, "ab") as log:
+                        for name, units in streams.items():
+                            _write(target, vocabulary, units, marks[name], log, keep)
+                    info = _finish(target, settings, vocabulary, marks, None in listed)
     counts = {split: info.splits[split].count for split in SPLITS}
     return TextReport(target, counts, str(vocabulary), info.documents)
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -52,6 +52,12 @@ class Calibrate:
     seed: Seed = 0  # of faults and pictures
     size: Pixels = 512
     out: NotEmpty = "typescore-calibration"  # a folder for the results
+
+    replaced: ClassVar[dict[str, str]] = {
+        "cache": f"readings are kept in {READINGS} of the results; leave it out",
+        "case_sensitive": "case does not count in a calibration; leave it out",
+        "ignore_punct": "punctuation counts in a calibration; leave it out",
+    }
 
     def __post_init__(self) -> None:
         check_fields(self)

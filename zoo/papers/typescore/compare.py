@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -43,6 +43,13 @@ class Compare:
     human: str = ""  # a CSV file of people's ratings
     resamples: Count = 1000  # of the bootstrap
     seed: Seed = 0  # of the bootstrap
+
+    replaced: ClassVar[dict[str, str]] = {
+        "surrogate": "give any other metric's scores as other=FILE, a CSV file of image,score",
+        "clip": "give CLIPScores as other=FILE, a CSV file of image,score",
+        "wanted": "the pictures are not looked at; leave it out",
+        "extractors": "give the results of one extractor, and the other's scores as human=FILE, a CSV file of image,rating",
+    }
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -102,7 +102,11 @@ def listed(wanted: str, limit: int = 0) -> list[Instruction]:
 def _instruction(line: str, where: str) -> Instruction:
     try:
         given = msgspec.json.decode(line.encode(), type=dict[str, Any])
-        said = {name: str(value) if name == "id" else value for name, value in given.items() if value is not None}
+        said = {
+            name: str(value) if name == "id" and type(value) is int else value
+            for name, value in given.items()
+            if value is not None
+        }
         one = msgspec.convert(said, Instruction)
     except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(f"{where}: {error}; write one JSON object a line, with id and instruction") from None

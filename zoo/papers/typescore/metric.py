@@ -1,13 +1,14 @@
 """How well one text matches another: the pinned metric, and what is told from it.
 
 All functions compare texts as they are given, by Unicode code points: `Normalisation` comes first, and a score is worth
-nothing without the normalisation and the reader that it was made with. Distances are RapidFuzz's.
+nothing without the normalisation and the reader that it was made with. Distances are RapidFuzz's, intervals scipy's.
 """
 
 from __future__ import annotations
 
 import math
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -152,10 +153,17 @@ def interval(value: Callable[[np.ndarray], float], n: int, resamples: int, seed:
 
     Resamples of which the value is not finite are left out; NaN where all are. One thing has an interval of no width.
     """
-    rng = np.random.default_rng(seed)
-    drawn = [value(rng.integers(n, size=n)) for _ in range(resamples)]
-    finite = [one for one in drawn if math.isfinite(one)] or [math.nan]
-    low, high = np.quantile(finite, [0.025, 0.975])
+    from scipy import stats
+
+    if n < 2:
+        return value(np.arange(n)), value(np.arange(n))
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore")  # scipy's on what is undefined or constant; percentiles are taken below
+        made = stats.bootstrap(
+            (np.arange(n),), value, n_resamples=resamples, vectorized=False, method="percentile", rng=seed
+        )
+    drawn = made.bootstrap_distribution[np.isfinite(made.bootstrap_distribution)]
+    low, high = np.quantile(drawn, [0.025, 0.975]) if drawn.size else (math.nan, math.nan)
     return float(low), float(high)
 
 

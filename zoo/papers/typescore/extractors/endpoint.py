@@ -262,21 +262,34 @@ def _seconds(after: str) -> float:
     return 0.0
 
 
+class _Message(msgspec.Struct):
+    content: str
+    refusal: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Answer(msgspec.Struct):
+    choices: Annotated[list[_Choice], Meta(min_length=1)]
+
+
 def _content(data: bytes, key: str) -> str:
     """choices[0].message.content. Raises _Fault."""
     try:
-        choice = msgspec.json.decode(data)["choices"][0]
-        message, ended = choice["message"], choice.get("finish_reason")
-        content, refusal, blank = message["content"], message.get("refusal"), not message["content"].strip()
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # other JSON, or none
+        choice = msgspec.json.decode(data, type=_Answer).choices[0]
+    except (ValueError, RecursionError):  # of msgspec, or no UTF-8
         raise _Fault("the answer has no choices[0].message.content, it is", data.decode("utf-8", "replace")) from None
-    if refusal or ended == "content_filter":
-        raise _Fault("the model refuses", str(refusal or "a content filter held the answer back"))
-    if blank and ended == "length":
+    content, refusal = choice.message.content, choice.message.refusal
+    if refusal or choice.finish_reason == "content_filter":
+        raise _Fault("the model refuses", refusal or "a content filter held the answer back")
+    if not content.strip() and choice.finish_reason == "length":
         raise _Fault("the answer ended before its first word; raise max_tokens")
     if len(key) >= 16 and not key.isalpha() and key in content:  # not cut out: another text would be scored
         raise _Fault("the answer repeats the key of api_key_env, and no answer is kept that holds it; take another key")
-    return str(content)
+    return content
 
 
 _ESCAPED = re.compile(r"\\+(?:u\{?0*|x)([0-9a-f]{2})\}?", re.IGNORECASE)
