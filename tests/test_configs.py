@@ -34,7 +34,10 @@ def test_full_config_is_built_abstractly_and_survives_json(name: str) -> None:
 
 
 def unreached(task: Any, params: Any, batch: Any) -> list[str]:
-    """Trained leaves whose gradient depends on nothing, and so is zero whatever the weights and the batch."""
+    """Trained leaves whose gradient depends on nothing, and so is zero whatever the weights and the batch.
+
+    One that a mask or a factor makes zero is not found.
+    """
     slope = jax.grad(lambda trained, held, batch, rng: task.loss({**trained, **held}, batch, rng)[0])
     program = jax.make_jaxpr(slope)(*split(task, params), batch, jax.random.key(0)).jaxpr
     moved = {*program.invars}

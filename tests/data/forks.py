@@ -39,6 +39,7 @@ def ended(process, there):
     try:
         return there.recv()
     except EOFError:
+        assert process.exitcode == -signal.SIGKILL  # and nothing else that ends a process before its time
         return None
 
 

@@ -142,7 +142,7 @@ def body(data: bytes) -> Act:
     ],
 )
 def test_every_fault_ends_as_an_error_record_in_time(act: Act, said: str, tries: int | None, stub: Stub, monkeypatch):
-    monkeypatch.setattr("zoo.papers.typescore.extractors.endpoint._ERROR_S", 0.2)
+    monkeypatch.setattr("zoo.papers.typescore.extractors.endpoint._ERROR_S", 2.0)
     stub.script = [act]
     start = time.monotonic()
     found = client(stub, **({} if tries else LATE)).extract([picture("x")])[0]

@@ -44,6 +44,7 @@ from zoo.data.pipeline import Data, Source
 from zoo.dist import Mesh
 from zoo.errors import UserError
 from zoo.metrics.likelihood import Bits
+from zoo.papers.tarflow import TarFlow
 from zoo.run import Checkpoint, Run, Samples
 from zoo.task import About, Likelihood, Metric, image_spec, sample_keys
 from zoo.train.averages import Power
@@ -117,6 +118,12 @@ config = Run(
 )
 
 plain = replace(config, samples=Samples(n=0), evals=())
+flow = replace(
+    config,
+    task=TarFlow(
+        image=8, channels=1, patch=4, width=8, depth=1, blocks=1, head_dim=8, noise_type="uniform", levels=17
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -170,9 +177,8 @@ class Cluster:
         }
         self.processes = []
         for i in range(count):
-            which = "config.py" + (
-                ":sick" if name == "sick" else "" if name in ("one", "two", "four", "stopped") else ":plain"
-            )
+            kind = "" if name in ("one", "two", "four", "stopped") else name if name in ("sick", "flow") else "plain"
+            which = f"config.py:{kind}".removesuffix(":")
             joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
             with (root / f"{name}.{i}.txt").open("wb") as out:
                 self.processes.append(
@@ -352,6 +358,17 @@ def test_a_checkpoint_that_one_process_cannot_read_is_left_at_the_next_start(cal
     assert calm.saved("loose") == [4]
     assert "step 4 of" in calm.finish("loose", 2).said(0)
     calm.assert_same_bits("loose", "two")
+
+
+@pytest.mark.slow
+def test_a_flow_whose_layers_are_scanned_and_gathered_follows_the_curve_of_one_process(runs: Runs) -> None:
+    runs.finish("flow", 1)
+    runs.folder("flow").rename(runs.folder("flow of one"))
+    runs.finish("flow", 2)
+    np.testing.assert_allclose(runs.curve("flow"), runs.curve("flow of one"), rtol=1e-6)
+    np.testing.assert_allclose(runs.held_out("flow"), runs.held_out("flow of one"), rtol=1e-6)
+    sheets = [sorted(p.name for p in (runs.folder(n) / "samples").iterdir()) for n in ("flow", "flow of one")]
+    assert sheets[0] == sheets[1] != []
 
 
 @pytest.mark.slow

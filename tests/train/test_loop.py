@@ -150,7 +150,10 @@ RUN = Run(
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_device() -> Iterator[None]:
-    """These are tests of the loop: one device compiles fastest, and runs of equal tasks share a step."""
+    """These are tests of the loop: one device compiles fastest, and runs of equal tasks share a step.
+
+    So a task whose class is patched, or a run of other axis rules, must not be trained here.
+    """
     with pytest.MonkeyPatch.context() as patch:
         one = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda *_: one)
