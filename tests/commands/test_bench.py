@@ -61,7 +61,8 @@ class Scales:
         return jnp.square(batch["image"].reshape(-1, 16) * params["scale"]).mean(), {}
 
     def inverse(self, params: Any, z: Any, label: Any = None) -> Any:
-        return (z.reshape(-1, 16) / params["scale"]).reshape(-1, 4, 4, 1)
+        shift = 0.0 if label is None else jnp.asarray(label, jnp.float32)[:, None]
+        return (z.reshape(-1, 16) / params["scale"] + shift).reshape(-1, 4, 4, 1)
 
     def sample(self, params: Any, rng: Any, n: int, conditions: Any = None, options: Any = None) -> Any:
         return {"image": self.inverse(params, jax.random.normal(rng, (n, 4, 4))) * (options or Options()).spread}
