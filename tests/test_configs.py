@@ -1,5 +1,6 @@
 """Every shipped config without a compilation: it is built, has a loss and samples of the promised shapes."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +78,15 @@ def test_a_smoke_config_that_is_not_trained_has_a_loss_gradients_and_samples(nam
     if run.samples.n:
         draw = make_sampler(run.task, run.samples.n, run.samples.options)
         assert jax.eval_shape(draw, params, jax.random.key(0), sampler_spec(run.task, run.samples.n))
+
+
+@pytest.mark.parametrize("name", [name for kind, name in KINDS.items() if hasattr(kind, "remat")])
+def test_remat_acts(name: str) -> None:  # of EDM's networks a transformer's; a U-Net's is `test_edm.py`'s
+    run = smoke(name)
+    given = weights.abstract(run.task), run.spec(), jax.random.key(0)
+    tasks = (dataclasses.replace(run.task, remat=remat) for remat in ("none", "full"))
+    plain, saving = (str(jax.make_jaxpr(task.loss)(*given)).count("remat") for task in tasks)
+    assert plain < saving
 
 
 @pytest.mark.parametrize("name", sorted({*RUNS} - {*CONFIGS}))

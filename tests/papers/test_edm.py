@@ -121,15 +121,11 @@ def test_samples_of_a_mesh_are_those_of_one_device(dit_params: Any) -> None:
 
 
 def test_dropout_and_dropped_labels_act_in_training_alone(params: Any) -> None:
-    x, label = jnp.zeros((8, 4, 4, 1)), jnp.zeros(8, jnp.int32)
+    x, label = jax.random.normal(jax.random.key(1), (8, 4, 4, 1)), jnp.zeros(8, jnp.int32)
     none = dataclasses.replace(TASK, network=dataclasses.replace(TASK.network, dropout=0.0), drop=0.0)
-
-    def draws(task: Edm) -> int:
-        batch = {"image": x, "label": label}
-        return str(jax.make_jaxpr(task.loss)(params, batch, jax.random.key(2))).count("bernoulli")
-
-    tasks = dataclasses.replace(none, drop=0.99), dataclasses.replace(none, network=TASK.network)
-    assert min(map(draws, tasks)) > draws(none)
+    tasks = none, dataclasses.replace(none, drop=0.99), dataclasses.replace(none, network=TASK.network)
+    losses = jax.jit(lambda: [task.loss(params, {"image": x, "label": label}, jax.random.key(2))[0] for task in tasks])
+    assert len(set(np.asarray(losses()).tolist())) == 3
     given = dropped(jax.random.key(0), {"label": label}, 0.5)["label"]
     assert set(given.tolist()) == {-1, 0}
     programs = {str(jax.make_jaxpr(one.denoise)(params, x, jnp.ones(8), {"label": label})) for one in (TASK, none)}

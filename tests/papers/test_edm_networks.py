@@ -108,7 +108,7 @@ class Golden:
         return door.denoise(network, jnp.asarray(x, jnp.float32)[rows], sigma, self.buffers.get("levels"))[: len(x)]
 
 
-FILES = ["edm_ddpmpp", "edm_ncsnpp", "edm_iddpm"]  # the network of `edm_adm` is that of `edm_iddpm`
+FILES = ["edm_ddpmpp", "edm_ncsnpp", "edm_iddpm", "edm_adm_noattn"]  # the network of `edm_adm` is that of `edm_iddpm`
 LEARNS = ["edm_ddpmpp"]  # a gradient is what its network gives, and takes four times as long to compile
 
 
@@ -298,7 +298,7 @@ def test_published_sizes(name: str, parameters: int, keys: int) -> None:
     assert len(listed) == len({one.source for one in listed}) == keys
 
 
-@pytest.mark.parametrize("name", [*FILES, "edm_adm_noattn"])
+@pytest.mark.parametrize("name", FILES)
 def test_import_and_export_are_each_other_s_way_back(name: str) -> None:
     golden = Golden(name)
     back = weights.to_official(golden.task, golden.params)
