@@ -44,7 +44,7 @@ def opened(name: str) -> tuple[Run, Model, dict[str, Any]]:
         ("edm-digits", "denoising", {"nfe": 9}),
         ("energy-digits", "denoising", {"nfe": 9}),
         ("dart-digits", "mse_6", {}),
-        ("itarflow-digits", "denoising", {"level": 0.1, "nfe": 0}),
+        ("itarflow-digits", "denoising", {"level": 0.7, "nfe": 1}),
     ],
 )
 def test_the_shipped_weights_of_images_are_what_their_card_says(
@@ -77,16 +77,16 @@ def test_the_shipped_weights_of_images_are_what_their_card_says(
     images, source = np.asarray(draw(model.params)), Digits().source("train")
     real = np.stack([source[i]["image"] for i in range(len(source))])
     assert np.isfinite(images).all()
-    assert np.sqrt(np.square(images.mean(0) - real.mean(0)).mean()) < 0.15
-    assert np.corrcoef(np.ravel(images.std(0)), real.std(0).ravel())[0, 1] > 0.94
+    assert np.sqrt(np.square(images.mean(0) - real.mean(0)).mean()) < 0.13
+    assert np.corrcoef(np.ravel(images.std(0)), real.std(0).ravel())[0, 1] > 0.95
 
 
 @pytest.mark.parametrize(
     ("name", "figure", "bars", "few"),
     [
         ("part-digits", "r2_dx", (0.5, 0.75), {}),  # the mean of the relations: 0
-        ("tarflow_lm-stdlib", "bits_per_token", (1.9, 2.2), {"limit": 320}),  # the entropy of single characters: 4.1
-        ("tcsm-stdlib", "bits_per_char", (2.8, 3.15), {"limit": 320, "draws": 1}),
+        ("tarflow_lm-stdlib", "bits_per_token", (1.9, 2.2), {}),  # the entropy of single characters: 4.1
+        ("tcsm-stdlib", "bits_per_char", (2.8, 3.1), {"limit": 320, "draws": 1}),
     ],
 )
 def test_the_shipped_weights_without_a_sampler_of_images_are_what_their_card_says(
@@ -95,7 +95,7 @@ def test_the_shipped_weights_without_a_sampler_of_images_are_what_their_card_say
     run, model, told = opened(name)
     metric = dataclasses.replace(run.evals[0], **few)
     found = metric(model.task, model.params, run.data, jax.random.key(1))
-    assert found[figure] == pytest.approx(told[figure], abs=0.1)  # docstrings vary with Python
+    assert found[figure] == pytest.approx(told[figure], abs=0.05)  # docstrings vary with Python
     assert bars[0] < found[figure] < bars[1]
     if name == "tcsm-stdlib":
         texts = Generation(samples=64, options={"steps": 16})

@@ -273,24 +273,31 @@ def test_the_denoiser_is_the_slope_of_the_density_and_its_energy_is_whole(tiny):
 
 
 def test_samples_are_the_inverse_and_then_the_solver(tiny):
-    """By hand, from the same noise. From the lowest level there is one step, whatever the calls; without calls the noise stays."""
+    """By hand, from the same noise; by a solver with noise of its own, rows follow from their keys and labels alone.
+
+    One call is one step, as from the lowest level, whatever the calls; without calls the noise stays.
+    """
     keys, given = jax.random.split(jax.random.key(3), 2), {"label": np.array([1, -1])}
-    options = ({"nfe": 4}, {"level": TINY.low}, {"level": TINY.low, "nfe": 0})
+    options = ({"nfe": 4}, {"nfe": 1}, {"level": TINY.low}, {"level": TINY.low, "nfe": 0})
+    noised = {"solver": Ancestral(), "nfe": 2}
 
     @jax.jit
-    def draw(params):
-        return [TINY.sample(params, keys, 2, given, ITarFlowSampling(**fields))["image"] for fields in options]
+    def draw(params, keys, given):
+        return [TINY.sample(params, keys, 2, given, ITarFlowSampling(**o))["image"] for o in (*options, noised)]
 
     z, inverse = TINY.latent(keys), jax.jit(TINY.inverse)
     denoise = jax.jit(lambda x, at: TINY.denoise(tiny, x, at, given))
     x, noisy = (np.asarray(inverse(tiny, z, given["label"], np.float32(t))) for t in (TINY.high, TINY.low))
+    clean = []
     for at, to in itertools.pairwise(np.append(np.linspace(0.7, 0.05, 4), 0.0).astype(np.float32)):
-        x0 = np.asarray(denoise(x, at))
-        x = x0 + to / at * (x - x0)
-    wanted = x, denoise(noisy, np.float32(TINY.low)), noisy
-    for found, one in zip(draw(tiny), wanted, strict=True):
+        clean.append(np.asarray(denoise(x, at)))
+        x = clean[-1] + to / at * (x - clean[-1])
+    wanted = x, clean[0], denoise(noisy, np.float32(TINY.low)), noisy
+    *drawn, first = draw(tiny, keys, given)
+    for found, one in zip(drawn, wanted, strict=True):
         np.testing.assert_allclose(found, np.clip(one, -1, 1), atol=1e-4)
-    assert np.abs(wanted[1] - noisy).max() > 1e-3
+    np.testing.assert_allclose(draw(tiny, keys[::-1], {"label": given["label"][::-1]})[-1][::-1], first, atol=1e-4)
+    assert np.abs(wanted[2] - noisy).max() > 1e-3
     for level in (0.9, 0.02):
         with pytest.warns(UserWarning, match="outside of what the model was trained on"):
             jax.eval_shape(lambda p, o=ITarFlowSampling(level=level): TINY.sample(p, keys, 2, given, o), tiny)

@@ -184,7 +184,7 @@ GUIDED = {
         },
         {"cfg_w_attn_temp": Guidance(2.0)},
     ],
-    "class_cond": [],  # the text model's, but for what is shown on the way there
+    "class_cond": [{NOISE: Guidance(), Z: Guidance(), "cfg2.0": Guidance(2.0)}],
     "learned_pos": [
         {NOISE: Guidance(), Z: Guidance(), "cfg_all": Guidance(1.0)},
         {"cfg_guide_top": Guidance(1.0, blocks="first")},

@@ -14,7 +14,8 @@ from zoo import dist, weights
 from zoo.encoders.text import T5
 from zoo.encoders.vae import AutoEncoder
 from zoo.errors import UserError
-from zoo.flows.inverse import Guidance, feed
+from zoo.flows.inverse import Guidance, Inverted, feed
+from zoo.flows.stack import Stack
 from zoo.papers import starflow
 from zoo.task import Denoises, sample_keys
 from zoo.train.step import make_sampler
@@ -208,6 +209,29 @@ def test_the_likelihood_is_the_density_of_z_and_the_logdet():
     assert TINY.sigmas == (0.3, 0.3)
     half = jax.eval_shape(TINY.denoise, weights.abstract(TINY), jnp.zeros(x.shape, jnp.bfloat16), 0.3)
     assert half.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "strength"),
+    [
+        (TINY, {}, 1.0),
+        (TINY, {"denoise": 0.5}, 0.5),
+        (dataclasses.replace(TINY, noise=0.0), {}, None),
+        (dataclasses.replace(TINY, denoiser="decoder"), {}, None),
+    ],
+)
+def test_samples_end_with_a_step_of_the_score(task, options, strength, monkeypatch):
+    """Of what the inverse gives, at the level of training; the step itself is compared with official numbers."""
+
+    def step(self, params, x, sigma, condition, strength=1.0):
+        return strength * sigma * x + condition[:, :1, :1]
+
+    monkeypatch.setattr(Stack, "inverse", lambda self, params, z, *_, **__: Inverted([z, 2 * z], {}))
+    monkeypatch.setattr(Stack, "denoise", step)
+    keys, first = jax.random.split(jax.random.key(6), 2), np.array([1.0, 0.0]).reshape(2, 1, 1, 1)
+    found = task.sample({}, keys, 2, {"label": np.array([0, -1])}, task.Sampling(**options))["latent"]
+    z = np.stack([jax.random.normal(key, (4, 4, 2)) for key in keys])
+    np.testing.assert_allclose(found, 2 * z if strength is None else strength * 0.3 * 2 * z + first, rtol=1e-6)
 
 
 def test_a_dropped_class_is_none_and_a_dropped_caption_the_null():

@@ -227,7 +227,7 @@ def picture(task, n, seed=1):
 
 @pytest.fixture(scope="module")
 def whole():
-    """Of three pictures with and without a label: z, log-dets and way back, the Jacobian of the first, and all without labels."""
+    """Of three pictures with and without a label: z, log-dets and way back, z without labels, the Jacobian of the first, and nll."""
     task = dataclasses.replace(TINY, classes=3)
     x, label = picture(task, 3), jnp.array([0, -1, 2])
 
@@ -239,19 +239,28 @@ def whole():
 
         jacobian, (z, logdet) = jax.jacfwd(ahead, has_aux=True)(x[0])
         back = inverse(task, params, z / jnp.sqrt(params["prior"]["var"]), label)[-1]
-        return z, logdet, back, forward(task, params, x, None)[0], jacobian.reshape(x[0].size, -1)
+        keys, clean = jax.random.split(jax.random.key(0), 3), dataclasses.replace(task, noise=0.0)
+        nll = clean.nll(params, {"image": x, "label": label}, keys)
+        return z, logdet, back, forward(task, params, x, None)[0], jacobian.reshape(x[0].size, -1), nll
 
     return x, *jax.device_get(run(weights_of(task)))
 
 
 def test_the_inverse_is_the_way_back_and_the_logdet_that_of_the_jacobian(whole):
-    x, z, logdet, back, none, jacobian = whole
+    x, z, logdet, back, none, jacobian, _ = whole
     np.testing.assert_allclose(back, x, atol=1e-4)
     assert np.abs(z - patchify(x, TINY.patch)).max() > 0.1
     np.testing.assert_allclose(np.linalg.slogdet(jacobian)[1] / len(jacobian), logdet[0], atol=1e-5)
     assert abs(float(logdet[0])) > 1e-3
     np.testing.assert_allclose(z[1], none[1], atol=1e-6)  # a negative label is none
     assert np.abs(z - none)[[0, 2]].max((1, 2)).min() > 1e-3
+
+
+def test_the_likelihood_is_the_density_of_z_and_the_logdet_with_the_label(whole):
+    x, z, logdet, *_, nll = whole
+    size = x[0].size
+    wanted = 0.5 * (np.square(z).sum((1, 2)) + size * np.log(2 * np.pi)) - size * logdet
+    np.testing.assert_allclose(nll, wanted, rtol=1e-5)
 
 
 def test_blocks_are_causal_in_their_own_order_and_cached_equals_uncached():
