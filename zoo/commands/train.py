@@ -6,10 +6,9 @@ import argparse
 import logging
 import re
 
-from zoo import config, dist, hosts
+from zoo import config
 from zoo.commands.arguments import allows, as_run, takes
 from zoo.errors import UserError
-from zoo.train.loop import train
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +29,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start or resume a run; returns the exit code, as that of every command."""
+    from zoo import dist, hosts  # not before: --help needs no JAX
+    from zoo.train.loop import train
+
     profile = None if args.profile is None else _span(args.profile)
     hosts.start()
     if not hosts.main():
