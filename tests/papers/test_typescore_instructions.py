@@ -72,6 +72,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ({"id": "a", "text": "y"}, "id 'a' is that of an earlier line too"),
         ({"id": "../b", "text": "x"}, "id '../b' cannot begin a file's name"),
         ({"id": "b", "text": " \n"}, "quotes no text"),
+        ({"id": True, "text": "x"}, "id"),
         ({"id": "b", "instruction": 5}, "instruction"),
         ({"id": "b", "text": "x", "style": {"bold": True}}, "style"),
         ({"id": "b", "text": "x\ud800"}, ""),  # half a character

@@ -101,6 +101,14 @@ def test_a_run_sends_all_its_records_and_sheets_and_goes_on_under_its_id(service
     assert service.ends == [0, 0]
 
 
+def test_an_id_that_was_cut_short_is_made_anew(service: Service, tmp_path: Path) -> None:
+    for cut in ("", '{"id": "ab', "{}", "[]", "null"):
+        (tmp_path / "wandb.json").write_text(cut)
+        with report(tmp_path):
+            pass
+    assert len({one["id"] for one in service.opened}) == 5
+
+
 @pytest.mark.parametrize("fault", ["away", "breaks"])
 def test_a_service_that_fails_is_one_warning_and_the_run_goes_on(
     service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
