@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
+
+from tqdm import tqdm
 
 from zoo.errors import UserError
 
@@ -16,6 +19,7 @@ def started(call):
     there, here = context.Pipe(duplex=False)
 
     def work():
+        tqdm.set_lock(threading.RLock())  # that of tqdm is shared by all processes, and one that is killed may hold it
         try:
             call()
             here.send("done")
