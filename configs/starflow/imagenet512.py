@@ -14,7 +14,7 @@ from zoo.data.images.latents import Latents
 from zoo.encoders.vae import sd
 from zoo.run import Checkpoint
 
-_base, _small = load("starflow/imagenet256"), load("starflow/imagenet256:smoke")
+_base = load("starflow/imagenet256")
 config = replace(
     _base,
     task=replace(_base.task, latent=(64, 64), vae=sd(image=512)),
@@ -27,13 +27,4 @@ config = replace(
     samples=replace(_base.samples, every=5_000),
     workdir=None,
 )
-smoke = replace(
-    config,
-    task=_small.task,
-    data=_small.data,
-    weights=None,
-    steps=4,
-    batch=8,
-    mesh=_small.mesh,
-    samples=_small.samples,
-)
+smoke = replace(load("starflow/imagenet256:smoke"), optim=config.optim, checkpoint=config.checkpoint, workdir=None)

@@ -14,7 +14,7 @@ from zoo.config import load
 from zoo.data.images.latents import Latents
 from zoo.encoders.vae import sd
 
-_base, _small = load("starflow/t2i_512"), load("starflow/t2i_512:smoke")
+_base = load("starflow/t2i_512")
 config = replace(
     _base,
     task=replace(_base.task, latent=(128, 128), vae=sd(image=1024)),
@@ -25,13 +25,4 @@ config = replace(
     samples=replace(_base.samples, n=16),
     workdir=None,
 )
-smoke = replace(
-    config,
-    task=_small.task,
-    data=_small.data,
-    weights=None,
-    steps=4,
-    batch=8,
-    mesh=_small.mesh,
-    samples=_small.samples,
-)
+smoke = replace(load("starflow/t2i_512:smoke"), workdir=None)

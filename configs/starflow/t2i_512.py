@@ -14,7 +14,7 @@ from zoo.config import load
 from zoo.data.images.latents import Latents
 from zoo.encoders.vae import sd
 
-_base, _small = load("starflow/t2i_256"), load("starflow/t2i_256:smoke")
+_base = load("starflow/t2i_256")
 config = replace(
     _base,
     task=replace(_base.task, latent=(64, 64), vae=sd(image=512), template="aspect"),
@@ -26,13 +26,4 @@ config = replace(
     samples=replace(_base.samples, every=5_000, n=32),
     workdir=None,
 )
-smoke = replace(
-    config,
-    task=_small.task,
-    data=_small.data,
-    weights=None,
-    steps=4,
-    batch=8,
-    mesh=_small.mesh,
-    samples=_small.samples,
-)
+smoke = replace(load("starflow/t2i_256:smoke"), optim=config.optim, workdir=None)

@@ -21,13 +21,4 @@ config = replace(
     evals=(Bits(every=10_000),),
     workdir=None,
 )
-smoke = replace(
-    config,
-    task=replace(_small.task, classes=3, noise=config.task.noise),
-    data=_small.data,
-    evals=(),
-    steps=4,
-    batch=8,
-    mesh=_small.mesh,
-    samples=_small.samples,
-)
+smoke = replace(_small, task=replace(_small.task, classes=3, noise=config.task.noise), optim=config.optim, workdir=None)

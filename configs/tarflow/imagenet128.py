@@ -16,13 +16,4 @@ config = replace(
     samples=replace(_base.samples, options={"guidance": 1.5}),
     workdir=None,
 )
-smoke = replace(
-    config,
-    task=replace(_small.task, noise=config.task.noise),
-    data=_small.data,
-    evals=(),
-    steps=4,
-    batch=8,
-    mesh=_small.mesh,
-    samples=_small.samples,
-)
+smoke = replace(_small, task=replace(_small.task, noise=config.task.noise), optim=config.optim, workdir=None)

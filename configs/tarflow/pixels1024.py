@@ -28,12 +28,11 @@ config = replace(
     workdir=None,
 )
 smoke = replace(
-    config,
+    _small,
     task=replace(_small.task, noise=config.task.noise),
-    data=_small.data,
-    evals=(),
-    steps=4,
-    batch=8,
-    mesh=_small.mesh,
-    samples=_small.samples,
+    optim=config.optim,
+    ema=config.ema,
+    checkpoint=config.checkpoint,
+    log_every=config.log_every,
+    workdir=None,
 )
