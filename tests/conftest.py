@@ -53,6 +53,7 @@ def _house() -> Iterator[None]:
     from zoo.train import step
 
     dist.start()
+    known = os.environ["XLA_FLAGS"]
     jax.config.update("jax_traceback_in_locations_limit", 0)  # lines of source in programs take time and are not read
     gc.freeze()  # what is imported by now stays
     devices, local = jax.devices, jax.local_devices
@@ -66,6 +67,9 @@ def _house() -> Iterator[None]:
     patch.setattr(step, "compile_init", lambda *args: (placed if _seen == _DEFAULT else compiled)(*args))
     yield
     patch.undo()
+    assert os.environ["XLA_FLAGS"] == known, (
+        "a test changed what the cache knows programs by: later ones are compiled again"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

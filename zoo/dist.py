@@ -149,16 +149,22 @@ def _cpu_devices(batch: int, mesh: Mesh | None) -> int:
     return n * asked
 
 
+def _wait_for_late_devices() -> None:
+    """XLA ends a process of which one device comes 40 seconds late to a sum, as one may on a machine that does other things too.
+
+    Every command says so, since programs compiled with other flags are not found in the cache.
+    """
+    patience = "xla_cpu_collective_call_terminate_timeout_seconds"
+    if patience not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{patience}=86400".strip()
+
+
 def _share_cores(batch: int, mesh: Mesh | None) -> None:
     """Make one device of each core, so that a batch is shared out as it is among chips.
 
     XLA gives one CPU device all cores, but runs small products and loops over tokens on one of them. No device is made where
     the user has set a number of them, or where JAX has already counted them.
     """
-    # XLA ends a process of which one device comes 40 seconds late to a sum, as one may on a machine that does other things too.
-    patience = "xla_cpu_collective_call_terminate_timeout_seconds"
-    if patience not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{patience}=86400".strip()
     if (
         "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
         or jax.config.values["jax_num_cpu_devices"] > 0
@@ -175,6 +181,7 @@ def start(cache: str | None = None, *, batch: int | None = None, mesh: Mesh | No
     become devices for `mesh` to spread it over.
     """
     _keep_memory()
+    _wait_for_late_devices()
     if batch is not None:
         _share_cores(batch, mesh)
     folder = Path(cache or files.cache()) / "xla"
