@@ -7,11 +7,15 @@ from typing import Any
 
 import jax
 from jax.extend.core import jaxprs_in_params
-from jax.interpreters.partial_eval import partial_eval_jaxpr_nounits
 
 from zoo import weights
 from zoo.task import Counted
 from zoo.train.step import split
+
+try:
+    from jax.interpreters.partial_eval import partial_eval_jaxpr_nounits
+except ImportError:  # JAX 0.10 has it in a private place alone
+    from jax._src.interpreters.partial_eval import partial_eval_jaxpr_nounits
 
 
 def count(jaxpr: Any, causal: bool = False) -> float:
