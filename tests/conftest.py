@@ -25,7 +25,8 @@ import seconds
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-flags = ["xla_force_host_platform_device_count=8"]
+# The second is what commands set: flags are read once, with the first array, and are part of what the cache knows programs by.
+flags = ["xla_force_host_platform_device_count=8", "xla_cpu_collective_call_terminate_timeout_seconds=86400"]
 if "slow" not in sys.argv:  # those train for minutes
     flags.append("xla_backend_optimization_level=0")
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (
@@ -52,8 +53,8 @@ def _house() -> Iterator[None]:
     from zoo import dist
     from zoo.train import step
 
-    dist.start()
     known = os.environ["XLA_FLAGS"]
+    dist.start()
     jax.config.update("jax_traceback_in_locations_limit", 0)  # lines of source in programs take time and are not read
     gc.freeze()  # what is imported by now stays
     devices, local = jax.devices, jax.local_devices
@@ -68,7 +69,7 @@ def _house() -> Iterator[None]:
     yield
     patch.undo()
     assert os.environ["XLA_FLAGS"] == known, (
-        "a test changed what the cache knows programs by: later ones are compiled again"
+        "a test or a command changed the flags, and with them the keys of the cache"
     )
 
 

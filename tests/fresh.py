@@ -13,7 +13,7 @@ from zoo import dist, models, weights
 
 
 def drawn(init: Callable[[Any], Any], seed: Any) -> Any:
-    """`init` of a seed or a key: to the bit what it gives compiled whole with LLVM's optimisations off.
+    """`init` of a seed or a key: what it gives compiled whole with LLVM's optimisations off, with JAX 0.12 to the bit.
 
     Parameters are hundreds of draws of few shapes, and one program of them all takes up to ten times as long to compile as a
     small one for every shape, which all tests share. The forward pass that only finds shapes is left out.

@@ -1,6 +1,7 @@
 """Laws of zoo.dist: meshes, axis rules, shardings, constrain, and the compilation cache."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -312,6 +313,14 @@ def test_a_number_of_devices_that_the_user_set_stays(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
     dist._share_cores(8, None)
     assert asked == [("jax_num_cpu_devices", 2)]
+
+
+def test_late_devices_are_waited_for_but_as_long_as_the_user_says(monkeypatch: pytest.MonkeyPatch):
+    flag = "--xla_cpu_collective_call_terminate_timeout_seconds"
+    for given, there in ("--a=1", f"--a=1 {flag}=86400"), (f"{flag}=5", f"{flag}=5"):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        dist._wait_for_late_devices()
+        assert os.environ["XLA_FLAGS"] == there
 
 
 def test_spread_cuts_parameters_that_fill_a_device(monkeypatch):

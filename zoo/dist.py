@@ -152,7 +152,7 @@ def _cpu_devices(batch: int, mesh: Mesh | None) -> int:
 def _wait_for_late_devices() -> None:
     """XLA ends a process of which one device comes 40 seconds late to a sum, as one may on a machine that does other things too.
 
-    Every command says so, since programs compiled with other flags are not found in the cache.
+    It comes before the first array, which reads the flags; and always, since the cache knows programs by them.
     """
     patience = "xla_cpu_collective_call_terminate_timeout_seconds"
     if patience not in os.environ.get("XLA_FLAGS", ""):
