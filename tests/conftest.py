@@ -63,7 +63,7 @@ def _house() -> Iterator[None]:
     patch.setattr(jax, "local_devices", lambda *a, **k: local(*a, **k)[:_seen])
     patch.setattr(jax, "device_count", lambda *a: len(jax.devices(*a)))
     patch.setattr(jax, "local_device_count", lambda *a: len(jax.local_devices()))
-    # What it gives but for rounding, in a third of the time; tests with eight devices run the program itself.
+    # What it gives, with JAX 0.12 to the bit, in a third of the time; tests with eight devices run the program itself.
     compiled = step.compile_init
     patch.setattr(step, "compile_init", lambda *args: (placed if _seen == _DEFAULT else compiled)(*args))
     yield
